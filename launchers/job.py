@@ -1,0 +1,87 @@
+"""What every process of a pretraining run does, however it was started.
+
+    python -m launchers.job RUN/config.yaml
+
+The launcher sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and OUTCOME: a folder where each process
+leaves how it ended. That file is what counts: a process that did its work may still be aborted by a library while it
+exits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from shards.console import DONE, RESUME, WRONG
+from shards.errors import UserError
+
+CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
+
+
+def prepare() -> None:
+    """Environment of DeepSpeed, before it is imported: quiet, and no compiler needed on machines without a GPU."""
+    import torch
+
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        # Otherwise `initialize` compiles a shared-memory backend with g++ and ninja that gloo never uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def work(config: Path) -> dict[str, Any]:
+    """Train as the merged configuration says, in a process group made from the environment."""
+    prepare()
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from slim.config import load_config
+    from slim.trainer import Trainer
+
+    settings = load_config(config)
+    use_gpu = settings.run.device != "cpu" and torch.cuda.is_available()
+    if use_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", verbose=False)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        result = Trainer(settings).run()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return result
+
+
+def main() -> int:
+    """Work, and leave the outcome for the launcher."""
+    outcome = Path(os.environ["OUTCOME"]) / f"{os.environ['RANK']}.json"
+    result: dict[str, Any]
+    try:
+        result = work(Path(sys.argv[1]))
+        result["status"] = DONE if result["finished"] else RESUME
+    except UserError as error:
+        result = {"status": WRONG, "error": error.line()}
+    except Exception:
+        result = {"status": CRASHED, "error": traceback.format_exc()}
+    outcome.write_text(json.dumps(result))
+    return int(result["status"])
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads of gloo and wandb can abort an ordinary exit after all work is done

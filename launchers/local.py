@@ -1,0 +1,160 @@
+"""A pretraining run on this machine: one process per rank, watched until all have ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launchers.job import CRASHED
+from shards.console import RESUME, WRONG
+from shards.errors import ConfigError, Stopped, UserError
+from shards.layout import write_atomically
+from slim.config import PretrainSettings
+
+_GRACE = 30.0  # seconds the other processes get once one has failed
+
+
+def prepare_run(settings: PretrainSettings) -> Path:
+    """Make the run folder and write the merged configuration, with versions and the git commit.
+
+    Returns
+    -------
+    Path
+        RUN/config.yaml
+
+    Raises
+    ------
+    ConfigError
+        If `run.resume` is `never` and the folder holds a run.
+    """
+    folder = Path(settings.run.out)
+    if settings.run.resume == "never" and (folder / "config.yaml").exists():
+        raise ConfigError(folder, "run.resume", "never, but the folder holds a run", "an empty folder",
+                          "Use run.resume=auto to go on, or another run.out")
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "zarr")}
+    note = "".join(f"# {name} {number}\n" for name, number in sorted(versions.items()))
+    text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
+    write_atomically(folder / "config.yaml", f"# merged configuration\n# commit {git_commit()}\n{note}{text}")
+    return folder / "config.yaml"
+
+
+def git_commit() -> str:
+    """The commit of the source tree, with `+` if it has changes; `unknown` outside a repository."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True,
+                              timeout=20, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def run(config: Path, processes: int) -> dict[str, Any]:
+    """Run all processes of a job on this machine and wait for them.
+
+    A signal to this process is passed on once; each process then stops at its next step boundary. When one fails, the
+    others cannot go on and are ended after a short while.
+
+    Returns
+    -------
+    dict
+        What rank 0 returned, with `status`.
+
+    Raises
+    ------
+    UserError
+        If a process found a mistake of the user's.
+    Stopped
+        If a process failed or died; a second call goes on from the last complete checkpoint.
+    """
+    with tempfile.TemporaryDirectory() as outcome:
+        cores = len(os.sched_getaffinity(0))
+        common = {
+            "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+            "OUTCOME": outcome, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
+        }
+        children = [
+            subprocess.Popen([sys.executable, "-m", "launchers.job", str(config)], start_new_session=True,
+                             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(processes)
+        ]
+        handlers = {number: signal.signal(number, lambda received, _: _pass_on(children, received))
+                    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+        try:
+            _wait(children, Path(outcome))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for child in children:
+                if child.poll() is None:
+                    os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
+        results = [_outcome(Path(outcome), rank) for rank in range(processes)]
+    for result in results:
+        if result.get("status") == WRONG:
+            raise _Told(result["error"])
+    for rank, result in enumerate(results):
+        if result.get("status") == CRASHED:
+            print(result["error"], file=sys.stderr)
+            raise Stopped(f"process {rank} failed (above); the same command goes on from the last complete checkpoint")
+    for rank, (child, result) in enumerate(zip(children, results, strict=True)):
+        if not result:
+            how = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
+            raise Stopped(f"process {rank} died ({how}); the same command goes on from the last complete checkpoint")
+    return {**results[0], "status": max((r["status"] for r in results), default=RESUME)}
+
+
+class _Told(UserError):
+    """A mistake that a process of the run has already put into words."""
+
+    def __init__(self, line: str):
+        Exception.__init__(self, line)
+        self._line = line
+
+    def line(self) -> str:
+        return self._line
+
+
+def _pass_on(children: list[subprocess.Popen], number: int) -> None:
+    for child in children:
+        if child.poll() is None:
+            child.send_signal(number)
+
+
+def _wait(children: list[subprocess.Popen], outcome: Path) -> None:
+    """Until all have ended; once one ended without finishing, the others get a while and are then killed."""
+    failed_at = None
+    while any(child.poll() is None for child in children):
+        ended = [rank for rank, child in enumerate(children) if child.poll() is not None]
+        if failed_at is None and any(_outcome(outcome, rank).get("status") not in (0, RESUME) for rank in ended):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > _GRACE:
+            return
+        time.sleep(0.1)
+
+
+def _outcome(folder: Path, rank: int) -> dict[str, Any]:
+    path = folder / f"{rank}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,231 @@
+"""Finding the runs of a cohort: BIDS derivatives, or file patterns with named fields.
+
+A cohort file (YAML) says where the runs lie and what is known about them; `find_runs` lists them. Nothing is read but
+names, sidecars and the participants table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from nilearn.interfaces.bids import get_bids_files, parse_bids_filename
+from pydantic import Field, model_validator
+
+from shards.errors import ConfigError, RunRefused
+from shards.settings import Settings, load
+
+FIELDS = ("subject", "session", "task", "run")
+
+
+class CohortSettings(Settings):
+    """A cohort file. Relative paths are relative to it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9-]+$", description="short name, part of every sample's key")
+    root: str
+    layout: Literal["bids", "pattern"] = "bids"
+    pattern: str | None = Field(None, description="layout: pattern; {subject} is required, globs allowed")
+    mask: str | None = Field(None, description="a pattern or one file; absent: found beside a BIDS run, else computed")
+    space: Literal["MNI", "native"] = "MNI"
+    tr: float | None = Field(None, gt=0.05, le=20, description="seconds; overrides the header")
+    participants: str | None = None
+    filters: dict[str, str] = Field(default_factory=dict, description="layout: bids; entities to keep, {task: rest}")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CohortSettings:
+        if self.layout == "pattern":
+            if not self.pattern or "{subject}" not in self.pattern:
+                raise ValueError("a `pattern` with {subject} for layout: pattern")
+            if self.filters:
+                raise ValueError("no `filters` with layout: pattern; narrow the pattern")
+        elif self.pattern:
+            raise ValueError("no `pattern` with layout: bids")
+        return self
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """One BOLD run as it lies on disk, before anything of it is read."""
+
+    cohort: str
+    subject: str
+    session: str
+    task: str
+    run: str
+    bold: Path
+    source: str  # `bold` relative to the cohort's root
+    space: str
+    mask: Path | None = None
+    confounds: Path | None = None
+    tr: float | None = None  # seconds, overrides the header
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The sample's key: unique in a dataset, free of dots and slashes (WebDataset splits names there)."""
+        parts = [self.cohort, f"sub-{self.subject}"]
+        parts += [f"{short}-{value}" for short, value in
+                  (("ses", self.session), ("task", self.task), ("run", self.run)) if value]
+        return re.sub(r"[^A-Za-z0-9_-]", "-", "_".join(parts))
+
+
+def find_runs(path: str | Path) -> list[RunSource]:
+    """The runs of a cohort file, sorted by key.
+
+    Raises
+    ------
+    ConfigError
+        If the file or what it names is missing or malformed, nothing matches, or two files claim the same key.
+    """
+    path = Path(path)
+    cohort = load(CohortSettings, path)
+    root = (path.parent / cohort.root).resolve()
+    if not root.is_dir():
+        raise ConfigError(path, "root", f"{root}, which is no folder", "the folder that holds the runs")
+    labels = _read_participants(path, cohort, root)
+    found = _find_bids(path, cohort, root) if cohort.layout == "bids" else _find_pattern(path, cohort, root)
+    if not found:
+        wanted = cohort.pattern or "sub-*/[ses-*/]func/*_desc-preproc_bold.nii.gz"
+        raise ConfigError(path, "root", f"no run under {root}", f"files that match {wanted}", "Check root and pattern")
+
+    runs: dict[str, RunSource] = {}
+    for names, bold, confounds in found:
+        subject = names["subject"]
+        run = RunSource(
+            cohort=cohort.name, subject=subject, session=names.get("session", ""), task=names.get("task", ""),
+            run=names.get("run", ""), bold=bold, source=bold.relative_to(root).as_posix(), space=cohort.space,
+            mask=_find_mask(path, cohort, root, names, bold), confounds=confounds, tr=cohort.tr,
+            labels=labels.get(subject, {}),
+        )
+        if run.key in runs:
+            raise ConfigError(path, "pattern" if cohort.pattern else "filters",
+                              f"{runs[run.key].source} and {run.source} for the same key {run.key}",
+                              "one file per key", "Narrow it, or name the field in which they differ")
+        runs[run.key] = run
+    return [runs[key] for key in sorted(runs)]
+
+
+def header_tr(run: RunSource, zoom: float, unit: str) -> float:
+    """TR of a run in seconds: the cohort file's, else the BIDS sidecar's, else the header's.
+
+    Parameters
+    ----------
+    run : RunSource
+    zoom : float
+        Fourth voxel size of the NIfTI header.
+    unit : str
+        Time unit of the header ("sec", "msec", "usec", "unknown"); "unknown" is read as seconds.
+    """
+    if run.tr is not None:
+        return run.tr
+    sidecar = run.bold.with_name(run.bold.name.split(".nii")[0] + ".json")
+    if sidecar.is_file():
+        try:
+            value = json.loads(sidecar.read_text()).get("RepetitionTime")
+        except (json.JSONDecodeError, AttributeError):
+            raise RunRefused(sidecar, "", "unreadable JSON", "a BIDS sidecar") from None
+        if value is not None:
+            return float(value)
+    return float(zoom) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1.0)
+
+
+def _read_participants(path: Path, cohort: CohortSettings, root: Path) -> dict[str, dict[str, Any]]:
+    """Labels by subject, from the participants table (tab- or comma-separated)."""
+    if cohort.participants is None:
+        return {}
+    table_path = next((p for p in (path.parent / cohort.participants, root / cohort.participants) if p.is_file()), None)
+    if table_path is None:
+        raise ConfigError(path, "participants", f"{cohort.participants}, which is no file",
+                          "a table beside this file or under root")
+    table = pd.read_csv(table_path, sep=None, engine="python", dtype={0: str})
+    column = next((name for name in ("participant_id", "subject", "Subject", "SUB_ID", "subject_id")
+                   if name in table.columns), None)
+    if column is None:
+        raise ConfigError(table_path, "header", f"columns {', '.join(map(str, table.columns))}",
+                          "a column participant_id", "Rename the column that names the subjects")
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return {str(row[column]).removeprefix("sub-"): {str(k): v for k, v in row.items() if k != column} for row in rows}
+
+
+Found = list[tuple[dict[str, str], Path, Path | None]]
+
+
+def _find_bids(path: Path, cohort: CohortSettings, root: Path) -> Found:
+    """Preprocessed runs of a BIDS derivative, with their confounds."""
+    result: Found = []
+    for name in sorted(get_bids_files(root, file_tag="bold", file_type="nii*", modality_folder="func",
+                                      filters=list(cohort.filters.items()))):
+        bold = Path(name)
+        entities = parse_bids_filename(bold)["entities"]
+        in_mni = str(entities.get("space", "")).startswith("MNI")
+        if entities.get("desc") != "preproc" or in_mni != (cohort.space == "MNI"):
+            continue
+        stem = "_".join(f"{key}-{entities[key]}" for key in ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run",
+                                                             "echo") if key in entities)
+        confounds = bold.with_name(f"{stem}_desc-confounds_timeseries.tsv")
+        names = {"subject": entities["sub"], "session": entities.get("ses", ""), "task": entities.get("task", ""),
+                 "run": entities.get("run", "")}
+        result.append((names, bold, confounds if confounds.is_file() else None))
+    return result
+
+
+def pattern_regex(pattern: str) -> re.Pattern[str]:
+    """A file pattern as a regular expression over relative paths.
+
+    `{name}` inside a file or folder name matches letters, digits and hyphens; where it is a whole folder name it
+    matches anything. A field that occurs again must match the same text. `*`, `?` and `**` are globs.
+    """
+    out, seen, at = "", set(), 0
+    for token in re.finditer(r"\{(\w+)\}|\*\*/?|\*|\?", pattern):
+        out += re.escape(pattern[at : token.start()])
+        at = token.end()
+        name = token.group(1)
+        if name:
+            whole = pattern[: token.start()].endswith(("/",)) or token.start() == 0
+            whole = whole and (pattern[at : at + 1] == "/")
+            out += f"(?P={name})" if name in seen else f"(?P<{name}>{'[^/]+' if whole else '[^/_.]+'})"
+            seen.add(name)
+        else:
+            out += {"*": "[^/]*", "?": "[^/]", "**": ".*", "**/": "(?:.*/)?"}[token.group()]
+    return re.compile(out + re.escape(pattern[at:]) + r"\Z")
+
+
+def _find_pattern(path: Path, cohort: CohortSettings, root: Path) -> Found:
+    assert cohort.pattern is not None
+    unknown = set(re.findall(r"\{(\w+)\}", cohort.pattern)) - set(FIELDS)
+    if unknown:
+        raise ConfigError(path, "pattern", f"{{{sorted(unknown)[0]}}}", f"only {{{'}, {'.join(FIELDS)}}}")
+    regex = pattern_regex(cohort.pattern)
+    result: Found = []
+    for bold in sorted(root.glob(re.sub(r"\{\w+\}", "*", cohort.pattern))):
+        match = regex.match(bold.relative_to(root).as_posix())
+        if match and bold.is_file():
+            result.append((match.groupdict(), bold, None))
+    return result
+
+
+def _find_mask(path: Path, cohort: CohortSettings, root: Path, names: dict[str, str], bold: Path) -> Path | None:
+    """The run's mask: the cohort's, or the one beside a BIDS run; None means it is computed from the run.
+
+    A mask that the cohort file promises but that is not there is returned as the path that was expected, so that the
+    run is refused by name and the rest of the cohort goes on.
+    """
+    if cohort.mask is None:
+        if cohort.layout == "bids":
+            mask = bold.with_name(bold.name.replace("_desc-preproc_bold", "_desc-brain_mask"))
+            return mask if mask.is_file() else None
+        return None
+    try:
+        relative = cohort.mask.format(**names)
+    except (KeyError, IndexError, ValueError):
+        raise ConfigError(path, "mask", cohort.mask, f"only the fields of the pattern: {', '.join(names)}") from None
+    matches = [root / relative] if (root / relative).is_file() else sorted(root.glob(relative.lstrip("/")))
+    if not matches and (path.parent / relative).is_file():
+        matches = [path.parent / relative]
+    if len(matches) > 1:
+        raise ConfigError(path, "mask", f"{len(matches)} files for {relative}", "one mask per run")
+    return matches[0] if matches else root / relative

@@ -1,0 +1,58 @@
+"""The user's mistakes, each told in one line.
+
+Everything that a user can mend is a subclass of `UserError`; the commands print it without a traceback and exit with
+status 2. Any other exception is a defect of this software and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake of the call or its input: where, which field, what was got, what was expected, what to do.
+
+    Parameters
+    ----------
+    where : str or Path
+        The file, folder or command-line argument at fault.
+    field : str
+        The key, header field or option inside it; empty where the file as a whole is meant.
+    got, expected : object
+        What was found there and what would have been right.
+    hint : str, optional
+        What to do about it, as an imperative sentence.
+    """
+
+    def __init__(self, where: str | Path, field: str, got: object, expected: object, hint: str = ""):
+        self.where, self.field, self.got, self.expected, self.hint = str(where), field, got, expected, hint
+        super().__init__(self.line())
+
+    def line(self) -> str:
+        """The whole message on one line."""
+        place = f"{self.where}: {self.field}" if self.field else self.where
+        text = f"{place}: got {self.got}, expected {self.expected}"
+        return " ".join(f"{text}. {self.hint}".split()) if self.hint else " ".join(text.split())
+
+    def __reduce__(self):  # worker processes send these back by pickle
+        return type(self), (self.where, self.field, self.got, self.expected, self.hint)
+
+
+class ConfigError(UserError):
+    """A configuration or command line that cannot be meant."""
+
+
+class RunRefused(UserError):
+    """One run of a cohort that cannot be converted; the rest of the cohort goes on."""
+
+
+class DatasetError(UserError):
+    """A dataset folder that is missing, incomplete, damaged, or of another configuration."""
+
+
+class SampleCorrupt(DatasetError):
+    """One sample of a dataset whose bytes cannot be read."""
+
+
+class Stopped(Exception):
+    """Work that stopped before its end and that a second call goes on with; the commands exit with status 3."""

@@ -1,0 +1,225 @@
+"""The on-disk contract: the only file that knows the names of members, arrays and dtypes.
+
+A dataset folder::
+
+    manifest.json     what it is and how it was made
+    sessions.jsonl    a line per session: its KEY.json + where both members lie (shard, byte offset, size)
+    failed.jsonl      a line per refused run: source, reason, what to do
+    shards/           train-000000.tar, val-000000.tar, test-000000.tar ...
+    extractor/        the temporal extractor that ranked the windows (model.safetensors, config.json)
+    report/           index.html
+
+A sample is one session: `KEY.json` and `KEY.zarr.zip`, a Zarr v3 group in an uncompressed zip. The zip is written with
+fixed times and in a fixed order, so equal arrays give equal bytes.
+
+Legend: K kept windows in rank order; W all windows in time order; F frames of a window; P patches; V voxels of a
+patch; R parcels; T frames of the run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
+
+from shards.errors import DatasetError, SampleCorrupt
+
+FORMAT = 1
+MANIFEST, SESSIONS, FAILED = "manifest.json", "sessions.jsonl", "failed.jsonl"
+SHARDS, EXTRACTOR, REPORT, WORK = "shards", "extractor", "report", "work"
+JSON_MEMBER, ZARR_MEMBER = "json", "zarr.zip"
+
+# name: (dtype, chunked along the first axis). `windows` is float16, or int16 with the array `scale`.
+ARRAYS: dict[str, tuple[str, bool]] = {
+    "baseline": ("float32", False),  # (P, V) run mean, global z; background 0
+    "spread": ("float32", False),  # (P, V) SD over the run, global-SD units
+    "patch": ("int16", False),  # (P, 3) place in the patch grid, ascending flat order
+    "brain": ("uint8", False),  # (P, V) 1 where the voxel is brain
+    "start": ("int32", False),  # (K,) first frame of the window in the harmonised run
+    "saliency": ("float32", False),  # (K,) descending
+    "scores": ("float32", False),  # (W,) scores of all windows in time order
+    "roi": ("float32", False),  # (R, T) parcel means over the whole run, what the ranker saw
+    "roi_number": ("int32", False),  # (R,) label of each parcel
+    "roi_centre": ("float32", False),  # (R, 3) mm
+    "scale": ("float32", False),  # (P, V) only beside int16 windows: windows * scale is the fluctuation
+    "windows": ("float16", True),  # (K, F, P, V) fluctuation around the run mean, global-SD units
+}
+_COMPRESSOR = {"cname": "zstd", "clevel": 3, "shuffle": "shuffle"}
+_PRECISION = 1e-3  # largest RMS error of a stored voxel, in units of its own SD
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+
+
+def encode_windows(windows_KFPV: np.ndarray, spread_PV: np.ndarray) -> dict[str, np.ndarray]:
+    """Fluctuation as stored: float16 where it keeps every voxel to 1e-3 of its SD (RMS), else int16 with `scale`."""
+    small = windows_KFPV.astype(np.float16)
+    with np.errstate(invalid="ignore", over="ignore"):
+        error_PV = np.sqrt(np.mean(np.square(small.astype(np.float32) - windows_KFPV), axis=(0, 1)))
+    if np.isfinite(small).all() and (error_PV <= _PRECISION * spread_PV).all():
+        return {"windows": small}
+    scale_PV = np.abs(windows_KFPV).max(axis=(0, 1)).astype(np.float32) / 32767
+    safe_PV = np.where(scale_PV > 0, scale_PV, 1)
+    return {"windows": np.rint(windows_KFPV / safe_PV).astype(np.int16), "scale": safe_PV}
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Arrays as the bytes of `KEY.zarr.zip`."""
+    store = MemoryStore()
+    group = zarr.create_group(store=store, zarr_format=3)
+    for name, (dtype, chunked) in ARRAYS.items():
+        if name not in arrays:
+            continue
+        values = np.ascontiguousarray(arrays[name])
+        if name != "windows":
+            values = values.astype(dtype)
+        group.create_array(
+            name, data=values, chunks=(1, *values.shape[1:]) if chunked else values.shape,
+            compressors=BloscCodec(typesize=values.dtype.itemsize, **_COMPRESSOR), fill_value=0,
+        )
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(sync(_list(store)), key=lambda member: (not member.endswith("zarr.json"), member)):
+            buffer = sync(store.get(name, default_buffer_prototype()))
+            assert buffer is not None
+            info = zipfile.ZipInfo(name, _ZIP_TIME)
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, buffer.to_bytes())
+    return out.getvalue()
+
+
+async def _list(store: MemoryStore) -> list[str]:
+    return [name async for name in store.list()]
+
+
+def unpack(
+    file: io.BufferedIOBase | io.BytesIO, where: str, names: Iterable[str] | None = None,
+    windows: Iterable[int] | None = None,
+) -> dict[str, np.ndarray]:
+    """Arrays of one `KEY.zarr.zip`, touching only the bytes of what is asked for.
+
+    Parameters
+    ----------
+    file : seekable binary file
+    where : str
+        Named in errors.
+    names : iterable of str, optional
+        Arrays wanted; all by default.
+    windows : iterable of int, optional
+        Rows of `windows` wanted, in this order; all by default.
+
+    Returns
+    -------
+    dict of str to ndarray
+        `windows` is decoded to float32 where it was stored as int16; `scale` is then left out.
+
+    Raises
+    ------
+    SampleCorrupt
+        If the zip is damaged (every member carries a CRC-32) or lacks an array.
+    """
+    wanted = list(ARRAYS) if names is None else [*names]
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = set(archive.namelist())
+            present = [name for name in ARRAYS if f"{name}/zarr.json" in members]
+            load = [name for name in present if name in wanted or (name == "scale" and "windows" in wanted)]
+            rows = None
+            if windows is not None:
+                rows = [int(row) for row in windows]
+                chunks = {f"windows/c/{row}/0/0/0" for row in rows}
+            keep = {"zarr.json"}
+            for name in load:
+                keep |= {member for member in members if member.startswith(f"{name}/")
+                         and (name != "windows" or rows is None or member.endswith("zarr.json") or member in chunks)}
+            prototype = default_buffer_prototype()
+            store = MemoryStore({name: prototype.buffer.from_bytes(archive.read(name)) for name in sorted(keep)})
+        group = zarr.open_group(store, mode="r")
+        out: dict[str, np.ndarray] = {}
+        for name in load:
+            array: Any = group[name]
+            if name == "windows" and rows is not None:
+                if max(rows, default=0) >= array.shape[0]:
+                    raise SampleCorrupt(where, "windows", f"{array.shape[0]} windows", f"more than {max(rows)}")
+                out[name] = np.stack([array[row] for row in rows]) if rows else array[:0]
+            else:
+                out[name] = array[...]
+    except SampleCorrupt:
+        raise
+    except Exception as error:  # zipfile, zarr and blosc raise many types for damaged bytes
+        raise SampleCorrupt(where, ZARR_MEMBER, f"unreadable bytes ({type(error).__name__}: {error})",
+                            "a sample as it was written", "Run make_shards.py again for this dataset") from None
+    missing = [name for name in (names or ()) if name not in out]
+    if missing:
+        raise SampleCorrupt(where, ZARR_MEMBER, f"no array {missing[0]}", f"arrays {', '.join(wanted)}")
+    scale = out.pop("scale", None)
+    if scale is not None and "windows" in out:
+        out["windows"] = out["windows"].astype(np.float32) * scale
+    return out
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file so that it is either there whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def dump(tree: Any) -> str:
+    """JSON as this project writes it: sorted keys, so equal content gives equal bytes."""
+    return json.dumps(tree, sort_keys=True, ensure_ascii=False)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; an absent file is an empty list."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines()
+    try:
+        return [json.loads(line) for line in lines if line]
+    except json.JSONDecodeError as error:
+        raise DatasetError(path, "", f"a line that is no JSON ({error})", "one JSON object per line") from None
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a dataset.
+
+    Raises
+    ------
+    DatasetError
+        If the folder is no finished dataset, or one of another format version.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        got = "no manifest.json" if Path(folder).is_dir() else "no such folder"
+        raise DatasetError(folder, "", got, "a dataset written by make_shards.py", "Convert a cohort first")
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DatasetError(path, "", f"no JSON ({error})", "a manifest", "Run make_shards.py again") from None
+    if manifest.get("format") != FORMAT:
+        raise DatasetError(path, "format", manifest.get("format"), FORMAT, "Convert the cohort with this version")
+    return manifest

@@ -1,0 +1,116 @@
+"""Reading a dataset: any sample by its byte offset, and of it only the windows that are wanted.
+
+    dataset = Dataset("DATASET")
+    sample = dataset.read(dataset.sessions[0], names=("windows", "start"), windows=range(8))
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards import layout
+from shards.errors import DatasetError, SampleCorrupt
+from shards.grid import Grid
+
+
+class _Span(io.RawIOBase):
+    """A read-only view of `size` bytes of a file from `offset` on."""
+
+    def __init__(self, path: Path, offset: int, size: int):
+        self._file = open(path, "rb", buffering=0)
+        self._offset, self._size, self._at = offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._at))
+        self._file.seek(self._offset + self._at)
+        read = self._file.readinto(memoryview(buffer)[:count]) or 0
+        self._at += read
+        return read
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+class Dataset:
+    """A dataset folder.
+
+    Parameters
+    ----------
+    folder : str or Path
+
+    Attributes
+    ----------
+    manifest : dict
+    sessions : list of dict, sorted by key, a line of `sessions.jsonl` each
+
+    Raises
+    ------
+    DatasetError
+        If the folder is no finished dataset, or a shard is missing or of another size than the manifest says.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = layout.read_manifest(self.folder)
+        self.sessions = layout.read_lines(self.folder / layout.SESSIONS)
+        for shard in self.manifest["shards"]:
+            path = self.folder / layout.SHARDS / shard["name"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard["bytes"]:
+                got = "no such file" if size is None else f"{size} bytes"
+                raise DatasetError(path, "", got, f"{shard['bytes']} bytes", "Copy the dataset again or rerun make_shards.py")
+
+    @property
+    def grid(self) -> Grid:
+        """The grid the samples lie on."""
+        grid = self.manifest["grid"]
+        return Grid(grid["mm"], tuple(grid["shape"]), grid["patch"], tuple(grid["centre_mm"]))
+
+    @property
+    def frames(self) -> int:
+        """F, frames of a window."""
+        return self.manifest["windows"]["frames"]
+
+    def of_split(self, split: str) -> list[dict[str, Any]]:
+        """Sessions of `train`, `val` or `test`; `all` for every session."""
+        return [session for session in self.sessions if split in ("all", session["split"])]
+
+    def read(
+        self, session: dict[str, Any], names: Iterable[str] | None = None, windows: Iterable[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Arrays of one session; see `shards.layout.unpack`.
+
+        Raises
+        ------
+        SampleCorrupt
+            If its bytes cannot be read; the message names shard and key.
+        """
+        path = self.folder / layout.SHARDS / session["shard"]
+        where = f"{path} ({session['key']})"
+        try:
+            span = _Span(path, session["zarr_offset"], session["zarr_size"])
+        except OSError as error:
+            raise SampleCorrupt(where, "", error.strerror or "unreadable", "a shard") from None
+        with io.BufferedReader(span, 1 << 16) as file:
+            return layout.unpack(file, where, names, windows)

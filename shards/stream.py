@@ -1,0 +1,103 @@
+"""The deterministic stream of samples: position n of it is the same sample whoever reads it.
+
+The stream is one epoch after another, each a permutation of the sessions that depends on (seed, epoch) alone. A run
+consumes it from the front; how many positions were consumed is all a checkpoint needs to hold, whatever the number of
+processes that share them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from shards.errors import ConfigError
+from shards.reader import Dataset
+
+
+@dataclass(frozen=True)
+class Item:
+    """A session of one of the datasets, at an epoch."""
+
+    dataset: int
+    session: dict[str, Any]
+    epoch: int
+
+
+class Stream:
+    """The order of samples over epochs.
+
+    Parameters
+    ----------
+    datasets : sequence of Dataset
+    weights : sequence of float
+        How often a session of each dataset appears in an epoch, on average: 2 is twice, 0.5 every second epoch.
+    split : str
+    seed : int
+
+    Raises
+    ------
+    ConfigError
+        If the split holds no session.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float], split: str, seed: int):
+        self.datasets, self.weights, self.seed = list(datasets), list(weights), seed
+        self.sessions = [dataset.of_split(split) for dataset in self.datasets]
+        if not any(self.sessions):
+            raise ConfigError(self.datasets[0].folder, split, "no session", "at least one session to train on")
+        mean = sum(weight * len(part) for weight, part in zip(self.weights, self.sessions, strict=True))
+        self.per_epoch = max(1, round(mean))
+        self._cache: tuple[int, list[tuple[int, int]]] = (-1, [])
+        self._ends: list[int] = []  # position after the last one of each epoch, as far as it was asked for
+
+    def _epoch(self, epoch: int) -> list[tuple[int, int]]:
+        """(dataset, session) of every position of an epoch."""
+        if self._cache[0] != epoch:
+            picks: list[tuple[int, int]] = []
+            for number, (weight, part) in enumerate(zip(self.weights, self.sessions, strict=True)):
+                rng = _generator(self.seed, f"{number}/weight")
+                # A session's share of fractional appearances is spread over epochs, starting at its own offset.
+                offset = rng.random(len(part))
+                times = np.floor(offset + weight * (epoch + 1)) - np.floor(offset + weight * epoch)
+                picks += [(number, index) for index, count in enumerate(times.astype(int)) for _ in range(count)]
+            order = _generator(self.seed, f"{epoch}/order").permutation(len(picks))
+            self._cache = (epoch, [picks[i] for i in order])
+        return self._cache[1]
+
+    def at(self, position: int) -> Item:
+        """The sample at a position of the stream, from 0."""
+        while not self._ends or self._ends[-1] <= position:
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(self._epoch(len(self._ends))))
+        epoch = bisect.bisect_right(self._ends, position)
+        inside = position - (self._ends[epoch - 1] if epoch else 0)
+        dataset, index = self._epoch(epoch)[inside]
+        return Item(dataset, self.sessions[dataset][index], epoch)
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    return np.random.default_rng(np.frombuffer(hashlib.sha256(f"{seed}/{name}".encode()).digest(), np.uint32))
+
+
+class Positions(Sampler[list[int]]):
+    """Stream positions of one process, micro-batch by micro-batch.
+
+    Every micro-batch takes `batch * world` positions from the front of the stream, and process r the r-th `batch` of
+    them.
+    """
+
+    def __init__(self, first: int, stop: int, batch: int, rank: int, world: int):
+        self.first, self.stop, self.batch, self.rank, self.world = first, stop, batch, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(self.first, self.stop, self.batch * self.world):
+            mine = start + self.rank * self.batch
+            yield list(range(mine, mine + self.batch))
+
+    def __len__(self) -> int:
+        return -(-(self.stop - self.first) // (self.batch * self.world))

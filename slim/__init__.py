@@ -1,0 +1,23 @@
+"""SLIM-Brain: a voxel-level, atlas-free foundation model for fMRI.
+
+Stage 1 (`temporal`, `saliency`) ranks the windows of a run; stage 2 (`geometry`, `gather`, `hiera`, `masking`,
+`objective`, `trainer`) learns from the best of them, on brain patches alone; `features` and `probe` use what it learned.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slim.features import SlimBrain
+
+__all__ = ["SlimBrain"]
+
+
+def __getattr__(name: str) -> Any:
+    # looked up on first use: `import slim` alone does not load torch
+    if name == "SlimBrain":
+        from slim.features import SlimBrain
+
+        return SlimBrain
+    raise AttributeError(f"module 'slim' has no attribute {name!r}")

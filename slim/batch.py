@@ -1,0 +1,245 @@
+"""From positions of the stream to batches of gathered tokens, in the loading processes.
+
+Legend: B samples; S slots; L places; K targets of the batch; G cells that are rebuilt; E tokens of a cell; M cells of
+all brain tokens; J joint sequence of context and targets; R, Q, V as in `slim.hiera`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from shards.errors import ConfigError, SampleCorrupt
+from shards.reader import Dataset
+from shards.stream import Stream
+from slim.config import PretrainSettings
+from slim.gather import Plan, Segments, _to, plan, segments
+from slim.geometry import Geometry
+from slim.hiera import Voxels
+from slim.masking import Mask, draw, generator
+
+
+@dataclass
+class Sample:
+    """One session's k windows in time order, with its mask.
+
+    `value` (T, P, V) fluctuation, `baseline` and `spread` (P, V), `place` (P,) flat patch places, `second` (T,) s.
+    """
+
+    key: str
+    epoch: int
+    value: np.ndarray
+    baseline: np.ndarray
+    spread: np.ndarray
+    brain: np.ndarray
+    place: np.ndarray
+    second: np.ndarray
+    mask: Mask | None = None
+
+
+@dataclass
+class Targets:
+    """What is to be predicted.
+
+    Attributes
+    ----------
+    cell_K, sample_K, kind_K : cell, sample and kind of each target, sample by sample
+    row_K : row of each target among the cells of the whole-brain plan
+    joint : attention over context and targets of a sample together
+    joint_J : rows of cat(context, targets) in the order `joint` expects; back_K the targets' rows in that order
+    rebuilt_G : targets whose voxels are rebuilt; value_GE rows of their tokens in the voxel table, -1 where none is;
+    patch_GE : rows in the patch table, likewise
+    """
+
+    cell_K: Tensor
+    sample_K: Tensor
+    kind_K: Tensor
+    row_K: Tensor
+    joint: Segments
+    joint_J: Tensor
+    back_K: Tensor
+    rebuilt_G: Tensor
+    value_GE: Tensor
+    patch_GE: Tensor
+
+
+@dataclass
+class Batch:
+    """A micro-batch: values, the context's plan, the plan of all brain tokens, and the targets."""
+
+    keys: list[str]
+    epochs: list[int]
+    voxels: Voxels
+    brain_QV: Tensor
+    whole: Plan
+    context: Plan | None = None
+    targets: Targets | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(
+            self, voxels=self.voxels.to(device), brain_QV=self.brain_QV.to(device), whole=self.whole.to(device),
+            context=self.context.to(device) if self.context else None,
+            targets=Targets(**{name: _to(value, device) for name, value in vars(self.targets).items()})
+            if self.targets else None,
+        )
+
+
+def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geometry:
+    """The token grid of samples from these datasets, divided as the model says.
+
+    Raises
+    ------
+    ConfigError
+        If the datasets lie on different grids or windows, or the model's units do not fit.
+    """
+    first = datasets[0]
+    for other in datasets[1:]:
+        if other.grid != first.grid or other.frames != first.frames:
+            raise ConfigError(other.folder, "grid", f"{other.grid}, {other.frames} frames",
+                              f"{first.grid}, {first.frames} frames as in {first.folder}")
+    tokens = (settings.windows.k * first.frames, *first.grid.patch_shape)
+    return Geometry(tokens, settings.model.unit, settings.model.strides)
+
+
+def read_windows(
+    dataset: Dataset, session: dict, rank_K: Sequence[int], epoch: int = 0
+) -> Sample:
+    """The windows of these ranks, put into time order.
+
+    Raises
+    ------
+    SampleCorrupt
+        If the sample's bytes are damaged.
+    """
+    ranks = np.asarray(rank_K)
+    start_K = dataset.read(session, ("start",))["start"]
+    ranks = ranks[np.argsort(start_K[ranks], kind="stable")]
+    arrays = dataset.read(session, ("baseline", "spread", "patch", "brain", "windows"), ranks.tolist())
+    k, frames, patches, voxels = arrays["windows"].shape
+    second = (start_K[ranks][:, None] + np.arange(frames)) * session["tr"]
+    place = np.ravel_multi_index(tuple(arrays["patch"].T.astype(np.intp)), dataset.grid.patch_shape)
+    return Sample(session["key"], epoch, arrays["windows"].reshape(k * frames, patches, voxels), arrays["baseline"],
+                  arrays["spread"], arrays["brain"], place, second.reshape(-1).astype(np.float32))
+
+
+class Samples(TorchDataset):
+    """Samples by their position in the stream; a corrupt one is returned as the error it raised."""
+
+    def __init__(self, stream: Stream, geometry: Geometry, settings: PretrainSettings):
+        self.stream, self.geometry, self.settings = stream, geometry, settings
+
+    def __getitem__(self, position: int) -> Sample | SampleCorrupt:
+        item = self.stream.at(position)
+        windows, seed = self.settings.windows, self.settings.run.seed
+        key = item.session["key"]
+        best = min(windows.best, item.session["n_kept"])
+        if best < windows.k:
+            dataset = self.stream.datasets[item.dataset]
+            return SampleCorrupt(f"{dataset.folder} ({key})", "windows", f"{best} windows", f"windows.k = {windows.k}",
+                                 "Lower windows.k or convert with a larger windows.minimum")
+        ranks = generator(seed, item.epoch, key, "windows").permutation(best)[: windows.k]
+        try:
+            sample = read_windows(self.stream.datasets[item.dataset], item.session, np.sort(ranks), item.epoch)
+        except SampleCorrupt as error:
+            return error
+        sample.mask = draw(cell_sizes(self.geometry, sample.place), self.settings.mask, seed, item.epoch, key)
+        return sample
+
+
+@lru_cache(maxsize=8)
+def _tokens_of_cell(geometry: Geometry) -> np.ndarray:
+    """Tokens of each cell, int64 (cells, tokens of a cell), in C order inside the cell."""
+    return np.argsort(geometry.cell_of, kind="stable").reshape(prod(geometry.cells), prod(geometry.cell))
+
+
+def cell_sizes(geometry: Geometry, place: np.ndarray) -> np.ndarray:
+    """Brain tokens of each cell, int64 (S, L), given the flat patch places that hold brain."""
+    frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
+    tokens = (np.arange(frames)[:, None] * places + place).ravel()
+    count = np.bincount(geometry.cell_of[tokens], minlength=prod(geometry.cells))
+    return count.reshape(geometry.cells[0], -1)
+
+
+def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None) -> Batch:
+    """Put samples together: tables of values, plans, and (for masked samples) targets.
+
+    Tables of all samples lie one after another: row t * P + p of a sample's values is frame t of its patch p.
+    """
+    frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
+    token_BN, row_BN, patch_BN, dense_B = [], [], [], []
+    row_at = patch_at = 0
+    for sample in samples:
+        n = len(sample.place)
+        token = (np.arange(frames)[:, None] * places + sample.place).ravel()
+        token_BN.append(token)
+        row_BN.append(row_at + np.arange(frames * n))
+        patch_BN.append(patch_at + np.tile(np.arange(n), frames))
+        dense = np.full(frames * places, -1)
+        dense[token] = np.arange(frames * n)
+        dense_B.append(dense)
+        row_at += frames * n
+        patch_at += n
+
+    def table(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([getattr(s, name).reshape(-1, s.baseline.shape[1]) for s in samples]))
+
+    voxels = Voxels(table("value"), table("baseline"), table("spread"),
+                    torch.from_numpy(np.stack([s.second for s in samples])))
+    whole = plan(geometry, token_BN, row_BN, patch_BN, chunk_tokens)
+    batch = Batch([s.key for s in samples], [s.epoch for s in samples], voxels, table("brain"), whole)
+    if any(sample.mask is None for sample in samples):
+        return batch
+
+    masks = [sample.mask for sample in samples if sample.mask is not None]
+    kept_BN = []
+    for token, mask in zip(token_BN, masks, strict=True):
+        in_context = np.zeros(prod(geometry.cells), bool)
+        in_context[mask.context_K] = True
+        kept_BN.append(in_context[geometry.cell_of[token]])
+    context = plan(geometry, [t[k] for t, k in zip(token_BN, kept_BN, strict=True)],
+                   [r[k] for r, k in zip(row_BN, kept_BN, strict=True)],
+                   [p[k] for p, k in zip(patch_BN, kept_BN, strict=True)], chunk_tokens)
+    return replace(batch, context=context, targets=_targets(geometry, masks, whole, context, row_BN, patch_BN, dense_B))
+
+
+def _targets(
+    geometry: Geometry, masks: list[Mask], whole: Plan, context: Plan, row_BN: list[np.ndarray],
+    patch_BN: list[np.ndarray], dense_B: list[np.ndarray],
+) -> Targets:
+    cells = prod(geometry.cells)
+    sample_K = np.repeat(np.arange(len(masks)), [len(mask.target_K) for mask in masks])
+    cell_K = np.concatenate([mask.target_K for mask in masks])
+    number_M = whole.sample_M.numpy() * cells + whole.cell_M.numpy()
+    by = np.argsort(number_M)
+    row_K = by[np.searchsorted(number_M[by], sample_K * cells + cell_K)]
+
+    sample_C = context.sample_M.numpy()
+    joint_sample = np.concatenate([sample_C, sample_K])
+    joint_J = np.argsort(joint_sample, kind="stable")
+    back = np.empty(len(joint_J), np.int64)
+    back[joint_J] = np.arange(len(joint_J))
+    lengths = np.bincount(joint_sample, minlength=len(masks))
+
+    rebuilt_G = np.flatnonzero(np.concatenate([mask.rebuilt_K for mask in masks]))
+    tokens_GE = _tokens_of_cell(geometry)[cell_K[rebuilt_G]]
+    value_GE, patch_GE = np.full(tokens_GE.shape, -1), np.full(tokens_GE.shape, -1)
+    for sample, dense in enumerate(dense_B):
+        mine = sample_K[rebuilt_G] == sample
+        local = dense[tokens_GE[mine]]
+        there = local >= 0
+        value_GE[mine] = np.where(there, row_BN[sample][local], -1)
+        patch_GE[mine] = np.where(there, patch_BN[sample][local], -1)
+    tensors = {
+        "cell_K": cell_K, "sample_K": sample_K, "kind_K": np.concatenate([mask.kind_K for mask in masks]),
+        "row_K": row_K, "joint_J": joint_J, "back_K": back[len(sample_C) :], "rebuilt_G": rebuilt_G,
+        "value_GE": value_GE, "patch_GE": patch_GE,
+    }
+    return Targets(joint=segments(lengths, lengths),
+                   **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()})

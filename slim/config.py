@@ -1,0 +1,213 @@
+"""Every setting of a pretraining run, typed, with its unit and its check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from shards.errors import ConfigError
+from shards.settings import Settings, check, override, read_yaml
+
+View = Literal["global", "voxel", "both"]
+Share = Field(gt=0, le=1)
+
+
+class PredictorSettings(Settings):
+    width: int = Field(192, ge=8, description="channels")
+    depth: int = Field(4, ge=1, description="blocks")
+    heads: int = Field(6, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> PredictorSettings:
+        if self.width % self.heads:
+            raise ValueError(f"heads that divide width: {self.heads} does not divide {self.width}")
+        return self
+
+
+class ModelSettings(Settings):
+    """Sizes of the encoder and the predictor; axes are (time, x, y, z) in tokens of one frame and one patch."""
+
+    embed: int = Field(ge=8, description="channels of the first stage; doubled at each stage")
+    heads: int = Field(ge=1, description="heads of the first stage; doubled at each stage")
+    depths: tuple[int, ...] = Field(min_length=1, description="blocks of each stage")
+    unit: tuple[int, int, int, int] = Field(description="tokens of a mask unit")
+    strides: tuple[tuple[int, int, int, int], ...] = Field(description="pooling at the start of stages 2, 3, ...")
+    local_stages: int = Field(2, ge=1, description="stages whose attention stays inside mask units")
+    mlp_ratio: float = Field(4.0, gt=0)
+    predictor: PredictorSettings = PredictorSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSettings:
+        if min(self.depths) < 1:
+            raise ValueError(f"depths of 1 or more, not {min(self.depths)}")
+        if self.embed % self.heads:
+            raise ValueError(f"heads that divide embed: {self.heads} does not divide {self.embed}")
+        if self.local_stages > len(self.depths):
+            raise ValueError(f"at most {len(self.depths)} local_stages, as there are stages, not {self.local_stages}")
+        if len(self.strides) > min(self.local_stages, len(self.depths) - 1):
+            raise ValueError(f"at most {min(self.local_stages, len(self.depths) - 1)} strides, not {len(self.strides)}: "
+                             "tokens are pooled at the start of a stage, by a block that attends inside mask units")
+        return self
+
+
+PRESETS: dict[str, ModelSettings] = {
+    # the sizes of arXiv 2512.21881
+    "published": ModelSettings(embed=64, heads=1, depths=(2, 3, 16, 3), unit=(8, 8, 8, 8),
+                               strides=((2, 2, 2, 2), (2, 2, 2, 2))),
+    # mask units aligned with 5-frame windows: half the FLOPs of a step
+    "lean": ModelSettings(embed=64, heads=1, depths=(2, 3, 16, 3), unit=(5, 4, 4, 4),
+                          strides=((5, 2, 2, 2), (1, 2, 2, 2))),
+    "large": ModelSettings(embed=192, heads=3, depths=(2, 3, 16, 3), unit=(8, 8, 8, 8),
+                           strides=((2, 2, 2, 2), (2, 2, 2, 2)),
+                           predictor=PredictorSettings(width=384, depth=6, heads=12)),
+    # for coarse grids (8 mm, 6 x 6 x 6 patches), tests and a first try
+    "tiny": ModelSettings(embed=32, heads=2, depths=(1, 2, 1), unit=(5, 2, 2, 2), strides=((5, 1, 1, 1),),
+                          local_stages=1, predictor=PredictorSettings(width=64, depth=2, heads=4)),
+}
+
+
+class DataItem(Settings):
+    path: str
+    weight: float = Field(1.0, gt=0, description="times a session appears in an epoch, on average")
+
+
+class WindowSettings(Settings):
+    k: int = Field(8, ge=2, description="windows of a sample")
+    best: int = Field(32, ge=2, description="they are drawn from this many most salient ones")
+
+    @model_validator(mode="after")
+    def _enough(self) -> WindowSettings:
+        if self.best < self.k:
+            raise ValueError(f"best >= k: {self.best} >= {self.k} does not hold")
+        return self
+
+
+class MaskSettings(Settings):
+    """Shares of brain tokens; context is the product of its two."""
+
+    context_places: float = Field(0.6, gt=0, lt=1)
+    context_times: float = Field(0.5, gt=0, lt=1)
+    targets: float = Field(0.5, gt=0, le=1, description="share of each kind of target that is predicted")
+    rebuilt: float = Field(0.25, gt=0, le=1, description="share of the targets whose voxels MAE rebuilds")
+
+
+class LossSettings(Settings):
+    """Weights of the terms; null takes those of the objective."""
+
+    jepa: float | None = Field(None, ge=0)
+    sig: float | None = Field(None, ge=0)
+    mae: float | None = Field(None, ge=0)
+    sig_samples: int | None = Field(None, ge=1, description="samples that share one SIG test; null: the batch")
+
+
+OBJECTIVES: dict[str, tuple[float, float, float]] = {"default": (1.0, 0.1, 1.0), "jepa": (1.0, 0.0, 0.0),
+                                                     "mae": (0.0, 0.0, 1.0)}
+
+
+class OptimizerSettings(Settings):
+    lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
+    lr_end: float = Field(1e-6, ge=0, description="learning rate at the last step")
+    betas: tuple[float, float] = (0.9, 0.95)
+    wd: tuple[float, float] = Field((0.04, 0.4), description="weight decay at the first and last step, matrices only")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+
+
+class EmaSettings(Settings):
+    start: float = Field(0.996, ge=0, le=1)
+    end: float = Field(1.0, ge=0, le=1)
+    mean: float = Field(0.95, ge=0, lt=1, description="decay of the running mean target of each place and slot")
+
+
+class ZeroSettings(Settings):
+    stage: int = Field(2, ge=0, le=3)
+
+
+class RunSettings(Settings):
+    out: str
+    seed: int = Field(0, ge=0)
+    steps: int | None = Field(None, ge=1, description="optimizer steps; null: `epochs`")
+    epochs: float = Field(40, gt=0)
+    batch: int = Field(4, ge=1, description="samples per process and micro-batch")
+    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    processes: int = Field(1, ge=1, description="processes on this machine")
+    workers: int = Field(2, ge=0, description="loading processes per process")
+    checkpoint_every: int = Field(500, ge=1, description="optimizer steps")
+    keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    max_seconds: float | None = Field(None, gt=0, description="stop and save after this many seconds")
+    resume: Literal["auto", "never"] = "auto"
+    log_every: int = Field(1, ge=1, description="optimizer steps per line of metrics.jsonl")
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class PretrainSettings(Settings):
+    """A pretraining configuration."""
+
+    data: tuple[DataItem, ...]
+    model: ModelSettings
+    model_name: str = Field("custom", description="set by `model`")
+    view: View = "both"
+    windows: WindowSettings = WindowSettings()
+    mask: MaskSettings = MaskSettings()
+    objective: Literal["default", "jepa", "mae"] = "default"
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    ema: EmaSettings = EmaSettings()
+    precision: Literal["bf16", "fp32"] = "bf16"
+    stream: int | None = Field(16384, ge=1, description="tokens of a chunk of the local stages; null: all at once")
+    zero: ZeroSettings = ZeroSettings()
+    run: RunSettings
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return ({"path": value},)
+        return value
+
+    @model_validator(mode="after")
+    def _learns(self) -> PretrainSettings:
+        if not any(self.weights[::2]):
+            raise ValueError("a weight above 0 for jepa or mae")
+        samples = self.loss.sig_samples
+        if samples is not None and self.run.batch % samples:
+            raise ValueError(f"a run.batch divisible by loss.sig_samples: {self.run.batch} by {samples}")
+        return self
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Weights of the JEPA, SIG and MAE terms."""
+        given = (self.loss.jepa, self.loss.sig, self.loss.mae)
+        jepa, sig, mae = (default if own is None else own
+                          for own, default in zip(given, OBJECTIVES[self.objective], strict=True))
+        return jepa, sig, mae
+
+
+def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSettings:
+    """A checked configuration from a YAML file and `key=value` overrides.
+
+    `model` is the name of a preset, a YAML file (relative to the configuration or the working folder) or a mapping.
+
+    Raises
+    ------
+    ConfigError
+        With file, field, got and expected.
+    """
+    tree = override(read_yaml(path), assignments)
+    model = tree.get("model")
+    if isinstance(model, str):
+        tree["model"], tree["model_name"] = _model(model, path).model_dump(), Path(model).stem
+    return check(PretrainSettings, tree, path)
+
+
+def _model(name: str, path: str | Path) -> ModelSettings:
+    if name in PRESETS:
+        return PRESETS[name]
+    for candidate in (Path(name), Path(path).parent / name):
+        if candidate.is_file():
+            return check(ModelSettings, read_yaml(candidate), candidate)
+    raise ConfigError(path, "model", name, f"{', '.join(PRESETS)}, or a YAML file")

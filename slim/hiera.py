@@ -1,0 +1,226 @@
+"""The Hiera encoder over gathered patches, for any number of dimensions.
+
+Blocks follow Hiera (Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles", ICML 2023):
+pre-norm attention and MLP, queries max-pooled at the first block of a pooled stage, attention inside mask units in the
+local stages and over all cells of a sample afterwards. What is different: tokens that hold no brain do not exist, so
+units are ragged and a pooled token is the maximum over the children there are.
+
+Legend: B samples; N kept tokens; M tokens of the last level (cells); R rows of voxel values; Q rows of patches; V voxels
+of a patch; C channels; H heads; D channels of a head; T frames of a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from slim.config import ModelSettings, View
+from slim.gather import Chunk, Plan, Segments, attend, segment_max
+from slim.geometry import Geometry
+
+# Periods (s) of the sinusoids that carry a window's time in the run: from a frame to a long run.
+_PERIODS = tuple(2.0 * 4.0**i for i in range(6))
+
+
+@dataclass
+class Voxels:
+    """The values of a batch, as gathered in the shards.
+
+    Attributes
+    ----------
+    value_RV : fluctuation of every kept patch in every frame of every sample, global-SD units
+    baseline_QV, spread_QV : run mean (global z) and SD (global-SD units) of every patch of every sample
+    second_BT : time of every frame in its run, s
+    """
+
+    value_RV: Tensor
+    baseline_QV: Tensor
+    spread_QV: Tensor
+    second_BT: Tensor
+
+    def to(self, device: torch.device | str) -> Voxels:
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+
+def standardise(value_NV: Tensor, spread_NV: Tensor) -> Tensor:
+    """Fluctuation in units of each voxel's own SD; background and constant voxels 0."""
+    alive = spread_NV > 1e-6
+    return torch.where(alive, value_NV / torch.where(alive, spread_NV, 1.0), 0.0)
+
+
+class PatchEmbed(nn.Module):
+    """Patch embedding as a linear map of the V voxels of a kept patch.
+
+    The map is linear, so the baseline is embedded once per patch and the fluctuation once per frame, and their sum is
+    the embedding of the sum, without the fluctuation being rounded beside the anatomy.
+    """
+
+    def __init__(self, voxels: int, dim: int, view: View):
+        super().__init__()
+        self.view = view
+        self.whole = nn.Linear(voxels, dim, bias=False) if view != "voxel" else None
+        self.own = nn.Linear(voxels, dim, bias=False) if view != "global" else None
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def baseline(self, voxels: Voxels) -> Tensor | None:
+        """Embedding of every patch's baseline, (Q, C); None where the view has none."""
+        return None if self.whole is None else self.whole(voxels.baseline_QV)
+
+    def forward(self, value_NV: Tensor, spread_NV: Tensor, base_NC: Tensor | None) -> Tensor:
+        x_NC = self.bias
+        if self.whole is not None and base_NC is not None:
+            x_NC = x_NC + self.whole(value_NV) + base_NC
+        if self.own is not None:
+            x_NC = x_NC + self.own(standardise(value_NV, spread_NV))
+        return x_NC
+
+
+class Seconds(nn.Module):
+    """A linear map of sinusoids of time in s; starts at zero."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(2 * len(_PERIODS), dim, bias=False)
+        self.register_buffer("rate", 2 * math.pi / torch.tensor(_PERIODS), persistent=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, second_N: Tensor) -> Tensor:
+        phase = second_N[:, None] * self.rate
+        return self.linear(torch.cat([phase.sin(), phase.cos()], dim=1))
+
+
+class Attention(nn.Module):
+    """Ragged multi-head attention; queries may be max-pooled first."""
+
+    def __init__(self, dim: int, dim_out: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim_out)
+        self.proj = nn.Linear(dim_out, dim_out)
+
+    def forward(self, x_NC: Tensor, where: Segments, children: Tensor | None) -> Tensor:
+        q_NC, k_NC, v_NC = self.qkv(x_NC).chunk(3, dim=1)
+        if children is not None:
+            q_NC = segment_max(q_NC, children)
+        q, k, v = (rearrange(part, "n (h d) -> n h d", h=self.heads) for part in (q_NC, k_NC, v_NC))
+        return self.proj(rearrange(attend(q, k, v, where), "n h d -> n (h d)"))
+
+
+class Block(nn.Module):
+    """A Hiera block. With `children`, tokens are pooled and the residual is the pooled projection."""
+
+    def __init__(self, dim: int, dim_out: int, heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, dim_out, heads)
+        self.norm2 = nn.LayerNorm(dim_out, eps=1e-6)
+        self.fc1 = nn.Linear(dim_out, int(dim_out * mlp_ratio))
+        self.fc2 = nn.Linear(int(dim_out * mlp_ratio), dim_out)
+        self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
+
+    def forward(self, x_NC: Tensor, where: Segments, children: Tensor | None = None) -> Tensor:
+        y_NC = self.norm1(x_NC)
+        if self.proj is not None:
+            x_NC = self.proj(y_NC)
+        if children is not None:
+            x_NC = segment_max(x_NC, children)
+        x_NC = x_NC + self.attn(y_NC, where, children)
+        return x_NC + self.fc2(F.gelu(self.fc1(self.norm2(x_NC))))
+
+
+class Hiera(nn.Module):
+    """Encoder of gathered brain patches.
+
+    Parameters
+    ----------
+    settings : ModelSettings
+    geometry : Geometry
+        Of the samples; time is the first axis.
+    voxels : int
+        V, voxels of a patch.
+    view : "global", "voxel" or "both"
+        Which normalisation of the values the model sees.
+    """
+
+    def __init__(self, settings: ModelSettings, geometry: Geometry, voxels: int, view: View):
+        super().__init__()
+        self.geometry = geometry
+        self.embed = PatchEmbed(voxels, settings.embed, view)
+        places = math.prod(geometry.tokens[1:])
+        self.space = nn.Parameter(torch.empty(places, settings.embed))
+        self.time = nn.Parameter(torch.empty(geometry.tokens[0], settings.embed))
+        self.seconds = Seconds(settings.embed)
+        blocks, local, dim, heads = [], [], settings.embed, settings.heads
+        for stage, depth in enumerate(settings.depths):
+            for index in range(depth):
+                grows = stage > 0 and index == 0
+                dim_out, heads = (dim * 2, heads * 2) if grows else (dim, heads)
+                blocks.append(Block(dim, dim_out, heads, settings.mlp_ratio))
+                # The first block of a stage still attends where the stage before it did: its queries are pooled there.
+                local.append(stage < settings.local_stages or (grows and stage == settings.local_stages))
+                dim = dim_out
+        self.blocks = nn.ModuleList(blocks)
+        starts = [sum(settings.depths[:stage]) for stage in range(1, len(settings.depths))]
+        self.pooled = {block: step for step, block in enumerate(starts[: len(geometry.strides)])}
+        self.n_local = sum(local)
+        self.dim = dim
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(_init)
+        for part in (self.embed.whole, self.embed.own):
+            if part is not None:
+                nn.init.xavier_uniform_(part.weight)
+        nn.init.trunc_normal_(self.space, std=0.02)
+        nn.init.trunc_normal_(self.time, std=0.02)
+        nn.init.zeros_(self.seconds.linear.weight)
+
+    def forward(self, voxels: Voxels, plan: Plan) -> Tensor:
+        """Features of every cell that holds a kept token, (M, C), in the order of `plan.cell_M`.
+
+        The local stages run chunk by chunk; with more than one chunk their activations are not kept but computed again
+        in the backward pass, so they take the memory of one chunk.
+        """
+        base_QC = self.embed.baseline(voxels)
+        sample_N = torch.repeat_interleave(plan.tokens_B)
+        second_N = voxels.second_BT[sample_N, plan.time_N]
+        stream = len(plan.chunks) > 1 and torch.is_grad_enabled()
+        parts = []
+        for chunk in plan.chunks:
+            if stream:
+                part = checkpoint(self._local, voxels, base_QC, second_N, plan, chunk, use_reentrant=False)
+            else:
+                part = self._local(voxels, base_QC, second_N, plan, chunk)
+            parts.append(part)
+        x_MC = torch.cat(parts)
+        for block in self.blocks[self.n_local :]:
+            x_MC = block(x_MC, plan.whole)
+        return self.norm(x_MC)
+
+    def _local(self, voxels: Voxels, base_QC: Tensor | None, second_N: Tensor, plan: Plan, chunk: Chunk) -> Tensor:
+        """Embedding and local stages of one chunk of mask units."""
+        here = slice(chunk.first, chunk.stop)
+        patch_N = plan.patch_N[here]
+        value_NV = voxels.value_RV[plan.row_N[here]].to(torch.float32)
+        base_NC = None if base_QC is None else base_QC[patch_N]
+        x_NC = self.embed(value_NV, voxels.spread_QV[patch_N], base_NC)
+        x_NC = x_NC + self.space[plan.space_N[here]] + self.time[plan.time_N[here]] + self.seconds(second_N[here])
+        level = 0
+        for index, block in enumerate(self.blocks[: self.n_local]):
+            if index in self.pooled:
+                x_NC = block(x_NC, chunk.pools[level], chunk.children[level])
+                level += 1
+            else:
+                x_NC = block(x_NC, chunk.levels[level])
+        return x_NC
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

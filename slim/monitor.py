@@ -1,0 +1,118 @@
+"""What a run says about itself: metrics.jsonl, wandb, one progress line, and a warning in words when it goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+METRICS = "metrics.jsonl"
+_RECENT = 50  # logged steps a warning looks back on
+
+
+def effective_rank(x_MC: Tensor) -> float:
+    """Exponential of the entropy of the eigenvalue shares of the covariance (after Roy & Vetterli, EUSIPCO 2007)."""
+    x_MC = x_MC.double() - x_MC.double().mean(dim=0)
+    share = torch.linalg.eigvalsh(x_MC.T @ x_MC).clamp_min(0)
+    total = share.sum()
+    if total <= 0:
+        return 0.0
+    share = share[share > 0] / total
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: of the GPU's allocator, or of this process where there is no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Monitor:
+    """Writes a line per logged step; rank 0 only.
+
+    Parameters
+    ----------
+    folder : Path
+        The run.
+    start_step : int
+        Steps done before; lines behind it (of a run that was killed after its last checkpoint) are dropped.
+    mode : "offline", "online" or "disabled"
+        Of wandb.
+    config : dict
+        Shown in wandb.
+    """
+
+    def __init__(self, folder: Path, start_step: int, mode: str, config: dict[str, Any]):
+        self.path = folder / METRICS
+        self.recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
+        if self.path.exists():
+            lines = [line for line in _whole_lines(self.path) if line["step"] <= start_step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            temporary.rename(self.path)
+            self.recent.extend(lines[-_RECENT:])
+        self._file = open(self.path, "a")
+        self._wandb = None
+        if mode != "disabled":
+            os.environ.setdefault("WANDB_SILENT", "true")
+            import wandb
+
+            note = folder / "wandb" / "id"
+            note.parent.mkdir(exist_ok=True)
+            if not note.exists():
+                note.write_text(wandb.util.generate_id())
+            self._wandb = wandb.init(project="slim-brain", name=folder.name, id=note.read_text().strip(),
+                                     resume="allow", dir=str(folder), mode=mode, config=config)  # type: ignore[arg-type]
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write one step."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.recent.append(line)
+        if self._wandb is not None:
+            self._wandb.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
+    def warnings(self) -> list[str]:
+        """What the recent steps show, in words; empty while all is well."""
+        lines = list(self.recent)
+        if len(lines) < 10:
+            return []
+
+        def mean(name: str) -> float | None:
+            values = [line[name] for line in lines if line.get(name) is not None]
+            return sum(values) / len(values) if values else None
+
+        found = []
+        gain, rank, wait = mean("gain"), mean("target_rank"), mean("data_wait")
+        if gain is not None and gain <= 0:
+            found.append(f"no gain over the mean of each place ({gain:+.3f} over {len(lines)} logged steps): nothing is "
+                         "learned yet; normal early on, a collapse if it stays")
+        if rank is not None and rank < 5:
+            found.append(f"targets have an effective rank of {rank:.1f}: dimensional collapse; raise loss.sig or loss.mae")
+        if wait is not None and wait > 0.5:
+            found.append(f"{wait:.0%} of the time is spent waiting for data: raise run.workers")
+        return found
+
+    def close(self) -> None:
+        """Close file and wandb run."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut by a kill is dropped."""
+    result = []
+    for text in path.read_text().splitlines():
+        try:
+            result.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return result

@@ -1,0 +1,325 @@
+"""Pretraining: the loop over a DeepSpeed engine. Run by `launchers/job.py` in every process.
+
+One optimizer step, in this order: schedules set, then per micro-batch targets, losses, backward (DeepSpeed reduces,
+clips and steps at the last one), then the EMA target and the running means move, then the step is logged, then it may
+be saved. Everything random depends on (seed, epoch, key) or (seed, step), so a run that is stopped and resumed gives
+the numbers of one that was not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from shards.console import progress
+from shards.errors import ConfigError, SampleCorrupt
+from shards.reader import Dataset
+from shards.settings import digest
+from shards.stream import Positions, Stream
+from slim import checkpoint, schedule
+from slim.batch import Batch, Sample, Samples, collate, geometry_for
+from slim.config import PretrainSettings
+from slim.ema import PlaceMean, Target
+from slim.monitor import Monitor, effective_rank, peak_memory_bytes
+from slim.objective import Losses, Objective
+
+_NO_DECAY = ("space", "time", "mask_token", "seconds.linear.weight")
+_RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
+
+
+def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Matrices (with weight decay) and everything else: norms, biases, positions, tokens (without)."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        is_plain = parameter.ndim < 2 or name.endswith(_NO_DECAY)
+        (plain if is_plain else decayed).append(parameter)
+    return [{"params": decayed}, {"params": plain}]
+
+
+def deepspeed_config(settings: PretrainSettings) -> dict[str, Any]:
+    """The engine's configuration. Precision is autocast inside the model, so states and gradients are fp32."""
+    return {
+        "train_micro_batch_size_per_gpu": settings.run.batch,
+        "gradient_accumulation_steps": settings.run.accumulate,
+        "gradient_clipping": settings.optimizer.clip,
+        "zero_optimization": {"stage": settings.zero.stage},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+class Trainer:
+    """One process of a pretraining run.
+
+    Parameters
+    ----------
+    settings : PretrainSettings
+
+    Raises
+    ------
+    UserError
+        If data, model or checkpoint do not fit the configuration.
+    """
+
+    def __init__(self, settings: PretrainSettings):
+        self.settings = settings
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        use_gpu = settings.run.device != "cpu" and torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
+        self.folder = Path(settings.run.out)
+        self.checkpoints = self.folder / "checkpoints"
+
+        datasets = [Dataset(item.path) for item in settings.data]
+        self.geometry = geometry_for(settings, datasets)
+        self.stream = Stream(datasets, [item.weight for item in settings.data], "train", settings.run.seed)
+        self.global_batch = settings.run.batch * settings.run.accumulate * self.world
+        self.steps = settings.run.steps or max(1, math.ceil(settings.run.epochs * self.stream.per_epoch
+                                                            / self.global_batch))
+        self.identity = digest([settings.model.model_dump(mode="json"), settings.view, settings.windows.k,
+                                datasets[0].manifest["grid"], datasets[0].frames, settings.weights])
+
+        torch.manual_seed(settings.run.seed)
+        model = Objective(settings, self.geometry, datasets[0].grid.voxels).to(self.device)
+        cells = math.prod(self.geometry.cells)
+        self.use_jepa, self.use_sig = settings.weights[0] > 0, settings.weights[1] > 0
+        self.target = Target(model.encoder, cells, settings.ema.mean, settings.precision == "bf16")
+        self.context_mean = PlaceMean(cells, model.encoder.dim, settings.ema.mean, self.device)
+        optimizer = torch.optim.AdamW(parameter_groups(model), lr=settings.optimizer.lr, betas=settings.optimizer.betas)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(settings))
+        self.step, self.consumed = 0, 0
+        self._stop: str | None = None
+
+    @property
+    def model(self) -> Objective:
+        return self.engine.module
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, or to the next step boundary after a signal or the time limit.
+
+        Returns
+        -------
+        dict
+            `finished`, `step`, `steps`, `stopped` (why, or None), `warnings`, last `loss`.
+        """
+        begun = time.monotonic()
+        self._catch_signals()
+        resumed = self._resume()
+        if not resumed:
+            self._calibrate()
+        monitor = None
+        if self.rank == 0:
+            config = self.settings.model_dump(mode="json")
+            monitor = Monitor(self.folder, self.step, self.settings.run.wandb, config)
+        bar = progress("pretrain", self.steps - self.step, "steps") if self.rank == 0 else nullcontext(None)
+        batches = iter(self._loader(self.consumed, self.steps * self.global_batch)) if self.step < self.steps else None
+        stopped, line, said = None, {}, ()
+        with bar as advance:
+            while self.step < self.steps and stopped is None:
+                assert batches is not None
+                line = self._one_step(batches)
+                last = self.step == self.steps
+                logged = self.step % self.settings.run.log_every == 0 or last or self.step == 1
+                if monitor is not None and advance is not None:
+                    if logged:
+                        monitor.log(line)
+                    advance(1, f"loss {line['loss']:.4f}, {line['samples_per_s']:.2f} samples/s, "
+                               f"data wait {line['data_wait']:.0%}, {line['peak_memory_bytes'] / 2**30:.2f} GiB")
+                    found = tuple(text.split(":")[-1] for text in monitor.warnings())
+                    if found != said:
+                        said = found
+                        for text in monitor.warnings():
+                            print(f"warning at step {self.step}: {text}", flush=True)
+                stopped = self._agree_to_stop(begun)
+                if last or stopped or self.step % self.settings.run.checkpoint_every == 0:
+                    self._save()
+        result = {"finished": self.step >= self.steps, "step": self.step, "steps": self.steps, "stopped": stopped,
+                  "resumed_from": resumed, "loss": line.get("loss"), "seconds": round(time.monotonic() - begun, 2),
+                  "warnings": monitor.warnings() if monitor else []}
+        if monitor is not None:
+            monitor.close()
+        return result
+
+    def _catch_signals(self) -> None:
+        def remember(number: int, _frame: Any) -> None:
+            self._stop = signal.Signals(number).name
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, remember)
+
+    def _agree_to_stop(self, begun: float) -> str | None:
+        """Why to stop now, the same answer in every process: one flag, reduced at each step boundary."""
+        limit = self.settings.run.max_seconds
+        late = limit is not None and time.monotonic() - begun >= limit
+        flag = torch.tensor([2 if self._stop else 1 if late else 0], device=self.device)
+        if self.world > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return (None, "time limit", "signal")[int(flag)]
+
+    def _loader(self, first: int, stop: int) -> DataLoader:
+        settings = self.settings
+        return DataLoader(
+            Samples(self.stream, self.geometry, settings),
+            batch_sampler=Positions(first, stop, settings.run.batch, self.rank, self.world),
+            num_workers=settings.run.workers,
+            collate_fn=partial(_collate, geometry=self.geometry, settings=settings),
+        )
+
+    def _next(self, batches: Iterator[Any]) -> Batch:
+        batch = next(batches)
+        if isinstance(batch, SampleCorrupt):
+            raise batch
+        return batch.to(self.device)
+
+    def _calibrate(self) -> None:
+        """Running means from the first step's samples, before anything is trained: twice, for means, then variance."""
+        if not (self.use_jepa or self.use_sig):
+            return
+        for _ in range(2):
+            for batch in itertools.islice(self._loader(0, self.global_batch), self.settings.run.accumulate):
+                if isinstance(batch, SampleCorrupt):
+                    raise batch
+                batch = batch.to(self.device)
+                self.target.mean.observe(self.target.features(batch), batch.whole.cell_M)
+                with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.bf16):
+                    context_MC = self.target.encoder(batch.voxels, batch.context).float()
+                self.context_mean.observe(context_MC, batch.context.cell_M)
+            self.target.mean.commit()
+            self.context_mean.commit()
+
+    def _one_step(self, batches: Iterator[Any]) -> dict[str, Any]:
+        """One optimizer step; returns its line of metrics.jsonl."""
+        settings = self.settings
+        begun, waited = time.perf_counter(), 0.0
+        lr = schedule.learning_rate(self.step, self.steps, settings.optimizer)
+        wd = schedule.weight_decay(self.step, self.steps, settings.optimizer)
+        momentum = schedule.ema_momentum(self.step, self.steps, settings.ema)
+        for number, group in enumerate(self.engine.optimizer.param_groups):
+            group["lr"], group["weight_decay"] = lr, wd if number == 0 else 0.0
+        logs: list[dict[str, Tensor]] = []
+        tokens: list[Tensor] = []
+        centred_KC = None
+        epoch = 0
+        for _ in range(settings.run.accumulate):
+            asked = time.perf_counter()
+            batch = self._next(batches)
+            waited += time.perf_counter() - asked
+            target_KC = None
+            if self.use_jepa:
+                feature_MC = self.target.features(batch)
+                centred_KC, target_KC = self.target.targets(feature_MC, batch)
+                self.target.mean.observe(feature_MC, batch.whole.cell_M)
+            losses: Losses = self.engine(batch, target_KC, self.context_mean.mean if self.use_sig else None, self.step)
+            if self.use_sig:
+                assert batch.context is not None
+                self.context_mean.observe(losses.context_MC, batch.context.cell_M)
+            self.engine.backward(losses.total)
+            self.engine.step()
+            logs.append(losses.logs)
+            assert batch.context is not None
+            tokens.append(torch.stack([batch.context.tokens_B.sum(), batch.whole.tokens_B.sum()]))
+            epoch = max(batch.epochs)
+        if self.use_jepa:
+            self.target.mean.commit()
+        if self.use_sig:
+            self.context_mean.commit()
+        self.target.update(self.model.encoder, momentum, _whole_parameter if settings.zero.stage == 3 else None)
+        self.step += 1
+        self.consumed += self.global_batch
+        return self._line(logs, tokens, centred_KC, epoch, lr, wd, momentum, begun, waited)
+
+    def _line(
+        self, logs: list[dict[str, Tensor]], tokens: list[Tensor], centred_KC: Tensor | None, epoch: int, lr: float,
+        wd: float, momentum: float, begun: float, waited: float,
+    ) -> dict[str, Any]:
+        """Means over micro-batches and processes, as one line of metrics.jsonl."""
+        names = ("loss", "loss_jepa", "loss_sig", "loss_mae", "trivial", "loss_cross_time", "loss_cross_location",
+                 "loss_double_cross", "gain_cross_time", "gain_cross_location", "gain_double_cross")
+        zero = torch.zeros((), device=self.device)
+        values = torch.stack([torch.stack([log.get(name, zero) for log in logs]).sum() for name in names])
+        counts = torch.tensor([sum(name in log for log in logs) for name in names], device=self.device)
+        count = torch.stack(tokens).sum(dim=0).to(self.device, torch.float32)
+        reduced = torch.cat([values.float(), counts.float(), count])
+        if self.world > 1:
+            dist.all_reduce(reduced)
+        mean = {name: float(reduced[i] / reduced[i + len(names)]) if reduced[i + len(names)] else None
+                for i, name in enumerate(names)}
+        trivial = mean.pop("trivial")
+        gain = 1 - mean["loss_jepa"] / trivial if trivial and mean["loss_jepa"] is not None else None
+        spread = rank = None
+        if centred_KC is not None and self.rank == 0:
+            spread = float(centred_KC.std(dim=0).mean())
+            rank = effective_rank(centred_KC[:_RANK_ROWS])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begun
+        norm = self.engine.get_global_grad_norm()
+        return {
+            "step": self.step, "epoch": epoch, "samples": self.consumed, **mean, "gain": gain, "lr": lr, "wd": wd,
+            "ema": momentum, "grad_norm": None if norm is None else float(norm), "target_std": spread,
+            "target_rank": rank, "seconds": seconds, "data_wait": waited / seconds,
+            "samples_per_s": self.global_batch / seconds,
+            "tokens_kept": float(reduced[-2]) / self.global_batch, "tokens_brain": float(reduced[-1]) / self.global_batch,
+            "tokens_grid": math.prod(self.geometry.tokens), "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+
+    def _save(self) -> None:
+        weights = {f"target.{name}": value for name, value in self.target.encoder.state_dict().items()}
+        for name, value in self.model.encoder.named_parameters():
+            whole = _whole_parameter(value) if self.settings.zero.stage == 3 else value
+            weights[f"encoder.{name}"] = whole
+        weights |= self.target.mean.state("target_mean") | self.context_mean.state("context_mean")
+        checkpoint.save(
+            self.engine, self.checkpoints, self.step, {"step": self.step, "consumed": self.consumed}, weights,
+            {"identity": self.identity, "zero_stage": self.settings.zero.stage}, self.settings.run.keep,
+        )
+
+    def _resume(self) -> str | None:
+        """Go on from the newest complete checkpoint, if there is one; returns its name."""
+        if self.settings.run.resume == "never":
+            return None
+        found = checkpoint.find(self.checkpoints)
+        if found is None:
+            return None
+        about = checkpoint.facts(found)
+        for name, mine in (("identity", self.identity), ("zero_stage", self.settings.zero.stage)):
+            if about[name] != mine:
+                field = "model, view, windows.k, loss or grid" if name == "identity" else "zero.stage"
+                raise ConfigError(found, field, "another setting than the run began with", about[name],
+                                  "Use the settings in the run's config.yaml, or another run.out")
+        state, weights = checkpoint.load(self.engine, found)
+        self.step, self.consumed = state["step"], state["consumed"]
+        self.target.encoder.load_state_dict({name.removeprefix("target."): value for name, value in weights.items()
+                                             if name.startswith("target.")})
+        self.target.mean.load(weights, "target_mean")
+        self.context_mean.load(weights, "context_mean")
+        return found.name
+
+
+def _whole_parameter(parameter: Tensor) -> Tensor:
+    """The whole fp32 value of a parameter that ZeRO stage 3 has spread over the processes."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    whole = safe_get_full_fp32_param(parameter)
+    assert whole is not None
+    return whole
+
+
+def _collate(samples: list[Sample | SampleCorrupt], geometry: Any, settings: PretrainSettings) -> Batch | SampleCorrupt:
+    """A batch, or the error of the first corrupt sample in it."""
+    good = [sample for sample in samples if isinstance(sample, Sample)]
+    broken = [sample for sample in samples if isinstance(sample, SampleCorrupt)]
+    return broken[0] if broken else collate(good, geometry, settings.stream)

@@ -1,0 +1,45 @@
+"""Pretrain on this machine.
+
+    python tools/pretrain.py CONFIG.yaml [key=value ...]
+
+`run.processes=2` starts two processes. A second call goes on from the newest complete checkpoint in `run.out`.
+"""
+
+from __future__ import annotations
+
+from launchers import local
+from shards.console import Parser, run, summary
+from shards.reader import Dataset
+from shards.stream import Stream
+from slim.batch import geometry_for
+from slim.config import load_config
+
+
+def main() -> int:
+    parser = Parser(__doc__.splitlines()[0],
+                    "python tools/pretrain.py configs/pretrain/lean.yaml data=DATASET run.processes=2")
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    settings = load_config(args.config, args.overrides)
+    # What can be wrong is told here, in one line, before processes are started.
+    datasets = [Dataset(item.path) for item in settings.data]
+    geometry_for(settings, datasets)
+    Stream(datasets, [item.weight for item in settings.data], "train", settings.run.seed)
+    result = local.run(local.prepare_run(settings), settings.run.processes)
+    status = int(result.pop("status"))
+    out = settings.run.out
+    facts = {"run": out, **{name: value for name, value in result.items() if value is not None}}
+    for text in result["warnings"]:
+        print(f"warning: {text}")
+    if result["finished"]:
+        following = f"python tools/probe.py {out} --data {settings.data[0].path} --task TASK.yaml"
+    else:
+        following = f"stopped by {result['stopped']} at step {result['step']} of {result['steps']}; " \
+                    "the same command goes on from there"
+    summary(facts, following, args.json)
+    return status
+
+
+if __name__ == "__main__":
+    run(main)
