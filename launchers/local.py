@@ -19,14 +19,15 @@ import yaml
 from launchers.job import CRASHED
 from shards.console import RESUME, WRONG
 from shards.errors import ConfigError, Stopped, UserError
-from shards.layout import write_atomically
+from shards.layout import dump, write_atomically
+from shards.reader import Dataset
 from slim.config import PretrainSettings
 
 _GRACE = 30.0  # seconds the other processes get once one has failed
 
 
 def prepare_run(settings: PretrainSettings) -> Path:
-    """Make the run folder and write the merged configuration, with versions and the git commit.
+    """Make the run folder; write the merged configuration (with versions and the git commit) and what the data are.
 
     Returns
     -------
@@ -45,6 +46,8 @@ def prepare_run(settings: PretrainSettings) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "zarr")}
     note = "".join(f"# {name} {number}\n" for name, number in sorted(versions.items()))
+    manifest = Dataset(settings.data[0].path).manifest
+    write_atomically(folder / "dataset.json", dump({name: value for name, value in manifest.items() if name != "shards"}))
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
     write_atomically(folder / "config.yaml", f"# merged configuration\n# commit {git_commit()}\n{note}{text}")
     return folder / "config.yaml"

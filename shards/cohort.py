@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import pandas as pd
 from nilearn.interfaces.bids import get_bids_files, parse_bids_filename
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from shards.errors import ConfigError, RunRefused
 from shards.settings import Settings, load
 
 FIELDS = ("subject", "session", "task", "run")
+SUBJECT_COLUMNS = ("participant_id", "subject", "Subject", "SUB_ID", "subject_id")
 
 
 class CohortSettings(Settings):
@@ -34,17 +35,6 @@ class CohortSettings(Settings):
     tr: float | None = Field(None, gt=0.05, le=20, description="seconds; overrides the header")
     participants: str | None = None
     filters: dict[str, str] = Field(default_factory=dict, description="layout: bids; entities to keep, {task: rest}")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> CohortSettings:
-        if self.layout == "pattern":
-            if not self.pattern or "{subject}" not in self.pattern:
-                raise ValueError("a `pattern` with {subject} for layout: pattern")
-            if self.filters:
-                raise ValueError("no `filters` with layout: pattern; narrow the pattern")
-        elif self.pattern:
-            raise ValueError("no `pattern` with layout: bids")
-        return self
 
 
 @dataclass(frozen=True)
@@ -83,14 +73,17 @@ def find_runs(path: str | Path) -> list[RunSource]:
     """
     path = Path(path)
     cohort = load(CohortSettings, path)
+    _check_consistent(path, cohort)
     root = (path.parent / cohort.root).resolve()
     if not root.is_dir():
         raise ConfigError(path, "root", f"{root}, which is no folder", "the folder that holds the runs")
     labels = _read_participants(path, cohort, root)
     found = _find_bids(path, cohort, root) if cohort.layout == "bids" else _find_pattern(path, cohort, root)
     if not found:
-        wanted = cohort.pattern or "sub-*/[ses-*/]func/*_desc-preproc_bold.nii.gz"
-        raise ConfigError(path, "root", f"no run under {root}", f"files that match {wanted}", "Check root and pattern")
+        space = "*_space-MNI*" if cohort.space == "MNI" else "*"
+        wanted = cohort.pattern or f"sub-*/[ses-*/]func/{space}_desc-preproc_bold.nii.gz"
+        keys = "root and pattern" if cohort.pattern else "root, space and filters"
+        raise ConfigError(path, "root", f"no run under {root}", f"files that match {wanted}", f"Check {keys}")
 
     runs: dict[str, RunSource] = {}
     for names, bold, confounds in found:
@@ -109,6 +102,23 @@ def find_runs(path: str | Path) -> list[RunSource]:
     return [runs[key] for key in sorted(runs)]
 
 
+def _check_consistent(path: Path, cohort: CohortSettings) -> None:
+    if cohort.layout == "bids":
+        if cohort.pattern is not None:
+            raise ConfigError(path, "pattern", cohort.pattern, "none with layout: bids", "Set layout: pattern")
+        return
+    if cohort.pattern is None or "{subject}" not in cohort.pattern:
+        raise ConfigError(path, "pattern", cohort.pattern or "nothing", "a pattern with {subject} in it")
+    if cohort.filters:
+        raise ConfigError(path, "filters", ", ".join(cohort.filters), "none with layout: pattern",
+                          "Narrow the pattern")
+
+
+def sidecar(bold: Path) -> Path:
+    """Where the BIDS sidecar of a run would lie."""
+    return bold.with_name(bold.name.split(".nii")[0] + ".json")
+
+
 def header_tr(run: RunSource, zoom: float, unit: str) -> float:
     """TR of a run in seconds: the cohort file's, else the BIDS sidecar's, else the header's.
 
@@ -122,13 +132,15 @@ def header_tr(run: RunSource, zoom: float, unit: str) -> float:
     """
     if run.tr is not None:
         return run.tr
-    sidecar = run.bold.with_name(run.bold.name.split(".nii")[0] + ".json")
-    if sidecar.is_file():
+    path = sidecar(run.bold)
+    if path.is_file():
         try:
-            value = json.loads(sidecar.read_text()).get("RepetitionTime")
-        except (json.JSONDecodeError, AttributeError):
-            raise RunRefused(sidecar, "", "unreadable JSON", "a BIDS sidecar") from None
+            value = json.loads(path.read_text()).get("RepetitionTime")
+        except (OSError, ValueError, AttributeError):
+            raise RunRefused(path, "", "unreadable JSON", "a BIDS sidecar", "Mend or remove it") from None
         if value is not None:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise RunRefused(path, "RepetitionTime", repr(value), "seconds", "Mend it") from None
             return float(value)
     return float(zoom) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1.0)
 
@@ -141,14 +153,27 @@ def _read_participants(path: Path, cohort: CohortSettings, root: Path) -> dict[s
     if table_path is None:
         raise ConfigError(path, "participants", f"{cohort.participants}, which is no file",
                           "a table beside this file or under root")
-    table = pd.read_csv(table_path, sep=None, engine="python", dtype={0: str})
-    column = next((name for name in ("participant_id", "subject", "Subject", "SUB_ID", "subject_id")
-                   if name in table.columns), None)
-    if column is None:
-        raise ConfigError(table_path, "header", f"columns {', '.join(map(str, table.columns))}",
-                          "a column participant_id", "Rename the column that names the subjects")
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return {str(row[column]).removeprefix("sub-"): {str(k): v for k, v in row.items() if k != column} for row in rows}
+    try:
+        with open(table_path, encoding="utf-8-sig") as file:
+            separator = "\t" if "\t" in file.readline() else ","
+        columns = list(pd.read_csv(table_path, sep=separator, nrows=0).columns)
+        column = next((name for name in SUBJECT_COLUMNS if name in columns), None)
+        if column is None:
+            raise ConfigError(table_path, "header", f"columns {', '.join(map(str, columns))}",
+                              "a column participant_id", "Rename the column that names the subjects")
+        # the subject as text: 0050002 is not 50002
+        table = pd.read_csv(table_path, sep=separator, dtype={column: str})
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise ConfigError(table_path, "", f"an unreadable table ({error})", "columns parted by tabs or commas",
+                          "Mend it") from None
+    labels: dict[str, dict[str, Any]] = {}
+    for row in table.astype(object).where(table.notna(), None).to_dict("records"):
+        subject = str(row.pop(column)).removeprefix("sub-")
+        own = {str(name): value for name, value in row.items()}
+        if labels.setdefault(subject, own) != own:
+            raise ConfigError(table_path, column, f"two different rows for {subject}", "one row per subject",
+                              "Keep one of them")
+    return labels
 
 
 Found = list[tuple[dict[str, str], Path, Path | None]]
@@ -201,7 +226,12 @@ def _find_pattern(path: Path, cohort: CohortSettings, root: Path) -> Found:
         raise ConfigError(path, "pattern", f"{{{sorted(unknown)[0]}}}", f"only {{{'}, {'.join(FIELDS)}}}")
     regex = pattern_regex(cohort.pattern)
     result: Found = []
-    for bold in sorted(root.glob(re.sub(r"\{\w+\}", "*", cohort.pattern))):
+    try:
+        candidates = sorted(root.glob(re.sub(r"\{\w+\}", "*", cohort.pattern)))
+    except (NotImplementedError, ValueError):  # an absolute path, or ** beside other characters
+        raise ConfigError(path, "pattern", cohort.pattern, "a path relative to root, with ** as a whole folder name only"
+                          ) from None
+    for bold in candidates:
         match = regex.match(bold.relative_to(root).as_posix())
         if match and bold.is_file():
             result.append((match.groupdict(), bold, None))
@@ -221,9 +251,10 @@ def _find_mask(path: Path, cohort: CohortSettings, root: Path, names: dict[str, 
         return None
     try:
         relative = cohort.mask.format(**names)
-    except (KeyError, IndexError, ValueError):
-        raise ConfigError(path, "mask", cohort.mask, f"only the fields of the pattern: {', '.join(names)}") from None
-    matches = [root / relative] if (root / relative).is_file() else sorted(root.glob(relative.lstrip("/")))
+        beside = [root / relative] if (root / relative).is_file() else sorted(root.glob(relative.lstrip("/")))
+    except (KeyError, IndexError, ValueError, AttributeError):
+        raise ConfigError(path, "mask", cohort.mask, f"a path with the fields {', '.join(names)} or globs") from None
+    matches = beside
     if not matches and (path.parent / relative).is_file():
         matches = [path.parent / relative]
     if len(matches) > 1:

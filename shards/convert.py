@@ -9,12 +9,13 @@ Legend: T frames of the run, F frames of a window, W windows, K kept windows, P 
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,7 +26,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from shards import layout, writer
-from shards.cohort import RunSource, find_runs
+from shards.cohort import RunSource, find_runs, sidecar
 from shards.console import progress
 from shards.errors import ConfigError, DatasetError, RunRefused, Stopped
 from shards.harmonise import GridSettings, harmonise
@@ -123,6 +124,7 @@ class Conversion:
         self.hash = digest(self.configuration)
         self.work = self.folder / layout.WORK
         self.previous: Dataset | None = None
+        self.before: dict[str, dict[str, Any]] = {}  # its sessions by key
         self.runs: list[RunSource] = []
         self.splits: dict[tuple[str, str], str] = {}
 
@@ -130,12 +132,17 @@ class Conversion:
         """Finish what a killed run left, and refuse to mix two configurations in one folder."""
         if self.folder.exists() and not self.folder.is_dir():
             raise DatasetError(self.folder, "--out", "a file", "a folder")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not self.work.exists() \
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DatasetError(self.folder, "--out", error.strerror, "a folder that can be written") from None
+        if any(self.folder.iterdir()) and not self.work.exists() \
                 and not (self.folder / layout.MANIFEST).exists():
             raise DatasetError(self.folder, "--out", "a folder with other files", "a new folder or a dataset")
         writer.finish_commit(self.folder)
         if (self.folder / layout.MANIFEST).exists():
             self.previous = Dataset(self.folder)
+            self.before = {line["key"]: line for line in self.previous.sessions}
             self._same_configuration(self.previous.manifest["configuration_hash"])
         stamp = self.work / "configuration"
         if stamp.exists():
@@ -197,8 +204,7 @@ class Conversion:
                 with np.load(path) as arrays:
                     series.append((arrays["roi"], arrays["roi_centre"]))
             elif self._done(run):
-                line = next(line for line in self._require_previous().sessions if line["key"] == run.key)
-                arrays = self._require_previous().read(line, ("roi", "roi_centre"))
+                arrays = self._done_arrays(run, ("roi", "roi_centre"))
                 series.append((arrays["roi"], arrays["roi_centre"]))
         return series
 
@@ -218,17 +224,19 @@ class Conversion:
             The manifest.
         """
         sessions, failed = [], []
-        before = {line["key"]: line for line in self.previous.sessions} if self.previous else {}
+        if self.previous is not None and self.previous.manifest["ranker"] != identity:
+            raise DatasetError(self.folder, "ranker", "another extractor than the one its sessions were ranked with",
+                               "the extractor of the sessions already there", "Restore it, or give another --out")
         for run in self.runs:
             meta_path, _ = writer.member_paths(self.folder, run.key)
-            refused = layout.read_lines(self.work / "failed" / f"{run.key}.json")
-            if refused:
+            refused = layout.read_lines(self._refusal(run))
+            if refused and refused[0]["fingerprint"] == fingerprint(run):
                 failed += refused
                 continue
             if not self._done(run):
-                raise DatasetError(self.folder, "--only pack", f"{run.key} neither ranked nor refused",
-                                   "all runs ranked", "Run it without --only")
-            meta = layout.read_lines(meta_path)[0] if meta_path.exists() else before[run.key]
+                raise DatasetError(self.folder, "--only", f"{run.key} neither ranked nor refused",
+                                   "all runs ranked before they are packed", "Run it without --only")
+            meta = layout.read_lines(meta_path)[0] if meta_path.exists() else self.before[run.key]
             sessions.append({**meta, "split": self.splits[run.cohort, run.subject]})
         if not sessions:
             first = failed[0]
@@ -236,6 +244,7 @@ class Conversion:
                                "at least one", "See failed runs above")
         failed.sort(key=lambda line: line["key"])
         if self.previous is not None and not self._changed(sessions, failed):
+            self._clean()
             return self.previous.manifest
         settings = self.settings
         grid = settings.grid.grid()
@@ -251,9 +260,13 @@ class Conversion:
         with progress("pack", len(sessions), "sessions") as advance:
             manifest = writer.pack(self.folder, sessions, failed, manifest, int(settings.shards.mb * 1e6),
                                    self._members, advance)
+        self._clean()
+        return manifest
+
+    def _clean(self) -> None:
+        """Remove what the dataset now holds."""
         for name in ("members", "harmonised", "failed"):
             shutil.rmtree(self.work / name, ignore_errors=True)
-        return manifest
 
     def refused(self) -> list[dict[str, Any]]:
         """Lines of the refused runs, before they are packed or after."""
@@ -279,9 +292,17 @@ class Conversion:
             file.seek(session["zarr_offset"])
             return meta, file.read(session["zarr_size"])
 
-    def _require_previous(self) -> Dataset:
+    def _done_arrays(self, run: RunSource, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Arrays of a finished session, from `work/` or from the dataset as it is."""
+        _, data_path = writer.member_paths(self.folder, run.key)
+        if data_path.exists():
+            with open(data_path, "rb") as file:
+                return layout.unpack(file, str(data_path), names)
         assert self.previous is not None
-        return self.previous
+        return self.previous.read(self.before[run.key], names)
+
+    def _refusal(self, run: RunSource) -> Path:
+        return self.work / "failed" / f"{run.key}.json"
 
     def _harmonised(self, run: RunSource) -> Path:
         return self.work / "harmonised" / f"{run.key}.npz"
@@ -290,22 +311,20 @@ class Conversion:
         """Whether a run's members are written, here or in the dataset, from the source as it is now."""
         meta_path, data_path = writer.member_paths(self.folder, run.key)
         lines = layout.read_lines(meta_path) if meta_path.exists() and data_path.exists() else []
-        if self.previous is not None:
-            lines += [line for line in self.previous.sessions if line["key"] == run.key]
+        lines += [self.before[run.key]] if run.key in self.before else []
         return bool(lines) and lines[0]["fingerprint"] == fingerprint(run)
 
     def _map(self, step: str, runs: list[RunSource], ranker: Ranker | None) -> None:
         """Run `_convert` over runs in worker processes; a refused run is written down and the rest goes on."""
         if not runs:
             return
-        failures = self.work / "failed"
         context = multiprocessing.get_context("spawn")
         # One thread per process: the processes are the parallelism, and sums come out the same at any worker count.
         threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
         os.environ.update(dict.fromkeys(threads, "1"))
         try:
             with progress(step, len(runs), "runs") as advance, \
-                    ProcessPoolExecutor(min(self.workers, len(runs)), mp_context=context) as pool:
+                    ProcessPoolExecutor(min(self.workers, len(runs)), context, _end_with_parent) as pool:
                 queue = list(reversed(runs))
                 pending: dict[Future, RunSource] = {}
                 while queue or pending:
@@ -317,15 +336,20 @@ class Conversion:
                         run = pending.pop(future)
                         try:
                             refused = future.result()
-                        except BrokenProcessPool:
-                            raise Stopped(f"a worker process died during {step}, perhaps for want of memory; the same "
-                                          "command goes on from there, with fewer --workers if need be") from None
-                        note = failures / f"{run.key}.json"
+                        except OSError as error:
+                            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                                raise
+                            raise Stopped(f"no space left in {self.folder} for {run.key}; make room, then the same "
+                                          "command goes on from there") from None
+                        note = self._refusal(run)
                         if refused is None:
                             note.unlink(missing_ok=True)
                         else:
                             layout.write_atomically(note, layout.dump(refused) + "\n")
                         advance(1, run.key if refused is None else f"{run.key} refused: {refused['reason']}")
+        except BrokenProcessPool:
+            raise Stopped(f"a worker process died during {step}, perhaps for want of memory; the same command goes "
+                          "on from there, with fewer --workers if need be") from None
         finally:
             for name, value in threads.items():
                 if value is None:
@@ -342,8 +366,20 @@ def fingerprint(run: RunSource) -> str:
         stat = path.stat()
         return [path.name, stat.st_size, stat.st_mtime_ns]
 
-    return digest([run.key, run.source, stamp(run.bold), stamp(run.mask), stamp(run.confounds), run.tr, run.space,
-                   run.labels])[:16]
+    files = [stamp(path) for path in (run.bold, run.mask, run.confounds, sidecar(run.bold))]
+    return digest([run.key, run.source, files, run.tr, run.space, run.labels])[:16]
+
+
+def _end_with_parent() -> None:
+    """Have a worker process end when the process that started it is gone, killed perhaps."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _is_current(path: Path, run: RunSource) -> bool:
@@ -368,9 +404,8 @@ def _convert(
         else:
             arrays, meta = _harmonised_arrays(run, settings, parcels)
         if ranker is None:
-            buffer = io.BytesIO()
-            np.savez(buffer, **arrays, meta=layout.dump(meta), fingerprint=stamp)  # type: ignore[arg-type]
-            layout.write_atomically(path, buffer.getvalue())
+            everything: dict[str, Any] = {**arrays, "meta": layout.dump(meta), "fingerprint": stamp}
+            layout.write_atomically(path, lambda file: np.savez(file, **everything))
             return None
         data = layout.pack(_ranked(run, arrays, settings, ranker))
         meta |= {"fingerprint": stamp, "zarr_size": len(data), "n_kept": min(settings.windows.keep, meta["n_windows"])}
@@ -417,9 +452,13 @@ def _ranked(
     """The arrays of a sample: the K most salient windows in rank order; of equal scores the earlier comes first."""
     frames = settings.windows.frames
     windows = arrays["windows"]
-    scores_W = np.asarray(ranker.scores(arrays["roi"], arrays["roi_centre"], frames), np.float32)
+    try:
+        scores_W = np.asarray(ranker.scores(arrays["roi"], arrays["roi_centre"], frames), np.float32)
+    except RunRefused as refused:  # the ranker does not know which run it scores
+        raise RunRefused(run.source, refused.field, refused.got, refused.expected, refused.hint) from None
     if scores_W.shape != (len(windows),) or not np.isfinite(scores_W).all():
-        raise RunRefused(run.source, "saliency", f"scores that are not {len(windows)} finite numbers", "a score per window")
+        raise RunRefused(run.source, "saliency", f"scores that are not {len(windows)} finite numbers",
+                         "a score per window")
     rank_K = np.lexsort((np.arange(len(scores_W)), -scores_W))[: settings.windows.keep]
     return {
         **{name: values for name, values in arrays.items() if name != "windows"},

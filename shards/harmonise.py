@@ -11,6 +11,8 @@ V voxels of a patch; 3 the axes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ import nibabel as nib
 import numpy as np
 from nilearn.masking import compute_epi_mask
 from pydantic import Field, model_validator
-from scipy import ndimage
+from scipy import ndimage, sparse
 from scipy.interpolate import make_interp_spline
 
 from shards import patches, quality
@@ -28,6 +30,8 @@ from shards.grid import Grid
 from shards.settings import Settings
 
 VOXEL_BLOCK = 16384  # voxels resampled in time at once
+FRAME_BLOCK = 16  # frames resampled in space at once
+ROUNDING = 1e-6  # what interpolation in float32 adds to a constant signal, relative to it
 
 
 class GridSettings(Settings):
@@ -122,8 +126,9 @@ def harmonise(run: RunSource, settings: GridSettings) -> Harmonised:
     raw_TN, tr = _resample_time(source_TN, source_tr, settings)
     del source_TN
 
+    mean_N, variance_N = quality.mean_and_variance(raw_TN)
     facts: dict[str, Any] = {
-        **quality.of_run(raw_TN, brain_voxel_ml=grid.mm**3 / 1000),
+        **quality.of_run(raw_TN, mean_N, variance_N, brain_voxel_ml=grid.mm**3 / 1000),
         "mask_outside_grid": round(outside, 4),
         "mask_source": mask_source,
         "space": run.space,
@@ -132,7 +137,7 @@ def harmonise(run: RunSource, settings: GridSettings) -> Harmonised:
         facts["centred_by_mm"] = [round(float(value), 2) for value in moved_mm]
     if run.confounds is not None:
         facts["mean_fd_mm"] = quality.mean_framewise_displacement(run.confounds)
-    return _normalise(run, raw_TN, brain_XYZ, grid, tr, source_tr, facts)
+    return _normalise(run, raw_TN, mean_N, variance_N, brain_XYZ, grid, tr, source_tr, facts)
 
 
 def _open(run: RunSource) -> nib.Nifti1Image:
@@ -160,9 +165,11 @@ def _mask(run: RunSource, image: nib.Nifti1Image) -> tuple[nib.Nifti1Image, str]
     if run.mask is None:
         # nilearn's EPI mask of the mean of at most 100 frames spread over the run: enough for a stable mean image
         frames = np.unique(np.linspace(0, image.shape[3] - 1, min(100, image.shape[3])).astype(int))
-        data = _frames(image, run, frames)
+        mean = np.zeros(image.shape[:3])
+        for volume in _volumes(image, run, frames):
+            mean += volume / len(frames)
         try:
-            mask = compute_epi_mask(nib.Nifti1Image(data.mean(axis=3), image.affine))
+            mask = compute_epi_mask(nib.Nifti1Image(mean.astype(np.float32), image.affine))
         except Exception as error:
             raise RunRefused(run.source, "mask", f"none could be computed ({error})", "a brain in the image",
                              "Give a `mask` in the cohort file") from None
@@ -179,6 +186,9 @@ def _mask(run: RunSource, image: nib.Nifti1Image) -> tuple[nib.Nifti1Image, str]
             values = values[..., 0]
         if values.ndim != 3:
             raise RunRefused(run.source, "mask", f"{run.mask} with {values.ndim} dimensions", "three dimensions")
+        if not int(mask.header["qform_code"]) and not int(mask.header["sform_code"]):
+            raise RunRefused(run.source, "mask", f"{run.mask} with qform_code and sform_code 0: position unknown",
+                             "a code above 0", "Restore the mask's header")
         mask = nib.Nifti1Image((values > 0.5).astype(np.uint8), mask.affine)
         source = run.mask.name
     if not (mask.get_fdata() > 0.5).any():
@@ -186,12 +196,40 @@ def _mask(run: RunSource, image: nib.Nifti1Image) -> tuple[nib.Nifti1Image, str]
     return mask, source
 
 
-def _frames(image: nib.Nifti1Image, run: RunSource, frames: np.ndarray) -> np.ndarray:
-    """Some frames of a run, float32, (x, y, z, len(frames))."""
+def _volumes(image: nib.Nifti1Image, run: RunSource, frames: Iterable[int]) -> Iterator[np.ndarray]:
+    """Frames of a run one by one, float32 (x, y, z), checked to be finite.
+
+    The file is read front to back, one frame in memory at a time, whether it is compressed or not.
+    """
+    proxy: Any = image.dataobj
+    shape, dtype = image.shape[:3], image.dataobj.dtype
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.kind not in "iuf":
+        raise RunRefused(run.source, "datatype", f"complex or colour values ({dtype})", "real numbers")
+    wanted = set(map(int, frames))
     try:
-        return np.asarray(image.dataobj[..., frames], np.float32)
-    except Exception as error:
-        raise RunRefused(run.source, "data", f"unreadable ({error})", "a complete file", "Copy it again") from None
+        with image.file_map["image"].get_prepare_fileobj("rb") as file:
+            file.seek(proxy.offset)
+            for frame in range(image.shape[3]):
+                data = file.read(size)
+                if len(data) < size:
+                    raise EOFError(f"it ends in frame {frame} of {image.shape[3]}")
+                if frame not in wanted:
+                    continue
+                stored = np.frombuffer(data, dtype).reshape(shape, order="F")
+                volume = stored * np.float64(proxy.slope) + np.float64(proxy.inter)
+                with np.errstate(over="ignore"):
+                    volume = volume.astype(np.float32)
+                if not np.isfinite(volume).all():
+                    raise RunRefused(run.source, "data", f"NaN or Inf in frame {frame}", "finite values",
+                                     "Repair the preprocessing, or leave the run out")
+                yield volume
+            file.read(1)  # the end of a gzip file, where its checksum is compared
+    except RunRefused:
+        raise
+    except Exception as error:  # gzip, zlib and nibabel raise many types for damaged files
+        raise RunRefused(run.source, "data", f"unreadable ({error})", "a complete file",
+                         "Copy it again") from None
 
 
 def _resample_mask(mask: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
@@ -236,33 +274,46 @@ def _resample_space(
     aligned = not sigma.any() and bool(np.abs(place_3N - rounded).max() < 1e-3)
     if aligned:
         index = tuple(np.clip(rounded, 0, np.array(image.shape[:3])[:, None] - 1).astype(np.intp))
+    else:
+        weights_NS = _spline_weights(place_3N, image.shape[:3])
     out_TN = np.empty((image.shape[3], place_3N.shape[1]), np.float32)
-    # A gzipped file is decompressed once, into its stored type (mostly int16); a plain one is read frame by frame.
-    proxy: Any = image.dataobj
-    whole = None
-    slope, inter = 1.0, 0.0
-    if str(run.bold).endswith((".gz", ".bz2")):
-        try:
-            whole = np.asanyarray(proxy.get_unscaled())
-        except Exception as error:
-            raise RunRefused(run.source, "data", f"unreadable ({error})", "a complete file", "Copy it again") from None
-        slope, inter = float(proxy.slope), float(proxy.inter)
-    for frame in range(image.shape[3]):
-        if whole is not None:
-            volume = whole[..., frame].astype(np.float32) * np.float32(slope) + np.float32(inter)
-        else:
-            volume = _frames(image, run, np.array([frame]))[..., 0]
-        if not np.isfinite(volume).all():
-            raise RunRefused(run.source, "data", f"NaN or Inf in frame {frame}", "finite values",
-                             "Repair the preprocessing, or leave the run out")
+    coefficients_SB = np.empty((math.prod(image.shape[:3]), FRAME_BLOCK), np.float32)
+    for frame, volume in enumerate(_volumes(image, run, range(image.shape[3]))):
         if sigma.any():
             volume = ndimage.gaussian_filter(volume, sigma, mode="nearest")
         if aligned:
             out_TN[frame] = volume[index]
-        else:
-            spline = ndimage.spline_filter(volume, order=3, output=np.float32, mode="nearest")
-            ndimage.map_coordinates(spline, place_3N, out_TN[frame], order=3, mode="nearest", prefilter=False)
+            continue
+        filled = frame % FRAME_BLOCK + 1
+        coefficients_SB[:, filled - 1] = ndimage.spline_filter(volume, 3, np.float32, "mirror").ravel()
+        if filled == FRAME_BLOCK or frame + 1 == len(out_TN):
+            out_TN[frame + 1 - filled : frame + 1] = (weights_NS @ coefficients_SB[:, :filled]).T
     return out_TN
+
+
+def _spline_weights(place_3N: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_array:
+    """Cubic B-spline interpolation as a sparse matrix (N, S): times the coefficients, it gives the values.
+
+    The weights are the same in every frame: computed once, they make interpolation several times faster than
+    `ndimage.map_coordinates` frame by frame. Places outside the lattice take the value at its border.
+    """
+    flat_N444, weight_N444 = np.zeros((1, 1, 1, 1), np.int32), np.ones((1, 1, 1, 1), np.float32)
+    for axis, size in enumerate(shape):
+        place_N = np.clip(place_3N[axis], 0, size - 1)
+        below_N = np.floor(place_N)
+        t_N = place_N - below_N
+        weight_N4 = np.stack([(1 - t_N) ** 3, 3 * t_N**3 - 6 * t_N**2 + 4,
+                              3 * (1 - t_N) ** 3 - 6 * (1 - t_N) ** 2 + 4, t_N**3], axis=1) / 6
+        # beyond the ends the coefficients are mirrored, as `ndimage.spline_filter` takes them to be
+        period = max(1, 2 * (size - 1))
+        index_N4 = (below_N[:, None].astype(np.int32) + np.arange(-1, 3, dtype=np.int32)) % period
+        index_N4 = np.where(index_N4 >= size, period - index_N4, index_N4)
+        taps = [len(place_N), 1, 1, 1]
+        taps[1 + axis] = 4
+        flat_N444 = flat_N444 * np.int32(size) + index_N4.reshape(taps)
+        weight_N444 = weight_N444 * weight_N4.astype(np.float32).reshape(taps)
+    rows = np.arange(0, weight_N444.size + 1, 64)
+    return sparse.csr_array((weight_N444.ravel(), flat_N444.ravel(), rows), (place_3N.shape[1], math.prod(shape)))
 
 
 def _resample_time(source_TN: np.ndarray, source_tr: float, settings: GridSettings) -> tuple[np.ndarray, float]:
@@ -272,25 +323,29 @@ def _resample_time(source_TN: np.ndarray, source_tr: float, settings: GridSettin
         return source_TN, source_tr
     seconds = np.arange(len(source_TN)) * source_tr
     wanted = np.arange(int(np.floor(seconds[-1] / settings.tr + 1e-9)) + 1) * settings.tr
+    # Interpolation is linear in the series and the same for every voxel: the splines through unit impulses, whose
+    # influence fades by a factor of 3.7 per frame, are a banded matrix.
+    impulse_TT = make_interp_spline(seconds, np.eye(len(seconds)), k=3)(wanted)
+    weights_TT = sparse.csr_array(np.where(np.abs(impulse_TT) > 1e-9, impulse_TT, 0).astype(np.float32))
     out_TN = np.empty((len(wanted), source_TN.shape[1]), np.float32)
     for first in range(0, source_TN.shape[1], VOXEL_BLOCK):
         block = slice(first, first + VOXEL_BLOCK)
-        out_TN[:, block] = make_interp_spline(seconds, source_TN[:, block], k=3)(wanted)
+        mean_B = source_TN[:, block].mean(axis=0)  # apart, or the fluctuation would lose digits beside it
+        out_TN[:, block] = weights_TT @ (source_TN[:, block] - mean_B) + mean_B
     return out_TN, settings.tr
 
 
 def _normalise(
-    run: RunSource, raw_TN: np.ndarray, brain_XYZ: np.ndarray, grid: Grid, tr: float, source_tr: float,
-    facts: dict[str, Any],
+    run: RunSource, raw_TN: np.ndarray, mean_N: np.ndarray, variance_N: np.ndarray, brain_XYZ: np.ndarray,
+    grid: Grid, tr: float, source_tr: float, facts: dict[str, Any],
 ) -> Harmonised:
     """Global z-score inside the mask, split into baseline and fluctuation, gathered into patches."""
-    mean_N = raw_TN.mean(axis=0, dtype=np.float64)
-    variance_N = raw_TN.var(axis=0, dtype=np.float64)
     mean = float(mean_N.mean())
     # the run's SD over all brain voxels and frames: within-voxel plus between-voxel variance
     sd = float(np.sqrt(variance_N.mean() + mean_N.var()))
-    if not sd > 1e-12 * max(abs(mean), 1e-30) or not variance_N.max() > 0:
-        raise RunRefused(run.source, "data", "the same value everywhere", "a signal that varies")
+    if not float(np.sqrt(variance_N.mean())) > ROUNDING * np.abs(mean_N).max():
+        raise RunRefused(run.source, "data", "the same volume in every frame", "a signal that varies in time",
+                         "Leave the run out")
     patch_P3 = patches.patch_places(brain_XYZ, grid.patch)
     slots_N = patches.voxel_slots(brain_XYZ, patch_P3, grid.patch)
     size = len(patch_P3) * grid.voxels

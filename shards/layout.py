@@ -22,9 +22,9 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import zarr
@@ -58,12 +58,13 @@ ARRAYS: dict[str, tuple[str, bool]] = {
 _COMPRESSOR = {"cname": "zstd", "clevel": 3, "shuffle": "shuffle"}
 _PRECISION = 1e-3  # largest RMS error of a stored voxel, in units of its own SD
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+DAMAGED = "Copy the dataset again, or convert it anew into another folder"
 
 
 def encode_windows(windows_KFPV: np.ndarray, spread_PV: np.ndarray) -> dict[str, np.ndarray]:
     """Fluctuation as stored: float16 where it keeps every voxel to 1e-3 of its SD (RMS), else int16 with `scale`."""
-    small = windows_KFPV.astype(np.float16)
     with np.errstate(invalid="ignore", over="ignore"):
+        small = windows_KFPV.astype(np.float16)
         error_PV = np.sqrt(np.mean(np.square(small.astype(np.float32) - windows_KFPV), axis=(0, 1)))
     if np.isfinite(small).all() and (error_PV <= _PRECISION * spread_PV).all():
         return {"windows": small}
@@ -85,6 +86,7 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
         group.create_array(
             name, data=values, chunks=(1, *values.shape[1:]) if chunked else values.shape,
             compressors=BloscCodec(typesize=values.dtype.itemsize, **_COMPRESSOR), fill_value=0,
+            config={"write_empty_chunks": True},  # so a chunk that is not there is a damage, never zeros
         )
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
@@ -133,46 +135,59 @@ def unpack(
             members = set(archive.namelist())
             present = [name for name in ARRAYS if f"{name}/zarr.json" in members]
             load = [name for name in present if name in wanted or (name == "scale" and "windows" in wanted)]
-            rows = None
-            if windows is not None:
-                rows = [int(row) for row in windows]
-                chunks = {f"windows/c/{row}/0/0/0" for row in rows}
-            keep = {"zarr.json"}
-            for name in load:
-                keep |= {member for member in members if member.startswith(f"{name}/")
-                         and (name != "windows" or rows is None or member.endswith("zarr.json") or member in chunks)}
+            rows = None if windows is None else [int(row) for row in windows]
             prototype = default_buffer_prototype()
-            store = MemoryStore({name: prototype.buffer.from_bytes(archive.read(name)) for name in sorted(keep)})
-        group = zarr.open_group(store, mode="r")
-        out: dict[str, np.ndarray] = {}
-        for name in load:
-            array: Any = group[name]
-            if name == "windows" and rows is not None:
-                if max(rows, default=0) >= array.shape[0]:
-                    raise SampleCorrupt(where, "windows", f"{array.shape[0]} windows", f"more than {max(rows)}")
-                out[name] = np.stack([array[row] for row in rows]) if rows else array[:0]
-            else:
-                out[name] = array[...]
+            store = MemoryStore()
+
+            def fetch(member: str) -> None:
+                sync(store.set(member, prototype.buffer.from_bytes(archive.read(member))))
+
+            fetch("zarr.json")
+            for name in load:
+                fetch(f"{name}/zarr.json")
+            group = zarr.open_group(store, mode="r")
+            out: dict[str, np.ndarray] = {}
+            for name in load:
+                array: Any = group[name]
+                last = "/0" * (array.ndim - 1)
+                if not ARRAYS[name][1]:
+                    fetch(f"{name}/c/0{last}")
+                    out[name] = array[...]
+                    continue
+                wanted_rows = range(array.shape[0]) if rows is None else rows
+                for row in set(wanted_rows):
+                    if not 0 <= row < array.shape[0]:
+                        raise SampleCorrupt(where, name, f"{array.shape[0]} windows", f"window {row} among them")
+                    fetch(f"{name}/c/{row}{last}")
+                out[name] = np.stack([array[row] for row in wanted_rows]) if len(wanted_rows) else array[:0]
     except SampleCorrupt:
         raise
     except Exception as error:  # zipfile, zarr and blosc raise many types for damaged bytes
         raise SampleCorrupt(where, ZARR_MEMBER, f"unreadable bytes ({type(error).__name__}: {error})",
-                            "a sample as it was written", "Run make_shards.py again for this dataset") from None
-    missing = [name for name in (names or ()) if name not in out]
+                            "a sample as it was written", DAMAGED) from None
+    missing = [name for name in wanted if name not in out and name != "scale"]
     if missing:
-        raise SampleCorrupt(where, ZARR_MEMBER, f"no array {missing[0]}", f"arrays {', '.join(wanted)}")
+        raise SampleCorrupt(where, ZARR_MEMBER, f"no array {missing[0]}", f"arrays {', '.join(wanted)}", DAMAGED)
     scale = out.pop("scale", None)
-    if scale is not None and "windows" in out:
+    if "windows" in out and out["windows"].dtype == np.int16:
+        if scale is None:
+            raise SampleCorrupt(where, ZARR_MEMBER, "no array scale", "the scale of int16 windows", DAMAGED)
         out["windows"] = out["windows"].astype(np.float32) * scale
     return out
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file so that it is either there whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+def write_atomically(path: Path, data: bytes | str | Callable[[BinaryIO], None]) -> None:
+    """Write a file so that it is there whole or not at all: temporary name, fsync, rename, fsync of the folder.
+
+    `data` is its content, or a function that writes it to an open file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        if callable(data):
+            data(file)
+        else:
+            file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)

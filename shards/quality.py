@@ -13,12 +13,29 @@ import pandas as pd
 from shards.errors import RunRefused
 
 
-def of_run(raw_TN: np.ndarray, brain_voxel_ml: float) -> dict[str, float | int]:
+VOXEL_BLOCK = 16384  # voxels whose moments are taken at once
+
+
+def mean_and_variance(raw_TN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance over time of every voxel, float64 (N,), without a second copy of the run."""
+    mean_N, variance_N = np.empty((2, raw_TN.shape[1]))
+    for first in range(0, raw_TN.shape[1], VOXEL_BLOCK):
+        block = slice(first, first + VOXEL_BLOCK)
+        values_TB = raw_TN[:, block].astype(np.float64)
+        mean_N[block], variance_N[block] = values_TB.mean(axis=0), values_TB.var(axis=0)
+    return mean_N, variance_N
+
+
+def of_run(
+    raw_TN: np.ndarray, mean_N: np.ndarray, variance_N: np.ndarray, brain_voxel_ml: float
+) -> dict[str, float | int]:
     """Quality of a harmonised run before normalisation.
 
     Parameters
     ----------
     raw_TN : float32 (T, N)
+    mean_N, variance_N : float64 (N,)
+        Its `mean_and_variance`.
     brain_voxel_ml : float
         Volume of a voxel in ml.
 
@@ -29,8 +46,7 @@ def of_run(raw_TN: np.ndarray, brain_voxel_ml: float) -> dict[str, float | int]:
         above the third quartile by more than 1.5 interquartile ranges (the box-plot rule of FSL's fsl_motion_outliers);
         `brain_ml`, the volume of the mask.
     """
-    mean_N = raw_TN.mean(axis=0, dtype=np.float64)
-    sd_N = raw_TN.std(axis=0, dtype=np.float64)
+    sd_N = np.sqrt(variance_N)
     alive = sd_N > 0
     tsnr = float(np.median(np.abs(mean_N[alive]) / sd_N[alive])) if alive.any() else 0.0
     change_T = dvars(raw_TN)
@@ -54,7 +70,7 @@ def dvars(raw_TN: np.ndarray) -> np.ndarray:
 
 
 def mean_framewise_displacement(confounds: Path) -> float | None:
-    """Mean framewise displacement (mm) in an fMRIPrep confounds table; None where it has no such column.
+    """Mean framewise displacement (mm) in an fMRIPrep confounds table; None where it names none.
 
     Raises
     ------
@@ -67,4 +83,5 @@ def mean_framewise_displacement(confounds: Path) -> float | None:
         raise RunRefused(confounds, "", f"an unreadable table ({error})", "tab-separated confounds") from None
     if "framewise_displacement" not in table:
         return None
-    return round(float(table["framewise_displacement"].mean()), 4)
+    mean = pd.to_numeric(table["framewise_displacement"], errors="coerce").mean()
+    return round(float(mean), 4) if np.isfinite(mean) else None

@@ -79,7 +79,7 @@ class Dataset:
             size = path.stat().st_size if path.is_file() else None
             if size != shard["bytes"]:
                 got = "no such file" if size is None else f"{size} bytes"
-                raise DatasetError(path, "", got, f"{shard['bytes']} bytes", "Copy the dataset again or rerun make_shards.py")
+                raise DatasetError(path, "", got, f"{shard['bytes']} bytes", layout.DAMAGED)
 
     @property
     def grid(self) -> Grid:

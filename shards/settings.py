@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -78,8 +78,11 @@ def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Names a key at `location` could have had."""
     current: Any = model
     for part in location[:-1]:
-        field = getattr(current, "model_fields", {}).get(part)
-        current = getattr(field, "annotation", None)
+        if isinstance(part, str):  # the number of an item leaves the model of the items
+            field = getattr(current, "model_fields", {}).get(part)
+            current = getattr(field, "annotation", None)
+        while get_args(current):  # tuple[Item, ...], Item | None
+            current = get_args(current)[0]
     return list(getattr(current, "model_fields", {}))
 
 
@@ -101,7 +104,8 @@ def check(model: type[S], tree: dict[str, Any], where: str | Path) -> S:
             known = _known_keys(model, location)
             near = difflib.get_close_matches(str(location[-1]), known, n=1)
             hint = f"Did you mean {near[0]}?" if near else "Remove it or correct its name"
-            raise ConfigError(where, field, "an unknown key", f"one of {', '.join(known)}", hint) from None
+            expected = f"one of {', '.join(known)}" if known else "no such key"
+            raise ConfigError(where, field, "an unknown key", expected, hint) from None
         if first["type"] == "missing":
             raise ConfigError(where, field, "nothing", "a value", "Add this key") from None
         expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")

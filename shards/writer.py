@@ -70,6 +70,7 @@ def pack(
             shards.append({"name": path.name, "split": split, "samples": len(part), "bytes": path.stat().st_size,
                            "sha256": _sha256(path)})
             lines += _locate(path, part)
+    layout.sync_folder(following / layout.SHARDS)
     lines.sort(key=lambda line: line["key"])
     counts = Counter(line["split"] for line in lines)
     subjects = {split: len({(line["cohort"], line["subject"]) for line in lines if line["split"] == split})

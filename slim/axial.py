@@ -113,8 +113,8 @@ class _AxialBlock(nn.Module):
         self.space_norm, self.time_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
         self.space_qkv, self.time_qkv = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
         self.space_out, self.time_out = nn.Linear(width, width), nn.Linear(width, width)
-        # Each head starts with a reach of its own (arXiv 2108.12409): near windows matter most, and finding that
-        # out from a flat start takes longer than all the rest of the training.
+        # Each head starts with a reach of its own (arXiv 2108.12409): near windows matter most, and finding
+        # that out from a flat start takes longer than all the rest of the training.
         reach_H = 2.0 ** torch.arange(heads).sub(1)
         distance = torch.arange(1 - crop, crop).abs()
         self.time_bias = nn.Parameter(-distance / reach_H[:, None])

@@ -52,8 +52,8 @@ class Targets:
     ----------
     cell_K, sample_K, kind_K : cell, sample and kind of each target, sample by sample
     row_K : row of each target among the cells of the whole-brain plan
-    joint : attention over context and targets of a sample together
-    joint_J : rows of cat(context, targets) in the order `joint` expects; back_K the targets' rows in that order
+    joint, slots : attention over context and targets of a sample together, and over those of one slot
+    joint_J : rows of cat(context, targets) in the order both expect; back_K the targets' rows in that order
     rebuilt_G : targets whose voxels are rebuilt; value_GE rows of their tokens in the voxel table, -1 where none is;
     patch_GE : rows in the patch table, likewise
     """
@@ -63,6 +63,7 @@ class Targets:
     kind_K: Tensor
     row_K: Tensor
     joint: Segments
+    slots: Segments
     joint_J: Tensor
     back_K: Tensor
     rebuilt_G: Tensor
@@ -221,11 +222,14 @@ def _targets(
     row_K = by[np.searchsorted(number_M[by], sample_K * cells + cell_K)]
 
     sample_C = context.sample_M.numpy()
-    joint_sample = np.concatenate([sample_C, sample_K])
-    joint_J = np.argsort(joint_sample, kind="stable")
+    slot_J = np.concatenate([context.cell_M.numpy(), cell_K]) // prod(geometry.cells[1:])
+    row_J = np.concatenate([sample_C, sample_K]) * geometry.cells[0] + slot_J
+    joint_J = np.argsort(row_J, kind="stable")
     back = np.empty(len(joint_J), np.int64)
     back[joint_J] = np.arange(len(joint_J))
-    lengths = np.bincount(joint_sample, minlength=len(masks))
+    of_slot = np.bincount(row_J, minlength=len(masks) * geometry.cells[0])
+    of_sample = of_slot.reshape(len(masks), -1).sum(axis=1)
+    of_slot = of_slot[of_slot > 0]
 
     rebuilt_G = np.flatnonzero(np.concatenate([mask.rebuilt_K for mask in masks]))
     tokens_GE = _tokens_of_cell(geometry)[cell_K[rebuilt_G]]
@@ -241,5 +245,5 @@ def _targets(
         "row_K": row_K, "joint_J": joint_J, "back_K": back[len(sample_C) :], "rebuilt_G": rebuilt_G,
         "value_GE": value_GE, "patch_GE": patch_GE,
     }
-    return Targets(joint=segments(lengths, lengths),
+    return Targets(joint=segments(of_sample, of_sample), slots=segments(of_slot, of_slot),
                    **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()})

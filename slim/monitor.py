@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import uuid
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Monitor:
             note = folder / "wandb" / "id"
             note.parent.mkdir(exist_ok=True)
             if not note.exists():
-                note.write_text(wandb.util.generate_id())
+                note.write_text(uuid.uuid4().hex[:12])
             self._wandb = wandb.init(project="slim-brain", name=folder.name, id=note.read_text().strip(),
                                      resume="allow", dir=str(folder), mode=mode, config=config)  # type: ignore[arg-type]
 
@@ -104,7 +105,7 @@ class Monitor:
         """Close file and wandb run."""
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -275,13 +275,16 @@ class _Crops:
         for index in chosen.tolist():
             roi_RT, centre_R3 = runs[index]
             usable = np.shape(roi_RT)[1] // config.frames * config.frames
-            if usable < 2 * config.frames:
-                where, got = f"training run {index}", f"{np.shape(roi_RT)[1]} frames"
-                expected = f"at least {2 * config.frames}"
-                raise RunRefused(where, "frames", got, expected, "Leave it out of training")
-            z_VRT, kept_R = standardise(np.asarray(roi_RT)[:, :usable])
-            layout = Layout(np.asarray(centre_R3)[kept_R], config.group)
-            self.runs.append((torch.from_numpy(z_VRT), layout))
+            try:
+                z_VRT, kept_R = standardise(np.asarray(roi_RT)[:, :usable])
+            except RunRefused:  # told when its own ranking is due; the others are enough to learn from
+                continue
+            if usable >= 2 * config.frames:
+                layout = Layout(np.asarray(centre_R3)[kept_R], config.group)
+                self.runs.append((torch.from_numpy(z_VRT), layout))
+        if not self.runs:
+            expected = f"runs of at least {2 * config.frames} frames with 2 parcels that vary"
+            raise ConfigError("extractor", "training runs", f"{len(chosen)} that cannot be used", expected)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x_BWGC, hidden_BWG, place_BGP, real_BG, and counted_BWGC: the hidden values that enter the loss."""
@@ -323,7 +326,8 @@ def train_extractor(
     ----------
     runs : sequence of (roi_RT, centre_R3)
         Raw parcel means (any unit) and parcel centres in mm; lengths and numbers of parcels may differ. Of
-        more than 256 runs, 256 are drawn by the seed and only those are read.
+        more than 256 runs, 256 are drawn by the seed and only those are read. Runs that no ranker could score
+        (fewer than two windows, NaN, fewer than two parcels that vary) are left out.
     frames : int
         Frames of a window.
     steps : int
@@ -336,9 +340,7 @@ def train_extractor(
     Raises
     ------
     ConfigError
-        If there are no runs, or `frames` or `steps` is below 1.
-    RunRefused
-        For a run of fewer than two windows, or one that `standardise` refuses.
+        If no run can be used, or `frames` or `steps` is below 1.
     """
     if len(runs) == 0 or frames < 1 or steps < 1:
         got = f"{len(runs)} runs, {frames} frames, {steps} steps"

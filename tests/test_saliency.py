@@ -74,7 +74,7 @@ def planted_run(seed: int, windows: int = 120, parcels: int = 63, bursts: bool =
 
 @pytest.fixture(scope="module")
 def extractor() -> Extractor:
-    return train_extractor([planted_run(1000 + seed)[:2] for seed in range(12)], steps=200)
+    return train_extractor([planted_run(1000 + seed)[:2] for seed in range(12)], steps=100)
 
 
 @pytest.fixture(scope="module")
@@ -274,17 +274,32 @@ def test_parcels_are_cubes_of_24_mm(rankers):
 # ---- does it find events?
 
 
-def test_joint_energy_finds_events_where_variance_finds_artefacts(rankers):
-    runs = [planted_run(seed) for seed in range(12)]
-    precision, artefacts = {}, {}
-    for name, ranker in rankers.items():
-        best = [np.argsort(-ranker.scores(run[0], run[1], FRAMES), kind="stable")[:8] for run in runs]
-        precision[name] = np.mean([run[2][top].mean() for run, top in zip(runs, best, strict=True)])
-        artefacts[name] = np.mean([run[3][top].mean() for run, top in zip(runs, best, strict=True)])
-    told = f"precision at 8 {precision}, share of artefacts {artefacts}"
-    for name in ("mutual", "ridge"):
-        assert precision[name] > 0.6, told
-        assert precision[name] > precision["variance"] + 0.2, told
-        assert precision[name] > precision["random"] + 0.3, told
-        assert precision[name] > precision["median-variance"], told
-        assert artefacts[name] < 0.15 < artefacts["variance"], told
+def at_eight(ranker) -> tuple[float, float]:
+    """Mean share of events, and of artefacts, among the 8 best windows of 12 fresh runs."""
+    events, artefacts = [], []
+    for seed in range(12):
+        roi_RT, centre_R3, event_W, artefact_W = planted_run(seed)
+        best = np.argsort(-ranker.scores(roi_RT, centre_R3, FRAMES), kind="stable")[:8]
+        events.append(event_W[best].mean())
+        artefacts.append(artefact_W[best].mean())
+    return float(np.mean(events)), float(np.mean(artefacts))
+
+
+def finds_events(ranker) -> None:
+    precision, artefacts = at_eight(ranker)
+    by_variance, artefacts_by_variance = at_eight(make_ranker("variance"))
+    assert precision > 0.6
+    assert precision > by_variance + 0.2
+    assert precision > at_eight(make_ranker("random"))[0] + 0.3
+    assert precision > at_eight(make_ranker("median-variance"))[0] + 0.1
+    assert artefacts < 0.1 < artefacts_by_variance
+
+
+def test_ridge_finds_events_where_variance_finds_artefacts():
+    finds_events(make_ranker("ridge"))
+
+
+@pytest.mark.slow
+def test_mutual_finds_events_where_variance_finds_artefacts():
+    runs = [planted_run(1000 + seed)[:2] for seed in range(12)]
+    finds_events(make_ranker("mutual", train_extractor(runs, steps=500)))

@@ -242,11 +242,19 @@ def test_thousands_of_runs_are_sampled_not_read():
     assert len(asked) == 256
 
 
-def test_training_refuses_what_it_cannot_use():
+def test_training_leaves_out_what_it_cannot_use():
+    broken = structured_run(1)
+    broken[0][3, 3] = np.nan
+    useless = [broken, structured_run(1, 20, 9), structured_run(1, 1, 80)]
+    trained = train_extractor([useless[0], structured_run(0), *useless[1:]], steps=2)
+    assert all(torch.isfinite(weight).all() for weight in trained.model.state_dict().values())
+    with pytest.raises(ConfigError, match="3 that cannot be used, expected runs of at least 10 frames"):
+        train_extractor(useless, steps=2)
+
+
+def test_calls_that_cannot_be_meant_are_refused():
     with pytest.raises(ConfigError, match="0 runs"):
         train_extractor([])
-    with pytest.raises(RunRefused, match="training run 1: frames: got 9 frames, expected at least 10"):
-        train_extractor([structured_run(0), structured_run(1, 20, 9)], steps=1)
     with pytest.raises(ConfigError, match="multiple of 5"):
         Extractor(ExtractorConfig(frames=5, steps=1, seed=0, runs=1)).rebuild(
             np.zeros((4, 12)), np.zeros((4, 3))

@@ -2,7 +2,8 @@
 
     python tools/make_shards.py COHORT.yaml [COHORT.yaml ...] --out DATASET [--workers N] [--ranker NAME] [key=value ...]
 
-A second call with the same arguments goes on where the first was stopped and reads no unchanged run again.
+A second call with the same arguments goes on where the first was stopped and reads no unchanged run again; refused
+runs are tried again.
 """
 
 from __future__ import annotations
@@ -44,14 +45,17 @@ def main() -> int:
     import torch
 
     from slim.saliency import make_ranker
-    from slim.temporal import Extractor, parcels_from_mask, train_extractor
+    from slim.temporal import CONFIG_FILE, Extractor, parcels_from_mask, train_extractor
 
     torch.set_num_threads(1)  # the extractor comes out the same on any machine's number of cores
     trained_here = args.out / layout.EXTRACTOR
     ranking = {"name": args.ranker, "extractor": None}
     learned = args.ranker == "mutual"
+    given = Extractor.load(args.extractor) if args.extractor else None
     if learned:
-        ranking["extractor"] = Extractor.load(args.extractor).checksum if args.extractor else "trained on this dataset"
+        ranking["extractor"] = given.checksum if given else "trained on this dataset"
+    elif given:
+        raise ConfigError("command line", "--extractor", f"one with --ranker {args.ranker}", "--ranker mutual")
     else:
         make_ranker(args.ranker)  # an unknown name is told before anything is read
     conversion = Conversion(cohorts, args.out, settings, ranking, parcels_from_mask, args.workers)
@@ -68,9 +72,13 @@ def main() -> int:
     if "harmonise" in steps and "rank" not in steps:
         conversion.harmonise(conversion.runs)
     if "rank" in steps or "pack" in steps:
-        if learned and args.extractor:
-            Extractor.load(args.extractor).save(trained_here)
-        elif learned and not trained_here.exists():
+        trained = (trained_here / CONFIG_FILE).is_file()  # written last
+        if learned and not trained and given:
+            given.save(trained_here)
+        elif learned and not trained:
+            if "rank" not in steps:
+                raise ConfigError("command line", "--only", args.only, "rank before pack",
+                                  "Run it without --only, or with --only rank first")
             sample = conversion.extractor_runs()
             conversion.harmonise(sample)
             series = conversion.parcel_series(sample)
@@ -89,11 +97,14 @@ def main() -> int:
         summary({"runs": len(conversion.runs), "refused": len(refused)}, "go on with --only rank or pack", args.json)
         return REFUSED if refused else DONE
     manifest = conversion.pack(ranker.identity())
+    report = args.out / layout.REPORT / "index.html"
+    if conversion.previous is None or manifest is not conversion.previous.manifest or not report.is_file():
+        report = page.write(args.out)
     refused = conversion.refused()
     facts = {
         "dataset": str(args.out), "sessions": sum(manifest["sessions"].values()), **manifest["sessions"],
         "refused": len(refused), "shards": len(manifest["shards"]),
-        "bytes": sum(shard["bytes"] for shard in manifest["shards"]), "report": str(page.write(args.out)),
+        "bytes": sum(shard["bytes"] for shard in manifest["shards"]), "report": str(report),
     }
     for line in refused:
         print(f"refused: {line['reason']}")

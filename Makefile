@@ -1,0 +1,40 @@
+# make quickstart   set-up from nothing, then the whole pipeline on a small synthetic cohort: runs/quickstart/
+# make test         set-up from nothing, then the tests
+# make lint         ruff and mypy
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUT := runs/quickstart
+SHARDS := $(OUT)/shards
+
+.PHONY: quickstart test lint clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	# the reference encoder of the tests; its own dependencies (timm, torchvision) are not needed
+	$(BIN)/python -m pip install --quiet --no-deps hiera-transformer==0.1.4
+	touch $@
+
+quickstart: $(READY)
+	test -f $(OUT)/cohort/cohort.yaml || $(BIN)/python tools/make_cohort.py --out $(OUT)/cohort
+	$(BIN)/python tools/make_shards.py $(OUT)/cohort/cohort.yaml --out $(SHARDS) \
+		grid.mm=8 'grid.shape=[24,24,24]' extractor.steps=350
+	$(BIN)/python tools/pretrain.py configs/quickstart.yaml data=$(SHARDS) run.out=$(OUT)/pretrain
+	$(BIN)/python tools/probe.py $(OUT)/pretrain --data $(SHARDS) --task configs/downstream/synthetic_group.yaml \
+		--task configs/downstream/synthetic_score.yaml --task configs/downstream/synthetic_fingerprint.yaml
+	$(BIN)/python tools/report.py $(OUT)/pretrain
+	@echo "look at $(SHARDS)/report/index.html and $(OUT)/pretrain/report/index.html"
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,84 @@
+"""What the field had before: functional connectivity, and the mean image.
+
+Both come from the same samples the model reads, so they see the same runs on the same grid.
+
+Legend: N sessions; R parcels; T frames; P patches; V voxels of a patch; E edges; W voxels that are brain in
+all sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from nilearn.connectome import ConnectivityMeasure
+
+from shards.errors import DatasetError
+from shards.reader import Dataset
+
+
+def connectome(
+    dataset: Dataset, sessions: list[dict[str, Any]], advance: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """Functional connectivity of whole runs: correlations (Ledoit-Wolf) between parcels, float32 (N, E).
+
+    Only parcels that every session has are used. Nothing is estimated across sessions.
+
+    Raises
+    ------
+    DatasetError
+        If fewer than two parcels are common to all sessions.
+    """
+    series, labels = [], []
+    for session in sessions:
+        arrays = dataset.read(session, ("roi", "roi_number"))
+        series.append(arrays["roi"])
+        labels.append(arrays["roi_number"])
+        if advance:
+            advance(1)
+    common = reduce(np.intersect1d, labels)
+    if len(common) < 2:
+        raise DatasetError(dataset.folder, "roi", f"{len(common)} parcels all sessions have", "at least 2")
+    # Parcels are z-scored first: the shrinkage of the covariance would otherwise favour the brightest ones.
+    runs = []
+    for roi_RT, label_R in zip(series, labels, strict=True):
+        x_TR = roi_RT[_rows(label_R, common)].T.astype(np.float64)
+        x_TR -= x_TR.mean(axis=0)
+        runs.append(x_TR / np.maximum(x_TR.std(axis=0), 1e-12))
+    measure = ConnectivityMeasure(kind="correlation", vectorize=True, discard_diagonal=True,
+                                  standardize=False)
+    return np.asarray(measure.fit_transform(runs), np.float32)
+
+
+def mean_image(
+    dataset: Dataset, sessions: list[dict[str, Any]], advance: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """Each run's mean image (global z) on the voxels that are brain in all sessions, float32 (N, W).
+
+    Raises
+    ------
+    DatasetError
+        If no voxel is brain in all sessions.
+    """
+    values, numbers = [], []
+    for session in sessions:
+        arrays = dataset.read(session, ("baseline", "brain", "patch"))
+        place_P = np.ravel_multi_index(tuple(arrays["patch"].T.astype(np.intp)), dataset.grid.patch_shape)
+        number_PV = place_P[:, None] * dataset.grid.voxels + np.arange(dataset.grid.voxels)
+        inside = arrays["brain"] > 0
+        values.append(arrays["baseline"][inside])
+        numbers.append(number_PV[inside])
+        if advance:
+            advance(1)
+    common = reduce(np.intersect1d, numbers)
+    if not len(common):
+        raise DatasetError(dataset.folder, "brain", "no voxel that all sessions have", "masks that overlap")
+    return np.stack([value[_rows(number, common)] for value, number in zip(values, numbers, strict=True)])
+
+
+def _rows(label: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Rows of `label` that hold `wanted`, in the order of `wanted`; every one is there."""
+    order = np.argsort(label, kind="stable")
+    return order[np.searchsorted(label[order], wanted)]

@@ -1,0 +1,326 @@
+"""Linear probes of frozen features beside the baselines, with intervals that a reviewer accepts.
+
+Every method (our weights, random weights with the same pooling, functional connectivity, the mean image) goes
+through the same lines of this file with the same splits: standardise, ridge or logistic regression whose
+penalty was chosen by a cross-validation inside the training subjects, one prediction for each test subject
+(the mean over its sessions).
+
+Intervals resample subjects, never sessions, and are paired: all methods are scored on the same draws. They
+carry the chance of which subjects were tested, not that of training on other ones.
+
+Legend: N sessions (n of training, m of test); S subjects; P features; A axes; K classes or 1; D the score and
+its draws; R repeats.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression, Ridge
+
+from shards.errors import ConfigError
+from shards.layout import dump, write_atomically
+from shards.reader import Dataset
+from slim import baseline, metrics
+from slim.features import Features, pool
+from slim.task import Cases, Task, deal, make_splits, strata
+
+# Features of all sessions, float (N, P), given the rows they may be fitted on.
+Method = Callable[[np.ndarray], np.ndarray]
+
+OURS = "ours"
+COMPARED = ("random", "connectome")  # methods whose paired difference to ours is reported
+# On features scaled as below; the lightest all but interpolates.
+PENALTIES = tuple(float(value) for value in np.logspace(-3, 3, 7))
+_INNER_FOLDS = 5
+
+
+def standardised_axes(train_nP: np.ndarray, test_mP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both sides z-scored by the training side, over sqrt(P), on its principal axes: (n, A) and (m, A).
+
+    A linear model with a squared penalty on its coefficients has them in the span of the training rows, so it
+    predicts the same from these at most n coordinates as from all P features; only the rotation is left out
+    of the cost. With 1/sqrt(P) one grid of penalties fits features of any number. Features without variance
+    in training are dropped.
+    """
+    mean_P, sd_P = train_nP.mean(axis=0, dtype=np.float64), train_nP.std(axis=0, dtype=np.float64)
+    alive_P = sd_P > 1e-7 * (np.abs(mean_P) + sd_P + 1e-30)
+    scale = np.sqrt(max(alive_P.sum(), 1))
+    z_nP = (train_nP[:, alive_P] - mean_P[alive_P]) / (sd_P[alive_P] * scale)
+    y_mP = (test_mP[:, alive_P] - mean_P[alive_P]) / (sd_P[alive_P] * scale)
+    value_A, vector_nA = np.linalg.eigh(z_nP @ z_nP.T)
+    kept = value_A > 1e-9 * max(value_A.max(), 1e-30)
+    size_A, vector_nA = np.sqrt(value_A[kept]), vector_nA[:, kept]
+    return vector_nA * size_A, (y_mP @ z_nP.T) @ vector_nA / size_A
+
+
+def _predict(
+    kind: str, classes: int, penalty: float, x_nA: np.ndarray, y_n: np.ndarray, x_mA: np.ndarray
+) -> np.ndarray:
+    """Probabilities (m, K) or values (m, 1) from one fitted linear model."""
+    if kind == "regression":
+        return Ridge(alpha=penalty).fit(x_nA, y_n).predict(x_mA)[:, None]
+    # Newton steps: the axes are few, and light penalties on separable classes take others thousands of steps.
+    model = LogisticRegression(C=1 / penalty, class_weight="balanced", solver="newton-cholesky").fit(x_nA, y_n)
+    out_mK = np.zeros((len(x_mA), classes))
+    out_mK[:, model.classes_] = model.predict_proba(x_mA)
+    return out_mK
+
+
+def _loss(kind: str, guess_mK: np.ndarray, y_m: np.ndarray) -> float:
+    """What the penalty is chosen by: squared error, or log loss with every class counted alike."""
+    if kind == "regression":
+        return float(((guess_mK[:, 0] - y_m) ** 2).mean())
+    of_true_m = np.clip(guess_mK[np.arange(len(y_m)), y_m], 1e-12, 1)
+    return float(np.mean([-np.log(of_true_m[y_m == k]).mean() for k in np.unique(y_m)]))
+
+
+def fit_predict(
+    kind: str, classes: int, train_nP: np.ndarray, y_n: np.ndarray, subject_n: np.ndarray,
+    test_mP: np.ndarray, seed: int,
+) -> tuple[np.ndarray, float]:
+    """A linear probe: penalty chosen inside the training sessions, then one fit on all of them.
+
+    Parameters
+    ----------
+    kind : "classification" or "regression"
+    classes : int
+        K.
+    train_nP, test_mP : float array
+    y_n : array
+        Class numbers, or values already standardised.
+    subject_n : int array
+        Sessions of one subject stay together in the inner folds.
+    seed : int
+        Of the inner folds.
+
+    Returns
+    -------
+    ndarray, float
+        Probabilities (m, K) or values (m, 1) of the test sessions; the penalty that was chosen.
+    """
+    subjects, first = np.unique(subject_n, return_index=True)
+    stratum_S = strata(y_n[first], kind)
+    # every inner training side must hold every class
+    most = np.unique(stratum_S, return_counts=True)[1].min() if kind == "classification" else len(subjects)
+    folds = int(min(_INNER_FOLDS, most))
+    fold_n = deal(stratum_S, folds, np.random.default_rng(seed))[np.searchsorted(subjects, subject_n)]
+    guess_LnK = np.zeros((len(PENALTIES), len(y_n), classes if kind == "classification" else 1))
+    for fold in range(folds):
+        inside, outside = fold_n != fold, fold_n == fold
+        x_nA, x_mA = standardised_axes(train_nP[inside], train_nP[outside])
+        for row, penalty in enumerate(PENALTIES):
+            guess_LnK[row, outside] = _predict(kind, classes, penalty, x_nA, y_n[inside], x_mA)
+    losses = [_loss(kind, guess_nK, y_n) for guess_nK in guess_LnK]
+    penalty = PENALTIES[int(np.argmin(losses))]
+    x_nA, x_mA = standardised_axes(train_nP, test_mP)
+    return _predict(kind, classes, penalty, x_nA, y_n, x_mA), penalty
+
+
+def predict(
+    task: Task, cases: Cases, folds: list[tuple[np.ndarray, np.ndarray]], method: Method
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predictions of one repeat for every subject that is in a test fold.
+
+    Returns
+    -------
+    subject_S, truth_S, guess_SK
+        Rows of `cases.subjects`; the truth, in a regression z-scored by the mean and SD of the subjects it
+        was trained on; and the prediction, the mean over the subject's sessions.
+    """
+    subject_S, truth_S, guess_SK = [], [], []
+    for number, (train, test) in enumerate(folds):
+        vector_NP = method(train)
+        truth = cases.truth_S
+        if task.type == "regression":
+            of_train = truth[np.unique(cases.subject_N[train])]
+            truth = (truth - of_train.mean()) / max(of_train.std(), 1e-12)
+        of_n, of_m = cases.subject_N[train], cases.subject_N[test]
+        guess_mK, _ = fit_predict(task.type, len(cases.classes), vector_NP[train], truth[of_n], of_n,
+                                  vector_NP[test], task.split.seed + number)
+        tested = np.unique(of_m)
+        subject_S.append(tested)
+        truth_S.append(truth[tested])
+        guess_SK.append(np.stack([guess_mK[of_m == subject].mean(axis=0) for subject in tested]))
+    order = np.argsort(np.concatenate(subject_S))
+    joined = [np.concatenate(part)[order] for part in (subject_S, truth_S, guess_SK)]
+    return joined[0], joined[1], joined[2]
+
+
+def score(
+    task: Task, cases: Cases, splits: list[list[tuple[np.ndarray, np.ndarray]]], method: Method
+) -> dict[str, np.ndarray]:
+    """Each metric of one method, (D,): the score, then its bootstrap draws.
+
+    A metric is taken for each repeat over all test subjects, then averaged over repeats: predictions of
+    repeats are never averaged, which would score an ensemble.
+    """
+    if task.type == "fingerprint":
+        ((train, test),) = splits[0]
+        of_subject = metrics.fingerprint(method(train)[test], cases.subject_N[test])
+        weight_DS = metrics.bootstrap_weights(len(of_subject["top1"]), task.bootstrap, task.split.seed)
+        return {name: weight_DS @ value_S / weight_DS.sum(axis=1) for name, value_S in of_subject.items()}
+    scores: list[dict[str, np.ndarray]] = []
+    for folds in splits:
+        subject_S, truth_S, guess_SK = predict(task, cases, folds, method)
+        weight_DS = metrics.bootstrap_weights(len(subject_S), task.bootstrap, task.split.seed)
+        if task.type == "classification":
+            scores.append(metrics.classification(truth_S, guess_SK, weight_DS))
+        else:
+            scores.append(metrics.regression(truth_S, guess_SK[:, 0], weight_DS))
+    return {name: np.mean([each[name] for each in scores], axis=0) for name in scores[0]}
+
+
+def make_methods(
+    task: Task, cases: Cases, dataset: Dataset, encoded: Mapping[str, Mapping[str, Features]]
+) -> dict[str, Method]:
+    """The methods of a task: the encoders under the task's pooling, then the baselines.
+
+    Parameters
+    ----------
+    task, cases, dataset
+    encoded : mapping of method to mapping of session key to Features
+        `ours` and `random`.
+    """
+    methods: dict[str, Method] = {}
+    for name, features in encoded.items():
+        mine = [features[session["key"]] for session in cases.sessions]
+        if task.pooling == "cov":
+            methods[name] = partial(pool, mine, "cov", task.components)
+        else:  # nothing is fitted
+            methods[name] = _fixed(pool(mine, task.pooling, task.components, np.arange(0)))
+    methods["connectome"] = _fixed(baseline.connectome(dataset, cases.sessions))
+    methods["mean_image"] = _fixed(baseline.mean_image(dataset, cases.sessions))
+    return methods
+
+
+def _fixed(vector_NP: np.ndarray) -> Method:
+    return lambda train: vector_NP
+
+
+def run_task(
+    task: Task, cases: Cases, methods: dict[str, Method], where: str | Path,
+    advance: Callable[[int, str], None] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All methods on one task.
+
+    Parameters
+    ----------
+    task, cases
+    methods : dict of str to Method
+        With `ours` among them.
+    where : str or Path
+        The task's file, named in errors.
+    advance : callable, optional
+        Told after each method.
+
+    Returns
+    -------
+    results, facts : dict
+        `results[method][metric]` is {"value", "low", "high"}, the 95 % interval over subjects; `facts` says
+        what was done, with `differences[method][metric]` of ours minus that method, on the same draws.
+    """
+    splits = make_splits(task, cases, where)
+    scores = {}
+    for name, method in methods.items():
+        scores[name] = score(task, cases, splits, method)
+        if advance:
+            advance(1, f"{task.name}: {name}")
+    tested = np.unique(np.concatenate([cases.subject_N[test] for _, test in splits[0]]))
+    facts: dict[str, Any] = {
+        "type": task.type, "label": task.label, "split": task.split.model_dump(), "pooling": task.pooling,
+        "components": task.components if task.pooling == "cov" else None, "bootstrap": task.bootstrap,
+        "sessions": len(cases.sessions), "subjects": len(cases.subjects), "test_subjects": len(tested),
+        "left_out": cases.left_out,
+        "differences": {name: {metric: metrics.interval(scores[OURS][metric] - value_D)
+                               for metric, value_D in scores[name].items()}
+                        for name in COMPARED if name in scores},
+    }
+    if task.type == "classification":
+        facts["classes"] = {name: int((cases.truth_S[tested] == k).sum())
+                            for k, name in enumerate(cases.classes)}
+    if task.type == "fingerprint":
+        ((_, test),) = splits[0]
+        facts["chance"] = metrics.fingerprint_chance(cases.subject_N[test])
+    return {name: {metric: metrics.interval(value_D) for metric, value_D in values.items()}
+            for name, values in scores.items()}, facts
+
+
+def write_report(folder: Path, tasks: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Put these tasks into `folder/report.json`, beside those that are there, and draw `folder/NAME.png`.
+
+    Returns
+    -------
+    dict
+        The whole report: {"tasks": {name: results}, "facts": {name: facts}}.
+
+    Raises
+    ------
+    ConfigError
+        If the file there is no such report.
+    """
+    path = folder / "report.json"
+    report: dict[str, Any] = {"tasks": {}, "facts": {}}
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+            report = {part: dict(old[part]) for part in report}
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            raise ConfigError(path, "", "no report of probes", "a report.json that probe.py wrote",
+                              "Move it away, or give another --out") from None
+    report["tasks"] |= tasks
+    report["facts"] |= facts
+    for name, results in tasks.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        plot(name, results, facts[name], folder / f"{name}.png")
+    write_atomically(path, dump(report) + "\n")
+    return report
+
+
+def chance(facts: dict[str, Any], metric: str) -> float | None:
+    """What guessing scores; None where that depends on the data."""
+    if facts["type"] == "fingerprint":
+        return facts["chance"][metric]
+    if metric in ("auroc", "r"):
+        return 0.5 if metric == "auroc" else 0.0
+    if metric == "balanced_accuracy":
+        return 1 / len(facts["classes"])
+    return {"r2": 0.0, "mse": 1.0}.get(metric)
+
+
+def plot(name: str, results: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
+    """One panel a metric: a point and its interval for each method, and a dotted line at chance; a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    methods, names = list(results), list(results[OURS])
+    figure = Figure(figsize=(1.4 + 2.5 * len(names), 1.5 + 0.36 * len(methods)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axis, metric in zip(panels, names, strict=True):
+        for row, method in enumerate(methods):
+            value = results[method][metric]
+            colour = "tab:blue" if method == OURS else "0.35"
+            if value["low"] is not None:
+                axis.plot([value["low"], value["high"]], [row, row], color=colour, lw=2)
+            if value["value"] is not None:
+                axis.plot(value["value"], row, "o", color=colour, ms=6)
+        level = chance(facts, metric)
+        if level is not None:
+            axis.axvline(level, color="tab:red", ls=":", lw=1)
+        better = " (lower is better)" if metric == "mse" else ""
+        axis.set_title(metric.replace("_", " ") + better, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", color="0.9")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    panels[0].set_yticks(range(len(methods)), [method.replace("_", " ") for method in methods])
+    panels[0].set_ylim(len(methods) - 0.5, -0.5)
+    figure.suptitle(f"{name}: {facts['test_subjects']} test subjects, {facts['pooling']} pooling, "
+                    "95 % intervals over subjects; dotted: chance", fontsize=9)
+    figure.savefig(path, dpi=130)

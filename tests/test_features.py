@@ -1,0 +1,231 @@
+"""Weights load whole or not at all; every window is read once; poolings are what their names say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shards.errors import ConfigError, DatasetError, UserError
+from shards.reader import Dataset
+from shards.settings import check
+from slim import checkpoint, features
+from slim.batch import collate, read_windows
+from slim.config import PretrainSettings
+from slim.features import Features, SlimBrain
+from slim.objective import Objective
+
+ALIGNED = {"embed": 16, "heads": 2, "depths": (1, 1), "unit": (5,), "strides": ((5, 1, 1, 1),),
+           "local_stages": 1}
+STRADDLING = {"embed": 16, "heads": 2, "depths": (1, 1, 1), "unit": (4,),
+              "strides": ((2, 1, 1, 1), (2, 1, 1, 1)), "local_stages": 2}  # slots of 4 frames, windows of 5
+
+
+def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
+    """A run folder as a pretraining leaves it, with the weights it would begin with; the target's are others."""
+    opened = Dataset(dataset)
+    manifest, patches = opened.manifest, opened.grid.patch_shape
+    sizes = sizes | {"unit": (*sizes["unit"][:1], *patches)}  # one unit a slot, whatever the grid
+    settings = check(PretrainSettings, {"data": str(dataset), "model": sizes, "view": "both",
+                                        "run": {"out": str(folder), "seed": seed}}, "test")
+    geometry = features.Geometry((8 * 5, *patches), settings.model.unit, settings.model.strides)
+    torch.manual_seed(seed)
+    encoder = Objective(settings, geometry, 64).encoder
+    tensors = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    tensors |= {f"target.{name}": value * 0.5 for name, value in encoder.state_dict().items()}
+    saved = folder / "checkpoints" / checkpoint.tag(7)
+    saved.mkdir(parents=True)
+    (folder / "config.yaml").write_text(settings.model_dump_json())
+    (folder / "dataset.json").write_text(json.dumps({n: v for n, v in manifest.items() if n != "shards"}))
+    write_weights(saved, tensors)
+    return folder
+
+
+def write_weights(saved: Path, tensors: dict) -> None:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, saved / checkpoint.WEIGHTS)
+    size = (saved / checkpoint.WEIGHTS).stat().st_size
+    (saved / checkpoint.COMPLETE).write_text(json.dumps({"step": 7, "files": {checkpoint.WEIGHTS: size}}))
+
+
+@pytest.fixture
+def run(dataset: Path, tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", dataset, ALIGNED)
+
+
+@pytest.fixture
+def opened(dataset: Path) -> Dataset:
+    return Dataset(dataset)
+
+
+def test_loads_the_weights_asked_for(run: Path):
+    saved = run / "checkpoints" / checkpoint.tag(7)
+    for weights in ("encoder", "target"):
+        for folder in (run, saved):
+            model = SlimBrain.from_pretrained(folder, weights)
+            assert model.step == 7 and model.run_folder == run and not model.encoder.training
+            given = checkpoint.read_weights(saved / checkpoint.WEIGHTS, f"{weights}.")
+            for name, value in model.encoder.state_dict().items():
+                torch.testing.assert_close(value, given[name], rtol=0, atol=0)
+
+
+def drop(tensors: dict) -> dict:
+    return {name: value for name, value in tensors.items() if name != "encoder.norm.weight"}
+
+
+def reshape(tensors: dict) -> dict:
+    return tensors | {"encoder.norm.weight": torch.zeros(3)}
+
+
+def add(tensors: dict) -> dict:
+    return tensors | {"encoder.more": torch.zeros(3)}
+
+
+def empty(tensors: dict) -> dict:
+    return {name: value for name, value in tensors.items() if not name.startswith("encoder.")}
+
+
+@pytest.mark.parametrize("spoil", [drop, reshape, add, empty])
+def test_weights_that_do_not_fit_are_refused(run: Path, spoil):
+    saved = run / "checkpoints" / checkpoint.tag(7)
+    write_weights(saved, spoil(load_file(saved / checkpoint.WEIGHTS)))
+    with pytest.raises(checkpoint.CheckpointError, match=r"encoder\."):
+        SlimBrain.from_pretrained(run)
+    SlimBrain.from_pretrained(run, "target")
+
+
+def test_what_is_no_run_is_refused(run: Path, tmp_path: Path):
+    saved = run / "checkpoints" / checkpoint.tag(7)
+    for folder, weights in ((tmp_path / "nowhere", "encoder"), (tmp_path, "encoder"), (run, "both")):
+        with pytest.raises(UserError):
+            SlimBrain.from_pretrained(folder, weights)
+    data = (run / "dataset.json").read_text()
+    (run / "dataset.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"dataset\.json"):
+        SlimBrain.from_pretrained(run)
+    (run / "dataset.json").write_text(data)
+    (saved / checkpoint.WEIGHTS).write_bytes(b"cut")  # COMPLETE now tells another size
+    with pytest.raises(checkpoint.CheckpointError, match="complete"):
+        SlimBrain.from_pretrained(run)
+
+
+def test_random_weights_are_those_training_began_with(run: Path):
+    model = SlimBrain.from_pretrained(run)
+    state = torch.random.get_rng_state()
+    start, other = SlimBrain.random(model, 3), SlimBrain.random(model, 4)
+    assert torch.equal(state, torch.random.get_rng_state())
+    for name, value in start.encoder.state_dict().items():
+        assert torch.equal(value, model.encoder.state_dict()[name])
+    assert not torch.equal(other.encoder.space, model.encoder.space)
+    assert start.step == 0
+
+
+def test_every_window_is_read_once_in_time_order(run: Path, opened: Dataset):
+    """12 windows in groups of 8: the last group reaches back over 4, whose slots are not used again."""
+    model, session = SlimBrain.from_pretrained(run), opened.sessions[0]
+    assert session["n_kept"] == 12
+    found = model.encode_session(opened, session)
+    start = np.sort(opened.read(session, ("start",))["start"])
+    np.testing.assert_allclose(found.second_S, (start + 2) * session["tr"], rtol=1e-5)
+    assert found.token_SLC.shape == (12, len(found.place_L), 32) and found.token_SLC.dtype == np.float32
+
+    in_time = np.argsort(opened.read(session, ("start",))["start"])
+    expected = []
+    for ranks, fresh in ((in_time[:8], slice(0, 8)), (in_time[4:], slice(4, 8))):
+        batch = collate([read_windows(opened, session, ranks.tolist())], model.geometry, None)
+        with torch.no_grad():
+            x_MC = model.encoder(batch.voxels, batch.whole)
+        dense = np.full((8, np.prod(opened.grid.patch_shape), 32), np.nan, np.float32)
+        dense.reshape(-1, 32)[batch.whole.cell_M.numpy()] = x_MC.numpy()
+        expected.append(dense[fresh][:, found.place_L])
+    np.testing.assert_allclose(found.token_SLC, np.concatenate(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_features_do_not_depend_on_how_groups_are_batched(run: Path, opened: Dataset):
+    model, session = SlimBrain.from_pretrained(run), opened.sessions[1]
+    together, apart = (model.encode_session(opened, session, batch) for batch in (2, 1))
+    np.testing.assert_allclose(together.token_SLC, apart.token_SLC, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(together.place_L, apart.place_L)
+
+
+def test_slots_that_straddle_windows_belong_to_the_one_at_their_middle(
+    dataset: Path, tmp_path: Path, opened: Dataset
+):
+    model = SlimBrain.from_pretrained(write_run(tmp_path / "straddling", dataset, STRADDLING))
+    found = model.encode_session(opened, opened.sessions[0])
+    # 10 slots of 4 frames in 8 windows of 5; of the second group those whose middle frame lies in windows 4 to 7
+    assert len(found.token_SLC) == 10 + 5
+    assert (np.diff(found.second_S) > 0).all()
+
+
+def test_other_data_are_refused(run: Path, opened: Dataset):
+    model, session = SlimBrain.from_pretrained(run), opened.sessions[0]
+    assert model.was_trained_on(opened)
+    with pytest.raises(DatasetError, match="windows"):
+        model.encode_session(opened, session | {"n_kept": 7})
+    model.data = model.data | {"grid": model.data["grid"] | {"mm": 2.0}}
+    assert not model.was_trained_on(opened)
+    with pytest.raises(ConfigError, match="grid"):
+        model.encode_session(opened, session)
+
+
+def made_up(seed: int, slots: int = 12, places: int = 5, dim: int = 4) -> Features:
+    rng = np.random.default_rng(seed)
+    token = rng.normal(size=(slots, places, dim)) * [3, 2, 1, 0.5] + rng.normal(size=(places, dim))
+    return Features(str(seed), token.astype(np.float32), np.arange(places) * 2, np.arange(slots) * 3.6)
+
+
+def test_poolings_are_what_their_names_say():
+    item = made_up(0)
+    here = item.place_L[[1, 3]]
+    x_SLC = item.token_SLC[:, [1, 3]]
+    np.testing.assert_allclose(features.mean(item, here), x_SLC.mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(features.location(item, here), x_SLC.mean(0).ravel(), rtol=1e-5)
+    both = features.mean_sd(item, here)
+    np.testing.assert_allclose(both, np.r_[x_SLC.mean((0, 1)), x_SLC.std(0).mean(0)], rtol=1e-5)
+
+
+def test_cov_is_the_correlation_of_components():
+    item = made_up(1)
+    axes = np.linalg.qr(np.random.default_rng(2).normal(size=(4, 2)))[0]
+    series = (item.token_SLC.astype(np.float64) @ axes).reshape(12, -1)
+    expected = np.corrcoef(series.T)[np.triu_indices(10, 1)]
+    np.testing.assert_allclose(features.cov(item, item.place_L, axes), expected, atol=1e-5)
+    still = replace(item, token_SLC=np.ones_like(item.token_SLC))
+    assert not features.cov(still, item.place_L, axes).any()
+
+
+def test_axes_are_those_of_largest_variance_over_time():
+    items = [made_up(seed) for seed in range(4)]
+    axes = features.principal_axes(items, items[0].place_L, 3)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-12)
+    assert np.abs(axes).argmax(axis=0).tolist() == [0, 1, 2]
+    moved = [replace(item, token_SLC=item.token_SLC + 100 * np.arange(5)[:, None]) for item in items]
+    same = features.principal_axes(moved, items[0].place_L, 3)
+    np.testing.assert_allclose(np.abs(same), np.abs(axes), atol=1e-3)
+    with pytest.raises(ConfigError, match="components"):
+        features.principal_axes(items, items[0].place_L, 5)
+
+
+def test_axes_come_from_training_sessions_alone():
+    items = [made_up(seed) for seed in range(6)]
+    train = np.arange(4)
+    before = features.pool(items, "cov", 2, train)
+    items[5] = replace(items[5], token_SLC=items[5].token_SLC[..., ::-1] * 1000)
+    after = features.pool(items, "cov", 2, train)
+    np.testing.assert_array_equal(before[:5], after[:5])
+    assert not np.allclose(features.pool(items, "cov", 2, np.arange(6))[:5], before[:5])
+
+
+def test_pooling_keeps_to_places_that_all_sessions_have():
+    first, second = made_up(0), made_up(1)
+    second = replace(second, place_L=second.place_L + 2)  # 2 4 6 8 10 beside 0 2 4 6 8
+    pooled = features.pool([first, second], "location", 1, np.arange(0))
+    np.testing.assert_allclose(pooled[0], first.token_SLC[:, 1:].mean(0).ravel(), rtol=1e-5)
+    np.testing.assert_allclose(pooled[1], second.token_SLC[:, :4].mean(0).ravel(), rtol=1e-5)
+    with pytest.raises(DatasetError, match="places"):
+        features.pool([first, replace(second, place_L=second.place_L + 1)], "mean", 1, np.arange(0))

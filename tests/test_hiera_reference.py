@@ -1,0 +1,105 @@
+"""With nothing dropped, the gathered encoder equals the reference implementation of Hiera with the same weights."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from slim.config import ModelSettings
+from slim.gather import plan
+from slim.geometry import Geometry
+from slim.hiera import Hiera, Voxels
+
+
+@pytest.fixture(scope="module")
+def reference() -> types.ModuleType:
+    """`hiera-transformer`. Of timm it needs two small layers; timm itself wants torchvision, so they stand in here."""
+
+    class Mlp(nn.Module):
+        def __init__(self, dim: int, hidden: int, act_layer: type[nn.Module] = nn.GELU):
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), act_layer(), nn.Linear(hidden, dim)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc2(self.act(self.fc1(x)))
+
+    names = ("timm", "timm.models", "timm.models.layers")
+    before = {name: sys.modules.get(name) for name in names}
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules["timm.models.layers"].Mlp = Mlp  # type: ignore[attr-defined]
+    sys.modules["timm.models.layers"].DropPath = nn.Identity  # type: ignore[attr-defined]
+    module = pytest.importorskip("hiera.hiera", reason="pip install --no-deps hiera-transformer==0.1.4")
+    for name, old in before.items():
+        if old is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = old
+    return module
+
+
+def cut(x: np.ndarray, patch: tuple[int, ...]) -> np.ndarray:
+    """An image (channels first) as (tokens, values of a patch), in the order of a convolution's weights."""
+    axes = x.ndim - 1
+    shape = [x.shape[0]] + [part for size, step in zip(x.shape[1:], patch, strict=True) for part in (size // step, step)]
+    order = [1 + 2 * a for a in range(axes)] + [0] + [2 + 2 * a for a in range(axes)]
+    return x.reshape(shape).transpose(order).reshape(int(np.prod([x.shape[1 + a] // patch[a] for a in range(axes)])), -1)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "unit", "stride"),
+    [((64, 64), (4, 4), (8, 8), (2, 2)), ((8, 32, 32), (2, 4, 4), (1, 4, 4), (1, 2, 2)),
+     ((8, 32, 32), (1, 4, 4), (4, 4, 4), (2, 2, 2))],
+    ids=["image", "video", "video, pooled in time"],
+)
+def test_equals_the_reference(
+    reference: types.ModuleType, size: tuple[int, ...], patch: tuple[int, ...], unit: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> None:
+    torch.manual_seed(0)
+    video = len(size) == 3
+    other = reference.Hiera(input_size=size, in_chans=2, embed_dim=24, num_heads=1, num_classes=3, stages=(1, 2, 2, 1),
+                            q_pool=2, q_stride=stride, mask_unit_size=unit, mask_unit_attn=(True, True, False, False),
+                            patch_kernel=patch, patch_stride=patch, patch_padding=(0,) * len(size), sep_pos_embed=video)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_(0, 0.15)
+    tokens = tuple(s // p for s, p in zip(size, patch, strict=True))
+    geometry = Geometry(tokens, unit, (stride, stride))
+    sizes = ModelSettings.model_construct(embed=24, heads=1, depths=(1, 2, 2, 1), unit=unit, strides=(stride, stride),
+                                          local_stages=2, mlp_ratio=4.0)
+    mine = Hiera(sizes, geometry, 2 * int(np.prod(patch)), "global")
+    copy_weights(mine, other, video, tokens)
+
+    image = np.random.default_rng(0).standard_normal((2, *size)).astype(np.float32)
+    n = int(np.prod(tokens))
+    value = torch.from_numpy(np.ascontiguousarray(cut(image, patch)))
+    voxels = Voxels(value, torch.zeros(n, value.shape[1]), torch.ones(n, value.shape[1]), torch.zeros(1, tokens[0]))
+    everything = np.arange(n)
+    where = plan(geometry, [everything], [everything], [everything], chunk_tokens=5 * int(np.prod(unit)))
+    out = mine(voxels, where)
+    _, stages = other.eval()(torch.from_numpy(image)[None], return_intermediates=True)
+    expected = other.norm(stages[-1].reshape(-1, 24 * 8))[where.cell_M]
+    assert out.shape == expected.shape
+    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def copy_weights(mine: Hiera, other: nn.Module, video: bool, tokens: tuple[int, ...]) -> None:
+    state = {name.replace(".mlp.", "."): value for name, value in other.state_dict().items()
+             if name.startswith(("blocks.", "norm."))}
+    own = mine.state_dict()
+    state["embed.whole.weight"] = other.patch_embed.proj.weight.flatten(1)
+    state["embed.bias"] = other.patch_embed.proj.bias
+    state["seconds.linear.weight"] = own["seconds.linear.weight"]
+    if video:
+        state["space"], state["time"] = other.pos_embed_spatial[0], other.pos_embed_temporal[0]
+    else:  # a joint table that happens to be a sum over axes
+        state["time"] = torch.randn(tokens[0], own["time"].shape[1])
+        state["space"] = torch.randn(tokens[1], own["space"].shape[1])
+        other.pos_embed.data = (state["time"][:, None] + state["space"]).reshape(1, -1, own["time"].shape[1])
+    mine.load_state_dict(state, strict=True)

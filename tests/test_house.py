@@ -1,0 +1,75 @@
+"""The rules of the house that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slim.config import PretrainSettings, load_config
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {"shards": set(), "slim": {"shards"}, "launchers": {"slim", "shards"}, "tools": {"launchers", "slim", "shards"}}
+OURS = set(MAY_IMPORT)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT))
+def test_imports_point_one_way(package: str) -> None:
+    for path in (ROOT / package).glob("*.py"):
+        assert imports(path) & OURS - {package} <= MAY_IMPORT[package], path
+
+
+def test_shards_needs_no_torch_but_for_the_stream() -> None:
+    assert [path.name for path in (ROOT / "shards").glob("*.py") if "torch" in imports(path)] == ["stream.py"]
+
+
+def test_no_file_is_longer_than_600_lines() -> None:
+    for package in (*MAY_IMPORT, "tests"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 600, path
+
+
+@pytest.mark.parametrize("name", ["published", "lean", "large", "tiny"])
+def test_every_pretraining_configuration_is_valid_and_has_the_fixed_keys(name: str) -> None:
+    path = ROOT / "configs" / "pretrain" / f"{name}.yaml"
+    settings = load_config(path)
+    assert settings.model_name == name
+    tree = yaml.safe_load(path.read_text())
+    assert {"data", "model", "view", "windows", "objective", "precision", "zero", "run"} <= set(tree)
+    assert {"out", "seed", "steps", "epochs", "batch", "accumulate", "processes", "workers", "checkpoint_every",
+            "max_seconds", "resume"} <= set(tree["run"])
+
+
+def test_every_field_of_the_configuration_is_read_somewhere() -> None:
+    """A field that is parsed and never read is a promise that is not kept."""
+    text = "".join(path.read_text() for package in ("slim", "launchers", "tools") for path in (ROOT / package).glob("*.py"))
+
+    def fields(model: type) -> set[str]:
+        names = set()
+        for name, field in model.model_fields.items():
+            names.add(name)
+            if hasattr(field.annotation, "model_fields"):
+                names |= fields(field.annotation)
+        return names
+
+    unread = {name for name in fields(PretrainSettings) if f".{name}" not in text}
+    assert unread == set()
+
+
+def test_the_custom_model_example_is_the_lean_preset() -> None:
+    from shards.settings import load
+    from slim.config import PRESETS, ModelSettings
+
+    assert load(ModelSettings, ROOT / "configs" / "model" / "custom.yaml") == PRESETS["lean"]

@@ -1,0 +1,290 @@
+"""The page of a dataset: self-contained, true to the manifest, safe against file names, right way round."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import runpy
+import sys
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards import html, layout, page, writer
+from shards.grid import Grid
+from shards.patches import gather, patch_places
+from shards.split import SPLITS
+
+ROOT = Path(__file__).parent.parent
+GRID = Grid(mm=12.0, shape=(16, 16, 16))
+FRAMES, WINDOWS, KEEP = 5, 12, 8
+NASTY = '<script>alert("1")</script> & co'
+
+
+class Reader(HTMLParser):
+    """Collects what a page holds, and checks that its tags are balanced."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, content: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def pictures(self) -> list[tuple[str, Image.Image]]:
+        found: list[tuple[str, Image.Image]] = []
+        for tag, attrs in self.tags:
+            if tag == "img":
+                kind, data = attrs["src"].split(",", 1)
+                assert kind == "data:image/png;base64"
+                image = Image.open(BytesIO(base64.b64decode(data, validate=True)))
+                image.load()
+                assert image.format == "PNG"
+                found.append((attrs["alt"], image))
+        return found
+
+
+def check_self_contained(content: str) -> Reader:
+    """Nothing on the page is fetched or run; every picture has words for those who cannot see it."""
+    reader = Reader(content)
+    assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object", "embed", "base"}
+    assert "url(" not in content and "@import" not in content
+    for _, attrs in reader.tags:
+        assert not any(name.startswith("on") for name in attrs)
+        assert all(attrs[name].startswith("data:") for name in ("src", "href", "srcset") if name in attrs)
+    assert all(alt for alt, _ in reader.pictures())
+    return reader
+
+
+def brain() -> np.ndarray:
+    place = np.stack(np.meshgrid(*[np.arange(16)] * 3, indexing="ij")) - 7.5
+    return (place[0] / 5.6) ** 2 + (place[1] / 7) ** 2 + (place[2] / 6) ** 2 < 1
+
+
+def session(key: str, cohort: str, subject: str, split: str, **changes) -> dict:
+    return {
+        "key": key, "cohort": cohort, "subject": subject, "session": "1", "run": "", "task": "rest",
+        "split": split, "source": f"{key}.nii.gz", "space": "MNI", "labels": {}, "n_patches": 20,
+        "frames": 62, "tr": 0.72, "source_tr": 0.72, "n_windows": WINDOWS, "n_kept": KEEP,
+        "tsnr": 60.0, "dvars_outliers": 2, "brain_ml": 1500.0, "mask_outside_grid": 0.0, "mean_fd_mm": 0.1,
+        "fingerprint": "0", "zarr_size": 0, **changes,
+    }
+
+
+def make_dataset(folder: Path, sessions: list[dict], failed: list[dict]) -> Path:
+    mask = brain()
+    patch = patch_places(mask, GRID.patch)
+    rng = np.random.default_rng(0)
+    scores = rng.random(WINDOWS, np.float32)
+    order = np.argsort(-scores)[:KEEP]
+    baseline = gather(np.where(mask, rng.random(mask.shape), 0), patch, GRID.patch)
+    data = layout.pack({
+        "baseline": baseline, "spread": baseline,
+        "patch": patch, "brain": gather(mask, patch, GRID.patch),
+        "start": order * FRAMES, "saliency": scores[order], "scores": scores,
+        "roi": 1000 + rng.standard_normal((30, 62)), "roi_number": np.arange(30),
+        "roi_centre": np.zeros((30, 3)),
+    })
+    manifest = {
+        "format": layout.FORMAT, "configuration": {}, "configuration_hash": "c0ffee" * 8,
+        "grid": {"mm": GRID.mm, "shape": GRID.shape, "patch": GRID.patch, "centre_mm": GRID.centre_mm},
+        "tr": 0.72, "normalisation": "global z", "windows": {"frames": FRAMES, "keep": KEEP, "minimum": 2},
+        "ranker": {"name": "variance"}, "cohorts": sorted({line["cohort"] for line in [*sessions, *failed]}),
+    }
+    writer.pack(folder, sessions, failed, manifest, 10**8, lambda line: (layout.dump(line).encode(), data),
+                lambda count, note: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    sessions = [session(f"one_sub-{n:02}", "one", f"{n:02}", ("train", "train", "val", "test")[n % 4],
+                        tsnr=60.0 + n % 3) for n in range(10)]
+    sessions[4] |= {"tsnr": 11.0, "mean_fd_mm": None}
+    sessions += [session("two_sub-x", "two", NASTY, "train", space="native", centred_by_mm=[3.0, -4.0, 12.0])]
+    failed = [{"key": f"two_{NASTY}", "cohort": "two", "source": f"{NASTY}.nii.gz", "fingerprint": "0",
+               "reason": f"{NASTY}.nii.gz: TR: got 0 s, expected 0.05-20 s. Set `tr` in the cohort file",
+               "hint": "Set `tr` in the cohort file"}]
+    return make_dataset(tmp_path_factory.mktemp("pages") / "mixed", sessions, failed)
+
+
+@pytest.fixture(scope="module")
+def content(dataset) -> str:
+    path = page.write(dataset)
+    assert path == dataset / "report" / "index.html"
+    return path.read_text()
+
+
+def test_is_self_contained_and_has_a_picture_of_each_example(content):
+    reader = check_self_contained(content)
+    assert len(reader.pictures()) == 1 + page._EXAMPLES
+    assert len(content) < 3e6
+
+
+def test_says_what_the_manifest_says(content, dataset):
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    text = Reader(content).text
+    counts = {split: f"{manifest['sessions'][split]} ({manifest['subjects'][split]})" for split in SPLITS}
+    for split, count in counts.items():
+        assert f"{split}: sessions (subjects) {count}" in text
+    assert "11 sessions of 11 subjects from 2 cohorts" in text
+    assert "16 × 16 × 16 voxels of 12 mm, RAS+" in text
+    assert "variance" in text and manifest["configuration_hash"][:12] in text
+    # cohort, train, val, test, all, refused
+    assert "two 1 (1) 0 (0) 0 (0) 1 (1) 1" in text
+    assert f"all {' '.join(counts.values())} 11 (11) 1" in text
+
+
+def test_names_refused_runs_and_escapes_them(content):
+    assert "<script" not in content
+    text = Reader(content).text
+    assert f"two_{NASTY} {NASTY}.nii.gz: TR: got 0 s, expected 0.05-20 s. Set `tr` in the cohort" in text
+    assert "1 of 12 runs refused" in text
+
+
+def test_names_the_outlying_session_first_among_the_pictures(content):
+    text = Reader(content).text
+    assert "one_sub-04 train Temporal signal-to-noise ratio 11" in text
+    assert "one_sub-04" in Reader(content).pictures()[1][0]
+
+
+def test_says_how_far_native_sessions_were_moved(content):
+    text = Reader(content).text
+    assert "two_sub-x +3 -4 +12 13.0" in text
+    assert "moved by (+3, -4, +12) mm to the grid's middle; nothing was registered" in text
+
+
+def test_equal_datasets_give_equal_bytes(content, dataset):
+    assert page.write(dataset).read_text() == content
+    assert not list((dataset / "report").glob("*tmp*"))
+
+
+def test_thousands_of_sessions_stay_one_page():
+    rng = np.random.default_rng(1)
+    tsnr = rng.normal(60, 8, 4000).tolist()
+    sessions = [session(f"c{n % 20}_sub-{n:04}", f"c{n % 20}", f"{n:04}", "train", tsnr=tsnr[n])
+                for n in range(4000)]
+    outlying = page.find_outlying(sessions)
+    assert 10 < len(outlying) < 200
+    chosen = page.choose_examples(sessions, outlying)
+    assert [line["key"] for line in chosen[:2]] == list(outlying)[:2]
+    assert len(chosen) == page._MOST_EXAMPLES
+    assert len({line["cohort"] for line in chosen[2:]}) == len(chosen) - 2
+    with html.drawing():
+        shown = "".join(page._quality(sessions, outlying))
+    assert len(shown) < 500_000
+
+
+def test_many_refused_runs_are_grouped():
+    failed = [{"key": f"k{n}", "cohort": "c", "reason": f"file {n}: bad. Mend it", "hint": "Mend it"}
+              for n in range(500)]
+    text = Reader("".join(page._refused(failed))).text
+    assert "c Mend it 500" in text and "k99" in text and "k100" not in text
+    assert "The first 100 of 500" in text
+
+
+def test_the_left_of_the_picture_is_the_left_of_the_brain():
+    """A brain that is bright on its right, in front and above: each slice is bright where its letters say."""
+    mask = brain()
+    place = np.stack(np.meshgrid(*[np.arange(16)] * 3, indexing="ij"))
+    bright = {0: "R", 1: "A", 2: "top"}
+    for axis in range(3):
+        volume = np.where(mask, (place[axis] > 7).astype(float), np.nan)
+        for seen, (title, picture, extent, ends) in enumerate(page.slices(volume, GRID, (8, 8, 8))):
+            if seen == axis:
+                continue
+            assert title.startswith(("Sagittal", "Coronal", "Axial")[seen])
+            across, up = (other for other in range(3) if other != seen)
+            low = GRID.affine[:3, 3] - GRID.mm / 2
+            assert extent == (low[across], low[across] + 192, low[up], low[up] + 192)
+            if axis == across:
+                assert np.nanmean(picture[:, 8:]) == 1 and np.nanmean(picture[:, :8]) == 0
+                assert ends[1] == bright[axis]
+            else:
+                assert np.nanmean(picture[8:]) == 1 and np.nanmean(picture[:8]) == 0
+
+
+def test_the_drawn_figure_is_the_right_way_round():
+    """The same on the pixels of a finished axial slice; the brain is bright in its front right quarter."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    mask = brain()
+    high = np.arange(16) > 7
+    volume = np.where(mask, (high[:, None, None] & high[None, :, None]).astype(float), np.nan)
+    with html.drawing():
+        figure = Figure(figsize=(4, 4))
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        view = page.slices(volume, GRID, (8, 8, 8))[2]
+        page._draw_slice(axes, view, mask[:, :, 8].T, np.array([0.0, 1.0]))
+        canvas.draw()
+        letters = {text.get_text(): text.get_window_extent().x0 for text in axes.texts}
+    pixels = np.asarray(canvas.buffer_rgba())[::-1, :, 0]  # rows from bottom to top, as matplotlib counts
+    middle_mm = GRID.affine[:2, 3] + GRID.mm * 7.5
+    for right in (-1, 1):
+        for front in (-1, 1):
+            place_mm = middle_mm + 2 * GRID.mm * np.array([right, front])
+            x, y = axes.transData.transform(place_mm).round().astype(int)
+            assert pixels[y, x] == (255 if right > 0 and front > 0 else 0)
+    assert letters["L"] < axes.transData.transform(middle_mm)[0] < letters["R"]
+
+
+def test_damaged_sample_is_told(tmp_path):
+    from shards.errors import SampleCorrupt
+
+    folder = make_dataset(tmp_path / "d", [session("one_a", "one", "a", "train")], [])
+    shard = folder / "shards" / "train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    at = data.find(b"PK\x05\x06")
+    data[at : at + 4] = b"XXXX"
+    shard.write_bytes(data)
+    with pytest.raises(SampleCorrupt, match="one_a"):
+        page.write(folder)
+
+
+def command(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    """Status, stdout and stderr of `tools/report.py`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["report.py", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / "report.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert isinstance(end.value.code, int)
+    return end.value.code, out, err
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    folder = make_dataset(tmp_path / "d", [session("one_a", "one", "a", "train")], [])
+    status, out, _ = command(monkeypatch, capsys, str(folder), "--json")
+    last = json.loads(out.splitlines()[-1])
+    assert status == 0 and last["kind"] == "dataset" and Path(last["report"]).is_file()
+    status, _, err = command(monkeypatch, capsys, str(folder / "shards"))
+    assert status == 2 and re.fullmatch(r"error: .*neither manifest\.json nor config\.yaml.*\n", err)
+    status, _, err = command(monkeypatch, capsys, str(folder / "absent"))
+    assert status == 2 and "no such folder" in err and err.count("\n") == 1
+    assert command(monkeypatch, capsys)[0] == 2

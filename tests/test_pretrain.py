@@ -1,0 +1,210 @@
+"""Pretraining in real processes: ZeRO, checkpoints, exact resume, signals, kills, wrong calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, Command
+from safetensors.torch import load_file
+
+TINY = "configs/pretrain/tiny.yaml"
+QUICK = ("run.batch=2", "run.workers=1", "run.wandb=disabled", "loss.sig_samples=1")
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    latest = (run / "checkpoints" / "latest").read_text().strip()
+    return load_file(run / "checkpoints" / latest / "weights.safetensors")
+
+
+def pretrain(command: Command, dataset: Path, out: Path, *words: str, processes: int = 2, steps: int = 6):
+    return command("tools/pretrain.py", TINY, f"data={dataset}", f"run.out={out}", f"run.processes={processes}",
+                   f"run.steps={steps}", *QUICK, *words)
+
+
+def start(dataset: Path, out: Path, *words: str, steps: int) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, "tools/pretrain.py", TINY, f"data={dataset}", f"run.out={out}",
+                             "run.processes=2", f"run.steps={steps}", *QUICK, *words], cwd=ROOT, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_lines(out: Path, count: int, child: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        path = out / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        if child.poll() is not None:
+            raise AssertionError(child.communicate())
+        time.sleep(0.02)
+    raise AssertionError("no steps were logged")
+
+
+@pytest.fixture(scope="module")
+def whole(command: Command, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six uninterrupted steps, two processes, ZeRO stage 2."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = pretrain(command, dataset, out, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["finished"] and facts["step"] == 6
+    return out
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_contract_says(whole: Path) -> None:
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    fields = {"step", "epoch", "samples", "loss", "loss_cross_time", "loss_cross_location", "loss_double_cross", "lr",
+              "wd", "ema", "grad_norm", "target_std", "target_rank", "gain", "seconds", "data_wait", "samples_per_s",
+              "tokens_kept", "peak_memory_bytes"}
+    assert fields <= set(lines[0])
+    assert lines[-1]["samples"] == 6 * 2 * 2
+    assert 0 < lines[0]["tokens_kept"] < lines[0]["tokens_brain"] <= lines[0]["tokens_grid"]
+    config = yaml.safe_load((whole / "config.yaml").read_text())
+    assert config["run"]["steps"] == 6 and config["zero"]["stage"] == 2 and config["model_name"] == "tiny"
+    text = (whole / "config.yaml").read_text()
+    assert "# torch " in text and "# commit " in text
+    folder = whole / "checkpoints" / (whole / "checkpoints" / "latest").read_text().strip()
+    complete = json.loads((folder / "COMPLETE").read_text())
+    assert complete["step"] == 6 and complete["world_size"] == 2
+    assert any("optim_states" in name for name in complete["files"])
+    for name, size in complete["files"].items():
+        assert (folder / name).stat().st_size == size
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_as_it_is(command: Command, dataset: Path, whole: Path) -> None:
+    before = weights(whole)
+    done = pretrain(command, dataset, whole)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(whole)) == 6
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in before.items())
+
+
+@pytest.mark.slow
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(dataset: Path, whole: Path, command: Command,
+                                                              tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    child = start(dataset, out, steps=6)
+    wait_for_lines(out, 2, child)
+    child.send_signal(signal.SIGTERM)
+    stdout, stderr = child.communicate(timeout=120)
+    assert child.returncode == 3, stderr
+    assert "the same command goes on" in stdout
+    done_before = len(losses(out))
+    assert 2 <= done_before < 6
+    done = pretrain(command, dataset, out)
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == losses(whole)
+    assert {name: float((value - weights(whole)[name]).abs().max()) for name, value in weights(out).items()} \
+        == dict.fromkeys(weights(whole), 0.0)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(dataset: Path, whole: Path, command: Command, tmp_path: Path) -> None:
+    """kill -9 of one process: the others do not wait for ever, status 3, and a second call goes on exactly."""
+    out = tmp_path / "run"
+    child = start(dataset, out, "run.checkpoint_every=2", steps=6)
+    wait_for_lines(out, 3, child)
+    ranks = subprocess.run(["pgrep", "-f", f"launchers.job {out}"], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    _, stderr = child.communicate(timeout=120)
+    assert child.returncode == 3, stderr
+    assert "goes on from the last complete checkpoint" in stderr
+    done = pretrain(command, dataset, out, "run.checkpoint_every=2")
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == losses(whole)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(out).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "stage", "batch", "accumulate"), [(1, 0, 4, 1), (2, 1, 2, 1), (2, 3, 2, 1), (1, 2, 2, 2)])
+def test_same_numbers_at_every_stage_and_world_size(
+    command: Command, dataset: Path, whole: Path, tmp_path: Path, processes: int, stage: int, batch: int, accumulate: int
+) -> None:
+    out = tmp_path / "run"
+    done = pretrain(command, dataset, out, f"zero.stage={stage}", f"run.batch={batch}", f"run.accumulate={accumulate}",
+                    "run.checkpoint_every=3", processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
+    for name, value in weights(whole).items():
+        assert torch.allclose(weights(out)[name], value, atol=1e-4), name
+
+
+@pytest.mark.slow
+def test_time_limit_stops_and_saves(command: Command, dataset: Path, tmp_path: Path) -> None:
+    done = pretrain(command, dataset, tmp_path / "run", "run.max_seconds=0.01", processes=1)
+    assert done.returncode == 3
+    assert "time limit at step 1 of 6" in done.stdout
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000001\n"
+
+
+@pytest.mark.slow
+def test_another_world_size_and_another_model_are_refused_in_one_line(
+    command: Command, dataset: Path, whole: Path
+) -> None:
+    for words, processes, needle in ((("run.steps=8",), 1, "world size"), (("run.steps=8", "view=both"), 2, "view"),
+                                     (("run.resume=never",), 2, "run.resume")):
+        done = pretrain(command, dataset, whole, *words, processes=processes)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert needle in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_incomplete_checkpoints_do_not_exist(tmp_path: Path, whole: Path) -> None:
+    from slim import checkpoint
+
+    folder = tmp_path / "checkpoints" / "step-00000009"
+    folder.mkdir(parents=True)
+    (folder / "mp_rank_00_model_states.pt").write_bytes(b"x")
+    assert checkpoint.newest(folder.parent) is None
+    real = whole / "checkpoints" / "step-00000006"
+    for path in real.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert checkpoint.newest(folder.parent) == folder
+    with open(folder / "weights.safetensors", "r+b") as file:
+        file.truncate(100)
+    assert checkpoint.newest(folder.parent) is None
+
+
+@pytest.mark.slow
+def test_a_damaged_sample_stops_the_run_by_name(command: Command, dataset: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "data"
+    shutil.copytree(dataset, copy)
+    line = next(json.loads(text) for text in (copy / "sessions.jsonl").read_text().splitlines() if '"train"' in text)
+    with open(copy / "shards" / line["shard"], "r+b") as file:
+        file.seek(line["zarr_offset"] + line["zarr_size"] // 2)
+        file.write(b"\x00" * 4096)
+    done = pretrain(command, copy, tmp_path / "run", processes=1, steps=8)
+    assert done.returncode == 2
+    assert line["key"] in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_wandb_works_offline_and_goes_on_with_the_same_curve(command: Command, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = pretrain(command, dataset, out, "run.wandb=offline", processes=1, steps=1)
+    assert done.returncode == 0, done.stderr
+    names = {path.name.split("-")[-1] for path in (out / "wandb").glob("offline-run-*")}
+    assert names == {(out / "wandb" / "id").read_text()}

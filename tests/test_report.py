@@ -1,0 +1,201 @@
+"""The page of a run: what it says of healthy, collapsed, cut and empty runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_page import NASTY, Reader, check_self_contained, command
+
+from shards.errors import ConfigError
+from slim import report
+from slim.checkpoint import COMPLETE, tag
+from slim.config import load_config
+
+
+def line(step: int, **changes) -> dict:
+    gain = 0.3 * (1 - math.exp(-step / 40)) - 0.02
+    return {
+        "step": step, "epoch": step // 10, "samples": 8 * step, "loss": 1.5 - 0.001 * step,
+        "loss_jepa": 0.4, "loss_sig": 0.02, "loss_mae": 1.0,
+        "loss_cross_time": 0.4, "loss_cross_location": 0.4, "loss_double_cross": 0.4,
+        "gain": gain, "gain_cross_time": gain, "gain_cross_location": gain, "gain_double_cross": gain,
+        "lr": 1e-3, "wd": 0.04, "ema": 0.99, "grad_norm": 0.2, "target_std": 0.9, "target_rank": 20.0,
+        "seconds": 0.5, "data_wait": 0.1, "samples_per_s": 16.0, "tokens_kept": 100.0,
+        "peak_memory_bytes": 2**30, **changes,
+    }
+
+
+def make_run(folder: Path, lines: list[dict], steps: int | None = 120, **config) -> Path:
+    folder.mkdir(parents=True)
+    run = {"out": str(folder), "steps": steps, "epochs": 10}
+    settings = {"data": "somewhere", "model": "tiny", "run": run, **config}
+    (folder / "config.yaml").write_text(f"# {NASTY}\n" + json.dumps(settings))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
+    return folder
+
+
+def text_of(folder: Path) -> str:
+    path = report.write(folder)
+    assert path == folder / "report" / "index.html"
+    return check_self_contained(path.read_text()).text
+
+
+def words_of(lines: list[dict], steps: int = 120) -> str:
+    """The verdict alone."""
+    return " ".join(f"{kind}: {words}" for kind, words in report.verdict(lines, steps))
+
+
+@pytest.fixture
+def healthy(tmp_path) -> Path:
+    folder = make_run(tmp_path / "healthy", [line(step) for step in range(1, 121)])
+    for step, complete in ((60, True), (120, False)):
+        checkpoint = folder / "checkpoints" / tag(step)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "weights.safetensors").write_bytes(bytes(2_000_000))
+        if complete:
+            facts = {"step": step, "world_size": 2, "files": {"weights.safetensors": 2_000_000}}
+            (checkpoint / COMPLETE).write_text(json.dumps(facts))
+    return folder
+
+
+def test_healthy_run(healthy):
+    text = text_of(healthy)
+    assert "Finished: 120 of 120 steps." in text
+    assert "Step 120 of 120, epoch 12; last loss 1.38; gain +0.2" in text
+    assert "Predictions beat the mean of each place" in text
+    assert "Trouble" not in text and "Probes" not in text
+    assert "step-00000060 60 complete 2 2.0" in text
+    assert "step-00000120 incomplete" in text
+    content = (healthy / "report" / "index.html").read_text()
+    assert "<script" not in content and NASTY in text  # the configuration is shown, escaped
+    alts = [alt for alt, _ in Reader(content).pictures()]
+    assert len(alts) == 10 and len(set(alts)) == 10
+
+
+def test_writes_nothing_but_the_page_and_equal_bytes_again(healthy):
+    before = {path: path.read_bytes() for path in healthy.rglob("*") if path.is_file()}
+    page = report.write(healthy).read_bytes()
+    assert report.write(healthy).read_bytes() == page
+    after = {path: path.read_bytes() for path in healthy.rglob("*") if path.is_file()}
+    assert after.pop(healthy / "report" / "index.html") and after == before
+
+
+def test_collapse_is_told_in_words(tmp_path):
+    assert "bad: Collapsed" in words_of([line(step, gain=-0.05) for step in range(1, 121)])
+    assert "look: Predictions hardly beat" in words_of([line(step, gain=0.001) for step in range(1, 121)])
+    lines = [line(step, gain=0.0, target_rank=3.0) for step in range(1, 121)]
+    text = text_of(make_run(tmp_path / "run", lines))
+    assert "Trouble: Collapsed, or never began to learn" in text
+    assert "no gain over the mean of each place" in text.lower()
+    assert "effective rank of 3.0: dimensional collapse" in text
+    early = words_of(lines[:40])
+    assert "Not finished: step 40 of 120, 33%" in early and "Collapsed" not in early
+    assert "a collapse if it stays" in early
+
+
+def test_gain_that_was_higher_before():
+    lines = [line(step, gain=0.3 if step < 60 else 0.1) for step in range(1, 121)]
+    assert "The gain was higher before: +0.3000" in words_of(lines)
+
+
+def test_loss_that_is_no_number(tmp_path):
+    lines = [line(step, loss=float("nan")) for step in range(1, 121)]
+    assert "Trouble: The last loss is not a finite number" in text_of(make_run(tmp_path / "run", lines))
+
+
+def test_gain_that_is_no_number():
+    words = words_of([line(step, gain=float("nan")) for step in range(1, 121)])
+    assert "bad: None of the last gains is a finite number." in words and "no JEPA term" not in words
+
+
+def test_run_without_jepa(tmp_path):
+    kinds = ("cross_time", "cross_location", "double_cross")
+    gone = dict.fromkeys(("gain", "loss_jepa", "target_std", "target_rank",
+                          *(f"{what}_{kind}" for what in ("gain", "loss") for kind in kinds)))
+    folder = make_run(tmp_path / "run", [line(step, **gone) for step in range(1, 121)], objective="mae")
+    text = text_of(folder)
+    assert "No gain: the objective has no JEPA term" in text
+    alts = [alt for alt, _ in Reader((folder / "report" / "index.html").read_text()).pictures()]
+    assert not any("rank" in alt or "Gain" in alt for alt in alts)
+
+
+def test_empty_and_absent_metrics(tmp_path):
+    folder = make_run(tmp_path / "run", [])
+    assert "Nothing was logged yet" in text_of(folder)
+    (folder / "metrics.jsonl").unlink()
+    text = text_of(folder)
+    assert "No step was logged yet." in text and "None yet: a run that stops now begins anew." in text
+
+
+def test_truncated_last_line(tmp_path):
+    folder = make_run(tmp_path / "run", [line(step) for step in range(1, 31)])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 31, "lo')
+    text = text_of(folder)
+    assert "step 30 of 120" in text and "1 unreadable line of metrics.jsonl left out" in text
+
+
+def test_steps_from_epochs_use_the_logged_batch(tmp_path):
+    folder = make_run(tmp_path / "run", [line(5)], steps=None)
+    assert "Not finished: step 5 of an unknown number" in text_of(folder)
+    (folder / "dataset.json").write_text(json.dumps({"sessions": {"train": 34}}))
+    settings = load_config(folder / "config.yaml")
+    assert report.total_steps(settings, folder, [line(5)]) == 43  # ceil(10 epochs * 34 sessions / 8 samples)
+
+
+def test_probe_results_are_shown(healthy):
+    def cell(value):
+        return {"value": value, "low": value - 0.05, "high": value + 0.05}
+
+    tasks = {NASTY: {"ours": {"auroc": cell(0.74), "n": 3}, "random": {"auroc": cell(0.61)}, "mean_image": {},
+                     "connectome": {"auroc": {"value": 0.8, "low": None, "high": None}}},
+             "score": {"ours": {"r": cell(0.4)}, "another": {"r": cell(0.2), "mae": {"value": None}}}}
+    (healthy / "report").mkdir()
+    facts = {"score": {"differences": {"random": {"r": cell(0.13)}}}}
+    (healthy / "report" / "report.json").write_text(json.dumps({"tasks": tasks, "facts": facts}))
+    text = text_of(healthy)
+    assert "this run 0.740 [0.690, 0.790]" in text
+    assert "same encoder, random weights 0.610 [0.560, 0.660]" in text
+    assert "this run minus same encoder, random weights 0.130 [0.080, 0.180]" in text
+    assert "functional connectivity 0.800" in text and "another 0.200 [0.150, 0.250] –" in text
+    assert "<script" not in (healthy / "report" / "index.html").read_text()
+    (healthy / "report" / "report.json").write_text('{"tasks": 3')
+    with pytest.raises(ConfigError, match=r"report\.json"):
+        report.write(healthy)
+
+
+def test_thinning_keeps_spikes_and_means():
+    step = np.arange(100_000.0)
+    value = np.sin(step / 1e4)
+    value[54_321] = 50
+    value[7] = np.nan
+    at, low, mean, high = report.thin(step, value)
+    assert len(at) == len(mean) == report._POINTS and high.max() == 50 and low.min() >= -1
+    assert np.all(np.diff(at) > 0) and np.all((low <= mean) & (mean <= high))
+    assert np.average(mean, weights=np.full(len(mean), 1)) == pytest.approx(np.nanmean(value), abs=1e-4)
+    few = report.thin(step[:5], value[:5])
+    assert np.array_equal(few[0], step[:5]) and np.array_equal(few[2], value[:5])
+
+
+def test_smoothing_keeps_a_constant():
+    for size in (1, 2, 31, 600):
+        assert report.smoothed(np.full(size, 3.0)) == pytest.approx(np.full(size, 3.0))
+
+
+def test_long_metrics_file(tmp_path):
+    lines = [line(step) for step in range(1, 20_001)]
+    folder = make_run(tmp_path / "run", lines, steps=20_000)
+    assert "Finished: 20000 of 20000 steps." in text_of(folder)
+    assert (folder / "report" / "index.html").stat().st_size < 2e6
+
+
+def test_command(healthy, monkeypatch, capsys):
+    status, out, _ = command(monkeypatch, capsys, str(healthy), "--json")
+    assert status == 0 and json.loads(out.splitlines()[-1])["kind"] == "run"
+    (healthy / "config.yaml").write_text("model: [")
+    status, _, err = command(monkeypatch, capsys, str(healthy))
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1

@@ -1,0 +1,38 @@
+"""Write the page of a dataset or of a run: one self-contained HTML file.
+
+    python tools/report.py DATASET_OR_RUN
+
+A dataset is told by its manifest.json, a run by its config.yaml. It may be called while a run goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shards import layout, page
+from shards.console import DONE, Parser, run, summary
+from shards.errors import ConfigError
+
+
+def main() -> int:
+    parser = Parser(__doc__.splitlines()[0], "python tools/report.py runs/quickstart/run")
+    parser.add_argument("folder", type=Path, metavar="DATASET_OR_RUN", help="a dataset's folder, or a run's")
+    args = parser.parse_args()
+    folder = args.folder
+    if (folder / layout.MANIFEST).is_file():
+        kind, path = "dataset", page.write(folder)
+        following = f"open {path}, then python tools/pretrain.py CONFIG.yaml data={folder}"
+    elif (folder / "config.yaml").is_file():
+        from slim import report  # imports torch, which a dataset's page does without
+
+        kind, path = "run", report.write(folder)
+        following = f"open {path}, then python tools/probe.py {folder} --data DATASET --task TASK.yaml"
+    else:
+        got = "neither manifest.json nor config.yaml in it" if folder.is_dir() else "no such folder"
+        raise ConfigError(folder, "", got, "the folder of a dataset or of a run")
+    summary({"kind": kind, "report": str(path), "bytes": path.stat().st_size}, following, args.json)
+    return DONE
+
+
+if __name__ == "__main__":
+    run(main)
