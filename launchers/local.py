@@ -24,6 +24,9 @@ from shards.reader import Dataset
 from slim.config import PretrainSettings
 
 _GRACE = 30.0  # seconds the other processes get once one has failed
+# glibc gives freed memory back to the system and asks for it anew, block by block, thousands of times a step; keeping it
+# made a CPU step of the published geometry 14 times faster on a virtual machine with slow page faults (batch 4).
+_KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 
 
 def prepare_run(settings: PretrainSettings) -> Path:
@@ -89,6 +92,7 @@ def run(config: Path, processes: int) -> dict[str, Any]:
             "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
             "OUTCOME": outcome, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
         }
+        common |= {name: value for name, value in _KEEP_FREED.items() if name not in os.environ}
         children = [
             subprocess.Popen([sys.executable, "-m", "launchers.job", str(config)], start_new_session=True,
                              env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)})

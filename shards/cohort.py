@@ -142,7 +142,8 @@ def header_tr(run: RunSource, zoom: float, unit: str) -> float:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise RunRefused(path, "RepetitionTime", repr(value), "seconds", "Mend it") from None
             return float(value)
-    return float(zoom) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1.0)
+    # the header holds 32-bit numbers, in which 0.8 is a little more than 0.8
+    return round(float(zoom) * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1.0), 6)
 
 
 def _read_participants(path: Path, cohort: CohortSettings, root: Path) -> dict[str, dict[str, Any]]:
@@ -229,8 +230,8 @@ def _find_pattern(path: Path, cohort: CohortSettings, root: Path) -> Found:
     try:
         candidates = sorted(root.glob(re.sub(r"\{\w+\}", "*", cohort.pattern)))
     except (NotImplementedError, ValueError):  # an absolute path, or ** beside other characters
-        raise ConfigError(path, "pattern", cohort.pattern, "a path relative to root, with ** as a whole folder name only"
-                          ) from None
+        raise ConfigError(path, "pattern", cohort.pattern,
+                          "a path relative to root, with ** as a whole folder name only") from None
     for bold in candidates:
         match = regex.match(bold.relative_to(root).as_posix())
         if match and bold.is_file():

@@ -32,7 +32,9 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--json", action="store_true", help="print the summary as one JSON object, as the last line")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(  # type: ignore[override]
+        self, args: Any = None, namespace: Any = None
+    ) -> argparse.Namespace:
         """Options and positional arguments may come in any order."""
         return self.parse_intermixed_args(args, namespace)
 
@@ -113,7 +115,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], 
     begun = last = time.monotonic()
     done = 0
 
-    def advance(count: int = 1, note: str = "") -> None:
+    def tell(count: int = 1, note: str = "") -> None:
         nonlocal done, last
         done += count
         now = time.monotonic()
@@ -124,4 +126,4 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], 
             print(f"{what}: {done}/{total} {unit}, {rate:.2f} {unit}/s, {left} left {note}".rstrip(),
                   file=sys.stderr, flush=True)
 
-    yield advance
+    yield tell

@@ -129,13 +129,11 @@ class Conversion:
         self.splits: dict[tuple[str, str], str] = {}
 
     def open(self) -> None:
-        """Finish what a killed run left, and refuse to mix two configurations in one folder."""
-        if self.folder.exists() and not self.folder.is_dir():
+        """Finish what a killed run left, and refuse to mix two configurations in one folder; begins nothing."""
+        if not self.folder.exists():
+            return
+        if not self.folder.is_dir():
             raise DatasetError(self.folder, "--out", "a file", "a folder")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DatasetError(self.folder, "--out", error.strerror, "a folder that can be written") from None
         if any(self.folder.iterdir()) and not self.work.exists() \
                 and not (self.folder / layout.MANIFEST).exists():
             raise DatasetError(self.folder, "--out", "a folder with other files", "a new folder or a dataset")
@@ -147,8 +145,15 @@ class Conversion:
         stamp = self.work / "configuration"
         if stamp.exists():
             self._same_configuration(stamp.read_text().strip())
-        else:
-            layout.write_atomically(stamp, self.hash)
+
+    def begin(self) -> None:
+        """Make the folder and write down which configuration it is for; `open` and `find` come first."""
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            if not (self.work / "configuration").exists():
+                layout.write_atomically(self.work / "configuration", self.hash)
+        except OSError as error:
+            raise DatasetError(self.folder, "--out", error.strerror, "a folder that can be written") from None
 
     def _same_configuration(self, found: str) -> None:
         if found != self.hash:
@@ -257,6 +262,7 @@ class Conversion:
             "windows": settings.windows.model_dump(), "ranker": identity,
             "split": settings.split.model_dump(mode="json"), "cohorts": sorted({run.cohort for run in self.runs}),
         }
+        (self.folder / layout.REPORT / "index.html").unlink(missing_ok=True)  # it shows the dataset as it was
         with progress("pack", len(sessions), "sessions") as advance:
             manifest = writer.pack(self.folder, sessions, failed, manifest, int(settings.shards.mb * 1e6),
                                    self._members, advance)
@@ -320,7 +326,8 @@ class Conversion:
             return
         context = multiprocessing.get_context("spawn")
         # One thread per process: the processes are the parallelism, and sums come out the same at any worker count.
-        threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        threads = {name: os.environ.get(name) for name in names}
         os.environ.update(dict.fromkeys(threads, "1"))
         try:
             with progress(step, len(runs), "runs") as advance, \

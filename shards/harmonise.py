@@ -152,6 +152,9 @@ def _open(run: RunSource) -> nib.Nifti1Image:
     if len(image.shape) != 4 or image.shape[3] < 4:
         raise RunRefused(run.source, "dim", "x".join(map(str, image.shape)), "x, y, z and at least 4 frames",
                          "Leave files that are no runs out of the pattern")
+    if image.get_data_dtype().kind not in "iuf":
+        raise RunRefused(run.source, "datatype", f"complex or colour values ({image.get_data_dtype()})",
+                         "real numbers")
     if int(image.header["qform_code"]) == 0 and int(image.header["sform_code"]) == 0:
         raise RunRefused(run.source, "qform_code, sform_code", "0, 0: position and orientation unknown",
                          "a code above 0", "Restore the header from the original scan")
@@ -178,18 +181,20 @@ def _mask(run: RunSource, image: nib.Nifti1Image) -> tuple[nib.Nifti1Image, str]
         if not run.mask.is_file():
             raise RunRefused(run.source, "mask", f"no file {run.mask}", "the mask the cohort file names")
         try:
-            mask = nib.load(run.mask)
-            values = np.asarray(mask.dataobj, np.float32)
+            loaded: Any = nib.load(run.mask)
+            values = np.asarray(loaded.dataobj, np.float32)
         except Exception as error:
             raise RunRefused(run.source, "mask", f"{run.mask}: {type(error).__name__}", "a NIfTI mask") from None
         if values.ndim == 4 and values.shape[3] == 1:
             values = values[..., 0]
         if values.ndim != 3:
             raise RunRefused(run.source, "mask", f"{run.mask} with {values.ndim} dimensions", "three dimensions")
-        if not int(mask.header["qform_code"]) and not int(mask.header["sform_code"]):
+        if not isinstance(loaded, nib.Nifti1Image):
+            raise RunRefused(run.source, "mask", f"{run.mask}: {type(loaded).__name__}", "a NIfTI mask")
+        if not int(loaded.header["qform_code"]) and not int(loaded.header["sform_code"]):
             raise RunRefused(run.source, "mask", f"{run.mask} with qform_code and sform_code 0: position unknown",
                              "a code above 0", "Restore the mask's header")
-        mask = nib.Nifti1Image((values > 0.5).astype(np.uint8), mask.affine)
+        mask = nib.Nifti1Image((values > 0.5).astype(np.uint8), loaded.affine)
         source = run.mask.name
     if not (mask.get_fdata() > 0.5).any():
         raise RunRefused(run.source, "mask", f"an empty mask ({source})", "a mask with brain voxels")
@@ -202,10 +207,8 @@ def _volumes(image: nib.Nifti1Image, run: RunSource, frames: Iterable[int]) -> I
     The file is read front to back, one frame in memory at a time, whether it is compressed or not.
     """
     proxy: Any = image.dataobj
-    shape, dtype = image.shape[:3], image.dataobj.dtype
+    shape, dtype = image.shape[:3], proxy.dtype
     size = math.prod(shape) * dtype.itemsize
-    if dtype.kind not in "iuf":
-        raise RunRefused(run.source, "datatype", f"complex or colour values ({dtype})", "real numbers")
     wanted = set(map(int, frames))
     try:
         with image.file_map["image"].get_prepare_fileobj("rb") as file:

@@ -55,7 +55,6 @@ ARRAYS: dict[str, tuple[str, bool]] = {
     "scale": ("float32", False),  # (P, V) only beside int16 windows: windows * scale is the fluctuation
     "windows": ("float16", True),  # (K, F, P, V) fluctuation around the run mean, global-SD units
 }
-_COMPRESSOR = {"cname": "zstd", "clevel": 3, "shuffle": "shuffle"}
 _PRECISION = 1e-3  # largest RMS error of a stored voxel, in units of its own SD
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 DAMAGED = "Copy the dataset again, or convert it anew into another folder"
@@ -85,7 +84,8 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
             values = values.astype(dtype)
         group.create_array(
             name, data=values, chunks=(1, *values.shape[1:]) if chunked else values.shape,
-            compressors=BloscCodec(typesize=values.dtype.itemsize, **_COMPRESSOR), fill_value=0,
+            compressors=BloscCodec(typesize=values.dtype.itemsize, cname="zstd", clevel=3, shuffle="shuffle"),
+            fill_value=0,
             config={"write_empty_chunks": True},  # so a chunk that is not there is a damage, never zeros
         )
     out = io.BytesIO()

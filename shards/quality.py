@@ -12,7 +12,6 @@ import pandas as pd
 
 from shards.errors import RunRefused
 
-
 VOXEL_BLOCK = 16384  # voxels whose moments are taken at once
 
 

@@ -22,7 +22,7 @@ class _Span(io.RawIOBase):
     """A read-only view of `size` bytes of a file from `offset` on."""
 
     def __init__(self, path: Path, offset: int, size: int):
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._offset, self._size, self._at = offset, size, 0
 
     def readable(self) -> bool:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -66,10 +67,8 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             raise ConfigError("command line", key, value, "a YAML value") from None
         # YAML 1.1 reads 1e-3 as text; people mean the number.
         if isinstance(parsed, str):
-            try:
+            with suppress(ValueError):
                 parsed = float(parsed)
-            except ValueError:
-                pass
         node[last] = parsed
     return result
 

@@ -100,4 +100,4 @@ class Positions(Sampler[list[int]]):
             yield list(range(mine, mine + self.batch))
 
     def __len__(self) -> int:
-        return -(-(self.stop - self.first) // (self.batch * self.world))
+        return len(range(self.first, self.stop, self.batch * self.world))

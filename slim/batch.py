@@ -110,7 +110,7 @@ def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geo
 
 
 def read_windows(
-    dataset: Dataset, session: dict, rank_K: Sequence[int], epoch: int = 0
+    dataset: Dataset, session: dict, rank_K: Sequence[int] | np.ndarray, epoch: int = 0
 ) -> Sample:
     """The windows of these ranks, put into time order.
 

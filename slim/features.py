@@ -90,8 +90,7 @@ class SlimBrain:
         Raises
         ------
         CheckpointError
-            If there is no complete checkpoint, or its weights are not exactly those the configuration asks
-            for.
+            If there is no complete checkpoint, or it lacks a tensor, or has one too many or of another shape.
         ConfigError
             If the run's configuration cannot be read.
         """
@@ -187,12 +186,8 @@ class SlimBrain:
 
         Raises
         ------
-        ConfigError
-            See `check_data`.
-        DatasetError
-            If the session has fewer than k windows.
-        SampleCorrupt
-            If its bytes are damaged.
+        ConfigError, DatasetError
+            See `check_data`; or if the session has fewer than k windows, or its bytes are damaged.
         """
         self.check_data(dataset)
         k, count = self.settings.windows.k, session["n_kept"]

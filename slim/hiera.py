@@ -87,6 +87,7 @@ class Seconds(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.linear = nn.Linear(2 * len(_PERIODS), dim, bias=False)
+        self.rate: Tensor
         self.register_buffer("rate", 2 * math.pi / torch.tensor(_PERIODS), persistent=False)
         nn.init.zeros_(self.linear.weight)
 

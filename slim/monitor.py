@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 METRICS = "metrics.jsonl"
-_RECENT = 50  # logged steps a warning looks back on
+RECENT = 50  # logged steps a warning looks back on
 
 
 def effective_rank(x_MC: Tensor) -> float:
@@ -52,13 +52,13 @@ class Monitor:
 
     def __init__(self, folder: Path, start_step: int, mode: str, config: dict[str, Any]):
         self.path = folder / METRICS
-        self.recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         if self.path.exists():
             lines = [line for line in _whole_lines(self.path) if line["step"] <= start_step]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
             temporary.rename(self.path)
-            self.recent.extend(lines[-_RECENT:])
+            self.recent.extend(lines[-RECENT:])
         self._file = open(self.path, "a")
         self._wandb = None
         if mode != "disabled":
@@ -80,32 +80,44 @@ class Monitor:
         if self._wandb is not None:
             self._wandb.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
 
-    def warnings(self) -> list[str]:
-        """What the recent steps show, in words; empty while all is well."""
-        lines = list(self.recent)
-        if len(lines) < 10:
-            return []
-
-        def mean(name: str) -> float | None:
-            values = [line[name] for line in lines if line.get(name) is not None]
-            return sum(values) / len(values) if values else None
-
-        found = []
-        gain, rank, wait = mean("gain"), mean("target_rank"), mean("data_wait")
-        if gain is not None and gain <= 0:
-            found.append(f"no gain over the mean of each place ({gain:+.3f} over {len(lines)} logged steps): nothing is "
-                         "learned yet; normal early on, a collapse if it stays")
-        if rank is not None and rank < 5:
-            found.append(f"targets have an effective rank of {rank:.1f}: dimensional collapse; raise loss.sig or loss.mae")
-        if wait is not None and wait > 0.5:
-            found.append(f"{wait:.0%} of the time is spent waiting for data: raise run.workers")
-        return found
+    def warnings(self) -> dict[str, str]:
+        """See `warnings_of`, on the most recent lines."""
+        return warnings_of(list(self.recent))
 
     def close(self) -> None:
         """Close file and wandb run."""
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def warnings_of(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """What the last logged lines show, in words, by kind; empty while all is well or little is known.
+
+    Parameters
+    ----------
+    lines : list of dict
+        Lines of metrics.jsonl; the last 50 count.
+    """
+    lines = lines[-RECENT:]
+    if len(lines) < 10:
+        return {}
+
+    def mean(name: str) -> float | None:
+        values = [line[name] for line in lines if line.get(name) is not None]
+        return sum(values) / len(values) if values else None
+
+    found = {}
+    gain, rank, wait = mean("gain"), mean("target_rank"), mean("data_wait")
+    if gain is not None and gain <= 0:
+        found["gain"] = (f"no gain over the mean of each place ({gain:+.3f} over {len(lines)} logged steps): nothing "
+                         "is learned yet; normal early on, a collapse if it stays")
+    if rank is not None and rank < 5:
+        found["rank"] = (f"targets have an effective rank of {rank:.1f}: dimensional collapse; raise loss.sig or "
+                         "loss.mae")
+    if wait is not None and wait > 0.5:
+        found["data"] = f"{wait:.0%} of the time is spent waiting for data: raise run.workers"
+    return found
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

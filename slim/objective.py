@@ -121,7 +121,8 @@ class Objective(nn.Module):
             if self.predictor.rebuild is not None:
                 rebuilt_G = self.predictor.rebuild(out_KW[batch.targets.rebuilt_G])
         context_MC = context_MC.float()
-        total, logs = context_MC.new_zeros(()), {}
+        total = context_MC.new_zeros(())
+        logs: dict[str, Tensor] = {}
         if predicted_KC is not None and target_KC is not None:
             loss, logs = jepa_loss(predicted_KC.float(), target_KC, batch.targets, len(batch.keys))
             total = total + jepa * loss

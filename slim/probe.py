@@ -65,8 +65,9 @@ def _predict(
     """Probabilities (m, K) or values (m, 1) from one fitted linear model."""
     if kind == "regression":
         return Ridge(alpha=penalty).fit(x_nA, y_n).predict(x_mA)[:, None]
-    # Newton steps: the axes are few, and light penalties on separable classes take others thousands of steps.
-    model = LogisticRegression(C=1 / penalty, class_weight="balanced", solver="newton-cholesky").fit(x_nA, y_n)
+    # Newton: the axes are few, and separable classes under a light penalty take lbfgs thousands of steps.
+    model = LogisticRegression(C=1 / penalty, class_weight="balanced", solver="newton-cholesky")
+    model.fit(x_nA, y_n)
     out_mK = np.zeros((len(x_mA), classes))
     out_mK[:, model.classes_] = model.predict_proba(x_mA)
     return out_mK

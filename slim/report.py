@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,11 @@ from shards import html, layout
 from shards.errors import ConfigError, UserError
 from slim.checkpoint import facts, is_complete
 from slim.config import PretrainSettings, load_config
-from slim.monitor import METRICS, Monitor
+from slim.monitor import METRICS, RECENT, warnings_of
 
 Line = dict[str, Any]
 
 PROBE = "report.json"
-_RECENT = 50  # logged steps that the verdict averages over
 _CLEAR = 0.01  # a gain above this is called one
 _POINTS = 600  # places along the axis of a drawn curve
 _KINDS = {
@@ -40,13 +38,6 @@ _KINDS = {
 }
 _METHODS = {"ours": "this run", "random": "same encoder, random weights",
             "connectome": "functional connectivity", "mean_image": "mean image"}
-
-
-class _Reading(Monitor):
-    """The monitor's rules applied to lines that were logged before; opens and writes nothing."""
-
-    def __init__(self, lines: Sequence[Line]):
-        self.recent = deque(lines[-_RECENT:])
 
 
 def write(run_folder: str | Path) -> Path:
@@ -132,7 +123,7 @@ def _values(lines: Sequence[Line], name: str) -> np.ndarray:
 
 def _recent(lines: Sequence[Line], name: str) -> float | None:
     """Mean of a field over the last logged steps."""
-    values = _values(lines[-_RECENT:], name)
+    values = _values(lines[-RECENT:], name)
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else None
 
@@ -143,7 +134,7 @@ def _lead(lines: Sequence[Line], steps: int | None) -> str:
     last = lines[-1]
     loss = "none" if last.get("loss") is None else f"{last['loss']:.4g}"
     gain = _recent(lines, "gain")
-    over = min(len(lines), _RECENT)
+    over = min(len(lines), RECENT)
     of = f" of {steps}" if steps else ""
     learned = "" if gain is None else f"; gain {gain:+.4f} (mean of the last {over} logged steps)"
     return f"Step {last['step']}{of}, epoch {last['epoch']}; last loss {loss}{learned}."
@@ -192,7 +183,7 @@ def verdict(lines: Sequence[Line], steps: int | None, unreadable: int = 0) -> li
                              f"{gain:+.4f} at the end. Do not use these weights before a probe has beaten "
                              "random weights."))
     found += [("bad" if "collapse" in words else "look", words[0].upper() + words[1:] + ".")
-              for words in _Reading(lines).warnings()]
+              for words in warnings_of(list(lines)).values()]
     best, place = _best_gain(lines)
     if gain is not None and best - gain > max(0.02, 0.2 * best):
         found.append(("look", f"The gain was higher before: {best:+.4f} around step {place}. Probe a "

@@ -214,8 +214,8 @@ def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[tuple[
         repeats = [[(everyone[~is_test_N], everyone[is_test_N])]]
     else:
         if task.split.folds > len(cases.subjects):
-            raise ConfigError(where, "split.folds", task.split.folds, f"at most {len(cases.subjects)}, the subjects",
-                              "Use fewer folds")
+            most = f"at most {len(cases.subjects)}, the number of subjects"
+            raise ConfigError(where, "split.folds", task.split.folds, most)
         stratum_S = strata(cases.truth_S, task.type)
         repeats = []
         for repeat in range(task.split.repeats):

@@ -42,7 +42,8 @@ _RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
 
 def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Matrices (with weight decay) and everything else: norms, biases, positions, tokens (without)."""
-    decayed, plain = [], []
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, parameter in model.named_parameters():
         is_plain = parameter.ndim < 2 or name.endswith(_NO_DECAY)
         (plain if is_plain else decayed).append(parameter)
@@ -126,7 +127,7 @@ class Trainer:
             monitor = Monitor(self.folder, self.step, self.settings.run.wandb, config)
         bar = progress("pretrain", self.steps - self.step, "steps") if self.rank == 0 else nullcontext(None)
         batches = iter(self._loader(self.consumed, self.steps * self.global_batch)) if self.step < self.steps else None
-        stopped, line, said = None, {}, ()
+        stopped, line, said = None, {}, set[str]()
         with bar as advance:
             while self.step < self.steps and stopped is None:
                 assert batches is not None
@@ -138,17 +139,17 @@ class Trainer:
                         monitor.log(line)
                     advance(1, f"loss {line['loss']:.4f}, {line['samples_per_s']:.2f} samples/s, "
                                f"data wait {line['data_wait']:.0%}, {line['peak_memory_bytes'] / 2**30:.2f} GiB")
-                    found = tuple(text.split(":")[-1] for text in monitor.warnings())
-                    if found != said:
-                        said = found
-                        for text in monitor.warnings():
+                    found = monitor.warnings()
+                    for kind, text in found.items():
+                        if kind not in said:
                             print(f"warning at step {self.step}: {text}", flush=True)
+                    said = set(found)
                 stopped = self._agree_to_stop(begun)
                 if last or stopped or self.step % self.settings.run.checkpoint_every == 0:
                     self._save()
         result = {"finished": self.step >= self.steps, "step": self.step, "steps": self.steps, "stopped": stopped,
                   "resumed_from": resumed, "loss": line.get("loss"), "seconds": round(time.monotonic() - begun, 2),
-                  "warnings": monitor.warnings() if monitor else []}
+                  "warnings": list(monitor.warnings().values()) if monitor else []}
         if monitor is not None:
             monitor.close()
         return result

@@ -27,7 +27,7 @@ STRADDLING = {"embed": 16, "heads": 2, "depths": (1, 1, 1), "unit": (4,),
 
 
 def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
-    """A run folder as a pretraining leaves it, with the weights it would begin with; the target's are others."""
+    """A run folder as a pretraining leaves it, with the weights it would begin with; a target of its own."""
     opened = Dataset(dataset)
     manifest, patches = opened.manifest, opened.grid.patch_shape
     sizes = sizes | {"unit": (*sizes["unit"][:1], *patches)}  # one unit a slot, whatever the grid
@@ -157,7 +157,7 @@ def test_slots_that_straddle_windows_belong_to_the_one_at_their_middle(
 ):
     model = SlimBrain.from_pretrained(write_run(tmp_path / "straddling", dataset, STRADDLING))
     found = model.encode_session(opened, opened.sessions[0])
-    # 10 slots of 4 frames in 8 windows of 5; of the second group those whose middle frame lies in windows 4 to 7
+    # 10 slots of 4 frames in 8 windows of 5; of the second group those with their middle in windows 4 to 7
     assert len(found.token_SLC) == 10 + 5
     assert (np.diff(found.second_S) > 0).all()
 

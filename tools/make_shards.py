@@ -1,6 +1,6 @@
 """Convert cohorts of NIfTI runs into Zarr-backed WebDataset shards of ranked windows.
 
-    python tools/make_shards.py COHORT.yaml [COHORT.yaml ...] --out DATASET [--workers N] [--ranker NAME] [key=value ...]
+    python tools/make_shards.py COHORT.yaml [COHORT.yaml ...] --out DATASET [--workers N] [key=value ...]
 
 A second call with the same arguments goes on where the first was stopped and reads no unchanged run again; refused
 runs are tried again.
@@ -32,7 +32,8 @@ def main() -> int:
     args = parser.parse_args()
 
     cohorts = [Path(a) for a in args.arguments if "=" not in a or Path(a).exists()]
-    settings = check(ConvertSettings, override({}, [a for a in args.arguments if Path(a) not in cohorts]), "command line")
+    assignments = [a for a in args.arguments if Path(a) not in cohorts]
+    settings = check(ConvertSettings, override({}, assignments), "command line")
     steps = args.only.split(",")
     unknown = set(steps) - set(STEPS)
     if unknown:
@@ -69,6 +70,7 @@ def main() -> int:
 
     conversion.open()
     conversion.find()
+    conversion.begin()
     if "harmonise" in steps and "rank" not in steps:
         conversion.harmonise(conversion.runs)
     if "rank" in steps or "pack" in steps:
@@ -110,7 +112,8 @@ def main() -> int:
         print(f"refused: {line['reason']}")
     moved = [line for line in layout.read_lines(args.out / layout.SESSIONS) if "centred_by_mm" in line]
     for line in moved:
-        print(f"native space: {line['key']} moved by {line['centred_by_mm']} mm to the middle of the grid; not registered")
+        print(f"native space: {line['key']} moved by {line['centred_by_mm']} mm to the middle of the grid; "
+              "not registered")
     summary(facts, f"look at {facts['report']}, then python tools/pretrain.py CONFIG.yaml data={args.out}", args.json)
     return REFUSED if refused else DONE
 
