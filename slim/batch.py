@@ -20,7 +20,7 @@ from shards.errors import ConfigError, SampleCorrupt
 from shards.reader import Dataset
 from shards.stream import Stream
 from slim.config import PretrainSettings
-from slim.gather import Plan, Segments, _to, plan, segments
+from slim.gather import Packed, Plan, Segments, plan, segments
 from slim.geometry import Geometry
 from slim.hiera import Voxels
 from slim.masking import Mask, draw, generator
@@ -83,13 +83,29 @@ class Batch:
     context: Plan | None = None
     targets: Targets | None = None
 
+    def pack(self) -> PackedBatch:
+        """The same in few tensors, to be sent between processes and to a device."""
+        return PackedBatch(self.keys, self.epochs, self.voxels, self.brain_QV,
+                           Packed([self.whole, self.context, self.targets]))
+
     def to(self, device: torch.device | str) -> Batch:
-        return replace(
-            self, voxels=self.voxels.to(device), brain_QV=self.brain_QV.to(device), whole=self.whole.to(device),
-            context=self.context.to(device) if self.context else None,
-            targets=Targets(**{name: _to(value, device) for name, value in vars(self.targets).items()})
-            if self.targets else None,
-        )
+        return self.pack().to(device)
+
+
+@dataclass
+class PackedBatch:
+    """A batch on its way from a loading process."""
+
+    keys: list[str]
+    epochs: list[int]
+    voxels: Voxels
+    brain_QV: Tensor
+    plans: Packed
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`."""
+        whole, context, targets = self.plans.to(device)
+        return Batch(self.keys, self.epochs, self.voxels.to(device), self.brain_QV.to(device), whole, context, targets)
 
 
 def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geometry:

@@ -10,7 +10,9 @@ queries and keys of a bucket; H heads; D channels of a head; C channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -85,18 +87,52 @@ class Plan:
     whole: Segments
     tokens_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
-    def to(self, device: torch.device | str) -> Plan:
-        """A copy with every tensor on `device`."""
-        return _to(self, device)
+
+class Packed:
+    """A tree of dataclasses and lists whose integer tensors lie in one buffer.
+
+    A plan has thousands of small tensors. Sent one by one from a loading process they take a file descriptor each, and
+    a copy each to the device; packed they take one.
+    """
+
+    def __init__(self, tree: Any):
+        parts: list[Tensor] = []
+        self._at = 0
+        self._tree = self._take(tree, parts)
+        self._buffer = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+
+    def _take(self, item: Any, parts: list[Tensor]) -> Any:
+        if isinstance(item, Tensor):
+            assert item.dtype == torch.long
+            parts.append(item.reshape(-1))
+            self._at += item.numel()
+            return _Slot(self._at - item.numel(), tuple(item.shape))
+        return _rebuild(item, lambda part: self._take(part, parts))
+
+    def to(self, device: torch.device | str) -> Any:
+        """The tree again, its tensors views of one buffer on `device`."""
+        buffer = self._buffer.to(device, non_blocking=True)
+
+        def give(item: Any) -> Any:
+            if isinstance(item, _Slot):
+                return buffer[item.first : item.first + math.prod(item.shape)].view(item.shape)
+            return _rebuild(item, give)
+
+        return give(self._tree)
 
 
-def _to(item: Any, device: torch.device | str) -> Any:
-    if isinstance(item, Tensor):
-        return item.to(device, non_blocking=True)
+@dataclass
+class _Slot:
+    first: int
+    shape: tuple[int, ...]
+
+
+def _rebuild(item: Any, change: Callable[[Any], Any]) -> Any:
+    """A list or dataclass with `change` applied to its parts; anything else as it is."""
     if isinstance(item, list):
-        return [_to(part, device) for part in item]
-    if isinstance(item, Bucket | Segments | Chunk | Plan):
-        return type(item)(**{name: _to(value, device) for name, value in vars(item).items()})
+        return [change(part) for part in item]
+    if is_dataclass(item) and not isinstance(item, _Slot | type):
+        return type(item)(**{name: change(value) for name, value in vars(item).items()})
     return item
 
 

@@ -30,13 +30,15 @@ from shards.reader import Dataset
 from shards.settings import digest
 from shards.stream import Positions, Stream
 from slim import checkpoint, schedule
-from slim.batch import Batch, Sample, Samples, collate, geometry_for
+from slim.batch import Batch, PackedBatch, Sample, Samples, collate, geometry_for
 from slim.config import PretrainSettings
 from slim.ema import PlaceMean, Target
+from slim.geometry import Geometry
 from slim.monitor import Monitor, effective_rank, peak_memory_bytes
 from slim.objective import Losses, Objective
 
 _NO_DECAY = ("space", "time", "mask_token", "seconds.linear.weight")
+_PATIENCE = 1800  # seconds a loading process may take for a batch before it counts as lost
 _RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
 
 
@@ -175,7 +177,7 @@ class Trainer:
         return DataLoader(
             Samples(self.stream, self.geometry, settings),
             batch_sampler=Positions(first, stop, settings.run.batch, self.rank, self.world),
-            num_workers=settings.run.workers,
+            num_workers=settings.run.workers, timeout=_PATIENCE if settings.run.workers else 0,
             collate_fn=partial(_collate, geometry=self.geometry, settings=settings),
         )
 
@@ -319,8 +321,10 @@ def _whole_parameter(parameter: Tensor) -> Tensor:
     return whole
 
 
-def _collate(samples: list[Sample | SampleCorrupt], geometry: Any, settings: PretrainSettings) -> Batch | SampleCorrupt:
+def _collate(
+    samples: list[Sample | SampleCorrupt], geometry: Geometry, settings: PretrainSettings
+) -> PackedBatch | SampleCorrupt:
     """A batch, or the error of the first corrupt sample in it."""
     good = [sample for sample in samples if isinstance(sample, Sample)]
     broken = [sample for sample in samples if isinstance(sample, SampleCorrupt)]
-    return broken[0] if broken else collate(good, geometry, settings.stream)
+    return broken[0] if broken else collate(good, geometry, settings.stream).pack()

@@ -266,3 +266,24 @@ def test_plan_lists_every_token_once() -> None:
     assert [c.first for c in batch.whole.chunks][1:] == [c.stop for c in batch.whole.chunks][:-1]
     empty = plan(GEOMETRY, [np.array([3])], [np.array([0])], [np.array([0])])
     assert empty.cell_M.tolist() == [GEOMETRY.cell_of[3]]
+
+
+def test_a_packed_batch_is_the_same_in_few_tensors() -> None:
+    """Every tensor sent by a loading process takes a file descriptor; a plan alone has hundreds."""
+    sample = make_sample(13)
+    sample.mask = draw(cell_sizes(GEOMETRY, sample.place), MaskSettings(), 0, 0, "k")
+    batch = collate([sample, sample], GEOMETRY, 40)
+
+    def tensors(item: object) -> list[torch.Tensor]:
+        if isinstance(item, torch.Tensor):
+            return [item]
+        if isinstance(item, list | tuple):
+            return [t for part in item for t in tensors(part)]
+        return [t for part in vars(item).values() for t in tensors(part)] if hasattr(item, "__dict__") else []
+
+    packed = batch.pack()
+    assert len(tensors(packed)) < 10 < 200 < len(tensors(batch))
+    back = packed.to("cpu")
+    pairs = list(zip(tensors(batch), tensors(back), strict=True))
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert [b.full for b in batch.whole.whole.buckets] == [b.full for b in back.whole.whole.buckets]
