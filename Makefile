@@ -30,10 +30,11 @@ quickstart: $(READY)
 	@echo "look at $(SHARDS)/report/index.html and $(OUT)/pretrain/report/index.html"
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:

@@ -24,7 +24,7 @@ from shards.reader import Dataset
 from slim.config import PretrainSettings
 
 _GRACE = 30.0  # seconds the other processes get once one has failed
-# glibc gives freed memory back to the system and asks for it anew, block by block, thousands of times a step; keeping it
+# glibc gives freed memory back to the system and asks for it anew, thousands of times a step; keeping it
 # made a CPU step of the published geometry 14 times faster on a virtual machine with slow page faults (batch 4).
 _KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 
@@ -44,13 +44,20 @@ def prepare_run(settings: PretrainSettings) -> Path:
     """
     folder = Path(settings.run.out)
     if settings.run.resume == "never" and (folder / "config.yaml").exists():
-        raise ConfigError(folder, "run.resume", "never, but the folder holds a run", "an empty folder",
-                          "Use run.resume=auto to go on, or another run.out")
+        raise ConfigError(
+            folder,
+            "run.resume",
+            "never, but the folder holds a run",
+            "an empty folder",
+            "Use run.resume=auto to go on, or another run.out",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "zarr")}
     note = "".join(f"# {name} {number}\n" for name, number in sorted(versions.items()))
     manifest = Dataset(settings.data[0].path).manifest
-    write_atomically(folder / "dataset.json", dump({name: value for name, value in manifest.items() if name != "shards"}))
+    write_atomically(
+        folder / "dataset.json", dump({name: value for name, value in manifest.items() if name != "shards"})
+    )
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
     write_atomically(folder / "config.yaml", f"# merged configuration\n# commit {git_commit()}\n{note}{text}")
     return folder / "config.yaml"
@@ -58,9 +65,11 @@ def prepare_run(settings: PretrainSettings) -> Path:
 
 def git_commit() -> str:
     """The commit of the source tree, with `+` if it has changes; `unknown` outside a repository."""
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True,
-                              timeout=20, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
@@ -89,17 +98,25 @@ def run(config: Path, processes: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as outcome:
         cores = len(os.sched_getaffinity(0))
         common = {
-            "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
-            "OUTCOME": outcome, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "OUTCOME": outcome,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
         }
         common |= {name: value for name, value in _KEEP_FREED.items() if name not in os.environ}
         children = [
-            subprocess.Popen([sys.executable, "-m", "launchers.job", str(config)], start_new_session=True,
-                             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            subprocess.Popen(
+                [sys.executable, "-m", "launchers.job", str(config)],
+                start_new_session=True,
+                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
             for rank in range(processes)
         ]
-        handlers = {number: signal.signal(number, lambda received, _: _pass_on(children, received))
-                    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
+        handlers = {
+            number: signal.signal(number, lambda received, _: _pass_on(children, received))
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+        }
         try:
             _wait(children, Path(outcome))
         finally:

@@ -58,8 +58,11 @@ class RunSource:
     def key(self) -> str:
         """The sample's key: unique in a dataset, free of dots and slashes (WebDataset splits names there)."""
         parts = [self.cohort, f"sub-{self.subject}"]
-        parts += [f"{short}-{value}" for short, value in
-                  (("ses", self.session), ("task", self.task), ("run", self.run)) if value]
+        parts += [
+            f"{short}-{value}"
+            for short, value in (("ses", self.session), ("task", self.task), ("run", self.run))
+            if value
+        ]
         return re.sub(r"[^A-Za-z0-9_-]", "-", "_".join(parts))
 
 
@@ -89,15 +92,27 @@ def find_runs(path: str | Path) -> list[RunSource]:
     for names, bold, confounds in found:
         subject = names["subject"]
         run = RunSource(
-            cohort=cohort.name, subject=subject, session=names.get("session", ""), task=names.get("task", ""),
-            run=names.get("run", ""), bold=bold, source=bold.relative_to(root).as_posix(), space=cohort.space,
-            mask=_find_mask(path, cohort, root, names, bold), confounds=confounds, tr=cohort.tr,
+            cohort=cohort.name,
+            subject=subject,
+            session=names.get("session", ""),
+            task=names.get("task", ""),
+            run=names.get("run", ""),
+            bold=bold,
+            source=bold.relative_to(root).as_posix(),
+            space=cohort.space,
+            mask=_find_mask(path, cohort, root, names, bold),
+            confounds=confounds,
+            tr=cohort.tr,
             labels=labels.get(subject, {}),
         )
         if run.key in runs:
-            raise ConfigError(path, "pattern" if cohort.pattern else "filters",
-                              f"{runs[run.key].source} and {run.source} for the same key {run.key}",
-                              "one file per key", "Narrow it, or name the field in which they differ")
+            raise ConfigError(
+                path,
+                "pattern" if cohort.pattern else "filters",
+                f"{runs[run.key].source} and {run.source} for the same key {run.key}",
+                "one file per key",
+                "Narrow it, or name the field in which they differ",
+            )
         runs[run.key] = run
     return [runs[key] for key in sorted(runs)]
 
@@ -110,8 +125,7 @@ def _check_consistent(path: Path, cohort: CohortSettings) -> None:
     if cohort.pattern is None or "{subject}" not in cohort.pattern:
         raise ConfigError(path, "pattern", cohort.pattern or "nothing", "a pattern with {subject} in it")
     if cohort.filters:
-        raise ConfigError(path, "filters", ", ".join(cohort.filters), "none with layout: pattern",
-                          "Narrow the pattern")
+        raise ConfigError(path, "filters", ", ".join(cohort.filters), "none with layout: pattern", "Narrow the pattern")
 
 
 def sidecar(bold: Path) -> Path:
@@ -152,28 +166,36 @@ def _read_participants(path: Path, cohort: CohortSettings, root: Path) -> dict[s
         return {}
     table_path = next((p for p in (path.parent / cohort.participants, root / cohort.participants) if p.is_file()), None)
     if table_path is None:
-        raise ConfigError(path, "participants", f"{cohort.participants}, which is no file",
-                          "a table beside this file or under root")
+        raise ConfigError(
+            path, "participants", f"{cohort.participants}, which is no file", "a table beside this file or under root"
+        )
     try:
         with open(table_path, encoding="utf-8-sig") as file:
             separator = "\t" if "\t" in file.readline() else ","
         columns = list(pd.read_csv(table_path, sep=separator, nrows=0).columns)
         column = next((name for name in SUBJECT_COLUMNS if name in columns), None)
         if column is None:
-            raise ConfigError(table_path, "header", f"columns {', '.join(map(str, columns))}",
-                              "a column participant_id", "Rename the column that names the subjects")
+            raise ConfigError(
+                table_path,
+                "header",
+                f"columns {', '.join(map(str, columns))}",
+                "a column participant_id",
+                "Rename the column that names the subjects",
+            )
         # the subject as text: 0050002 is not 50002
         table = pd.read_csv(table_path, sep=separator, dtype={column: str})
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise ConfigError(table_path, "", f"an unreadable table ({error})", "columns parted by tabs or commas",
-                          "Mend it") from None
+        raise ConfigError(
+            table_path, "", f"an unreadable table ({error})", "columns parted by tabs or commas", "Mend it"
+        ) from None
     labels: dict[str, dict[str, Any]] = {}
     for row in table.astype(object).where(table.notna(), None).to_dict("records"):
         subject = str(row.pop(column)).removeprefix("sub-")
         own = {str(name): value for name, value in row.items()}
         if labels.setdefault(subject, own) != own:
-            raise ConfigError(table_path, column, f"two different rows for {subject}", "one row per subject",
-                              "Keep one of them")
+            raise ConfigError(
+                table_path, column, f"two different rows for {subject}", "one row per subject", "Keep one of them"
+            )
     return labels
 
 
@@ -183,18 +205,28 @@ Found = list[tuple[dict[str, str], Path, Path | None]]
 def _find_bids(path: Path, cohort: CohortSettings, root: Path) -> Found:
     """Preprocessed runs of a BIDS derivative, with their confounds."""
     result: Found = []
-    for name in sorted(get_bids_files(root, file_tag="bold", file_type="nii*", modality_folder="func",
-                                      filters=list(cohort.filters.items()))):
+    for name in sorted(
+        get_bids_files(
+            root, file_tag="bold", file_type="nii*", modality_folder="func", filters=list(cohort.filters.items())
+        )
+    ):
         bold = Path(name)
         entities = parse_bids_filename(bold)["entities"]
         in_mni = str(entities.get("space", "")).startswith("MNI")
         if entities.get("desc") != "preproc" or in_mni != (cohort.space == "MNI"):
             continue
-        stem = "_".join(f"{key}-{entities[key]}" for key in ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run",
-                                                             "echo") if key in entities)
+        stem = "_".join(
+            f"{key}-{entities[key]}"
+            for key in ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo")
+            if key in entities
+        )
         confounds = bold.with_name(f"{stem}_desc-confounds_timeseries.tsv")
-        names = {"subject": entities["sub"], "session": entities.get("ses", ""), "task": entities.get("task", ""),
-                 "run": entities.get("run", "")}
+        names = {
+            "subject": entities["sub"],
+            "session": entities.get("ses", ""),
+            "task": entities.get("task", ""),
+            "run": entities.get("run", ""),
+        }
         result.append((names, bold, confounds if confounds.is_file() else None))
     return result
 
@@ -230,8 +262,9 @@ def _find_pattern(path: Path, cohort: CohortSettings, root: Path) -> Found:
     try:
         candidates = sorted(root.glob(re.sub(r"\{\w+\}", "*", cohort.pattern)))
     except (NotImplementedError, ValueError):  # an absolute path, or ** beside other characters
-        raise ConfigError(path, "pattern", cohort.pattern,
-                          "a path relative to root, with ** as a whole folder name only") from None
+        raise ConfigError(
+            path, "pattern", cohort.pattern, "a path relative to root, with ** as a whole folder name only"
+        ) from None
     for bold in candidates:
         match = regex.match(bold.relative_to(root).as_posix())
         if match and bold.is_file():

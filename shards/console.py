@@ -97,8 +97,13 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], 
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         with Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
         ) as bar:
             task = bar.add_task(what, total=total, rate="", note="")
             begun, done = time.monotonic(), 0
@@ -123,7 +128,10 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], 
             last = now
             rate = done / max(now - begun, 1e-9)
             left = duration((total - done) / rate) if rate else "unknown"
-            print(f"{what}: {done}/{total} {unit}, {rate:.2f} {unit}/s, {left} left {note}".rstrip(),
-                  file=sys.stderr, flush=True)
+            print(
+                f"{what}: {done}/{total} {unit}, {rate:.2f} {unit}/s, {left} left {note}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
 
     yield tell

@@ -115,8 +115,13 @@ class Conversion:
     """
 
     def __init__(
-        self, cohorts: Sequence[Path], folder: Path, settings: ConvertSettings, ranking: dict[str, Any],
-        parcels: Parcels, workers: int,
+        self,
+        cohorts: Sequence[Path],
+        folder: Path,
+        settings: ConvertSettings,
+        ranking: dict[str, Any],
+        parcels: Parcels,
+        workers: int,
     ):
         self.cohorts, self.folder, self.settings = [Path(c) for c in cohorts], Path(folder), settings
         self.parcels, self.workers = parcels, workers
@@ -134,8 +139,7 @@ class Conversion:
             return
         if not self.folder.is_dir():
             raise DatasetError(self.folder, "--out", "a file", "a folder")
-        if any(self.folder.iterdir()) and not self.work.exists() \
-                and not (self.folder / layout.MANIFEST).exists():
+        if any(self.folder.iterdir()) and not self.work.exists() and not (self.folder / layout.MANIFEST).exists():
             raise DatasetError(self.folder, "--out", "a folder with other files", "a new folder or a dataset")
         writer.finish_commit(self.folder)
         if (self.folder / layout.MANIFEST).exists():
@@ -157,9 +161,13 @@ class Conversion:
 
     def _same_configuration(self, found: str) -> None:
         if found != self.hash:
-            raise DatasetError(self.folder, "configuration", f"hash {self.hash[:12]}",
-                               f"{found[:12]}, that of the sessions already there",
-                               "Use the settings it was made with (manifest.json), or another --out")
+            raise DatasetError(
+                self.folder,
+                "configuration",
+                f"hash {self.hash[:12]}",
+                f"{found[:12]}, that of the sessions already there",
+                "Use the settings it was made with (manifest.json), or another --out",
+            )
 
     def find(self) -> list[RunSource]:
         """List the runs of all cohorts and assign every subject to a split; reads no image."""
@@ -173,15 +181,23 @@ class Conversion:
         if self.previous is not None:
             lost = set(self.previous.manifest["cohorts"]) - names
             if lost:
-                raise DatasetError(self.folder, "cohorts", f"only {', '.join(sorted(names))}",
-                                   f"also {', '.join(sorted(lost))}, which the dataset holds",
-                                   "Name all cohort files, or another --out")
+                raise DatasetError(
+                    self.folder,
+                    "cohorts",
+                    f"only {', '.join(sorted(names))}",
+                    f"also {', '.join(sorted(lost))}, which the dataset holds",
+                    "Name all cohort files, or another --out",
+                )
         column = self.settings.split.stratify
         strata = {}
         for run in runs:
             if column is not None and column not in run.labels:
-                raise ConfigError(run.source, "split.stratify", f"no label {column} for subject {run.subject}",
-                                  "a column of the participants table")
+                raise ConfigError(
+                    run.source,
+                    "split.stratify",
+                    f"no label {column} for subject {run.subject}",
+                    "a column of the participants table",
+                )
             label = "" if column is None else f"/{run.labels[column]}"
             strata[run.cohort, run.subject] = run.cohort + label
         self.splits = split_subjects(strata, self.settings.split.shares, self.settings.split.seed)
@@ -230,8 +246,13 @@ class Conversion:
         """
         sessions, failed = [], []
         if self.previous is not None and self.previous.manifest["ranker"] != identity:
-            raise DatasetError(self.folder, "ranker", "another extractor than the one its sessions were ranked with",
-                               "the extractor of the sessions already there", "Restore it, or give another --out")
+            raise DatasetError(
+                self.folder,
+                "ranker",
+                "another extractor than the one its sessions were ranked with",
+                "the extractor of the sessions already there",
+                "Restore it, or give another --out",
+            )
         for run in self.runs:
             meta_path, _ = writer.member_paths(self.folder, run.key)
             refused = layout.read_lines(self._refusal(run))
@@ -239,14 +260,24 @@ class Conversion:
                 failed += refused
                 continue
             if not self._done(run):
-                raise DatasetError(self.folder, "--only", f"{run.key} neither ranked nor refused",
-                                   "all runs ranked before they are packed", "Run it without --only")
+                raise DatasetError(
+                    self.folder,
+                    "--only",
+                    f"{run.key} neither ranked nor refused",
+                    "all runs ranked before they are packed",
+                    "Run it without --only",
+                )
             meta = layout.read_lines(meta_path)[0] if meta_path.exists() else self.before[run.key]
             sessions.append({**meta, "split": self.splits[run.cohort, run.subject]})
         if not sessions:
             first = failed[0]
-            raise DatasetError(self.folder, "", f"no run that could be converted (the first: {first['reason']})",
-                               "at least one", "See failed runs above")
+            raise DatasetError(
+                self.folder,
+                "",
+                f"no run that could be converted (the first: {first['reason']})",
+                "at least one",
+                "See failed runs above",
+            )
         failed.sort(key=lambda line: line["key"])
         if self.previous is not None and not self._changed(sessions, failed):
             self._clean()
@@ -254,18 +285,29 @@ class Conversion:
         settings = self.settings
         grid = settings.grid.grid()
         manifest = {
-            "format": layout.FORMAT, "configuration": self.configuration, "configuration_hash": self.hash,
-            "grid": {"mm": grid.mm, "shape": list(grid.shape), "patch": grid.patch, "centre_mm": list(grid.centre_mm),
-                     "affine": grid.affine.tolist()},
-            "tr": settings.grid.tr, "tr_range": list(settings.grid.tr_range),
+            "format": layout.FORMAT,
+            "configuration": self.configuration,
+            "configuration_hash": self.hash,
+            "grid": {
+                "mm": grid.mm,
+                "shape": list(grid.shape),
+                "patch": grid.patch,
+                "centre_mm": list(grid.centre_mm),
+                "affine": grid.affine.tolist(),
+            },
+            "tr": settings.grid.tr,
+            "tr_range": list(settings.grid.tr_range),
             "normalisation": "global z inside the mask; baseline = voxel mean, windows = fluctuation around it",
-            "windows": settings.windows.model_dump(), "ranker": identity,
-            "split": settings.split.model_dump(mode="json"), "cohorts": sorted({run.cohort for run in self.runs}),
+            "windows": settings.windows.model_dump(),
+            "ranker": identity,
+            "split": settings.split.model_dump(mode="json"),
+            "cohorts": sorted({run.cohort for run in self.runs}),
         }
         (self.folder / layout.REPORT / "index.html").unlink(missing_ok=True)  # it shows the dataset as it was
         with progress("pack", len(sessions), "sessions") as advance:
-            manifest = writer.pack(self.folder, sessions, failed, manifest, int(settings.shards.mb * 1e6),
-                                   self._members, advance)
+            manifest = writer.pack(
+                self.folder, sessions, failed, manifest, int(settings.shards.mb * 1e6), self._members, advance
+            )
         self._clean()
         return manifest
 
@@ -284,8 +326,9 @@ class Conversion:
             return sorted((line["key"], line["fingerprint"], line.get("split", "")) for line in lines)
 
         assert self.previous is not None
-        return (identity(sessions) != identity(self.previous.sessions)
-                or identity(failed) != identity(layout.read_lines(self.folder / layout.FAILED)))
+        return identity(sessions) != identity(self.previous.sessions) or identity(failed) != identity(
+            layout.read_lines(self.folder / layout.FAILED)
+        )
 
     def _members(self, session: dict[str, Any]) -> tuple[bytes, bytes]:
         """Bytes of a session's two members, from `work/` or from the dataset as it is."""
@@ -330,8 +373,10 @@ class Conversion:
         threads = {name: os.environ.get(name) for name in names}
         os.environ.update(dict.fromkeys(threads, "1"))
         try:
-            with progress(step, len(runs), "runs") as advance, \
-                    ProcessPoolExecutor(min(self.workers, len(runs)), context, _end_with_parent) as pool:
+            with (
+                progress(step, len(runs), "runs") as advance,
+                ProcessPoolExecutor(min(self.workers, len(runs)), context, _end_with_parent) as pool,
+            ):
                 queue = list(reversed(runs))
                 pending: dict[Future, RunSource] = {}
                 while queue or pending:
@@ -346,8 +391,10 @@ class Conversion:
                         except OSError as error:
                             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                                 raise
-                            raise Stopped(f"no space left in {self.folder} for {run.key}; make room, then the same "
-                                          "command goes on from there") from None
+                            raise Stopped(
+                                f"no space left in {self.folder} for {run.key}; make room, then the same "
+                                "command goes on from there"
+                            ) from None
                         note = self._refusal(run)
                         if refused is None:
                             note.unlink(missing_ok=True)
@@ -355,8 +402,10 @@ class Conversion:
                             layout.write_atomically(note, layout.dump(refused) + "\n")
                         advance(1, run.key if refused is None else f"{run.key} refused: {refused['reason']}")
         except BrokenProcessPool:
-            raise Stopped(f"a worker process died during {step}, perhaps for want of memory; the same command goes "
-                          "on from there, with fewer --workers if need be") from None
+            raise Stopped(
+                f"a worker process died during {step}, perhaps for want of memory; the same command goes "
+                "on from there, with fewer --workers if need be"
+            ) from None
         finally:
             for name, value in threads.items():
                 if value is None:
@@ -367,6 +416,7 @@ class Conversion:
 
 def fingerprint(run: RunSource) -> str:
     """What a session's sample depends on beside the configuration: its files' sizes and times, labels, TR, space."""
+
     def stamp(path: Path | None) -> list[Any] | None:
         if path is None or not path.exists():
             return None
@@ -421,8 +471,14 @@ def _convert(
         layout.write_atomically(meta_path, layout.dump(meta) + "\n")
         path.unlink(missing_ok=True)
     except RunRefused as refused:
-        return {"key": run.key, "cohort": run.cohort, "source": run.source, "reason": refused.line(),
-                "hint": refused.hint, "fingerprint": stamp}
+        return {
+            "key": run.key,
+            "cohort": run.cohort,
+            "source": run.source,
+            "reason": refused.line(),
+            "hint": refused.hint,
+            "fingerprint": stamp,
+        }
     return None
 
 
@@ -435,20 +491,40 @@ def _harmonised_arrays(
     n_frames, n_patches, n_voxels = result.fluctuation_TPV.shape
     n_windows = n_frames // frames
     if n_windows < settings.windows.minimum:
-        raise RunRefused(run.source, "frames", f"{n_windows} windows of {frames} frames at TR {result.tr:g} s",
-                         f"at least {settings.windows.minimum}", "The run is too short; leave it out")
+        raise RunRefused(
+            run.source,
+            "frames",
+            f"{n_windows} windows of {frames} frames at TR {result.tr:g} s",
+            f"at least {settings.windows.minimum}",
+            "The run is too short; leave it out",
+        )
     labels_XYZ = parcels(result.brain_XYZ, grid.mm)
     roi_RT, centre_R3, number_R = parcel_means(result.raw_TN, labels_XYZ, result.brain_XYZ, grid.affine)
     arrays = {
-        "baseline": result.baseline_PV, "spread": result.spread_PV, "patch": result.patch_P3,
+        "baseline": result.baseline_PV,
+        "spread": result.spread_PV,
+        "patch": result.patch_P3,
         "brain": gather(result.brain_XYZ.astype(np.uint8), result.patch_P3, grid.patch),
-        "roi": roi_RT, "roi_centre": centre_R3, "roi_number": number_R,
+        "roi": roi_RT,
+        "roi_centre": centre_R3,
+        "roi_number": number_R,
         "windows": result.fluctuation_TPV[: n_windows * frames].reshape(n_windows, frames, n_patches, n_voxels),
     }
     meta = {
-        "key": run.key, "cohort": run.cohort, "subject": run.subject, "session": run.session, "run": run.run,
-        "task": run.task, "source": run.source, "labels": run.labels, "frames": n_frames, "tr": result.tr,
-        "source_tr": result.source_tr, "n_windows": n_windows, "n_patches": n_patches, **result.facts,
+        "key": run.key,
+        "cohort": run.cohort,
+        "subject": run.subject,
+        "session": run.session,
+        "run": run.run,
+        "task": run.task,
+        "source": run.source,
+        "labels": run.labels,
+        "frames": n_frames,
+        "tr": result.tr,
+        "source_tr": result.source_tr,
+        "n_windows": n_windows,
+        "n_patches": n_patches,
+        **result.facts,
     }
     return arrays, meta
 
@@ -464,11 +540,14 @@ def _ranked(
     except RunRefused as refused:  # the ranker does not know which run it scores
         raise RunRefused(run.source, refused.field, refused.got, refused.expected, refused.hint) from None
     if scores_W.shape != (len(windows),) or not np.isfinite(scores_W).all():
-        raise RunRefused(run.source, "saliency", f"scores that are not {len(windows)} finite numbers",
-                         "a score per window")
+        raise RunRefused(
+            run.source, "saliency", f"scores that are not {len(windows)} finite numbers", "a score per window"
+        )
     rank_K = np.lexsort((np.arange(len(scores_W)), -scores_W))[: settings.windows.keep]
     return {
         **{name: values for name, values in arrays.items() if name != "windows"},
         **layout.encode_windows(windows[rank_K], arrays["spread"]),
-        "start": (rank_K * frames).astype(np.int32), "saliency": scores_W[rank_K], "scores": scores_W,
+        "start": (rank_K * frames).astype(np.int32),
+        "saliency": scores_W[rank_K],
+        "scores": scores_W,
     }

@@ -114,8 +114,9 @@ def harmonise(run: RunSource, settings: GridSettings) -> Harmonised:
     outside = float(np.mean(((place_mm < -0.5) | (place_mm > np.array(grid.shape) - 0.5)).any(axis=1)))
     if outside > settings.outside:
         hint = "If the run is not in MNI space, set `space: native`; else enlarge grid.shape"
-        raise RunRefused(run.source, "mask", f"{outside:.0%} of the brain outside the grid",
-                         f"at most {settings.outside:.0%}", hint)
+        raise RunRefused(
+            run.source, "mask", f"{outside:.0%} of the brain outside the grid", f"at most {settings.outside:.0%}", hint
+        )
 
     brain_XYZ = _resample_mask(mask.get_fdata() > 0.5, mask_affine, grid)
     brain_XYZ &= _field_of_view(image.shape[:3], affine, grid)
@@ -150,14 +151,23 @@ def _open(run: RunSource) -> nib.Nifti1Image:
     if not isinstance(image, nib.Nifti1Image):
         raise RunRefused(run.source, "format", type(image).__name__, "NIfTI-1 or NIfTI-2")
     if len(image.shape) != 4 or image.shape[3] < 4:
-        raise RunRefused(run.source, "dim", "x".join(map(str, image.shape)), "x, y, z and at least 4 frames",
-                         "Leave files that are no runs out of the pattern")
+        raise RunRefused(
+            run.source,
+            "dim",
+            "x".join(map(str, image.shape)),
+            "x, y, z and at least 4 frames",
+            "Leave files that are no runs out of the pattern",
+        )
     if image.get_data_dtype().kind not in "iuf":
-        raise RunRefused(run.source, "datatype", f"complex or colour values ({image.get_data_dtype()})",
-                         "real numbers")
+        raise RunRefused(run.source, "datatype", f"complex or colour values ({image.get_data_dtype()})", "real numbers")
     if int(image.header["qform_code"]) == 0 and int(image.header["sform_code"]) == 0:
-        raise RunRefused(run.source, "qform_code, sform_code", "0, 0: position and orientation unknown",
-                         "a code above 0", "Restore the header from the original scan")
+        raise RunRefused(
+            run.source,
+            "qform_code, sform_code",
+            "0, 0: position and orientation unknown",
+            "a code above 0",
+            "Restore the header from the original scan",
+        )
     if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-6:
         raise RunRefused(run.source, "affine", "singular or not finite", "an invertible affine")
     return image
@@ -174,8 +184,13 @@ def _mask(run: RunSource, image: nib.Nifti1Image) -> tuple[nib.Nifti1Image, str]
         try:
             mask = compute_epi_mask(nib.Nifti1Image(mean.astype(np.float32), image.affine))
         except Exception as error:
-            raise RunRefused(run.source, "mask", f"none could be computed ({error})", "a brain in the image",
-                             "Give a `mask` in the cohort file") from None
+            raise RunRefused(
+                run.source,
+                "mask",
+                f"none could be computed ({error})",
+                "a brain in the image",
+                "Give a `mask` in the cohort file",
+            ) from None
         source = "computed"
     else:
         if not run.mask.is_file():
@@ -192,8 +207,13 @@ def _mask(run: RunSource, image: nib.Nifti1Image) -> tuple[nib.Nifti1Image, str]
         if not isinstance(loaded, nib.Nifti1Image):
             raise RunRefused(run.source, "mask", f"{run.mask}: {type(loaded).__name__}", "a NIfTI mask")
         if not int(loaded.header["qform_code"]) and not int(loaded.header["sform_code"]):
-            raise RunRefused(run.source, "mask", f"{run.mask} with qform_code and sform_code 0: position unknown",
-                             "a code above 0", "Restore the mask's header")
+            raise RunRefused(
+                run.source,
+                "mask",
+                f"{run.mask} with qform_code and sform_code 0: position unknown",
+                "a code above 0",
+                "Restore the mask's header",
+            )
         mask = nib.Nifti1Image((values > 0.5).astype(np.uint8), loaded.affine)
         source = run.mask.name
     if not (mask.get_fdata() > 0.5).any():
@@ -224,15 +244,19 @@ def _volumes(image: nib.Nifti1Image, run: RunSource, frames: Iterable[int]) -> I
                 with np.errstate(over="ignore"):
                     volume = volume.astype(np.float32)
                 if not np.isfinite(volume).all():
-                    raise RunRefused(run.source, "data", f"NaN or Inf in frame {frame}", "finite values",
-                                     "Repair the preprocessing, or leave the run out")
+                    raise RunRefused(
+                        run.source,
+                        "data",
+                        f"NaN or Inf in frame {frame}",
+                        "finite values",
+                        "Repair the preprocessing, or leave the run out",
+                    )
                 yield volume
             file.read(1)  # the end of a gzip file, where its checksum is compared
     except RunRefused:
         raise
     except Exception as error:  # gzip, zlib and nibabel raise many types for damaged files
-        raise RunRefused(run.source, "data", f"unreadable ({error})", "a complete file",
-                         "Copy it again") from None
+        raise RunRefused(run.source, "data", f"unreadable ({error})", "a complete file", "Copy it again") from None
 
 
 def _resample_mask(mask: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
@@ -305,8 +329,13 @@ def _spline_weights(place_3N: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_
         place_N = np.clip(place_3N[axis], 0, size - 1)
         below_N = np.floor(place_N)
         t_N = place_N - below_N
-        weight_N4 = np.stack([(1 - t_N) ** 3, 3 * t_N**3 - 6 * t_N**2 + 4,
-                              3 * (1 - t_N) ** 3 - 6 * (1 - t_N) ** 2 + 4, t_N**3], axis=1) / 6
+        weight_N4 = (
+            np.stack(
+                [(1 - t_N) ** 3, 3 * t_N**3 - 6 * t_N**2 + 4, 3 * (1 - t_N) ** 3 - 6 * (1 - t_N) ** 2 + 4, t_N**3],
+                axis=1,
+            )
+            / 6
+        )
         # beyond the ends the coefficients are mirrored, as `ndimage.spline_filter` takes them to be
         period = max(1, 2 * (size - 1))
         index_N4 = (below_N[:, None].astype(np.int32) + np.arange(-1, 3, dtype=np.int32)) % period
@@ -339,16 +368,24 @@ def _resample_time(source_TN: np.ndarray, source_tr: float, settings: GridSettin
 
 
 def _normalise(
-    run: RunSource, raw_TN: np.ndarray, mean_N: np.ndarray, variance_N: np.ndarray, brain_XYZ: np.ndarray,
-    grid: Grid, tr: float, source_tr: float, facts: dict[str, Any],
+    run: RunSource,
+    raw_TN: np.ndarray,
+    mean_N: np.ndarray,
+    variance_N: np.ndarray,
+    brain_XYZ: np.ndarray,
+    grid: Grid,
+    tr: float,
+    source_tr: float,
+    facts: dict[str, Any],
 ) -> Harmonised:
     """Global z-score inside the mask, split into baseline and fluctuation, gathered into patches."""
     mean = float(mean_N.mean())
     # the run's SD over all brain voxels and frames: within-voxel plus between-voxel variance
     sd = float(np.sqrt(variance_N.mean() + mean_N.var()))
     if not float(np.sqrt(variance_N.mean())) > ROUNDING * np.abs(mean_N).max():
-        raise RunRefused(run.source, "data", "the same volume in every frame", "a signal that varies in time",
-                         "Leave the run out")
+        raise RunRefused(
+            run.source, "data", "the same volume in every frame", "a signal that varies in time", "Leave the run out"
+        )
     patch_P3 = patches.patch_places(brain_XYZ, grid.patch)
     slots_N = patches.voxel_slots(brain_XYZ, patch_P3, grid.patch)
     size = len(patch_P3) * grid.voxels
@@ -364,6 +401,12 @@ def _normalise(
     facts["global_mean"], facts["global_sd"] = round(mean, 6), round(sd, 6)
     return Harmonised(
         fluctuation_TPV=fluctuation.reshape(len(raw_TN), len(patch_P3), grid.voxels),
-        baseline_PV=to_patches((mean_N - mean) / sd), spread_PV=to_patches(np.sqrt(variance_N) / sd),
-        patch_P3=patch_P3, brain_XYZ=brain_XYZ, raw_TN=raw_TN, tr=tr, source_tr=source_tr, facts=facts,
+        baseline_PV=to_patches((mean_N - mean) / sd),
+        spread_PV=to_patches(np.sqrt(variance_N) / sd),
+        patch_P3=patch_P3,
+        brain_XYZ=brain_XYZ,
+        raw_TN=raw_TN,
+        tr=tr,
+        source_tr=source_tr,
+        facts=facts,
     )

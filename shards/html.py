@@ -20,12 +20,28 @@ INK, GREY, PALE = "#1f2933", "#7b8794", "#cbd2d9"
 
 _DPI = 120
 _DRAWING = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.labelsize": 9, "axes.edgecolor": GREY, "axes.linewidth": 0.8, "axes.labelcolor": INK,
-    "axes.titlecolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-    "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#e4e7eb",
-    "grid.linewidth": 0.7, "legend.fontsize": 8, "legend.frameon": False, "figure.facecolor": "white",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e7eb",
+    "grid.linewidth": 0.7,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
 }
 _CSS = """
 :root { color-scheme: light; }
@@ -96,15 +112,15 @@ def text(words: str) -> str:
 
 def notes(lines: Iterable[tuple[str, str]]) -> str:
     """Lines to read first: (`good`, `look` or `bad`, words). A word tells the kind, not colour alone."""
-    items = "\n".join(f'<li class="{kind}"><b>{_WORDS[kind]}</b>{escape(words)}</li>'
-                      for kind, words in lines)
+    items = "\n".join(f'<li class="{kind}"><b>{_WORDS[kind]}</b>{escape(words)}</li>' for kind, words in lines)
     return f'<ul class="notes">\n{items}\n</ul>' if items else ""
 
 
 def facts(pairs: Mapping[str, object]) -> str:
     """Names and values, in columns as wide as the window allows."""
-    items = "\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
-                      for name, value in pairs.items())
+    items = "\n".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in pairs.items()
+    )
     return f"<dl>\n{items}\n</dl>"
 
 
@@ -113,14 +129,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: bool =
 
     With `numbers`, all columns but the first are aligned on the right.
     """
+
     def cells(tag: str, values: Sequence[object]) -> str:
         kinds = [' class="number"' if numbers and column else "" for column in range(len(values))]
-        return "".join(f"<{tag}{kind}>{escape(str(value))}</{tag}>"
-                       for kind, value in zip(kinds, values, strict=True))
+        return "".join(f"<{tag}{kind}>{escape(str(value))}</{tag}>" for kind, value in zip(kinds, values, strict=True))
 
     body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return (f'<div class="scroll"><table>\n<thead><tr>{cells("th", head)}</tr></thead>\n'
-            f"<tbody>\n{body}\n</tbody>\n</table></div>")
+    return (
+        f'<div class="scroll"><table>\n<thead><tr>{cells("th", head)}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
 
 
 def picture(figure: Figure, alt: str, caption: str = "") -> str:

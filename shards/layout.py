@@ -83,7 +83,9 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
         if name != "windows":
             values = values.astype(dtype)
         group.create_array(
-            name, data=values, chunks=(1, *values.shape[1:]) if chunked else values.shape,
+            name,
+            data=values,
+            chunks=(1, *values.shape[1:]) if chunked else values.shape,
             compressors=BloscCodec(typesize=values.dtype.itemsize, cname="zstd", clevel=3, shuffle="shuffle"),
             fill_value=0,
             config={"write_empty_chunks": True},  # so a chunk that is not there is a damage, never zeros
@@ -104,7 +106,9 @@ async def _list(store: MemoryStore) -> list[str]:
 
 
 def unpack(
-    file: io.BufferedIOBase | io.BytesIO, where: str, names: Iterable[str] | None = None,
+    file: io.BufferedIOBase | io.BytesIO,
+    where: str,
+    names: Iterable[str] | None = None,
     windows: Iterable[int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Arrays of one `KEY.zarr.zip`, touching only the bytes of what is asked for.
@@ -163,8 +167,13 @@ def unpack(
     except SampleCorrupt:
         raise
     except Exception as error:  # zipfile, zarr and blosc raise many types for damaged bytes
-        raise SampleCorrupt(where, ZARR_MEMBER, f"unreadable bytes ({type(error).__name__}: {error})",
-                            "a sample as it was written", DAMAGED) from None
+        raise SampleCorrupt(
+            where,
+            ZARR_MEMBER,
+            f"unreadable bytes ({type(error).__name__}: {error})",
+            "a sample as it was written",
+            DAMAGED,
+        ) from None
     missing = [name for name in wanted if name not in out and name != "scale"]
     if missing:
         raise SampleCorrupt(where, ZARR_MEMBER, f"no array {missing[0]}", f"arrays {', '.join(wanted)}", DAMAGED)

@@ -18,20 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.ndimage import map_coordinates
 
-from shards import html, layout, quality
-from shards.grid import Grid
-from shards.patches import scatter
+from shards import html, layout, picture
 from shards.reader import Dataset
 from shards.split import SPLITS
 
 Session = dict[str, Any]
 Outlying = dict[str, dict[str, str]]  # key: field: words
-Extent = tuple[float, float, float, float]  # mm: left, right, bottom, top
-View = tuple[str, np.ndarray, Extent, str]  # title, picture, extent, letters of the left and right margin
 
 _ROWS = 100  # refused or moved sessions listed one by one
 _OUTLYING = 30  # outlying sessions named
@@ -39,7 +33,6 @@ _EXAMPLES, _MOST_EXAMPLES = 6, 12  # sessions drawn; more than six only where th
 _DOTS = 150  # sessions drawn as dots per cohort
 _LANES = 12  # cohorts with a lane of their own
 _FEW = 8  # a cohort of fewer sessions is judged by the quartiles of the whole dataset
-_BEST = 8  # most salient windows marked: as many as a published training sample holds
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,8 @@ def write(folder: str | Path) -> Path:
     outlying = find_outlying(dataset.sessions)
     with html.drawing():
         content = html.page(
-            f"Dataset {dataset.folder.resolve().name}", _lead(dataset, failed),
+            f"Dataset {dataset.folder.resolve().name}",
+            _lead(dataset, failed),
             html.notes(_first_look(dataset, failed, outlying)),
             html.facts(_facts(dataset)),
             html.section("Cohorts and splits", *_cohorts(dataset, failed)),
@@ -120,8 +114,10 @@ def _lead(dataset: Dataset, failed: list[Session]) -> str:
     sessions = dataset.sessions
     hours = sum(session["frames"] * session["tr"] for session in sessions) / 3600
     cohorts = _count(len(dataset.manifest["cohorts"]), "cohort")
-    return (f"{_count(len(sessions), 'session')} of {_count(_subjects(sessions), 'subject')} from {cohorts}, "
-            f"{hours:.1f} hours; {_count(len(failed), 'run')} refused.")
+    return (
+        f"{_count(len(sessions), 'session')} of {_count(_subjects(sessions), 'subject')} from {cohorts}, "
+        f"{hours:.1f} hours; {_count(len(failed), 'run')} refused."
+    )
 
 
 def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> list[tuple[str, str]]:
@@ -132,26 +128,46 @@ def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> 
         homes[session["cohort"], session["subject"]].add(session["split"])
     torn = sorted("/".join(subject) for subject, splits in homes.items() if len(splits) > 1)
     if torn:
-        found.append(("bad", f"{_count(len(torn), 'subject')} in more than one split, first {torn[0]}: "
-                             "scores will be too good. Make the dataset anew."))
+        found.append(
+            (
+                "bad",
+                f"{_count(len(torn), 'subject')} in more than one split, first {torn[0]}: "
+                "scores will be too good. Make the dataset anew.",
+            )
+        )
     empty = [split for split in SPLITS if not dataset.manifest["sessions"].get(split)]
     if empty:
         found.append(("look", f"No session in {' and '.join(empty)}: too few subjects for the shares."))
     if failed:
-        found.append(("look", f"{len(failed)} of {_count(len(failed) + len(sessions), 'run')} refused; "
-                              "reasons and remedies are below."))
+        found.append(
+            (
+                "look",
+                f"{len(failed)} of {_count(len(failed) + len(sessions), 'run')} refused; "
+                "reasons and remedies are below.",
+            )
+        )
     if outlying:
         found.append(("look", f"{_count(len(outlying), 'session')} of outlying quality, named below."))
     moved = sum("centred_by_mm" in session for session in sessions)
     if moved:
-        found.append(("look", f"{_count(moved, 'native-space session')} moved to the middle of the grid; "
-                              "nothing was registered, so a place does not mean the same structure in all "
-                              "of them."))
+        found.append(
+            (
+                "look",
+                f"{_count(moved, 'native-space session')} moved to the middle of the grid; "
+                "nothing was registered, so a place does not mean the same structure in all "
+                "of them.",
+            )
+        )
     whole = sum(session["n_kept"] == session["n_windows"] for session in sessions)
     if whole:
-        found.append(("look", f"In {whole} of {_count(len(sessions), 'session')} every window was kept, as "
-                              f"there are no more than {dataset.manifest['windows']['keep']}: the ranking "
-                              "orders them but drops none."))
+        found.append(
+            (
+                "look",
+                f"In {whole} of {_count(len(sessions), 'session')} every window was kept, as "
+                f"there are no more than {dataset.manifest['windows']['keep']}: the ranking "
+                "orders them but drops none.",
+            )
+        )
     if not torn:
         found.append(("good", "No subject is in more than one split."))
     return found
@@ -165,15 +181,18 @@ def _facts(dataset: Dataset) -> dict[str, object]:
     learned = manifest["ranker"].get("extractor")
     size = sum(shard["bytes"] for shard in manifest["shards"])
     return {
-        **{f"{split}: sessions (subjects)": f"{manifest['sessions'][split]} ({manifest['subjects'][split]})"
-           for split in SPLITS},
+        **{
+            f"{split}: sessions (subjects)": f"{manifest['sessions'][split]} ({manifest['subjects'][split]})"
+            for split in SPLITS
+        },
         "Grid": f"{' × '.join(map(str, grid.shape))} voxels of {grid.mm:g} mm, RAS+",
         "Patch": f"{grid.patch} × {grid.patch} × {grid.patch} voxels",
         "TR": _range(trs, "s") + ("" if source_trs == trs else f", scanned at {_range(source_trs, 's')}"),
         "Windows": f"{windows['frames']} frames; the {windows['keep']} most salient kept",
         "Ranker": f"{ranker}, extractor {learned[:12]}" if learned else ranker,
         "Normalisation": manifest["normalisation"],
-        "Shards": f"{_count(len(manifest['shards']), 'file')}, {size / 1e9:.3g} GB" if size >= 1e9
+        "Shards": f"{_count(len(manifest['shards']), 'file')}, {size / 1e9:.3g} GB"
+        if size >= 1e9
         else f"{_count(len(manifest['shards']), 'file')}, {size / 1e6:.3g} MB",
         "Format, configuration": f"{manifest['format']}, {manifest['configuration_hash'][:12]}",
     }
@@ -191,14 +210,20 @@ def _cohorts(dataset: Dataset, failed: list[Session]) -> list[str]:
 
     def row(name: str, sessions: list[Session], refused: int) -> list[object]:
         parts = [[s for s in sessions if s["split"] == split] for split in SPLITS]
-        return [name, *[f"{len(part)} ({_subjects(part)})" for part in parts],
-                f"{len(sessions)} ({_subjects(sessions)})", refused]
+        return [
+            name,
+            *[f"{len(part)} ({_subjects(part)})" for part in parts],
+            f"{len(sessions)} ({_subjects(sessions)})",
+            refused,
+        ]
 
     rows = [row(name, of_cohort[name], refused[name]) for name in dataset.manifest["cohorts"]]
     if len(rows) > 1:
         rows.append(row("all", dataset.sessions, len(failed)))
-    return [html.text("Sessions, and in brackets the subjects they come from. Splits are by subject."),
-            html.table(["Cohort", *SPLITS, "all", "refused"], rows, numbers=True)]
+    return [
+        html.text("Sessions, and in brackets the subjects they come from. Splits are by subject."),
+        html.table(["Cohort", *SPLITS, "all", "refused"], rows, numbers=True),
+    ]
 
 
 def _refused(failed: list[Session]) -> list[str]:
@@ -207,12 +232,17 @@ def _refused(failed: list[Session]) -> list[str]:
     parts = []
     advice = [line["hint"] or "Look at the file: mend it, or leave it out of the cohort" for line in failed]
     # The reason repeats the hint at its end; in the table it has a column of its own.
-    rows = [[line["key"], " ".join(line["reason"].removesuffix(line["hint"]).split()), what]
-            for line, what in zip(failed, advice, strict=True)]
+    rows = [
+        [line["key"], " ".join(line["reason"].removesuffix(line["hint"]).split()), what]
+        for line, what in zip(failed, advice, strict=True)
+    ]
     if len(failed) > _ROWS:
         groups = Counter((line["cohort"], what) for line, what in zip(failed, advice, strict=True))
-        parts.append(html.table(["Cohort", "What to do", "Runs"],
-                                [[*group, count] for group, count in groups.most_common(_ROWS)]))
+        parts.append(
+            html.table(
+                ["Cohort", "What to do", "Runs"], [[*group, count] for group, count in groups.most_common(_ROWS)]
+            )
+        )
         parts.append(html.text(f"The first {_ROWS} of {len(failed)}; all are in {layout.FAILED}."))
     return [*parts, html.table(["Run", "Reason", "What to do"], rows[:_ROWS])]
 
@@ -250,8 +280,10 @@ def find_outlying(sessions: Sequence[Session]) -> Outlying:
                 beyond = max(below, above)
                 if beyond > 1.5:
                     worst[number] = max(worst[number], beyond)
-                    words[number][measure.field] = (f"{measure.title} {_number(value, measure)} (middle half "
-                                                    f"{_number(low, measure)} to {_number(high, measure)})")
+                    words[number][measure.field] = (
+                        f"{measure.title} {_number(value, measure)} (middle half "
+                        f"{_number(low, measure)} to {_number(high, measure)})"
+                    )
     order = sorted(words, key=lambda number: (-worst[number], sessions[number]["key"]))
     return {sessions[number]["key"]: words[number] for number in order}
 
@@ -271,20 +303,26 @@ def _quality(sessions: Sequence[Session], outlying: Outlying) -> list[str]:
     parts = [
         html.table(["Number", "Sessions", "Lowest", "5 %", "Median", "95 %", "Highest"], rows, numbers=True),
         html.picture(
-            _draw_quality(sessions, present, outlying), "Quality numbers of the sessions, a lane per cohort",
+            _draw_quality(sessions, present, outlying),
+            "Quality numbers of the sessions, a lane per cohort",
             "A dot per session (of large cohorts a selection), a lane per cohort; the line marks the median, "
             "the box the middle half. Orange diamonds are outlying sessions. Cohorts may differ in level "
-            "(scanner, smoothing, voxel size); look at a session that is far from its own cohort."),
+            "(scanner, smoothing, voxel size); look at a session that is far from its own cohort.",
+        ),
     ]
     if not outlying:
         return [*parts, html.text("No session lies outside its cohort by the box-plot rule.")]
     where = {session["key"]: session["split"] for session in sessions}
     named = [[key, where[key], "; ".join(outlying[key].values())] for key in list(outlying)[:_OUTLYING]]
-    parts.append(html.text(
-        f"{_count(len(outlying), 'session')} beyond the quartiles of the cohort by more than 1.5 "
-        "interquartile ranges, worst "
-        "first" + (f" (the first {_OUTLYING})." if len(outlying) > _OUTLYING else ".")
-        + " They are in the dataset: decide whether to leave them out of the cohort."))
+    parts.append(
+        html.text(
+            f"{_count(len(outlying), 'session')} beyond the quartiles of the cohort by more than 1.5 "
+            "interquartile ranges, worst "
+            "first"
+            + (f" (the first {_OUTLYING})." if len(outlying) > _OUTLYING else ".")
+            + " They are in the dataset: decide whether to leave them out of the cohort."
+        )
+    )
     return [*parts, html.table(["Session", "Split", "What is outlying"], named)]
 
 
@@ -331,7 +369,7 @@ def _wrapped(words: str) -> str:
     if len(words) < 20 or not spaces:
         return words
     place = min(spaces, key=lambda space: abs(space - len(words) / 2))
-    return f"{words[:place]}\n{words[place + 1:]}"
+    return f"{words[:place]}\n{words[place + 1 :]}"
 
 
 def _native(sessions: Sequence[Session]) -> list[str]:
@@ -345,8 +383,10 @@ def _native(sessions: Sequence[Session]) -> list[str]:
         rows.append([session["key"], *[f"{mm:+g}" for mm in by_mm], f"{np.linalg.norm(by_mm):.1f}"])
     more = f" The {_ROWS} of {len(moved)} moved farthest:" if len(moved) > _ROWS else ""
     return [
-        html.text("The middle of each brain mask was moved to the middle of the grid. Nothing was "
-                  f"registered, turned or scaled.{more}"),
+        html.text(
+            "The middle of each brain mask was moved to the middle of the grid. Nothing was "
+            f"registered, turned or scaled.{more}"
+        ),
         html.table(["Session", "right, mm", "front, mm", "up, mm", "distance, mm"], rows, numbers=True),
     ]
 
@@ -371,180 +411,31 @@ def choose_examples(sessions: Sequence[Session], outlying: Outlying) -> list[Ses
 
 
 def _examples(dataset: Dataset, outlying: Outlying) -> list[str]:
-    parts = [html.text(
-        "Left: the mean image with the outline of its brain mask (orange) and that of the MNI152 brain "
-        "(blue, dashed); the two should agree in MNI space. The left of the picture is the left of the "
-        "brain. Right, on one time axis: the parcels' signal, each z-scored; the saliency of every window; "
-        "DVARS and global signal of the parcels' means. Faint blue bands repeat the most salient windows. A "
-        "good ranking avoids spikes of DVARS and does not simply follow the global signal.")]
-    template = _template()
+    parts = [
+        html.text(
+            "Left: the mean image with the outline of its brain mask (orange) and that of the MNI152 brain "
+            "(blue, dashed); the two should agree in MNI space. The left of the picture is the left of the "
+            "brain. Right, on one time axis: the parcels' signal, each z-scored; the saliency of every window; "
+            "DVARS and global signal of the parcels' means. Faint blue bands repeat the most salient windows. A "
+            "good ranking avoids spikes of DVARS and does not simply follow the global signal."
+        )
+    ]
+    outline = picture.template()
     names = ("baseline", "brain", "patch", "roi", "scores", "start")
     for session in choose_examples(dataset.sessions, outlying):
         arrays = dataset.read(session, names)
-        shown = Shown(dataset.grid, dataset.frames, session, arrays)
-        words = [f"{session['cohort']}, subject {session['subject']}, {session['split']}; "
-                 f"{session['frames']} frames of {session['tr']:g} s; tSNR {session['tsnr']:g}; "
-                 f"{_count(session['n_kept'], 'window')} of {session['n_windows']} kept.", shown.words()]
+        shown = picture.Shown(dataset.grid, dataset.frames, session, arrays)
+        words = [
+            f"{session['cohort']}, subject {session['subject']}, {session['split']}; "
+            f"{session['frames']} frames of {session['tr']:g} s; tSNR {session['tsnr']:g}; "
+            f"{_count(session['n_kept'], 'window')} of {session['n_windows']} kept.",
+            shown.words(),
+        ]
         if session["key"] in outlying:
             words.append(f"Outlying: {'; '.join(outlying[session['key']].values())}.")
         if "centred_by_mm" in session:
             moved = ", ".join(f"{mm:+g}" for mm in session["centred_by_mm"])
             words.append(f"Native space: moved by ({moved}) mm to the grid's middle; nothing was registered.")
         alt = f"Slices of the mean image, parcels, saliency, DVARS and global signal of {session['key']}"
-        parts += [html.heading(session["key"]), html.picture(shown.draw(template), alt, " ".join(words))]
+        parts += [html.heading(session["key"]), html.picture(shown.draw(outline), alt, " ".join(words))]
     return parts
-
-
-def slices(volume_XYZ: np.ndarray, grid: Grid, place: Sequence[int]) -> list[View]:
-    """Sagittal, coronal and axial slice of a volume, ready for `imshow(origin="lower")`.
-
-    Parameters
-    ----------
-    volume_XYZ : ndarray
-        On the grid, RAS+.
-    grid : Grid
-    place : three int
-        Voxel the slices go through.
-
-    Returns
-    -------
-    list of (title, picture, extent, ends)
-        `picture` has rows from bottom to top; `extent` (left, right, bottom, top) is in mm; `ends` are the
-        letters of the left and right margin: L is on the left, so the left of the picture is the left of the
-        brain.
-    """
-    low_3 = grid.affine[:3, 3] - grid.mm / 2
-    high_3 = low_3 + grid.mm * np.asarray(grid.shape)
-    found = []
-    for axis, (name, ends) in enumerate((("Sagittal, x", "PA"), ("Coronal, y", "LR"), ("Axial, z", "LR"))):
-        across, up = (other for other in range(3) if other != axis)
-        mm = grid.affine[axis, 3] + grid.mm * place[axis]
-        extent = (low_3[across], high_3[across], low_3[up], high_3[up])
-        found.append((f"{name} = {mm:g} mm", np.take(volume_XYZ, place[axis], axis=axis).T, extent, ends))
-    return found
-
-
-def _template() -> tuple[np.ndarray, np.ndarray]:
-    """The MNI152 brain mask that nilearn carries with it, and its affine."""
-    from nilearn.datasets import load_mni152_brain_mask  # takes seconds to import; only pages need it
-
-    image = load_mni152_brain_mask(resolution=2)
-    return np.asarray(image.dataobj, np.float32), image.affine
-
-
-class Shown:
-    """One session as it is drawn.
-
-    Parameters
-    ----------
-    grid : Grid
-    frames : int
-        Frames of a window.
-    session : dict
-        Its line of `sessions.jsonl`.
-    arrays : dict of ndarray
-        `baseline`, `brain`, `patch`, `roi`, `scores`, `start`.
-    """
-
-    def __init__(self, grid: Grid, frames: int, session: Session, arrays: dict[str, np.ndarray]):
-        self.grid, self.frames, self.tr = grid, frames, session["tr"]
-        patch_P3 = arrays["patch"]
-        self.brain_XYZ = scatter(arrays["brain"], patch_P3, grid.shape, grid.patch) > 0
-        self.baseline_XYZ = scatter(arrays["baseline"], patch_P3, grid.shape, grid.patch)
-        roi_RT = arrays["roi"].astype(np.float64)
-        sd_R1 = roi_RT.std(axis=1, keepdims=True)
-        self.z_RT = (roi_RT - roi_RT.mean(axis=1, keepdims=True)) / np.maximum(sd_R1, 1e-12)
-        percent_TR = 100 * roi_RT.T / max(abs(roi_RT.mean()), 1e-12)  # of the mean over parcels and frames
-        self.global_T = percent_TR.mean(axis=1) - percent_TR.mean()
-        self.dvars_T = quality.dvars(percent_TR)
-        low, high = np.percentile(self.dvars_T, [25, 75])
-        self.limit = high + 1.5 * (high - low)
-        self.scores_W = arrays["scores"]
-        self.kept_K = arrays["start"] // frames  # in rank order
-        self.best_K = self.kept_K[:_BEST]
-
-    def words(self) -> str:
-        """How the most salient windows lie to outlying frames."""
-        # DVARS at place t is the change from frame t to t + 1; the later frame is the one it is charged to.
-        window_T = (np.flatnonzero(self.dvars_T > self.limit) + 1) // self.frames
-        struck = np.unique(window_T[window_T < len(self.scores_W)])
-        among = int(np.isin(self.best_K, struck).sum())
-        chance = len(self.best_K) * len(struck) / len(self.scores_W)
-        return (f"Windows with a frame above the DVARS line: {among} of the {len(self.best_K)} most salient "
-                f"({chance:.1f} expected of as many drawn at random).")
-
-    def draw(self, template: tuple[np.ndarray, np.ndarray]) -> Figure:
-        """Slices on the left, signals over time on the right."""
-        figure = Figure(figsize=(11, 6.4), layout="constrained")
-        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(2.6, 8.4))[0]
-        place = [int(places.mean().round()) for places in np.nonzero(self.brain_XYZ)]
-        limits = np.percentile(self.baseline_XYZ[self.brain_XYZ], [2, 98])
-        views = slices(np.where(self.brain_XYZ, self.baseline_XYZ, np.nan), self.grid, place)
-        masks = slices(self.brain_XYZ, self.grid, place)
-        for axis, axes in enumerate(left.subplots(3, 1)):
-            _draw_slice(axes, views[axis], masks[axis][1], limits)
-            mm = self.grid.affine[axis, 3] + self.grid.mm * place[axis]
-            _draw_template(axes, template, axis, mm, views[axis][2])
-        self._draw_signals(right)
-        return figure
-
-    def _draw_signals(self, figure: Any) -> None:
-        end = self.z_RT.shape[1] * self.tr
-        matrix, saliency, dvars, whole = figure.subplots(4, 1, sharex=True, height_ratios=(2.6, 1.3, 1, 1))
-        image = matrix.imshow(self.z_RT, aspect="auto", cmap="RdBu_r", vmin=-3, vmax=3, origin="lower",
-                              extent=(0, end, 0, len(self.z_RT)), interpolation="nearest")
-        matrix.set(title="Parcels over time", ylabel="parcel")
-        figure.colorbar(image, ax=matrix, label="z", pad=0.01, fraction=0.025, aspect=14)
-
-        width = self.frames * self.tr
-        kind_W = np.zeros(len(self.scores_W), int)
-        kind_W[self.kept_K], kind_W[self.best_K] = 1, 2
-        best = f"the {len(self.best_K)} most salient"
-        kinds = ((2, html.BLUE, best), (1, html.SKY, "kept"), (0, html.PALE, "dropped"))
-        for kind, colour, name in kinds:
-            at = np.flatnonzero(kind_W == kind)
-            if len(at):
-                saliency.bar(at * width, self.scores_W[at], width, align="edge", color=colour, label=name,
-                             ec="white", lw=0.3)
-        saliency.set(title="Saliency of the windows", ylabel="score")
-        saliency.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3, borderaxespad=0)
-        dvars.plot(np.arange(1, len(self.dvars_T) + 1) * self.tr, self.dvars_T, color=html.INK, lw=0.9)
-        dvars.axhline(self.limit, color=html.RED, lw=1, ls="--", label="outlying above (box-plot rule)")
-        dvars.legend(loc="lower right", bbox_to_anchor=(1, 0.98), borderaxespad=0)
-        dvars.set(title="DVARS of the parcels", ylabel="% of mean")
-        whole.plot(np.arange(len(self.global_T)) * self.tr, self.global_T, color=html.INK, lw=0.9)
-        whole.set(title="Global signal", ylabel="% of mean", xlabel="time, s", xlim=(0, end))
-        for axes in (dvars, whole):
-            axes.grid(axis="y")
-            for number in self.best_K:
-                axes.axvspan(number * width, (number + 1) * width, color=html.BLUE, alpha=0.13, lw=0)
-
-
-def _draw_slice(axes: Axes, view: View, mask: np.ndarray, limits: np.ndarray) -> None:
-    title, picture, extent, ends = view
-    axes.imshow(picture, cmap="gray", vmin=limits[0], vmax=limits[1], origin="lower", extent=extent,
-                interpolation="nearest")
-    if mask.any() and not mask.all():
-        fine = np.kron(mask, np.ones((4, 4)))  # so that the outline follows the voxels' edges
-        axes.contour(fine, levels=[0.5], colors=html.ORANGE, linewidths=1.3, origin="lower", extent=extent)
-    axes.set_title(title, fontsize=9)
-    axes.set_axis_off()
-    for x, letter in zip((-0.05, 1.05), ends, strict=True):
-        axes.text(x, 0.5, letter, transform=axes.transAxes, ha="center", va="center", weight="bold")
-
-
-def _draw_template(
-    axes: Axes, template: tuple[np.ndarray, np.ndarray], axis: int, mm: float, extent: Extent
-) -> None:
-    """Outline of the MNI152 brain in the plane of a slice."""
-    mask, affine = template
-    across = np.arange(extent[0], extent[1], 2.0)
-    up = np.arange(extent[2], extent[3], 2.0)
-    plane = np.empty((3, len(up), len(across)))
-    first, second = (other for other in range(3) if other != axis)
-    plane[axis], plane[first], plane[second] = mm, across[None], up[:, None]
-    inverse = np.linalg.inv(affine)
-    index = np.einsum("ij,jkl->ikl", inverse[:3, :3], plane) + inverse[:3, 3, None, None]
-    inside = map_coordinates(mask, index, order=1, mode="constant")
-    if inside.max() > 0.5 > inside.min():
-        axes.contour(across, up, inside, levels=[0.5], colors=html.BLUE, linewidths=1, linestyles="dashed")

@@ -1,7 +1,7 @@
 """Reading a dataset: any sample by its byte offset, and of it only the windows that are wanted.
 
-    dataset = Dataset("DATASET")
-    sample = dataset.read(dataset.sessions[0], names=("windows", "start"), windows=range(8))
+dataset = Dataset("DATASET")
+sample = dataset.read(dataset.sessions[0], names=("windows", "start"), windows=range(8))
 """
 
 from __future__ import annotations

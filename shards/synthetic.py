@@ -78,10 +78,16 @@ NETWORKS: dict[str, list[tuple[int, int, int]]] = {
 # Mean correlations in the population; pairs that are not named have `USUAL_CORRELATION`.
 USUAL_CORRELATION = 0.05
 CORRELATIONS = {
-    ("visual", "somatomotor-hand"): 0.3, ("visual", "auditory"): 0.2, ("visual", "dorsal-attention"): 0.3,
-    ("somatomotor-hand", "somatomotor-face"): 0.4, ("somatomotor-face", "auditory"): 0.4,
-    ("dorsal-attention", "salience"): 0.2, ("frontoparietal-left", "frontoparietal-right"): 0.4,
-    ("default", "limbic"): 0.2, ("default", "dorsal-attention"): -0.3, ("default", "salience"): -0.2,
+    ("visual", "somatomotor-hand"): 0.3,
+    ("visual", "auditory"): 0.2,
+    ("visual", "dorsal-attention"): 0.3,
+    ("somatomotor-hand", "somatomotor-face"): 0.4,
+    ("somatomotor-face", "auditory"): 0.4,
+    ("dorsal-attention", "salience"): 0.2,
+    ("frontoparietal-left", "frontoparietal-right"): 0.4,
+    ("default", "limbic"): 0.2,
+    ("default", "dorsal-attention"): -0.3,
+    ("default", "salience"): -0.2,
     ("subcortical", "cerebellar"): 0.3,
 }
 # A trait raises three pairs and lowers three, and each network is in one pair only: so the matrix bears large
@@ -89,13 +95,19 @@ CORRELATIONS = {
 # correlation would show in a voxel's variance.
 TRAIT_PAIRS: dict[str, list[tuple[str, str, int]]] = {
     "group": [
-        ("visual", "salience", 1), ("somatomotor-hand", "cerebellar", -1), ("somatomotor-face", "default", 1),
-        ("auditory", "dorsal-attention", -1), ("frontoparietal-left", "subcortical", 1),
+        ("visual", "salience", 1),
+        ("somatomotor-hand", "cerebellar", -1),
+        ("somatomotor-face", "default", 1),
+        ("auditory", "dorsal-attention", -1),
+        ("frontoparietal-left", "subcortical", 1),
         ("frontoparietal-right", "limbic", -1),
     ],
     "score": [
-        ("visual", "somatomotor-face", 1), ("somatomotor-hand", "salience", -1), ("auditory", "default", 1),
-        ("dorsal-attention", "cerebellar", -1), ("frontoparietal-left", "limbic", 1),
+        ("visual", "somatomotor-face", 1),
+        ("somatomotor-hand", "salience", -1),
+        ("auditory", "default", 1),
+        ("dorsal-attention", "cerebellar", -1),
+        ("frontoparietal-left", "limbic", 1),
         ("frontoparietal-right", "subcortical", -1),
     ],
 }
@@ -281,23 +293,27 @@ def planted(cohort: SyntheticCohort, subject: int, session: int) -> dict[str, li
     events = []
     for k in range(count):
         names = rng.choice(list(NETWORKS), size=rng.integers(1, 4), replace=False)
-        events.append({
-            "networks": [str(name) for name in names],
-            "onset_s": round(usable * (k + rng.uniform(0.05, 0.75)) / count, 2),
-            "length_s": round(rng.uniform(1.5, 5), 2),
-            "amplitude": round(rng.uniform(1.8, 3), 2),
-        })
+        events.append(
+            {
+                "networks": [str(name) for name in names],
+                "onset_s": round(usable * (k + rng.uniform(0.05, 0.75)) / count, 2),
+                "length_s": round(rng.uniform(1.5, 5), 2),
+                "amplitude": round(rng.uniform(1.8, 3), 2),
+            }
+        )
 
     rng = _rng(cohort.seed, "artefacts", subject, session)
     count = max(1, round(cohort.frames / ARTEFACT_EVERY_FRAMES))
     artefacts = []
     for k in range(count):
         first, last = (cohort.frames * (k + share) / count for share in (0.15, 0.85))
-        artefacts.append({
-            "kind": str(rng.choice(["rim", "global"])),
-            "frame": int(rng.uniform(first, last)),
-            "frames": int(rng.integers(1, 3)),
-        })
+        artefacts.append(
+            {
+                "kind": str(rng.choice(["rim", "global"])),
+                "frame": int(rng.uniform(first, last)),
+                "frames": int(rng.integers(1, 3)),
+            }
+        )
     return {"events": events, "artefacts": artefacts}
 
 
@@ -379,15 +395,17 @@ def _courses(
     share_T = (np.arange(cohort.frames) + 0.5) / cohort.frames
     drift_T2 = np.cos(np.pi * np.outer(share_T, [1, 2]))
 
-    course_TK = np.column_stack([
-        network_activity(cohort, subject, session), global_T, drift_T2, motion(cohort, subject, session)
-    ])
-    pattern_KV = np.concatenate([
-        brain.map_NV,
-        (0.7 + 0.6 * brain.grey_V)[None],
-        [DRIFT_PERCENT * _smooth_field(rng, brain.mm_V3) for _ in range(2)],
-        _motion_patterns(brain, baseline_V),
-    ])
+    course_TK = np.column_stack(
+        [network_activity(cohort, subject, session), global_T, drift_T2, motion(cohort, subject, session)]
+    )
+    pattern_KV = np.concatenate(
+        [
+            brain.map_NV,
+            (0.7 + 0.6 * brain.grey_V)[None],
+            [DRIFT_PERCENT * _smooth_field(rng, brain.mm_V3) for _ in range(2)],
+            _motion_patterns(brain, baseline_V),
+        ]
+    )
     return course_TK.astype(np.float32), pattern_KV.astype(np.float32)
 
 
@@ -567,6 +585,5 @@ def write_cohort(
     for subject, session in cohort.runs():
         write_run(root, cohort, subject, session)
         advance(1, f"sub-{subject:02d} ses-{session}")
-    config = {"name": "synthetic", "root": ".", "layout": "bids", "space": "MNI",
-              "participants": "participants.tsv"}
+    config = {"name": "synthetic", "root": ".", "layout": "bids", "space": "MNI", "participants": "participants.tsv"}
     _write_text(root / "cohort.yaml", yaml.safe_dump(config, sort_keys=False))

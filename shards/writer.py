@@ -31,8 +31,12 @@ def member_paths(folder: Path, key: str) -> tuple[Path, Path]:
 
 
 def pack(
-    folder: Path, sessions: list[dict[str, Any]], failed: list[dict[str, Any]], manifest: dict[str, Any],
-    shard_bytes: int, read_members: Callable[[dict[str, Any]], tuple[bytes, bytes]],
+    folder: Path,
+    sessions: list[dict[str, Any]],
+    failed: list[dict[str, Any]],
+    manifest: dict[str, Any],
+    shard_bytes: int,
+    read_members: Callable[[dict[str, Any]], tuple[bytes, bytes]],
     advance: Callable[[int, str], None],
 ) -> dict[str, Any]:
     """Write the shards of a dataset and put them in place.
@@ -67,16 +71,29 @@ def pack(
         for number, part in enumerate(_fill(ordered, shard_bytes)):
             path = following / layout.SHARDS / f"{split}-{number:06d}.tar"
             _write_tar(path, part, read_members, advance)
-            shards.append({"name": path.name, "split": split, "samples": len(part), "bytes": path.stat().st_size,
-                           "sha256": _sha256(path)})
+            shards.append(
+                {
+                    "name": path.name,
+                    "split": split,
+                    "samples": len(part),
+                    "bytes": path.stat().st_size,
+                    "sha256": _sha256(path),
+                }
+            )
             lines += _locate(path, part)
     layout.sync_folder(following / layout.SHARDS)
     lines.sort(key=lambda line: line["key"])
     counts = Counter(line["split"] for line in lines)
-    subjects = {split: len({(line["cohort"], line["subject"]) for line in lines if line["split"] == split})
-                for split in SPLITS}
-    manifest = {**manifest, "shards": shards, "sessions": {split: counts.get(split, 0) for split in SPLITS},
-                "subjects": subjects, "failed": len(failed)}
+    subjects = {
+        split: len({(line["cohort"], line["subject"]) for line in lines if line["split"] == split}) for split in SPLITS
+    }
+    manifest = {
+        **manifest,
+        "shards": shards,
+        "sessions": {split: counts.get(split, 0) for split in SPLITS},
+        "subjects": subjects,
+        "failed": len(failed),
+    }
     layout.write_atomically(following / layout.SESSIONS, "".join(layout.dump(line) + "\n" for line in lines))
     layout.write_atomically(following / layout.FAILED, "".join(layout.dump(line) + "\n" for line in failed))
     layout.write_atomically(following / layout.MANIFEST, layout.dump(manifest) + "\n")
@@ -120,13 +137,16 @@ def _fill(sessions: list[dict[str, Any]], shard_bytes: int) -> Iterator[list[dic
 
 
 def _write_tar(
-    path: Path, sessions: list[dict[str, Any]], read_members: Callable[[dict[str, Any]], tuple[bytes, bytes]],
+    path: Path,
+    sessions: list[dict[str, Any]],
+    read_members: Callable[[dict[str, Any]], tuple[bytes, bytes]],
     advance: Callable[[int, str], None],
 ) -> None:
     with open(path, "wb") as file:
         # fixed owner, mode and time: equal samples give equal bytes
-        with wds.TarWriter(file, encoder=False, mtime=0, user="slim", group="slim", mode=0o644,
-                           format="GNU_FORMAT") as tar:
+        with wds.TarWriter(
+            file, encoder=False, mtime=0, user="slim", group="slim", mode=0o644, format="GNU_FORMAT"
+        ) as tar:
             for session in sessions:
                 meta, data = read_members(session)
                 tar.write({"__key__": session["key"], layout.JSON_MEMBER: meta, layout.ZARR_MEMBER: data})

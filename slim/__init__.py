@@ -1,7 +1,8 @@
 """SLIM-Brain: a voxel-level, atlas-free foundation model for fMRI.
 
-Stage 1 (`temporal`, `saliency`) ranks the windows of a run; stage 2 (`geometry`, `gather`, `hiera`, `masking`,
-`objective`, `trainer`) learns from the best of them, on brain patches alone; `features` and `probe` use what it learned.
+Stage 1 (`temporal`, `saliency`) ranks the windows of a run; stage 2 (`geometry`, `gather`, `hiera`,
+`masking`, `objective`, `trainer`) learns from the best of them, on brain patches alone; `features` and `probe` use what
+it learned.
 """
 
 from __future__ import annotations

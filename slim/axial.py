@@ -148,17 +148,13 @@ class MaskedAutoencoder(nn.Module):
         self.embed = nn.Linear(values, width)
         self.place = nn.Linear(PLACE_FEATURES, width)
         self.mask_token = nn.Parameter(0.02 * torch.randn(width))
-        self.blocks = nn.ModuleList(
-            _AxialBlock(width, config.heads, config.crop) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(_AxialBlock(width, config.heads, config.crop) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, values)
         nn.init.zeros_(self.head.weight)  # starts as the trivial predictor, 0
         nn.init.zeros_(self.head.bias)
 
-    def forward(
-        self, x_BWGC: Tensor, hidden_BWG: Tensor, place_BGP: Tensor, real_BG: Tensor | None
-    ) -> Tensor:
+    def forward(self, x_BWGC: Tensor, hidden_BWG: Tensor, place_BGP: Tensor, real_BG: Tensor | None) -> Tensor:
         seen_BWGC = self.embed(x_BWGC.clamp(-CLAMP, CLAMP))
         h_BWGC = torch.where(hidden_BWG[..., None], self.mask_token, seen_BWGC)
         h_BWGC = h_BWGC + self.place(place_BGP)[:, None]

@@ -47,8 +47,7 @@ def connectome(
         x_TR = roi_RT[_rows(label_R, common)].T.astype(np.float64)
         x_TR -= x_TR.mean(axis=0)
         runs.append(x_TR / np.maximum(x_TR.std(axis=0), 1e-12))
-    measure = ConnectivityMeasure(kind="correlation", vectorize=True, discard_diagonal=True,
-                                  standardize=False)
+    measure = ConnectivityMeasure(kind="correlation", vectorize=True, discard_diagonal=True, standardize=False)
     return np.asarray(measure.fit_transform(runs), np.float32)
 
 

@@ -85,8 +85,9 @@ class Batch:
 
     def pack(self) -> PackedBatch:
         """The same in few tensors, to be sent between processes and to a device."""
-        return PackedBatch(self.keys, self.epochs, self.voxels, self.brain_QV,
-                           Packed([self.whole, self.context, self.targets]))
+        return PackedBatch(
+            self.keys, self.epochs, self.voxels, self.brain_QV, Packed([self.whole, self.context, self.targets])
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         return self.pack().to(device)
@@ -119,15 +120,17 @@ def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geo
     first = datasets[0]
     for other in datasets[1:]:
         if other.grid != first.grid or other.frames != first.frames:
-            raise ConfigError(other.folder, "grid", f"{other.grid}, {other.frames} frames",
-                              f"{first.grid}, {first.frames} frames as in {first.folder}")
+            raise ConfigError(
+                other.folder,
+                "grid",
+                f"{other.grid}, {other.frames} frames",
+                f"{first.grid}, {first.frames} frames as in {first.folder}",
+            )
     tokens = (settings.windows.k * first.frames, *first.grid.patch_shape)
     return Geometry(tokens, settings.model.unit, settings.model.strides)
 
 
-def read_windows(
-    dataset: Dataset, session: dict, rank_K: Sequence[int] | np.ndarray, epoch: int = 0
-) -> Sample:
+def read_windows(dataset: Dataset, session: dict, rank_K: Sequence[int] | np.ndarray, epoch: int = 0) -> Sample:
     """The windows of these ranks, put into time order.
 
     Raises
@@ -142,8 +145,16 @@ def read_windows(
     k, frames, patches, voxels = arrays["windows"].shape
     second = (start_K[ranks][:, None] + np.arange(frames)) * session["tr"]
     place = np.ravel_multi_index(tuple(arrays["patch"].T.astype(np.intp)), dataset.grid.patch_shape)
-    return Sample(session["key"], epoch, arrays["windows"].reshape(k * frames, patches, voxels), arrays["baseline"],
-                  arrays["spread"], arrays["brain"], place, second.reshape(-1).astype(np.float32))
+    return Sample(
+        session["key"],
+        epoch,
+        arrays["windows"].reshape(k * frames, patches, voxels),
+        arrays["baseline"],
+        arrays["spread"],
+        arrays["brain"],
+        place,
+        second.reshape(-1).astype(np.float32),
+    )
 
 
 class Samples(TorchDataset):
@@ -159,8 +170,13 @@ class Samples(TorchDataset):
         best = min(windows.best, item.session["n_kept"])
         if best < windows.k:
             dataset = self.stream.datasets[item.dataset]
-            return SampleCorrupt(f"{dataset.folder} ({key})", "windows", f"{best} windows", f"windows.k = {windows.k}",
-                                 "Lower windows.k or convert with a larger windows.minimum")
+            return SampleCorrupt(
+                f"{dataset.folder} ({key})",
+                "windows",
+                f"{best} windows",
+                f"windows.k = {windows.k}",
+                "Lower windows.k or convert with a larger windows.minimum",
+            )
         ranks = generator(seed, item.epoch, key, "windows").permutation(best)[: windows.k]
         try:
             sample = read_windows(self.stream.datasets[item.dataset], item.session, np.sort(ranks), item.epoch)
@@ -207,8 +223,9 @@ def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None)
     def table(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(s, name).reshape(-1, s.baseline.shape[1]) for s in samples]))
 
-    voxels = Voxels(table("value"), table("baseline"), table("spread"),
-                    torch.from_numpy(np.stack([s.second for s in samples])))
+    voxels = Voxels(
+        table("value"), table("baseline"), table("spread"), torch.from_numpy(np.stack([s.second for s in samples]))
+    )
     whole = plan(geometry, token_BN, row_BN, patch_BN, chunk_tokens)
     batch = Batch([s.key for s in samples], [s.epoch for s in samples], voxels, table("brain"), whole)
     if any(sample.mask is None for sample in samples):
@@ -220,15 +237,24 @@ def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None)
         in_context = np.zeros(prod(geometry.cells), bool)
         in_context[mask.context_K] = True
         kept_BN.append(in_context[geometry.cell_of[token]])
-    context = plan(geometry, [t[k] for t, k in zip(token_BN, kept_BN, strict=True)],
-                   [r[k] for r, k in zip(row_BN, kept_BN, strict=True)],
-                   [p[k] for p, k in zip(patch_BN, kept_BN, strict=True)], chunk_tokens)
+    context = plan(
+        geometry,
+        [t[k] for t, k in zip(token_BN, kept_BN, strict=True)],
+        [r[k] for r, k in zip(row_BN, kept_BN, strict=True)],
+        [p[k] for p, k in zip(patch_BN, kept_BN, strict=True)],
+        chunk_tokens,
+    )
     return replace(batch, context=context, targets=_targets(geometry, masks, whole, context, row_BN, patch_BN, dense_B))
 
 
 def _targets(
-    geometry: Geometry, masks: list[Mask], whole: Plan, context: Plan, row_BN: list[np.ndarray],
-    patch_BN: list[np.ndarray], dense_B: list[np.ndarray],
+    geometry: Geometry,
+    masks: list[Mask],
+    whole: Plan,
+    context: Plan,
+    row_BN: list[np.ndarray],
+    patch_BN: list[np.ndarray],
+    dense_B: list[np.ndarray],
 ) -> Targets:
     cells = prod(geometry.cells)
     sample_K = np.repeat(np.arange(len(masks)), [len(mask.target_K) for mask in masks])
@@ -257,9 +283,18 @@ def _targets(
         value_GE[mine] = np.where(there, row_BN[sample][local], -1)
         patch_GE[mine] = np.where(there, patch_BN[sample][local], -1)
     tensors = {
-        "cell_K": cell_K, "sample_K": sample_K, "kind_K": np.concatenate([mask.kind_K for mask in masks]),
-        "row_K": row_K, "joint_J": joint_J, "back_K": back[len(sample_C) :], "rebuilt_G": rebuilt_G,
-        "value_GE": value_GE, "patch_GE": patch_GE,
+        "cell_K": cell_K,
+        "sample_K": sample_K,
+        "kind_K": np.concatenate([mask.kind_K for mask in masks]),
+        "row_K": row_K,
+        "joint_J": joint_J,
+        "back_K": back[len(sample_C) :],
+        "rebuilt_G": rebuilt_G,
+        "value_GE": value_GE,
+        "patch_GE": patch_GE,
     }
-    return Targets(joint=segments(of_sample, of_sample), slots=segments(of_slot, of_slot),
-                   **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()})
+    return Targets(
+        joint=segments(of_sample, of_sample),
+        slots=segments(of_slot, of_slot),
+        **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()},
+    )

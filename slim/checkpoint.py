@@ -60,7 +60,12 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def save(
-    engine: Any, checkpoints: Path, step: int, state: dict[str, Any], weights: dict[str, Tensor], about: dict[str, Any],
+    engine: Any,
+    checkpoints: Path,
+    step: int,
+    state: dict[str, Any],
+    weights: dict[str, Tensor],
+    about: dict[str, Any],
     keep: int,
 ) -> Path:
     """Write a checkpoint; every process calls it.
@@ -97,8 +102,12 @@ def save(
                 os.fsync(file.fileno())
         sync_folder(folder)
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-        write_atomically(folder / COMPLETE, dump({"step": step, "world_size": dist.get_world_size(),
-                                                  "torch": torch.__version__, "files": sizes, **about}))
+        write_atomically(
+            folder / COMPLETE,
+            dump(
+                {"step": step, "world_size": dist.get_world_size(), "torch": torch.__version__, "files": sizes, **about}
+            ),
+        )
         write_atomically(checkpoints / LATEST, folder.name + "\n")
         _prune(checkpoints, keep)
     dist.barrier()
@@ -131,8 +140,13 @@ def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     written = facts(folder)["world_size"]
     if written != dist.get_world_size():
-        raise CheckpointError(folder, "world size", f"{dist.get_world_size()} processes", f"{written}, as it was written",
-                              f"Set run.processes={written}, or start anew in another run.out")
+        raise CheckpointError(
+            folder,
+            "world size",
+            f"{dist.get_world_size()} processes",
+            f"{written}, as it was written",
+            f"Set run.processes={written}, or start anew in another run.out",
+        )
     path, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise CheckpointError(folder, "", "nothing DeepSpeed could load", "its ZeRO shards")
@@ -143,7 +157,10 @@ def read_weights(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """Tensors of a safetensors file whose names start with `prefix`, without it."""
     try:
         with safe_open(path, "pt") as file:
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()  # noqa: SIM118
-                    if name.startswith(prefix)}
+            return {
+                name.removeprefix(prefix): file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118
+                if name.startswith(prefix)
+            }
     except Exception as error:
         raise CheckpointError(path, "", f"unreadable ({type(error).__name__})", "a safetensors file") from None

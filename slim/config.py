@@ -48,24 +48,40 @@ class ModelSettings(Settings):
         if self.local_stages > len(self.depths):
             raise ValueError(f"at most {len(self.depths)} local_stages, as there are stages, not {self.local_stages}")
         if len(self.strides) > min(self.local_stages, len(self.depths) - 1):
-            raise ValueError(f"at most {min(self.local_stages, len(self.depths) - 1)} strides, not {len(self.strides)}: "
-                             "tokens are pooled at the start of a stage, by a block that attends inside mask units")
+            raise ValueError(
+                f"at most {min(self.local_stages, len(self.depths) - 1)} strides, not {len(self.strides)}: "
+                "tokens are pooled at the start of a stage, by a block that attends inside mask units"
+            )
         return self
 
 
 PRESETS: dict[str, ModelSettings] = {
     # the sizes of arXiv 2512.21881
-    "published": ModelSettings(embed=64, heads=1, depths=(2, 3, 16, 3), unit=(8, 8, 8, 8),
-                               strides=((2, 2, 2, 2), (2, 2, 2, 2))),
+    "published": ModelSettings(
+        embed=64, heads=1, depths=(2, 3, 16, 3), unit=(8, 8, 8, 8), strides=((2, 2, 2, 2), (2, 2, 2, 2))
+    ),
     # mask units aligned with 5-frame windows: half the FLOPs of a step
-    "lean": ModelSettings(embed=64, heads=1, depths=(2, 3, 16, 3), unit=(5, 4, 4, 4),
-                          strides=((5, 2, 2, 2), (1, 2, 2, 2))),
-    "large": ModelSettings(embed=192, heads=3, depths=(2, 3, 16, 3), unit=(8, 8, 8, 8),
-                           strides=((2, 2, 2, 2), (2, 2, 2, 2)),
-                           predictor=PredictorSettings(width=384, depth=6, heads=12)),
+    "lean": ModelSettings(
+        embed=64, heads=1, depths=(2, 3, 16, 3), unit=(5, 4, 4, 4), strides=((5, 2, 2, 2), (1, 2, 2, 2))
+    ),
+    "large": ModelSettings(
+        embed=192,
+        heads=3,
+        depths=(2, 3, 16, 3),
+        unit=(8, 8, 8, 8),
+        strides=((2, 2, 2, 2), (2, 2, 2, 2)),
+        predictor=PredictorSettings(width=384, depth=6, heads=12),
+    ),
     # for coarse grids (8 mm, 6 x 6 x 6 patches), tests and a first try
-    "tiny": ModelSettings(embed=32, heads=2, depths=(1, 2, 1), unit=(5, 2, 2, 2), strides=((5, 1, 1, 1),),
-                          local_stages=1, predictor=PredictorSettings(width=64, depth=2, heads=4)),
+    "tiny": ModelSettings(
+        embed=32,
+        heads=2,
+        depths=(1, 2, 1),
+        unit=(5, 2, 2, 2),
+        strides=((5, 1, 1, 1),),
+        local_stages=1,
+        predictor=PredictorSettings(width=64, depth=2, heads=4),
+    ),
 }
 
 
@@ -103,8 +119,11 @@ class LossSettings(Settings):
     sig_samples: int | None = Field(None, ge=1, description="samples that share one SIG test; null: the batch")
 
 
-OBJECTIVES: dict[str, tuple[float, float, float]] = {"default": (1.0, 0.1, 1.0), "jepa": (1.0, 0.0, 0.0),
-                                                     "mae": (0.0, 0.0, 1.0)}
+OBJECTIVES: dict[str, tuple[float, float, float]] = {
+    "default": (1.0, 0.1, 1.0),
+    "jepa": (1.0, 0.0, 0.0),
+    "mae": (0.0, 0.0, 1.0),
+}
 
 
 class OptimizerSettings(Settings):
@@ -182,8 +201,9 @@ class PretrainSettings(Settings):
     def weights(self) -> tuple[float, float, float]:
         """Weights of the JEPA, SIG and MAE terms."""
         given = (self.loss.jepa, self.loss.sig, self.loss.mae)
-        jepa, sig, mae = (default if own is None else own
-                          for own, default in zip(given, OBJECTIVES[self.objective], strict=True))
+        jepa, sig, mae = (
+            default if own is None else own for own, default in zip(given, OBJECTIVES[self.objective], strict=True)
+        )
         return jepa, sig, mae
 
 

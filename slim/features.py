@@ -70,8 +70,9 @@ class SlimBrain:
         self.settings, self.data, self.step, self.run_folder = settings, data, step, run_folder
         grid, self.frames = data["grid"], int(data["windows"]["frames"])
         patches = (size // grid["patch"] for size in grid["shape"])
-        self.geometry = Geometry((settings.windows.k * self.frames, *patches), settings.model.unit,
-                                 settings.model.strides)
+        self.geometry = Geometry(
+            (settings.windows.k * self.frames, *patches), settings.model.unit, settings.model.strides
+        )
         encoder = Hiera(settings.model, self.geometry, grid["patch"] ** 3, settings.view)
         self.encoder = encoder.eval().requires_grad_(False)
         self.device = torch.device("cpu")
@@ -100,8 +101,13 @@ class SlimBrain:
         if (folder / CONFIG).is_file():
             found = checkpoint.newest(folder / "checkpoints")
             if found is None:
-                raise CheckpointError(folder, "checkpoints", "no complete checkpoint", "at least one",
-                                      "Go on with the pretraining until it has saved")
+                raise CheckpointError(
+                    folder,
+                    "checkpoints",
+                    "no complete checkpoint",
+                    "at least one",
+                    "Go on with the pretraining until it has saved",
+                )
             run_folder = folder
         elif checkpoint.is_complete(folder):
             found, run_folder = folder, folder.parent.parent
@@ -112,8 +118,13 @@ class SlimBrain:
         try:
             data = json.loads((run_folder / DATA).read_text())
         except (OSError, json.JSONDecodeError):
-            raise CheckpointError(run_folder / DATA, "", "no readable file", "what the run's data are",
-                                  "Start the same pretraining again: it writes this file") from None
+            raise CheckpointError(
+                run_folder / DATA,
+                "",
+                "no readable file",
+                "what the run's data are",
+                "Start the same pretraining again: it writes this file",
+            ) from None
         model = cls(settings, data, checkpoint.facts(found)["step"], run_folder)
         model._load(found / checkpoint.WEIGHTS, weights)
         return model
@@ -126,8 +137,9 @@ class SlimBrain:
             got = tuple(given[name].shape) if name in given else "no such tensor"
             expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
             if got != expected:
-                raise CheckpointError(path, f"{weights}.{name}", got, expected,
-                                      "These weights are of another configuration")
+                raise CheckpointError(
+                    path, f"{weights}.{name}", got, expected, "These weights are of another configuration"
+                )
         self.encoder.load_state_dict(given, strict=True)
 
     @classmethod
@@ -160,8 +172,13 @@ class SlimBrain:
             if part is not None:
                 got, expected = got[part], expected[part]
             if got != expected:
-                raise ConfigError(dataset.folder, name if part is None else f"{name}.{part}", got,
-                                  f"{expected}, as in pretraining", "Convert the data as that dataset was")
+                raise ConfigError(
+                    dataset.folder,
+                    name if part is None else f"{name}.{part}",
+                    got,
+                    f"{expected}, as in pretraining",
+                    "Convert the data as that dataset was",
+                )
 
     def was_trained_on(self, dataset: Dataset) -> bool:
         """Whether this is the dataset of the pretraining, which then saw its training subjects unlabelled."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -151,11 +152,17 @@ def segments(q_length_U: np.ndarray, k_length_U: np.ndarray) -> Segments:
         rows = rows + np.arange(len(rows))
         back[rows] = offset + np.arange(len(rows))
         offset += len(rows)
-        buckets.append(Bucket(
-            torch.from_numpy(q_first[chosen]), torch.from_numpy(q_length), torch.from_numpy(k_first[chosen]),
-            torch.from_numpy(k_length_U[chosen]), int(q_length.max()), int(longest),
-            bool((k_length_U[chosen] == longest).all()),
-        ))
+        buckets.append(
+            Bucket(
+                torch.from_numpy(q_first[chosen]),
+                torch.from_numpy(q_length),
+                torch.from_numpy(k_first[chosen]),
+                torch.from_numpy(k_length_U[chosen]),
+                int(q_length.max()),
+                int(longest),
+                bool((k_length_U[chosen] == longest).all()),
+            )
+        )
         at = stop
     return Segments(buckets, torch.from_numpy(back))
 
@@ -166,7 +173,10 @@ def _run_lengths(ids: np.ndarray) -> np.ndarray:
 
 
 def plan(
-    geometry: Geometry, token_BN: list[np.ndarray], row_BN: list[np.ndarray], patch_BN: list[np.ndarray],
+    geometry: Geometry,
+    token_BN: list[np.ndarray],
+    row_BN: list[np.ndarray],
+    patch_BN: list[np.ndarray],
     chunk_tokens: int | None = None,
 ) -> Plan:
     """Sort the tokens of a batch and lay out its ragged segments.
@@ -203,21 +213,32 @@ def plan(
     chunks = []
     bounds = _chunk_bounds(unit_lengths[0], chunk_tokens)
     starts = [np.concatenate([[0], np.cumsum(lengths)]) for lengths in unit_lengths]
-    for first, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, stop in pairwise(bounds):
         lengths = [level[first:stop] for level in unit_lengths]
-        chunks.append(Chunk(
-            int(starts[0][first]), int(starts[0][stop]),
-            [segments(level, level) for level in lengths],
-            [segments(lengths[i + 1], lengths[i]) for i in range(len(children))],
-            [torch.from_numpy(children[i][starts[i + 1][first] : starts[i + 1][stop]]) for i in range(len(children))],
-        ))
+        chunks.append(
+            Chunk(
+                int(starts[0][first]),
+                int(starts[0][stop]),
+                [segments(level, level) for level in lengths],
+                [segments(lengths[i + 1], lengths[i]) for i in range(len(children))],
+                [
+                    torch.from_numpy(children[i][starts[i + 1][first] : starts[i + 1][stop]])
+                    for i in range(len(children))
+                ],
+            )
+        )
     sample_M = level_tokens[-1] // total
     per_sample = np.bincount(sample_M, minlength=len(token_BN))
     places = geometry.order.size // geometry.tokens[0]
     return Plan(
-        torch.from_numpy(row_N), torch.from_numpy(patch_N), torch.from_numpy(token_N // places),
-        torch.from_numpy(token_N % places), chunks, torch.from_numpy(level_tokens[-1] % total),
-        torch.from_numpy(sample_M), segments(per_sample, per_sample),
+        torch.from_numpy(row_N),
+        torch.from_numpy(patch_N),
+        torch.from_numpy(token_N // places),
+        torch.from_numpy(token_N % places),
+        chunks,
+        torch.from_numpy(level_tokens[-1] % total),
+        torch.from_numpy(sample_M),
+        segments(per_sample, per_sample),
         torch.tensor([len(token) for token in token_BN]),
     )
 

@@ -50,8 +50,13 @@ class Geometry:
                 raise ConfigError("model", name, min(sizes), "sizes of 1 or more")
         for axis, (size, unit, cell) in enumerate(zip(self.tokens, self.unit, self.cell, strict=True)):
             if size % unit:
-                raise ConfigError("model", f"unit[{axis}]", unit, f"a divisor of the {size} tokens on that axis",
-                                  "Change the unit, or the data's grid and windows.k")
+                raise ConfigError(
+                    "model",
+                    f"unit[{axis}]",
+                    unit,
+                    f"a divisor of the {size} tokens on that axis",
+                    "Change the unit, or the data's grid and windows.k",
+                )
             if unit % cell:
                 raise ConfigError("model", f"strides, axis {axis}", f"a product of {cell}", f"a divisor of unit {unit}")
 

@@ -99,6 +99,9 @@ def draw(size_SL: np.ndarray, settings: MaskSettings, seed: int, epoch: int, key
             cells = cells[choose(size_SL.ravel()[cells], settings.targets, rng)]
         kind_SL.flat[cells] = number
     target_K = np.flatnonzero(kind_SL >= 0)
-    rebuilt_K = choose(size_SL.ravel()[target_K], settings.rebuilt, rng) if settings.rebuilt < 1 \
+    rebuilt_K = (
+        choose(size_SL.ravel()[target_K], settings.rebuilt, rng)
+        if settings.rebuilt < 1
         else np.ones(len(target_K), bool)
+    )
     return Mask(np.flatnonzero(context), target_K, kind_SL.ravel()[target_K], rebuilt_K)

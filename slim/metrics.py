@@ -22,13 +22,13 @@ def interval(value_D: np.ndarray) -> dict[str, float | None]:
     """Score and its 95 % percentile interval; draws that leave it undefined (no such class) do not count."""
     known = value_D[1:][np.isfinite(value_D[1:])]
     low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (np.nan, np.nan)
-    return {name: float(value) if np.isfinite(value) else None
-            for name, value in (("value", value_D[0]), ("low", low), ("high", high))}
+    return {
+        name: float(value) if np.isfinite(value) else None
+        for name, value in (("value", value_D[0]), ("low", low), ("high", high))
+    }
 
 
-def classification(
-    truth_S: np.ndarray, probability_SK: np.ndarray, weight_DS: np.ndarray
-) -> dict[str, np.ndarray]:
+def classification(truth_S: np.ndarray, probability_SK: np.ndarray, weight_DS: np.ndarray) -> dict[str, np.ndarray]:
     """Accuracy, balanced accuracy, AUROC and F1, each (D,).
 
     The last three are means over classes, each class against the rest.
@@ -89,8 +89,10 @@ def fingerprint(vector_NP: np.ndarray, subject_N: np.ndarray) -> dict[str, np.nd
         top1_N[row] = same[0]
         precision_N[row] = (same.cumsum() / np.arange(1, len(same) + 1))[same].mean()
     subjects = np.unique(subject_N)
-    return {"top1": np.array([top1_N[subject_N == subject].mean() for subject in subjects]),
-            "map": np.array([precision_N[subject_N == subject].mean() for subject in subjects])}
+    return {
+        "top1": np.array([top1_N[subject_N == subject].mean() for subject in subjects]),
+        "map": np.array([precision_N[subject_N == subject].mean() for subject in subjects]),
+    }
 
 
 def fingerprint_chance(subject_N: np.ndarray) -> dict[str, float]:
@@ -103,5 +105,7 @@ def fingerprint_chance(subject_N: np.ndarray) -> dict[str, float]:
     m = len(subject_N) - 1
     harmonic = (1 / np.arange(1, m + 1)).sum()
     right_S = np.unique(subject_N, return_counts=True)[1] - 1
-    return {"top1": float((right_S / m).mean()),
-            "map": float(((harmonic + (right_S - 1) / max(m - 1, 1) * (m - harmonic)) / m).mean())}
+    return {
+        "top1": float((right_S / m).mean()),
+        "map": float(((harmonic + (right_S - 1) / max(m - 1, 1) * (m - harmonic)) / m).mean()),
+    }

@@ -8,7 +8,7 @@ import resource
 import uuid
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,7 +50,9 @@ class Monitor:
         Shown in wandb.
     """
 
-    def __init__(self, folder: Path, start_step: int, mode: str, config: dict[str, Any]):
+    def __init__(
+        self, folder: Path, start_step: int, mode: Literal["offline", "online", "disabled"], config: dict[str, Any]
+    ):
         self.path = folder / METRICS
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         if self.path.exists():
@@ -59,7 +61,7 @@ class Monitor:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
             temporary.rename(self.path)
             self.recent.extend(lines[-RECENT:])
-        self._file = open(self.path, "a")
+        self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
         self._wandb = None
         if mode != "disabled":
             os.environ.setdefault("WANDB_SILENT", "true")
@@ -69,8 +71,15 @@ class Monitor:
             note.parent.mkdir(exist_ok=True)
             if not note.exists():
                 note.write_text(uuid.uuid4().hex[:12])
-            self._wandb = wandb.init(project="slim-brain", name=folder.name, id=note.read_text().strip(),
-                                     resume="allow", dir=str(folder), mode=mode, config=config)  # type: ignore[arg-type]
+            self._wandb = wandb.init(
+                project="slim-brain",
+                name=folder.name,
+                id=note.read_text().strip(),
+                resume="allow",
+                dir=str(folder),
+                mode=mode,
+                config=config,
+            )
 
     def log(self, line: dict[str, Any]) -> None:
         """Write one step."""
@@ -110,11 +119,14 @@ def warnings_of(lines: list[dict[str, Any]]) -> dict[str, str]:
     found = {}
     gain, rank, wait = mean("gain"), mean("target_rank"), mean("data_wait")
     if gain is not None and gain <= 0:
-        found["gain"] = (f"no gain over the mean of each place ({gain:+.3f} over {len(lines)} logged steps): nothing "
-                         "is learned yet; normal early on, a collapse if it stays")
+        found["gain"] = (
+            f"no gain over the mean of each place ({gain:+.3f} over {len(lines)} logged steps): nothing "
+            "is learned yet; normal early on, a collapse if it stays"
+        )
     if rank is not None and rank < 5:
-        found["rank"] = (f"targets have an effective rank of {rank:.1f}: dimensional collapse; raise loss.sig or "
-                         "loss.mae")
+        found["rank"] = (
+            f"targets have an effective rank of {rank:.1f}: dimensional collapse; raise loss.sig or loss.mae"
+        )
     if wait is not None and wait > 0.5:
         found["data"] = f"{wait:.0%} of the time is spent waiting for data: raise run.workers"
     return found

@@ -82,8 +82,13 @@ def _loss(kind: str, guess_mK: np.ndarray, y_m: np.ndarray) -> float:
 
 
 def fit_predict(
-    kind: str, classes: int, train_nP: np.ndarray, y_n: np.ndarray, subject_n: np.ndarray,
-    test_mP: np.ndarray, seed: int,
+    kind: str,
+    classes: int,
+    train_nP: np.ndarray,
+    y_n: np.ndarray,
+    subject_n: np.ndarray,
+    test_mP: np.ndarray,
+    seed: int,
 ) -> tuple[np.ndarray, float]:
     """A linear probe: penalty chosen inside the training sessions, then one fit on all of them.
 
@@ -142,8 +147,15 @@ def predict(
             of_train = truth[np.unique(cases.subject_N[train])]
             truth = (truth - of_train.mean()) / max(of_train.std(), 1e-12)
         of_n, of_m = cases.subject_N[train], cases.subject_N[test]
-        guess_mK, _ = fit_predict(task.type, len(cases.classes), vector_NP[train], truth[of_n], of_n,
-                                  vector_NP[test], task.split.seed + number)
+        guess_mK, _ = fit_predict(
+            task.type,
+            len(cases.classes),
+            vector_NP[train],
+            truth[of_n],
+            of_n,
+            vector_NP[test],
+            task.split.seed + number,
+        )
         tested = np.unique(of_m)
         subject_S.append(tested)
         truth_S.append(truth[tested])
@@ -205,7 +217,10 @@ def _fixed(vector_NP: np.ndarray) -> Method:
 
 
 def run_task(
-    task: Task, cases: Cases, methods: dict[str, Method], where: str | Path,
+    task: Task,
+    cases: Cases,
+    methods: dict[str, Method],
+    where: str | Path,
     advance: Callable[[int, str], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """All methods on one task.
@@ -234,22 +249,31 @@ def run_task(
             advance(1, f"{task.name}: {name}")
     tested = np.unique(np.concatenate([cases.subject_N[test] for _, test in splits[0]]))
     facts: dict[str, Any] = {
-        "type": task.type, "label": task.label, "split": task.split.model_dump(), "pooling": task.pooling,
-        "components": task.components if task.pooling == "cov" else None, "bootstrap": task.bootstrap,
-        "sessions": len(cases.sessions), "subjects": len(cases.subjects), "test_subjects": len(tested),
+        "type": task.type,
+        "label": task.label,
+        "split": task.split.model_dump(),
+        "pooling": task.pooling,
+        "components": task.components if task.pooling == "cov" else None,
+        "bootstrap": task.bootstrap,
+        "sessions": len(cases.sessions),
+        "subjects": len(cases.subjects),
+        "test_subjects": len(tested),
         "left_out": cases.left_out,
-        "differences": {name: {metric: metrics.interval(scores[OURS][metric] - value_D)
-                               for metric, value_D in scores[name].items()}
-                        for name in COMPARED if name in scores},
+        "differences": {
+            name: {metric: metrics.interval(scores[OURS][metric] - value_D) for metric, value_D in scores[name].items()}
+            for name in COMPARED
+            if name in scores
+        },
     }
     if task.type == "classification":
-        facts["classes"] = {name: int((cases.truth_S[tested] == k).sum())
-                            for k, name in enumerate(cases.classes)}
+        facts["classes"] = {name: int((cases.truth_S[tested] == k).sum()) for k, name in enumerate(cases.classes)}
     if task.type == "fingerprint":
         ((_, test),) = splits[0]
         facts["chance"] = metrics.fingerprint_chance(cases.subject_N[test])
-    return {name: {metric: metrics.interval(value_D) for metric, value_D in values.items()}
-            for name, values in scores.items()}, facts
+    return {
+        name: {metric: metrics.interval(value_D) for metric, value_D in values.items()}
+        for name, values in scores.items()
+    }, facts
 
 
 def write_report(folder: Path, tasks: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -272,8 +296,13 @@ def write_report(folder: Path, tasks: dict[str, Any], facts: dict[str, Any]) -> 
             old = json.loads(path.read_text())
             report = {part: dict(old[part]) for part in report}
         except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-            raise ConfigError(path, "", "no report of probes", "a report.json that probe.py wrote",
-                              "Move it away, or give another --out") from None
+            raise ConfigError(
+                path,
+                "",
+                "no report of probes",
+                "a report.json that probe.py wrote",
+                "Move it away, or give another --out",
+            ) from None
     report["tasks"] |= tasks
     report["facts"] |= facts
     for name, results in tasks.items():
@@ -322,6 +351,9 @@ def plot(name: str, results: dict[str, Any], facts: dict[str, Any], path: Path) 
         axis.spines[["top", "right", "left"]].set_visible(False)
     panels[0].set_yticks(range(len(methods)), [method.replace("_", " ") for method in methods])
     panels[0].set_ylim(len(methods) - 0.5, -0.5)
-    figure.suptitle(f"{name}: {facts['test_subjects']} test subjects, {facts['pooling']} pooling, "
-                    "95 % intervals over subjects; dotted: chance", fontsize=9)
+    figure.suptitle(
+        f"{name}: {facts['test_subjects']} test subjects, {facts['pooling']} pooling, "
+        "95 % intervals over subjects; dotted: chance",
+        fontsize=9,
+    )
     figure.savefig(path, dpi=130)

@@ -257,9 +257,7 @@ class Ranker:
         return score(self, z_VRT, centre_R3[kept_R], frames).astype(np.float32)
 
 
-def make_ranker(
-    name: str = "mutual", extractor: Path | str | Extractor | None = None, seed: int = 0
-) -> Ranker:
+def make_ranker(name: str = "mutual", extractor: Path | str | Extractor | None = None, seed: int = 0) -> Ranker:
     """A ranker by name.
 
     Parameters

@@ -28,7 +28,8 @@ _LEAST_TEST = {"classification": 1, "regression": 3}
 
 class SplitSettings(Settings):
     kind: Literal["folds", "dataset", "all"] = Field(
-        default="folds", description="repeated k-fold by subject; the dataset's own test subjects; no split")
+        default="folds", description="repeated k-fold by subject; the dataset's own test subjects; no split"
+    )
     folds: int = Field(default=5, ge=2)
     repeats: int = Field(default=5, ge=1, description="times the subjects are dealt into folds anew")
     seed: int = Field(default=0, ge=0, description="of the folds and of the bootstrap")
@@ -126,8 +127,12 @@ def find_cases(task: Task, dataset: Dataset, least_windows: int, where: str | Pa
     if not kept:
         columns = sorted({name for session in dataset.sessions for name in session["labels"]})
         if task.label is not None and left_out["without the label"]:
-            raise ConfigError(where, "label", f"{task.label}, which no session of {dataset.folder} has",
-                              f"one of {', '.join(columns) or 'the labels (the dataset has none)'}")
+            raise ConfigError(
+                where,
+                "label",
+                f"{task.label}, which no session of {dataset.folder} has",
+                f"one of {', '.join(columns) or 'the labels (the dataset has none)'}",
+            )
         reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number)
         raise ConfigError(where, "", f"no session of {dataset.folder} ({reasons})", "sessions of use")
 
@@ -167,8 +172,13 @@ def _number(value: Any, task: Task, where: str | Path) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ConfigError(where, "label", f"{value!r} in column {task.label}", "a number",
-                          "Use type: classification, or another column")
+        raise ConfigError(
+            where,
+            "label",
+            f"{value!r} in column {task.label}",
+            "a number",
+            "Use type: classification, or another column",
+        )
     return number
 
 
@@ -221,8 +231,7 @@ def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[tuple[
         for repeat in range(task.split.repeats):
             fold_S = deal(stratum_S, task.split.folds, np.random.default_rng((task.split.seed, repeat)))
             fold_N = fold_S[cases.subject_N]
-            repeats.append([(everyone[fold_N != fold], everyone[fold_N == fold])
-                            for fold in range(task.split.folds)])
+            repeats.append([(everyone[fold_N != fold], everyone[fold_N == fold]) for fold in range(task.split.folds)])
     if task.type == "classification" and len(cases.classes) < 2:
         raise ConfigError(where, "label", f"only {cases.classes[0]} in {task.label}", "two or more classes")
     for folds in repeats:
@@ -242,16 +251,21 @@ def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[tuple[
     return repeats
 
 
-def _enough(
-    task: Task, cases: Cases, rows: np.ndarray, least: dict[str, int], side: str, where: str | Path
-) -> None:
+def _enough(task: Task, cases: Cases, rows: np.ndarray, least: dict[str, int], side: str, where: str | Path) -> None:
     """Refuse a side of a split that has too few subjects."""
     present = np.unique(cases.subject_N[rows])
     counts = {"": len(present)}
     if task.type == "classification":
-        counts = {f" of class {name}": int((cases.truth_S[present] == index).sum())
-                  for index, name in enumerate(cases.classes)}
+        counts = {
+            f" of class {name}": int((cases.truth_S[present] == index).sum())
+            for index, name in enumerate(cases.classes)
+        }
     for what, count in counts.items():
         if count < least[task.type]:
-            raise ConfigError(where, "split", f"{count} {side} subjects{what}",
-                              f"at least {least[task.type]}", "Use other folds, or more subjects")
+            raise ConfigError(
+                where,
+                "split",
+                f"{count} {side} subjects{what}",
+                f"at least {least[task.type]}",
+                "Use other folds, or more subjects",
+            )

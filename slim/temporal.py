@@ -41,9 +41,7 @@ MARGIN = PASSES - 1  # windows a chunk sees beyond those it answers for: up to t
 WEIGHTS_FILE, CONFIG_FILE = "extractor.safetensors", "config.json"
 
 
-def parcels_from_mask(
-    brain_XYZ: np.ndarray, mm: float, cube_mm: float = 24.0, least: float = 0.1
-) -> np.ndarray:
+def parcels_from_mask(brain_XYZ: np.ndarray, mm: float, cube_mm: float = 24.0, least: float = 0.1) -> np.ndarray:
     """Cubic parcels of a brain mask: no atlas, and the same labels for everyone on the same grid.
 
     Parameters

@@ -90,10 +90,19 @@ class Trainer:
         self.geometry = geometry_for(settings, datasets)
         self.stream = Stream(datasets, [item.weight for item in settings.data], "train", settings.run.seed)
         self.global_batch = settings.run.batch * settings.run.accumulate * self.world
-        self.steps = settings.run.steps or max(1, math.ceil(settings.run.epochs * self.stream.per_epoch
-                                                            / self.global_batch))
-        self.identity = digest([settings.model.model_dump(mode="json"), settings.view, settings.windows.k,
-                                datasets[0].manifest["grid"], datasets[0].frames, settings.weights])
+        self.steps = settings.run.steps or max(
+            1, math.ceil(settings.run.epochs * self.stream.per_epoch / self.global_batch)
+        )
+        self.identity = digest(
+            [
+                settings.model.model_dump(mode="json"),
+                settings.view,
+                settings.windows.k,
+                datasets[0].manifest["grid"],
+                datasets[0].frames,
+                settings.weights,
+            ]
+        )
 
         torch.manual_seed(settings.run.seed)
         model = Objective(settings, self.geometry, datasets[0].grid.voxels).to(self.device)
@@ -139,8 +148,11 @@ class Trainer:
                 if monitor is not None and advance is not None:
                     if logged:
                         monitor.log(line)
-                    advance(1, f"loss {line['loss']:.4f}, {line['samples_per_s']:.2f} samples/s, "
-                               f"data wait {line['data_wait']:.0%}, {line['peak_memory_bytes'] / 2**30:.2f} GiB")
+                    advance(
+                        1,
+                        f"loss {line['loss']:.4f}, {line['samples_per_s']:.2f} samples/s, "
+                        f"data wait {line['data_wait']:.0%}, {line['peak_memory_bytes'] / 2**30:.2f} GiB",
+                    )
                     found = monitor.warnings()
                     for kind, text in found.items():
                         if kind not in said:
@@ -149,9 +161,16 @@ class Trainer:
                 stopped = self._agree_to_stop(begun)
                 if last or stopped or self.step % self.settings.run.checkpoint_every == 0:
                     self._save()
-        result = {"finished": self.step >= self.steps, "step": self.step, "steps": self.steps, "stopped": stopped,
-                  "resumed_from": resumed, "loss": line.get("loss"), "seconds": round(time.monotonic() - begun, 2),
-                  "warnings": list(monitor.warnings().values()) if monitor else []}
+        result = {
+            "finished": self.step >= self.steps,
+            "step": self.step,
+            "steps": self.steps,
+            "stopped": stopped,
+            "resumed_from": resumed,
+            "loss": line.get("loss"),
+            "seconds": round(time.monotonic() - begun, 2),
+            "warnings": list(monitor.warnings().values()) if monitor else [],
+        }
         if monitor is not None:
             monitor.close()
         return result
@@ -177,7 +196,8 @@ class Trainer:
         return DataLoader(
             Samples(self.stream, self.geometry, settings),
             batch_sampler=Positions(first, stop, settings.run.batch, self.rank, self.world),
-            num_workers=settings.run.workers, timeout=_PATIENCE if settings.run.workers else 0,
+            num_workers=settings.run.workers,
+            timeout=_PATIENCE if settings.run.workers else 0,
             collate_fn=partial(_collate, geometry=self.geometry, settings=settings),
         )
 
@@ -245,12 +265,31 @@ class Trainer:
         return self._line(logs, tokens, centred_KC, epoch, lr, wd, momentum, begun, waited)
 
     def _line(
-        self, logs: list[dict[str, Tensor]], tokens: list[Tensor], centred_KC: Tensor | None, epoch: int, lr: float,
-        wd: float, momentum: float, begun: float, waited: float,
+        self,
+        logs: list[dict[str, Tensor]],
+        tokens: list[Tensor],
+        centred_KC: Tensor | None,
+        epoch: int,
+        lr: float,
+        wd: float,
+        momentum: float,
+        begun: float,
+        waited: float,
     ) -> dict[str, Any]:
         """Means over micro-batches and processes, as one line of metrics.jsonl."""
-        names = ("loss", "loss_jepa", "loss_sig", "loss_mae", "trivial", "loss_cross_time", "loss_cross_location",
-                 "loss_double_cross", "gain_cross_time", "gain_cross_location", "gain_double_cross")
+        names = (
+            "loss",
+            "loss_jepa",
+            "loss_sig",
+            "loss_mae",
+            "trivial",
+            "loss_cross_time",
+            "loss_cross_location",
+            "loss_double_cross",
+            "gain_cross_time",
+            "gain_cross_location",
+            "gain_double_cross",
+        )
         zero = torch.zeros((), device=self.device)
         values = torch.stack([torch.stack([log.get(name, zero) for log in logs]).sum() for name in names])
         counts = torch.tensor([sum(name in log for log in logs) for name in names], device=self.device)
@@ -258,8 +297,10 @@ class Trainer:
         reduced = torch.cat([values.float(), counts.float(), count])
         if self.world > 1:
             dist.all_reduce(reduced)
-        mean = {name: float(reduced[i] / reduced[i + len(names)]) if reduced[i + len(names)] else None
-                for i, name in enumerate(names)}
+        mean = {
+            name: float(reduced[i] / reduced[i + len(names)]) if reduced[i + len(names)] else None
+            for i, name in enumerate(names)
+        }
         trivial = mean.pop("trivial")
         gain = 1 - mean["loss_jepa"] / trivial if trivial and mean["loss_jepa"] is not None else None
         spread = rank = None
@@ -271,12 +312,24 @@ class Trainer:
         seconds = time.perf_counter() - begun
         norm = self.engine.get_global_grad_norm()
         return {
-            "step": self.step, "epoch": epoch, "samples": self.consumed, **mean, "gain": gain, "lr": lr, "wd": wd,
-            "ema": momentum, "grad_norm": None if norm is None else float(norm), "target_std": spread,
-            "target_rank": rank, "seconds": seconds, "data_wait": waited / seconds,
+            "step": self.step,
+            "epoch": epoch,
+            "samples": self.consumed,
+            **mean,
+            "gain": gain,
+            "lr": lr,
+            "wd": wd,
+            "ema": momentum,
+            "grad_norm": None if norm is None else float(norm),
+            "target_std": spread,
+            "target_rank": rank,
+            "seconds": seconds,
+            "data_wait": waited / seconds,
             "samples_per_s": self.global_batch / seconds,
-            "tokens_kept": float(reduced[-2]) / self.global_batch, "tokens_brain": float(reduced[-1]) / self.global_batch,
-            "tokens_grid": math.prod(self.geometry.tokens), "peak_memory_bytes": peak_memory_bytes(self.device),
+            "tokens_kept": float(reduced[-2]) / self.global_batch,
+            "tokens_brain": float(reduced[-1]) / self.global_batch,
+            "tokens_grid": math.prod(self.geometry.tokens),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
         }
 
     def _save(self) -> None:
@@ -286,8 +339,13 @@ class Trainer:
             weights[f"encoder.{name}"] = whole
         weights |= self.target.mean.state("target_mean") | self.context_mean.state("context_mean")
         checkpoint.save(
-            self.engine, self.checkpoints, self.step, {"step": self.step, "consumed": self.consumed}, weights,
-            {"identity": self.identity, "zero_stage": self.settings.zero.stage}, self.settings.run.keep,
+            self.engine,
+            self.checkpoints,
+            self.step,
+            {"step": self.step, "consumed": self.consumed},
+            weights,
+            {"identity": self.identity, "zero_stage": self.settings.zero.stage},
+            self.settings.run.keep,
         )
 
     def _resume(self) -> str | None:
@@ -301,12 +359,18 @@ class Trainer:
         for name, mine in (("identity", self.identity), ("zero_stage", self.settings.zero.stage)):
             if about[name] != mine:
                 field = "model, view, windows.k, loss or grid" if name == "identity" else "zero.stage"
-                raise ConfigError(found, field, "another setting than the run began with", about[name],
-                                  "Use the settings in the run's config.yaml, or another run.out")
+                raise ConfigError(
+                    found,
+                    field,
+                    "another setting than the run began with",
+                    about[name],
+                    "Use the settings in the run's config.yaml, or another run.out",
+                )
         state, weights = checkpoint.load(self.engine, found)
         self.step, self.consumed = state["step"], state["consumed"]
-        self.target.encoder.load_state_dict({name.removeprefix("target."): value for name, value in weights.items()
-                                             if name.startswith("target.")})
+        self.target.encoder.load_state_dict(
+            {name.removeprefix("target."): value for name, value in weights.items() if name.startswith("target.")}
+        )
         self.target.mean.load(weights, "target_mean")
         self.context_mean.load(weights, "context_mean")
         return found.name

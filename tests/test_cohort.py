@@ -65,8 +65,11 @@ def test_bids_derivatives_as_fmriprep_writes_them(tmp_path):
     nifti(tmp_path / f"data/sub-02/ses-a/func/sub-02_ses-a_task-nback_{SPACE}_desc-smooth_bold.nii.gz")
     runs = find_runs(cohort_file(tmp_path))
     assert fields(runs) == [("01", "a", "rest", "1"), ("01", "b", "rest", "1"), ("02", "a", "nback", "")]
-    assert [run.key for run in runs] == ["lab_sub-01_ses-a_task-rest_run-1", "lab_sub-01_ses-b_task-rest_run-1",
-                                         "lab_sub-02_ses-a_task-nback"]
+    assert [run.key for run in runs] == [
+        "lab_sub-01_ses-a_task-rest_run-1",
+        "lab_sub-01_ses-b_task-rest_run-1",
+        "lab_sub-02_ses-a_task-nback",
+    ]
     assert runs[0].bold == first and runs[0].source == first.relative_to(tmp_path / "data").as_posix()
     assert runs[0].mask == first.with_name(first.name.replace("preproc_bold", "brain_mask"))
     assert runs[0].confounds == first.with_name("sub-01_ses-a_task-rest_run-1_desc-confounds_timeseries.tsv")
@@ -96,31 +99,46 @@ def test_bids_filters_keep_entities(tmp_path):
 
 def test_a_subject_that_is_a_whole_folder_may_hold_underscores(tmp_path):
     """ADNI: 002_S_0295."""
-    source = pattern_file(tmp_path, "{subject}/{session}/*_bold.nii.gz",
-                          ["002_S_0295/2012-05-10/x_bold.nii.gz", "002_S_0413/2006-11-14/y_bold.nii.gz"])
+    source = pattern_file(
+        tmp_path,
+        "{subject}/{session}/*_bold.nii.gz",
+        ["002_S_0295/2012-05-10/x_bold.nii.gz", "002_S_0413/2006-11-14/y_bold.nii.gz"],
+    )
     assert fields(find_runs(source)) == [("002_S_0295", "2012-05-10", "", ""), ("002_S_0413", "2006-11-14", "", "")]
     assert find_runs(source)[0].key == "lab_sub-002_S_0295_ses-2012-05-10"
 
 
 def test_a_subject_inside_names_ends_at_underscore_and_dot(tmp_path):
-    source = pattern_file(tmp_path, "sub-{subject}_task-{task}_run-{run}_bold.nii.gz",
-                          ["sub-a-1_task-rest_run-02_bold.nii.gz", "sub-a_b_task-rest_run-02_bold.nii.gz",
-                           "sub-c_task-rest_run-1_desc_bold.nii.gz"])
+    source = pattern_file(
+        tmp_path,
+        "sub-{subject}_task-{task}_run-{run}_bold.nii.gz",
+        [
+            "sub-a-1_task-rest_run-02_bold.nii.gz",
+            "sub-a_b_task-rest_run-02_bold.nii.gz",
+            "sub-c_task-rest_run-1_desc_bold.nii.gz",
+        ],
+    )
     assert fields(find_runs(source)) == [("a-1", "", "rest", "02")]
 
 
 def test_a_field_that_occurs_again_must_agree(tmp_path):
     """HCP: the subject's folder, and the run twice in the path."""
     good = "100307/MNINonLinear/Results/rfMRI_REST1_LR/rfMRI_REST1_LR.nii.gz"
-    source = pattern_file(tmp_path, "{subject}/MNINonLinear/Results/rfMRI_{task}_{run}/rfMRI_{task}_{run}.nii.gz",
-                          [good, "100307/MNINonLinear/Results/rfMRI_REST2_LR/rfMRI_REST1_LR.nii.gz"])
+    source = pattern_file(
+        tmp_path,
+        "{subject}/MNINonLinear/Results/rfMRI_{task}_{run}/rfMRI_{task}_{run}.nii.gz",
+        [good, "100307/MNINonLinear/Results/rfMRI_REST2_LR/rfMRI_REST1_LR.nii.gz"],
+    )
     runs = find_runs(source)
     assert fields(runs) == [("100307", "", "REST1", "LR")] and runs[0].source == good
 
 
 def test_globs_reach_any_depth(tmp_path):
-    source = pattern_file(tmp_path, "**/{subject}_func_?.nii*",
-                          ["a/b/s1_func_1.nii.gz", "s2_func_1.nii", "a/s3_func_10.nii.gz", "a/s4.nii.gz"])
+    source = pattern_file(
+        tmp_path,
+        "**/{subject}_func_?.nii*",
+        ["a/b/s1_func_1.nii.gz", "s2_func_1.nii", "a/s3_func_10.nii.gz", "a/s4.nii.gz"],
+    )
     assert fields(find_runs(source)) == [("s1", "", "", ""), ("s2", "", "", "")]
 
 
@@ -158,15 +176,19 @@ def test_masks_by_pattern_as_one_file_and_beside_the_cohort_file(tmp_path):
             masks(wrong)
 
 
-@pytest.mark.parametrize(("table", "wanted"), [
-    ("participant_id\tage\tgroup\nsub-0050002\t30\tA\nsub-s2\tn/a\tB\n", {"age": 30, "group": "A"}),
-    ("site,SUB_ID,age,group\nx,0050002,30,A\nx,s2,,B\n", {"site": "x", "age": 30, "group": "A"}),
-    ("participant_id\n0050002\ns2\n", {}),
-    ("\ufeffparticipant_id\tage\n0050002\t30\ns2\tn/a\n", {"age": 30}),
-])
+@pytest.mark.parametrize(
+    ("table", "wanted"),
+    [
+        ("participant_id\tage\tgroup\nsub-0050002\t30\tA\nsub-s2\tn/a\tB\n", {"age": 30, "group": "A"}),
+        ("site,SUB_ID,age,group\nx,0050002,30,A\nx,s2,,B\n", {"site": "x", "age": 30, "group": "A"}),
+        ("participant_id\n0050002\ns2\n", {}),
+        ("\ufeffparticipant_id\tage\n0050002\t30\ns2\tn/a\n", {"age": 30}),
+    ],
+)
 def test_labels_travel_with_the_subject(tmp_path, table, wanted):
-    source = pattern_file(tmp_path, "{subject}.nii.gz", ["0050002.nii.gz", "s2.nii.gz", "s3.nii.gz"],
-                          participants="people.tsv")
+    source = pattern_file(
+        tmp_path, "{subject}.nii.gz", ["0050002.nii.gz", "s2.nii.gz", "s3.nii.gz"], participants="people.tsv"
+    )
     (tmp_path / "people.tsv").write_text(table)
     first, second, third = (run.labels for run in find_runs(source))
     assert first == wanted and third == {}
@@ -176,12 +198,15 @@ def test_labels_travel_with_the_subject(tmp_path, table, wanted):
     assert find_runs(source)[0].labels == wanted
 
 
-@pytest.mark.parametrize(("table", "message"), [
-    ("name\tage\ns1\t3\n", r"people\.tsv: header: got columns name, age, expected a column participant_id"),
-    ("participant_id\tage\ns1\t3\ns1\t4\n", r"people\.tsv: participant_id: got two different rows for s1"),
-    ("", r"people\.tsv: got an unreadable table"),
-    (None, r"cohort\.yaml: participants: got people\.tsv, which is no file"),
-])
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("name\tage\ns1\t3\n", r"people\.tsv: header: got columns name, age, expected a column participant_id"),
+        ("participant_id\tage\ns1\t3\ns1\t4\n", r"people\.tsv: participant_id: got two different rows for s1"),
+        ("", r"people\.tsv: got an unreadable table"),
+        (None, r"cohort\.yaml: participants: got people\.tsv, which is no file"),
+    ],
+)
 def test_a_participants_table_that_cannot_be_meant(tmp_path, table, message):
     source = pattern_file(tmp_path, "{subject}.nii.gz", ["s1.nii.gz"], participants="people.tsv")
     if table is not None:
@@ -193,25 +218,28 @@ def test_a_participants_table_that_cannot_be_meant(tmp_path, table, message):
 PATTERN = {"layout": "pattern", "pattern": "{subject}.nii.gz"}
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"maks": "m.nii"}, r"maks: got an unknown key, expected one of .*Did you mean mask\?"),
-    ({"name": "my lab"}, r"name: got 'my lab'"),
-    ({"name": None}, "name: got None"),
-    ({"space": "Talairach"}, "space: got 'Talairach', expected 'MNI' or 'native'"),
-    ({"tr": 0}, "tr: got 0, expected greater than 0.05"),
-    ({"tr": "2 s"}, "tr: got '2 s', expected a valid number"),
-    ({"layout": "dicom"}, "layout: got 'dicom', expected 'bids' or 'pattern'"),
-    ({"layout": "pattern"}, r"pattern: got nothing, expected a pattern with \{subject\}"),
-    ({"layout": "pattern", "pattern": "bold.nii"}, r"pattern: got bold.nii, expected a pattern with \{subject\}"),
-    ({"pattern": "{subject}.nii"}, "pattern: got .*, expected none with layout: bids"),
-    ({**PATTERN, "filters": {"task": "rest"}}, "filters: got task, expected none with layout: pattern"),
-    ({"layout": "pattern", "pattern": "{subject}_{side}.nii"}, r"pattern: got \{side\}, expected only \{subject\}"),
-    ({"layout": "pattern", "pattern": "/data/{subject}.nii"}, "pattern: got .*, expected a path relative to root"),
-    ({"layout": "pattern", "pattern": "**a/{subject}.nii"}, "(pattern: got .*, expected a path relative)|no run"),
-    ({"root": "nowhere"}, "root: got .*nowhere, which is no folder"),
-    ({**PATTERN, "pattern": "x/{subject}.nii"}, "root: got no run under .*files that match"),
-    ({}, "root: got no run under .*desc-preproc_bold"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"maks": "m.nii"}, r"maks: got an unknown key, expected one of .*Did you mean mask\?"),
+        ({"name": "my lab"}, r"name: got 'my lab'"),
+        ({"name": None}, "name: got None"),
+        ({"space": "Talairach"}, "space: got 'Talairach', expected 'MNI' or 'native'"),
+        ({"tr": 0}, "tr: got 0, expected greater than 0.05"),
+        ({"tr": "2 s"}, "tr: got '2 s', expected a valid number"),
+        ({"layout": "dicom"}, "layout: got 'dicom', expected 'bids' or 'pattern'"),
+        ({"layout": "pattern"}, r"pattern: got nothing, expected a pattern with \{subject\}"),
+        ({"layout": "pattern", "pattern": "bold.nii"}, r"pattern: got bold.nii, expected a pattern with \{subject\}"),
+        ({"pattern": "{subject}.nii"}, "pattern: got .*, expected none with layout: bids"),
+        ({**PATTERN, "filters": {"task": "rest"}}, "filters: got task, expected none with layout: pattern"),
+        ({"layout": "pattern", "pattern": "{subject}_{side}.nii"}, r"pattern: got \{side\}, expected only \{subject\}"),
+        ({"layout": "pattern", "pattern": "/data/{subject}.nii"}, "pattern: got .*, expected a path relative to root"),
+        ({"layout": "pattern", "pattern": "**a/{subject}.nii"}, "(pattern: got .*, expected a path relative)|no run"),
+        ({"root": "nowhere"}, "root: got .*nowhere, which is no folder"),
+        ({**PATTERN, "pattern": "x/{subject}.nii"}, "root: got no run under .*files that match"),
+        ({}, "root: got no run under .*desc-preproc_bold"),
+    ],
+)
 def test_a_cohort_file_that_cannot_be_meant_is_told_in_one_line(tmp_path, settings, message):
     source = cohort_file(tmp_path, **settings)
     with pytest.raises(ConfigError, match=message) as caught:
@@ -219,10 +247,16 @@ def test_a_cohort_file_that_cannot_be_meant_is_told_in_one_line(tmp_path, settin
     assert "\n" not in caught.value.line() and caught.value.line().startswith(f"{source}: ")
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "no such file"), ("- a\n- b\n", "a list at the top level"), ("a: [\n", "unreadable YAML"),
-    ("", "name: got nothing, expected a value"), (b"\xff\xfe\x00", "unreadable YAML"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("- a\n- b\n", "a list at the top level"),
+        ("a: [\n", "unreadable YAML"),
+        ("", "name: got nothing, expected a value"),
+        (b"\xff\xfe\x00", "unreadable YAML"),
+    ],
+)
 def test_a_file_that_is_no_cohort_file(tmp_path, content, message):
     source = tmp_path / "cohort.yaml"
     if content is not None:

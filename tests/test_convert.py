@@ -61,8 +61,11 @@ def make_shards(monkeypatch):
 
 def contents(dataset: Path) -> dict[str, bytes]:
     """What a dataset is: all but the work folder, which may remember how it was made."""
-    return {path.relative_to(dataset).as_posix(): path.read_bytes() for path in sorted(dataset.rglob("*"))
-            if path.is_file() and path.relative_to(dataset).parts[0] not in (layout.WORK, layout.REPORT)}
+    return {
+        path.relative_to(dataset).as_posix(): path.read_bytes()
+        for path in sorted(dataset.rglob("*"))
+        if path.is_file() and path.relative_to(dataset).parts[0] not in (layout.WORK, layout.REPORT)
+    }
 
 
 def same(one: Path, two: Path) -> None:
@@ -78,9 +81,14 @@ def times(dataset: Path) -> dict[str, int]:
 
 def copy_cohort(cohort: Path, to: Path, subjects: int = 6) -> Path:
     """The first subjects of a cohort, with the files' times."""
-    shutil.copytree(cohort, to, dirs_exist_ok=True,
-                    ignore=lambda folder, names: [n for n in names if n.startswith("sub-") and "." not in n
-                                                  and "_" not in n and int(n[4:]) > subjects])
+    shutil.copytree(
+        cohort,
+        to,
+        dirs_exist_ok=True,
+        ignore=lambda folder, names: [
+            n for n in names if n.startswith("sub-") and "." not in n and "_" not in n and int(n[4:]) > subjects
+        ],
+    )
     return to / "cohort.yaml"
 
 
@@ -165,8 +173,13 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(cohort, dataset, 
     words = ["tools/make_shards.py", cohort / "cohort.yaml", "--out", out, "--ranker", "ridge", "--workers", 2, *GRID]
     rng, workers = random.Random(0), []
     for attempt in range(4):
-        process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         members = out / layout.WORK / "members"
         patience = time.monotonic() + 60
         # wait until there is something to lose, then a random moment more
@@ -178,7 +191,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(cohort, dataset, 
         workers += children(process.pid)
         process.kill()
         process.wait()
-    assert make_shards(*words[1:-len(GRID)]) == DONE
+    assert make_shards(*words[1 : -len(GRID)]) == DONE
     same(out, dataset)
     assert workers
     patience = time.monotonic() + 20
@@ -202,8 +215,12 @@ if __name__ == "__main__":
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see the workers")
 def test_workers_end_in_the_midst_of_a_run_when_the_command_is_killed(tmp_path):
     (tmp_path / "long_work.py").write_text(LONG_WORK)
-    process = subprocess.Popen([sys.executable, tmp_path / "long_work.py"], cwd=ROOT, stdout=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "long_work.py"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert process.stdout.readline() == b"1\n"
     workers = children(process.pid)
     assert workers
@@ -243,15 +260,30 @@ def kill_at(monkeypatch, number: int | None) -> list[int]:
 
 
 def sessions_of(number: int) -> list[dict]:
-    return [{"key": f"k{i}", "cohort": "c", "subject": str(i), "split": "train" if i else "val", "zarr_size": 600,
-             "fingerprint": str(number)} for i in range(number)]
+    return [
+        {
+            "key": f"k{i}",
+            "cohort": "c",
+            "subject": str(i),
+            "split": "train" if i else "val",
+            "zarr_size": 600,
+            "fingerprint": str(number),
+        }
+        for i in range(number)
+    ]
 
 
 def pack_into(folder: Path, number: int) -> None:
     writer.finish_commit(folder)
-    writer.pack(folder, sessions_of(number), [], {"format": 1, "number": number}, 1000,
-                lambda s: (layout.dump({"key": s["key"]}).encode(), f"{number} {s['key']}".encode() * 100),
-                lambda count, note: None)
+    writer.pack(
+        folder,
+        sessions_of(number),
+        [],
+        {"format": 1, "number": number},
+        1000,
+        lambda s: (layout.dump({"key": s["key"]}).encode(), f"{number} {s['key']}".encode() * 100),
+        lambda count, note: None,
+    )
 
 
 def test_killed_before_any_file_operation_the_old_or_the_new_dataset_is_whole(monkeypatch, tmp_path):
@@ -287,7 +319,10 @@ def test_shards_are_closed_at_their_size(tmp_path):
     pack_into(tmp_path, 5)
     manifest = layout.read_manifest(tmp_path)
     assert [(s["name"], s["samples"]) for s in manifest["shards"]] == [
-        ("train-000000.tar", 2), ("train-000001.tar", 2), ("val-000000.tar", 1)]
+        ("train-000000.tar", 2),
+        ("train-000001.tar", 2),
+        ("val-000000.tar", 1),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -363,8 +398,7 @@ def test_a_stratum_is_divided_like_the_whole(opened, tmp_path):
     found.find()
     assert set(found.splits) == {("synthetic", f"0{number}") for number in range(1, 7)}
     with pytest.raises(ConfigError, match=r"split\.stratify"):
-        conversion([source], tmp_path / "out",
-                   split=SETTINGS.split.model_copy(update={"stratify": "age"})).find()
+        conversion([source], tmp_path / "out", split=SETTINGS.split.model_copy(update={"stratify": "age"})).find()
 
 
 def test_everything_a_sample_depends_on_changes_its_fingerprint(cohort, tmp_path):
@@ -413,7 +447,8 @@ def test_broken_runs_are_refused_by_name_and_the_rest_goes_on(cohort, dataset, m
     assert "a NIfTI run" in capsys.readouterr().out
     after = times(out)
     assert {path: at for path, at in after.items() if f"/{layout.WORK}" not in path} == {
-        path: at for path, at in before.items() if f"/{layout.WORK}" not in path}
+        path: at for path, at in before.items() if f"/{layout.WORK}" not in path
+    }
 
     for path, (content, mtime) in intact.items():
         path.write_bytes(content)
@@ -462,7 +497,8 @@ def test_the_trained_ranker_end_to_end(cohort, make_shards, tmp_path, capsys):
     given = tmp_path / "given"
     assert make_shards(source, "--out", given, steps, "windows.keep=5", "--extractor", out / layout.EXTRACTOR) == DONE
     assert [path.read_bytes() for path in sorted((given / "shards").iterdir())] == [
-        path.read_bytes() for path in sorted((out / "shards").iterdir())]
+        path.read_bytes() for path in sorted((out / "shards").iterdir())
+    ]
     assert make_shards(source, "--out", given, "--ranker", "ridge", "--extractor", out / layout.EXTRACTOR) == WRONG
     assert "--extractor" in capsys.readouterr().err.splitlines()[-1]
 

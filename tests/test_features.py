@@ -20,10 +20,15 @@ from slim.config import PretrainSettings
 from slim.features import Features, SlimBrain
 from slim.objective import Objective
 
-ALIGNED = {"embed": 16, "heads": 2, "depths": (1, 1), "unit": (5,), "strides": ((5, 1, 1, 1),),
-           "local_stages": 1}
-STRADDLING = {"embed": 16, "heads": 2, "depths": (1, 1, 1), "unit": (4,),
-              "strides": ((2, 1, 1, 1), (2, 1, 1, 1)), "local_stages": 2}  # slots of 4 frames, windows of 5
+ALIGNED = {"embed": 16, "heads": 2, "depths": (1, 1), "unit": (5,), "strides": ((5, 1, 1, 1),), "local_stages": 1}
+STRADDLING = {
+    "embed": 16,
+    "heads": 2,
+    "depths": (1, 1, 1),
+    "unit": (4,),
+    "strides": ((2, 1, 1, 1), (2, 1, 1, 1)),
+    "local_stages": 2,
+}  # slots of 4 frames, windows of 5
 
 
 def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
@@ -31,8 +36,11 @@ def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
     opened = Dataset(dataset)
     manifest, patches = opened.manifest, opened.grid.patch_shape
     sizes = sizes | {"unit": (*sizes["unit"][:1], *patches)}  # one unit a slot, whatever the grid
-    settings = check(PretrainSettings, {"data": str(dataset), "model": sizes, "view": "both",
-                                        "run": {"out": str(folder), "seed": seed}}, "test")
+    settings = check(
+        PretrainSettings,
+        {"data": str(dataset), "model": sizes, "view": "both", "run": {"out": str(folder), "seed": seed}},
+        "test",
+    )
     geometry = features.Geometry((8 * 5, *patches), settings.model.unit, settings.model.strides)
     torch.manual_seed(seed)
     encoder = Objective(settings, geometry, 64).encoder
@@ -152,9 +160,7 @@ def test_features_do_not_depend_on_how_groups_are_batched(run: Path, opened: Dat
     np.testing.assert_array_equal(together.place_L, apart.place_L)
 
 
-def test_slots_that_straddle_windows_belong_to_the_one_at_their_middle(
-    dataset: Path, tmp_path: Path, opened: Dataset
-):
+def test_slots_that_straddle_windows_belong_to_the_one_at_their_middle(dataset: Path, tmp_path: Path, opened: Dataset):
     model = SlimBrain.from_pretrained(write_run(tmp_path / "straddling", dataset, STRADDLING))
     found = model.encode_session(opened, opened.sessions[0])
     # 10 slots of 4 frames in 8 windows of 5; of the second group those with their middle in windows 4 to 7

@@ -19,8 +19,9 @@ from slim.hiera import Hiera, Voxels
 from slim.masking import draw
 
 V = 8
-SIZES = ModelSettings(embed=16, heads=2, depths=(1, 2, 2), unit=(4, 4, 4, 4), strides=((2, 2, 2, 2), (2, 1, 1, 1)),
-                      local_stages=2)
+SIZES = ModelSettings(
+    embed=16, heads=2, depths=(1, 2, 2), unit=(4, 4, 4, 4), strides=((2, 2, 2, 2), (2, 1, 1, 1)), local_stages=2
+)
 GEOMETRY = Geometry((8, 4, 4, 8), SIZES.unit, SIZES.strides)
 
 
@@ -29,9 +30,16 @@ def make_sample(seed: int, brain: float = 0.35, geometry: Geometry = GEOMETRY) -
     frames, places = geometry.tokens[0], int(np.prod(geometry.tokens[1:]))
     place = np.sort(rng.choice(places, max(2, int(brain * places)), replace=False))
     n = len(place)
-    return Sample(f"s{seed}", 0, rng.standard_normal((frames, n, V)).astype(np.float32),
-                  rng.standard_normal((n, V)).astype(np.float32), rng.random((n, V)).astype(np.float32) + 0.5,
-                  np.ones((n, V), np.uint8), place, (np.arange(frames) * 0.72).astype(np.float32))
+    return Sample(
+        f"s{seed}",
+        0,
+        rng.standard_normal((frames, n, V)).astype(np.float32),
+        rng.standard_normal((n, V)).astype(np.float32),
+        rng.random((n, V)).astype(np.float32) + 0.5,
+        np.ones((n, V), np.uint8),
+        place,
+        (np.arange(frames) * 0.72).astype(np.float32),
+    )
 
 
 def encoder(dtype: torch.dtype = torch.float64, view: str = "both") -> Hiera:
@@ -121,7 +129,9 @@ def test_gathered_equals_dense_with_missing_tokens_masked(dtype: torch.dtype, to
     # float64 voxels would be rounded by the encoder's cast of stored values: keep both sides on float32 values
     out = model(as_dtype(batch.voxels, dtype), batch.whole)
     dense = [dense_reference(model, sample) for sample in samples]
-    expected = torch.stack([dense[int(s)][int(c)] for s, c in zip(batch.whole.sample_M, batch.whole.cell_M, strict=True)])
+    expected = torch.stack(
+        [dense[int(s)][int(c)] for s, c in zip(batch.whole.sample_M, batch.whole.cell_M, strict=True)]
+    )
     assert sum(map(len, dense)) == len(out)
     assert (out - expected).abs().max() < tolerance * expected.abs().max()
 
@@ -174,9 +184,20 @@ def test_order_of_tokens_in_the_input_does_not_matter() -> None:
     sample = make_sample(6)
     batch = collate([sample], GEOMETRY, None)
     shuffled = np.random.default_rng(0).permutation(len(sample.place))
-    other = collate([dataclasses.replace(
-        sample, place=sample.place[shuffled], value=sample.value[:, shuffled], baseline=sample.baseline[shuffled],
-        spread=sample.spread[shuffled], brain=sample.brain[shuffled])], GEOMETRY, None)
+    other = collate(
+        [
+            dataclasses.replace(
+                sample,
+                place=sample.place[shuffled],
+                value=sample.value[:, shuffled],
+                baseline=sample.baseline[shuffled],
+                spread=sample.spread[shuffled],
+                brain=sample.brain[shuffled],
+            )
+        ],
+        GEOMETRY,
+        None,
+    )
     one = model(as_dtype(batch.voxels, torch.float64), batch.whole)
     two = model(as_dtype(other.voxels, torch.float64), other.whole)
     assert torch.equal(batch.whole.cell_M, other.whole.cell_M)
@@ -193,7 +214,7 @@ def test_company_in_the_batch_does_not_change_a_sample() -> None:
 
 
 def test_background_voxels_change_no_bit() -> None:
-    """A voxel outside the mask has spread 0 and value 0 in the shards; in the voxel view even a stray value is unseen."""
+    """A voxel outside the mask has spread 0 and value 0 in the shards; the voxel view sees not even a stray value."""
     model = encoder(torch.float32, "voxel")
     sample = make_sample(10)
     sample.spread[:, ::3] = 0
@@ -205,10 +226,12 @@ def test_background_voxels_change_no_bit() -> None:
 
 
 def test_context_alone_equals_a_sample_that_holds_nothing_else() -> None:
-    """What is not context is not there: dropping it by the mask equals never having had it (no leak at any level)."""
+    """What is not context is not there: changing it changes no bit of the context's features."""
     model = encoder()
     sample = make_sample(11, 0.7)
-    sample.mask = draw(cell_sizes(GEOMETRY, sample.place), MaskSettings(context_places=0.5, context_times=0.5), 0, 0, "k")
+    sample.mask = draw(
+        cell_sizes(GEOMETRY, sample.place), MaskSettings(context_places=0.5, context_times=0.5), 0, 0, "k"
+    )
     batch = collate([sample], GEOMETRY, None)
     assert batch.context is not None
     changed = dataclasses.replace(sample, value=sample.value.copy())
@@ -229,10 +252,14 @@ def test_context_alone_equals_a_sample_that_holds_nothing_else() -> None:
 def test_attend_equals_attention_segment_by_segment(lengths: list[tuple[int, int]], seed: int) -> None:
     q_len, k_len = (np.array(part) for part in zip(*lengths, strict=True))
     rng = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(int(n), 2, 4, generator=rng, dtype=torch.float64) for n in (q_len.sum(), k_len.sum(), k_len.sum()))
+    q, k, v = (
+        torch.randn(int(n), 2, 4, generator=rng, dtype=torch.float64) for n in (q_len.sum(), k_len.sum(), k_len.sum())
+    )
     out = attend(q, k, v, segments(q_len, k_len))
-    parts = [F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in part)).transpose(0, 1)
-             for part in zip(q.split(q_len.tolist()), k.split(k_len.tolist()), v.split(k_len.tolist()), strict=True)]
+    parts = [
+        F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in part)).transpose(0, 1)
+        for part in zip(q.split(q_len.tolist()), k.split(k_len.tolist()), v.split(k_len.tolist()), strict=True)
+    ]
     assert torch.allclose(out, torch.cat(parts), atol=1e-12)
 
 

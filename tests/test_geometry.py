@@ -56,8 +56,10 @@ def test_any_number_of_dimensions(tokens: tuple[int, ...]) -> None:
     expected = np.ravel_multi_index(tuple(places // 2), tuple(t // 2 for t in tokens))
     assert np.array_equal(geometry.cell_of, expected)
     everything = np.arange(np.prod(tokens))
-    assert plan(geometry, [everything], [everything], [everything]).cell_M.tolist() == list(range(expected.max() + 1)) \
+    assert (
+        plan(geometry, [everything], [everything], [everything]).cell_M.tolist() == list(range(expected.max() + 1))
         or len(tokens) > 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,12 @@ def test_impossible_sizes_are_refused_with_both_numbers(arguments: tuple, words:
 
 def test_model_settings_refuse_what_does_not_fit() -> None:
     good = PRESETS["tiny"].model_dump()
-    for wrong in ({"embed": 30, "heads": 4}, {"depths": ()}, {"local_stages": 9},
-                  {"strides": ((5, 1, 1, 1), (1, 2, 2, 2))}, {"predictor": {"width": 10, "heads": 4, "depth": 1}}):
+    for wrong in (
+        {"embed": 30, "heads": 4},
+        {"depths": ()},
+        {"local_stages": 9},
+        {"strides": ((5, 1, 1, 1), (1, 2, 2, 2))},
+        {"predictor": {"width": 10, "heads": 4, "depth": 1}},
+    ):
         with pytest.raises(ValueError, match=r"."):
             ModelSettings(**{**good, **wrong})

@@ -52,8 +52,10 @@ def signal(affine: np.ndarray, shape: tuple[int, int, int], seconds: np.ndarray)
     """Anatomy with slow smooth fluctuations, (x, y, z, t)."""
     _, anatomy = brain(affine, shape)
     mm = apply_affine(affine, np.indices(shape).reshape(3, -1).T)
-    waves = [np.sin(mm @ direction / 30)[:, None] * np.sin(2 * np.pi * seconds / period + phase)
-             for direction, period, phase in (([1, 0.3, 0], 13, 0), ([0, 1, 0.5], 21, 1), ([0.2, 0, 1], 34, 2))]
+    waves = [
+        np.sin(mm @ direction / 30)[:, None] * np.sin(2 * np.pi * seconds / period + phase)
+        for direction, period, phase in (([1, 0.3, 0], 13, 0), ([0, 1, 0.5], 21, 1), ([0.2, 0, 1], 34, 2))
+    ]
     return anatomy[..., None] + 10 * sum(waves).reshape(*shape, -1)
 
 
@@ -70,8 +72,16 @@ def save(path: Path, data: np.ndarray, affine: np.ndarray, tr: float = 0.72, cod
 
 
 def source(bold: Path, mask: Path | None, **fields) -> RunSource:
-    return RunSource(cohort="c", subject="01", session="", task="", run="", bold=bold, source=bold.name,
-                     **{"space": "MNI", "mask": mask, **fields})
+    return RunSource(
+        cohort="c",
+        subject="01",
+        session="",
+        task="",
+        run="",
+        bold=bold,
+        source=bold.name,
+        **{"space": "MNI", "mask": mask, **fields},
+    )
 
 
 def saved(folder: Path, data: np.ndarray, mask: np.ndarray, affine: np.ndarray) -> RunSource:
@@ -108,16 +118,22 @@ def plain(tmp_path_factory) -> tuple[Path, Path, np.ndarray]:
     data = signal(affine, shape, np.arange(FRAMES) * 0.72)
     rng = np.random.default_rng(0)
     data += rng.standard_normal(data.shape)
-    return (save(folder / "bold.nii.gz", data.astype(np.float32), affine),
-            save(folder / "mask.nii.gz", mask.astype(np.uint8), affine), affine)
+    return (
+        save(folder / "bold.nii.gz", data.astype(np.float32), affine),
+        save(folder / "mask.nii.gz", mask.astype(np.uint8), affine),
+        affine,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Resampling binary images")
-@pytest.mark.parametrize(("zooms", "degrees", "shape"), [
-    ((6.5, 6.5, 7), 12, (26, 28, 24)),  # coarser than the grid, oblique
-    ((3, 3, 5), -9, (50, 56, 32)),  # finer in plane, oblique, anisotropic
-    ((6, 6, 6), 0, (26, 29, 25)),  # the same voxels, shifted by a fraction of one
-])
+@pytest.mark.parametrize(
+    ("zooms", "degrees", "shape"),
+    [
+        ((6.5, 6.5, 7), 12, (26, 28, 24)),  # coarser than the grid, oblique
+        ((3, 3, 5), -9, (50, 56, 32)),  # finer in plane, oblique, anisotropic
+        ((6, 6, 6), 0, (26, 29, 25)),  # the same voxels, shifted by a fraction of one
+    ],
+)
 def test_in_space_equals_nilearn(tmp_path, zooms, degrees, shape):
     centre = (-0.3, -16.1, 6.2)
     affine = oblique(zooms, degrees, centre, shape)
@@ -128,16 +144,31 @@ def test_in_space_equals_nilearn(tmp_path, zooms, degrees, shape):
     data += (60 * texture / texture.std()).astype(np.float32)[..., None]
     result = harmonise(saved(tmp_path, data, mask, affine), SMALL)
     target, shape_XYZ = grid_image(SMALL)
-    peer = resample_img(nib.Nifti1Image(data, affine), target, shape_XYZ, interpolation="continuous",
-                        force_resample=True, copy_header=True)
+    peer = resample_img(
+        nib.Nifti1Image(data, affine),
+        target,
+        shape_XYZ,
+        interpolation="continuous",
+        force_resample=True,
+        copy_header=True,
+    )
     np.testing.assert_allclose(peer.affine, target)
     inner = ndimage.binary_erosion(result.brain_XYZ)[result.brain_XYZ]
     theirs_TN = peer.get_fdata()[result.brain_XYZ].T
     assert inner.sum() > 500
     for frame in (0, 5):
         assert np.corrcoef(result.raw_TN[frame][inner], theirs_TN[frame][inner])[0, 1] > 0.999
-    peer_mask = resample_img(nib.Nifti1Image(mask.astype("f4"), affine), target, shape_XYZ, interpolation="linear",
-                             force_resample=True, copy_header=True).get_fdata() >= 0.5
+    peer_mask = (
+        resample_img(
+            nib.Nifti1Image(mask.astype("f4"), affine),
+            target,
+            shape_XYZ,
+            interpolation="linear",
+            force_resample=True,
+            copy_header=True,
+        ).get_fdata()
+        >= 0.5
+    )
     both, either = (result.brain_XYZ & peer_mask).sum(), (result.brain_XYZ | peer_mask).sum()
     assert both / either > 0.97
     if min(zooms) >= 6:  # nothing is smoothed here: the same numbers, not only alike
@@ -186,8 +217,7 @@ def test_the_same_brain_stored_otherwise_gives_the_same_sample(plain, tmp_path, 
     def turned(path: Path) -> tuple[np.ndarray, np.ndarray]:
         image = nib.load(path)
         change = ornt_transform(io_orientation(image.affine), axcodes2ornt(codes))
-        return (nib.apply_orientation(image.get_fdata(), change),
-                image.affine @ inv_ornt_aff(change, image.shape[:3]))
+        return (nib.apply_orientation(image.get_fdata(), change), image.affine @ inv_ornt_aff(change, image.shape[:3]))
 
     data, affine = turned(bold_path)
     assert "".join(nib.aff2axcodes(affine)) == codes
@@ -317,8 +347,9 @@ def test_the_three_parts_are_the_global_z_score(tmp_path_factory, seed, scale, t
     data = scale * (rng.uniform(500, 1500, shape)[..., None] + 20 * rng.standard_normal((*shape, 16)))
     folder = tmp_path_factory.mktemp("z")
     grid = GridSettings(mm=16, shape=(12, 12, 12))
-    result = harmonise(source(save(folder / "b.nii", data.astype(np.float32), affine, tr),
-                              save(folder / "m.nii", mask, affine)), grid)
+    result = harmonise(
+        source(save(folder / "b.nii", data.astype(np.float32), affine, tr), save(folder / "m.nii", mask, affine)), grid
+    )
     raw_TN = result.raw_TN.astype(np.float64)
     expected_TN = (raw_TN - raw_TN.mean()) / raw_TN.std()
     brain_N = result.brain_XYZ
@@ -340,7 +371,8 @@ def test_a_spot_at_an_mni_coordinate_lands_in_its_patch_and_voxel(tmp_path, poin
     affine = np.array([[-2, 0, 0, 90], [0, 2, 0, -126], [0, 0, 2, -72], [0, 0, 0, 1.0]])
     mask, _ = brain(affine, shape)
     mask |= ((apply_affine(affine, np.indices(shape).reshape(3, -1).T) - [-1, -17, 5]) ** 2).sum(axis=1).reshape(
-        shape) < 70**2
+        shape
+    ) < 70**2
     data = np.full((*shape, 4), 100, np.int16)
     data[..., 1] += 1
     voxel = tuple(np.rint(apply_affine(np.linalg.inv(affine), point_mm)).astype(int))

@@ -46,33 +46,57 @@ def reference() -> types.ModuleType:
 def cut(x: np.ndarray, patch: tuple[int, ...]) -> np.ndarray:
     """An image (channels first) as (tokens, values of a patch), in the order of a convolution's weights."""
     axes = x.ndim - 1
-    shape = [x.shape[0]] + [part for size, step in zip(x.shape[1:], patch, strict=True) for part in (size // step, step)]
+    shape = [x.shape[0]] + [
+        part for size, step in zip(x.shape[1:], patch, strict=True) for part in (size // step, step)
+    ]
     order = [1 + 2 * a for a in range(axes)] + [0] + [2 + 2 * a for a in range(axes)]
-    return x.reshape(shape).transpose(order).reshape(int(np.prod([x.shape[1 + a] // patch[a] for a in range(axes)])), -1)
+    return (
+        x.reshape(shape).transpose(order).reshape(int(np.prod([x.shape[1 + a] // patch[a] for a in range(axes)])), -1)
+    )
 
 
 @pytest.mark.parametrize(
     ("size", "patch", "unit", "stride"),
-    [((64, 64), (4, 4), (8, 8), (2, 2)), ((8, 32, 32), (2, 4, 4), (1, 4, 4), (1, 2, 2)),
-     ((8, 32, 32), (1, 4, 4), (4, 4, 4), (2, 2, 2))],
+    [
+        ((64, 64), (4, 4), (8, 8), (2, 2)),
+        ((8, 32, 32), (2, 4, 4), (1, 4, 4), (1, 2, 2)),
+        ((8, 32, 32), (1, 4, 4), (4, 4, 4), (2, 2, 2)),
+    ],
     ids=["image", "video", "video, pooled in time"],
 )
 def test_equals_the_reference(
-    reference: types.ModuleType, size: tuple[int, ...], patch: tuple[int, ...], unit: tuple[int, ...],
+    reference: types.ModuleType,
+    size: tuple[int, ...],
+    patch: tuple[int, ...],
+    unit: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> None:
     torch.manual_seed(0)
     video = len(size) == 3
-    other = reference.Hiera(input_size=size, in_chans=2, embed_dim=24, num_heads=1, num_classes=3, stages=(1, 2, 2, 1),
-                            q_pool=2, q_stride=stride, mask_unit_size=unit, mask_unit_attn=(True, True, False, False),
-                            patch_kernel=patch, patch_stride=patch, patch_padding=(0,) * len(size), sep_pos_embed=video)
+    other = reference.Hiera(
+        input_size=size,
+        in_chans=2,
+        embed_dim=24,
+        num_heads=1,
+        num_classes=3,
+        stages=(1, 2, 2, 1),
+        q_pool=2,
+        q_stride=stride,
+        mask_unit_size=unit,
+        mask_unit_attn=(True, True, False, False),
+        patch_kernel=patch,
+        patch_stride=patch,
+        patch_padding=(0,) * len(size),
+        sep_pos_embed=video,
+    )
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.normal_(0, 0.15)
     tokens = tuple(s // p for s, p in zip(size, patch, strict=True))
     geometry = Geometry(tokens, unit, (stride, stride))
-    sizes = ModelSettings.model_construct(embed=24, heads=1, depths=(1, 2, 2, 1), unit=unit, strides=(stride, stride),
-                                          local_stages=2, mlp_ratio=4.0)
+    sizes = ModelSettings.model_construct(
+        embed=24, heads=1, depths=(1, 2, 2, 1), unit=unit, strides=(stride, stride), local_stages=2, mlp_ratio=4.0
+    )
     mine = Hiera(sizes, geometry, 2 * int(np.prod(patch)), "global")
     copy_weights(mine, other, video, tokens)
 
@@ -90,8 +114,11 @@ def test_equals_the_reference(
 
 
 def copy_weights(mine: Hiera, other: nn.Module, video: bool, tokens: tuple[int, ...]) -> None:
-    state = {name.replace(".mlp.", "."): value for name, value in other.state_dict().items()
-             if name.startswith(("blocks.", "norm."))}
+    state = {
+        name.replace(".mlp.", "."): value
+        for name, value in other.state_dict().items()
+        if name.startswith(("blocks.", "norm."))
+    }
     own = mine.state_dict()
     state["embed.whole.weight"] = other.patch_embed.proj.weight.flatten(1)
     state["embed.bias"] = other.patch_embed.proj.bias

@@ -11,7 +11,12 @@ import yaml
 from slim.config import PretrainSettings, load_config
 
 ROOT = Path(__file__).parent.parent
-MAY_IMPORT = {"shards": set(), "slim": {"shards"}, "launchers": {"slim", "shards"}, "tools": {"launchers", "slim", "shards"}}
+MAY_IMPORT = {
+    "shards": set(),
+    "slim": {"shards"},
+    "launchers": {"slim", "shards"},
+    "tools": {"launchers", "slim", "shards"},
+}
 OURS = set(MAY_IMPORT)
 
 
@@ -48,13 +53,26 @@ def test_every_pretraining_configuration_is_valid_and_has_the_fixed_keys(name: s
     assert settings.model_name == name
     tree = yaml.safe_load(path.read_text())
     assert {"data", "model", "view", "windows", "objective", "precision", "zero", "run"} <= set(tree)
-    assert {"out", "seed", "steps", "epochs", "batch", "accumulate", "processes", "workers", "checkpoint_every",
-            "max_seconds", "resume"} <= set(tree["run"])
+    assert {
+        "out",
+        "seed",
+        "steps",
+        "epochs",
+        "batch",
+        "accumulate",
+        "processes",
+        "workers",
+        "checkpoint_every",
+        "max_seconds",
+        "resume",
+    } <= set(tree["run"])
 
 
 def test_every_field_of_the_configuration_is_read_somewhere() -> None:
     """A field that is parsed and never read is a promise that is not kept."""
-    text = "".join(path.read_text() for package in ("slim", "launchers", "tools") for path in (ROOT / package).glob("*.py"))
+    text = "".join(
+        path.read_text() for package in ("slim", "launchers", "tools") for path in (ROOT / package).glob("*.py")
+    )
 
     def fields(model: type) -> set[str]:
         names = set()

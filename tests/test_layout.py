@@ -25,18 +25,34 @@ from shards.patches import gather, parcel_means, patch_places, scatter, voxel_sl
 from shards.reader import Dataset
 from shards.split import SPLITS, split_subjects
 
-DTYPES = {"baseline": "float32", "spread": "float32", "patch": "int16", "brain": "uint8", "start": "int32",
-          "saliency": "float32", "scores": "float32"}
+DTYPES = {
+    "baseline": "float32",
+    "spread": "float32",
+    "patch": "int16",
+    "brain": "uint8",
+    "start": "int32",
+    "saliency": "float32",
+    "scores": "float32",
+}
 
 
 def sample_arrays(seed: int = 0, k: int = 6, f: int = 5, p: int = 7, v: int = 64) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     windows = rng.standard_normal((k, f, p, v)).astype(np.float32) * 0.02
     spread = windows.std(axis=(0, 1))
-    return {"baseline": rng.standard_normal((p, v)), "spread": spread, "patch": np.arange(3 * p).reshape(p, 3),
-            "brain": np.ones((p, v)), "start": np.arange(k) * f, "saliency": -np.sort(-rng.random(k)),
-            "scores": rng.random(2 * k), "roi": rng.standard_normal((3, 60)), "roi_number": np.arange(1, 4),
-            "roi_centre": rng.standard_normal((3, 3)), **layout.encode_windows(windows, spread)}
+    return {
+        "baseline": rng.standard_normal((p, v)),
+        "spread": spread,
+        "patch": np.arange(3 * p).reshape(p, 3),
+        "brain": np.ones((p, v)),
+        "start": np.arange(k) * f,
+        "saliency": -np.sort(-rng.random(k)),
+        "scores": rng.random(2 * k),
+        "roi": rng.standard_normal((3, 60)),
+        "roi_number": np.arange(1, 4),
+        "roi_centre": rng.standard_normal((3, 3)),
+        **layout.encode_windows(windows, spread),
+    }
 
 
 def read_plainly(dataset: Path, folder: Path) -> dict[str, tuple[dict, dict[str, np.ndarray], zipfile.ZipFile]]:
@@ -75,16 +91,34 @@ def test_a_sample_holds_what_the_contract_says(dataset, samples):
     manifest = json.loads((dataset / "manifest.json").read_text())
     for key, (meta, arrays, archive) in samples.items():
         assert meta["key"] == key
-        for name in ("cohort", "subject", "session", "run", "task", "split", "source", "frames", "tr", "source_tr",
-                     "n_windows", "n_kept", "n_patches", "tsnr", "dvars_outliers", "brain_ml", "mask_outside_grid",
-                     "mean_fd_mm"):
+        for name in (
+            "cohort",
+            "subject",
+            "session",
+            "run",
+            "task",
+            "split",
+            "source",
+            "frames",
+            "tr",
+            "source_tr",
+            "n_windows",
+            "n_kept",
+            "n_patches",
+            "tsnr",
+            "dvars_outliers",
+            "brain_ml",
+            "mask_outside_grid",
+            "mean_fd_mm",
+        ):
             assert name in meta, name
         assert not Path(meta["source"]).is_absolute()
         for name, dtype in DTYPES.items():
             assert arrays[name].dtype == dtype, name
         k, f, p, v = arrays["windows"].shape
         assert arrays["windows"].dtype in (np.float16, np.int16) and (arrays["windows"].dtype == np.int16) == (
-            "scale" in arrays)
+            "scale" in arrays
+        )
         assert (k, f, p, v) == (meta["n_kept"], manifest["windows"]["frames"], meta["n_patches"], 64)
         assert arrays["chunks"]["windows"] == (1, f, p, v)
         assert arrays["baseline"].shape == arrays["spread"].shape == arrays["brain"].shape == (p, v)
@@ -175,8 +209,9 @@ def test_a_window_that_is_not_there_is_refused(row):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 1000), exponent=st.floats(-6, 3), spike=st.sampled_from([0.0, 3.0, 30.0]),
-       still=st.booleans())
+@given(
+    seed=st.integers(0, 1000), exponent=st.floats(-6, 3), spike=st.sampled_from([0.0, 3.0, 30.0]), still=st.booleans()
+)
 def test_windows_are_kept_to_a_thousandth_of_each_voxels_sd(seed, exponent, spike, still):
     """Over all scales: float16 where that is precise enough, int16 with a scale per voxel elsewhere."""
     rng = np.random.default_rng(seed)
@@ -291,8 +326,11 @@ def test_patches_gather_and_scatter_are_inverse(places, edge, seed, share):
     for x in range(places[0]):
         for y in range(places[1]):
             for z in range(places[2]):
-                block = (slice(x * edge, (x + 1) * edge), slice(y * edge, (y + 1) * edge),
-                         slice(z * edge, (z + 1) * edge))
+                block = (
+                    slice(x * edge, (x + 1) * edge),
+                    slice(y * edge, (y + 1) * edge),
+                    slice(z * edge, (z + 1) * edge),
+                )
                 if brain[block].any():
                     np.testing.assert_array_equal(gathered[len(kept)], volume[block].ravel())
                     kept.append((x, y, z))
@@ -303,8 +341,11 @@ def test_patches_gather_and_scatter_are_inverse(places, edge, seed, share):
 
 
 @settings(max_examples=30, deadline=None)
-@given(brain=hnp.arrays(bool, (6, 5, 4)), labels=hnp.arrays(np.int32, (6, 5, 4), elements=st.integers(0, 4)),
-       seed=st.integers(0, 1000))
+@given(
+    brain=hnp.arrays(bool, (6, 5, 4)),
+    labels=hnp.arrays(np.int32, (6, 5, 4), elements=st.integers(0, 4)),
+    seed=st.integers(0, 1000),
+)
 def test_parcel_means_are_means(brain, labels, seed):
     if not (brain & (labels > 0)).any():
         return
@@ -320,7 +361,8 @@ def test_parcel_means_are_means(brain, labels, seed):
 
 SUBJECTS = st.lists(st.text("abc0123", min_size=1, max_size=6), min_size=1, max_size=80, unique=True)
 SHARES = st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9)).map(
-    lambda parts: tuple(part / sum(parts) for part in parts))
+    lambda parts: tuple(part / sum(parts) for part in parts)
+)
 
 
 @settings(max_examples=100, deadline=None)

@@ -65,8 +65,11 @@ def test_pure_function_of_seed_epoch_and_key() -> None:
     np.random.seed(0)  # noqa: NPY002 - a global generator must not matter
     again = draw(size, MaskSettings(), 1, 2, "key")
     assert all(np.array_equal(getattr(one, name), getattr(again, name)) for name in vars(one))
-    for other in (draw(size, MaskSettings(), 2, 2, "key"), draw(size, MaskSettings(), 1, 3, "key"),
-                  draw(size, MaskSettings(), 1, 2, "yek")):
+    for other in (
+        draw(size, MaskSettings(), 2, 2, "key"),
+        draw(size, MaskSettings(), 1, 3, "key"),
+        draw(size, MaskSettings(), 1, 2, "yek"),
+    ):
         assert not np.array_equal(one.context_K, other.context_K)
 
 

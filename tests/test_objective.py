@@ -66,7 +66,9 @@ def test_jepa_loss_is_a_mean_of_sample_means_and_kinds_are_told_apart() -> None:
     k = len(batch.targets.cell_K)
     predicted, target = torch.randn(k, 5), torch.randn(k, 5) * 2
     loss, logs = jepa_loss(predicted, target, batch.targets, 2)
-    each = [F.smooth_l1_loss(predicted[batch.targets.sample_K == s], target[batch.targets.sample_K == s]) for s in (0, 1)]
+    each = [
+        F.smooth_l1_loss(predicted[batch.targets.sample_K == s], target[batch.targets.sample_K == s]) for s in (0, 1)
+    ]
     assert torch.allclose(loss, torch.stack(each).mean())
     for number, kind in enumerate(KINDS):
         of = batch.targets.kind_K == number
@@ -169,9 +171,13 @@ def test_place_means_follow_each_cell_and_do_not_depend_on_micro_batches() -> No
     for c in range(5):
         assert torch.allclose(whole.mean[c], x[cell == c].mean(dim=0), atol=1e-4)
     assert not whole.seen[5] and (whole.mean[5] == 0).all()
-    within = torch.stack([(x[cell == c] - x[cell == c].mean(dim=0)).square().sum(dim=0) for c in range(5)]).sum(dim=0) / 400
+    within = (
+        torch.stack([(x[cell == c] - x[cell == c].mean(dim=0)).square().sum(dim=0) for c in range(5)]).sum(dim=0) / 400
+    )
     assert torch.allclose(whole.variance, within, rtol=1e-3)
-    assert torch.allclose(whole.mean, parts.mean, atol=1e-5) and torch.allclose(whole.variance, parts.variance, rtol=1e-4)
+    assert torch.allclose(whole.mean, parts.mean, atol=1e-5) and torch.allclose(
+        whole.variance, parts.variance, rtol=1e-4
+    )
 
 
 def test_parameter_groups_cover_every_parameter_once() -> None:

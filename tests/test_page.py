@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import html, layout, page, writer
+from shards import html, layout, page, picture, writer
 from shards.grid import Grid
 from shards.patches import gather, patch_places
 from shards.split import SPLITS
@@ -88,11 +88,30 @@ def brain() -> np.ndarray:
 
 def session(key: str, cohort: str, subject: str, split: str, **changes) -> dict:
     return {
-        "key": key, "cohort": cohort, "subject": subject, "session": "1", "run": "", "task": "rest",
-        "split": split, "source": f"{key}.nii.gz", "space": "MNI", "labels": {}, "n_patches": 20,
-        "frames": 62, "tr": 0.72, "source_tr": 0.72, "n_windows": WINDOWS, "n_kept": KEEP,
-        "tsnr": 60.0, "dvars_outliers": 2, "brain_ml": 1500.0, "mask_outside_grid": 0.0, "mean_fd_mm": 0.1,
-        "fingerprint": "0", "zarr_size": 0, **changes,
+        "key": key,
+        "cohort": cohort,
+        "subject": subject,
+        "session": "1",
+        "run": "",
+        "task": "rest",
+        "split": split,
+        "source": f"{key}.nii.gz",
+        "space": "MNI",
+        "labels": {},
+        "n_patches": 20,
+        "frames": 62,
+        "tr": 0.72,
+        "source_tr": 0.72,
+        "n_windows": WINDOWS,
+        "n_kept": KEEP,
+        "tsnr": 60.0,
+        "dvars_outliers": 2,
+        "brain_ml": 1500.0,
+        "mask_outside_grid": 0.0,
+        "mean_fd_mm": 0.1,
+        "fingerprint": "0",
+        "zarr_size": 0,
+        **changes,
     }
 
 
@@ -103,33 +122,61 @@ def make_dataset(folder: Path, sessions: list[dict], failed: list[dict]) -> Path
     scores = rng.random(WINDOWS, np.float32)
     order = np.argsort(-scores)[:KEEP]
     baseline = gather(np.where(mask, rng.random(mask.shape), 0), patch, GRID.patch)
-    data = layout.pack({
-        "baseline": baseline, "spread": baseline,
-        "patch": patch, "brain": gather(mask, patch, GRID.patch),
-        "start": order * FRAMES, "saliency": scores[order], "scores": scores,
-        "roi": 1000 + rng.standard_normal((30, 62)), "roi_number": np.arange(30),
-        "roi_centre": np.zeros((30, 3)),
-    })
+    data = layout.pack(
+        {
+            "baseline": baseline,
+            "spread": baseline,
+            "patch": patch,
+            "brain": gather(mask, patch, GRID.patch),
+            "start": order * FRAMES,
+            "saliency": scores[order],
+            "scores": scores,
+            "roi": 1000 + rng.standard_normal((30, 62)),
+            "roi_number": np.arange(30),
+            "roi_centre": np.zeros((30, 3)),
+        }
+    )
     manifest = {
-        "format": layout.FORMAT, "configuration": {}, "configuration_hash": "c0ffee" * 8,
+        "format": layout.FORMAT,
+        "configuration": {},
+        "configuration_hash": "c0ffee" * 8,
         "grid": {"mm": GRID.mm, "shape": GRID.shape, "patch": GRID.patch, "centre_mm": GRID.centre_mm},
-        "tr": 0.72, "normalisation": "global z", "windows": {"frames": FRAMES, "keep": KEEP, "minimum": 2},
-        "ranker": {"name": "variance"}, "cohorts": sorted({line["cohort"] for line in [*sessions, *failed]}),
+        "tr": 0.72,
+        "normalisation": "global z",
+        "windows": {"frames": FRAMES, "keep": KEEP, "minimum": 2},
+        "ranker": {"name": "variance"},
+        "cohorts": sorted({line["cohort"] for line in [*sessions, *failed]}),
     }
-    writer.pack(folder, sessions, failed, manifest, 10**8, lambda line: (layout.dump(line).encode(), data),
-                lambda count, note: None)
+    writer.pack(
+        folder,
+        sessions,
+        failed,
+        manifest,
+        10**8,
+        lambda line: (layout.dump(line).encode(), data),
+        lambda count, note: None,
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    sessions = [session(f"one_sub-{n:02}", "one", f"{n:02}", ("train", "train", "val", "test")[n % 4],
-                        tsnr=60.0 + n % 3) for n in range(10)]
+    sessions = [
+        session(f"one_sub-{n:02}", "one", f"{n:02}", ("train", "train", "val", "test")[n % 4], tsnr=60.0 + n % 3)
+        for n in range(10)
+    ]
     sessions[4] |= {"tsnr": 11.0, "mean_fd_mm": None}
     sessions += [session("two_sub-x", "two", NASTY, "train", space="native", centred_by_mm=[3.0, -4.0, 12.0])]
-    failed = [{"key": f"two_{NASTY}", "cohort": "two", "source": f"{NASTY}.nii.gz", "fingerprint": "0",
-               "reason": f"{NASTY}.nii.gz: TR: got 0 s, expected 0.05-20 s. Set `tr` in the cohort file",
-               "hint": "Set `tr` in the cohort file"}]
+    failed = [
+        {
+            "key": f"two_{NASTY}",
+            "cohort": "two",
+            "source": f"{NASTY}.nii.gz",
+            "fingerprint": "0",
+            "reason": f"{NASTY}.nii.gz: TR: got 0 s, expected 0.05-20 s. Set `tr` in the cohort file",
+            "hint": "Set `tr` in the cohort file",
+        }
+    ]
     return make_dataset(tmp_path_factory.mktemp("pages") / "mixed", sessions, failed)
 
 
@@ -187,8 +234,7 @@ def test_equal_datasets_give_equal_bytes(content, dataset):
 def test_thousands_of_sessions_stay_one_page():
     rng = np.random.default_rng(1)
     tsnr = rng.normal(60, 8, 4000).tolist()
-    sessions = [session(f"c{n % 20}_sub-{n:04}", f"c{n % 20}", f"{n:04}", "train", tsnr=tsnr[n])
-                for n in range(4000)]
+    sessions = [session(f"c{n % 20}_sub-{n:04}", f"c{n % 20}", f"{n:04}", "train", tsnr=tsnr[n]) for n in range(4000)]
     outlying = page.find_outlying(sessions)
     assert 10 < len(outlying) < 200
     chosen = page.choose_examples(sessions, outlying)
@@ -201,8 +247,9 @@ def test_thousands_of_sessions_stay_one_page():
 
 
 def test_many_refused_runs_are_grouped():
-    failed = [{"key": f"k{n}", "cohort": "c", "reason": f"file {n}: bad. Mend it", "hint": "Mend it"}
-              for n in range(500)]
+    failed = [
+        {"key": f"k{n}", "cohort": "c", "reason": f"file {n}: bad. Mend it", "hint": "Mend it"} for n in range(500)
+    ]
     text = Reader("".join(page._refused(failed))).text
     assert "c Mend it 500" in text and "k99" in text and "k100" not in text
     assert "The first 100 of 500" in text
@@ -215,7 +262,7 @@ def test_the_left_of_the_picture_is_the_left_of_the_brain():
     bright = {0: "R", 1: "A", 2: "top"}
     for axis in range(3):
         volume = np.where(mask, (place[axis] > 7).astype(float), np.nan)
-        for seen, (title, picture, extent, ends) in enumerate(page.slices(volume, GRID, (8, 8, 8))):
+        for seen, (title, drawn, extent, ends) in enumerate(picture.slices(volume, GRID, (8, 8, 8))):
             if seen == axis:
                 continue
             assert title.startswith(("Sagittal", "Coronal", "Axial")[seen])
@@ -223,10 +270,10 @@ def test_the_left_of_the_picture_is_the_left_of_the_brain():
             low = GRID.affine[:3, 3] - GRID.mm / 2
             assert extent == (low[across], low[across] + 192, low[up], low[up] + 192)
             if axis == across:
-                assert np.nanmean(picture[:, 8:]) == 1 and np.nanmean(picture[:, :8]) == 0
+                assert np.nanmean(drawn[:, 8:]) == 1 and np.nanmean(drawn[:, :8]) == 0
                 assert ends[1] == bright[axis]
             else:
-                assert np.nanmean(picture[8:]) == 1 and np.nanmean(picture[:8]) == 0
+                assert np.nanmean(drawn[8:]) == 1 and np.nanmean(drawn[:8]) == 0
 
 
 def test_the_drawn_figure_is_the_right_way_round():
@@ -241,8 +288,8 @@ def test_the_drawn_figure_is_the_right_way_round():
         figure = Figure(figsize=(4, 4))
         canvas = FigureCanvasAgg(figure)
         axes = figure.subplots()
-        view = page.slices(volume, GRID, (8, 8, 8))[2]
-        page._draw_slice(axes, view, mask[:, :, 8].T, np.array([0.0, 1.0]))
+        view = picture.slices(volume, GRID, (8, 8, 8))[2]
+        picture.draw_slice(axes, view, mask[:, :, 8].T, np.array([0.0, 1.0]))
         canvas.draw()
         letters = {text.get_text(): text.get_window_extent().x0 for text in axes.texts}
     pixels = np.asarray(canvas.buffer_rgba())[::-1, :, 0]  # rows from bottom to top, as matplotlib counts

@@ -34,15 +34,38 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def pretrain(command: Command, dataset: Path, out: Path, *words: str, processes: int = 2, steps: int = 6):
-    return command("tools/pretrain.py", TINY, f"data={dataset}", f"run.out={out}", f"run.processes={processes}",
-                   f"run.steps={steps}", *QUICK, *words)
+    return command(
+        "tools/pretrain.py",
+        TINY,
+        f"data={dataset}",
+        f"run.out={out}",
+        f"run.processes={processes}",
+        f"run.steps={steps}",
+        *QUICK,
+        *words,
+    )
 
 
 def start(dataset: Path, out: Path, *words: str, steps: int) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, "tools/pretrain.py", TINY, f"data={dataset}", f"run.out={out}",
-                             "run.processes=2", f"run.steps={steps}", *QUICK, *words], cwd=ROOT, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "tools/pretrain.py",
+            TINY,
+            f"data={dataset}",
+            f"run.out={out}",
+            "run.processes=2",
+            f"run.steps={steps}",
+            *QUICK,
+            *words,
+        ],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for_lines(out: Path, count: int, child: subprocess.Popen) -> None:
@@ -72,9 +95,27 @@ def whole(command: Command, dataset: Path, tmp_path_factory: pytest.TempPathFact
 def test_a_run_leaves_what_the_contract_says(whole: Path) -> None:
     lines = metrics(whole)
     assert [line["step"] for line in lines] == list(range(1, 7))
-    fields = {"step", "epoch", "samples", "loss", "loss_cross_time", "loss_cross_location", "loss_double_cross", "lr",
-              "wd", "ema", "grad_norm", "target_std", "target_rank", "gain", "seconds", "data_wait", "samples_per_s",
-              "tokens_kept", "peak_memory_bytes"}
+    fields = {
+        "step",
+        "epoch",
+        "samples",
+        "loss",
+        "loss_cross_time",
+        "loss_cross_location",
+        "loss_double_cross",
+        "lr",
+        "wd",
+        "ema",
+        "grad_norm",
+        "target_std",
+        "target_rank",
+        "gain",
+        "seconds",
+        "data_wait",
+        "samples_per_s",
+        "tokens_kept",
+        "peak_memory_bytes",
+    }
     assert fields <= set(lines[0])
     assert lines[-1]["samples"] == 6 * 2 * 2
     assert 0 < lines[0]["tokens_kept"] < lines[0]["tokens_brain"] <= lines[0]["tokens_grid"]
@@ -100,8 +141,9 @@ def test_a_finished_run_is_left_as_it_is(command: Command, dataset: Path, whole:
 
 
 @pytest.mark.slow
-def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(dataset: Path, whole: Path, command: Command,
-                                                              tmp_path: Path) -> None:
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
+    dataset: Path, whole: Path, command: Command, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     child = start(dataset, out, steps=6)
     wait_for_lines(out, 2, child)
@@ -114,8 +156,9 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(dataset: Path, who
     done = pretrain(command, dataset, out)
     assert done.returncode == 0, done.stderr
     assert losses(out) == losses(whole)
-    assert {name: float((value - weights(whole)[name]).abs().max()) for name, value in weights(out).items()} \
-        == dict.fromkeys(weights(whole), 0.0)
+    assert {
+        name: float((value - weights(whole)[name]).abs().max()) for name, value in weights(out).items()
+    } == dict.fromkeys(weights(whole), 0.0)
 
 
 @pytest.mark.slow
@@ -136,13 +179,30 @@ def test_killed_and_resumed_equals_uninterrupted(dataset: Path, whole: Path, com
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "stage", "batch", "accumulate"), [(1, 0, 4, 1), (2, 1, 2, 1), (2, 3, 2, 1), (1, 2, 2, 2)])
+@pytest.mark.parametrize(
+    ("processes", "stage", "batch", "accumulate"), [(1, 0, 4, 1), (2, 1, 2, 1), (2, 3, 2, 1), (1, 2, 2, 2)]
+)
 def test_same_numbers_at_every_stage_and_world_size(
-    command: Command, dataset: Path, whole: Path, tmp_path: Path, processes: int, stage: int, batch: int, accumulate: int
+    command: Command,
+    dataset: Path,
+    whole: Path,
+    tmp_path: Path,
+    processes: int,
+    stage: int,
+    batch: int,
+    accumulate: int,
 ) -> None:
     out = tmp_path / "run"
-    done = pretrain(command, dataset, out, f"zero.stage={stage}", f"run.batch={batch}", f"run.accumulate={accumulate}",
-                    "run.checkpoint_every=3", processes=processes)
+    done = pretrain(
+        command,
+        dataset,
+        out,
+        f"zero.stage={stage}",
+        f"run.batch={batch}",
+        f"run.accumulate={accumulate}",
+        "run.checkpoint_every=3",
+        processes=processes,
+    )
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
     for name, value in weights(whole).items():
@@ -161,8 +221,11 @@ def test_time_limit_stops_and_saves(command: Command, dataset: Path, tmp_path: P
 def test_another_world_size_and_another_model_are_refused_in_one_line(
     command: Command, dataset: Path, whole: Path
 ) -> None:
-    for words, processes, needle in ((("run.steps=8",), 1, "world size"), (("run.steps=8", "view=both"), 2, "view"),
-                                     (("run.resume=never",), 2, "run.resume")):
+    for words, processes, needle in (
+        (("run.steps=8",), 1, "world size"),
+        (("run.steps=8", "view=both"), 2, "view"),
+        (("run.resume=never",), 2, "run.resume"),
+    ):
         done = pretrain(command, dataset, whole, *words, processes=processes)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr

@@ -21,8 +21,7 @@ from slim import baseline, metrics, probe
 from slim.task import Cases, Task, deal, find_cases, load_task, make_splits
 
 ROOT = Path(__file__).parent.parent
-GROUP = {"name": "g", "type": "classification", "label": "group", "bootstrap": 100,
-         "split": {"folds": 4, "repeats": 2}}
+GROUP = {"name": "g", "type": "classification", "label": "group", "bootstrap": 100, "split": {"folds": 4, "repeats": 2}}
 SCORE = GROUP | {"name": "s", "type": "regression", "label": "score"}
 WHO = {"name": "f", "type": "fingerprint", "bootstrap": 100, "split": {"kind": "all"}}
 
@@ -33,10 +32,18 @@ def task(tree: dict, **changes: Any) -> Task:
 
 def sessions(subjects: int, each: int = 2, **labels: Callable[[int], Any]) -> Any:
     """Something like a dataset: lines of sessions, labels by subject."""
-    lines = [{"key": f"{subject}-{visit}", "cohort": "c", "subject": str(subject), "n_kept": 8,
-              "split": ("train", "train", "val", "test")[subject % 4],
-              "labels": {name: label(subject) for name, label in labels.items()}}
-             for subject in range(subjects) for visit in range(each)]
+    lines = [
+        {
+            "key": f"{subject}-{visit}",
+            "cohort": "c",
+            "subject": str(subject),
+            "n_kept": 8,
+            "split": ("train", "train", "val", "test")[subject % 4],
+            "labels": {name: label(subject) for name, label in labels.items()},
+        }
+        for subject in range(subjects)
+        for visit in range(each)
+    ]
     return SimpleNamespace(sessions=lines, folder="data")
 
 
@@ -51,6 +58,7 @@ def groups(subjects: int = 24, each: int = 2) -> tuple[Task, Cases]:
 
 # tasks and splits
 
+
 def test_shipped_tasks_load():
     found = sorted((ROOT / "configs/downstream").glob("synthetic_*.yaml"))
     assert len(found) == 3
@@ -58,13 +66,19 @@ def test_shipped_tasks_load():
         assert load_task(path).name == path.stem
 
 
-@pytest.mark.parametrize(("tree", "field"), [
-    (GROUP | {"poling": "cov"}, "poling"), (GROUP | {"type": "guess"}, "type"),
-    (GROUP | {"label": None}, "label"),
-    (GROUP | {"split": {"kind": "all"}}, "split.kind"), (WHO | {"label": "group"}, "label"),
-    (WHO | {"split": {"kind": "folds"}}, "split.kind"), (GROUP | {"name": "../x"}, "name"),
-    (GROUP | {"split": {"folds": 1}}, "folds"),
-])
+@pytest.mark.parametrize(
+    ("tree", "field"),
+    [
+        (GROUP | {"poling": "cov"}, "poling"),
+        (GROUP | {"type": "guess"}, "type"),
+        (GROUP | {"label": None}, "label"),
+        (GROUP | {"split": {"kind": "all"}}, "split.kind"),
+        (WHO | {"label": "group"}, "label"),
+        (WHO | {"split": {"kind": "folds"}}, "split.kind"),
+        (GROUP | {"name": "../x"}, "name"),
+        (GROUP | {"split": {"folds": 1}}, "folds"),
+    ],
+)
 def test_a_wrong_task_is_told(tree: dict, field: str):
     with pytest.raises(ConfigError, match=field):
         task(tree)
@@ -87,15 +101,18 @@ def test_equal_names_in_two_cohorts_are_two_people():
     assert len(cases_of(task(GROUP), dataset).subjects) == 8
 
 
-@pytest.mark.parametrize(("chosen", "dataset", "what"), [
-    (task(GROUP), sessions(16, age=lambda s: s), "label"),
-    (task(SCORE), sessions(16, score=lambda s: "high"), "high"),
-    (task(GROUP), sessions(16, group=lambda s: "A"), "only A"),
-    (task(GROUP), sessions(16, group=lambda s: "A" if s else "B"), "class B"),
-    (task(SCORE), sessions(3, score=float), "subjects"),
-    (task(WHO), sessions(8, 1), "only session"),
-    (task(WHO), sessions(1, 2), "subjects"),
-])
+@pytest.mark.parametrize(
+    ("chosen", "dataset", "what"),
+    [
+        (task(GROUP), sessions(16, age=lambda s: s), "label"),
+        (task(SCORE), sessions(16, score=lambda s: "high"), "high"),
+        (task(GROUP), sessions(16, group=lambda s: "A"), "only A"),
+        (task(GROUP), sessions(16, group=lambda s: "A" if s else "B"), "class B"),
+        (task(SCORE), sessions(3, score=float), "subjects"),
+        (task(WHO), sessions(8, 1), "only session"),
+        (task(WHO), sessions(1, 2), "subjects"),
+    ],
+)
 def test_tasks_that_the_data_cannot_answer(chosen: Task, dataset: Any, what: str):
     with pytest.raises(ConfigError, match=what) as told:
         make_splits(chosen, cases_of(chosen, dataset), "task.yaml")
@@ -124,8 +141,12 @@ def test_no_subject_on_both_sides_and_every_one_tested(tree: dict):
         assert len(tested) == len(found.sessions)
         assert not np.array_equal(repeats[0][0][1], repeats[1][0][1])
         again = make_splits(chosen, found, "task.yaml")
-        assert all(np.array_equal(a, b) for x, y in zip(repeats, again, strict=True)
-                   for p, q in zip(x, y, strict=True) for a, b in zip(p, q, strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for x, y in zip(repeats, again, strict=True)
+            for p, q in zip(x, y, strict=True)
+            for a, b in zip(p, q, strict=True)
+        )
     else:
         assert {found.sessions[row]["split"] for row in tested} == {"test"}
 
@@ -139,6 +160,7 @@ def test_strata_are_dealt_evenly():
 
 # metrics
 
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_classification_metrics_are_those_of_scikit_learn(classes: int):
     rng = np.random.default_rng(classes)
@@ -149,11 +171,13 @@ def test_classification_metrics_are_those_of_scikit_learn(classes: int):
     found = metrics.classification(truth, probability, weights)
     guess = probability.argmax(axis=1)
     for row, weight in enumerate(weights):
-        area = np.mean([sk.roc_auc_score(truth == k, probability[:, k], sample_weight=weight)
-                        for k in range(classes)])
-        expected = {"accuracy": sk.accuracy_score(truth, guess, sample_weight=weight),
-                    "balanced_accuracy": sk.balanced_accuracy_score(truth, guess, sample_weight=weight),
-                    "f1": sk.f1_score(truth, guess, average="macro", sample_weight=weight), "auroc": area}
+        area = np.mean([sk.roc_auc_score(truth == k, probability[:, k], sample_weight=weight) for k in range(classes)])
+        expected = {
+            "accuracy": sk.accuracy_score(truth, guess, sample_weight=weight),
+            "balanced_accuracy": sk.balanced_accuracy_score(truth, guess, sample_weight=weight),
+            "f1": sk.f1_score(truth, guess, average="macro", sample_weight=weight),
+            "auroc": area,
+        }
         assert {name: value[row] for name, value in found.items()} == pytest.approx(expected)
 
 
@@ -164,9 +188,11 @@ def test_regression_metrics_are_those_of_scikit_learn():
     found = metrics.regression(truth, guess, weights)
     for row, weight in enumerate(weights):
         rows = np.repeat(np.arange(30), weight.astype(int))
-        expected = {"r": np.corrcoef(truth[rows], guess[rows])[0, 1],
-                    "r2": sk.r2_score(truth[rows], guess[rows]),
-                    "mse": sk.mean_squared_error(truth[rows], guess[rows])}
+        expected = {
+            "r": np.corrcoef(truth[rows], guess[rows])[0, 1],
+            "r2": sk.r2_score(truth[rows], guess[rows]),
+            "mse": sk.mean_squared_error(truth[rows], guess[rows]),
+        }
         assert {name: value[row] for name, value in found.items()} == pytest.approx(expected)
 
 
@@ -215,6 +241,7 @@ def test_fingerprint_chance_is_the_mean_of_random_rankings():
 
 
 # probes
+
 
 def test_axes_give_the_predictions_of_all_features():
     rng = np.random.default_rng(0)
@@ -340,6 +367,7 @@ def test_a_report_keeps_other_tasks(tmp_path: Path):
 
 # baselines
 
+
 def test_baselines_are_what_their_names_say(dataset: Path):
     opened = Dataset(dataset)
     found = baseline.connectome(opened, opened.sessions)
@@ -366,17 +394,47 @@ def test_baselines_are_what_their_names_say(dataset: Path):
 
 # the command
 
+
 @pytest.fixture(scope="module")
 def trained(command: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Ten people with two sessions as shards, and two steps of pretraining on them."""
     folder = tmp_path_factory.mktemp("probe")
     steps = (
-        ("tools/make_cohort.py", "--out", folder / "bids", "--subjects", 10, "--sessions", 2, "--frames", 60,
-         "--voxel-mm", 16),
-        ("tools/make_shards.py", folder / "bids/cohort.yaml", "--out", folder / "shards", "--ranker", "ridge",
-         "--workers", 1, "grid.mm=16", "grid.shape=[16,16,16]"),
-        ("tools/pretrain.py", "configs/pretrain/tiny.yaml", f"data={folder / 'shards'}",
-         f"run.out={folder / 'run'}", "run.steps=2", "run.batch=2", "run.workers=0", "run.wandb=disabled"),
+        (
+            "tools/make_cohort.py",
+            "--out",
+            folder / "bids",
+            "--subjects",
+            10,
+            "--sessions",
+            2,
+            "--frames",
+            60,
+            "--voxel-mm",
+            16,
+        ),
+        (
+            "tools/make_shards.py",
+            folder / "bids/cohort.yaml",
+            "--out",
+            folder / "shards",
+            "--ranker",
+            "ridge",
+            "--workers",
+            1,
+            "grid.mm=16",
+            "grid.shape=[16,16,16]",
+        ),
+        (
+            "tools/pretrain.py",
+            "configs/pretrain/tiny.yaml",
+            f"data={folder / 'shards'}",
+            f"run.out={folder / 'run'}",
+            "run.steps=2",
+            "run.batch=2",
+            "run.workers=0",
+            "run.wandb=disabled",
+        ),
     )
     for words in steps:
         done = command(*words)
@@ -420,19 +478,23 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     assert "ours - random" in done.stdout and (run / "report/s.png").exists()
 
 
-@pytest.mark.parametrize(("spoil", "told"), [
-    ({"label": "age"}, "label: got age"), ({"polling": "cov"}, "polling"),
-    ({"split": {"folds": 11}}, "split.folds"),
-    ({"components": 1000}, "components"), ({"run": "nowhere"}, "no such folder"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        ({"label": "age"}, "label: got age"),
+        ({"polling": "cov"}, "polling"),
+        ({"split": {"folds": 11}}, "split.folds"),
+        ({"components": 1000}, "components"),
+        ({"run": "nowhere"}, "no such folder"),
+    ],
+)
 def test_the_command_tells_mistakes_in_one_line(
     command: Callable, trained: tuple[Path, Path], tmp_path: Path, spoil: dict, told: str
 ):
     run, data = trained
     changes = dict(spoil)
     path = quick(tmp_path, GROUP, **{name: value for name, value in changes.items() if name != "run"})
-    done = command("tools/probe.py", changes.get("run", run), "--data", data, "--task", path,
-                   "--out", tmp_path / "r")
+    done = command("tools/probe.py", changes.get("run", run), "--data", data, "--task", path, "--out", tmp_path / "r")
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and told in errors[0] and "Traceback" not in done.stderr

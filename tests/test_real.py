@@ -29,8 +29,11 @@ def real() -> Path:
 
 def cohort_file(folder: Path, name: str, root: Path, pattern: str, **settings) -> Path:
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({"name": name, "root": str(root), "layout": "pattern", "pattern": pattern,
-                                    "space": "native", **settings}))
+    path.write_text(
+        yaml.safe_dump(
+            {"name": name, "root": str(root), "layout": "pattern", "pattern": pattern, "space": "native", **settings}
+        )
+    )
     return path
 
 
@@ -48,11 +51,22 @@ WHOLE = {
 def test_two_whole_brains_at_full_size(real, command, tmp_path):
     cohorts = [
         cohort_file(tmp_path, "ds000205", real / "ds000205", "sub-{subject}_task-{task}_run-{run}_bold_volreg.nii.gz"),
-        cohort_file(tmp_path, "rapidtide", real / "rapidtide", "sub-{subject}.nii.gz",
-                    mask="sub-{subject}_brainmask.nii.gz"),
+        cohort_file(
+            tmp_path, "rapidtide", real / "rapidtide", "sub-{subject}.nii.gz", mask="sub-{subject}_brainmask.nii.gz"
+        ),
     ]
-    done = command("tools/make_shards.py", *cohorts, "--out", tmp_path / "out", "--ranker", "ridge", "--workers", 1,
-                   "--json", timeout=900)
+    done = command(
+        "tools/make_shards.py",
+        *cohorts,
+        "--out",
+        tmp_path / "out",
+        "--ranker",
+        "ridge",
+        "--workers",
+        1,
+        "--json",
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
     assert (facts["sessions"], facts["refused"]) == (2, 0)
@@ -84,14 +98,24 @@ def test_two_whole_brains_at_full_size(real, command, tmp_path):
 
 # What becomes of each: a reason to refuse it, or None if it is converted.
 ODD = {
-    "rt-cloud": ("{subject}_task-{task}_run-{run}_bold.nii.gz", {}, {
-        "rtcloud": "windows of 5 frames at TR 0.72 s, expected at least 8"}),
+    "rt-cloud": (
+        "{subject}_task-{task}_run-{run}_bold.nii.gz",
+        {},
+        {"rtcloud": "windows of 5 frames at TR 0.72 s, expected at least 8"},
+    ),
     "oro-nifti": ("{subject}_func_data.nii.gz", {}, {"filtered": "qform_code, sform_code: got 0, 0"}),
     "nipy": ("{subject}.nii.gz", {}, {"functional": "mask: got"}),
     "nitime": ("{subject}.nii.gz", {"mask": "ones"}, {"fmri1": None, "fmri2": None}),
-    "tedana": ("{subject}.nii.gz", {"mask": "mask.nii.gz"}, {
-        "mask": "dim: got 39x50x33, expected", "echo1": "windows of 5 frames", "echo2": "windows of 5 frames",
-        "echo3": "windows of 5 frames"}),
+    "tedana": (
+        "{subject}.nii.gz",
+        {"mask": "mask.nii.gz"},
+        {
+            "mask": "dim: got 39x50x33, expected",
+            "echo1": "windows of 5 frames",
+            "echo2": "windows of 5 frames",
+            "echo3": "windows of 5 frames",
+        },
+    ),
 }
 
 
@@ -107,11 +131,23 @@ def test_the_odd_ones_are_converted_or_refused_for_the_right_reason(real, comman
             nib.save(nib.Nifti1Image(np.ones(image.shape[:3], np.uint8), image.affine), ones)
             settings = {"mask": str(ones)}
         cohorts.append(cohort_file(tmp_path, name, real / name, pattern, **settings))
-    done = command("tools/make_shards.py", *cohorts, "--out", tmp_path / "out", "--ranker", "ridge", "--workers", 1,
-                   "--json", timeout=600)
+    done = command(
+        "tools/make_shards.py",
+        *cohorts,
+        "--out",
+        tmp_path / "out",
+        "--ranker",
+        "ridge",
+        "--workers",
+        1,
+        "--json",
+        timeout=600,
+    )
     assert done.returncode == 1, done.stderr
-    failed = {(line["cohort"], line["key"].split("sub-")[1].split("_")[0]): line["reason"]
-              for line in map(json.loads, (tmp_path / "out" / "failed.jsonl").read_text().splitlines())}
+    failed = {
+        (line["cohort"], line["key"].split("sub-")[1].split("_")[0]): line["reason"]
+        for line in map(json.loads, (tmp_path / "out" / "failed.jsonl").read_text().splitlines())
+    }
     converted = {(session["cohort"], session["subject"]) for session in Dataset(tmp_path / "out").sessions}
     for name, (_, _, fates) in ODD.items():
         for subject, reason in fates.items():

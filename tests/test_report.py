@@ -11,7 +11,7 @@ import pytest
 from test_page import NASTY, Reader, check_self_contained, command
 
 from shards.errors import ConfigError
-from slim import report
+from slim import curves, report
 from slim.checkpoint import COMPLETE, tag
 from slim.config import load_config
 
@@ -19,13 +19,32 @@ from slim.config import load_config
 def line(step: int, **changes) -> dict:
     gain = 0.3 * (1 - math.exp(-step / 40)) - 0.02
     return {
-        "step": step, "epoch": step // 10, "samples": 8 * step, "loss": 1.5 - 0.001 * step,
-        "loss_jepa": 0.4, "loss_sig": 0.02, "loss_mae": 1.0,
-        "loss_cross_time": 0.4, "loss_cross_location": 0.4, "loss_double_cross": 0.4,
-        "gain": gain, "gain_cross_time": gain, "gain_cross_location": gain, "gain_double_cross": gain,
-        "lr": 1e-3, "wd": 0.04, "ema": 0.99, "grad_norm": 0.2, "target_std": 0.9, "target_rank": 20.0,
-        "seconds": 0.5, "data_wait": 0.1, "samples_per_s": 16.0, "tokens_kept": 100.0,
-        "peak_memory_bytes": 2**30, **changes,
+        "step": step,
+        "epoch": step // 10,
+        "samples": 8 * step,
+        "loss": 1.5 - 0.001 * step,
+        "loss_jepa": 0.4,
+        "loss_sig": 0.02,
+        "loss_mae": 1.0,
+        "loss_cross_time": 0.4,
+        "loss_cross_location": 0.4,
+        "loss_double_cross": 0.4,
+        "gain": gain,
+        "gain_cross_time": gain,
+        "gain_cross_location": gain,
+        "gain_double_cross": gain,
+        "lr": 1e-3,
+        "wd": 0.04,
+        "ema": 0.99,
+        "grad_norm": 0.2,
+        "target_std": 0.9,
+        "target_rank": 20.0,
+        "seconds": 0.5,
+        "data_wait": 0.1,
+        "samples_per_s": 16.0,
+        "tokens_kept": 100.0,
+        "peak_memory_bytes": 2**30,
+        **changes,
     }
 
 
@@ -114,8 +133,15 @@ def test_gain_that_is_no_number():
 
 def test_run_without_jepa(tmp_path):
     kinds = ("cross_time", "cross_location", "double_cross")
-    gone = dict.fromkeys(("gain", "loss_jepa", "target_std", "target_rank",
-                          *(f"{what}_{kind}" for what in ("gain", "loss") for kind in kinds)))
+    gone = dict.fromkeys(
+        (
+            "gain",
+            "loss_jepa",
+            "target_std",
+            "target_rank",
+            *(f"{what}_{kind}" for what in ("gain", "loss") for kind in kinds),
+        )
+    )
     folder = make_run(tmp_path / "run", [line(step, **gone) for step in range(1, 121)], objective="mae")
     text = text_of(folder)
     assert "No gain: the objective has no JEPA term" in text
@@ -151,9 +177,15 @@ def test_probe_results_are_shown(healthy):
     def cell(value):
         return {"value": value, "low": value - 0.05, "high": value + 0.05}
 
-    tasks = {NASTY: {"ours": {"auroc": cell(0.74), "n": 3}, "random": {"auroc": cell(0.61)}, "mean_image": {},
-                     "connectome": {"auroc": {"value": 0.8, "low": None, "high": None}}},
-             "score": {"ours": {"r": cell(0.4)}, "another": {"r": cell(0.2), "mae": {"value": None}}}}
+    tasks = {
+        NASTY: {
+            "ours": {"auroc": cell(0.74), "n": 3},
+            "random": {"auroc": cell(0.61)},
+            "mean_image": {},
+            "connectome": {"auroc": {"value": 0.8, "low": None, "high": None}},
+        },
+        "score": {"ours": {"r": cell(0.4)}, "another": {"r": cell(0.2), "mae": {"value": None}}},
+    }
     (healthy / "report").mkdir()
     facts = {"score": {"differences": {"random": {"r": cell(0.13)}}}}
     (healthy / "report" / "report.json").write_text(json.dumps({"tasks": tasks, "facts": facts}))
@@ -173,17 +205,17 @@ def test_thinning_keeps_spikes_and_means():
     value = np.sin(step / 1e4)
     value[54_321] = 50
     value[7] = np.nan
-    at, low, mean, high = report.thin(step, value)
-    assert len(at) == len(mean) == report._POINTS and high.max() == 50 and low.min() >= -1
+    at, low, mean, high = curves.thin(step, value)
+    assert len(at) == len(mean) == curves._POINTS and high.max() == 50 and low.min() >= -1
     assert np.all(np.diff(at) > 0) and np.all((low <= mean) & (mean <= high))
     assert np.average(mean, weights=np.full(len(mean), 1)) == pytest.approx(np.nanmean(value), abs=1e-4)
-    few = report.thin(step[:5], value[:5])
+    few = curves.thin(step[:5], value[:5])
     assert np.array_equal(few[0], step[:5]) and np.array_equal(few[2], value[:5])
 
 
 def test_smoothing_keeps_a_constant():
     for size in (1, 2, 31, 600):
-        assert report.smoothed(np.full(size, 3.0)) == pytest.approx(np.full(size, 3.0))
+        assert curves.smoothed(np.full(size, 3.0)) == pytest.approx(np.full(size, 3.0))
 
 
 def test_long_metrics_file(tmp_path):

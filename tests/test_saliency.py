@@ -158,9 +158,7 @@ def test_mutual_and_ridge_follow_the_definition(rankers, extractor):
     for name in ("mutual", "ridge"):
         expected_W = np.zeros(120)
         for z_RT in standardise(roi_RT)[0]:
-            rebuilt = (
-                extractor.rebuild(z_RT, centre_R3) if name == "mutual" else rebuild_by_ridge(z_RT, FRAMES)
-            )
+            rebuilt = extractor.rebuild(z_RT, centre_R3) if name == "mutual" else rebuild_by_ridge(z_RT, FRAMES)
             for w in range(120):
                 z, zhat = z_RT[:, 5 * w : 5 * w + 5], rebuilt[:, 5 * w : 5 * w + 5]
                 in_time = np.mean(z**2) - np.mean((z - zhat) ** 2)

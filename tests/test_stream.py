@@ -20,8 +20,12 @@ def make_stream(counts: list[int], weights: list[float] | None = None, seed: int
     for number, count in enumerate(counts):
         lines = [{"key": f"{number}-{i}", "split": "train"} for i in range(count)]
         lines += [{"key": f"{number}-test", "split": "test"}]
-        datasets.append(SimpleNamespace(folder=f"d{number}", of_split=lambda split, lines=lines: [
-            line for line in lines if line["split"] == split]))
+        datasets.append(
+            SimpleNamespace(
+                folder=f"d{number}",
+                of_split=lambda split, lines=lines: [line for line in lines if line["split"] == split],
+            )
+        )
     return Stream(datasets, weights or [1.0] * len(counts), "train", seed)
 
 
@@ -38,21 +42,29 @@ def test_an_epoch_is_every_training_session_exactly_once(counts, seed, epoch):
     stream, size = make_stream(counts, seed=seed), sum(counts)
     assert stream.per_epoch == size
     assert sorted(keys(stream, epoch * size, (epoch + 1) * size)) == sorted(
-        f"{number}-{i}" for number, count in enumerate(counts) for i in range(count))
+        f"{number}-{i}" for number, count in enumerate(counts) for i in range(count)
+    )
     items = [stream.at(position) for position in range(epoch * size, (epoch + 1) * size)]
     assert {item.epoch for item in items} == {epoch}
     assert all(item.session["key"].startswith(f"{item.dataset}-") for item in items)
 
 
 def test_epochs_and_seeds_differ():
-    orders = [tuple(keys(make_stream([30], seed=seed), 30 * epoch, 30 * epoch + 30))
-              for seed in range(4) for epoch in range(4)]
+    orders = [
+        tuple(keys(make_stream([30], seed=seed), 30 * epoch, 30 * epoch + 30))
+        for seed in range(4)
+        for epoch in range(4)
+    ]
     assert len(set(orders)) == 16
 
 
 @settings(deadline=None)
-@given(counts=COUNTS, weights=st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.7, 3.0]), min_size=3, max_size=3),
-       seed=st.integers(0, 99), jumps=st.lists(st.integers(0, 300), min_size=1, max_size=12))
+@given(
+    counts=COUNTS,
+    weights=st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.7, 3.0]), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+    jumps=st.lists(st.integers(0, 300), min_size=1, max_size=12),
+)
 def test_a_position_is_the_same_sample_whatever_was_asked_before(counts, weights, seed, jumps):
     weights = weights[: len(counts)]
     straight = keys(make_stream(counts, weights, seed), 0, max(jumps) + 1)
@@ -62,8 +74,11 @@ def test_a_position_is_the_same_sample_whatever_was_asked_before(counts, weights
 
 
 @settings(deadline=None, max_examples=40)
-@given(counts=st.lists(st.integers(1, 8), min_size=2, max_size=2),
-       weights=st.tuples(st.floats(0.05, 4), st.floats(0.05, 4)), seed=st.integers(0, 99))
+@given(
+    counts=st.lists(st.integers(1, 8), min_size=2, max_size=2),
+    weights=st.tuples(st.floats(0.05, 4), st.floats(0.05, 4)),
+    seed=st.integers(0, 99),
+)
 def test_a_weight_is_the_number_of_appearances_per_epoch(counts, weights, seed):
     """Within one appearance over any number of epochs, for every single session, whole weights in every epoch."""
     stream, epochs = make_stream(counts, list(weights), seed), 20
@@ -95,7 +110,8 @@ def test_fractional_sessions_take_turns():
 def test_a_whole_weight_repeats_within_the_epoch():
     stream = make_stream([4, 3], [2, 1])
     assert Counter(keys(stream, 0, 11)) == Counter(
-        {**{f"0-{i}": 2 for i in range(4)}, **{f"1-{i}": 1 for i in range(3)}})
+        {**{f"0-{i}": 2 for i in range(4)}, **{f"1-{i}": 1 for i in range(3)}}
+    )
 
 
 def interleaved(first: int, stop: int, batch: int, world: int) -> list[list[list[int]]]:
@@ -122,8 +138,11 @@ def test_processes_share_the_positions_without_overlap(world, first, rounds, bat
 
 
 @settings(deadline=None)
-@given(done=st.integers(0, 20), worlds=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
-       seed=st.integers(0, 99))
+@given(
+    done=st.integers(0, 20),
+    worlds=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
+    seed=st.integers(0, 99),
+)
 def test_resumed_from_any_count_at_another_world_size_nothing_is_lost_or_repeated(done, worlds, seed):
     """State is one number: what comes after it is what would have come."""
     stop, batch = 4 * 40, 1

@@ -198,7 +198,11 @@ def test_cohort_folder_describes_itself(small):
     assert list(people.columns) == ["participant_id", "group", "score"]
     assert sorted(people["group"]) == ["A", "B"] and list(people.participant_id) == ["sub-01", "sub-02"]
     assert yaml.safe_load((small / "cohort.yaml").read_text()) == {
-        "name": "synthetic", "root": ".", "layout": "bids", "space": "MNI", "participants": "participants.tsv"
+        "name": "synthetic",
+        "root": ".",
+        "layout": "bids",
+        "space": "MNI",
+        "participants": "participants.tsv",
     }
     subjects = json.loads((small / "truth.json").read_text())["subjects"]
     for row in people.itertuples():
@@ -339,10 +343,23 @@ def test_fingerprint(simulated):
 # ---------------------------------------------------------------- invalid calls
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("subjects", 0), ("sessions", 0), ("frames", 19), ("frames", 40_000), ("voxel_mm", 0), ("voxel_mm", 21),
-    ("voxel_mm", float("nan")), ("tr", 0), ("tr", 11), ("snr", 0), ("snr", float("inf")), ("seed", -1),
-])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("subjects", 0),
+        ("sessions", 0),
+        ("frames", 19),
+        ("frames", 40_000),
+        ("voxel_mm", 0),
+        ("voxel_mm", 21),
+        ("voxel_mm", float("nan")),
+        ("tr", 0),
+        ("tr", 11),
+        ("snr", 0),
+        ("snr", float("inf")),
+        ("seed", -1),
+    ],
+)
 def test_value_out_of_range(field, value):
     with pytest.raises(ConfigError) as caught:
         replace(SMALL, **{field: value})
@@ -388,10 +405,15 @@ def test_command_writes_and_says_what_next(tmp_path):
     assert (out / "cohort.yaml").is_file()
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (["--frames", "5"], "--frames"), (["--subjects", "many"], "--subjects"),
-    (["--voxel-mm", "-2"], "--voxel-mm"), (["--sujets", "3"], "--sujets"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--frames", "5"], "--frames"),
+        (["--subjects", "many"], "--subjects"),
+        (["--voxel-mm", "-2"], "--voxel-mm"),
+        (["--sujets", "3"], "--sujets"),
+    ],
+)
 def test_invalid_call_is_one_line_and_status_2(tmp_path, arguments, named):
     done = command("--out", str(tmp_path / "cohort"), *arguments)
     assert done.returncode == 2

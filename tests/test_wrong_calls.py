@@ -15,70 +15,99 @@ PRETRAIN = "configs/pretrain/tiny.yaml"
 CALLS: dict[str, tuple[list[str], list[str]]] = {
     "shards: missing cohort file": (
         ["tools/make_shards.py", "{tmp}/no.yaml", "--out", "{tmp}/out"],
-        ["{tmp}/no.yaml", "no such file", "expected a YAML file"]),
+        ["{tmp}/no.yaml", "no such file", "expected a YAML file"],
+    ),
     "shards: missing root": (
         ["tools/make_shards.py", "{tmp}/rootless.yaml", "--out", "{tmp}/out"],
-        ["{tmp}/rootless.yaml", "root", "{tmp}/nowhere", "expected the folder that holds the runs"]),
+        ["{tmp}/rootless.yaml", "root", "{tmp}/nowhere", "expected the folder that holds the runs"],
+    ),
     "shards: unknown key of a cohort file": (
         ["tools/make_shards.py", "{tmp}/typo.yaml", "--out", "{tmp}/out"],
-        ["{tmp}/typo.yaml", "particpants", "an unknown key", "expected one of name, root",
-         "Did you mean participants?"]),
+        [
+            "{tmp}/typo.yaml",
+            "particpants",
+            "an unknown key",
+            "expected one of name, root",
+            "Did you mean participants?",
+        ],
+    ),
     "shards: unknown setting": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{tmp}/out", "grid.mmm=2"],
-        ["command line", "grid.mmm", "an unknown key", "expected one of mm, shape", "Did you mean mm?"]),
+        ["command line", "grid.mmm", "an unknown key", "expected one of mm, shape", "Did you mean mm?"],
+    ),
     "shards: value out of range": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{tmp}/out", "grid.mm=-2"],
-        ["command line", "grid.mm", "got -2", "expected greater than 0"]),
+        ["command line", "grid.mm", "got -2", "expected greater than 0"],
+    ),
     "shards: shape and patch do not fit": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{tmp}/out", "grid.shape=[90,96,96]"],
-        ["command line", "grid", "90", "expected a shape divisible by patch"]),
+        ["command line", "grid", "90", "expected a shape divisible by patch"],
+    ),
     "shards: unknown step": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{tmp}/out", "--only", "find,harmonize"],
-        ["command line", "--only", "got harmonize", "expected some of find, harmonise, rank, pack"]),
+        ["command line", "--only", "got harmonize", "expected some of find, harmonise, rank, pack"],
+    ),
     "shards: no key=value": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{tmp}/out", "grid.mm"],
-        ["grid.mm", "no such file", "expected a YAML file"]),
+        ["grid.mm", "no such file", "expected a YAML file"],
+    ),
     "shards: unknown ranker": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{tmp}/out", "--ranker", "best"],
-        ["got best", "expected one of mutual, ridge"]),
+        ["got best", "expected one of mutual, ridge"],
+    ),
     "shards: missing extractor": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{tmp}/out", "--extractor", "{tmp}/none"],
-        ["{tmp}/none", "no such file", "expected a trained extractor"]),
+        ["{tmp}/none", "no such file", "expected a trained extractor"],
+    ),
     "shards: a folder of other things": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{cohort}", "--ranker", "ridge"],
-        ["{cohort}", "--out", "a folder with other files", "expected a new folder or a dataset"]),
+        ["{cohort}", "--out", "a folder with other files", "expected a new folder or a dataset"],
+    ),
     "shards: another configuration": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{dataset}", "--ranker", "ridge", "windows.keep=3"],
-        ["{dataset}", "configuration", "expected", "Use the settings it was made with"]),
+        ["{dataset}", "configuration", "expected", "Use the settings it was made with"],
+    ),
     "shards: no workers": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{tmp}/out", "--workers", "0"],
-        ["command line", "--workers", "got 0", "expected 1 or more"]),
+        ["command line", "--workers", "got 0", "expected 1 or more"],
+    ),
     "shards: unknown option": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{tmp}/out", "--worker", "2"],
-        ["unrecognized arguments: --worker", "--help"]),
+        ["unrecognized arguments: --worker", "--help"],
+    ),
     "pretrain: missing configuration": (
-        ["tools/pretrain.py", "{tmp}/no.yaml"], ["{tmp}/no.yaml", "no such file", "expected a YAML file"]),
+        ["tools/pretrain.py", "{tmp}/no.yaml"],
+        ["{tmp}/no.yaml", "no such file", "expected a YAML file"],
+    ),
     "pretrain: missing dataset": (
         ["tools/pretrain.py", PRETRAIN, "data={tmp}/nowhere", "run.out={tmp}/run"],
-        ["{tmp}/nowhere", "no such folder", "expected a dataset"]),
+        ["{tmp}/nowhere", "no such folder", "expected a dataset"],
+    ),
     "pretrain: unknown key": (
         ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.out={tmp}/run", "run.step=3"],
-        [PRETRAIN, "run.step", "an unknown key", "Did you mean run.steps?|Did you mean steps?"]),
+        [PRETRAIN, "run.step", "an unknown key", "Did you mean run.steps?|Did you mean steps?"],
+    ),
     "pretrain: value out of range": (
         ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.out={tmp}/run", "zero.stage=4"],
-        [PRETRAIN, "zero.stage", "got 4", "expected less than or equal to 3"]),
+        [PRETRAIN, "zero.stage", "got 4", "expected less than or equal to 3"],
+    ),
     "pretrain: unknown model": (
         ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.out={tmp}/run", "model=huge"],
-        ["model", "got huge", "expected published, lean, large, tiny"]),
+        ["model", "got huge", "expected published, lean, large, tiny"],
+    ),
     "pretrain: no key=value": (
         ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.steps"],
-        ["command line", "run.steps", "expected an override such as run.steps=100"]),
+        ["command line", "run.steps", "expected an override such as run.steps=100"],
+    ),
     "cohort: value out of range": (
-        ["tools/make_cohort.py", "--out", "{tmp}/cohort", "--subjects", "0"], ["subjects", "got 0", "expected"]),
-    "cohort: no number": (
-        ["tools/make_cohort.py", "--out", "{tmp}/cohort", "--tr", "fast"], ["--tr", "'fast'"]),
+        ["tools/make_cohort.py", "--out", "{tmp}/cohort", "--subjects", "0"],
+        ["subjects", "got 0", "expected"],
+    ),
+    "cohort: no number": (["tools/make_cohort.py", "--out", "{tmp}/cohort", "--tr", "fast"], ["--tr", "'fast'"]),
     "cohort: a file in the way": (
-        ["tools/make_cohort.py", "--out", "{tmp}/typo.yaml/cohort"], ["--out", "typo.yaml", "expected"]),
+        ["tools/make_cohort.py", "--out", "{tmp}/typo.yaml/cohort"],
+        ["--out", "typo.yaml", "expected"],
+    ),
     "cohort: no folder given": (["tools/make_cohort.py"], ["--out"]),
 }
 
@@ -103,13 +132,34 @@ def test_a_wrong_call_is_told_in_one_line(name, command, cohort, dataset, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_that_is_no_nifti_is_named_and_the_others_are_converted(command, tmp_path):
-    done = command("tools/make_cohort.py", "--out", tmp_path / "bids", "--subjects", 2, "--sessions", 1, "--frames",
-                   60, "--voxel-mm", 16)
+    done = command(
+        "tools/make_cohort.py",
+        "--out",
+        tmp_path / "bids",
+        "--subjects",
+        2,
+        "--sessions",
+        1,
+        "--frames",
+        60,
+        "--voxel-mm",
+        16,
+    )
     assert done.returncode == 0, done.stderr
     broken = next((tmp_path / "bids").rglob("sub-02*_bold.nii.gz"))
     broken.write_bytes(b"no image")
-    done = command("tools/make_shards.py", tmp_path / "bids/cohort.yaml", "--out", tmp_path / "out", "--ranker",
-                   "ridge", "--workers", 1, "--json", *GRID)
+    done = command(
+        "tools/make_shards.py",
+        tmp_path / "bids/cohort.yaml",
+        "--out",
+        tmp_path / "out",
+        "--ranker",
+        "ridge",
+        "--workers",
+        1,
+        "--json",
+        *GRID,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["refused"] == 1
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("refused: ")]
@@ -117,8 +167,17 @@ def test_a_run_that_is_no_nifti_is_named_and_the_others_are_converted(command, t
     assert re.fullmatch(rf"refused: {re.escape(source)}: got no readable image .*, expected a NIfTI run", line)
     for path in (tmp_path / "bids").rglob("*_bold.nii.gz"):
         path.write_bytes(b"no image")
-    done = command("tools/make_shards.py", tmp_path / "bids/cohort.yaml", "--out", tmp_path / "none", "--ranker",
-                   "ridge", "--workers", 1, *GRID)
+    done = command(
+        "tools/make_shards.py",
+        tmp_path / "bids/cohort.yaml",
+        "--out",
+        tmp_path / "none",
+        "--ranker",
+        "ridge",
+        "--workers",
+        1,
+        *GRID,
+    )
     assert done.returncode == 2 and "no run that could be converted" in done.stderr.splitlines()[-1]
     assert not Path(tmp_path / "none/manifest.json").exists()
 

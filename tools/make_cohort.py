@@ -35,8 +35,13 @@ def main() -> int:
         ("seed", "the same seed gives the same bytes"),
     ):
         value = getattr(usual, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, metavar="N",
-                            help=f"{unit} (default {value})")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(value),
+            default=value,
+            metavar="N",
+            help=f"{unit} (default {value})",
+        )
     arguments = parser.parse_args()
     cohort = SyntheticCohort(**{name: getattr(arguments, name) for name in asdict(usual)})
 

@@ -79,15 +79,25 @@ def main() -> int:
             given.save(trained_here)
         elif learned and not trained:
             if "rank" not in steps:
-                raise ConfigError("command line", "--only", args.only, "rank before pack",
-                                  "Run it without --only, or with --only rank first")
+                raise ConfigError(
+                    "command line",
+                    "--only",
+                    args.only,
+                    "rank before pack",
+                    "Run it without --only, or with --only rank first",
+                )
             sample = conversion.extractor_runs()
             conversion.harmonise(sample)
             series = conversion.parcel_series(sample)
             if not series:
                 refused = conversion.refused()
-                raise ConfigError(cohorts[0], "root", f"no training run that could be read ({refused[0]['reason']})",
-                                  "runs to train the temporal extractor on", "Mend them, or give --extractor")
+                raise ConfigError(
+                    cohorts[0],
+                    "root",
+                    f"no training run that could be read ({refused[0]['reason']})",
+                    "runs to train the temporal extractor on",
+                    "Mend them, or give --extractor",
+                )
             chosen = settings.extractor
             with progress("train the temporal extractor", chosen.steps, "steps") as advance:
                 train_extractor(series, settings.windows.frames, chosen.steps, chosen.seed, advance).save(trained_here)
@@ -104,16 +114,21 @@ def main() -> int:
         report = page.write(args.out)
     refused = conversion.refused()
     facts = {
-        "dataset": str(args.out), "sessions": sum(manifest["sessions"].values()), **manifest["sessions"],
-        "refused": len(refused), "shards": len(manifest["shards"]),
-        "bytes": sum(shard["bytes"] for shard in manifest["shards"]), "report": str(report),
+        "dataset": str(args.out),
+        "sessions": sum(manifest["sessions"].values()),
+        **manifest["sessions"],
+        "refused": len(refused),
+        "shards": len(manifest["shards"]),
+        "bytes": sum(shard["bytes"] for shard in manifest["shards"]),
+        "report": str(report),
     }
     for line in refused:
         print(f"refused: {line['reason']}")
     moved = [line for line in layout.read_lines(args.out / layout.SESSIONS) if "centred_by_mm" in line]
     for line in moved:
-        print(f"native space: {line['key']} moved by {line['centred_by_mm']} mm to the middle of the grid; "
-              "not registered")
+        print(
+            f"native space: {line['key']} moved by {line['centred_by_mm']} mm to the middle of the grid; not registered"
+        )
     summary(facts, f"look at {facts['report']}, then python tools/pretrain.py CONFIG.yaml data={args.out}", args.json)
     return REFUSED if refused else DONE
 

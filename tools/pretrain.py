@@ -16,8 +16,9 @@ from slim.config import load_config
 
 
 def main() -> int:
-    parser = Parser(__doc__.splitlines()[0],
-                    "python tools/pretrain.py configs/pretrain/lean.yaml data=DATASET run.processes=2")
+    parser = Parser(
+        __doc__.splitlines()[0], "python tools/pretrain.py configs/pretrain/lean.yaml data=DATASET run.processes=2"
+    )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -35,8 +36,10 @@ def main() -> int:
     if result["finished"]:
         following = f"python tools/probe.py {out} --data {settings.data[0].path} --task TASK.yaml"
     else:
-        following = f"stopped by {result['stopped']} at step {result['step']} of {result['steps']}; " \
-                    "the same command goes on from there"
+        following = (
+            f"stopped by {result['stopped']} at step {result['step']} of {result['steps']}; "
+            "the same command goes on from there"
+        )
     summary(facts, following, args.json)
     return status
 

@@ -18,15 +18,22 @@ from slim.task import Cases, find_cases, load_task, make_splits
 
 
 def main() -> int:
-    parser = Parser(__doc__.splitlines()[0], "python tools/probe.py runs/name --data data/mylab "
-                                             "--task configs/downstream/synthetic_group.yaml")
+    parser = Parser(
+        __doc__.splitlines()[0],
+        "python tools/probe.py runs/name --data data/mylab --task configs/downstream/synthetic_group.yaml",
+    )
     parser.add_argument("run", type=Path, metavar="RUN_OR_WEIGHTS", help="a run, or one of its checkpoints")
     parser.add_argument("--data", type=Path, required=True, metavar="DATASET", help="of make_shards.py")
-    parser.add_argument("--task", type=Path, required=True, action="append", metavar="TASK.yaml",
-                        help="may be given more than once")
+    parser.add_argument(
+        "--task", type=Path, required=True, action="append", metavar="TASK.yaml", help="may be given more than once"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the report (default: RUN/report)")
-    parser.add_argument("--weights", choices=("encoder", "target"), default="encoder",
-                        help="the online encoder (default) or its moving average")
+    parser.add_argument(
+        "--weights",
+        choices=("encoder", "target"),
+        default="encoder",
+        help="the online encoder (default) or its moving average",
+    )
     args = parser.parse_args()
     tasks = [load_task(path) for path in args.task]
     for number, task in enumerate(tasks):
@@ -42,8 +49,9 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ours = SlimBrain.from_pretrained(args.run, args.weights).to(device)
     ours.check_data(dataset)
-    cases = [find_cases(task, dataset, ours.settings.windows.k, path)
-             for task, path in zip(tasks, args.task, strict=True)]
+    cases = [
+        find_cases(task, dataset, ours.settings.windows.k, path) for task, path in zip(tasks, args.task, strict=True)
+    ]
     for task, case, path in zip(tasks, cases, args.task, strict=True):
         make_splits(task, case, path)  # what is wrong with a task is told before anything is encoded
 
@@ -64,15 +72,21 @@ def main() -> int:
             methods = probe.make_methods(task, case, dataset, encoded)
             results[task.name], facts[task.name] = probe.run_task(task, case, methods, path, advance)
             facts[task.name] |= {
-                "run": str(args.run), "data": str(args.data), "step": ours.step, "weights": args.weights,
+                "run": str(args.run),
+                "data": str(args.data),
+                "step": ours.step,
+                "weights": args.weights,
                 "subjects_seen_in_pretraining": _in_train(case) if seen else 0,
             }
     out = args.out or ours.run_folder / "report"
     report = probe.write_report(out, results, facts)
     for task in tasks:
         _table(task.name, results[task.name], facts[task.name])
-    summary({"report": str(out / "report.json"), "step": ours.step, **report},
-            f"look at {out / (tasks[0].name + '.png')}", args.json)
+    summary(
+        {"report": str(out / "report.json"), "step": ours.step, **report},
+        f"look at {out / (tasks[0].name + '.png')}",
+        args.json,
+    )
     return DONE
 
 
@@ -89,8 +103,11 @@ def _table(name: str, results: dict[str, Any], facts: dict[str, Any]) -> None:
         text = {part: "n/a" if value is None else f"{value:.3f}" for part, value in score.items()}
         return f"{text['value']} [{text['low']}, {text['high']}]".replace("[", r"\[")
 
-    table = Table(title=f"{name}: {facts['sessions']} sessions, {facts['test_subjects']} test subjects, "
-                        f"{facts['pooling']} pooling", title_justify="left")
+    table = Table(
+        title=f"{name}: {facts['sessions']} sessions, {facts['test_subjects']} test subjects, "
+        f"{facts['pooling']} pooling",
+        title_justify="left",
+    )
     metrics = list(results["ours"])
     for column in ("method", *metrics):
         table.add_column(column.replace("_", " "), no_wrap=True)
@@ -108,8 +125,10 @@ def _table(name: str, results: dict[str, Any], facts: dict[str, Any]) -> None:
     for reason, count in facts["left_out"].items():
         print(f"  {count} sessions left out: {reason}")
     if facts["subjects_seen_in_pretraining"]:
-        print(f"  {facts['subjects_seen_in_pretraining']} of {facts['subjects']} subjects were seen in "
-              "pretraining, without labels")
+        print(
+            f"  {facts['subjects_seen_in_pretraining']} of {facts['subjects']} subjects were seen in "
+            "pretraining, without labels"
+        )
 
 
 if __name__ == "__main__":
