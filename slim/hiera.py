@@ -1,9 +1,9 @@
 """The Hiera encoder over gathered patches, for any number of dimensions.
 
 Blocks follow Hiera (Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles", ICML
-2023): pre-norm attention and MLP, queries max-pooled at the first block of a pooled stage, attention inside mask units
-in the local stages and over all cells of a sample afterwards. What is different: tokens that hold no brain do not exist, so
-units are ragged and a pooled token is the maximum over the children there are.
+2023): pre-norm attention and MLP, queries max-pooled at the first block of a pooled stage, attention inside mask
+units in the local stages and over all cells of a sample afterwards. What is different: tokens that hold no brain do
+not exist, so units are ragged and a pooled token is the maximum over the children there are.
 
 Legend: B samples; N kept tokens; M tokens of the last level (cells); R rows of voxel values; Q rows of patches; V
 voxels of a patch; C channels; H heads; D channels of a head; T frames of a sample.
