@@ -517,3 +517,15 @@ def test_windows_are_those_of_the_harmonised_run(cohort, dataset):
             squares += (stored - zscored_TN[start : start + 5][:, slots]) ** 2
         error = np.sqrt(squares.sum(axis=0) / (5 * len(arrays["start"])))
         assert (error <= 1.01e-3 * arrays["spread"][brain]).all()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_no_longer_found_is_left_out_and_said(cohort, dataset, make_shards, tmp_path, capsys):
+    """What vanished from the cohort does not vanish from the dataset without a word."""
+    shutil.copytree(dataset, tmp_path / "out")
+    fewer = copy_cohort(cohort, tmp_path / "cohort", subjects=5)
+    assert make_shards(fewer, "--out", tmp_path / "out", "--ranker", "ridge") == DONE
+    said = capsys.readouterr().out
+    gone = next(line["key"] for line in Dataset(dataset).sessions if line["subject"] == "06")
+    assert f"left out: {gone} is no longer found" in said
+    assert gone not in {line["key"] for line in Dataset(tmp_path / "out").sessions}

@@ -11,11 +11,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from shards import layout, page
 from shards.console import DONE, REFUSED, Parser, progress, run, summary
 from shards.convert import Conversion, ConvertSettings
 from shards.errors import ConfigError
 from shards.settings import check, override
+from slim.saliency import make_ranker
+from slim.temporal import CONFIG_FILE, Extractor, parcels_from_mask, train_extractor
 
 STEPS = ("find", "harmonise", "rank", "pack")
 
@@ -43,11 +47,6 @@ def main() -> int:
     if args.workers < 1:
         raise ConfigError("command line", "--workers", args.workers, "1 or more")
 
-    import torch
-
-    from slim.saliency import make_ranker
-    from slim.temporal import CONFIG_FILE, Extractor, parcels_from_mask, train_extractor
-
     torch.set_num_threads(1)  # the extractor comes out the same on any machine's number of cores
     trained_here = args.out / layout.EXTRACTOR
     ranking = {"name": args.ranker, "extractor": None}
@@ -74,33 +73,8 @@ def main() -> int:
     if "harmonise" in steps and "rank" not in steps:
         conversion.harmonise(conversion.runs)
     if "rank" in steps or "pack" in steps:
-        trained = (trained_here / CONFIG_FILE).is_file()  # written last
-        if learned and not trained and given:
-            given.save(trained_here)
-        elif learned and not trained:
-            if "rank" not in steps:
-                raise ConfigError(
-                    "command line",
-                    "--only",
-                    args.only,
-                    "rank before pack",
-                    "Run it without --only, or with --only rank first",
-                )
-            sample = conversion.extractor_runs()
-            conversion.harmonise(sample)
-            series = conversion.parcel_series(sample)
-            if not series:
-                refused = conversion.refused()
-                raise ConfigError(
-                    cohorts[0],
-                    "root",
-                    f"no training run that could be read ({refused[0]['reason']})",
-                    "runs to train the temporal extractor on",
-                    "Mend them, or give --extractor",
-                )
-            chosen = settings.extractor
-            with progress("train the temporal extractor", chosen.steps, "steps") as advance:
-                train_extractor(series, settings.windows.frames, chosen.steps, chosen.seed, advance).save(trained_here)
+        if learned:
+            prepare_extractor(conversion, given, may_train="rank" in steps)
         ranker = make_ranker(args.ranker, trained_here if learned else None)
     if "rank" in steps:
         conversion.rank(ranker, only_harmonised="harmonise" not in steps)
@@ -122,15 +96,56 @@ def main() -> int:
         "bytes": sum(shard["bytes"] for shard in manifest["shards"]),
         "report": str(report),
     }
-    for line in refused:
-        print(f"refused: {line['reason']}")
-    moved = [line for line in layout.read_lines(args.out / layout.SESSIONS) if "centred_by_mm" in line]
-    for line in moved:
-        print(
+    tell([f"refused: {line['reason']}" for line in refused], layout.FAILED)
+    lines = layout.read_lines(args.out / layout.SESSIONS)
+    kept = {line["key"] for line in lines} | {line["key"] for line in refused}
+    tell([f"left out: {key} is no longer found" for key in conversion.before if key not in kept], "no file")
+    tell(
+        [
             f"native space: {line['key']} moved by {line['centred_by_mm']} mm to the middle of the grid; not registered"
-        )
+            for line in lines
+            if "centred_by_mm" in line
+        ],
+        layout.SESSIONS,
+    )
     summary(facts, f"look at {facts['report']}, then python tools/pretrain.py CONFIG.yaml data={args.out}", args.json)
     return REFUSED if refused else DONE
+
+
+def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train: bool) -> None:
+    """Put the temporal extractor of a dataset in its place: the given one, or one trained on its training runs."""
+    folder = conversion.folder / layout.EXTRACTOR
+    if (folder / CONFIG_FILE).is_file():  # written last
+        return
+    if given is not None:
+        given.save(folder)
+        return
+    if not may_train:
+        hint = "Run it without --only, or with --only rank first"
+        raise ConfigError("command line", "--only", "pack before rank", "rank before pack", hint)
+    sample = conversion.extractor_runs()
+    conversion.harmonise(sample)
+    series = conversion.parcel_series(sample)
+    if not series:
+        reason = conversion.refused()[0]["reason"]
+        raise ConfigError(
+            conversion.cohorts[0],
+            "root",
+            f"no training run that could be read ({reason})",
+            "runs to train the temporal extractor on",
+            "Mend them, or give --extractor",
+        )
+    chosen, frames = conversion.settings.extractor, conversion.settings.windows.frames
+    with progress("train the temporal extractor", chosen.steps, "steps") as advance:
+        train_extractor(series, frames, chosen.steps, chosen.seed, advance).save(folder)
+
+
+def tell(lines: list[str], file: str) -> None:
+    """Print the first twenty of many lines and say where all of them stand."""
+    for line in lines[:20]:
+        print(line)
+    if len(lines) > 20:
+        print(f"... and {len(lines) - 20} more, see {file}")
 
 
 if __name__ == "__main__":
