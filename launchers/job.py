@@ -12,7 +12,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -65,8 +68,21 @@ def work(config: Path) -> dict[str, Any]:
     return result
 
 
+def stop_with_parent() -> None:
+    """Ask this process to stop, as a signal would, once the launcher is gone (killed, perhaps)."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> int:
     """Work, and leave the outcome for the launcher."""
+    stop_with_parent()
     outcome = Path(os.environ["OUTCOME"]) / f"{os.environ['RANK']}.json"
     result: dict[str, Any]
     try:
@@ -76,7 +92,8 @@ def main() -> int:
         result = {"status": WRONG, "error": error.line()}
     except Exception:
         result = {"status": CRASHED, "error": traceback.format_exc()}
-    outcome.write_text(json.dumps(result))
+    if outcome.parent.is_dir():  # it went with the launcher
+        outcome.write_text(json.dumps(result))
     return int(result["status"])
 
 

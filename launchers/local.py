@@ -21,6 +21,8 @@ from shards.console import RESUME, WRONG
 from shards.errors import ConfigError, Stopped, UserError
 from shards.layout import dump, write_atomically
 from shards.reader import Dataset
+from slim import checkpoint
+from slim.batch import identity
 from slim.config import PretrainSettings
 
 _GRACE = 30.0  # seconds the other processes get once one has failed
@@ -39,8 +41,9 @@ def prepare_run(settings: PretrainSettings) -> Path:
 
     Raises
     ------
-    ConfigError
-        If `run.resume` is `never` and the folder holds a run.
+    UserError
+        If the folder holds a run that these settings cannot go on with, or any run where `run.resume` is `never`.
+        The run is then left as it is.
     """
     folder = Path(settings.run.out)
     if settings.run.resume == "never" and (folder / "config.yaml").exists():
@@ -51,10 +54,14 @@ def prepare_run(settings: PretrainSettings) -> Path:
             "an empty folder",
             "Use run.resume=auto to go on, or another run.out",
         )
+    dataset = Dataset(settings.data[0].path)
+    begun = checkpoint.newest(folder / "checkpoints")
+    if begun is not None:
+        checkpoint.check(begun, identity(settings, dataset), settings.zero.stage, settings.run.processes)
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "zarr")}
     note = "".join(f"# {name} {number}\n" for name, number in sorted(versions.items()))
-    manifest = Dataset(settings.data[0].path).manifest
+    manifest = dataset.manifest
     write_atomically(
         folder / "dataset.json", dump({name: value for name, value in manifest.items() if name != "shards"})
     )

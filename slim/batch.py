@@ -18,6 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from shards.errors import ConfigError, SampleCorrupt
 from shards.reader import Dataset
+from shards.settings import digest
 from shards.stream import Stream
 from slim.config import PretrainSettings
 from slim.gather import Packed, Plan, Segments, plan, segments
@@ -128,6 +129,14 @@ def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geo
             )
     tokens = (settings.windows.k * first.frames, *first.grid.patch_shape)
     return Geometry(tokens, settings.model.unit, settings.model.strides)
+
+
+def identity(settings: PretrainSettings, dataset: Dataset) -> str:
+    """A hash of what a checkpoint's tensors depend on: two runs of one identity can go on from each other."""
+    model = settings.model.model_dump(mode="json")
+    return digest(
+        [model, settings.view, settings.windows.k, dataset.manifest["grid"], dataset.frames, settings.weights]
+    )
 
 
 def read_windows(dataset: Dataset, session: dict, rank_K: Sequence[int] | np.ndarray, epoch: int = 0) -> Sample:

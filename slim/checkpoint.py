@@ -130,23 +130,32 @@ def find(checkpoints: Path) -> Path | None:
     return found[0]
 
 
-def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore the engine from a checkpoint of the same world size; returns its state and whole weights.
+def check(folder: Path, identity: str, zero_stage: int, world_size: int) -> None:
+    """Refuse to go on from a checkpoint of another model, ZeRO stage or number of processes.
 
     Raises
     ------
     CheckpointError
-        If it was written by another number of processes.
     """
-    written = facts(folder)["world_size"]
-    if written != dist.get_world_size():
+    about = facts(folder)
+    hint = "Use the settings in the run's config.yaml, or another run.out"
+    if about["identity"] != identity:
+        field = "model, view, windows.k, loss or the data's grid"
+        raise CheckpointError(folder, field, "another setting than the run began with", "the same", hint)
+    if about["zero_stage"] != zero_stage:
+        raise CheckpointError(folder, "zero.stage", zero_stage, about["zero_stage"], hint)
+    if about["world_size"] != world_size:
         raise CheckpointError(
             folder,
             "world size",
-            f"{dist.get_world_size()} processes",
-            f"{written}, as it was written",
-            f"Set run.processes={written}, or start anew in another run.out",
+            f"{world_size} processes",
+            f"{about['world_size']}, as it was written",
+            f"Set run.processes={about['world_size']}, or start anew in another run.out",
         )
+
+
+def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Restore the engine from a checkpoint that `check` accepts; returns its state and whole weights."""
     path, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise CheckpointError(folder, "", "nothing DeepSpeed could load", "its ZeRO shards")

@@ -25,12 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shards.console import progress
-from shards.errors import ConfigError, SampleCorrupt
+from shards.errors import SampleCorrupt
 from shards.reader import Dataset
-from shards.settings import digest
 from shards.stream import Positions, Stream
 from slim import checkpoint, schedule
-from slim.batch import Batch, PackedBatch, Sample, Samples, collate, geometry_for
+from slim.batch import Batch, PackedBatch, Sample, Samples, collate, geometry_for, identity
 from slim.config import PretrainSettings
 from slim.ema import PlaceMean, Target
 from slim.geometry import Geometry
@@ -93,16 +92,7 @@ class Trainer:
         self.steps = settings.run.steps or max(
             1, math.ceil(settings.run.epochs * self.stream.per_epoch / self.global_batch)
         )
-        self.identity = digest(
-            [
-                settings.model.model_dump(mode="json"),
-                settings.view,
-                settings.windows.k,
-                datasets[0].manifest["grid"],
-                datasets[0].frames,
-                settings.weights,
-            ]
-        )
+        self.identity = identity(settings, datasets[0])
 
         torch.manual_seed(settings.run.seed)
         model = Objective(settings, self.geometry, datasets[0].grid.voxels).to(self.device)
@@ -355,17 +345,7 @@ class Trainer:
         found = checkpoint.find(self.checkpoints)
         if found is None:
             return None
-        about = checkpoint.facts(found)
-        for name, mine in (("identity", self.identity), ("zero_stage", self.settings.zero.stage)):
-            if about[name] != mine:
-                field = "model, view, windows.k, loss or grid" if name == "identity" else "zero.stage"
-                raise ConfigError(
-                    found,
-                    field,
-                    "another setting than the run began with",
-                    about[name],
-                    "Use the settings in the run's config.yaml, or another run.out",
-                )
+        checkpoint.check(found, self.identity, self.settings.zero.stage, self.world)
         state, weights = checkpoint.load(self.engine, found)
         self.step, self.consumed = state["step"], state["consumed"]
         self.target.encoder.load_state_dict(

@@ -179,6 +179,20 @@ def test_killed_and_resumed_equals_uninterrupted(dataset: Path, whole: Path, com
 
 
 @pytest.mark.slow
+def test_processes_save_and_end_when_their_launcher_is_killed(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    child = start(dataset, out, steps=100000)
+    wait_for_lines(out, 2, child)
+    child.kill()
+    child.communicate()
+    end = time.monotonic() + 90
+    while subprocess.run(["pgrep", "-f", f"launchers.job {out}"], capture_output=True).stdout:
+        assert time.monotonic() < end, "processes of the run are left"
+        time.sleep(0.2)
+    assert (out / "checkpoints" / "latest").read_text().startswith("step-")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "stage", "batch", "accumulate"), [(1, 0, 4, 1), (2, 1, 2, 1), (2, 3, 2, 1), (1, 2, 2, 2)]
 )
@@ -221,6 +235,7 @@ def test_time_limit_stops_and_saves(command: Command, dataset: Path, tmp_path: P
 def test_another_world_size_and_another_model_are_refused_in_one_line(
     command: Command, dataset: Path, whole: Path
 ) -> None:
+    before = (whole / "config.yaml").read_text()
     for words, processes, needle in (
         (("run.steps=8",), 1, "world size"),
         (("run.steps=8", "view=both"), 2, "view"),
@@ -228,6 +243,7 @@ def test_another_world_size_and_another_model_are_refused_in_one_line(
     ):
         done = pretrain(command, dataset, whole, *words, processes=processes)
         assert done.returncode == 2
+        assert (whole / "config.yaml").read_text() == before
         assert "Traceback" not in done.stderr
         assert needle in done.stderr.strip().splitlines()[-1]
 
