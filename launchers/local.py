@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -130,9 +131,8 @@ def run(config: Path, processes: int) -> dict[str, Any]:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             for child in children:
-                if child.poll() is None:
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
+                if child.poll() != 0:
+                    _end_group(child)
         results = [_outcome(Path(outcome), rank) for rank in range(processes)]
     for result in results:
         if result.get("status") == WRONG:
@@ -163,6 +163,13 @@ def _pass_on(children: list[subprocess.Popen], number: int) -> None:
     for child in children:
         if child.poll() is None:
             child.send_signal(number)
+
+
+def _end_group(child: subprocess.Popen) -> None:
+    """End a process and those it started: the loading processes of a killed one may outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def _wait(children: list[subprocess.Popen], outcome: Path) -> None:

@@ -256,6 +256,15 @@ def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None)
     return replace(batch, context=context, targets=_targets(geometry, masks, whole, context, row_BN, patch_BN, dense_B))
 
 
+def collate_or_error(
+    samples: list[Sample | SampleCorrupt], geometry: Geometry, chunk_tokens: int | None
+) -> PackedBatch | SampleCorrupt:
+    """A packed batch, or the error of the first corrupt sample in it."""
+    good = [sample for sample in samples if isinstance(sample, Sample)]
+    broken = [sample for sample in samples if isinstance(sample, SampleCorrupt)]
+    return broken[0] if broken else collate(good, geometry, chunk_tokens).pack()
+
+
 def _targets(
     geometry: Geometry,
     masks: list[Mask],

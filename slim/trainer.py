@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,9 @@ from shards.errors import SampleCorrupt
 from shards.reader import Dataset
 from shards.stream import Positions, Stream
 from slim import checkpoint, schedule
-from slim.batch import Batch, PackedBatch, Sample, Samples, collate, geometry_for, identity
+from slim.batch import Batch, Samples, collate_or_error, geometry_for, identity
 from slim.config import PretrainSettings
 from slim.ema import PlaceMean, Target
-from slim.geometry import Geometry
 from slim.monitor import Monitor, effective_rank, peak_memory_bytes
 from slim.objective import Losses, Objective
 
@@ -183,12 +184,14 @@ class Trainer:
 
     def _loader(self, first: int, stop: int) -> DataLoader:
         settings = self.settings
+        workers = settings.run.workers
         return DataLoader(
             Samples(self.stream, self.geometry, settings),
             batch_sampler=Positions(first, stop, settings.run.batch, self.rank, self.world),
-            num_workers=settings.run.workers,
-            timeout=_PATIENCE if settings.run.workers else 0,
-            collate_fn=partial(_collate, geometry=self.geometry, settings=settings),
+            collate_fn=partial(collate_or_error, geometry=self.geometry, chunk_tokens=settings.stream),
+            num_workers=workers,
+            multiprocessing_context=_loading_context() if workers else None,
+            timeout=_PATIENCE if workers else 0,
         )
 
     def _next(self, batches: Iterator[Any]) -> Batch:
@@ -365,10 +368,12 @@ def _whole_parameter(parameter: Tensor) -> Tensor:
     return whole
 
 
-def _collate(
-    samples: list[Sample | SampleCorrupt], geometry: Geometry, settings: PretrainSettings
-) -> PackedBatch | SampleCorrupt:
-    """A batch, or the error of the first corrupt sample in it."""
-    good = [sample for sample in samples if isinstance(sample, Sample)]
-    broken = [sample for sample in samples if isinstance(sample, SampleCorrupt)]
-    return broken[0] if broken else collate(good, geometry, settings.stream).pack()
+def _loading_context() -> BaseContext:
+    """How loading processes are started: forked from a small server of one thread.
+
+    Forked from this process itself, which runs threads of gloo and others, a child can inherit a lock that nobody will
+    ever release, and wait for it for ever.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["slim.batch"])
+    return context

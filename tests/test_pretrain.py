@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -66,6 +67,12 @@ def start(dataset: Path, out: Path, *words: str, steps: int) -> subprocess.Popen
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def ranks_of(out: Path) -> list[int]:
+    """Processes of a run that are still there."""
+    wanted = ["launchers.job", str(out / "config.yaml")]
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-2:] == wanted]
 
 
 def wait_for_lines(out: Path, count: int, child: subprocess.Popen) -> None:
@@ -167,8 +174,7 @@ def test_killed_and_resumed_equals_uninterrupted(dataset: Path, whole: Path, com
     out = tmp_path / "run"
     child = start(dataset, out, "run.checkpoint_every=2", steps=6)
     wait_for_lines(out, 3, child)
-    ranks = subprocess.run(["pgrep", "-f", f"launchers.job {out}"], capture_output=True, text=True).stdout.split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    os.kill(psutil.Process(child.pid).children()[-1].pid, signal.SIGKILL)
     _, stderr = child.communicate(timeout=120)
     assert child.returncode == 3, stderr
     assert "goes on from the last complete checkpoint" in stderr
@@ -183,10 +189,13 @@ def test_processes_save_and_end_when_their_launcher_is_killed(dataset: Path, tmp
     out = tmp_path / "run"
     child = start(dataset, out, steps=100000)
     wait_for_lines(out, 2, child)
+    for rank in psutil.Process(child.pid).children():
+        # A child forked from a process with threads can wait for ever for a lock one of them held.
+        assert all(process.cmdline() != rank.cmdline() for process in rank.children())
     child.kill()
     child.communicate()
     end = time.monotonic() + 90
-    while subprocess.run(["pgrep", "-f", f"launchers.job {out}"], capture_output=True).stdout:
+    while ranks_of(out):
         assert time.monotonic() < end, "processes of the run are left"
         time.sleep(0.2)
     assert (out / "checkpoints" / "latest").read_text().startswith("step-")
