@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.console import DONE, RESUME, WRONG
-from shards.errors import UserError
+from shards.errors import ConfigError, UserError
 
 CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
 
@@ -55,13 +55,20 @@ def work(config: Path) -> dict[str, Any]:
     from slim.trainer import Trainer
 
     settings = load_config(config)
-    use_gpu = settings.run.device != "cpu" and torch.cuda.is_available()
-    if use_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", verbose=False)
+    gpus = torch.cuda.device_count()
+    if settings.run.device == "cuda" and not gpus:
+        raise ConfigError(config, "run.device", "cuda, but no GPU is seen here", "auto or cpu, or a machine with a GPU")
+    device = torch.device("cpu")
+    if settings.run.device != "cpu" and gpus:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= gpus:
+            raise ConfigError(config, "run.processes", f"more than the {gpus} GPUs here", "one process per GPU")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
-        result = Trainer(settings).run()
+        result = Trainer(settings, device).run()
         dist.barrier()
     finally:
         dist.destroy_process_group()

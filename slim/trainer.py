@@ -71,6 +71,8 @@ class Trainer:
     Parameters
     ----------
     settings : PretrainSettings
+    device : torch.device
+        This process's own.
 
     Raises
     ------
@@ -78,11 +80,9 @@ class Trainer:
         If data, model or checkpoint do not fit the configuration.
     """
 
-    def __init__(self, settings: PretrainSettings):
-        self.settings = settings
+    def __init__(self, settings: PretrainSettings, device: torch.device):
+        self.settings, self.device = settings, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        use_gpu = settings.run.device != "cpu" and torch.cuda.is_available()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
         self.folder = Path(settings.run.out)
         self.checkpoints = self.folder / "checkpoints"
 

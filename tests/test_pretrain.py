@@ -258,6 +258,13 @@ def test_another_world_size_and_another_model_are_refused_in_one_line(
 
 
 @pytest.mark.slow
+def test_a_gpu_that_is_not_there_is_not_replaced_silently(command: Command, dataset: Path, tmp_path: Path) -> None:
+    done = pretrain(command, dataset, tmp_path / "run", "run.device=cuda", processes=1)
+    assert done.returncode == 2
+    assert "run.device" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
 def test_incomplete_checkpoints_do_not_exist(tmp_path: Path, whole: Path) -> None:
     from slim import checkpoint
 
