@@ -61,12 +61,12 @@ class Stream:
         if self._cache[0] != epoch:
             picks: list[tuple[int, int]] = []
             for number, (weight, part) in enumerate(zip(self.weights, self.sessions, strict=True)):
-                rng = _generator(self.seed, f"{number}/weight")
+                rng = generator(self.seed, number, "weight")
                 # A session's share of fractional appearances is spread over epochs, starting at its own offset.
                 offset = rng.random(len(part))
                 times = np.floor(offset + weight * (epoch + 1)) - np.floor(offset + weight * epoch)
                 picks += [(number, index) for index, count in enumerate(times.astype(int)) for _ in range(count)]
-            order = _generator(self.seed, f"{epoch}/order").permutation(len(picks))
+            order = generator(self.seed, epoch, "order").permutation(len(picks))
             self._cache = (epoch, [picks[i] for i in order])
         return self._cache[1]
 
@@ -80,8 +80,10 @@ class Stream:
         return Item(dataset, self.sessions[dataset][index], epoch)
 
 
-def _generator(seed: int, name: str) -> np.random.Generator:
-    return np.random.default_rng(np.frombuffer(hashlib.sha256(f"{seed}/{name}".encode()).digest(), np.uint32))
+def generator(*names: object) -> np.random.Generator:
+    """Random numbers that depend on their names alone: seed, epoch, sample key, purpose."""
+    name = hashlib.sha256("/".join(map(str, names)).encode()).digest()
+    return np.random.default_rng(np.frombuffer(name, np.uint32))
 
 
 class Positions(Sampler[list[int]]):

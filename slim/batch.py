@@ -19,12 +19,12 @@ from torch.utils.data import Dataset as TorchDataset
 from shards.errors import ConfigError, SampleCorrupt
 from shards.reader import Dataset
 from shards.settings import digest
-from shards.stream import Stream
+from shards.stream import Stream, generator
 from slim.config import PretrainSettings
 from slim.gather import Packed, Plan, Segments, plan, segments
 from slim.geometry import Geometry
 from slim.hiera import Voxels
-from slim.masking import Mask, draw, generator
+from slim.masking import Mask, draw
 
 
 @dataclass

@@ -12,7 +12,6 @@ from shards.errors import ConfigError
 from shards.settings import Settings, check, override, read_yaml
 
 View = Literal["global", "voxel", "both"]
-Share = Field(gt=0, le=1)
 
 
 class PredictorSettings(Settings):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -86,7 +86,7 @@ class Plan:
     cell_M: Tensor
     sample_M: Tensor
     whole: Segments
-    tokens_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    tokens_B: Tensor
 
 
 class Packed:

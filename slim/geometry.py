@@ -70,13 +70,6 @@ class Geometry:
         """Cells along each axis."""
         return tuple(size // cell for size, cell in zip(self.tokens, self.cell, strict=True))
 
-    def level_shape(self, level: int) -> Ints:
-        """Tokens along each axis after `level` pooling steps."""
-        shape = self.tokens
-        for stride in self.strides[:level]:
-            shape = tuple(size // step for size, step in zip(shape, stride, strict=True))
-        return shape
-
     def _parent(self, block: Ints) -> np.ndarray:
         """Flat index of the block of `block` tokens that holds each token; int64 (L,)."""
         places = np.indices(self.tokens).reshape(len(self.tokens), -1)

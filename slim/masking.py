@@ -13,11 +13,11 @@ Legend: S slots; L places; K chosen cells.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 
+from shards.stream import generator
 from slim.config import MaskSettings
 
 KINDS = ("cross_time", "cross_location", "double_cross")
@@ -38,12 +38,6 @@ class Mask:
     target_K: np.ndarray
     kind_K: np.ndarray
     rebuilt_K: np.ndarray
-
-
-def generator(seed: int, epoch: int, key: str, purpose: str) -> np.random.Generator:
-    """Random numbers that depend on their four names alone."""
-    name = hashlib.sha256(f"{seed}/{epoch}/{key}/{purpose}".encode()).digest()
-    return np.random.default_rng(np.frombuffer(name, np.uint32))
 
 
 def choose(size_L: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from shards.layout import write_atomically
+
 METRICS = "metrics.jsonl"
 RECENT = 50  # logged steps a warning looks back on
 
@@ -56,10 +58,8 @@ class Monitor:
         self.path = folder / METRICS
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         if self.path.exists():
-            lines = [line for line in _whole_lines(self.path) if line["step"] <= start_step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            temporary.rename(self.path)
+            lines = [line for line in read_metrics(self.path)[0] if line["step"] <= start_step]
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
             self.recent.extend(lines[-RECENT:])
         self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
         self._wandb = None
@@ -132,12 +132,15 @@ def warnings_of(lines: list[dict[str, Any]]) -> dict[str, str]:
     return found
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut by a kill is dropped."""
-    result = []
-    for text in path.read_text().splitlines():
-        try:
-            result.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return result
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Lines of a metrics file, and how many could not be read: a kill may cut the last one in two."""
+    lines, unreadable = [], 0
+    if path.is_file():
+        with open(path, errors="replace") as file:
+            for text in file:
+                try:
+                    line = json.loads(text)
+                    lines.append({**line, "step": int(line["step"])})
+                except (ValueError, TypeError, KeyError):
+                    unreadable += bool(text.strip())
+    return lines, unreadable

@@ -22,7 +22,7 @@ from shards.errors import ConfigError, UserError
 from slim import curves
 from slim.checkpoint import facts, is_complete
 from slim.config import PretrainSettings, load_config
-from slim.monitor import METRICS, RECENT, warnings_of
+from slim.monitor import METRICS, RECENT, read_metrics, warnings_of
 
 Line = dict[str, Any]
 
@@ -74,20 +74,6 @@ def write(run_folder: str | Path) -> Path:
     path = folder / layout.REPORT / "index.html"
     layout.write_atomically(path, content)
     return path
-
-
-def read_metrics(path: Path) -> tuple[list[Line], int]:
-    """Lines of a metrics file, and how many could not be read: a kill may cut the last one in two."""
-    lines, unreadable = [], 0
-    if path.is_file():
-        with open(path, errors="replace") as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                    lines.append({**line, "step": int(line["step"])})
-                except (ValueError, TypeError, KeyError):
-                    unreadable += bool(text.strip())
-    return lines, unreadable
 
 
 def total_steps(settings: PretrainSettings, folder: Path, lines: Sequence[Line]) -> int | None:

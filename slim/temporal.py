@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from shards.errors import ConfigError, RunRefused
+from shards.layout import write_atomically
 from shards.settings import check, digest
 from slim.axial import CLAMP, PLACE_FEATURES, ExtractorConfig, Layout, MaskedAutoencoder
 
@@ -211,11 +211,10 @@ class Extractor:
         `config.json` comes last and carries the checksum, so a half-written pair is recognised by `load`.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         config = {**self.config.model_dump(), "checksum": self.checksum}
-        _write(folder / WEIGHTS_FILE, save_tensors(weights))
-        _write(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        write_atomically(folder / WEIGHTS_FILE, save_tensors(weights))
+        write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Extractor:
@@ -249,15 +248,6 @@ class Extractor:
             got, hint = extractor.checksum[:12], "Train or copy the extractor again"
             raise ConfigError(folder, "checksum", got, str(checksum)[:12], hint)
         return extractor
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class _Crops:

@@ -47,6 +47,12 @@ WHOLE = {
 }
 
 
+def convert(command, cohorts, out, timeout):
+    """The conversion of some cohort files, ranked without training."""
+    words = (*cohorts, "--out", out, "--ranker", "ridge", "--workers", 1, "--json")
+    return command("tools/make_shards.py", *words, timeout=timeout)
+
+
 @pytest.mark.slow
 def test_two_whole_brains_at_full_size(real, command, tmp_path):
     cohorts = [
@@ -55,18 +61,7 @@ def test_two_whole_brains_at_full_size(real, command, tmp_path):
             tmp_path, "rapidtide", real / "rapidtide", "sub-{subject}.nii.gz", mask="sub-{subject}_brainmask.nii.gz"
         ),
     ]
-    done = command(
-        "tools/make_shards.py",
-        *cohorts,
-        "--out",
-        tmp_path / "out",
-        "--ranker",
-        "ridge",
-        "--workers",
-        1,
-        "--json",
-        timeout=900,
-    )
+    done = convert(command, cohorts, tmp_path / "out", timeout=900)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
     assert (facts["sessions"], facts["refused"]) == (2, 0)
@@ -131,18 +126,7 @@ def test_the_odd_ones_are_converted_or_refused_for_the_right_reason(real, comman
             nib.save(nib.Nifti1Image(np.ones(image.shape[:3], np.uint8), image.affine), ones)
             settings = {"mask": str(ones)}
         cohorts.append(cohort_file(tmp_path, name, real / name, pattern, **settings))
-    done = command(
-        "tools/make_shards.py",
-        *cohorts,
-        "--out",
-        tmp_path / "out",
-        "--ranker",
-        "ridge",
-        "--workers",
-        1,
-        "--json",
-        timeout=600,
-    )
+    done = convert(command, cohorts, tmp_path / "out", timeout=600)
     assert done.returncode == 1, done.stderr
     failed = {
         (line["cohort"], line["key"].split("sub-")[1].split("_")[0]): line["reason"]
