@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import Field, model_validator
 
-from shards import layout, writer
+from shards import layout, quality, writer
 from shards.cohort import RunSource, find_runs, sidecar
 from shards.console import progress
 from shards.errors import ConfigError, DatasetError, RunRefused, Stopped
@@ -505,6 +505,7 @@ def _harmonised_arrays(
         "spread": result.spread_PV,
         "patch": result.patch_P3,
         "brain": gather(result.brain_XYZ.astype(np.uint8), result.patch_P3, grid.patch),
+        "carpet": quality.carpet(result.raw_TN, result.brain_XYZ),
         "roi": roi_RT,
         "roi_centre": centre_R3,
         "roi_number": number_R,

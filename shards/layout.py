@@ -13,7 +13,7 @@ A sample is one session: `KEY.json` and `KEY.zarr.zip`, a Zarr v3 group in an un
 fixed times and in a fixed order, so equal arrays give equal bytes.
 
 Legend: K kept windows in rank order; W all windows in time order; F frames of a window; P patches; V voxels of a
-patch; R parcels; T frames of the run.
+patch; R parcels; M voxels of the carpet; T frames of the run.
 """
 
 from __future__ import annotations
@@ -52,9 +52,14 @@ ARRAYS: dict[str, tuple[str, bool]] = {
     "roi": ("float32", False),  # (R, T) parcel means over the whole run, what the ranker saw
     "roi_number": ("int32", False),  # (R,) label of each parcel
     "roi_centre": ("float32", False),  # (R, 3) mm
+    "carpet": (
+        "int8",
+        False,
+    ),  # (M, T) brain voxels over the whole run, z times CARPET_STEPS, from the rim to the depth
     "scale": ("float32", False),  # (P, V) only beside int16 windows: windows * scale is the fluctuation
     "windows": ("float16", True),  # (K, F, P, V) fluctuation around the run mean, global-SD units
 }
+CARPET_STEPS = 20  # a carpet value of 20 is one SD of the voxel
 _PRECISION = 1e-3  # largest RMS error of a stored voxel, in units of its own SD
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 DAMAGED = "Copy the dataset again, or convert it anew into another folder"

@@ -1,6 +1,6 @@
 """The quality numbers of a run, written into its sample and shown on the dataset's page.
 
-Legend: T frames, N brain voxels.
+Legend: T frames, N brain voxels (C order of the grid), M voxels of the carpet; X, Y, Z voxels of the grid.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import ndimage
 
 from shards.errors import RunRefused
+from shards.layout import CARPET_STEPS
 
 VOXEL_BLOCK = 16384  # voxels whose moments are taken at once
 
@@ -66,6 +68,22 @@ def dvars(raw_TN: np.ndarray) -> np.ndarray:
     for frame in range(len(out)):
         out[frame] = np.sqrt(np.mean(np.square(raw_TN[frame + 1] - raw_TN[frame], dtype=np.float64)))
     return out
+
+
+def carpet(raw_TN: np.ndarray, brain_XYZ: np.ndarray, voxels: int = 512) -> np.ndarray:
+    """Brain voxels over the whole run, for the carpet plot (Power, NeuroImage 2017); int8 (M, T).
+
+    M = min(voxels, N) voxels, spread evenly over the brain once its voxels are ordered by their depth below its rim:
+    the rim, where motion shows first, comes first. A value is the voxel's z-score over the run times `CARPET_STEPS`,
+    clipped at the range of int8.
+    """
+    depth_N = ndimage.distance_transform_edt(np.pad(brain_XYZ, 1))[1:-1, 1:-1, 1:-1][brain_XYZ]
+    order_N = np.argsort(depth_N, kind="stable")
+    chosen_M = order_N[np.linspace(0, len(order_N) - 1, min(voxels, len(order_N))).astype(np.intp)]
+    values_TM = raw_TN[:, chosen_M].astype(np.float64)
+    sd_M = values_TM.std(axis=0)
+    z_TM = (values_TM - values_TM.mean(axis=0)) / np.where(sd_M > 0, sd_M, 1)
+    return np.clip(np.rint(z_TM * CARPET_STEPS), -127, 127).astype(np.int8).T
 
 
 def mean_framewise_displacement(confounds: Path) -> float | None:

@@ -51,6 +51,7 @@ def sample_arrays(seed: int = 0, k: int = 6, f: int = 5, p: int = 7, v: int = 64
         "roi": rng.standard_normal((3, 60)),
         "roi_number": np.arange(1, 4),
         "roi_centre": rng.standard_normal((3, 3)),
+        "carpet": rng.integers(-127, 128, (8, 60)),
         **layout.encode_windows(windows, spread),
     }
 
