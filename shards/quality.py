@@ -5,13 +5,9 @@ Legend: T frames, N brain voxels (C order of the grid), M voxels of the carpet; 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import pandas as pd
 from scipy import ndimage
 
-from shards.errors import RunRefused
 from shards.layout import CARPET_STEPS
 
 VOXEL_BLOCK = 16384  # voxels whose moments are taken at once
@@ -86,19 +82,24 @@ def carpet(raw_TN: np.ndarray, brain_XYZ: np.ndarray, voxels: int = 512) -> np.n
     return np.clip(np.rint(z_TM * CARPET_STEPS), -127, 127).astype(np.int8).T
 
 
-def mean_framewise_displacement(confounds: Path) -> float | None:
-    """Mean framewise displacement (mm) in an fMRIPrep confounds table; None where it names none.
+def dummy_frames(mean_T: np.ndarray, tr: float) -> int:
+    """How many leading frames are brighter than the steady state, in which T1 saturation has not settled yet.
 
-    Raises
-    ------
-    RunRefused
-        If the table cannot be read.
+    Brighter means: above the median of the run's mean signal by more than 2 % and by more than five SDs (1.4826 times
+    the median absolute deviation). Saturation settles within seconds, so more than 15 s of bright frames are something
+    else and count as none; nor is there a steady state to compare with in a signal whose mean was removed.
+
+    Parameters
+    ----------
+    mean_T : ndarray, (T,)
+        Mean over the brain of each frame.
+    tr : float
+        s.
     """
-    try:
-        table = pd.read_csv(confounds, sep="\t", na_values="n/a")
-    except (OSError, ValueError) as error:
-        raise RunRefused(confounds, "", f"an unreadable table ({error})", "tab-separated confounds") from None
-    if "framewise_displacement" not in table:
-        return None
-    mean = pd.to_numeric(table["framewise_displacement"], errors="coerce").mean()
-    return round(float(mean), 4) if np.isfinite(mean) else None
+    middle = float(np.median(mean_T))
+    sd = 1.4826 * float(np.median(np.abs(mean_T - middle)))
+    if middle <= 10 * sd:
+        return 0
+    steady = mean_T <= middle + max(0.02 * middle, 5 * sd)
+    leading = int(np.argmax(steady))  # the median itself is steady
+    return leading if leading * tr <= 15 else 0
