@@ -29,14 +29,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -48,6 +47,7 @@ from nilearn.glm.first_level import glover_hrf
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, map_coordinates
 from scipy.signal import fftconvolve
 
+from shards import layout
 from shards.errors import ConfigError
 
 SPACE = "MNI152NLin2009cAsym"
@@ -428,32 +428,15 @@ def run_frames(cohort: SyntheticCohort, subject: int, session: int) -> Iterator[
 
 
 @contextmanager
-def _atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-@contextmanager
 def _gzip(path: Path) -> Iterator[gzip.GzipFile]:
     """A gzip file without name and time of day in it: the same content is the same bytes."""
-    with _atomic(path) as file, gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
+    with layout.atomically(path) as file, gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
         yield packed
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _atomic(path) as file:
-        file.write(text.encode())
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
     text = table.to_csv(None, sep="\t", na_rep="n/a", index=False, float_format="%.8g", lineterminator="\n")
-    _write_text(path, text)
+    layout.write_atomically(path, text)
 
 
 def _header(brain: Anatomy, dtype: type, tr: float | None = None, count: int = 1) -> bytes:
@@ -495,7 +478,7 @@ def write_run(root: Path, cohort: SyntheticCohort, subject: int, session: int) -
             global_signal.append(float(y_V.mean()))
 
     sidecar = {"RepetitionTime": cohort.tr, "SkullStripped": True, "TaskName": "rest"}
-    _write_text(folder / f"{stem}_space-{SPACE}_desc-preproc_bold.json", _pretty(sidecar))
+    layout.write_atomically(folder / f"{stem}_space-{SPACE}_desc-preproc_bold.json", _pretty(sidecar))
     motion_T6 = motion(cohort, subject, session)
     confounds = {"global_signal": global_signal, "framewise_displacement": framewise_displacement(motion_T6)}
     names = [f"{kind}_{axis}" for kind in ("trans", "rot") for axis in "xyz"]
@@ -526,7 +509,7 @@ def _pretty(tree: Any) -> str:
 
 def _check_folder(root: Path, cohort: SyntheticCohort) -> None:
     """Refuse a folder that holds something else than (a part of) this cohort."""
-    if all(path.name.endswith(".partial") for path in root.iterdir()):
+    if all(path.name.endswith(".tmp") for path in root.iterdir()):
         return
     try:
         old = json.loads((root / "truth.json").read_text())
@@ -569,7 +552,7 @@ def write_cohort(
         root.mkdir(parents=True, exist_ok=True)
         _check_folder(root, cohort)
         (root / "cohort.yaml").unlink(missing_ok=True)
-        _write_text(root / "truth.json", _pretty(facts))
+        layout.write_atomically(root / "truth.json", _pretty(facts))
     except OSError as error:
         got = f"{root} ({error.strerror})"
         raise ConfigError("command line", "--out", got, "a folder that can be written") from None
@@ -579,11 +562,11 @@ def write_cohort(
         "DatasetType": "derivative",
         "GeneratedBy": [{"Name": GENERATOR, "Version": str(RECIPE)}],
     }
-    _write_text(root / "dataset_description.json", _pretty(description))
+    layout.write_atomically(root / "dataset_description.json", _pretty(description))
     people = pd.DataFrame.from_dict(facts["subjects"], orient="index")[["group", "score"]]
     _write_table(root / "participants.tsv", people.rename_axis("participant_id").reset_index())
     for subject, session in cohort.runs():
         write_run(root, cohort, subject, session)
         advance(1, f"sub-{subject:02d} ses-{session}")
     config = {"name": "synthetic", "root": ".", "layout": "bids", "space": "MNI", "participants": "participants.tsv"}
-    _write_text(root / "cohort.yaml", yaml.safe_dump(config, sort_keys=False))
+    layout.write_atomically(root / "cohort.yaml", yaml.safe_dump(config, sort_keys=False))

@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from shards import layout
 from shards.errors import DatasetError, SampleCorrupt
 from shards.patches import gather, parcel_means, patch_places, scatter, voxel_slots
 from shards.reader import Dataset
-from shards.split import SPLITS, split_subjects
+from shards.split import SPLITS
 
 DTYPES = {
     "baseline": "float32",
@@ -171,6 +170,13 @@ def test_no_array_of_zeros_is_left_out():
     assert {f"windows/c/{k}/0/0/0" for k in range(6)} | {"start/c/0", "patch/c/0/0"} <= set(names)
 
 
+def test_the_best_windows_lie_side_by_side():
+    names = zipfile.ZipFile(io.BytesIO(layout.pack(sample_arrays(k=12)))).namelist()
+    chunks = [name for name in names if name.startswith("windows/c/")]
+    assert chunks == [f"windows/c/{rank}/0/0/0" for rank in range(12)]
+    assert names[names.index(chunks[0]) :] == chunks
+
+
 class Watched(io.BytesIO):
     """A file that remembers which of its bytes were read."""
 
@@ -284,6 +290,33 @@ def test_damage_names_shard_and_key_and_spares_the_rest(dataset, tmp_path):
         damaged.read(other)
 
 
+def spoil_size(members: dict[str, bytes]) -> None:
+    members["windows/c/1/0/0/0"] = members["baseline/c/0/0"]
+
+
+def spoil_chunks(members: dict[str, bytes]) -> None:
+    members["windows/zarr.json"] = members["windows/zarr.json"].replace(b'"blosc"', b'"gzip"')
+
+
+def spoil_absent(members: dict[str, bytes]) -> None:
+    del members["windows/c/1/0/0/0"]
+
+
+@pytest.mark.parametrize("spoil", [spoil_size, spoil_chunks, spoil_absent])
+def test_a_sample_at_odds_with_its_description_is_refused(spoil):
+    """Every member whole by its checksum, yet not what another says of it."""
+    with zipfile.ZipFile(io.BytesIO(layout.pack(sample_arrays()))) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    spoil(members)
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(SampleCorrupt, match=r"here: zarr\.zip: got unreadable bytes"):
+        layout.unpack(data, "here", ("windows",), [0, 1])
+    assert layout.unpack(data, "here", ("baseline",))["baseline"].shape == (7, 64)
+
+
 @pytest.mark.parametrize("spoil", ["shorter", "gone"])
 def test_a_shard_that_is_not_whole_is_refused_before_reading(dataset, tmp_path, spoil):
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
@@ -358,35 +391,3 @@ def test_parcel_means_are_means(brain, labels, seed):
         np.testing.assert_allclose(row, values[:, labels[brain] == label].mean(axis=1), atol=1e-5)
         voxels = np.argwhere(brain & (labels == label)).mean(axis=0)
         np.testing.assert_allclose(place, affine[:3, :3] @ voxels + affine[:3, 3], atol=1e-4)
-
-
-SUBJECTS = st.lists(st.text("abc0123", min_size=1, max_size=6), min_size=1, max_size=80, unique=True)
-SHARES = st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9)).map(
-    lambda parts: tuple(part / sum(parts) for part in parts)
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(subjects=SUBJECTS, shares=SHARES, seed=st.integers(0, 99), labels=st.integers(1, 3), order=st.randoms())
-def test_splits_are_by_subject_and_keep_their_shares(subjects, shares, seed, labels, order):
-    strata = {("c", subject): f"c/{number % labels}" for number, subject in enumerate(subjects)}
-    result = split_subjects(strata, shares, seed)
-    assert result.keys() == strata.keys()
-    for stratum in set(strata.values()):
-        members = [subject for subject in strata if strata[subject] == stratum]
-        counts = Counter(result[subject] for subject in members)
-        for split, share in zip(SPLITS, shares, strict=True):
-            assert abs(counts[split] - share * len(members)) < 1 + 1e-6
-    shuffled = list(strata.items())
-    order.shuffle(shuffled)
-    assert split_subjects(dict(shuffled), shares, seed) == result  # in any order
-    if shares[0] >= max(shares[1:]):
-        assert "train" in result.values()
-
-
-def test_the_default_split_is_70_10_20_and_depends_on_the_seed():
-    strata = {("c", str(number)): "c" for number in range(100)}
-    first, second = split_subjects(strata, seed=0), split_subjects(strata, seed=1)
-    assert Counter(first.values()) == {"train": 70, "val": 10, "test": 20} and first != second
-    for people in range(1, 12):
-        assert "train" in split_subjects(dict(list(strata.items())[:people])).values()
