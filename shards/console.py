@@ -85,6 +85,11 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+def _speed(rate: float, unit: str) -> str:
+    """A rate (per second) in words: per minute where it is slow."""
+    return f"{rate:.2f} {unit}/s" if rate >= 1 else f"{60 * rate:.1f} {unit}/min"
+
+
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on a terminal, plain lines elsewhere, both with a rate and time left.
@@ -112,7 +117,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], 
                 nonlocal done
                 done += count
                 rate = done / max(time.monotonic() - begun, 1e-9)
-                bar.update(task, advance=count, rate=f"{rate:.2f} {unit}/s", note=note)
+                bar.update(task, advance=count, rate=_speed(rate, unit), note=note)
 
             yield advance
         return
@@ -129,7 +134,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], 
             rate = done / max(now - begun, 1e-9)
             left = duration((total - done) / rate) if rate else "unknown"
             print(
-                f"{what}: {done}/{total} {unit}, {rate:.2f} {unit}/s, {left} left {note}".rstrip(),
+                f"{what}: {done}/{total} {unit}, {_speed(rate, unit)}, {left} left {note}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )

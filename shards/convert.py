@@ -1,78 +1,54 @@
 """Cohorts in, a dataset out: find, harmonise, rank, pack.
 
 Each step leaves its results under `DATASET/work/`, so a conversion that was stopped goes on where it was; a session
-whose source and configuration are unchanged is not read again. The ranker is handed in: this package does not know how
-windows are scored.
-
-Legend: T frames of the run, F frames of a window, W windows, K kept windows, P patches, V voxels, R parcels.
+whose source and configuration are unchanged is not read again, and a run that was refused is not tried again before it
+changes. One conversion at a time holds the folder.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
+import socket
+import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from shards import layout, quality, writer
-from shards.cohort import RunSource, find_runs, sidecar
+from shards import layout, writer
+from shards.cohort import Cohort, RunSource, find_cohort
 from shards.console import progress
 from shards.errors import ConfigError, DatasetError, RunRefused, Stopped
-from shards.harmonise import GridSettings, harmonise
-from shards.patches import gather, parcel_means
 from shards.reader import Dataset
+from shards.session import (
+    Parcels,
+    Ranker,
+    SessionSettings,
+    convert,
+    fingerprint,
+    harmonised_path,
+    is_harmonised,
+)
 from shards.settings import Settings, digest
-from shards.split import split_subjects
-
-
-class Ranker(Protocol):
-    """Scores the windows of a run; see `slim.saliency` for those there are."""
-
-    name: str
-
-    def identity(self) -> dict[str, Any]:
-        """What the scores depend on, for the manifest."""
-
-    def scores(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
-        """Saliency of each window in time order, float32 (W,)."""
-
-
-Parcels = Callable[[np.ndarray, float], np.ndarray]
-
-
-class WindowSettings(Settings):
-    frames: int = Field(5, ge=1, le=100, description="frames of a window")
-    keep: int = Field(32, ge=1, description="most salient windows kept")
-    minimum: int = Field(8, ge=2, description="a run with fewer windows is refused")
-
-
-class SplitSettings(Settings):
-    seed: int = 0
-    shares: tuple[float, float, float] = (0.7, 0.1, 0.2)
-    stratify: str | None = Field(None, description="a column of the participants table")
-
-    @model_validator(mode="after")
-    def _sum(self) -> SplitSettings:
-        if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
-            raise ValueError(f"shares of 0 or more that add up to 1, not to {sum(self.shares):g}")
-        return self
+from shards.split import Person, SplitSettings, assign, read_table, write_table
 
 
 class ExtractorSettings(Settings):
     """The temporal extractor that is trained on the way when none is given."""
 
-    sessions: int = Field(64, ge=1, description="training sessions it is trained on")
+    sessions: int = Field(24, ge=1, description="training sessions it is trained on")
     steps: int = Field(1200, ge=1, description="optimizer steps")
     seed: int = 0
 
@@ -81,11 +57,9 @@ class ShardSettings(Settings):
     mb: float = Field(1000, gt=0, description="a shard is closed at this size, in 10^6 bytes")
 
 
-class ConvertSettings(Settings):
+class ConvertSettings(SessionSettings):
     """Everything a conversion depends on beside its cohorts and its ranker."""
 
-    grid: GridSettings = GridSettings()
-    windows: WindowSettings = WindowSettings()
     split: SplitSettings = SplitSettings()
     extractor: ExtractorSettings = ExtractorSettings()
     shards: ShardSettings = ShardSettings()
@@ -107,11 +81,14 @@ class Conversion:
         `parcels(brain_XYZ, mm) -> labels_XYZ`, a module-level function (worker processes import it).
     workers : int
         Processes.
+    retry : bool
+        Try runs again that were refused and have not changed.
 
     Raises
     ------
     DatasetError
-        If `folder` holds a dataset of another configuration, or one of cohorts that are not named here.
+        If `folder` holds a dataset of another configuration, or one of cohorts that are not named here, or another
+        conversion holds it.
     """
 
     def __init__(
@@ -122,16 +99,20 @@ class Conversion:
         ranking: dict[str, Any],
         parcels: Parcels,
         workers: int,
+        retry: bool = False,
     ):
         self.cohorts, self.folder, self.settings = [Path(c) for c in cohorts], Path(folder), settings
-        self.parcels, self.workers = parcels, workers
+        self.parcels, self.workers, self.retry = parcels, workers, retry
         self.configuration = {"settings": settings.model_dump(mode="json"), "ranking": ranking}
         self.hash = digest(self.configuration)
         self.work = self.folder / layout.WORK
         self.previous: Dataset | None = None
         self.before: dict[str, dict[str, Any]] = {}  # its sessions by key
+        self.refused_before: dict[str, dict[str, Any]] = {}  # its refused runs by key
+        self.found: list[Cohort] = []
         self.runs: list[RunSource] = []
-        self.splits: dict[tuple[str, str], str] = {}
+        self.splits: dict[Person, str] = {}
+        self._lock: int | None = None
 
     def open(self) -> None:
         """Finish what a killed run left, and refuse to mix two configurations in one folder; begins nothing."""
@@ -141,23 +122,66 @@ class Conversion:
             raise DatasetError(self.folder, "--out", "a file", "a folder")
         if any(self.folder.iterdir()) and not self.work.exists() and not (self.folder / layout.MANIFEST).exists():
             raise DatasetError(self.folder, "--out", "a folder with other files", "a new folder or a dataset")
+        self._hold()
         writer.finish_commit(self.folder)
         if (self.folder / layout.MANIFEST).exists():
             self.previous = Dataset(self.folder)
             self.before = {line["key"]: line for line in self.previous.sessions}
             self._same_configuration(self.previous.manifest["configuration_hash"])
+        self.refused_before = {line["key"]: line for line in layout.read_lines(self.folder / layout.FAILED)}
         stamp = self.work / "configuration"
         if stamp.exists():
             self._same_configuration(stamp.read_text().strip())
 
     def begin(self) -> None:
-        """Make the folder and write down which configuration it is for; `open` and `find` come first."""
+        """Make the folder; write down which configuration it is for and who is in which split.
+
+        `open` and `find` come first.
+        """
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            for left_over in self.work.rglob(".*.tmp"):  # by a process that was killed while it wrote
+                left_over.unlink()
             if not (self.work / "configuration").exists():
                 layout.write_atomically(self.work / "configuration", self.hash)
+            if self.retry:
+                self.refused_before = {}
+                shutil.rmtree(self.work / "failed", ignore_errors=True)
+            if read_table(self.folder) != self.splits:
+                write_table(self.folder, self.splits)
         except OSError as error:
             raise DatasetError(self.folder, "--out", error.strerror, "a folder that can be written") from None
+
+    def _hold(self) -> None:
+        """Keep other conversions out of the folder until this process ends, however it ends."""
+        if self._lock is not None:
+            return
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.read(self._lock, 200).decode(errors="replace").strip() or "another process"
+            raise DatasetError(
+                self.folder,
+                "--out",
+                f"a folder in which {who} is converting",
+                "one conversion at a time",
+                "Wait for it, or give another --out",
+            ) from None
+        except OSError as error:  # some network file systems are mounted without locks
+            print(
+                f"{self.folder} cannot be locked ({error.strerror}): start no second conversion there", file=sys.stderr
+            )
+            return
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    def close(self) -> None:
+        """Let other conversions into the folder again."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _same_configuration(self, found: str) -> None:
         if found != self.hash:
@@ -170,16 +194,14 @@ class Conversion:
             )
 
     def find(self) -> list[RunSource]:
-        """List the runs of all cohorts and assign every subject to a split; reads no image."""
-        runs = [run for path in self.cohorts for run in find_runs(path)]
-        names = {run.cohort for run in runs}
-        seen: dict[str, str] = {}
-        for run in runs:
-            if run.key in seen:
-                raise ConfigError(run.bold, "key", f"{run.key} a second time ({seen[run.key]})", "one cohort per name")
-            seen[run.key] = run.source
+        """List the runs of all cohorts and assign everybody to a split; reads no image."""
+        self.found = [find_cohort(path) for path in self.cohorts]
+        names = [cohort.settings.name for cohort in self.found]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ConfigError(self.cohorts[number], "name", f"{name} a second time", "one cohort per name")
         if self.previous is not None:
-            lost = set(self.previous.manifest["cohorts"]) - names
+            lost = set(self.previous.manifest["cohorts"]) - set(names)
             if lost:
                 raise DatasetError(
                     self.folder,
@@ -188,41 +210,33 @@ class Conversion:
                     f"also {', '.join(sorted(lost))}, which the dataset holds",
                     "Name all cohort files, or another --out",
                 )
-        column = self.settings.split.stratify
-        strata = {}
-        for run in runs:
-            if column is not None and column not in run.labels:
-                raise ConfigError(
-                    run.source,
-                    "split.stratify",
-                    f"no label {column} for subject {run.subject}",
-                    "a column of the participants table",
-                )
-            label = "" if column is None else f"/{run.labels[column]}"
-            strata[run.cohort, run.subject] = run.cohort + label
-        self.splits = split_subjects(strata, self.settings.split.shares, self.settings.split.seed)
+        runs = _once_each([run for cohort in self.found for run in cohort.runs])
+        self.splits, torn = assign(runs, self.settings.split, read_table(self.folder))
+        runs = [replace(run, problem=run.problem or torn.get(run.person)) for run in runs]
         self.runs = sorted(runs, key=lambda run: run.key)
         return self.runs
 
     def extractor_runs(self) -> list[RunSource]:
-        """The training-split runs the extractor learns from: a choice that depends on seed and keys alone."""
+        """The training-split runs the extractor learns from: a choice that depends on seed and keys alone.
+
+        Runs that are known to be refused are passed over.
+        """
         chosen = self.settings.extractor
-        train = [run for run in self.runs if self.splits[run.cohort, run.subject] == "train"]
+        train = [run for run in self.runs if self.splits.get(run.person) == "train" and not self._refusal(run)]
         train.sort(key=lambda run: hashlib.sha256(f"{chosen.seed}/{run.key}".encode()).hexdigest())
         return sorted(train[: chosen.sessions], key=lambda run: run.key)
 
     def harmonise(self, runs: Iterable[RunSource]) -> None:
         """Harmonise runs and keep the results under `work/harmonised/` until they are ranked."""
-        todo = [run for run in runs if not self._done(run) and not _is_current(self._harmonised(run), run)]
+        todo = [run for run in runs if not self._settled(run) and not is_harmonised(self.folder, run)]
         self._map("harmonise", todo, None)
 
     def parcel_series(self, runs: Iterable[RunSource]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(roi_RT, centre_R3) of the harmonised runs among `runs`; refused runs are left out."""
         series = []
         for run in runs:
-            path = self._harmonised(run)
-            if path.exists():
-                with np.load(path) as arrays:
+            if is_harmonised(self.folder, run):
+                with np.load(harmonised_path(self.folder, run)) as arrays:
                     series.append((arrays["roi"], arrays["roi_centre"]))
             elif self._done(run):
                 arrays = self._done_arrays(run, ("roi", "roi_centre"))
@@ -231,18 +245,18 @@ class Conversion:
 
     def rank(self, ranker: Ranker, only_harmonised: bool = False) -> None:
         """Rank every run that is not done and write its members, harmonising it first where that was not done."""
-        todo = [run for run in self.runs if not self._done(run)]
+        todo = [run for run in self.runs if not self._settled(run)]
         if only_harmonised:
-            todo = [run for run in todo if self._harmonised(run).exists()]
+            todo = [run for run in todo if is_harmonised(self.folder, run)]
         self._map("rank", todo, ranker)
 
-    def pack(self, identity: dict[str, Any]) -> dict[str, Any]:
+    def pack(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Write the dataset from the finished sessions; does nothing if it is there already.
 
         Returns
         -------
-        dict
-            The manifest.
+        dict or None
+            The manifest; None if every run was refused: there is nothing to pack.
         """
         sessions, failed = [], []
         if self.previous is not None and self.previous.manifest["ranker"] != identity:
@@ -255,9 +269,8 @@ class Conversion:
             )
         for run in self.runs:
             meta_path, _ = writer.member_paths(self.folder, run.key)
-            refused = layout.read_lines(self._refusal(run))
-            if refused and refused[0]["fingerprint"] == fingerprint(run):
-                failed += refused
+            if refused := self._refusal(run):
+                failed.append(refused)
                 continue
             if not self._done(run):
                 raise DatasetError(
@@ -268,17 +281,14 @@ class Conversion:
                     "Run it without --only",
                 )
             meta = layout.read_lines(meta_path)[0] if meta_path.exists() else self.before[run.key]
-            sessions.append({**meta, "split": self.splits[run.cohort, run.subject]})
-        if not sessions:
-            first = failed[0]
-            raise DatasetError(
-                self.folder,
-                "",
-                f"no run that could be converted (the first: {first['reason']})",
-                "at least one",
-                "See failed runs above",
-            )
+            sessions.append({**meta, "split": self.splits[run.person]})
         failed.sort(key=lambda line: line["key"])
+        self.refused_before = {line["key"]: line for line in failed}
+        if not sessions:
+            if self.previous is not None:
+                hint = "The dataset is left as it was; see the cohort files"
+                raise DatasetError(self.folder, "", "no run that can be converted any more", "at least one", hint)
+            return None
         if self.previous is not None and not self._changed(sessions, failed):
             self._clean()
             return self.previous.manifest
@@ -304,7 +314,7 @@ class Conversion:
             "cohorts": sorted({run.cohort for run in self.runs}),
         }
         (self.folder / layout.REPORT / "index.html").unlink(missing_ok=True)  # it shows the dataset as it was
-        with progress("pack", len(sessions), "sessions") as advance:
+        with progress("pack", len(sessions), "sessions") as advance, self._room("the shards"):
             manifest = writer.pack(
                 self.folder, sessions, failed, manifest, int(settings.shards.mb * 1e6), self._members, advance
             )
@@ -317,9 +327,12 @@ class Conversion:
             shutil.rmtree(self.work / name, ignore_errors=True)
 
     def refused(self) -> list[dict[str, Any]]:
-        """Lines of the refused runs, before they are packed or after."""
-        waiting = [layout.read_lines(path)[0] for path in sorted((self.work / "failed").glob("*.json"))]
-        return waiting or layout.read_lines(self.folder / layout.FAILED)
+        """Lines of the refused runs."""
+        return [line for run in self.runs if (line := self._refusal(run))]
+
+    def write_refused(self) -> None:
+        """Write `failed.jsonl` where nothing else can be written."""
+        layout.write_atomically(self.folder / layout.FAILED, layout.dump_lines(self.refused()))
 
     def _changed(self, sessions: list[dict[str, Any]], failed: list[dict[str, Any]]) -> bool:
         def identity(lines: Iterable[dict[str, Any]]) -> list[tuple[str, str, str]]:
@@ -350,11 +363,19 @@ class Conversion:
         assert self.previous is not None
         return self.previous.read(self.before[run.key], names)
 
-    def _refusal(self, run: RunSource) -> Path:
+    def _refusal_path(self, run: RunSource) -> Path:
         return self.work / "failed" / f"{run.key}.json"
 
-    def _harmonised(self, run: RunSource) -> Path:
-        return self.work / "harmonised" / f"{run.key}.npz"
+    def _refusal(self, run: RunSource) -> dict[str, Any] | None:
+        """The line of a run that was refused, in this conversion or an earlier one, and has not changed since."""
+        lines = layout.read_lines(self._refusal_path(run))
+        lines += [self.refused_before[run.key]] if run.key in self.refused_before else []
+        current = bool(lines) and lines[0]["fingerprint"] == fingerprint(run) and not self._done(run)
+        return lines[0] if current else None
+
+    def _settled(self, run: RunSource) -> bool:
+        """Whether there is nothing left to do for a run."""
+        return self._done(run) or self._refusal(run) is not None
 
     def _done(self, run: RunSource) -> bool:
         """Whether a run's members are written, here or in the dataset, from the source as it is now."""
@@ -363,8 +384,20 @@ class Conversion:
         lines += [self.before[run.key]] if run.key in self.before else []
         return bool(lines) and lines[0]["fingerprint"] == fingerprint(run)
 
+    @contextmanager
+    def _room(self, what: str) -> Iterator[None]:
+        """A full disk, or an exhausted quota, stops the conversion; nothing that was finished is lost."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise Stopped(
+                f"no space left in {self.folder} for {what}; make room, then the same command goes on from there"
+            ) from None
+
     def _map(self, step: str, runs: list[RunSource], ranker: Ranker | None) -> None:
-        """Run `_convert` over runs in worker processes; a refused run is written down and the rest goes on."""
+        """Run `convert` over runs in worker processes; a refused run is written down and the rest goes on."""
         if not runs:
             return
         context = multiprocessing.get_context("spawn")
@@ -382,24 +415,16 @@ class Conversion:
                 while queue or pending:
                     while queue and len(pending) < 2 * self.workers:
                         run = queue.pop()
-                        pending[pool.submit(_convert, run, self.settings, self.folder, self.parcels, ranker)] = run
+                        pending[pool.submit(convert, run, self.settings, self.folder, self.parcels, ranker)] = run
                     finished, _ = wait(pending, return_when=FIRST_COMPLETED)
                     for future in finished:
                         run = pending.pop(future)
-                        try:
+                        with self._room(run.key):
                             refused = future.result()
-                        except OSError as error:
-                            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                                raise
-                            raise Stopped(
-                                f"no space left in {self.folder} for {run.key}; make room, then the same "
-                                "command goes on from there"
-                            ) from None
-                        note = self._refusal(run)
-                        if refused is None:
-                            note.unlink(missing_ok=True)
-                        else:
-                            layout.write_atomically(note, layout.dump(refused) + "\n")
+                            if refused is None:
+                                self._refusal_path(run).unlink(missing_ok=True)
+                            else:
+                                layout.write_atomically(self._refusal_path(run), layout.dump(refused) + "\n")
                         advance(1, run.key if refused is None else f"{run.key} refused: {refused['reason']}")
         except BrokenProcessPool:
             raise Stopped(
@@ -414,17 +439,19 @@ class Conversion:
                     os.environ[name] = value
 
 
-def fingerprint(run: RunSource) -> str:
-    """What a session's sample depends on beside the configuration: its files' sizes and times, labels, TR, space."""
-
-    def stamp(path: Path | None) -> list[Any] | None:
-        if path is None or not path.exists():
-            return None
-        stat = path.stat()
-        return [path.name, stat.st_size, stat.st_mtime_ns]
-
-    files = [stamp(path) for path in (run.bold, run.mask, run.confounds, sidecar(run.bold))]
-    return digest([run.key, run.source, files, run.tr, run.space, run.labels])[:16]
+def _once_each(runs: list[RunSource]) -> list[RunSource]:
+    """The runs, of which one whose file another run has already (a link perhaps) is refused."""
+    seen: dict[Path, RunSource] = {}
+    result = []
+    for run in runs:
+        first = seen.setdefault(run.bold.resolve(), run)
+        if first is not run and run.problem is None:
+            hint = "List every file once; cohorts of the same people share a name in `people`"
+            run = replace(
+                run, problem=RunRefused(run.source, "key", f"the file of {first.key} again", "a file of its own", hint)
+            )
+        result.append(run)
+    return result
 
 
 def _end_with_parent() -> None:
@@ -437,118 +464,3 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _is_current(path: Path, run: RunSource) -> bool:
-    if not path.exists():
-        return False
-    with np.load(path) as arrays:
-        return str(arrays["fingerprint"]) == fingerprint(run)
-
-
-def _convert(
-    run: RunSource, settings: ConvertSettings, folder: Path, parcels: Parcels, ranker: Ranker | None
-) -> dict[str, Any] | None:
-    """Harmonise one run and, with a ranker, write its members. Returns its line of `failed.jsonl` if it is refused."""
-    stamp = fingerprint(run)
-    path = folder / layout.WORK / "harmonised" / f"{run.key}.npz"
-    try:
-        if _is_current(path, run):
-            with np.load(path) as stored:
-                arrays = dict(stored)
-            meta = json.loads(str(arrays.pop("meta")))
-            arrays.pop("fingerprint")
-        else:
-            arrays, meta = _harmonised_arrays(run, settings, parcels)
-        if ranker is None:
-            everything: dict[str, Any] = {**arrays, "meta": layout.dump(meta), "fingerprint": stamp}
-            layout.write_atomically(path, lambda file: np.savez(file, **everything))
-            return None
-        data = layout.pack(_ranked(run, arrays, settings, ranker))
-        meta |= {"fingerprint": stamp, "zarr_size": len(data), "n_kept": min(settings.windows.keep, meta["n_windows"])}
-        meta_path, data_path = writer.member_paths(folder, run.key)
-        layout.write_atomically(data_path, data)
-        layout.write_atomically(meta_path, layout.dump(meta) + "\n")
-        path.unlink(missing_ok=True)
-    except RunRefused as refused:
-        return {
-            "key": run.key,
-            "cohort": run.cohort,
-            "source": run.source,
-            "reason": refused.line(),
-            "hint": refused.hint,
-            "fingerprint": stamp,
-        }
-    return None
-
-
-def _harmonised_arrays(
-    run: RunSource, settings: ConvertSettings, parcels: Parcels
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All windows of a run in time order and what is known about it."""
-    grid, frames = settings.grid.grid(), settings.windows.frames
-    result = harmonise(run, settings.grid)
-    n_frames, n_patches, n_voxels = result.fluctuation_TPV.shape
-    n_windows = n_frames // frames
-    if n_windows < settings.windows.minimum:
-        raise RunRefused(
-            run.source,
-            "frames",
-            f"{n_windows} windows of {frames} frames at TR {result.tr:g} s",
-            f"at least {settings.windows.minimum}",
-            "The run is too short; leave it out",
-        )
-    labels_XYZ = parcels(result.brain_XYZ, grid.mm)
-    roi_RT, centre_R3, number_R = parcel_means(result.raw_TN, labels_XYZ, result.brain_XYZ, grid.affine)
-    arrays = {
-        "baseline": result.baseline_PV,
-        "spread": result.spread_PV,
-        "patch": result.patch_P3,
-        "brain": gather(result.brain_XYZ.astype(np.uint8), result.patch_P3, grid.patch),
-        "carpet": quality.carpet(result.raw_TN, result.brain_XYZ),
-        "roi": roi_RT,
-        "roi_centre": centre_R3,
-        "roi_number": number_R,
-        "windows": result.fluctuation_TPV[: n_windows * frames].reshape(n_windows, frames, n_patches, n_voxels),
-    }
-    meta = {
-        "key": run.key,
-        "cohort": run.cohort,
-        "subject": run.subject,
-        "session": run.session,
-        "run": run.run,
-        "task": run.task,
-        "source": run.source,
-        "labels": run.labels,
-        "frames": n_frames,
-        "tr": result.tr,
-        "source_tr": result.source_tr,
-        "n_windows": n_windows,
-        "n_patches": n_patches,
-        **result.facts,
-    }
-    return arrays, meta
-
-
-def _ranked(
-    run: RunSource, arrays: dict[str, np.ndarray], settings: ConvertSettings, ranker: Ranker
-) -> dict[str, np.ndarray]:
-    """The arrays of a sample: the K most salient windows in rank order; of equal scores the earlier comes first."""
-    frames = settings.windows.frames
-    windows = arrays["windows"]
-    try:
-        scores_W = np.asarray(ranker.scores(arrays["roi"], arrays["roi_centre"], frames), np.float32)
-    except RunRefused as refused:  # the ranker does not know which run it scores
-        raise RunRefused(run.source, refused.field, refused.got, refused.expected, refused.hint) from None
-    if scores_W.shape != (len(windows),) or not np.isfinite(scores_W).all():
-        raise RunRefused(
-            run.source, "saliency", f"scores that are not {len(windows)} finite numbers", "a score per window"
-        )
-    rank_K = np.lexsort((np.arange(len(scores_W)), -scores_W))[: settings.windows.keep]
-    return {
-        **{name: values for name, values in arrays.items() if name != "windows"},
-        **layout.encode_windows(windows[rank_K], arrays["spread"]),
-        "start": (rank_K * frames).astype(np.int32),
-        "saliency": scores_W[rank_K],
-        "scores": scores_W,
-    }

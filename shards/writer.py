@@ -94,8 +94,8 @@ def pack(
         "subjects": subjects,
         "failed": len(failed),
     }
-    layout.write_atomically(following / layout.SESSIONS, "".join(layout.dump(line) + "\n" for line in lines))
-    layout.write_atomically(following / layout.FAILED, "".join(layout.dump(line) + "\n" for line in failed))
+    layout.write_atomically(following / layout.SESSIONS, layout.dump_lines(lines))
+    layout.write_atomically(following / layout.FAILED, layout.dump_lines(failed))
     layout.write_atomically(following / layout.MANIFEST, layout.dump(manifest) + "\n")
     layout.write_atomically(folder / layout.WORK / _MARKER, "")
     finish_commit(folder)

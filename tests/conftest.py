@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from runs import FRAMES, brain, oblique, save, signal
+
+from shards import layout
 
 ROOT = Path(__file__).parent.parent
 Command = Callable[..., subprocess.CompletedProcess]
@@ -50,3 +56,52 @@ def dataset(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture
+def make_shards(monkeypatch):
+    """The command in this process: its exit status."""
+    spec = importlib.util.spec_from_file_location("make_shards", ROOT / "tools" / "make_shards.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def write_page(out: Path) -> Path:
+        """In place of the page, which has its own tests and takes longer than the rest."""
+        path = out / layout.REPORT / "index.html"
+        layout.write_atomically(path, "page")
+        return path
+
+    monkeypatch.setattr(tool.page, "write", write_page)
+
+    def call(*words: object) -> int:
+        workers = [] if "--workers" in words else ["--workers", 1]
+        monkeypatch.setattr(sys, "argv", ["make_shards.py", *map(str, words), *map(str, workers), *GRID])
+        with pytest.raises(SystemExit) as ended:
+            tool.run(tool.main)
+        return ended.value.code
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def opened(cohort, dataset, tmp_path_factory) -> Iterator[tuple[Path, Path]]:
+    out = tmp_path_factory.mktemp("opened") / "out"
+    shutil.copytree(dataset, out)
+    yield cohort / "cohort.yaml", out
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> tuple[Path, Path, np.ndarray]:
+    """A run at 5 mm (RAS), its mask and its affine."""
+    folder = tmp_path_factory.mktemp("plain")
+    shape = (28, 32, 26)
+    affine = oblique((5, 5, 5), 0, (-1, -17, 5), shape)
+    mask, _ = brain(affine, shape)
+    data = signal(affine, shape, np.arange(FRAMES) * 0.72)
+    rng = np.random.default_rng(0)
+    data += rng.standard_normal(data.shape)
+    return (
+        save(folder / "bold.nii.gz", data.astype(np.float32), affine),
+        save(folder / "mask.nii.gz", mask.astype(np.uint8), affine),
+        affine,
+    )

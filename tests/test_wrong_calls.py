@@ -178,7 +178,8 @@ def test_a_run_that_is_no_nifti_is_named_and_the_others_are_converted(command, t
         1,
         *GRID,
     )
-    assert done.returncode == 2 and "no run that could be converted" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "no dataset was written" in done.stdout.splitlines()[-1]
+    assert len((tmp_path / "none/failed.jsonl").read_text().splitlines()) == 2
     assert not Path(tmp_path / "none/manifest.json").exists()
 
 

@@ -2,18 +2,20 @@
 
     python tools/make_shards.py COHORT.yaml [COHORT.yaml ...] --out DATASET [--workers N] [key=value ...]
 
-A second call with the same arguments goes on where the first was stopped and reads no unchanged run again; refused
-runs are tried again.
+A second call with the same arguments goes on where the first was stopped, reads no unchanged run again, and tries none
+again that was refused (unless with --retry-refused). `--dry-run` tells what is there and what will be refused.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from shards import layout, page
+from shards import layout, page, survey
 from shards.console import DONE, REFUSED, Parser, progress, run, summary
 from shards.convert import Conversion, ConvertSettings
 from shards.errors import ConfigError
@@ -32,7 +34,8 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(STEPS), metavar="STEPS", help=f"some of {','.join(STEPS)}")
     parser.add_argument("--ranker", default="mutual", metavar="NAME", help="how windows are scored (default: mutual)")
     parser.add_argument("--extractor", type=Path, metavar="PATH", help="a trained temporal extractor")
-    parser.add_argument("--dry-run", action="store_true", help="list what was found and stop")
+    parser.add_argument("--retry-refused", action="store_true", help="try runs again that were refused before")
+    parser.add_argument("--dry-run", action="store_true", help="tell what was found and what will be refused, and stop")
     args = parser.parse_args()
 
     cohorts = [Path(a) for a in args.arguments if "=" not in a or Path(a).exists()]
@@ -48,47 +51,49 @@ def main() -> int:
         raise ConfigError("command line", "--workers", args.workers, "1 or more")
 
     torch.set_num_threads(1)  # the extractor comes out the same on any machine's number of cores
-    trained_here = args.out / layout.EXTRACTOR
     ranking = {"name": args.ranker, "extractor": None}
-    learned = args.ranker == "mutual"
     given = Extractor.load(args.extractor) if args.extractor else None
-    if learned:
+    if args.ranker == "mutual":
         ranking["extractor"] = given.checksum if given else "trained on this dataset"
     elif given:
         raise ConfigError("command line", "--extractor", f"one with --ranker {args.ranker}", "--ranker mutual")
     else:
         make_ranker(args.ranker)  # an unknown name is told before anything is read
-    conversion = Conversion(cohorts, args.out, settings, ranking, parcels_from_mask, args.workers)
+    conversion = Conversion(cohorts, args.out, settings, ranking, parcels_from_mask, args.workers, args.retry_refused)
     if args.dry_run:
-        found = conversion.find()
-        for item in found:
-            mask = item.mask.name if item.mask else "computed"
-            print(f"{conversion.splits[item.cohort, item.subject]:<5} {item.key}  {item.source}  mask: {mask}")
-        summary({"runs": len(found), "subjects": len(conversion.splits)}, "run it without --dry-run", args.json)
-        return DONE
+        return dry_run(conversion, args.json)
+    with closing(conversion):
+        return make(conversion, steps, given, args.json)
 
+
+def make(conversion: Conversion, steps: list[str], given: Extractor | None, as_json: bool) -> int:
+    """Take the steps of a conversion and tell what came of them."""
     conversion.open()
     conversion.find()
     conversion.begin()
     if "harmonise" in steps and "rank" not in steps:
         conversion.harmonise(conversion.runs)
     if "rank" in steps or "pack" in steps:
-        if learned:
-            prepare_extractor(conversion, given, may_train="rank" in steps)
-        ranker = make_ranker(args.ranker, trained_here if learned else None)
+        name = conversion.configuration["ranking"]["name"]
+        learned = name == "mutual"
+        if learned and not prepare_extractor(conversion, given, may_train="rank" in steps):
+            return all_refused(conversion, as_json)
+        ranker = make_ranker(name, conversion.folder / layout.EXTRACTOR if learned else None)
     if "rank" in steps:
         conversion.rank(ranker, only_harmonised="harmonise" not in steps)
     refused = conversion.refused()
     if "pack" not in steps:
-        summary({"runs": len(conversion.runs), "refused": len(refused)}, "go on with --only rank or pack", args.json)
+        summary({"runs": len(conversion.runs), "refused": len(refused)}, "go on with --only rank or pack", as_json)
         return REFUSED if refused else DONE
     manifest = conversion.pack(ranker.identity())
-    report = args.out / layout.REPORT / "index.html"
+    if manifest is None:
+        return all_refused(conversion, as_json)
+    report = conversion.folder / layout.REPORT / "index.html"
     if conversion.previous is None or manifest is not conversion.previous.manifest or not report.is_file():
-        report = page.write(args.out)
-    refused = conversion.refused()
+        report = page.write(conversion.folder)
+    tell_losses(conversion, refused)
     facts = {
-        "dataset": str(args.out),
+        "dataset": str(conversion.folder),
         "sessions": sum(manifest["sessions"].values()),
         **manifest["sessions"],
         "refused": len(refused),
@@ -96,37 +101,91 @@ def main() -> int:
         "bytes": sum(shard["bytes"] for shard in manifest["shards"]),
         "report": str(report),
     }
-    tell([f"refused: {line['reason']}" for line in refused], layout.FAILED)
-    lines = layout.read_lines(args.out / layout.SESSIONS)
-    kept = {line["key"] for line in lines} | {line["key"] for line in refused}
-    tell([f"left out: {key} is no longer found" for key in conversion.before if key not in kept], "no file")
-    tell(
-        [
-            f"native space: {line['key']} moved by {line['centred_by_mm']} mm to the middle of the grid; not registered"
-            for line in lines
-            if "centred_by_mm" in line
-        ],
-        layout.SESSIONS,
-    )
-    summary(facts, f"look at {facts['report']}, then python tools/pretrain.py CONFIG.yaml data={args.out}", args.json)
+    next_step = f"look at {report}, then python tools/pretrain.py CONFIG.yaml data={conversion.folder}"
+    summary(facts, next_step, as_json)
     return REFUSED if refused else DONE
 
 
-def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train: bool) -> None:
-    """Put the temporal extractor of a dataset in its place: the given one, or one trained on its training runs."""
+def tell_losses(conversion: Conversion, refused: list[dict[str, Any]]) -> None:
+    """What was refused, left out, passed over, or taken on an assumption."""
+    tell([f"refused: {line['reason']}" for line in refused], layout.FAILED)
+    lines = layout.read_lines(conversion.folder / layout.SESSIONS)
+    kept = {line["key"] for line in lines} | {line["key"] for line in refused}
+    tell([f"left out: {key} is no longer found" for key in conversion.before if key not in kept], "no file")
+    tell_passed_over(conversion)
+    moved = "moved by {centred_by_mm} mm to the middle of the grid; not registered"
+    assumed = "orientation {orientation_assumed} assumed, its header has none: check left and right"
+    for field, what in (
+        ("centred_by_mm", f"native space: {{key}} {moved}"),
+        ("orientation_assumed", f"{{key}}: {assumed}"),
+    ):
+        tell([what.format(**line) for line in lines if field in line], layout.SESSIONS)
+
+
+def dry_run(conversion: Conversion, as_json: bool) -> int:
+    """Tell what a conversion would find and refuse; writes nothing."""
+    conversion.find()
+    found, refused = survey.look(conversion)
+    for source, facts in found:
+        print(survey.line(source, facts, conversion.splits[source.person]))
+    for problem in refused:
+        print(f"will be refused: {problem.line()}")
+    cohorts = survey.cohorts(conversion, found)
+    for name, facts in cohorts.items():
+        print("\n".join(survey.words(name, facts)))
+    tell_passed_over(conversion)
+    counts = {
+        "runs": len(conversion.runs),
+        "subjects": len({source.person for source in conversion.runs}),
+        "will_be_refused": len(refused),
+    }
+    more = {"cohorts": cohorts, "reasons": [problem.line() for problem in refused]}
+    summary(counts | more, "run it without --dry-run", as_json)
+    return REFUSED if refused else DONE
+
+
+def tell_passed_over(conversion: Conversion) -> None:
+    """Name files that the globs of a pattern reach but its fields do not match: perhaps runs that were meant."""
+    for cohort in conversion.found:
+        lines = [f"passed over: {path}, which a field of the pattern does not match" for path in cohort.passed_over]
+        tell(lines, f"{cohort.settings.name}'s pattern")
+
+
+def all_refused(conversion: Conversion, as_json: bool) -> int:
+    """The end of a conversion in which no run is left."""
+    refused = conversion.refused()
+    conversion.write_refused()
+    tell_passed_over(conversion)
+    tell([f"refused: {line['reason']}" for line in refused], layout.FAILED)
+    path = conversion.folder / layout.FAILED
+    summary({"sessions": 0, "refused": len(refused)}, f"see {path}: no dataset was written", as_json)
+    return REFUSED
+
+
+def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train: bool) -> bool:
+    """Put the temporal extractor of a dataset in its place: the given one, or one trained on its training runs.
+
+    False if there is none because every run was refused.
+    """
     folder = conversion.folder / layout.EXTRACTOR
     if (folder / CONFIG_FILE).is_file():  # written last
-        return
+        return True
     if given is not None:
         given.save(folder)
-        return
+        return True
     if not may_train:
         hint = "Run it without --only, or with --only rank first"
         raise ConfigError("command line", "--only", "pack before rank", "rank before pack", hint)
     sample = conversion.extractor_runs()
     conversion.harmonise(sample)
+    while (again := conversion.extractor_runs()) != sample:  # some were refused, others take their place
+        sample = again
+        conversion.harmonise(sample)
     series = conversion.parcel_series(sample)
     if not series:
+        conversion.harmonise(conversion.runs)
+        if len(conversion.refused()) == len(conversion.runs):
+            return False
         reason = conversion.refused()[0]["reason"]
         raise ConfigError(
             conversion.cohorts[0],
@@ -138,6 +197,7 @@ def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train
     chosen, frames = conversion.settings.extractor, conversion.settings.windows.frames
     with progress("train the temporal extractor", chosen.steps, "steps") as advance:
         train_extractor(series, frames, chosen.steps, chosen.seed, advance).save(folder)
+    return True
 
 
 def tell(lines: list[str], file: str) -> None:

@@ -1,0 +1,248 @@
+"""One run into one session: harmonised, ranked, and written as the two members of its sample.
+
+The ranker is handed in: this package does not know how windows are scored.
+
+Legend: T frames of the run, F frames of a window, W windows, K kept windows, N brain voxels, P patches, V voxels,
+R parcels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import Field
+
+from shards import layout, quality, writer
+from shards.bold import Bold, MaskSettings, open_bold, sidecar
+from shards.cohort import RunSource
+from shards.confounds import CleanSettings
+from shards.errors import RunRefused
+from shards.harmonise import GridSettings, Harmonised, frames_at, harmonise, place
+from shards.patches import gather, parcel_means
+from shards.settings import Settings, digest
+
+
+class Ranker(Protocol):
+    """Scores the windows of a run; see `slim.saliency` for those there are."""
+
+    name: str
+
+    def identity(self) -> dict[str, Any]:
+        """What the scores depend on, for the manifest."""
+
+    def scores(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
+        """Saliency of each window in time order, float32 (W,)."""
+
+
+Parcels = Callable[[np.ndarray, float], np.ndarray]
+
+
+class WindowSettings(Settings):
+    frames: int = Field(5, ge=1, le=100, description="frames of a window")
+    keep: int = Field(32, ge=1, description="most salient windows kept")
+    minimum: int = Field(8, ge=2, description="a run with fewer windows is refused")
+
+
+class SessionSettings(Settings):
+    """What a session's sample depends on beside its run and the ranker."""
+
+    grid: GridSettings = GridSettings()
+    mask: MaskSettings = MaskSettings()
+    clean: CleanSettings = CleanSettings()
+    windows: WindowSettings = WindowSettings()
+
+
+def fingerprint(run: RunSource) -> str:
+    """What a session's sample depends on beside the configuration: its files' sizes and times, labels, TR, space."""
+
+    def stamp(path: Path | None) -> list[Any] | None:
+        if path is None or not path.exists():
+            return None
+        stat = path.stat()
+        return [path.name, stat.st_size, stat.st_mtime_ns]
+
+    files = [stamp(path) for path in (run.bold, run.mask, run.confounds, sidecar(run.bold))]
+    stated = [run.tr, run.space, run.orientation, run.dummy, run.people, run.labels]
+    return digest([run.key, run.source, files, stated, run.problem and run.problem.line()])[:16]
+
+
+def harmonised_path(folder: Path, run: RunSource) -> Path:
+    """Where a harmonised run waits to be ranked."""
+    return folder / layout.WORK / "harmonised" / f"{run.key}.npz"
+
+
+def is_harmonised(folder: Path, run: RunSource) -> bool:
+    """Whether a run waits to be ranked, harmonised from its source as it is now."""
+    path = harmonised_path(folder, run)
+    if not path.exists():
+        return False
+    with np.load(path) as arrays:
+        return str(arrays["fingerprint"]) == fingerprint(run)
+
+
+def survey(run: RunSource, settings: SessionSettings) -> dict[str, Any]:
+    """What is known of a run before its frames are read: frames, TR, voxel size (mm), shape, mask.
+
+    Raises
+    ------
+    RunRefused
+        If it is certain by now that the run will be refused.
+    """
+    bold = _open(run, settings)
+    facts = {"frames": bold.frames, "tr": bold.tr, "shape": list(bold.shape), "voxel_mm": list(bold.voxel_mm)}
+    if run.mask is not None:  # else it is computed from the frames
+        facts |= place(run, settings.grid, settings.mask, settings.clean).facts
+    return facts
+
+
+def convert(
+    run: RunSource, settings: SessionSettings, folder: Path, parcels: Parcels, ranker: Ranker | None
+) -> dict[str, Any] | None:
+    """Harmonise one run and, with a ranker, write its members.
+
+    Returns
+    -------
+    dict or None
+        Its line of `failed.jsonl` if it is refused.
+    """
+    stamp = fingerprint(run)
+    path = harmonised_path(folder, run)
+    try:
+        if is_harmonised(folder, run):
+            session = _load(path)
+        else:
+            session = _harmonise(run, settings, parcels)
+            if ranker is None:
+                session.save(path, stamp)
+        if ranker is None:
+            return None
+        data = layout.pack(_ranked(run, session, settings, ranker))
+        kept = min(settings.windows.keep, session.meta["n_windows"])
+        meta = session.meta | {"fingerprint": stamp, "zarr_size": len(data), "n_kept": kept}
+        meta_path, data_path = writer.member_paths(folder, run.key)
+        layout.write_atomically(data_path, data)
+        layout.write_atomically(meta_path, layout.dump(meta) + "\n")
+        path.unlink(missing_ok=True)
+    except RunRefused as refused:
+        return {
+            "key": run.key,
+            "cohort": run.cohort,
+            "source": run.source,
+            "reason": refused.line(),
+            "hint": refused.hint,
+            "fingerprint": stamp,
+        }
+    return None
+
+
+@dataclass
+class _Session:
+    """A harmonised run, its parcels, and what is known about it."""
+
+    result: Harmonised
+    roi_RT: np.ndarray
+    centre_R3: np.ndarray
+    number_R: np.ndarray
+    meta: dict[str, Any]
+
+    def save(self, path: Path, stamp: str) -> None:
+        """Keep it until it is ranked; brain voxels only, uncompressed."""
+        arrays: dict[str, Any] = {
+            "fingerprint": stamp,
+            "meta": layout.dump(self.meta),
+            "roi": self.roi_RT,
+            "roi_centre": self.centre_R3,
+            "roi_number": self.number_R,
+            "brain": self.result.brain_XYZ,
+            "edge": self.result.edge,
+            "raw": self.result.raw_TN,
+        }
+        with layout.atomically(path) as file:
+            np.savez(file, **arrays)
+
+
+def _load(path: Path) -> _Session:
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    meta = json.loads(str(arrays["meta"]))
+    result = Harmonised(arrays["raw"], arrays["brain"], int(arrays["edge"]), meta["tr"], meta["source_tr"], {})
+    return _Session(result, arrays["roi"], arrays["roi_centre"], arrays["roi_number"], meta)
+
+
+def _open(run: RunSource, settings: SessionSettings) -> Bold:
+    """A run's header, checked; too short a run is refused before anything of it is read."""
+    bold = open_bold(run)
+    frames = bold.frames - (run.dummy if isinstance(run.dummy, int) else 0)
+    resampled = frames_at(settings.grid, bold.tr, frames)
+    _check_length(run, resampled, bold.tr if resampled == frames else settings.grid.tr, settings)
+    return bold
+
+
+def _check_length(run: RunSource, frames: int, tr: float, settings: SessionSettings) -> None:
+    windows = settings.windows
+    if frames // windows.frames < windows.minimum:
+        got = f"{frames // windows.frames} windows of {windows.frames} frames at TR {tr:g} s"
+        hint = "The run is too short; leave it out"
+        raise RunRefused(run.source, "frames", got, f"at least {windows.minimum}", hint)
+
+
+def _harmonise(run: RunSource, settings: SessionSettings, parcels: Parcels) -> _Session:
+    grid = settings.grid.grid()
+    _open(run, settings)
+    result = harmonise(run, settings.grid, settings.mask, settings.clean)
+    frames = len(result.raw_TN)  # fewer where dummy volumes were found
+    _check_length(run, frames, result.tr, settings)
+    labels_XYZ = parcels(result.brain_XYZ, grid.mm)
+    roi_RT, centre_R3, number_R = parcel_means(result.raw_TN, labels_XYZ, result.brain_XYZ, grid.affine)
+    meta = {
+        "key": run.key,
+        "cohort": run.cohort,
+        "people": run.person[0],
+        "subject": run.subject,
+        "session": run.session,
+        "run": run.run,
+        "variant": run.variant,
+        "task": run.task,
+        "source": run.source,
+        "labels": run.labels,
+        "frames": frames,
+        "tr": result.tr,
+        "source_tr": result.source_tr,
+        "n_windows": frames // settings.windows.frames,
+        "n_patches": len(result.patch_P3),
+        **result.facts,
+    }
+    return _Session(result, roi_RT, centre_R3, number_R, meta)
+
+
+def _ranked(run: RunSource, session: _Session, settings: SessionSettings, ranker: Ranker) -> dict[str, np.ndarray]:
+    """The arrays of a sample: the K most salient windows in rank order; of equal scores the earlier comes first."""
+    frames, result, n_windows = settings.windows.frames, session.result, session.meta["n_windows"]
+    try:
+        scores_W = np.asarray(ranker.scores(session.roi_RT, session.centre_R3, frames), np.float32)
+    except RunRefused as refused:  # the ranker does not know which run it scores
+        raise RunRefused(run.source, refused.field, refused.got, refused.expected, refused.hint) from None
+    if scores_W.shape != (n_windows,) or not np.isfinite(scores_W).all():
+        got = f"scores that are not {n_windows} finite numbers"
+        raise RunRefused(run.source, "saliency", got, "a score per window")
+    rank_K = np.lexsort((np.arange(n_windows), -scores_W))[: settings.windows.keep]
+    start_K = rank_K * frames
+    return {
+        "baseline": result.baseline_PV,
+        "spread": (spread_PV := result.spread_PV),
+        "patch": result.patch_P3,
+        "brain": gather(result.brain_XYZ.astype(np.uint8), result.patch_P3, result.edge),
+        "roi": session.roi_RT,
+        "roi_centre": session.centre_R3,
+        "roi_number": session.number_R,
+        "carpet": quality.carpet(result.raw_TN, result.brain_XYZ),
+        **layout.encode_windows(result.windows(start_K, frames), spread_PV),
+        "start": start_K.astype(np.int32),
+        "saliency": scores_W[rank_K],
+        "scores": scores_W,
+    }
