@@ -13,6 +13,7 @@ from html import escape
 
 import matplotlib.style
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Okabe & Ito's colours, told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -55,6 +56,7 @@ p { margin: 6px 0 10px; max-width: 80ch; }
 .lead { font-size: 18px; color: #52606d; margin-bottom: 18px; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 10px 24px; }
 dt { color: #616e7c; font-size: 13px; } dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
+dl.small { gap: 4px 24px; margin: 6px 0; } dl.small dd { font-size: 14px; font-weight: 400; line-height: 1.35; }
 ul.notes { list-style: none; padding: 0; margin: 12px 0; }
 li { padding: 8px 12px; margin: 6px 0; border-left: 5px solid; border-radius: 3px; overflow-wrap: anywhere; }
 li.good { background: #e9f6f1; border-color: #009e73; }
@@ -100,6 +102,11 @@ def section(title: str, *parts: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>" if any(parts) else ""
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it is not one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def heading(title: str) -> str:
     """A heading inside a section."""
     return f"<h3>{escape(title)}</h3>"
@@ -116,12 +123,13 @@ def notes(lines: Iterable[tuple[str, str]]) -> str:
     return f'<ul class="notes">\n{items}\n</ul>' if items else ""
 
 
-def facts(pairs: Mapping[str, object]) -> str:
-    """Names and values, in columns as wide as the window allows."""
+def facts(pairs: Mapping[str, object], small: bool = False) -> str:
+    """Names and values, in columns as wide as the window allows; `small` beside a picture, not at the page's head."""
     items = "\n".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in pairs.items()
     )
-    return f"<dl>\n{items}\n</dl>"
+    kind = ' class="small"' if small else ""
+    return f"<dl{kind}>\n{items}\n</dl>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: bool = False) -> str:
@@ -143,9 +151,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: bool =
 
 def picture(figure: Figure, alt: str, caption: str = "") -> str:
     """A figure as a PNG inside the page. `alt` tells what can be seen; the caption says how to read it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})  # no version: equal bytes
-    data = base64.b64encode(buffer.getvalue()).decode()
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=_DPI)
+    # 256 colours look the same in a third of the bytes; this method keeps the rare ones too
+    image = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2)
+    image.save(small, "PNG", optimize=True)
+    data = base64.b64encode(small.getvalue()).decode()
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     width = round(figure.get_size_inches()[0] * 96)
     source = f"data:image/png;base64,{data}"

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
-from shards import html, layout, page, picture, writer
+from shards import distribution, html, layout, page, writer
 from shards.grid import Grid
 from shards.patches import gather, patch_places
 from shards.split import SPLITS
@@ -134,6 +136,7 @@ def make_dataset(folder: Path, sessions: list[dict], failed: list[dict]) -> Path
             "roi": 1000 + rng.standard_normal((30, 62)),
             "roi_number": np.arange(30),
             "roi_centre": np.zeros((30, 3)),
+            "carpet": rng.integers(-60, 60, (40, 62)),
         }
     )
     manifest = {
@@ -166,7 +169,22 @@ def dataset(tmp_path_factory) -> Path:
         for n in range(10)
     ]
     sessions[4] |= {"tsnr": 11.0, "mean_fd_mm": None}
-    sessions += [session("two_sub-x", "two", NASTY, "train", space="native", centred_by_mm=[3.0, -4.0, 12.0])]
+    sessions[5] |= {"source_tr": 0.8}
+    sessions += [
+        session(
+            "two_sub-x",
+            "two",
+            NASTY,
+            "train",
+            source_tr=2.0,
+            space="native",
+            centred_by_mm=[3.0, -4.0, 12.0],
+            orientation_assumed="LAS",
+            dropped_frames=4,
+            mask_source="computed",
+            cleaned=f"6 motion parameters {NASTY}",
+        )
+    ]
     failed = [
         {
             "key": f"two_{NASTY}",
@@ -190,7 +208,7 @@ def content(dataset) -> str:
 def test_is_self_contained_and_has_a_picture_of_each_example(content):
     reader = check_self_contained(content)
     assert len(reader.pictures()) == 1 + page._EXAMPLES
-    assert len(content) < 3e6
+    assert len(content) < 1e6
 
 
 def test_says_what_the_manifest_says(content, dataset):
@@ -202,9 +220,10 @@ def test_says_what_the_manifest_says(content, dataset):
     assert "11 sessions of 11 subjects from 2 cohorts" in text
     assert "16 × 16 × 16 voxels of 12 mm, RAS+" in text
     assert "variance" in text and manifest["configuration_hash"][:12] in text
-    # cohort, train, val, test, all, refused
-    assert "two 1 (1) 0 (0) 0 (0) 1 (1) 1" in text
-    assert f"all {' '.join(counts.values())} 11 (11) 1" in text
+    # cohort, train, val, test, all, refused, TR
+    assert "one 6 (6) 2 (2) 2 (2) 10 (10) 0 0.72 (9), 0.8 (1)" in text
+    assert "two 1 (1) 0 (0) 0 (0) 1 (1) 1 2" in text
+    assert f"all {' '.join(counts.values())} 11 (11) 1 0.72 (9), 0.8 (1), 2 (1)" in text
 
 
 def test_names_refused_runs_and_escapes_them(content):
@@ -226,6 +245,47 @@ def test_says_how_far_native_sessions_were_moved(content):
     assert "moved by (+3, -4, +12) mm to the grid's middle; nothing was registered" in text
 
 
+def test_says_what_was_done_to_a_run_and_what_was_taken_for_granted(content):
+    """In the notes, in the cohort's table and beside the picture, and only for the session that it is true of."""
+    text = Reader(content).text
+    assert "Look: 1 session whose header does not tell the orientation; LAS was assumed" in text
+    for words in (
+        "two 4 leading frames dropped 1",
+        "two brain mask computed from the run 1",
+        f"two cleaned: 6 motion parameters {NASTY} 1",
+        "two orientation LAS assumed 1",
+        "Orientation LAS assumed; left and right cannot be verified",
+        "Leading frames dropped 4",
+        "Brain mask computed from the run",
+        f"Cleaned 6 motion parameters {NASTY}",
+    ):
+        assert text.count(words) == 1, words
+
+
+def test_another_tr_inside_a_cohort_is_pointed_out():
+    """Not that of a whole cohort, however small; and it ranks behind sessions of bad quality."""
+    sessions = [session(f"one_{n}", "one", str(n), "train", source_tr=2.0) for n in range(20)]
+    sessions += [session(f"two_{n}", "two", str(n), "train", source_tr=0.8) for n in range(3)]
+    assert distribution.find_outlying(sessions) == {}
+    sessions[3]["source_tr"] = 2.5
+    sessions[9]["tsnr"] = 20.0
+    outlying = distribution.find_outlying(sessions)
+    assert [*outlying] == ["one_9", "one_3"]
+    assert outlying["one_3"] == {"source_tr": "TR of the scan 2.5 s (middle half 2 s to 2 s)"}
+    with html.drawing():
+        figure = distribution._draw(sessions, distribution.MEASURES, outlying)
+    axes = next(axes for axes in figure.axes if axes.get_title(loc="left") == "TR of the scan")
+    drawn = np.concatenate([line.get_xdata() for line in axes.lines if line.get_linestyle() == "None"])
+    assert sorted(drawn) == [0.8] * 3 + [2.0] * 19 + [2.5]
+    assert [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "D"] == [[2.5], []]
+    low, high = axes.get_xlim()
+    assert low < 0.8 and high > 2.5
+    assert page._trs(sessions) == "2 (19), 0.8 (3), 2.5 (1)"
+    for number, line in enumerate(sessions[:8]):
+        line["source_tr"] = 1 + number / 10
+    assert page._trs(sessions) == "0.8–2"
+
+
 def test_equal_datasets_give_equal_bytes(content, dataset):
     assert page.write(dataset).read_text() == content
     assert not list((dataset / "report").glob("*tmp*"))
@@ -235,14 +295,14 @@ def test_thousands_of_sessions_stay_one_page():
     rng = np.random.default_rng(1)
     tsnr = rng.normal(60, 8, 4000).tolist()
     sessions = [session(f"c{n % 20}_sub-{n:04}", f"c{n % 20}", f"{n:04}", "train", tsnr=tsnr[n]) for n in range(4000)]
-    outlying = page.find_outlying(sessions)
+    outlying = distribution.find_outlying(sessions)
     assert 10 < len(outlying) < 200
     chosen = page.choose_examples(sessions, outlying)
     assert [line["key"] for line in chosen[:2]] == list(outlying)[:2]
     assert len(chosen) == page._MOST_EXAMPLES
     assert len({line["cohort"] for line in chosen[2:]}) == len(chosen) - 2
     with html.drawing():
-        shown = "".join(page._quality(sessions, outlying))
+        shown = "".join(distribution.describe(sessions, outlying))
     assert len(shown) < 500_000
 
 
@@ -255,51 +315,23 @@ def test_many_refused_runs_are_grouped():
     assert "The first 100 of 500" in text
 
 
-def test_the_left_of_the_picture_is_the_left_of_the_brain():
-    """A brain that is bright on its right, in front and above: each slice is bright where its letters say."""
-    mask = brain()
-    place = np.stack(np.meshgrid(*[np.arange(16)] * 3, indexing="ij"))
-    bright = {0: "R", 1: "A", 2: "top"}
-    for axis in range(3):
-        volume = np.where(mask, (place[axis] > 7).astype(float), np.nan)
-        for seen, (title, drawn, extent, ends) in enumerate(picture.slices(volume, GRID, (8, 8, 8))):
-            if seen == axis:
-                continue
-            assert title.startswith(("Sagittal", "Coronal", "Axial")[seen])
-            across, up = (other for other in range(3) if other != seen)
-            low = GRID.affine[:3, 3] - GRID.mm / 2
-            assert extent == (low[across], low[across] + 192, low[up], low[up] + 192)
-            if axis == across:
-                assert np.nanmean(drawn[:, 8:]) == 1 and np.nanmean(drawn[:, :8]) == 0
-                assert ends[1] == bright[axis]
-            else:
-                assert np.nanmean(drawn[8:]) == 1 and np.nanmean(drawn[:8]) == 0
-
-
-def test_the_drawn_figure_is_the_right_way_round():
-    """The same on the pixels of a finished axial slice; the brain is bright in its front right quarter."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    mask = brain()
-    high = np.arange(16) > 7
-    volume = np.where(mask, (high[:, None, None] & high[None, :, None]).astype(float), np.nan)
+def test_fewer_colours_look_the_same():
+    """The picture on the page beside the figure: every colour of the palette, and a grey ramp of noise."""
+    palette = [html.BLUE, html.ORANGE, html.GREEN, html.RED, html.PURPLE, html.SKY, html.INK, html.PALE]
     with html.drawing():
-        figure = Figure(figsize=(4, 4))
+        figure = Figure(figsize=(6, 4), dpi=html._DPI)
+        above, below = figure.subplots(2, 1)
+        above.imshow(np.random.default_rng(0).random((150, 600)), cmap="gray", aspect="auto")
+        for place, colour in enumerate(palette):
+            below.plot([0, 1], [place, place + 1], color=colour, lw=1)
         canvas = FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        view = picture.slices(volume, GRID, (8, 8, 8))[2]
-        picture.draw_slice(axes, view, mask[:, :, 8].T, np.array([0.0, 1.0]))
         canvas.draw()
-        letters = {text.get_text(): text.get_window_extent().x0 for text in axes.texts}
-    pixels = np.asarray(canvas.buffer_rgba())[::-1, :, 0]  # rows from bottom to top, as matplotlib counts
-    middle_mm = GRID.affine[:2, 3] + GRID.mm * 7.5
-    for right in (-1, 1):
-        for front in (-1, 1):
-            place_mm = middle_mm + 2 * GRID.mm * np.array([right, front])
-            x, y = axes.transData.transform(place_mm).round().astype(int)
-            assert pixels[y, x] == (255 if right > 0 and front > 0 else 0)
-    assert letters["L"] < axes.transData.transform(middle_mm)[0] < letters["R"]
+        exact = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+        ((_, image),) = Reader(html.picture(figure, "words")).pictures()
+    seen = np.asarray(image.convert("RGB")).astype(int)
+    assert image.mode == "P" and seen.shape == exact.shape
+    assert abs(seen - exact).max() < 32 and abs(seen - exact).mean() < 2
+    assert (seen[0] == 255).all()
 
 
 def test_damaged_sample_is_told(tmp_path):
