@@ -1,0 +1,118 @@
+"""The benches: how they time, and the whole of one on a coarse grid. What they find is never asserted, only how."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))  # as it is for the tools themselves
+
+from benches.common import Figure, Ratio, Result, interleave, show  # noqa: E402
+
+
+def test_callables_take_turns():
+    called, told = [], []
+    work = {name: (lambda name=name: called.append(name)) for name in "ABC"}
+    figures = interleave(work, 2, told.append, {"B": 3, "C": 2})
+    assert "".join(called) == "ABCBCB" * 2
+    assert told[:4] == ["A, round 1 of 2", "B, round 1 of 2", "C, round 1 of 2", "A, round 2 of 2"]
+    counts = {f"{name}, {clock}": n for name, n in (("A", 2), ("B", 6), ("C", 4)) for clock in ("wall", "CPU")}
+    assert {name: len(figure.values) for name, figure in figures.items()} == counts
+
+
+def test_cpu_time_is_that_of_started_processes_too_and_no_waiting():
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    work = {"child": lambda: subprocess.run([sys.executable, "-c", burn], check=True), "wait": lambda: time.sleep(0.3)}
+    figures = interleave(work, 1, lambda what: None, unit="ms")
+    assert figures["child, CPU"].median >= 299  # the child itself waited for its clock to show 300
+    assert figures["wait, wall"].median >= 299 > figures["wait, CPU"].median
+
+
+@pytest.mark.parametrize(
+    ("limits", "required", "met"),
+    [
+        ({"at_least": 4}, "at least 4", True),
+        ({"at_least": 4.1}, "at least 4.1", False),
+        ({"at_most": 4}, "at most 4", True),
+        ({"at_most": 3.9}, "at most 3.9", False),
+        ({}, None, None),
+    ],
+)
+def test_a_ratio_is_that_of_medians(limits, required, met, capsys):
+    figures = {"a": Figure("s", (1.0, 8.0, 100.0)), "b": Figure("s", (2.0, 1.0, 3.0, 2.0))}
+    facts = Result(figures, [Ratio("a over b", "a", "b", **limits)]).facts()
+    assert facts["figures"]["a"] == {"unit": "s", "median": 8, "low": 1, "high": 100, "n": 3}
+    (ratio,) = facts["ratios"]
+    assert (ratio["value"], ratio["required"], ratio["met"]) == (4, required, met)
+    show(facts)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a", "8", "1", "100", "s", "3"] in lines and ["b", "2", "1", "3", "s", "4"] in lines
+    verdict = [] if met is None else [*required.split(), "yes" if met else "NO"]
+    assert ["a", "over", "b", "4", *verdict] in lines
+
+
+def test_the_bench_of_shards_on_a_coarse_grid(command, tmp_path):
+    out = tmp_path / "bench.json"
+    done = command("tools/bench.py", "shards", "--small", "--repeat", 2, "--json", "--out", out)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts == json.loads(out.read_text()) and facts["bench"] == "shards"
+    figures = facts["figures"]
+    for name, figure in figures.items():
+        assert figure["low"] <= figure["median"] <= figure["high"] and figure["median"] > 0, name
+        assert any(name in line and line.split()[-1] == str(figure["n"]) for line in done.stdout.splitlines()), name
+    assert {figures[f"convert 1 run, make_shards.py, {clock}"]["n"] for clock in ("wall", "CPU")} == {2}
+
+    ratios = {ratio["name"]: ratio for ratio in facts["ratios"]}
+    for ratio in ratios.values():
+        expected = figures[ratio["of"]]["median"] / figures[ratio["over"]]["median"]
+        assert ratio["value"] == pytest.approx(expected, rel=1e-12)
+        if ratio["required"]:
+            bound, limit = ratio["required"].rsplit(" ", 1)
+            assert ratio["met"] == (expected >= float(limit) if bound == "at least" else expected <= float(limit))
+    required = {name: ratio["required"] for name, ratio in ratios.items() if ratio["required"]}
+    assert required == {
+        f"{name}, {clock}": limit
+        for clock in ("wall", "CPU")
+        for name, limit in (
+            ("conversion over nilearn", "at most 1.5"),
+            ("reading .npz over ours", "at least 40"),
+            ("share of the limit", "at least 0.5"),
+        )
+    }
+    # both layouts hold the same run: resampled by other code, equal but for half precision
+    assert facts["notes"]["rms_difference_over_fluctuation"] < 1e-3
+    # all that a read decompresses, from the shapes: 8 windows, baseline, spread, brain, patch, start
+    patches, rest = divmod(facts["notes"]["bytes_decompressed"] - 4 * 12, 8 * 5 * 64 * 2 + 2 * 64 * 4 + 64 + 3 * 2)
+    assert rest == 0 and 0 < patches <= 4**3
+    assert "round 2 of 2" in done.stderr and not any(tmp_path.glob("bench-*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("shards", "--repeat", 0), "error: command line: --repeat: got 0, expected 1 or more"),
+        (("shards", "frames=20"), "error: command line: frames: got 20"),
+        (("shards", "--small", "windows=13"), "13 windows of 5 frames in 60 frames"),
+        (("shards", "sise=3"), "error: command line: sise: got an unknown key"),
+        (("shards", "--out", "no/such/folder/x.json"), "error: command line: --out: got no/such/folder/x.json"),
+        (("nothing",), "error: argument NAME: invalid choice: 'nothing'"),
+        (("shards", "--small", "shape=[16,16,18]"), "18 is no multiple of 4"),
+    ],
+)
+def test_a_wrong_call_is_told_in_one_line(command, words, message):
+    done = command("tools/bench.py", *words)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("bench shards: ")]
+    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
+
+
+def test_help_has_an_example_and_says_what_can_be_measured(command):
+    done = command("tools/bench.py", "--help")
+    assert done.returncode == 0 and "example:\n  python tools/bench.py shards" in done.stdout
+    assert "shards: conversion" in " ".join(done.stdout.split())

@@ -1,0 +1,7 @@
+"""What `tools/bench.py` can measure.
+
+A module for each name of `BENCHES`, with `Bench`, the settings of its sizes, `SMALL`, those of a quick try, and
+`run(bench, repeat, folder, begun) -> Result`, which works in `folder` and calls `begun(what)` before each stage.
+"""
+
+BENCHES = {"shards": "conversion and reading beside nilearn and a compressed .npz of the same run"}
