@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import yaml
 
+from shards.bold import MaskSettings, open_bold
+from shards.cohort import RunSource
+from shards.errors import RunRefused
 from shards.grid import Grid
+from shards.harmonise import GridSettings, harmonise
 from shards.reader import Dataset
 
 pytestmark = pytest.mark.real
@@ -91,19 +97,27 @@ def test_two_whole_brains_at_full_size(real, command, tmp_path):
         assert np.isfinite(arrays["scores"]).all() and arrays["scores"].max() > 0
 
 
-# What becomes of each: a reason to refuse it, or None if it is converted.
+def stored(real: Path, name: str, file: str, **stated) -> RunSource:
+    return RunSource(name, "1", "", "", "", real / name / file, file, **{"space": "native", **stated})
+
+
+# What becomes of each file: cohort settings, then by subject a reason to refuse it, or None if it is converted.
 ODD = {
     "rt-cloud": (
-        "{subject}_task-{task}_run-{run}_bold.nii.gz",
-        {},
+        {"pattern": "{subject}_task-{task}_run-{run}_bold.nii.gz"},
         {"rtcloud": "windows of 5 frames at TR 0.72 s, expected at least 8"},
     ),
-    "oro-nifti": ("{subject}_func_data.nii.gz", {}, {"filtered": "qform_code, sform_code: got 0, 0"}),
-    "nipy": ("{subject}.nii.gz", {}, {"functional": "mask: got"}),
-    "nitime": ("{subject}.nii.gz", {"mask": "ones"}, {"fmri1": None, "fmri2": None}),
+    "oro-nifti": (
+        {"pattern": "{subject}_func_data.nii.gz", "space": None},
+        {"filtered": "qform_code, sform_code: got 0, 0"},
+    ),
+    "nipy": ({"pattern": "{subject}.nii.gz"}, {"functional": "mask: got"}),
+    "nitime": (
+        {"pattern": "{subject}.nii.gz", "mask": "ones"},
+        {"fmri1": "mask: got a brain of 18 ml", "fmri2": "mask: got a brain of 18 ml"},
+    ),
     "tedana": (
-        "{subject}.nii.gz",
-        {"mask": "mask.nii.gz"},
+        {"pattern": "{subject}.nii.gz", "mask": "mask.nii.gz"},
         {
             "mask": "dim: got 39x50x33, expected",
             "echo1": "windows of 5 frames",
@@ -111,32 +125,89 @@ ODD = {
             "echo3": "windows of 5 frames",
         },
     ),
+    # a parcellation that the pattern takes for a second run, and a mask that its field does not match
+    "ds000205": (
+        {"pattern": "sub-{subject}_task-{task}_run-{run}_bold_*.nii.gz"},
+        {"ds205s03": "for 2 files, also sub-ds205s03_task-functionallocalizer_run-01_bold_volreg.nii.gz"},
+    ),
 }
 
 
-@pytest.mark.slow
-def test_the_odd_ones_are_converted_or_refused_for_the_right_reason(real, command, tmp_path):
-    import nibabel as nib
+@pytest.fixture(scope="module")
+def ones(real, tmp_path_factory) -> str:
+    """A mask for nitime's two small blocks inside the brain, without a rim to find a mask by."""
+    image = nib.load(real / "nitime" / "fmri1.nii.gz")
+    path = tmp_path_factory.mktemp("ones") / "ones.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones(image.shape[:3], np.uint8), image.affine), path)
+    return str(path)
 
+
+@pytest.mark.slow
+def test_the_odd_ones_are_refused_for_the_right_reason(real, ones, command, tmp_path):
     cohorts = []
-    for name, (pattern, settings, _) in ODD.items():
-        if settings.get("mask") == "ones":  # two small blocks inside the brain, without a rim to find a mask by
-            image = nib.load(real / name / "fmri1.nii.gz")
-            ones = tmp_path / f"{name}_mask.nii.gz"
-            nib.save(nib.Nifti1Image(np.ones(image.shape[:3], np.uint8), image.affine), ones)
-            settings = {"mask": str(ones)}
-        cohorts.append(cohort_file(tmp_path, name, real / name, pattern, **settings))
+    for name, (settings, _) in ODD.items():
+        settings = {key: ones if value == "ones" else value for key, value in settings.items()}
+        cohorts.append(cohort_file(tmp_path, name, real / name, **settings))
+    planned = command("tools/make_shards.py", *cohorts, "--out", tmp_path / "out", "--dry-run", "--json")
+    assert planned.returncode == 1, planned.stderr
+    facts = json.loads(planned.stdout.splitlines()[-1])
+    assert facts["will_be_refused"] == facts["runs"] - 1  # all but nipy, whose mask is computed from its frames
+    assert not (tmp_path / "out").exists()
+
     done = convert(command, cohorts, tmp_path / "out", timeout=600)
     assert done.returncode == 1, done.stderr
     failed = {
-        (line["cohort"], line["key"].split("sub-")[1].split("_")[0]): line["reason"]
+        (line["cohort"], line["key"].split("sub-")[1].split("_")[0]): line
         for line in map(json.loads, (tmp_path / "out" / "failed.jsonl").read_text().splitlines())
     }
-    converted = {(session["cohort"], session["subject"]) for session in Dataset(tmp_path / "out").sessions}
-    for name, (_, _, fates) in ODD.items():
+    assert set(failed) == {(name, subject) for name, (_, fates) in ODD.items() for subject in fates}
+    for name, (_, fates) in ODD.items():
         for subject, reason in fates.items():
-            if reason is None:
-                assert (name, subject) in converted
-            else:
-                assert reason in failed[name, subject]
-    assert len(failed) + len(converted) == sum(len(fates) for _, _, fates in ODD.values())
+            line = failed[name, subject]
+            assert reason in line["reason"] and "expected" in line["reason"] and line["source"] in line["reason"]
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_small_blocks_are_converted_where_their_volume_is_meant(real, ones, command, tmp_path):
+    cohort = cohort_file(tmp_path, "nitime", real / "nitime", pattern="{subject}.nii.gz", mask=ones)
+    done = command(
+        "tools/make_shards.py", cohort, "--out", tmp_path / "out", "--ranker", "ridge", "--json", "mask.ml=[1,2500]"
+    )
+    assert done.returncode == 0, done.stderr
+    sessions = Dataset(tmp_path / "out").sessions
+    assert [session["subject"] for session in sessions] == ["fmri1", "fmri2"]
+    assert all(session["frames"] == int(39 * 1.35 / 0.72) + 1 for session in sessions)  # LSP, TR 1.35 s
+
+
+COARSE = GridSettings(mm=4, shape=(48, 48, 48))
+
+
+def test_the_volume_before_the_steady_state_is_found(real):
+    for echo in ("echo1.nii.gz", "echo2.nii.gz", "echo3.nii.gz"):
+        run = stored(real, "tedana", echo, mask=real / "tedana" / "mask.nii.gz")
+        with pytest.raises(RunRefused, match="a brain of 3311 ml"):  # nearly the whole box
+            harmonise(run, COARSE)
+        assert harmonise(run, COARSE, MaskSettings(ml=(300, 3500))).facts["dropped_frames"] == 1
+
+
+def test_a_header_nobody_filled_in_needs_tr_and_orientation_from_the_cohort_file(real):
+    run = stored(real, "oro-nifti", "filtered_func_data.nii.gz", space=None)
+    for stated, message in (
+        ({}, "qform_code, sform_code: got 0, 0"),
+        ({"space": "native"}, "TR: got 1 of no unit"),
+        ({"space": "native", "tr": 2.0}, "mask: got a brain of"),  # voxels of 1 mm, a brain of 40 ml
+    ):
+        with pytest.raises(RunRefused, match=message):
+            harmonise(replace(run, **stated), COARSE)
+    meant = replace(run, space="native", tr=2.0, orientation="RAS")
+    result = harmonise(meant, COARSE, MaskSettings(ml=(1, 2500)))
+    assert result.facts["orientation_assumed"] == "RAS" and len(result.raw_TN) == int(63 * 2 / 0.72) + 1
+
+
+def test_plain_and_compressed_are_the_same_run(real):
+    runs = [stored(real, "nipy", name) for name in ("functional.nii", "functional.nii.gz")]
+    plain, compressed = (list(open_bold(run).volumes()) for run in runs)
+    np.testing.assert_array_equal(plain, compressed)
+    image = nib.load(real / "nipy" / "functional.nii")
+    np.testing.assert_allclose(np.stack(plain, axis=-1), image.get_fdata(), rtol=1e-6)  # slope and intercept
