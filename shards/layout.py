@@ -24,7 +24,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,11 +32,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import zarr
 from numcodecs import blosc
+from upath import UPath
 from zarr.codecs import BloscCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
+from shards import remote
 from shards.errors import DatasetError, SampleCorrupt
 
 FORMAT = 1
@@ -251,33 +253,50 @@ def dump_lines(trees: Iterable[Any]) -> str:
     return "".join(dump(tree) + "\n" for tree in trees)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def members_read(members: Iterable[str], names: Collection[str] | None, windows: Collection[int] | None) -> list[str]:
+    """Of the members of a `KEY.zarr.zip`, those that `unpack` reads for these arrays and windows."""
+    wanted = {*(ARRAYS if names is None else names)}
+    if "windows" in wanted:
+        wanted.add("scale")
+    rows = None if windows is None else {str(int(row)) for row in windows}
+
+    def is_read(member: str) -> bool:
+        name, *rest = member.split("/")  # zarr.json, NAME/zarr.json or NAME/c/ROW/0/0/0
+        if not rest:
+            return True
+        is_row = rest[0] == "c" and name in ARRAYS and ARRAYS[name][1]
+        return name in wanted and (rows is None or not is_row or rest[1] in rows)
+
+    return [member for member in members if is_read(member)]
+
+
+def read_lines(path: Path | UPath) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; an absent file is an empty list."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().splitlines()
+    text = remote.read_text(path) or ""
     try:
-        return [json.loads(line) for line in lines if line]
+        return [json.loads(line) for line in text.splitlines() if line]
     except json.JSONDecodeError as error:
-        raise DatasetError(path, "", f"a line that is no JSON ({error})", "one JSON object per line") from None
+        raise DatasetError(str(path), "", f"a line that is no JSON ({error})", "one JSON object per line") from None
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a dataset.
+def read_manifest(folder: str | Path | UPath) -> dict[str, Any]:
+    """The manifest of a dataset, by its path or URL.
 
     Raises
     ------
     DatasetError
-        If the folder is no finished dataset, or one of another format version.
+        If the folder is no finished dataset, or one of another format version, or cannot be reached.
     """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        got = "no manifest.json" if Path(folder).is_dir() else "no such folder"
-        raise DatasetError(folder, "", got, "a dataset written by make_shards.py", "Convert a cohort first")
+    root = remote.place(folder)
+    path = root / MANIFEST
+    text = remote.read_text(path)
+    if text is None:
+        got = "no such folder" if isinstance(root, Path) and not root.is_dir() else "no manifest.json"
+        raise DatasetError(str(root), "", got, "a dataset written by make_shards.py", "Convert a cohort first")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DatasetError(path, "", f"no JSON ({error})", "a manifest", "Run make_shards.py again") from None
+        raise DatasetError(str(path), "", f"no JSON ({error})", "a manifest", "Run make_shards.py again") from None
     if manifest.get("format") != FORMAT:
-        raise DatasetError(path, "format", manifest.get("format"), FORMAT, "Convert the cohort with this version")
+        raise DatasetError(str(path), "format", manifest.get("format"), FORMAT, "Convert the cohort with this version")
     return manifest

@@ -1,6 +1,6 @@
 """Reading a dataset: any sample by its byte offset, and of it only the windows that are wanted.
 
-dataset = Dataset("DATASET")
+dataset = Dataset("DATASET")  # a folder, or where it lies elsewhere: https://..., s3://..., any protocol of fsspec
 sample = dataset.read(dataset.sessions[0], names=("windows", "start"), windows=range(8))
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from upath import UPath
 
-from shards import layout
+from shards import layout, remote
 from shards.errors import DatasetError, SampleCorrupt
 from shards.grid import Grid
 
@@ -53,14 +54,16 @@ class _Span(io.RawIOBase):
 
 
 class Dataset:
-    """A dataset folder.
+    """A dataset, on this machine or elsewhere.
 
     Parameters
     ----------
-    folder : str or Path
+    folder : str, Path or UPath
+        A path, or a URL of any protocol of fsspec.
 
     Attributes
     ----------
+    folder : Path, or elsewhere UPath
     manifest : dict
     sessions : list of dict, sorted by key, a line of `sessions.jsonl` each
 
@@ -70,16 +73,23 @@ class Dataset:
         If the folder is no finished dataset, or a shard is missing or of another size than the manifest says.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path | UPath):
+        # What is done with it, joining and naming, a UPath does as a Path, though it is not derived from it.
+        self.folder = cast(Path, remote.place(folder))
         self.manifest = layout.read_manifest(self.folder)
         self.sessions = layout.read_lines(self.folder / layout.SESSIONS)
-        for shard in self.manifest["shards"]:
-            path = self.folder / layout.SHARDS / shard["name"]
-            size = path.stat().st_size if path.is_file() else None
+        expected = sum(self.manifest["sessions"].values())
+        if len(self.sessions) != expected:
+            where = self.folder / layout.SESSIONS
+            raise DatasetError(where, "", f"{len(self.sessions)} sessions", f"{expected}", layout.DAMAGED)
+        shards = self.manifest["shards"]
+        paths = [self.folder / layout.SHARDS / shard["name"] for shard in shards]
+        for path, shard, size in zip(paths, shards, remote.sizes(paths), strict=True):
             if size != shard["bytes"]:
                 got = "no such file" if size is None else f"{size} bytes"
                 raise DatasetError(path, "", got, f"{shard['bytes']} bytes", layout.DAMAGED)
+        if paths and isinstance(paths[0], UPath):
+            remote.require_ranges(paths[0], shards[0]["bytes"])
 
     @property
     def grid(self) -> Grid:
@@ -108,6 +118,12 @@ class Dataset:
         """
         path = self.folder / layout.SHARDS / session["shard"]
         where = f"{path} ({session['key']})"
+        if isinstance(path, UPath):
+            names, windows = (None if wanted is None else [*wanted] for wanted in (names, windows))
+            far = remote.Span(path, session["zarr_offset"], session["zarr_size"], where)
+            far.fetch_members(lambda members: layout.members_read(members, names, windows))
+            with io.BufferedReader(far, 1 << 16) as file:
+                return layout.unpack(file, where, names, windows)
         try:
             span = _Span(path, session["zarr_offset"], session["zarr_size"])
         except OSError as error:

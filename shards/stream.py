@@ -1,23 +1,26 @@
 """The deterministic stream of samples: position n of it is the same sample whoever reads it.
 
 The stream is one epoch after another, each a permutation of the sessions that depends on (seed, epoch) alone. A run
-consumes it from the front; how many positions were consumed is all a checkpoint needs to hold, whatever the number of
-processes that share them.
+consumes it from the front; how many samples were consumed is all a checkpoint needs to hold, whatever the number of
+processes and of loading processes that share them.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.errors import ConfigError
 from shards.reader import Dataset
+
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -86,20 +89,51 @@ def generator(*names: object) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(name, np.uint32))
 
 
-class Positions(Sampler[list[int]]):
-    """Stream positions of one process, micro-batch by micro-batch.
+class MicroBatches(IterableDataset[B]):
+    """The stream as one process of a run consumes it, micro-batch by micro-batch.
 
-    Every micro-batch takes `batch * world` positions from the front of the stream, and process r the r-th `batch` of
-    them.
+    Every micro-batch takes `batch * world` samples from the front of the stream, and process r the r-th `batch` of
+    them: all processes get equally many, and together every sample once. Of the W workers of a
+    `DataLoader(..., batch_size=None)` the w-th makes the micro-batches w, w + W, w + 2 W ..., and the loader takes from
+    them in turn, so it returns the same sequence for any number of workers.
+
+    The state is one number, the samples that all processes have consumed. Whoever trains on the batches counts them
+    (workers are ahead of that); from it a run goes on with any batch, world or number of workers.
+
+    Parameters
+    ----------
+    stream : Stream
+    load : callable
+        Makes the micro-batch of a list of `batch` items, in the worker; it has to be picklable.
+    batch : int
+        Samples of a micro-batch.
+    rank, world : int
+        This process, of how many.
+    count : int, optional
+        Micro-batches of this process until its end; None: the stream has no end.
+    consumed : int
+        Samples of the stream that all processes together have consumed before.
     """
 
-    def __init__(self, first: int, stop: int, batch: int, rank: int, world: int):
-        self.first, self.stop, self.batch, self.rank, self.world = first, stop, batch, rank, world
+    def __init__(
+        self,
+        stream: Stream,
+        load: Callable[[list[Item]], B],
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        count: int | None = None,
+        consumed: int = 0,
+    ):
+        self.stream, self.load, self.batch = stream, load, batch
+        self.rank, self.world, self.count, self.consumed = rank, world, count, consumed
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in range(self.first, self.stop, self.batch * self.world):
-            mine = start + self.rank * self.batch
-            yield list(range(mine, mine + self.batch))
+    def __iter__(self) -> Iterator[B]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        numbers = itertools.count(first, step) if self.count is None else range(first, self.count, step)
+        mine = self.consumed + self.rank * self.batch
+        return (self._load(mine + number * self.batch * self.world) for number in numbers)
 
-    def __len__(self) -> int:
-        return len(range(self.first, self.stop, self.batch * self.world))
+    def _load(self, first: int) -> B:
+        return self.load([self.stream.at(position) for position in range(first, first + self.batch)])

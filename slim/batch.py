@@ -1,4 +1,4 @@
-"""From positions of the stream to batches of gathered tokens, in the loading processes.
+"""From items of the stream to batches of gathered tokens, in the loading processes.
 
 Legend: B samples; S slots; L places; K targets of the batch; G cells that are rebuilt; E tokens of a cell; M cells of
 all brain tokens; J joint sequence of context and targets; R, Q, V as in `slim.hiera`.
@@ -14,12 +14,11 @@ from math import prod
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
 
 from shards.errors import ConfigError, SampleCorrupt
 from shards.reader import Dataset
 from shards.settings import digest
-from shards.stream import Stream, generator
+from shards.stream import Item, generator
 from slim.config import PretrainSettings
 from slim.gather import Packed, Plan, Segments, plan, segments
 from slim.geometry import Geometry
@@ -147,17 +146,16 @@ def read_windows(dataset: Dataset, session: dict, rank_K: Sequence[int] | np.nda
     SampleCorrupt
         If the sample's bytes are damaged.
     """
-    ranks = np.asarray(rank_K)
-    start_K = dataset.read(session, ("start",))["start"]
-    ranks = ranks[np.argsort(start_K[ranks], kind="stable")]
-    arrays = dataset.read(session, ("baseline", "spread", "patch", "brain", "windows"), ranks.tolist())
+    arrays = dataset.read(session, ("baseline", "spread", "patch", "brain", "start", "windows"), rank_K)
+    start_K = arrays["start"][np.asarray(rank_K)]
+    in_time = np.argsort(start_K, kind="stable")
     k, frames, patches, voxels = arrays["windows"].shape
-    second = (start_K[ranks][:, None] + np.arange(frames)) * session["tr"]
+    second = (start_K[in_time][:, None] + np.arange(frames)) * session["tr"]
     place = np.ravel_multi_index(tuple(arrays["patch"].T.astype(np.intp)), dataset.grid.patch_shape)
     return Sample(
         session["key"],
         epoch,
-        arrays["windows"].reshape(k * frames, patches, voxels),
+        arrays["windows"][in_time].reshape(k * frames, patches, voxels),
         arrays["baseline"],
         arrays["spread"],
         arrays["brain"],
@@ -166,33 +164,42 @@ def read_windows(dataset: Dataset, session: dict, rank_K: Sequence[int] | np.nda
     )
 
 
-class Samples(TorchDataset):
-    """Samples by their position in the stream; a corrupt one is returned as the error it raised."""
+def load_batch(
+    items: Sequence[Item], datasets: Sequence[Dataset], geometry: Geometry, settings: PretrainSettings
+) -> PackedBatch | SampleCorrupt:
+    """A micro-batch for training, packed; where a sample is corrupt, the error that it raised.
 
-    def __init__(self, stream: Stream, geometry: Geometry, settings: PretrainSettings):
-        self.stream, self.geometry, self.settings = stream, geometry, settings
+    The error is returned: raised in a loading process, it would reach the trainer as text inside another one.
+    """
+    try:
+        samples = [draw_sample(item, datasets[item.dataset], geometry, settings) for item in items]
+    except SampleCorrupt as error:
+        return error
+    return collate(samples, geometry, settings.stream).pack()
 
-    def __getitem__(self, position: int) -> Sample | SampleCorrupt:
-        item = self.stream.at(position)
-        windows, seed = self.settings.windows, self.settings.run.seed
-        key = item.session["key"]
-        best = min(windows.best, item.session["n_kept"])
-        if best < windows.k:
-            dataset = self.stream.datasets[item.dataset]
-            return SampleCorrupt(
-                f"{dataset.folder} ({key})",
-                "windows",
-                f"{best} windows",
-                f"windows.k = {windows.k}",
-                "Lower windows.k or convert with a larger windows.minimum",
-            )
-        ranks = generator(seed, item.epoch, key, "windows").permutation(best)[: windows.k]
-        try:
-            sample = read_windows(self.stream.datasets[item.dataset], item.session, np.sort(ranks), item.epoch)
-        except SampleCorrupt as error:
-            return error
-        sample.mask = draw(cell_sizes(self.geometry, sample.place), self.settings.mask, seed, item.epoch, key)
-        return sample
+
+def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: PretrainSettings) -> Sample:
+    """One session's windows and mask, drawn by (seed, epoch, key).
+
+    Raises
+    ------
+    SampleCorrupt
+        If its bytes are damaged, or it has fewer windows than are drawn.
+    """
+    windows, seed, key = settings.windows, settings.run.seed, item.session["key"]
+    best = min(windows.best, item.session["n_kept"])
+    if best < windows.k:
+        raise SampleCorrupt(
+            f"{dataset.folder} ({key})",
+            "windows",
+            f"{best} windows",
+            f"windows.k = {windows.k}",
+            "Lower windows.k or convert with a larger windows.minimum",
+        )
+    ranks = generator(seed, item.epoch, key, "windows").permutation(best)[: windows.k]
+    sample = read_windows(dataset, item.session, np.sort(ranks), item.epoch)
+    sample.mask = draw(cell_sizes(geometry, sample.place), settings.mask, seed, item.epoch, key)
+    return sample
 
 
 @lru_cache(maxsize=8)
@@ -254,15 +261,6 @@ def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None)
         chunk_tokens,
     )
     return replace(batch, context=context, targets=_targets(geometry, masks, whole, context, row_BN, patch_BN, dense_B))
-
-
-def collate_or_error(
-    samples: list[Sample | SampleCorrupt], geometry: Geometry, chunk_tokens: int | None
-) -> PackedBatch | SampleCorrupt:
-    """A packed batch, or the error of the first corrupt sample in it."""
-    good = [sample for sample in samples if isinstance(sample, Sample)]
-    broken = [sample for sample in samples if isinstance(sample, SampleCorrupt)]
-    return broken[0] if broken else collate(good, geometry, chunk_tokens).pack()
 
 
 def _targets(

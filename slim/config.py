@@ -85,7 +85,7 @@ PRESETS: dict[str, ModelSettings] = {
 
 
 class DataItem(Settings):
-    path: str
+    path: str = Field(description="folder of a dataset, or its URL (https://..., s3://...)")
     weight: float = Field(1.0, gt=0, description="times a session appears in an epoch, on average")
 
 

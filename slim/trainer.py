@@ -8,7 +8,6 @@ the numbers of one that was not.
 
 from __future__ import annotations
 
-import itertools
 import math
 import multiprocessing
 import signal
@@ -29,9 +28,9 @@ from torch.utils.data import DataLoader
 from shards.console import progress
 from shards.errors import SampleCorrupt
 from shards.reader import Dataset
-from shards.stream import Positions, Stream
+from shards.stream import MicroBatches, Stream
 from slim import checkpoint, schedule
-from slim.batch import Batch, Samples, collate_or_error, geometry_for, identity
+from slim.batch import Batch, PackedBatch, geometry_for, identity, load_batch
 from slim.config import PretrainSettings
 from slim.ema import PlaceMean, Target
 from slim.monitor import Monitor, effective_rank, peak_memory_bytes
@@ -128,7 +127,8 @@ class Trainer:
             config = self.settings.model_dump(mode="json")
             monitor = Monitor(self.folder, self.step, self.settings.run.wandb, config)
         bar = progress("pretrain", self.steps - self.step, "steps") if self.rank == 0 else nullcontext(None)
-        batches = iter(self._loader(self.consumed, self.steps * self.global_batch)) if self.step < self.steps else None
+        micro_batches = (self.steps - self.step) * self.settings.run.accumulate
+        batches = iter(self._loader(self.consumed, micro_batches)) if self.step < self.steps else None
         stopped, line, said = None, {}, set[str]()
         with bar as advance:
             while self.step < self.steps and stopped is None:
@@ -182,20 +182,21 @@ class Trainer:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return (None, "time limit", "signal")[int(flag)]
 
-    def _loader(self, first: int, stop: int) -> DataLoader:
+    def _loader(self, consumed: int, count: int) -> DataLoader:
+        """This process's next `count` micro-batches after so many samples of the stream."""
         settings = self.settings
+        load = partial(load_batch, datasets=self.stream.datasets, geometry=self.geometry, settings=settings)
         workers = settings.run.workers
         return DataLoader(
-            Samples(self.stream, self.geometry, settings),
-            batch_sampler=Positions(first, stop, settings.run.batch, self.rank, self.world),
-            collate_fn=partial(collate_or_error, geometry=self.geometry, chunk_tokens=settings.stream),
+            MicroBatches(self.stream, load, settings.run.batch, self.rank, self.world, count, consumed),
+            batch_size=None,
             num_workers=workers,
             multiprocessing_context=_loading_context() if workers else None,
             timeout=_PATIENCE if workers else 0,
         )
 
-    def _next(self, batches: Iterator[Any]) -> Batch:
-        batch = next(batches)
+    def _here(self, batch: PackedBatch | SampleCorrupt) -> Batch:
+        """What came from a loading process, on this device."""
         if isinstance(batch, SampleCorrupt):
             raise batch
         return batch.to(self.device)
@@ -205,10 +206,9 @@ class Trainer:
         if not (self.use_jepa or self.use_sig):
             return
         for _ in range(2):
-            for batch in itertools.islice(self._loader(0, self.global_batch), self.settings.run.accumulate):
-                if isinstance(batch, SampleCorrupt):
-                    raise batch
-                batch = batch.to(self.device)
+            for loaded in self._loader(0, self.settings.run.accumulate):
+                batch = self._here(loaded)
+                assert batch.context is not None
                 self.target.mean.observe(self.target.features(batch), batch.whole.cell_M)
                 with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.bf16):
                     context_MC = self.target.encoder(batch.voxels, batch.context).float()
@@ -231,7 +231,7 @@ class Trainer:
         epoch = 0
         for _ in range(settings.run.accumulate):
             asked = time.perf_counter()
-            batch = self._next(batches)
+            batch = self._here(next(batches))
             waited += time.perf_counter() - asked
             target_KC = None
             if self.use_jepa:

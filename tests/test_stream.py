@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import Counter
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from shards.errors import ConfigError
 from shards.reader import Dataset
-from shards.stream import Positions, Stream
+from shards.stream import Item, MicroBatches, Stream
+
+
+@dataclass
+class Sessions:
+    """A dataset of which only the list of sessions is needed."""
+
+    folder: str
+    count: int
+
+    def of_split(self, split: str) -> list[dict[str, str]]:
+        lines = [{"key": f"{self.folder}-{i}", "split": "train"} for i in range(self.count)]
+        return [line for line in [*lines, {"key": f"{self.folder}-test", "split": "test"}] if line["split"] == split]
 
 
 def make_stream(counts: list[int], weights: list[float] | None = None, seed: int = 0) -> Stream:
     """A stream over datasets of so many training sessions each."""
-    datasets = []
-    for number, count in enumerate(counts):
-        lines = [{"key": f"{number}-{i}", "split": "train"} for i in range(count)]
-        lines += [{"key": f"{number}-test", "split": "test"}]
-        datasets.append(
-            SimpleNamespace(
-                folder=f"d{number}",
-                of_split=lambda split, lines=lines: [line for line in lines if line["split"] == split],
-            )
-        )
+    datasets = [Sessions(str(number), count) for number, count in enumerate(counts)]
     return Stream(datasets, weights or [1.0] * len(counts), "train", seed)
 
 
@@ -114,44 +120,110 @@ def test_a_whole_weight_repeats_within_the_epoch():
     )
 
 
-def interleaved(first: int, stop: int, batch: int, world: int) -> list[list[list[int]]]:
-    """Micro-batches of every process."""
-    return [list(Positions(first, stop, batch, rank, world)) for rank in range(world)]
+def names(items: list[Item]) -> list[str]:
+    """What a micro-batch is in these tests."""
+    return [f"{item.session['key']} of epoch {item.epoch}" for item in items]
 
 
-def taken(first: int, stop: int, batch: int, world: int) -> list[int]:
-    """Positions in the order in which steps consume them."""
-    steps = zip(*interleaved(first, stop, batch, world), strict=True)
-    return [position for step in steps for part in step for position in part]
+def expected(stream: Stream, first: int, stop: int) -> list[str]:
+    return names([stream.at(position) for position in range(first, stop)])
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@settings(deadline=None)
-@given(first=st.integers(0, 50), rounds=st.integers(0, 9), batch=st.integers(1, 5))
-def test_processes_share_the_positions_without_overlap(world, first, rounds, batch):
-    stop = first + rounds * batch * world
-    shared = interleaved(first, stop, batch, world)
-    assert len({len(mine) for mine in shared}) == 1  # as many steps on every process
-    assert len(Positions(first, stop, batch, 0, world)) == rounds == len(shared[0])
-    assert taken(first, stop, batch, world) == list(range(first, stop))
-    assert all(len(part) == batch for mine in shared for part in mine)
+@dataclass
+class Worker:
+    id: int
+    num_workers: int
+
+
+def loaded(batches: MicroBatches, workers: int, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What a loader of so many workers returns: from each in turn, until the one whose turn it is has ended."""
+    if not workers:
+        return list(batches)
+    parts = []
+    for number in range(workers):
+        with monkeypatch.context() as patch:
+            patch.setattr("shards.stream.get_worker_info", lambda number=number: Worker(number, workers))
+            parts.append(iter(list(batches)))
+    taken = []
+    for part in itertools.cycle(parts):
+        if (batch := next(part, None)) is None:
+            break
+        taken.append(batch)
+    assert all(next(part, None) is None for part in parts)  # nothing is left behind
+    return taken
+
+
+LEGS = st.lists(
+    st.tuples(st.sampled_from([1, 2, 3, 4]), st.integers(0, 4), st.integers(1, 5), st.integers(0, 6)),
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(deadline=None)
 @given(
-    done=st.integers(0, 20),
-    worlds=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4])),
+    counts=COUNTS,
+    weights=st.lists(st.sampled_from([0.5, 1.0, 1.7]), min_size=3, max_size=3),
     seed=st.integers(0, 99),
+    legs=LEGS,
 )
-def test_resumed_from_any_count_at_another_world_size_nothing_is_lost_or_repeated(done, worlds, seed):
-    """State is one number: what comes after it is what would have come."""
-    stop, batch = 4 * 40, 1
-    consumed = done * batch * worlds[0]
-    straight = keys(make_stream([7, 4], [1, 2], seed), 0, stop)
-    before, after = taken(0, consumed, batch, worlds[0]), taken(consumed, stop, batch, worlds[1])
-    resumed = make_stream([7, 4], [1, 2], seed)
-    got = [resumed.at(position).session["key"] for position in before + after]
-    assert got[:stop] == straight
+def test_every_position_is_consumed_once_and_in_order_whoever_shares_it(counts, weights, seed, legs):
+    """A run of several legs, each with its own world, workers, batch and number of steps, is one uninterrupted one."""
+    weights, consumed, got = weights[: len(counts)], 0, []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for world, workers, batch, steps in legs:
+            stream = make_stream(counts, weights, seed)
+            shared = [
+                loaded(MicroBatches(stream, names, batch, rank, world, steps, consumed), workers, monkeypatch)
+                for rank in range(world)
+            ]
+            assert {len(mine) for mine in shared} == {steps}  # equally many batches on every process
+            assert all(len(part) == batch for mine in shared for part in mine)
+            got += [name for step in zip(*shared, strict=True) for part in step for name in part]
+            consumed += steps * batch * world
+    assert got == expected(make_stream(counts, weights, seed), 0, consumed)
+
+
+def test_without_a_count_the_stream_has_no_end():
+    stream = make_stream([3])
+    got = list(itertools.islice(MicroBatches(stream, names, 2, rank=1, world=2), 50))
+    assert len(got) == 50
+    assert got[-1] == expected(stream, 49 * 4 + 2, 49 * 4 + 4)
+
+
+@pytest.mark.parametrize("workers", range(4))
+def test_a_real_loader_returns_the_stream_in_order(workers):
+    """To the second of two processes, from the 12th sample on."""
+    stream = make_stream([7, 4], [1, 2], 5)
+    loader = DataLoader(
+        MicroBatches(stream, names, 3, rank=1, world=2, count=8, consumed=12),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+    )
+    firsts = [12 + 6 * number + 3 for number in range(8)]
+    assert list(loader) == [expected(stream, first, first + 3) for first in firsts]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_batch_after_the_samples_it_has_consumed(command, dataset, tmp_path):
+    """Also where fewer samples are left than were consumed."""
+    for steps, batch, workers in ((2, 4, 2), (4, 1, 0)):
+        done = command(
+            "tools/pretrain.py",
+            "configs/pretrain/tiny.yaml",
+            f"data={dataset}",
+            f"run.out={tmp_path / 'run'}",
+            f"run.steps={steps}",
+            f"run.batch={batch}",
+            f"run.workers={workers}",
+            *("run.wandb=disabled", "loss.sig_samples=1"),
+        )
+        assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines] == [4, 8, 9, 10]
+    stream = Stream([Dataset(dataset)], [1.0], "train", 0)
+    assert [line["epoch"] for line in lines] == [stream.at(line["samples"] - 1).epoch for line in lines]
 
 
 def test_a_split_without_sessions_is_refused():

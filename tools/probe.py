@@ -23,7 +23,7 @@ def main() -> int:
         "python tools/probe.py runs/name --data data/mylab --task configs/downstream/synthetic_group.yaml",
     )
     parser.add_argument("run", type=Path, metavar="RUN_OR_WEIGHTS", help="a run, or one of its checkpoints")
-    parser.add_argument("--data", type=Path, required=True, metavar="DATASET", help="of make_shards.py")
+    parser.add_argument("--data", required=True, metavar="DATASET", help="of make_shards.py")
     parser.add_argument(
         "--task", type=Path, required=True, action="append", metavar="TASK.yaml", help="may be given more than once"
     )
