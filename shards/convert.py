@@ -16,13 +16,13 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -44,13 +44,20 @@ from shards.session import (
 from shards.settings import Settings, digest
 from shards.split import Person, SplitSettings, assign, read_table, write_table
 
+S = TypeVar("S")
+
 
 class ExtractorSettings(Settings):
     """The temporal extractor that is trained on the way when none is given."""
 
-    sessions: int = Field(24, ge=1, description="training sessions it is trained on")
+    sessions: int = Field(24, ge=1, le=256, description="training sessions it is trained on, drawn from all of them")
     steps: int = Field(1200, ge=1, description="optimizer steps")
-    seed: int = 0
+    seed: int = Field(0, ge=0, description="of the draw of sessions, the weights, crops and masks")
+
+    def draw(self, sessions: Iterable[S], key: Callable[[S], str]) -> list[S]:
+        """The sessions it learns from, in the order of their keys: a choice that depends on seed and keys alone."""
+        shuffled = sorted(sessions, key=lambda s: hashlib.sha256(f"{self.seed}/{key(s)}".encode()).hexdigest())
+        return sorted(shuffled[: self.sessions], key=key)
 
 
 class ShardSettings(Settings):
@@ -78,7 +85,7 @@ class Conversion:
     ranking : dict
         Which ranker will be used (name, a given extractor's checksum), part of the configuration.
     parcels : callable
-        `parcels(brain_XYZ, mm) -> labels_XYZ`, a module-level function (worker processes import it).
+        `parcels(brain_XYZ) -> labels_XYZ` as `settings.parcels` asks for; worker processes get it by pickle.
     workers : int
         Processes.
     retry : bool
@@ -217,14 +224,9 @@ class Conversion:
         return self.runs
 
     def extractor_runs(self) -> list[RunSource]:
-        """The training-split runs the extractor learns from: a choice that depends on seed and keys alone.
-
-        Runs that are known to be refused are passed over.
-        """
-        chosen = self.settings.extractor
+        """The training-split runs the extractor learns from; runs that are known to be refused are passed over."""
         train = [run for run in self.runs if self.splits.get(run.person) == "train" and not self._refusal(run)]
-        train.sort(key=lambda run: hashlib.sha256(f"{chosen.seed}/{run.key}".encode()).hexdigest())
-        return sorted(train[: chosen.sessions], key=lambda run: run.key)
+        return self.settings.extractor.draw(train, lambda run: run.key)
 
     def harmonise(self, runs: Iterable[RunSource]) -> None:
         """Harmonise runs and keep the results under `work/harmonised/` until they are ranked."""

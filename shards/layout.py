@@ -56,6 +56,8 @@ ARRAYS: dict[str, tuple[str, bool]] = {
     "start": ("int32", False),  # (K,) first frame of the window in the harmonised run
     "saliency": ("float32", False),  # (K,) descending
     "scores": ("float32", False),  # (W,) scores of all windows in time order
+    "scores_space": ("float32", False),  # (W,) what the other parcels tell of each window, where the ranker asks that
+    "scores_time": ("float32", False),  # (W,) what the neighbouring windows tell of it, in the same units
     "roi": ("float32", False),  # (R, T) parcel means over the whole run, what the ranker saw
     "roi_number": ("int32", False),  # (R,) label of each parcel
     "roi_centre": ("float32", False),  # (R, 3) mm
@@ -66,6 +68,7 @@ ARRAYS: dict[str, tuple[str, bool]] = {
     "scale": ("float32", False),  # (P, V) only beside int16 windows: windows * scale is the fluctuation
     "windows": ("float16", True),  # (K, F, P, V) fluctuation around the run mean, global-SD units
 }
+OPTIONAL = {"scale", "scores_space", "scores_time"}  # a sample may be without them
 CARPET_STEPS = 20  # a carpet value of 20 is one SD of the voxel
 _PRECISION = 1e-3  # largest RMS error of a stored voxel, in units of its own SD
 # Large blocks at zstd's fastest level: smaller, and several times faster to write, than small blocks at a higher level.
@@ -146,7 +149,7 @@ def unpack(
     where : str
         Named in errors.
     names : iterable of str, optional
-        Arrays wanted; all by default.
+        Arrays wanted; all by default. Of the `OPTIONAL` ones, those that the sample has.
     windows : iterable of int, optional
         Rows of `windows` wanted, in this order; all by default.
 
@@ -158,13 +161,13 @@ def unpack(
     Raises
     ------
     SampleCorrupt
-        If the zip is damaged (every member carries a CRC-32) or lacks an array.
+        If the zip is damaged (every member carries a CRC-32) or lacks an array that every sample has.
     """
     wanted = list(ARRAYS) if names is None else [*names]
     try:
         with zipfile.ZipFile(file) as archive:
-            members = set(archive.namelist())
-            present = [name for name in ARRAYS if f"{name}/zarr.json" in members]
+            found = {member.split("/")[0] for member in archive.namelist()}
+            present = [name for name in ARRAYS if name in found]
             load = [name for name in present if name in wanted or (name == "scale" and "windows" in wanted)]
             if json.loads(archive.read("zarr.json"))["zarr_format"] != 3:
                 raise ValueError("no Zarr v3 group")
@@ -180,7 +183,7 @@ def unpack(
             "a sample as it was written",
             DAMAGED,
         ) from None
-    missing = [name for name in wanted if name not in out and name != "scale"]
+    missing = [name for name in wanted if name not in out and name not in OPTIONAL]
     if missing:
         raise SampleCorrupt(where, ZARR_MEMBER, f"no array {missing[0]}", f"arrays {', '.join(wanted)}", DAMAGED)
     scale = out.pop("scale", None)

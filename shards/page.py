@@ -157,6 +157,7 @@ def _facts(dataset: Dataset) -> dict[str, object]:
         "Patch": f"{grid.patch} × {grid.patch} × {grid.patch} voxels",
         "TR": _range(trs, "s") + ("" if source_trs == trs else f", scanned at {_range(source_trs, 's')}"),
         "Windows": f"{windows['frames']} frames; the {windows['keep']} most salient kept",
+        "Parcels": _parcels(dataset),
         "Ranker": f"{ranker}, extractor {learned[:12]}" if learned else ranker,
         "Normalisation": manifest["normalisation"],
         "Shards": f"{html.count(len(manifest['shards']), 'file')}, {size / 1e9:.3g} GB"
@@ -164,6 +165,13 @@ def _facts(dataset: Dataset) -> dict[str, object]:
         else f"{html.count(len(manifest['shards']), 'file')}, {size / 1e6:.3g} MB",
         "Format, configuration": f"{manifest['format']}, {manifest['configuration_hash'][:12]}",
     }
+
+
+def _parcels(dataset: Dataset) -> str:
+    image = dataset.manifest["configuration"].get("settings", {}).get("parcels", {}).get("image")
+    kind = f"{image['name']}, {image['sha256'][:12]}" if image else "cubes of the brain mask"
+    numbers = sorted({session["n_parcels"] for session in dataset.sessions if "n_parcels" in session})
+    return f"{_range(numbers, 'parcels')}: {kind}" if numbers else kind
 
 
 def _range(values: Sequence[float], unit: str) -> str:
@@ -295,9 +303,15 @@ def _examples(dataset: Dataset, outlying: Outlying) -> list[str]:
             "most salient ones. In the carpet, a stripe from rim to depth is global; one at the rim alone is mostly "
             "motion. A good ranking avoids spikes of DVARS and does not simply follow the global signal."
         ),
+        html.text(
+            "Where the ranker asks for both, thin lines show the two parts of a score: how much of a window the other "
+            "parcels predict (space) and how much the windows before and after it do (time). A window scores no higher "
+            "than the lower of the two: a line that stands above the curve is the part that did not decide. Noise is "
+            "low in both; a spike is high in space at most, since nothing before it announces it."
+        ),
     ]
     outline = picture.template()
-    names = ("baseline", "brain", "carpet", "patch", "roi", "scores", "start")
+    names = ("baseline", "brain", "carpet", "patch", "roi", "scores", "scores_space", "scores_time", "start")
     for session in choose_examples(dataset.sessions, outlying):
         arrays = dataset.read(session, names)
         shown = picture.Shown(dataset.grid, dataset.frames, session, arrays)

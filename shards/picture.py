@@ -28,6 +28,7 @@ View = tuple[str, np.ndarray, Extent, str]  # title, picture, extent, letters of
 _BEST = 8  # most salient windows marked: as many as a published training sample holds
 _PLANES = (("Sagittal, x", "PAIS"), ("Coronal, y", "LRIS"), ("Axial, z", "LRPA"))
 _KINDS = ((2, html.BLUE, "the {best} most salient"), (1, html.SKY, "kept"), (0, html.PALE, "dropped"))
+_PARTS = (("scores_space", html.ORANGE, "space part"), ("scores_time", html.PURPLE, "time part"))
 _BACK = "#10151c"  # nearly black, as neuroimagers are used to
 
 
@@ -102,7 +103,8 @@ class Shown:
     session : dict
         Its line of `sessions.jsonl`.
     arrays : dict of ndarray
-        `baseline`, `brain`, `carpet`, `patch`, `roi`, `scores`, `start`.
+        `baseline`, `brain`, `carpet`, `patch`, `roi`, `scores`, `start`; `scores_space` and `scores_time` if the
+        sample has them.
     """
 
     def __init__(self, grid: Grid, frames: int, session: dict[str, Any], arrays: dict[str, np.ndarray]):
@@ -122,6 +124,7 @@ class Shown:
         low, high = np.percentile(self.dvars_T, [25, 75])
         self.limit = high + 1.5 * (high - low)
         self.scores_W = arrays["scores"]
+        self.parts = [(arrays[name], colour, title) for name, colour, title in _PARTS if name in arrays]
         kept_K = arrays["start"] // frames  # in rank order
         self.best_K = kept_K[:_BEST]
         self.kind_W = np.zeros(len(self.scores_W), int)  # as in _KINDS
@@ -159,7 +162,7 @@ class Shown:
             mm = self.grid.affine[axis, 3] + self.grid.mm * place[axis]
             if self.registered:
                 _draw_template(axes, template, axis, mm, views[axis][2])
-        parcels, saliency, carpet, dvars, whole = below.subplots(5, 1, sharex=True, height_ratios=(1.5, 1.3, 2.2, 1, 1))
+        parcels, saliency, carpet, dvars, whole = below.subplots(5, 1, sharex=True, height_ratios=(1.5, 1.6, 2.1, 1, 1))
         self._draw_parcels(below, parcels)
         self._draw_saliency(saliency)
         self._draw_carpet(below, carpet)
@@ -186,11 +189,12 @@ class Shown:
         figure.colorbar(image, ax=axes, label="z", pad=0.01, fraction=0.025, aspect=9)
 
     def _draw_saliency(self, axes: Axes) -> None:
-        """The score of every window; a score far below the others is marked at the foot of the axis."""
+        """The score of every window and its parts; a score far below the others is marked at the foot of the axis."""
         width = self.frames * self.tr
         low, high = np.percentile(self.scores_W, [25, 75])
         seen_W = self.scores_W >= low - 1.5 * (high - low)
-        bottom, top = self.scores_W[seen_W].min(), self.scores_W.max()
+        bottom = self.scores_W[seen_W].min()
+        top = max(values_W.max() for values_W in (self.scores_W, *(part_W for part_W, *_ in self.parts)))
         margin = 0.12 * (top - bottom) or 1.0
         bottom -= margin
         height_W = np.maximum(self.scores_W - bottom, 0)
@@ -199,7 +203,10 @@ class Shown:
             if len(at):
                 label = name.format(best=len(self.best_K))
                 axes.bar(at * width, height_W[at], width, bottom, align="edge", color=colour, label=label)
-        axes.stairs(bottom + height_W, np.arange(len(height_W) + 1) * width, baseline=None, color=html.INK, lw=0.7)
+        edge_W = np.arange(len(height_W) + 1) * width
+        axes.stairs(bottom + height_W, edge_W, baseline=None, color=html.INK, lw=0.7)
+        for part_W, colour, name in self.parts:  # behind the score: what can be seen of a part did not decide it
+            axes.stairs(np.maximum(part_W, bottom), edge_W, baseline=None, color=colour, lw=1, label=name, zorder=0.9)
         if not seen_W.all():
             at = (np.flatnonzero(~seen_W) + 0.5) * width
             axes.plot(at, np.full(len(at), bottom + margin / 2), "v", color=html.RED, ms=5, label="below the axis")
@@ -252,7 +259,7 @@ class Shown:
 
 def _legend(axes: Axes) -> None:
     """A legend on the right above the axes, on the height of their title."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=4, borderaxespad=0)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6, borderaxespad=0)
 
 
 def draw_slice(

@@ -8,6 +8,7 @@ R parcels.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_serializer, field_validator
 
 from shards import layout, quality, writer
 from shards.bold import Bold, MaskSettings, open_bold, sidecar
@@ -35,11 +36,12 @@ class Ranker(Protocol):
     def identity(self) -> dict[str, Any]:
         """What the scores depend on, for the manifest."""
 
-    def scores(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
-        """Saliency of each window in time order, float32 (W,)."""
+    def parts(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+        """Saliency of each window in time order, float32 (W,), as `scores`; and, of a ranker that joins the two,
+        what it found in space and in time, as `scores_space` and `scores_time`."""
 
 
-Parcels = Callable[[np.ndarray, float], np.ndarray]
+Parcels = Callable[[np.ndarray], np.ndarray]  # brain_XYZ to labels_XYZ; worker processes get it by pickle
 
 
 class WindowSettings(Settings):
@@ -48,12 +50,36 @@ class WindowSettings(Settings):
     minimum: int = Field(8, ge=2, description="a run with fewer windows is refused")
 
 
+class ParcelSettings(Settings):
+    """What the temporal extractor and the ranker see of a volume."""
+
+    image: Path | None = Field(None, description="label image in MNI space; without one, cubes of the brain mask")
+    cube_mm: float = Field(24.0, gt=0, le=200, description="edge of a cube, mm")
+    least_brain: float = Field(0.1, ge=0, le=1, description="a parcel with a smaller share of brain is left out")
+
+    @field_validator("image")
+    @classmethod
+    def _is_there(cls, image: Path | None) -> Path | None:
+        if image is not None and not image.is_file():
+            raise ValueError("a file: a NIfTI label image in MNI space")
+        return image
+
+    @field_serializer("image")
+    def _content(self, image: Path | None) -> dict[str, str] | None:
+        """An image is written down by its content: one that was changed makes another configuration."""
+        if image is None:
+            return None
+        with open(image, "rb") as file:
+            return {"name": image.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 class SessionSettings(Settings):
     """What a session's sample depends on beside its run and the ranker."""
 
     grid: GridSettings = GridSettings()
     mask: MaskSettings = MaskSettings()
     clean: CleanSettings = CleanSettings()
+    parcels: ParcelSettings = ParcelSettings()
     windows: WindowSettings = WindowSettings()
 
 
@@ -175,8 +201,13 @@ def _load(path: Path) -> _Session:
 
 
 def _open(run: RunSource, settings: SessionSettings) -> Bold:
-    """A run's header, checked; too short a run is refused before anything of it is read."""
+    """A run's header, checked; what cannot be converted is refused before anything of it is read."""
     bold = open_bold(run)
+    if settings.parcels.image is not None and bold.centred:
+        got = "native" if run.space == "native" else "a header without position"
+        expected = f"MNI space, in which the parcels of {settings.parcels.image.name} lie"
+        hint = "Register the run, or leave parcels.image out: cubes need no registration"
+        raise RunRefused(run.source, "space", got, expected, hint)
     frames = bold.frames - (run.dummy if isinstance(run.dummy, int) else 0)
     resampled = frames_at(settings.grid, bold.tr, frames)
     _check_length(run, resampled, bold.tr if resampled == frames else settings.grid.tr, settings)
@@ -197,8 +228,11 @@ def _harmonise(run: RunSource, settings: SessionSettings, parcels: Parcels) -> _
     result = harmonise(run, settings.grid, settings.mask, settings.clean)
     frames = len(result.raw_TN)  # fewer where dummy volumes were found
     _check_length(run, frames, result.tr, settings)
-    labels_XYZ = parcels(result.brain_XYZ, grid.mm)
+    labels_XYZ = parcels(result.brain_XYZ)
     roi_RT, centre_R3, number_R = parcel_means(result.raw_TN, labels_XYZ, result.brain_XYZ, grid.affine)
+    if len(number_R) < 2:
+        got, hint = f"{len(number_R)} with enough brain voxels", "Check the brain mask, or choose smaller parcels"
+        raise RunRefused(run.source, "parcels", got, "at least 2", hint)
     meta = {
         "key": run.key,
         "cohort": run.cohort,
@@ -215,6 +249,7 @@ def _harmonise(run: RunSource, settings: SessionSettings, parcels: Parcels) -> _
         "source_tr": result.source_tr,
         "n_windows": frames // settings.windows.frames,
         "n_patches": len(result.patch_P3),
+        "n_parcels": len(number_R),
         **result.facts,
     }
     return _Session(result, roi_RT, centre_R3, number_R, meta)
@@ -224,12 +259,13 @@ def _ranked(run: RunSource, session: _Session, settings: SessionSettings, ranker
     """The arrays of a sample: the K most salient windows in rank order; of equal scores the earlier comes first."""
     frames, result, n_windows = settings.windows.frames, session.result, session.meta["n_windows"]
     try:
-        scores_W = np.asarray(ranker.scores(session.roi_RT, session.centre_R3, frames), np.float32)
+        parts = ranker.parts(session.roi_RT, session.centre_R3, frames)
     except RunRefused as refused:  # the ranker does not know which run it scores
         raise RunRefused(run.source, refused.field, refused.got, refused.expected, refused.hint) from None
-    if scores_W.shape != (n_windows,) or not np.isfinite(scores_W).all():
-        got = f"scores that are not {n_windows} finite numbers"
-        raise RunRefused(run.source, "saliency", got, "a score per window")
+    for name, values_W in parts.items():
+        if values_W.shape != (n_windows,) or not np.isfinite(values_W).all():
+            raise RunRefused(run.source, name, f"values that are not {n_windows} finite numbers", "one per window")
+    scores_W = parts["scores"].astype(np.float32)
     rank_K = np.lexsort((np.arange(n_windows), -scores_W))[: settings.windows.keep]
     start_K = rank_K * frames
     return {
@@ -244,5 +280,5 @@ def _ranked(run: RunSource, session: _Session, settings: SessionSettings, ranker
         **layout.encode_windows(result.windows(start_K, frames), spread_PV),
         "start": start_K.astype(np.int32),
         "saliency": scores_W[rank_K],
-        "scores": scores_W,
+        **parts,
     }

@@ -1,15 +1,18 @@
 """Stage 1: which windows of a run deserve voxel-level compute.
 
 The paper ranks windows by "mutual masked reconstruction" (SLIM-Brain, arXiv 2512.21881, stage 1) without a
-formula. The definition here is *joint predictable energy*: a window matters if it carries energy that both
-the other parcels and the neighbouring windows can predict. A spike fails in time, an incoherent slow burst
-in space, noise in both:
+formula. The definition here is *joint predictable energy*: a window matters if it stands out from its run by
+energy that both the other parcels and the neighbouring windows can predict. A spike fails in time, an
+incoherent slow burst in space, noise in both:
 
-    saliency_w = sum over the views Z of  min(S_w, T_w) / sqrt(e_w)
+    joint_w = sum over the two views of  min(S_w, T_w)
+    saliency_w = (joint_w-1 + 4 joint_w + joint_w+1) / 6
 
-with the two views of `slim.temporal.standardise`, e_w the mean energy of the window, and S_w, T_w the part
-of it that is predictable in space (`space_energy`) and in time (rebuilt by the extractor, or by
-`rebuild_by_ridge` without one).
+The views are those of `slim.temporal.standardise`. S_w and T_w are the parts of the window's energy that are
+predictable in space (`space_energy`) and in time (rebuilt by the extractor, or by `rebuild_by_ridge` without
+one). Each is multiplied by the weight of the window's most outlying frame (`calmness`) and then given as its
+`standing` among the run's windows: the predictors are unlike, and without a common scale the smaller of them
+alone decides. Neighbours count because a haemodynamic response outlasts a window.
 
     ranker = make_ranker("mutual", Path("extractor/"))
     score_W = ranker.scores(roi_RT, centre_R3, frames=5)
@@ -29,12 +32,13 @@ import numpy as np
 from scipy import linalg, ndimage
 
 from shards.errors import ConfigError, RunRefused
-from slim.temporal import Extractor, parcels_from_mask, standardise
+from slim.temporal import Extractor, standardise
 
-CUBE_MM, LEAST_BRAIN = 24.0, 0.1
 SPLITS, RHO = 4, 0.3
 FOLDS, BLOCK, MARGIN = 6, 3, 3  # interleaved folds of blocks of windows; margin in frames
 REACH, PENALTY = 3, 0.03  # frames each side and ridge penalty of the training-free time part
+NEIGHBOUR = 1 / 6  # weight of each neighbouring window
+LEAST_RANGE = 1e-3  # quartile range below which windows do not differ but by rounding
 MEDIAN = 5  # frames of the median filter
 
 
@@ -137,49 +141,68 @@ def time_energy(z_RT: np.ndarray, rebuilt_RT: np.ndarray, frames: int) -> np.nda
     return window_mean(z_RT**2 - (z_RT - rebuilt_RT) ** 2, frames)
 
 
-def _joint(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
-    score_W = np.zeros(z_VRT.shape[2] // frames)
+def calmness(z_RT: np.ndarray, frames: int) -> np.ndarray:
+    """How calm each window is: the least root of its `frame_weights`, 1 without an outlying frame; (W,)."""
+    return np.sqrt(frame_weights(z_RT)).reshape(-1, frames).min(axis=1)
+
+
+def standing(value_W: np.ndarray) -> np.ndarray:
+    """How far each window stands above the run's median window, in quartile ranges of the run's windows."""
+    low, middle, high = np.quantile(value_W, (0.25, 0.5, 0.75))
+    return (value_W - middle) / max(high - low, LEAST_RANGE)
+
+
+def _joint(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+    joint_W, space_W, time_W = np.zeros((3, z_VRT.shape[2] // frames))
     for z_RT in z_VRT:
         if ranker.extractor is not None:
             rebuilt_RT = ranker.extractor.rebuild(z_RT, centre_R3)
         else:
             rebuilt_RT = rebuild_by_ridge(z_RT, frames)
-        both_W = np.minimum(space_energy(z_RT, frames, ranker.seed), time_energy(z_RT, rebuilt_RT, frames))
-        score_W += both_W / np.sqrt(np.maximum(window_mean(z_RT**2, frames), 1e-12))
-    return score_W
+        calm_W = calmness(z_RT, frames)
+        by_space_W = standing(calm_W * space_energy(z_RT, frames, ranker.seed))
+        by_time_W = standing(calm_W * time_energy(z_RT, rebuilt_RT, frames))
+        joint_W += np.minimum(by_space_W, by_time_W)
+        space_W += by_space_W
+        time_W += by_time_W
+    kernel = (NEIGHBOUR, 1 - 2 * NEIGHBOUR, NEIGHBOUR)
+    parts = {"scores": joint_W, "scores_space": space_W, "scores_time": time_W}
+    return {name: ndimage.correlate1d(value_W, kernel, mode="nearest") for name, value_W in parts.items()}
 
 
-def _variance(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
-    return window_mean(z_VRT[0] ** 2, frames)
+def _variance(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+    return {"scores": window_mean(z_VRT[0] ** 2, frames)}
 
 
-def _median_variance(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
-    return window_mean(ndimage.median_filter(z_VRT[0], (1, MEDIAN)) ** 2, frames)
+def _median_variance(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+    return {"scores": window_mean(ndimage.median_filter(z_VRT[0], (1, MEDIAN)) ** 2, frames)}
 
 
-def _leave_one_out(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
-    return window_mean((z_VRT[0] - rebuild_by_ridge(z_VRT[0], frames)) ** 2, frames)
+def _leave_one_out(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+    return {"scores": window_mean((z_VRT[0] - rebuild_by_ridge(z_VRT[0], frames)) ** 2, frames)}
 
 
-def _uniform(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
+def _uniform(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
     # The bit-reversed index (van der Corput): the first k of it are spread over the run, whatever k.
     windows = z_VRT.shape[2] // frames
     bits = max(1, (windows - 1).bit_length())
-    return np.array([-int(f"{w:0{bits}b}"[::-1], 2) for w in range(windows)], dtype=np.float64)
+    return {"scores": np.array([-int(f"{w:0{bits}b}"[::-1], 2) for w in range(windows)], dtype=np.float64)}
 
 
-def _random(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
+def _random(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
     # The frame of each parcel's largest deviation names the run, and knows neither its sign nor its scale.
     print_R = np.abs(z_VRT[0]).argmax(axis=1).astype("<i8")
     named = hashlib.sha256(f"{ranker.seed} {z_VRT.shape}".encode() + print_R.tobytes()).digest()
-    return np.random.default_rng(int.from_bytes(named[:16], "little")).random(z_VRT.shape[2] // frames)
+    return {"scores": np.random.default_rng(int.from_bytes(named[:16], "little")).random(z_VRT.shape[2] // frames)}
 
 
 _SPACE = {"splits": SPLITS, "rho": RHO, "folds": FOLDS, "block": BLOCK, "margin": MARGIN}
 _TIME = {"reach": REACH, "penalty": PENALTY}
-_RANKERS: dict[str, tuple[Callable[[Ranker, np.ndarray, np.ndarray, int], np.ndarray], dict[str, float]]] = {
-    "mutual": (_joint, _SPACE),
-    "ridge": (_joint, {**_SPACE, **_TIME}),
+_JOINT = {**_SPACE, "neighbour": NEIGHBOUR}
+_Score = Callable[["Ranker", np.ndarray, np.ndarray, int], dict[str, np.ndarray]]
+_RANKERS: dict[str, tuple[_Score, dict[str, Any]]] = {
+    "mutual": (_joint, _JOINT),
+    "ridge": (_joint, {**_JOINT, **_TIME}),
     "median-variance": (_median_variance, {"median": MEDIAN}),
     "variance": (_variance, {}),
     "leave-one-out": (_leave_one_out, _TIME),
@@ -206,18 +229,16 @@ class Ranker:
         return {
             "name": self.name,
             "seed": self.seed,
-            "cube_mm": CUBE_MM,
-            "least_brain": LEAST_BRAIN,
             **_RANKERS[self.name][1],
             "extractor": self.extractor.checksum if self.extractor is not None else None,
         }
 
-    def parcels(self, brain_XYZ: np.ndarray, mm: float) -> np.ndarray:
-        """Parcel of each voxel, 0 for none: int32, see `slim.temporal.parcels_from_mask`."""
-        return parcels_from_mask(brain_XYZ, mm, CUBE_MM, LEAST_BRAIN)
-
     def scores(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
-        """Score of every window, higher = more salient; independent of the sign and scale of `roi_RT`.
+        """Score of every window, float32 (W,), higher = more salient: ``scores`` of `parts`."""
+        return self.parts(roi_RT, centre_R3, frames)["scores"]
+
+    def parts(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+        """Score of every window and what limits it; independent of the sign and scale of `roi_RT`.
 
         Parameters
         ----------
@@ -231,8 +252,10 @@ class Ranker:
 
         Returns
         -------
-        score_W : float32 array, W = T // frames
-            In time order.
+        dict of float32 arrays (W,), W = T // frames, in time order
+            ``scores``: higher = more salient. ``mutual`` and ``ridge`` also ``scores_space`` and
+            ``scores_time``: the same with S_w alone and with T_w alone in place of the smaller of both, in the
+            units of the score, which exceeds neither.
 
         Raises
         ------
@@ -254,7 +277,8 @@ class Ranker:
             raise ConfigError(where, "centres", centre_R3.shape, (len(roi_RT), 3))
         z_VRT, kept_R = standardise(roi_RT[:, : roi_RT.shape[1] // frames * frames])
         score, _ = _RANKERS[self.name]
-        return score(self, z_VRT, centre_R3[kept_R], frames).astype(np.float32)
+        found = score(self, z_VRT, centre_R3[kept_R], frames)
+        return {name: value_W.astype(np.float32) for name, value_W in found.items()}
 
 
 def make_ranker(name: str = "mutual", extractor: Path | str | Extractor | None = None, seed: int = 0) -> Ranker:

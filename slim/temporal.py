@@ -1,4 +1,4 @@
-"""Stage 1: parcels from a brain mask, and the masked autoencoder over parcels x time.
+"""Stage 1: the masked autoencoder over parcels x time.
 
 The volume is compressed to a parcel x time matrix, and a light transformer learns to rebuild what is hidden
 of it (SLIM-Brain, arXiv 2512.21881, stage 1; masking and loss of SimMIM, arXiv 2111.09886: mask tokens enter
@@ -9,7 +9,7 @@ the encoder, L1 on the masked part, linear head). What it can rebuild of a hidde
     extractor.save("extractor/")
     rebuilt_RT = Extractor.load("extractor/").rebuild(z_RT, centre_R3)
 
-Shape suffixes: X Y Z voxels of the grid; R parcels; T frames; V views (plain, global signal regressed out);
+Shape suffixes: R parcels; T frames; V views (plain, global signal regressed out);
 W windows; G groups of neighbouring parcels; S slots of a group; B samples; C channels; P position features;
 3 axes.
 """
@@ -39,45 +39,6 @@ MOST_RUNS = 256  # rankings from 12 and from 48 training runs already agree; bou
 PASSES = 4  # every 4th window is hidden at once
 MARGIN = PASSES - 1  # windows a chunk sees beyond those it answers for: up to the next hidden one
 WEIGHTS_FILE, CONFIG_FILE = "extractor.safetensors", "config.json"
-
-
-def parcels_from_mask(brain_XYZ: np.ndarray, mm: float, cube_mm: float = 24.0, least: float = 0.1) -> np.ndarray:
-    """Cubic parcels of a brain mask: no atlas, and the same labels for everyone on the same grid.
-
-    Parameters
-    ----------
-    brain_XYZ : bool array
-        The brain mask.
-    mm : float
-        Voxel edge in mm.
-    cube_mm : float
-        Cube edge in mm, rounded to whole voxels (at least one). The first cube lies in the grid's first
-        corner.
-    least : float
-        Smallest share of a whole cube that must be brain.
-
-    Returns
-    -------
-    labels_XYZ : int32 array
-        0 for no parcel; otherwise 1 + the cube's flat index (C order) in the grid of cubes.
-
-    Raises
-    ------
-    ConfigError
-        If the mask has not three dimensions, or an edge is not a positive number.
-    """
-    brain_XYZ = np.asarray(brain_XYZ, dtype=bool)
-    if brain_XYZ.ndim != 3:
-        raise ConfigError("parcels", "brain mask", f"{brain_XYZ.ndim} dimensions", "3 dimensions")
-    if not (0 < mm < math.inf and 0 < cube_mm < math.inf):
-        raise ConfigError("parcels", "mm, cube_mm", f"{mm}, {cube_mm}", "positive edges in mm")
-    edge = max(1, round(cube_mm / mm))
-    x, y, z = (np.arange(size) // edge for size in brain_XYZ.shape)
-    _, n_y, n_z = (-(-size // edge) for size in brain_XYZ.shape)
-    cube_XYZ = (x[:, None, None] * n_y + y[:, None]) * n_z + z
-    counts = np.bincount(cube_XYZ[brain_XYZ], minlength=int(cube_XYZ.max(initial=0)) + 1)
-    enough = (counts > 0) & (counts >= least * edge**3)
-    return np.where(brain_XYZ & enough[cube_XYZ], cube_XYZ + 1, 0).astype(np.int32)
 
 
 def standardise(roi_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from conftest import GRID
 from shards import layout, writer
 from shards.convert import Conversion, ConvertSettings
 from shards.settings import check, override
-from slim.temporal import parcels_from_mask
+from slim.parcels import make_parcels
 
 SETTINGS = check(ConvertSettings, override({}, GRID), "test")
 RIDGE = {"name": "ridge", "extractor": None}
@@ -66,7 +66,8 @@ def make_unreadable(path: Path) -> None:
 
 @contextmanager
 def conversion(cohorts: list[Path], out: Path, **changes) -> Iterator[Conversion]:
-    made = Conversion(cohorts, out, SETTINGS.model_copy(update=changes), RIDGE, parcels_from_mask, 1)
+    settings = SETTINGS.model_copy(update=changes)
+    made = Conversion(cohorts, out, settings, RIDGE, make_parcels(settings.grid.grid(), settings.parcels), 1)
     try:
         yield made
     finally:

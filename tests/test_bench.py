@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))  # as it is for the tools themselves
 
 from benches.common import Figure, Ratio, Result, interleave, show  # noqa: E402
+from benches.simulate import SNR, simulate  # noqa: E402
 
 
 def test_callables_take_turns():
@@ -94,6 +96,76 @@ def test_the_bench_of_shards_on_a_coarse_grid(command, tmp_path):
     assert "round 2 of 2" in done.stderr and not any(tmp_path.glob("bench-*"))
 
 
+def test_the_bench_of_saliency_on_few_runs(command):
+    done = command("tools/bench.py", "saliency", "--small", "--repeat", 1, "--json", timeout=600)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    rankers = ("mutual", "ridge", "median-variance", "variance", "leave-one-out", "uniform", "random")
+    measures = ("precision at 8", "artefacts at 8", "precision at 32", "Spearman", "CPU ms")
+    conditions = facts["notes"]["conditions"]
+    assert len({tuple(one[key] for key in ("kind", "slow", "snr", "ranker")) for one in conditions}) == len(conditions)
+    assert len(conditions) == 2 * 2 * 3 * len(rankers) and facts["notes"]["parcels"] == 195
+    for ranker in rankers:
+        own = [one for one in conditions if one["ranker"] == ranker]
+        for measure in measures:
+            mean = facts["figures"][f"{measure}, {ranker}"]["median"]
+            assert mean == pytest.approx(np.mean([one[measure] for one in own]), abs=1e-4)
+        assert all(
+            0 <= one["precision at 8"] + one["artefacts at 8"] <= 1 and -1 <= one["Spearman"] <= 1 for one in own
+        )
+        # a row of each table: the three ratios of the first measure
+        first = " / ".join(f"{one['precision at 8']:.2f}" for one in own[:3])
+        assert any(line.split()[:1] == [ranker] and first in line for line in done.stdout.splitlines())
+    figures, ratios = facts["figures"], {ratio["name"]: ratio for ratio in facts["ratios"]}
+    mutual, plain = (
+        [one["precision at 8"] for one in conditions if one["ranker"] == ranker and one["slow"] == "slow bursts"]
+        for ranker in ("mutual", "variance")
+    )
+    gain = ratios["precision at 8, mutual less variance, slow bursts"]
+    assert gain["value"] == pytest.approx(min(np.subtract(mutual, plain)), abs=1e-3)
+    assert [ratio["required"] for ratio in facts["ratios"]] == [
+        "at least 0.6", "at most 0.1", "at least 0.2", "at least 1", "at most 1", "at most 2.5"
+    ]  # fmt: skip
+    (best,) = [ratio["over"] for name, ratio in ratios.items() if name.endswith(", the next best")]
+    others = [figures[f"precision at 8, {ranker}"]["median"] for ranker in rankers if ranker != "mutual"]
+    assert figures[best]["median"] == max(others)
+    assert all(figures[f"score {frames} frames, CPU"]["median"] > 0 for frames in (300, 600, 1200, 2400))
+
+
+@pytest.mark.parametrize("kind", SNR)
+@pytest.mark.parametrize("slow", [False, True])
+def test_simulated_runs_hold_what_they_say(kind, slow):
+    centre_R3 = np.random.default_rng(0).uniform(-70, 70, (60, 3))
+    calls = [(kind, snr, slow, seed, centre_R3, 70) for snr in (0.5, 1.0) for seed in (0, 0, 1)]
+    one, same, other, louder, *_ = runs = [simulate(*call) for call in calls]
+    np.testing.assert_array_equal(one.roi_RT, same.roi_RT)
+    assert (one.roi_RT != other.roi_RT).any() and (one.roi_RT != louder.roi_RT).any()
+    for run in runs:
+        assert run.roi_RT.shape == (60, 350) and run.roi_RT.dtype == np.float32 and np.isfinite(run.roi_RT).all()
+        assert run.event_W.sum() == 14 and run.energy_W[run.event_W].min() >= run.energy_W[~run.event_W].max()
+        assert not (run.event_W & run.artefact_W).any() and run.artefact_W.mean() < 0.4
+    # the rest has about unit energy in both kinds, whatever the ratio
+    rest = [run.energy_W[run.event_W].mean() / call[1] for run, call in zip(runs, calls, strict=True)]
+    assert min(rest) > 0.8 and max(rest) < 2.5 and max(rest) < 1.5 * min(rest)
+
+
+def test_a_window_without_planted_energy_holds_no_event():
+    centre_R3 = np.random.default_rng(0).uniform(-70, 70, (60, 3))
+    runs = [simulate("bursts", 0.2, False, seed, centre_R3, 13) for seed in range(20)]
+    assert {run.event_W.sum() for run in runs} == {2, 3}  # one burst does not always reach three windows
+    assert all(run.energy_W[run.event_W].min() > 0 for run in runs)
+
+
+def test_slow_bursts_are_artefacts_that_add_to_the_spikes():
+    centre_R3 = np.random.default_rng(0).uniform(-70, 70, (60, 3))
+    for kind, levels in SNR.items():
+        share = [
+            np.mean([simulate(kind, levels[1], slow, seed, centre_R3, 70).artefact_W.mean() for seed in range(12)])
+            for slow in (False, True)
+        ]
+        assert share[1] > share[0] + 0.02
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -102,6 +174,8 @@ def test_the_bench_of_shards_on_a_coarse_grid(command, tmp_path):
         (("shards", "--small", "windows=13"), "13 windows of 5 frames in 60 frames"),
         (("shards", "sise=3"), "error: command line: sise: got an unknown key"),
         (("shards", "--out", "no/such/folder/x.json"), "error: command line: --out: got no/such/folder/x.json"),
+        (("saliency", "windows=20"), "error: command line: windows: got 20"),
+        (("saliency", "rounds=3"), "error: command line: rounds: got an unknown key"),
         (("nothing",), "error: argument NAME: invalid choice: 'nothing'"),
         (("shards", "--small", "shape=[16,16,18]"), "18 is no multiple of 4"),
     ],

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
-from conversions import SETTINGS, bold_files, copy_cohort, make_unreadable, pack_into, same, times
+from conversions import SETTINGS, bold_files, copy_cohort, make_unreadable, pack_into, renamed, same, times
+from runs import save
+from runs import source as run_source
 
 from shards import layout
 from shards.cohort import find_runs
-from shards.console import DONE, WRONG
+from shards.console import DONE, REFUSED, WRONG
 from shards.convert import fingerprint
+from shards.errors import RunRefused
 from shards.harmonise import harmonise
 from shards.patches import voxel_slots
 from shards.reader import Dataset
+from shards.session import ParcelSettings, survey
 from shards.split import read_table
 from slim.saliency import make_ranker
 
@@ -138,6 +144,69 @@ def test_the_trained_ranker_end_to_end(cohort, make_shards, tmp_path, capsys):
     ]
     assert make_shards(source, "--out", given, "--ranker", "ridge", "--extractor", out / layout.EXTRACTOR) == WRONG
     assert "--extractor" in capsys.readouterr().err.splitlines()[-1]
+
+
+def atlas(path: Path, shift: int = 0) -> Path:
+    """A label image on a lattice of its own: slabs of 32 mm from left to right, numbered 10, 20, ..."""
+    slab = 10 * (1 + (np.arange(48) + shift) // 8).astype(np.int16)
+    affine = nib.affines.from_matvec(np.diag([4.0, 4.0, 4.0]), [-95, -111, -89])
+    return save(path, np.broadcast_to(slab[:, None, None], (48, 48, 48)), affine)
+
+
+def test_parcels_of_a_label_image_end_to_end(cohort, make_shards, tmp_path, capsys):
+    """They are means over the image's parcels in the brain, and its content is part of the configuration."""
+    source, out, image = copy_cohort(cohort, tmp_path / "cohort", 3), tmp_path / "out", atlas(tmp_path / "a.nii.gz")
+    assert make_shards(source, "--out", out, "--ranker", "ridge", f"parcels.image={image}") == DONE
+    dataset = Dataset(out)
+    stated = dataset.manifest["configuration"]["settings"]["parcels"]["image"]
+    assert stated == {"name": "a.nii.gz", "sha256": hashlib.sha256(image.read_bytes()).hexdigest()}
+    grid = dataset.grid
+    slab_X = (grid.affine[0, 3] + grid.mm * np.arange(16) + 95) / 4  # voxels of the image
+    for run, session in zip(find_runs(source), dataset.sessions, strict=True):
+        arrays = dataset.read(session, ("roi", "roi_number", "roi_centre"))
+        result = harmonise(run, SETTINGS.grid)
+        label_N = 10 * (1 + np.rint(slab_X[np.argwhere(result.brain_XYZ)[:, 0]]).astype(int) // 8)
+        assert session["n_parcels"] == len(arrays["roi"]) >= 4
+        assert set(arrays["roi_number"]) <= set(label_N) <= {10, 20, 30, 40, 50, 60}
+        for number, roi_T in zip(arrays["roi_number"], arrays["roi"], strict=True):
+            np.testing.assert_allclose(roi_T, result.raw_TN[:, label_N == number].mean(axis=1), rtol=1e-5)
+
+    moved = tmp_path / "elsewhere" / "a.nii.gz"
+    moved.parent.mkdir()
+    shutil.copy(image, moved)
+    before = times(out)
+    assert make_shards(source, "--out", out, "--ranker", "ridge", f"parcels.image={moved}") == DONE
+    assert times(out) == before
+    atlas(moved, shift=1)
+    assert make_shards(source, "--out", out, "--ranker", "ridge", f"parcels.image={moved}") == WRONG
+    assert "configuration" in capsys.readouterr().err.splitlines()[-1]
+    assert make_shards(source, "--out", out, "--ranker", "ridge") == WRONG  # cubes
+    assert make_shards(source, "--out", tmp_path / "no", "--ranker", "ridge", "parcels.image=none.nii.gz") == WRONG
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "parcels.image: got 'none.nii.gz', expected a file: a NIfTI label image" in last
+
+
+def test_a_native_run_has_no_parcels_of_a_label_image(cohort, make_shards, tmp_path):
+    pattern = "sub-{subject}/ses-{session}/func/sub-{subject}_ses-{session}_task-{task}_space-*_bold.nii.gz"
+    native = renamed(cohort, tmp_path / "native.yaml", layout="pattern", pattern=pattern, space="native")
+    image = atlas(tmp_path / "a.nii.gz")
+    words = (native, "--ranker", "ridge", f"parcels.image={image}")
+    assert make_shards(*words, "--out", tmp_path / "none", "--dry-run") == REFUSED
+    assert make_shards(*words, "--out", tmp_path / "out") == REFUSED
+    failed = layout.read_lines(tmp_path / "out" / layout.FAILED)
+    assert len(failed) == 6
+    for line in failed:
+        assert "space: got native, expected MNI space, in which the parcels of a.nii.gz lie" in line["reason"]
+        assert line["source"] in line["reason"] and "cubes need no registration" in line["hint"]
+
+
+def test_a_run_whose_place_is_not_known_has_none_either(tmp_path):
+    data = np.random.default_rng(0).random((8, 8, 8, 60)).astype(np.float32)
+    run = run_source(save(tmp_path / "b.nii", data, np.eye(4), codes=0), None)
+    survey(run, SETTINGS)
+    parcels = ParcelSettings(image=atlas(tmp_path / "a.nii.gz"))
+    with pytest.raises(RunRefused, match=r"b\.nii: space: got a header without position, expected MNI space"):
+        survey(run, SETTINGS.model_copy(update={"parcels": parcels}))
 
 
 def test_windows_are_those_of_the_harmonised_run(cohort, dataset):

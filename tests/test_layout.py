@@ -47,6 +47,8 @@ def sample_arrays(seed: int = 0, k: int = 6, f: int = 5, p: int = 7, v: int = 64
         "start": np.arange(k) * f,
         "saliency": -np.sort(-rng.random(k)),
         "scores": rng.random(2 * k),
+        "scores_space": rng.random(2 * k),
+        "scores_time": rng.random(2 * k),
         "roi": rng.standard_normal((3, 60)),
         "roi_number": np.arange(1, 4),
         "roi_centre": rng.standard_normal((3, 3)),
@@ -134,6 +136,9 @@ def test_a_sample_holds_what_the_contract_says(dataset, samples):
         np.testing.assert_array_equal(arrays["start"], order * f)
         np.testing.assert_array_equal(arrays["saliency"], arrays["scores"][order])
         assert (np.diff(arrays["saliency"]) <= 0).all()
+        for part in ("scores_space", "scores_time"):  # joined by the ranker `ridge`
+            assert arrays[part].dtype == np.float32 and (arrays[part] >= arrays["scores"] - 1e-6).all()
+        assert meta["n_parcels"] == len(arrays["roi"])
         assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
         assert json.loads(archive.read("zarr.json"))["zarr_format"] == 3
 
@@ -168,6 +173,19 @@ def test_no_array_of_zeros_is_left_out():
     arrays = {name: np.zeros_like(values) for name, values in sample_arrays().items()}
     names = zipfile.ZipFile(io.BytesIO(layout.pack(arrays))).namelist()
     assert {f"windows/c/{k}/0/0/0" for k in range(6)} | {"start/c/0", "patch/c/0/0"} <= set(names)
+
+
+def test_a_sample_without_the_parts_of_its_scores_is_whole():
+    """Those of rankers that have none, or of a version that did not keep them; other arrays may not be missing."""
+    arrays = sample_arrays()
+    parts = {name: arrays.pop(name) for name in ("scores_space", "scores_time")}
+    old, new = (io.BytesIO(layout.pack(kept)) for kept in (arrays, arrays | parts))
+    assert layout.unpack(new, "here").keys() - layout.unpack(old, "here").keys() == parts.keys()
+    assert layout.unpack(old, "here", ("scores", *parts)).keys() == {"scores"}
+    assert layout.unpack(new, "here", ("scores", *parts)).keys() == {"scores", *parts}
+    del arrays["saliency"]
+    with pytest.raises(SampleCorrupt, match="no array saliency"):
+        layout.unpack(io.BytesIO(layout.pack(arrays)), "here")
 
 
 def test_the_best_windows_lie_side_by_side():

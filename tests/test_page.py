@@ -10,6 +10,7 @@ import sys
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from shards import distribution, html, layout, page, writer
+from shards import distribution, html, layout, page, picture, writer
 from shards.grid import Grid
 from shards.patches import gather, patch_places
 from shards.split import SPLITS
@@ -117,7 +118,8 @@ def session(key: str, cohort: str, subject: str, split: str, **changes) -> dict:
     }
 
 
-def make_dataset(folder: Path, sessions: list[dict], failed: list[dict]) -> Path:
+def make_dataset(folder: Path, sessions: list[dict], failed: list[dict], **more: np.ndarray) -> Path:
+    """Samples without the parts of their scores, unless these are among `more` arrays."""
     mask = brain()
     patch = patch_places(mask, GRID.patch)
     rng = np.random.default_rng(0)
@@ -137,6 +139,7 @@ def make_dataset(folder: Path, sessions: list[dict], failed: list[dict]) -> Path
             "roi_number": np.arange(30),
             "roi_centre": np.zeros((30, 3)),
             "carpet": rng.integers(-60, 60, (40, 62)),
+            **more,
         }
     )
     manifest = {
@@ -220,6 +223,7 @@ def test_says_what_the_manifest_says(content, dataset):
     assert "11 sessions of 11 subjects from 2 cohorts" in text
     assert "16 × 16 × 16 voxels of 12 mm, RAS+" in text
     assert "variance" in text and manifest["configuration_hash"][:12] in text
+    assert "Parcels cubes of the brain mask" in text
     # cohort, train, val, test, all, refused, TR
     assert "one 6 (6) 2 (2) 2 (2) 10 (10) 0 0.72 (9), 0.8 (1)" in text
     assert "two 1 (1) 0 (0) 0 (0) 1 (1) 1 2" in text
@@ -260,6 +264,32 @@ def test_says_what_was_done_to_a_run_and_what_was_taken_for_granted(content):
         f"Cleaned 6 motion parameters {NASTY}",
     ):
         assert text.count(words) == 1, words
+
+
+def test_parts_of_scores_are_drawn_where_a_sample_has_them(tmp_path, monkeypatch):
+    drawn = []
+    draw = picture.Shown.draw
+
+    def watched(shown: picture.Shown, outline) -> Figure:
+        drawn.append([title for _, _, title in shown.parts])
+        return draw(shown, outline)
+
+    monkeypatch.setattr(picture.Shown, "draw", watched)
+    parts = {"scores_space": np.full(WINDOWS, 2.0), "scores_time": np.full(WINDOWS, 1.0)}
+    for number, more in enumerate(({}, parts)):
+        page.write(make_dataset(tmp_path / str(number), [session("one_a", "one", "a", "train")], [], **more))
+    assert drawn == [[], ["space part", "time part"]]
+
+
+def test_says_which_parcels_the_ranker_saw():
+    sessions = [{"n_parcels": 98}, {"n_parcels": 100}]
+    image = {"name": "atlas.nii.gz", "sha256": "c0ffee" * 10}
+    for stated, expected in (
+        ({"image": None}, "98–100 parcels: cubes of the brain mask"),
+        ({"image": image}, "98–100 parcels: atlas.nii.gz, c0ffeec0ffee"),
+    ):
+        manifest = {"configuration": {"settings": {"parcels": stated}}}
+        assert page._parcels(SimpleNamespace(manifest=manifest, sessions=sessions)) == expected
 
 
 def test_another_tr_inside_a_cohort_is_pointed_out():

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
+from matplotlib.text import Text
 
 from shards import html, layout, picture
 from shards.grid import Grid
@@ -144,7 +145,8 @@ def shown(scores: np.ndarray, keep: int = KEEP, **changes) -> picture.Shown:
         "scores": scores,
         "start": np.argsort(-scores)[:keep] * FRAMES,
     }
-    arrays |= {name: changes.pop(name) for name in [*changes] if name in arrays}
+    given = (*arrays, "scores_space", "scores_time")
+    arrays |= {name: changes.pop(name) for name in [*changes] if name in given}
     return picture.Shown(GRID, FRAMES, {"tr": 0.72, "space": "MNI", **changes}, arrays)
 
 
@@ -213,6 +215,42 @@ def test_the_saliency_curve_marks_kept_windows_and_scores_below_the_axis(windows
     assert mark.get_xdata().tolist() == pytest.approx([4.5 * FRAMES * 0.72])
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert sorted(names) == ["below the axis", "dropped", "kept", "the 8 most salient"]
+
+
+@pytest.mark.parametrize("windows", [12, 240])
+def test_the_part_of_a_score_that_did_not_decide_stands_above_it(windows):
+    rng = np.random.default_rng(5)
+    scores = rng.uniform(1, 2, windows).astype(np.float32)
+    space, time = scores.copy(), scores.copy()
+    space[::3] += 0.8
+    time[1::3] += 0.8
+    with html.drawing():
+        figure = shown(scores, keep=10, scores_space=space, scores_time=time).draw(OUTLINE)
+        pixels = render(figure)
+    axes = panel(figure, "Saliency")
+    assert axes.get_ylim()[1] > 2.5
+    curves = {patch.get_label(): patch.get_data() for patch in axes.patches if isinstance(patch, StepPatch)}
+    np.testing.assert_array_equal(curves["space part"].values, space)
+    np.testing.assert_array_equal(curves["time part"].values, time)
+    np.testing.assert_allclose(curves["space part"].edges, np.arange(windows + 1) * FRAMES * 0.72)
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(names) == ["dropped", "kept", "space part", "the 8 most salient", "time part"]
+    (title,) = axes.findobj(lambda artist: isinstance(artist, Text) and artist.get_text().startswith("Saliency"))
+    box = axes.get_legend().get_window_extent()
+    assert title.get_window_extent().x1 < box.x0 and box.x1 <= axes.get_window_extent().x1 + 1
+
+    def line_at(number: int, value: float) -> np.ndarray:
+        """Of the pixels around a place, the one farthest from white, which is behind the lines."""
+        x, y = axes.transData.transform(((number + 0.5) * FRAMES * 0.72, value)).round().astype(int)
+        near = pixels[y - 2 : y + 3, x]
+        return near[near.sum(axis=1).argmin()]
+
+    for number in range(0, windows, 3):
+        red, green, blue = line_at(number, space[number])  # orange
+        assert red > green > blue + 30
+        red, green, blue = line_at(number + 1, time[number + 1])  # purple
+        assert min(red, blue) > green + 15
+        assert line_at(number + 2, scores[number + 2]).max() < 120  # the score, ink, hides both
 
 
 def test_equal_scores_and_kept_all_are_drawn():

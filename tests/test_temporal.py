@@ -1,4 +1,4 @@
-"""Parcels from a mask, standardising, and the masked autoencoder over parcels x time."""
+"""Standardising, and the masked autoencoder over parcels x time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from shards.errors import ConfigError, RunRefused
 from slim.axial import ExtractorConfig, Layout, MaskedAutoencoder, group_parcels
 from slim.temporal import (
     Extractor,
-    parcels_from_mask,
     standardise,
     train_extractor,
 )
@@ -38,43 +36,6 @@ def structured_run(seed: int, parcels: int = 40, length: int = 200) -> tuple[np.
 @pytest.fixture(scope="module")
 def extractor() -> Extractor:
     return train_extractor([structured_run(seed) for seed in range(8)], steps=150)
-
-
-# ---- parcels
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    brain_XYZ=hnp.arrays(bool, st.tuples(*[st.integers(1, 9)] * 3)),
-    mm=st.sampled_from([2.0, 6.0, 8.0, 12.0, 60.0]),
-    least=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-)
-def test_parcels_are_the_cubes_that_hold_enough_brain(brain_XYZ, mm, least):
-    labels_XYZ = parcels_from_mask(brain_XYZ, mm, least=least)
-    edge = max(1, round(24 / mm))
-    n = [-(-size // edge) for size in brain_XYZ.shape]
-    expected = np.zeros(brain_XYZ.shape, dtype=np.int32)
-    for label, (i, j, k) in enumerate(np.ndindex(*n), start=1):
-        cube = tuple(slice(a * edge, (a + 1) * edge) for a in (i, j, k))
-        inside = brain_XYZ[cube]
-        if inside.any() and inside.sum() >= least * edge**3:
-            expected[cube][inside] = label
-    assert labels_XYZ.dtype == np.int32
-    np.testing.assert_array_equal(labels_XYZ, expected)
-
-
-def test_a_place_has_the_same_label_in_everyone():
-    rng = np.random.default_rng(0)
-    one, two = (parcels_from_mask(rng.random((40, 44, 36)) < share, 2.0) for share in (0.4, 0.9))
-    both = (one > 0) & (two > 0)
-    assert both.sum() > 1000
-    np.testing.assert_array_equal(one[both], two[both])
-
-
-@pytest.mark.parametrize("mm", [0.0, -2.0, float("nan")])
-def test_an_impossible_voxel_size_is_refused(mm):
-    with pytest.raises(ConfigError, match="positive"):
-        parcels_from_mask(np.ones((4, 4, 4), dtype=bool), mm)
 
 
 # ---- standardising
@@ -178,8 +139,11 @@ def test_it_rebuilds_hidden_windows_of_fresh_runs(extractor):
     assert np.mean((noise_RT - extractor.rebuild(noise_RT, centre_R3)) ** 2) > 0.95
 
 
-@pytest.mark.parametrize(("parcels", "length"), [(2, 60), (9, 10), (10, 155), (131, 300), (300, 2400)])
+@pytest.mark.parametrize(
+    ("parcels", "length"), [(2, 60), (9, 10), (10, 155), (20, 2400), (131, 300), (1000, 60), (1000, 2400)]
+)
 def test_any_length_and_any_number_of_parcels(extractor, parcels, length):
+    """One extractor, trained on 40 parcels and 200 frames, for all of them."""
     roi_RT, centre_R3 = structured_run(7, parcels, length)
     rebuilt_RT = extractor.rebuild(standardise(roi_RT)[0][0], centre_R3)
     assert rebuilt_RT.shape == (parcels, length) and rebuilt_RT.dtype == np.float32

@@ -20,8 +20,9 @@ from shards.console import DONE, REFUSED, Parser, progress, run, summary
 from shards.convert import Conversion, ConvertSettings
 from shards.errors import ConfigError
 from shards.settings import check, override
+from slim.parcels import make_parcels
 from slim.saliency import make_ranker
-from slim.temporal import CONFIG_FILE, Extractor, parcels_from_mask, train_extractor
+from slim.temporal import CONFIG_FILE, Extractor, train_extractor
 
 STEPS = ("find", "harmonise", "rank", "pack")
 
@@ -59,7 +60,8 @@ def main() -> int:
         raise ConfigError("command line", "--extractor", f"one with --ranker {args.ranker}", "--ranker mutual")
     else:
         make_ranker(args.ranker)  # an unknown name is told before anything is read
-    conversion = Conversion(cohorts, args.out, settings, ranking, parcels_from_mask, args.workers, args.retry_refused)
+    parcels = make_parcels(settings.grid.grid(), settings.parcels)
+    conversion = Conversion(cohorts, args.out, settings, ranking, parcels, args.workers, args.retry_refused)
     if args.dry_run:
         return dry_run(conversion, args.json)
     with closing(conversion):

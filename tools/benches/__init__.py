@@ -4,4 +4,7 @@ A module for each name of `BENCHES`, with `Bench`, the settings of its sizes, `S
 `run(bench, repeat, folder, begun) -> Result`, which works in `folder` and calls `begun(what)` before each stage.
 """
 
-BENCHES = {"shards": "conversion and reading beside nilearn and a compressed .npz of the same run"}
+BENCHES = {
+    "shards": "conversion and reading beside nilearn and a compressed .npz of the same run",
+    "saliency": "what each ranker chooses in simulated runs with planted events and artefacts, and its cost",
+}

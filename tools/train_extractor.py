@@ -1,0 +1,115 @@
+"""Train the temporal extractor that ranks windows, on the parcels of finished datasets.
+
+    python tools/train_extractor.py DATASET [DATASET ...] --out FOLDER [--steps N] [--seed K] [--sessions N]
+
+It learns from the training split alone. However many sessions there are, `--sessions` of them are drawn by the seed and
+only those are read. The same seed and datasets give the same bytes. `make_shards.py --extractor FOLDER` ranks with it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shards.console import DONE, Parser, progress, run, summary
+from shards.convert import ExtractorSettings
+from shards.errors import ConfigError
+from shards.reader import Dataset
+from shards.settings import check
+from slim.temporal import WEIGHTS_FILE, train_extractor
+
+
+def main() -> int:
+    default = ExtractorSettings()
+    parser = Parser(__doc__.splitlines()[0], "python tools/train_extractor.py data/mylab --out extractors/mylab")
+    parser.add_argument("datasets", nargs="+", metavar="DATASET", help="of make_shards.py")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="of the extractor")
+    parser.add_argument("--steps", type=int, default=default.steps, metavar="N", help=f"default: {default.steps}")
+    parser.add_argument("--seed", type=int, default=default.seed, metavar="K", help=f"default: {default.seed}")
+    parser.add_argument(
+        "--sessions",
+        type=int,
+        default=default.sessions,
+        metavar="N",
+        help=f"training sessions drawn, at most 256 (default: {default.sessions})",
+    )
+    args = parser.parse_args()
+    tree = {"sessions": args.sessions, "steps": args.steps, "seed": args.seed}
+    chosen = check(ExtractorSettings, tree, "command line")
+    datasets = [Dataset(folder) for folder in args.datasets]
+    frames = check_datasets(datasets)
+    make_room(args.out)
+
+    torch.set_num_threads(1)  # it comes out the same on any machine's number of cores
+    train = [(dataset, session) for dataset in datasets for session in dataset.of_split("train")]
+    drawn = chosen.draw(train, lambda pair: pair[1]["key"])
+    series = []
+    with progress("read the parcels", len(drawn), "sessions") as advance:
+        for dataset, session in drawn:
+            arrays = dataset.read(session, ("roi", "roi_centre"))
+            series.append((arrays["roi"], arrays["roi_centre"]))
+            advance(1, session["key"])
+    with progress("train the temporal extractor", chosen.steps, "steps") as advance:
+        extractor = train_extractor(series, frames, chosen.steps, chosen.seed, advance)
+    extractor.save(args.out)
+    facts: dict[str, Any] = {
+        "extractor": str(args.out),
+        "checksum": extractor.checksum,
+        "sessions": len(series),
+        "of": len(train),
+        "steps": chosen.steps,
+        "seed": chosen.seed,
+        "frames": frames,
+        "parameters": extractor.parameters,
+    }
+    following = f"python tools/make_shards.py COHORT.yaml --out DATASET --extractor {args.out}"
+    summary(facts, following, args.json)
+    return DONE
+
+
+def check_datasets(datasets: list[Dataset]) -> int:
+    """Frames of a window, which all of them share.
+
+    Raises
+    ------
+    ConfigError
+        If their windows differ, one is named twice, or one has no training session.
+    """
+    first = datasets[0]
+    for number, dataset in enumerate(datasets):
+        if dataset.folder in [other.folder for other in datasets[:number]]:
+            raise ConfigError("command line", "DATASET", f"{dataset.folder} a second time", "every dataset once")
+        if not dataset.of_split("train"):
+            hint = "Leave it out, or convert a cohort with more subjects"
+            raise ConfigError(dataset.folder, "train", "no session", "at least one to learn from", hint)
+        if dataset.frames != first.frames:
+            expected = f"{first.frames}, those of {first.folder}"
+            hint = "Train an extractor for each window length"
+            raise ConfigError(dataset.folder, "windows.frames", dataset.frames, expected, hint)
+    return first.frames
+
+
+def make_room(out: Path) -> None:
+    """Make the folder of the extractor, told before the minutes of training if it cannot be.
+
+    What a killed call left there, weights without their configuration, is written over.
+    """
+    hint = "Give another --out"
+    if out.is_file():
+        raise ConfigError(out, "--out", "a file", "a folder", hint)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = sorted(path.name for path in out.iterdir() if not path.name.endswith(".tmp"))
+    except OSError as error:
+        raise ConfigError(out, "--out", error.strerror, "a folder that can be written", hint) from None
+    if not os.access(out, os.W_OK):
+        raise ConfigError(out, "--out", "a folder that cannot be written", "one that can", hint)
+    if set(found) - {WEIGHTS_FILE}:
+        raise ConfigError(out, "--out", f"a folder with {', '.join(found[:3])}", "a new or empty folder", hint)
+
+
+if __name__ == "__main__":
+    run(main)
