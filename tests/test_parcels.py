@@ -180,7 +180,7 @@ def test_schaefer_parcels_lie_where_they_should(parcels):
         pytest.skip("SLIM_REAL_DATA is not set: no folder with a label image")
     path = Path(folder) / "templates" / "schaefer2018" / f"schaefer_{parcels}_7net" / "atlas.nii.gz"
     image = nib.load(path)
-    labels_XYZ = make_parcels(Grid(), path)(np.ones(Grid().shape, dtype=bool))
+    labels_XYZ = make_parcels(Grid(), ParcelSettings(image=path))(np.ones(Grid().shape, dtype=bool))
     stored = np.asarray(image.dataobj).astype(int)
     np.testing.assert_array_equal(np.bincount(labels_XYZ.ravel())[1:], np.bincount(stored.ravel())[1:])
     for label in range(1, parcels + 1):
