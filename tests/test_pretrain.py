@@ -228,8 +228,12 @@ def test_same_numbers_at_every_stage_and_world_size(
     )
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
+    # Adam divides by the gradient's own size: rounding moves an element without gradient as far as any other. So tensors
+    # are compared as wholes, beside the way Adam can have moved them: the sum of the learning rates.
+    reach = sum(line["lr"] for line in metrics(whole))
     for name, value in weights(whole).items():
-        assert torch.allclose(weights(out)[name], value, atol=1e-4), name
+        gap = (weights(out)[name] - value).square().mean().sqrt()
+        assert gap < 0.01 * reach, name
 
 
 @pytest.mark.slow
