@@ -228,8 +228,8 @@ def test_same_numbers_at_every_stage_and_world_size(
     )
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
-    # Adam divides by the gradient's own size: rounding moves an element without gradient as far as any other. So tensors
-    # are compared as wholes, beside the way Adam can have moved them: the sum of the learning rates.
+    # Adam divides by the gradient's own size: rounding moves an element without gradient as far as any other. So
+    # tensors are compared as wholes, beside the way Adam can have moved them: the sum of the learning rates.
     reach = sum(line["lr"] for line in metrics(whole))
     for name, value in weights(whole).items():
         gap = (weights(out)[name] - value).square().mean().sqrt()
