@@ -17,40 +17,7 @@ from upath import UPath
 from shards import layout, remote
 from shards.errors import DatasetError, SampleCorrupt
 from shards.grid import Grid
-
-
-class _Span(io.RawIOBase):
-    """A read-only view of `size` bytes of a file from `offset` on."""
-
-    def __init__(self, path: Path, offset: int, size: int):
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
-        self._offset, self._size, self._at = offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, start + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._at))
-        self._file.seek(self._offset + self._at)
-        read = self._file.readinto(memoryview(buffer)[:count]) or 0
-        self._at += read
-        return read
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
+from shards.span import LocalSpan
 
 
 class Dataset:
@@ -120,12 +87,12 @@ class Dataset:
         where = f"{path} ({session['key']})"
         if isinstance(path, UPath):
             names, windows = (None if wanted is None else [*wanted] for wanted in (names, windows))
-            far = remote.Span(path, session["zarr_offset"], session["zarr_size"], where)
+            far = remote.RemoteSpan(path, session["zarr_offset"], session["zarr_size"], where)
             far.fetch_members(lambda members: layout.members_read(members, names, windows))
             with io.BufferedReader(far, 1 << 16) as file:
                 return layout.unpack(file, where, names, windows)
         try:
-            span = _Span(path, session["zarr_offset"], session["zarr_size"])
+            span = LocalSpan(path, session["zarr_offset"], session["zarr_size"])
         except OSError as error:
             raise SampleCorrupt(where, "", error.strerror or "unreadable", "a shard") from None
         with io.BufferedReader(span, 1 << 16) as file:

@@ -6,7 +6,6 @@ one of this package that names the URL.
 
 from __future__ import annotations
 
-import io
 import itertools
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -18,6 +17,7 @@ from fsspec.utils import merge_offset_ranges
 from upath import UPath
 
 from shards.errors import DatasetError, SampleCorrupt
+from shards.span import Span
 
 _TOGETHER = 16  # requests for sizes at the same time
 _TAIL = 16 << 10  # bytes at the end of a sample that are sure to hold its zip directory (70 of a member)
@@ -127,8 +127,8 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {cause}".removesuffix(": ")
 
 
-class Span(io.RawIOBase):
-    """A read-only view of `size` bytes of a remote file from `offset` on.
+class RemoteSpan(Span):
+    """A span of a file elsewhere.
 
     What was fetched is kept; what was not is fetched when it is read.
 
@@ -141,8 +141,8 @@ class Span(io.RawIOBase):
     """
 
     def __init__(self, path: UPath, offset: int, size: int, where: str):
-        self._path, self._offset, self._size, self._where = path, offset, size, where
-        self._at = 0
+        super().__init__(offset, size)
+        self._path, self._where = path, where
         self._parts: dict[int, memoryview] = {}  # by the place of their first byte
 
     def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
@@ -197,22 +197,8 @@ class Span(io.RawIOBase):
                 return part[at - start :]
         return memoryview(b"")
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, start + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
     def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._at))
+        count = self._count(buffer)
         if not self._held(self._at):
             self.fetch([(self._at, self._at + count)])
         piece = self._held(self._at)[:count]
