@@ -20,10 +20,11 @@ from shards.reader import Dataset
 from shards.settings import digest
 from shards.stream import Item, generator
 from slim.config import PretrainSettings
-from slim.gather import Packed, Plan, Segments, plan, segments
+from slim.gather import Plan, Segments, integers, plan, segments
 from slim.geometry import Geometry
 from slim.hiera import Voxels
 from slim.masking import Mask, draw
+from slim.packed import Packed
 
 
 @dataclass
@@ -127,7 +128,7 @@ def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geo
                 f"{first.grid}, {first.frames} frames as in {first.folder}",
             )
     tokens = (settings.windows.k * first.frames, *first.grid.patch_shape)
-    return Geometry(tokens, settings.model.unit, settings.model.strides)
+    return settings.model.geometry(tokens)
 
 
 def identity(settings: PretrainSettings, dataset: Dataset) -> str:
@@ -184,7 +185,7 @@ def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: Pret
     Raises
     ------
     SampleCorrupt
-        If its bytes are damaged, or it has fewer windows than are drawn.
+        If its bytes are damaged, it has fewer windows than are drawn, or all of its brain lies in one cell.
     """
     windows, seed, key = settings.windows, settings.run.seed, item.session["key"]
     best = min(windows.best, item.session["n_kept"])
@@ -198,7 +199,17 @@ def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: Pret
         )
     ranks = generator(seed, item.epoch, key, "windows").permutation(best)[: windows.k]
     sample = read_windows(dataset, item.session, np.sort(ranks), item.epoch)
-    sample.mask = draw(cell_sizes(geometry, sample.place), settings.mask, seed, item.epoch, key)
+    size_SL = cell_sizes(geometry, sample.place)
+    places = np.count_nonzero(size_SL.any(axis=0))
+    if places < 2:
+        raise SampleCorrupt(
+            f"{dataset.folder} ({key})",
+            "patch",
+            f"brain in {places} cell of the grid",
+            "2 or more, for context and targets",
+            "Take a model with smaller cells (unit, strides), or leave the session out",
+        )
+    sample.mask = draw(size_SL, settings.mask, seed, item.epoch, key)
     return sample
 
 
@@ -219,7 +230,8 @@ def cell_sizes(geometry: Geometry, place: np.ndarray) -> np.ndarray:
 def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None) -> Batch:
     """Put samples together: tables of values, plans, and (for masked samples) targets.
 
-    Tables of all samples lie one after another: row t * P + p of a sample's values is frame t of its patch p.
+    Tables of all samples lie one after another: row t * P + p of a sample's values is frame t of its patch p. Voxels
+    outside the mask have baseline and spread 0 here, whatever the sample holds there, so no encoder sees them.
     """
     frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
     token_BN, row_BN, patch_BN, dense_B = [], [], [], []
@@ -239,11 +251,11 @@ def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None)
     def table(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(s, name).reshape(-1, s.baseline.shape[1]) for s in samples]))
 
-    voxels = Voxels(
-        table("value"), table("baseline"), table("spread"), torch.from_numpy(np.stack([s.second for s in samples]))
-    )
+    brain_QV = table("brain")
+    baseline_QV, spread_QV = (torch.where(brain_QV > 0, table(name), 0) for name in ("baseline", "spread"))
+    voxels = Voxels(table("value"), baseline_QV, spread_QV, torch.from_numpy(np.stack([s.second for s in samples])))
     whole = plan(geometry, token_BN, row_BN, patch_BN, chunk_tokens)
-    batch = Batch([s.key for s in samples], [s.epoch for s in samples], voxels, table("brain"), whole)
+    batch = Batch([s.key for s in samples], [s.epoch for s in samples], voxels, brain_QV, whole)
     if any(sample.mask is None for sample in samples):
         return batch
 
@@ -298,7 +310,7 @@ def _targets(
         there = local >= 0
         value_GE[mine] = np.where(there, row_BN[sample][local], -1)
         patch_GE[mine] = np.where(there, patch_BN[sample][local], -1)
-    tensors = {
+    arrays = {
         "cell_K": cell_K,
         "sample_K": sample_K,
         "kind_K": np.concatenate([mask.kind_K for mask in masks]),
@@ -312,5 +324,5 @@ def _targets(
     return Targets(
         joint=segments(of_sample, of_sample),
         slots=segments(of_slot, of_slot),
-        **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()},
+        **{name: integers(array) for name, array in arrays.items()},
     )

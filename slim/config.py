@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shards.errors import ConfigError
 from shards.settings import Settings, check, override, read_yaml
+from slim.geometry import Geometry
 
 View = Literal["global", "voxel", "both"]
 
@@ -46,12 +47,17 @@ class ModelSettings(Settings):
             raise ValueError(f"heads that divide embed: {self.heads} does not divide {self.embed}")
         if self.local_stages > len(self.depths):
             raise ValueError(f"at most {len(self.depths)} local_stages, as there are stages, not {self.local_stages}")
-        if len(self.strides) > min(self.local_stages, len(self.depths) - 1):
+        if len(self.strides) > len(self.depths) - 1:
             raise ValueError(
-                f"at most {min(self.local_stages, len(self.depths) - 1)} strides, not {len(self.strides)}: "
-                "tokens are pooled at the start of a stage, by a block that attends inside mask units"
+                f"at most {len(self.depths) - 1} strides, not {len(self.strides)}: tokens are pooled at the start of "
+                "every stage but the first"
             )
         return self
+
+    def geometry(self, tokens: tuple[int, ...]) -> Geometry:
+        """The token grid, divided as these sizes say; ConfigError where they do not fit."""
+        # The first block of a stage pools, and attends where the stage before it did.
+        return Geometry(tokens, self.unit, self.strides, max(0, len(self.strides) - self.local_stages))
 
 
 PRESETS: dict[str, ModelSettings] = {
@@ -176,7 +182,7 @@ class PretrainSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     ema: EmaSettings = EmaSettings()
     precision: Literal["bf16", "fp32"] = "bf16"
-    stream: int | None = Field(16384, ge=1, description="tokens of a chunk of the local stages; null: all at once")
+    stream: int | None = Field(4096, ge=1, description="tokens of a chunk of the local stages; null: all at once")
     zero: ZeroSettings = ZeroSettings()
     run: RunSettings
 

@@ -29,7 +29,6 @@ from slim import checkpoint
 from slim.batch import collate, read_windows
 from slim.checkpoint import CheckpointError
 from slim.config import PretrainSettings
-from slim.geometry import Geometry
 from slim.hiera import Hiera
 
 CONFIG, DATA = "config.yaml", "dataset.json"
@@ -70,9 +69,7 @@ class SlimBrain:
         self.settings, self.data, self.step, self.run_folder = settings, data, step, run_folder
         grid, self.frames = data["grid"], int(data["windows"]["frames"])
         patches = (size // grid["patch"] for size in grid["shape"])
-        self.geometry = Geometry(
-            (settings.windows.k * self.frames, *patches), settings.model.unit, settings.model.strides
-        )
+        self.geometry = settings.model.geometry((settings.windows.k * self.frames, *patches))
         encoder = Hiera(settings.model, self.geometry, grid["patch"] ** 3, settings.view)
         self.encoder = encoder.eval().requires_grad_(False)
         self.device = torch.device("cpu")
@@ -244,25 +241,25 @@ def common_places(features: Sequence[Features]) -> np.ndarray:
     return place_L
 
 
-def _at(features: Features, place_L: np.ndarray) -> np.ndarray:
+def at_places(features: Features, place_L: np.ndarray) -> np.ndarray:
     """Tokens at these places, (S, L, C)."""
     return features.token_SLC[:, np.searchsorted(features.place_L, place_L)]
 
 
 def mean(features: Features, place_L: np.ndarray) -> np.ndarray:
     """Mean over slots and places, (C,)."""
-    return _at(features, place_L).mean(axis=(0, 1))
+    return at_places(features, place_L).mean(axis=(0, 1))
 
 
 def mean_sd(features: Features, place_L: np.ndarray) -> np.ndarray:
     """Mean over slots and places, then the SD over slots averaged over places, (2 C,)."""
-    x_SLC = _at(features, place_L)
+    x_SLC = at_places(features, place_L)
     return np.concatenate([x_SLC.mean(axis=(0, 1)), x_SLC.std(axis=0).mean(axis=0)])
 
 
 def location(features: Features, place_L: np.ndarray) -> np.ndarray:
     """Mean over slots of each place, (L C,)."""
-    return _at(features, place_L).mean(axis=0).ravel()
+    return at_places(features, place_L).mean(axis=0).ravel()
 
 
 def principal_axes(features: Sequence[Features], place_L: np.ndarray, count: int) -> np.ndarray:
@@ -276,7 +273,7 @@ def principal_axes(features: Sequence[Features], place_L: np.ndarray, count: int
         raise ConfigError("task", "components", count, f"at most {dim}, the channels of the encoder")
     scatter_CC = np.zeros((dim, dim))
     for item in features:
-        x_SLC = _at(item, place_L)
+        x_SLC = at_places(item, place_L)
         x_MC = (x_SLC - x_SLC.mean(axis=0)).reshape(-1, dim).astype(np.float64)
         scatter_CC += x_MC.T @ x_MC
     return np.linalg.eigh(scatter_CC)[1][:, ::-1][:, :count]
@@ -287,7 +284,7 @@ def cov(features: Features, place_L: np.ndarray, axes_CQ: np.ndarray) -> np.ndar
 
     The upper triangle, row by row. A series that does not vary correlates 0 with all others.
     """
-    x_SLQ = _at(features, place_L) @ axes_CQ.astype(np.float32)
+    x_SLQ = at_places(features, place_L) @ axes_CQ.astype(np.float32)
     x_SP = x_SLQ.reshape(len(x_SLQ), -1).astype(np.float64)
     x_SP -= x_SP.mean(axis=0)
     norm_P = np.sqrt((x_SP**2).sum(axis=0))
@@ -297,6 +294,8 @@ def cov(features: Features, place_L: np.ndarray, axes_CQ: np.ndarray) -> np.ndar
 
 def pool(features: Sequence[Features], pooling: str, components: int, train: np.ndarray) -> np.ndarray:
     """One vector for each session, float32 (N, P), on the places that all of them have.
+
+    Without answers: attentive pooling, which needs them, is `slim.attentive`.
 
     Parameters
     ----------

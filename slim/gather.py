@@ -4,15 +4,13 @@ The kept tokens of a batch are sorted so that each mask unit, and the children o
 lengths then say everything. `plan` works that out once per batch, on the CPU and in integers; `attend` and
 `segment_max` are the two ragged operations an encoder needs.
 
-Legend: B samples; N tokens; U segments (mask units or samples); M pooled tokens; S a bucket's segments; Q, K padded
-queries and keys of a bucket; H heads; D channels of a head; C channels.
+Legend: B samples; N tokens; U segments (mask units or samples); L tokens of the first global level; M tokens of the
+last level; S a bucket's segments; Q, K padded queries and keys of a bucket; H heads; D channels of a head; C channels.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,11 +18,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from slim.geometry import Geometry
 
 # Segments share a bucket while the shortest has at least this share of the longest's keys: padding stays small.
-_FILL = 0.8
+_FILL = 0.9
+# What flash attention over segments of different lengths asks of a device and of its inputs.
+_VARLEN_CAPABILITY, _VARLEN_TYPES, _VARLEN_HEAD, _VARLEN_STEP = (8, 0), (torch.bfloat16, torch.float16), 256, 8
 
 
 @dataclass
@@ -41,135 +42,178 @@ class Bucket:
 
 
 @dataclass
+class Children:
+    """Contiguous segments that are pooled to one token each, longest first.
+
+    Attributes
+    ----------
+    first_M : first row of each, longest first
+    back_M : where each segment stands in that order
+    at_least : how many segments have 1, 2, ... tokens or more
+    """
+
+    first_M: Tensor
+    back_M: Tensor
+    at_least: list[int]
+
+
+@dataclass
 class Segments:
-    """Ragged attention: queries of segment u see the keys of segment u and no others."""
+    """Ragged attention: queries of segment u see the keys of segment u and no others.
+
+    Attributes
+    ----------
+    buckets : the segments by length, longest first
+    back_N : where each query's output lies in the concatenated outputs of the buckets, padding included
+    q_bound, k_bound : first row of each segment, and the number of rows at the end (U + 1); with the longest segment,
+        all that varlen attention needs
+    """
 
     buckets: list[Bucket]
-    back: Tensor  # (N,) where each query's output lies in the concatenated outputs of the buckets
+    back_N: Tensor
+    q_bound: Tensor
+    k_bound: Tensor
+    q_max: int
+    k_max: int
 
 
 @dataclass
 class Chunk:
-    """Whole mask units that pass through the local stages together.
+    """Whole segments (mask units; samples in the global stages) that pass through some stages together.
 
-    `levels[i]` attends inside units at pooling level i; `pools[i]` has queries of level i + 1 and keys of level i;
-    `children[i]` counts the tokens of level i below each token of level i + 1.
+    `levels[i]` attends inside segments at pooling level i; `pools[i]` has queries of level i + 1 and keys of level i;
+    `children[i]` are the tokens of level i below each token of level i + 1.
     """
 
     first: int
     stop: int
     levels: list[Segments]
     pools: list[Segments]
-    children: list[Tensor]
+    children: list[Children]
 
 
 @dataclass
 class Plan:
     """Where every kept token of a batch lies and what it attends to; everything an encoder needs beside the values.
 
+    Units of similar length follow each other, whatever their sample; behind the local stages tokens lie sample by
+    sample, in the order of the geometry. All tensors are int32.
+
     Attributes
     ----------
     row_N : rows of the tokens in the batch's table of voxel values, in sorted order
     patch_N : rows of the tokens in the batch's table of patches
-    time_N, space_N : place of each token on the first axis, and (flat) on the others
-    chunks : the mask units, in order
+    frame_N : sample * frames + place on the first axis, of each token; space_N : its place (flat) on the others
+    chunks : the mask units, in order, for the local stages
+    by_sample_L : what the local stages leave, put in order for the global ones
+    samples : the samples, for the global stages
     cell_M : flat cell index of every token of the last level; sample_M : its sample
-    whole : attention over all cells of a sample
     tokens_B : tokens of each sample
     """
 
     row_N: Tensor
     patch_N: Tensor
-    time_N: Tensor
+    frame_N: Tensor
     space_N: Tensor
     chunks: list[Chunk]
+    by_sample_L: Tensor
+    samples: Chunk
     cell_M: Tensor
     sample_M: Tensor
-    whole: Segments
     tokens_B: Tensor
 
 
-class Packed:
-    """A tree of dataclasses and lists whose integer tensors lie in one buffer.
-
-    A plan has thousands of small tensors. Sent one by one from a loading process they take a file descriptor each, and
-    a copy each to the device; packed they take one.
-    """
-
-    def __init__(self, tree: Any):
-        parts: list[Tensor] = []
-        self._at = 0
-        self._tree = self._take(tree, parts)
-        self._buffer = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
-
-    def _take(self, item: Any, parts: list[Tensor]) -> Any:
-        if isinstance(item, Tensor):
-            assert item.dtype == torch.long
-            parts.append(item.reshape(-1))
-            self._at += item.numel()
-            return _Slot(self._at - item.numel(), tuple(item.shape))
-        return _rebuild(item, lambda part: self._take(part, parts))
-
-    def to(self, device: torch.device | str) -> Any:
-        """The tree again, its tensors views of one buffer on `device`."""
-        buffer = self._buffer.to(device, non_blocking=True)
-
-        def give(item: Any) -> Any:
-            if isinstance(item, _Slot):
-                return buffer[item.first : item.first + math.prod(item.shape)].view(item.shape)
-            return _rebuild(item, give)
-
-        return give(self._tree)
+def integers(values: np.ndarray | list[int]) -> Tensor:
+    """An int32 tensor; counts of tokens stay far below 2^31."""
+    return torch.from_numpy(np.asarray(values, np.int32))
 
 
-@dataclass
-class _Slot:
-    first: int
-    shape: tuple[int, ...]
-
-
-def _rebuild(item: Any, change: Callable[[Any], Any]) -> Any:
-    """A list or dataclass with `change` applied to its parts; anything else as it is."""
-    if isinstance(item, list):
-        return [change(part) for part in item]
-    if is_dataclass(item) and not isinstance(item, _Slot | type):
-        return type(item)(**{name: change(value) for name, value in vars(item).items()})
-    return item
+def _starts(length_U: np.ndarray) -> np.ndarray:
+    """First row of each of the segments that lie one after another, and the number of rows; (U + 1)."""
+    return np.concatenate([[0], np.cumsum(length_U)])
 
 
 def segments(q_length_U: np.ndarray, k_length_U: np.ndarray) -> Segments:
-    """Buckets of segments with these many queries and keys, lying one after another in the tensors."""
-    q_first = np.concatenate([[0], np.cumsum(q_length_U)[:-1]])
-    k_first = np.concatenate([[0], np.cumsum(k_length_U)[:-1]])
+    """Ragged attention of segments with these many queries and keys, lying one after another in the tensors."""
+    q_bound, k_bound = _starts(q_length_U), _starts(k_length_U)
     order = np.argsort(-k_length_U, kind="stable")
-    buckets, at, back, offset = [], 0, np.empty(int(q_length_U.sum()), np.int64), 0
+    buckets, at, back_N, offset = [], 0, np.empty(int(q_bound[-1]), np.int64), 0
     while at < len(order):
         longest = k_length_U[order[at]]
         stop = at + int(np.searchsorted(-k_length_U[order[at:]], -_FILL * longest, side="right"))
         chosen = order[at:stop]
         q_length = q_length_U[chosen]
-        rows = np.repeat(q_first[chosen] - np.concatenate([[0], np.cumsum(q_length)[:-1]]), q_length)
-        rows = rows + np.arange(len(rows))
-        back[rows] = offset + np.arange(len(rows))
-        offset += len(rows)
+        before = _starts(q_length)[:-1]
+        number = np.arange(int(q_length.sum()))
+        padded = offset + np.arange(len(chosen)) * q_length.max()
+        back_N[np.repeat(q_bound[chosen] - before, q_length) + number] = np.repeat(padded - before, q_length) + number
+        offset += len(chosen) * int(q_length.max())
         buckets.append(
             Bucket(
-                torch.from_numpy(q_first[chosen]),
-                torch.from_numpy(q_length),
-                torch.from_numpy(k_first[chosen]),
-                torch.from_numpy(k_length_U[chosen]),
+                integers(q_bound[chosen]),
+                integers(q_length),
+                integers(k_bound[chosen]),
+                integers(k_length_U[chosen]),
                 int(q_length.max()),
                 int(longest),
                 bool((k_length_U[chosen] == longest).all()),
             )
         )
         at = stop
-    return Segments(buckets, torch.from_numpy(back))
+    return Segments(
+        buckets,
+        integers(back_N),
+        integers(q_bound),
+        integers(k_bound),
+        int(q_length_U.max(initial=0)),
+        int(k_length_U.max(initial=0)),
+    )
+
+
+def children(length_M: np.ndarray) -> Children:
+    """Segments of these many tokens, lying one after another, to be pooled to one token each."""
+    order = np.argsort(-length_M, kind="stable")
+    at_least = np.bincount(length_M)[::-1].cumsum()[::-1]
+    return Children(integers(_starts(length_M)[order]), integers(np.argsort(order)), at_least[1:].tolist())
 
 
 def _run_lengths(ids: np.ndarray) -> np.ndarray:
     """Lengths of the runs of equal values."""
     return np.diff(np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1], [True]])))
+
+
+@dataclass
+class _Stages:
+    """Segments of some stages: their lengths at each level, and the number of children of each pooled token.
+
+    `first_M` is the first token of the first level below each token of the last one.
+    """
+
+    lengths: list[np.ndarray]
+    children: list[np.ndarray]
+    first_M: np.ndarray
+
+    @classmethod
+    def climb(cls, segment_N: np.ndarray, parents: list[np.ndarray]) -> _Stages:
+        """From the segment of each token and, level by level, the token that it ends in; equal ones lie together."""
+        lengths, below, first = [_run_lengths(segment_N)], [], np.arange(len(segment_N))
+        for parent_N in parents:
+            run = _run_lengths(parent_N[first])
+            below.append(run)
+            first = first[_starts(run)[:-1]]
+            lengths.append(_run_lengths(segment_N[first]))
+        return cls(lengths, below, first)
+
+    def chunk(self, first: int, stop: int) -> Chunk:
+        """Segments `first` to `stop`."""
+        lengths = [length[first:stop] for length in self.lengths]
+        starts = [(int(length[:first].sum()), int(length[:stop].sum())) for length in self.lengths]
+        return Chunk(
+            *starts[0],
+            [segments(level, level) for level in lengths],
+            [segments(above, below) for below, above in pairwise(lengths)],
+            [children(run[slice(*start)]) for run, start in zip(self.children, starts[1:], strict=True)],
+        )
 
 
 def plan(
@@ -189,57 +233,35 @@ def plan(
     chunk_tokens : int, optional
         Mask units are put into chunks of at most this many tokens (a single unit may exceed it); None for one chunk.
     """
-    sorted_by = [np.argsort(geometry.order[token], kind="stable") for token in token_BN]
-    token_N = np.concatenate([token[by] for token, by in zip(token_BN, sorted_by, strict=True)])
-    row_N = np.concatenate([row[by] for row, by in zip(row_BN, sorted_by, strict=True)])
-    patch_N = np.concatenate([patch[by] for patch, by in zip(patch_BN, sorted_by, strict=True)])
-    sample_N = np.repeat(np.arange(len(token_BN)), [len(token) for token in token_BN])
-
-    # Tokens of each level, as (sample, flat place) numbers, and the unit of each.
     total = geometry.order.size
-    level_tokens = [token_N + sample_N * total]
-    level_units = [geometry.unit_of[token_N] + sample_N * total]
-    children: list[np.ndarray] = []
-    ids_N = [ancestor[token_N] + sample_N * total for ancestor in geometry.ancestors]
-    first_of = np.arange(len(token_N))
-    for ids in ids_N:
-        run = _run_lengths(ids[first_of])
-        children.append(run)
-        first_of = first_of[np.concatenate([[0], np.cumsum(run)[:-1]])]
-        level_tokens.append(ids[first_of])
-        level_units.append(level_units[0][first_of])
-    unit_lengths = [_run_lengths(units) for units in level_units]
-
-    chunks = []
-    bounds = _chunk_bounds(unit_lengths[0], chunk_tokens)
-    starts = [np.concatenate([[0], np.cumsum(lengths)]) for lengths in unit_lengths]
-    for first, stop in pairwise(bounds):
-        lengths = [level[first:stop] for level in unit_lengths]
-        chunks.append(
-            Chunk(
-                int(starts[0][first]),
-                int(starts[0][stop]),
-                [segments(level, level) for level in lengths],
-                [segments(lengths[i + 1], lengths[i]) for i in range(len(children))],
-                [
-                    torch.from_numpy(children[i][starts[i + 1][first] : starts[i + 1][stop]])
-                    for i in range(len(children))
-                ],
-            )
-        )
-    sample_M = level_tokens[-1] // total
-    per_sample = np.bincount(sample_M, minlength=len(token_BN))
-    places = geometry.order.size // geometry.tokens[0]
+    token_N, row_N, patch_N = (np.concatenate(part) for part in (token_BN, row_BN, patch_BN))
+    sample_N = np.repeat(np.arange(len(token_BN)), [len(token) for token in token_BN])
+    order_N = sample_N * total + geometry.order[token_N]
+    # Longest units first: units of similar length share a chunk and a bucket, and little is padded.
+    unit_N = sample_N * total + geometry.unit_of[token_N]
+    length_N = np.bincount(unit_N)[unit_N]
+    by = np.lexsort((order_N, -length_N))
+    token_N, row_N, patch_N, sample_N, unit_N, order_N = (
+        values[by] for values in (token_N, row_N, patch_N, sample_N, unit_N, order_N)
+    )
+    parents = [sample_N * total + ancestor[token_N] for ancestor in geometry.ancestors]
+    local = _Stages.climb(unit_N, parents[: geometry.local_steps])
+    by_L = np.argsort(order_N[local.first_M])
+    first_L = local.first_M[by_L]
+    samples = _Stages.climb(sample_N[first_L], [parent[first_L] for parent in parents[geometry.local_steps :]])
+    first_M = first_L[samples.first_M]
+    places = total // geometry.tokens[0]
     return Plan(
-        torch.from_numpy(row_N),
-        torch.from_numpy(patch_N),
-        torch.from_numpy(token_N // places),
-        torch.from_numpy(token_N % places),
-        chunks,
-        torch.from_numpy(level_tokens[-1] % total),
-        torch.from_numpy(sample_M),
-        segments(per_sample, per_sample),
-        torch.tensor([len(token) for token in token_BN]),
+        integers(row_N),
+        integers(patch_N),
+        integers(sample_N * geometry.tokens[0] + token_N // places),
+        integers(token_N % places),
+        [local.chunk(*bounds) for bounds in pairwise(_chunk_bounds(local.lengths[0], chunk_tokens))],
+        integers(by_L),
+        samples.chunk(0, len(samples.lengths[0])),
+        integers(geometry.cell_of[token_N[first_M]]),
+        integers(sample_N[first_M]),
+        integers([len(token) for token in token_BN]),
     )
 
 
@@ -259,15 +281,20 @@ def _chunk_bounds(lengths_U: np.ndarray, chunk_tokens: int | None) -> list[int]:
 def attend(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, where: Segments) -> Tensor:
     """Softmax attention inside segments; (N, H, D) of the queries.
 
-    Segments of similar length are padded to the longest of their bucket, never to the longest of the batch.
+    Where the device has flash attention over segments of different lengths (varlen), nothing is padded. Elsewhere
+    segments of similar length are padded to the longest of their bucket, never to the longest of the batch. Both give
+    the same numbers, up to rounding.
     """
+    if has_varlen(q_NHD):
+        out_NHD = varlen_attn(q_NHD, k_NHD, v_NHD, where.q_bound, where.k_bound, where.q_max, where.k_max)
+        assert isinstance(out_NHD, Tensor)  # without the log-sum-exp, which was not asked for
+        return out_NHD
     outputs = []
     for bucket in where.buckets:
         q_slot = torch.arange(bucket.q_max, device=q_NHD.device)
         k_slot = torch.arange(bucket.k_max, device=q_NHD.device)
-        q_valid_SQ = q_slot < bucket.q_length[:, None]
         k_valid_SK = k_slot < bucket.k_length[:, None]
-        # Rows behind a segment's end are clamped to its last row: finite values, masked below.
+        # Rows behind a segment's end are clamped to its last row: finite values, masked or never read.
         q_row_SQ = bucket.q_first[:, None] + torch.minimum(q_slot, bucket.q_length[:, None] - 1)
         k_row_SK = bucket.k_first[:, None] + torch.minimum(k_slot, bucket.k_length[:, None] - 1)
         bias = None
@@ -277,40 +304,53 @@ def attend(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, where: Segments) -> Tens
         out_SHQD = F.scaled_dot_product_attention(
             q_NHD[q_row_SQ].transpose(1, 2), k_NHD[k_row_SK].transpose(1, 2), v_NHD[k_row_SK].transpose(1, 2), bias
         )
-        outputs.append(out_SHQD.transpose(1, 2)[q_valid_SQ])
-    return torch.cat(outputs)[where.back]
+        outputs.append(out_SHQD.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[where.back_N]
+
+
+def has_varlen(q_NHD: Tensor) -> bool:
+    """Whether `attend` takes varlen flash attention: half precision, on CUDA from compute capability 8.0."""
+    heads_fit = q_NHD.shape[2] <= _VARLEN_HEAD and q_NHD.shape[2] % _VARLEN_STEP == 0
+    if not (q_NHD.is_cuda and q_NHD.dtype in _VARLEN_TYPES and heads_fit):
+        return False
+    return torch.cuda.get_device_capability(q_NHD.device) >= _VARLEN_CAPABILITY
 
 
 class _SegmentMax(torch.autograd.Function):
-    """Maximum over contiguous segments; keeps only the winners' rows for the backward."""
+    """Maximum over contiguous segments; keeps for the backward only which token of its segment won."""
 
     @staticmethod
-    def forward(ctx: Any, x_NC: Tensor, length_M: Tensor) -> Tensor:
-        first_M = length_M.cumsum(0) - length_M
-        order = torch.argsort(length_M, descending=True, stable=True)
-        length, first = length_M[order], first_M[order]
-        best_MC = x_NC[first]
-        row_MC = first[:, None].expand_as(best_MC).clone()
-        # at_least[j]: how many segments have j tokens or more
-        at_least = torch.bincount(length).flip(0).cumsum(0).flip(0).tolist()
-        for j, count in enumerate(at_least[2:], start=1):  # the tokens after the first, of the segments that have them
-            value = x_NC[first[:count] + j]
-            better = value > best_MC[:count]
-            best_MC[:count] = torch.where(better, value, best_MC[:count])
-            row_MC[:count] = torch.where(better, (first[:count] + j)[:, None], row_MC[:count])
-        back = torch.argsort(order)
-        ctx.save_for_backward(row_MC[back])
-        ctx.rows = len(x_NC)
-        return best_MC[back]
+    def forward(ctx: Any, x_NC: Tensor, where: Children) -> Tensor:
+        many = len(where.at_least) > torch.iinfo(torch.uint8).max
+        winner_MC = x_NC.new_zeros((len(where.first_M), x_NC.shape[1]), dtype=torch.int32 if many else torch.uint8)
+        best_MC = _maximum(x_NC, where, winner_MC)
+        ctx.save_for_backward(winner_MC)
+        ctx.where, ctx.rows = where, len(x_NC)
+        return best_MC
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (row_MC,) = ctx.saved_tensors
-        grad_MC = grads[0]
-        out = grad_MC.new_zeros(ctx.rows, grad_MC.shape[1])
-        return out.scatter_(0, row_MC, grad_MC), None
+        (winner_MC,), where = ctx.saved_tensors, ctx.where
+        row_MC = (winner_MC + where.first_M[:, None])[where.back_M].long()
+        out = grads[0].new_zeros(ctx.rows, grads[0].shape[1])
+        return out.scatter_(0, row_MC, grads[0]), None
 
 
-def segment_max(x_NC: Tensor, length_M: Tensor) -> Tensor:
-    """Channel-wise maximum over contiguous segments of `length_M` tokens, (M, C); the first of equal values wins."""
-    return _SegmentMax.apply(x_NC, length_M)
+def _maximum(x_NC: Tensor, where: Children, winner_MC: Tensor | None = None) -> Tensor:
+    """Maximum of each segment; `winner_MC` receives, longest segment first, which of its tokens has it."""
+    best_MC = x_NC[where.first_M]
+    for j, count in enumerate(
+        where.at_least[1:], start=1
+    ):  # the tokens after the first, of the segments that have them
+        value_MC, best = x_NC[where.first_M[:count] + j], best_MC[:count]
+        if winner_MC is not None:
+            winner_MC[:count].masked_fill_(value_MC > best, j)
+        torch.maximum(best, value_MC, out=best)
+    return best_MC[where.back_M]
+
+
+def segment_max(x_NC: Tensor, where: Children) -> Tensor:
+    """Channel-wise maximum over the tokens of each segment, (M, C); the first of equal values wins."""
+    if torch.is_grad_enabled() and x_NC.requires_grad:
+        return _SegmentMax.apply(x_NC, where)
+    return _maximum(x_NC, where)

@@ -31,6 +31,9 @@ class Geometry:
         Tokens of a mask unit along each axis; divides `tokens`.
     strides : tuple of tuples of int
         Pooling steps in order; their product divides `unit`.
+    global_steps : int
+        How many of the steps, the last ones, are taken where attention is global. The others merge tokens while
+        attention stays inside mask units.
 
     Raises
     ------
@@ -41,6 +44,7 @@ class Geometry:
     tokens: Ints
     unit: Ints
     strides: tuple[Ints, ...]
+    global_steps: int = 0
 
     def __post_init__(self) -> None:
         for name, sizes in (("unit", self.unit), *((f"strides[{i}]", s) for i, s in enumerate(self.strides))):
@@ -59,6 +63,11 @@ class Geometry:
                 )
             if unit % cell:
                 raise ConfigError("model", f"strides, axis {axis}", f"a product of {cell}", f"a divisor of unit {unit}")
+
+    @property
+    def local_steps(self) -> int:
+        """Pooling steps while attention stays inside mask units."""
+        return len(self.strides) - self.global_steps
 
     @property
     def cell(self) -> Ints:

@@ -6,7 +6,7 @@ units in the local stages and over all cells of a sample afterwards. What is dif
 not exist, so units are ragged and a pooled token is the maximum over the children there are.
 
 Legend: B samples; N kept tokens; M tokens of the last level (cells); R rows of voxel values; Q rows of patches; V
-voxels of a patch; C channels; H heads; D channels of a head; T frames of a sample.
+voxels of a patch; C channels; F hidden channels; H heads; D channels of a head; T frames of a sample.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slim.config import ModelSettings, View
-from slim.gather import Chunk, Plan, Segments, attend, segment_max
+from slim.gather import Children, Chunk, Plan, Segments, attend, segment_max
 from slim.geometry import Geometry
 
 # Periods (s) of the sinusoids that carry a window's time in the run: from a frame to a long run.
 _PERIODS = tuple(2.0 * 4.0**i for i in range(6))
+# A voxel whose SD (global-SD units) is not above this does not vary: background, or constant.
+STILL = 1e-6
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Voxels:
 
 def standardise(value_NV: Tensor, spread_NV: Tensor) -> Tensor:
     """Fluctuation in units of each voxel's own SD; background and constant voxels 0."""
-    alive = spread_NV > 1e-6
+    alive = spread_NV > STILL
     return torch.where(alive, value_NV / torch.where(alive, spread_NV, 1.0), 0.0)
 
 
@@ -73,9 +75,10 @@ class PatchEmbed(nn.Module):
         return None if self.whole is None else self.whole(voxels.baseline_QV)
 
     def forward(self, value_NV: Tensor, spread_NV: Tensor, base_NC: Tensor | None) -> Tensor:
+        """Embedding of tokens, (N, C), given the patches' spread and embedded baselines; still voxels count as 0."""
         x_NC = self.bias
         if self.whole is not None and base_NC is not None:
-            x_NC = x_NC + self.whole(value_NV) + base_NC
+            x_NC = x_NC + self.whole(torch.where(spread_NV > STILL, value_NV, 0.0)) + base_NC
         if self.own is not None:
             x_NC = x_NC + self.own(standardise(value_NV, spread_NV))
         return x_NC
@@ -105,7 +108,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim_out)
         self.proj = nn.Linear(dim_out, dim_out)
 
-    def forward(self, x_NC: Tensor, where: Segments, children: Tensor | None) -> Tensor:
+    def forward(self, x_NC: Tensor, where: Segments, children: Children | None) -> Tensor:
         q_NC, k_NC, v_NC = self.qkv(x_NC).chunk(3, dim=1)
         if children is not None:
             q_NC = segment_max(q_NC, children)
@@ -125,14 +128,21 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(int(dim_out * mlp_ratio), dim_out)
         self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
 
-    def forward(self, x_NC: Tensor, where: Segments, children: Tensor | None = None) -> Tensor:
+    def forward(self, x_NC: Tensor, where: Segments, children: Children | None = None) -> Tensor:
         y_NC = self.norm1(x_NC)
         if self.proj is not None:
             x_NC = self.proj(y_NC)
         if children is not None:
             x_NC = segment_max(x_NC, children)
         x_NC = x_NC + self.attn(y_NC, where, children)
-        return x_NC + self.fc2(F.gelu(self.fc1(self.norm2(x_NC))))
+        hidden_NF = self.fc1(self.norm2(x_NC))
+        if not torch.is_grad_enabled():
+            return x_NC + self._leave(hidden_NF)
+        # The widest tensor of a block is kept once, not before and behind the activation: that is computed again.
+        return x_NC + checkpoint(self._leave, hidden_NF, use_reentrant=False, preserve_rng_state=False)
+
+    def _leave(self, hidden_NF: Tensor) -> Tensor:
+        return self.fc2(F.gelu(hidden_NF))
 
 
 class Hiera(nn.Module):
@@ -168,8 +178,8 @@ class Hiera(nn.Module):
                 dim = dim_out
         self.blocks = nn.ModuleList(blocks)
         starts = [sum(settings.depths[:stage]) for stage in range(1, len(settings.depths))]
-        self.pooled = {block: step for step, block in enumerate(starts[: len(geometry.strides)])}
-        self.n_local = sum(local)
+        self.pooled = set(starts[: len(geometry.strides)])
+        self.n, self.n_local = len(blocks), sum(local)
         self.dim = dim
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_linear)
@@ -184,36 +194,37 @@ class Hiera(nn.Module):
         in the backward pass, so they take the memory of one chunk.
         """
         base_QC = self.embed.baseline(voxels)
-        sample_N = torch.repeat_interleave(plan.tokens_B)
-        second_N = voxels.second_BT[sample_N, plan.time_N]
         stream = len(plan.chunks) > 1 and torch.is_grad_enabled()
         parts = []
         for chunk in plan.chunks:
             if stream:
-                part = checkpoint(self._local, voxels, base_QC, second_N, plan, chunk, use_reentrant=False)
+                part = checkpoint(self._local, voxels, base_QC, plan, chunk, use_reentrant=False)
             else:
-                part = self._local(voxels, base_QC, second_N, plan, chunk)
+                part = self._local(voxels, base_QC, plan, chunk)
             parts.append(part)
-        x_MC = torch.cat(parts)
-        for block in self.blocks[self.n_local :]:
-            x_MC = block(x_MC, plan.whole)
-        return self.norm(x_MC)
+        return self.norm(self._climb(torch.cat(parts)[plan.by_sample_L], range(self.n_local, self.n), plan.samples))
 
-    def _local(self, voxels: Voxels, base_QC: Tensor | None, second_N: Tensor, plan: Plan, chunk: Chunk) -> Tensor:
+    def _local(self, voxels: Voxels, base_QC: Tensor | None, plan: Plan, chunk: Chunk) -> Tensor:
         """Embedding and local stages of one chunk of mask units."""
         here = slice(chunk.first, chunk.stop)
         patch_N = plan.patch_N[here]
         value_NV = voxels.value_RV[plan.row_N[here]].to(self.space.dtype)
         base_NC = None if base_QC is None else base_QC[patch_N]
         x_NC = self.embed(value_NV, voxels.spread_QV[patch_N], base_NC)
-        x_NC = x_NC + self.space[plan.space_N[here]] + self.time[plan.time_N[here]] + self.seconds(second_N[here])
+        frame_N = plan.frame_N[here]
+        x_NC = x_NC + self.space[plan.space_N[here]] + self.time[frame_N % len(self.time)]
+        x_NC = x_NC + self.seconds(voxels.second_BT.flatten()[frame_N])
+        return self._climb(x_NC, range(self.n_local), chunk)
+
+    def _climb(self, x_NC: Tensor, indices: range, chunk: Chunk) -> Tensor:
+        """Blocks over one chunk of segments, pooling on the way."""
         level = 0
-        for index, block in enumerate(self.blocks[: self.n_local]):
+        for index in indices:
             if index in self.pooled:
-                x_NC = block(x_NC, chunk.pools[level], chunk.children[level])
+                x_NC = self.blocks[index](x_NC, chunk.pools[level], chunk.children[level])
                 level += 1
             else:
-                x_NC = block(x_NC, chunk.levels[level])
+                x_NC = self.blocks[index](x_NC, chunk.levels[level])
         return x_NC
 
 

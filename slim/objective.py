@@ -18,16 +18,18 @@ channels of the encoder; W channels of the predictor; S slices; P points; J cont
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from slim.batch import Batch, Targets
 from slim.config import PretrainSettings
 from slim.geometry import Geometry
-from slim.hiera import Block, Hiera, Seconds, init_linear, standardise
+from slim.hiera import STILL, Block, Hiera, Seconds, init_linear, standardise
 from slim.masking import KINDS
 
 SLICES, POINTS, RANGE = 32, 14, (0.2, 4.0)
@@ -95,6 +97,8 @@ class Objective(nn.Module):
         self.sig_samples = settings.loss.sig_samples
         self.seed = settings.run.seed
         self.bf16 = settings.precision == "bf16"
+        stream = settings.stream
+        self.rebuilt_at_once = None if stream is None else max(1, stream // math.prod(geometry.cell))
         self.encoder = Hiera(settings.model, geometry, voxels, settings.view)
         self.predictor = Predictor(settings, geometry, self.encoder.dim, voxels)
 
@@ -117,9 +121,11 @@ class Objective(nn.Module):
             context_MC = self.encoder(batch.voxels, batch.context)
             out_KW = self.predictor(context_MC, batch)
             predicted_KC = None if self.predictor.features is None else self.predictor.features(out_KW)
-            rebuilt_G = None
+            loss_mae = None
             if self.predictor.rebuild is not None:
-                rebuilt_G = self.predictor.rebuild(out_KW[batch.targets.rebuilt_G])
+                loss_mae = mae_loss(
+                    self.predictor.rebuild, out_KW[batch.targets.rebuilt_G], batch, self.rebuilt_at_once
+                )
         context_MC = context_MC.float()
         total = context_MC.new_zeros(())
         logs: dict[str, Tensor] = {}
@@ -132,10 +138,9 @@ class Objective(nn.Module):
             loss = self._sig(centred_MC, batch.context.sample_M, len(batch.keys), step)
             total = total + sig * loss
             logs["loss_sig"] = loss.detach()
-        if rebuilt_G is not None:
-            loss = mae_loss(rebuilt_G.float(), batch)
-            total = total + mae * loss
-            logs["loss_mae"] = loss.detach()
+        if loss_mae is not None:
+            total = total + mae * loss_mae
+            logs["loss_mae"] = loss_mae.detach()
         logs["loss"] = total.detach()
         return Losses(total, context_MC.detach(), logs)
 
@@ -171,27 +176,47 @@ def _mean_of_samples(value_K: Tensor, sample_K: Tensor, samples: int) -> Tensor:
     return (total_B / count_B.clamp_min(1)).sum() / (count_B > 0).sum().clamp_min(1)
 
 
-def mae_loss(rebuilt_G: Tensor, batch: Batch) -> Tensor:
-    """Mean squared error of rebuilt voxels (own z-score) over their variance, per sample, then over samples."""
+def mae_loss(rebuild: Callable[[Tensor], Tensor], out_GW: Tensor, batch: Batch, at_once: int | None = None) -> Tensor:
+    """Mean squared error of rebuilt voxels (own z-score) over their variance, per sample, then over samples.
+
+    Parameters
+    ----------
+    rebuild : callable
+        From outputs of the predictor to voxels, (G, W) to (G, E V).
+    out_GW : Tensor
+        At the rebuilt targets.
+    batch : Batch
+    at_once : int, optional
+        Cells that are rebuilt together, and again in the backward pass: what is rebuilt is never kept whole. None: all,
+        kept.
+    """
+    cells = len(out_GW) if at_once is None else at_once
+    sums_4B = out_GW.new_zeros(4, len(batch.keys), dtype=torch.float32)
+    for first in range(0, len(out_GW), max(cells, 1)):
+        part = slice(first, first + cells)
+        if at_once is None or not torch.is_grad_enabled():
+            sums_4B = sums_4B + _mae_sums(rebuild, out_GW[part], batch, part)
+        else:
+            sums_4B = sums_4B + checkpoint(_mae_sums, rebuild, out_GW[part], batch, part, use_reentrant=False)
+    count_B, total_B, square_B, error_B = sums_4B
+    count_B = count_B.clamp_min(1)
+    variance_B = square_B / count_B - (total_B / count_B) ** 2
+    alive_B = variance_B > 1e-8
+    return (error_B / count_B / variance_B.clamp_min(1e-8) * alive_B).sum() / alive_B.sum().clamp_min(1)
+
+
+def _mae_sums(rebuild: Callable[[Tensor], Tensor], out_GW: Tensor, batch: Batch, part: slice) -> Tensor:
+    """Per sample: number, sum and sum of squares of the voxels to be rebuilt, and the squared error; (4, B)."""
     assert batch.targets is not None
     targets, voxels = batch.targets, batch.voxels
-    there_GE = targets.value_GE >= 0
-    patch_GE = targets.patch_GE.clamp_min(0)
-    spread = voxels.spread_QV[patch_GE]
-    value_GEV = standardise(voxels.value_RV[targets.value_GE.clamp_min(0)].float(), spread)
-    known_GEV = there_GE[..., None] & (batch.brain_QV[patch_GE] > 0) & (spread > 1e-6)
-    sample_G = targets.sample_K[targets.rebuilt_G]
-    samples = len(batch.keys)
-
-    def per_sample(value_GEV: Tensor) -> Tensor:
-        return value_GEV.new_zeros(samples).index_add(0, sample_G, (value_GEV * known_GEV).sum(dim=(1, 2)))
-
-    count_B = per_sample(torch.ones_like(value_GEV)).clamp_min(1)
-    mean_B = per_sample(value_GEV) / count_B
-    variance_B = per_sample(value_GEV**2) / count_B - mean_B**2
-    error_B = per_sample((rebuilt_G.view_as(value_GEV) - value_GEV) ** 2) / count_B
-    alive_B = variance_B > 1e-8
-    return (error_B / variance_B.clamp_min(1e-8) * alive_B).sum() / alive_B.sum().clamp_min(1)
+    value_GE, patch_GE = targets.value_GE[part], targets.patch_GE[part].clamp_min(0)
+    spread_GEV = voxels.spread_QV[patch_GE]
+    known_GEV = (value_GE >= 0)[..., None] & (batch.brain_QV[patch_GE] > 0) & (spread_GEV > STILL)
+    value_GEV = standardise(voxels.value_RV[value_GE.clamp_min(0)].float(), spread_GEV) * known_GEV
+    error_GEV = (rebuild(out_GW).float().view_as(value_GEV) - value_GEV) * known_GEV
+    terms_4G = torch.stack([x.flatten(1).sum(dim=1) for x in (known_GEV, value_GEV, value_GEV**2, error_GEV**2)])
+    sample_G = targets.sample_K[targets.rebuilt_G[part]]
+    return terms_4G.new_zeros(4, len(batch.keys)).index_add(1, sample_G, terms_4G)
 
 
 def sig_loss(x_MC: Tensor, slice_CS: Tensor) -> Tensor:

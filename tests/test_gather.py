@@ -8,21 +8,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slim.batch import Sample, cell_sizes, collate
+from slim import gather
+from slim.batch import Batch, Sample, cell_sizes, collate
 from slim.config import MaskSettings, ModelSettings
-from slim.gather import attend, plan, segment_max, segments
+from slim.gather import attend, children, plan, segment_max, segments
 from slim.geometry import Geometry
 from slim.hiera import Hiera, Voxels
 from slim.masking import draw
+from slim.packed import Packed
 
 V = 8
 SIZES = ModelSettings(
     embed=16, heads=2, depths=(1, 2, 2), unit=(4, 4, 4, 4), strides=((2, 2, 2, 2), (2, 1, 1, 1)), local_stages=2
 )
-GEOMETRY = Geometry((8, 4, 4, 8), SIZES.unit, SIZES.strides)
+GLOBAL = SIZES.model_copy(update={"local_stages": 1})  # its second pooling happens where attention is global
+GEOMETRY = SIZES.geometry((8, 4, 4, 8))
 
 
 def make_sample(seed: int, brain: float = 0.35, geometry: Geometry = GEOMETRY) -> Sample:
@@ -38,17 +41,25 @@ def make_sample(seed: int, brain: float = 0.35, geometry: Geometry = GEOMETRY) -
         rng.random((n, V)).astype(np.float32) + 0.5,
         np.ones((n, V), np.uint8),
         place,
-        (np.arange(frames) * 0.72).astype(np.float32),
+        (seed * 7.3 + np.arange(frames) * 0.72).astype(np.float32),
     )
 
 
-def encoder(dtype: torch.dtype = torch.float64, view: str = "both") -> Hiera:
+def encoder(dtype: torch.dtype = torch.float64, view: str = "both", sizes: ModelSettings = SIZES) -> Hiera:
     torch.manual_seed(0)
-    model = Hiera(SIZES, GEOMETRY, V, view)  # type: ignore[arg-type]
+    model = Hiera(sizes, sizes.geometry(GEOMETRY.tokens), V, view)  # type: ignore[arg-type]
     with torch.no_grad():  # weights large enough that every path matters
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
     return model.to(dtype)
+
+
+def run(model: Hiera, samples: list[Sample], chunk_tokens: int | None, device: str) -> tuple[torch.Tensor, Batch]:
+    """Features of all tokens of the samples, computed on the device and brought back; and the batch."""
+    batch = collate(samples, model.geometry, chunk_tokens)
+    there = batch.to(device)
+    out = model.to(device)(as_dtype(there.voxels, model.space.dtype), there.whole)
+    return out.cpu(), batch
 
 
 def as_dtype(voxels: Voxels, dtype: torch.dtype) -> Voxels:
@@ -121,40 +132,37 @@ def pool(x: torch.Tensor, exists: torch.Tensor, stride: tuple[int, ...]) -> tupl
     return values.masked_fill(~there.any(-1)[..., None], 0.0), there.any(-1)
 
 
+@pytest.mark.parametrize("sizes", [SIZES, GLOBAL], ids=["pooled in units", "pooled in a global stage"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_gathered_equals_dense_with_missing_tokens_masked(dtype: torch.dtype, tolerance: float) -> None:
-    model = encoder(dtype)
+def test_gathered_equals_dense_with_missing_tokens_masked(
+    dtype: torch.dtype, tolerance: float, sizes: ModelSettings, device: str
+) -> None:
     samples = [make_sample(1), make_sample(2, 0.6)]
-    batch = collate(samples, GEOMETRY, chunk_tokens=60)
-    # float64 voxels would be rounded by the encoder's cast of stored values: keep both sides on float32 values
-    out = model(as_dtype(batch.voxels, dtype), batch.whole)
-    dense = [dense_reference(model, sample) for sample in samples]
-    expected = torch.stack(
-        [dense[int(s)][int(c)] for s, c in zip(batch.whole.sample_M, batch.whole.cell_M, strict=True)]
-    )
+    dense_model = encoder(dtype, sizes=sizes)
+    dense = [dense_reference(dense_model, sample) for sample in samples]
+    model = encoder(dtype, sizes=sizes)
+    out, batch = run(model, samples, 60, device)
+    where = zip(batch.whole.sample_M.tolist(), batch.whole.cell_M.tolist(), strict=True)
+    expected = torch.stack([dense[sample][cell] for sample, cell in where])
     assert sum(map(len, dense)) == len(out)
     assert (out - expected).abs().max() < tolerance * expected.abs().max()
 
-    names = [name for name, _ in model.named_parameters()]
     weight = torch.randn(out.shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    grads = torch.autograd.grad((out * weight).sum(), list(model.parameters()))
-    expected_grads = torch.autograd.grad((expected * weight).sum(), list(model.parameters()))
-    for name, mine, other in zip(names, grads, expected_grads, strict=True):
-        assert (mine - other).abs().max() < tolerance * max(1.0, float(other.abs().max())), name
-        assert other.abs().max() > 0, name
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for (name, mine), other in zip(model.named_parameters(), dense_model.parameters(), strict=True):
+        assert (mine.grad.cpu() - other.grad).abs().max() < tolerance * max(1.0, float(other.grad.abs().max())), name
+        assert other.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("chunk", [1, 37, 200, 10**6])
-def test_streamed_equals_unstreamed(chunk: int) -> None:
-    model = encoder()
-    samples = [make_sample(3), make_sample(4)]
+def test_streamed_equals_unstreamed(chunk: int, device: str) -> None:
     results = []
     for tokens in (None, chunk):
-        batch = collate(samples, GEOMETRY, chunk_tokens=tokens)
-        model.zero_grad()
-        out = model(as_dtype(batch.voxels, torch.float64), batch.whole)
+        model = encoder()
+        out, _ = run(model, [make_sample(3), make_sample(4)], tokens, device)
         out.square().sum().backward()
-        results.append((out.detach(), [p.grad.clone() for p in model.parameters()]))
+        results.append((out.detach(), [p.grad.cpu() for p in model.parameters()]))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-12)
     for one, other in zip(results[0][1], results[1][1], strict=True):
         assert torch.allclose(one, other, atol=1e-9)
@@ -179,60 +187,66 @@ def test_a_streamed_pass_keeps_less_for_the_backward() -> None:
     assert kept[1] < kept[0] / 2
 
 
-def test_order_of_tokens_in_the_input_does_not_matter() -> None:
-    model = encoder()
-    sample = make_sample(6)
-    batch = collate([sample], GEOMETRY, None)
+def test_order_of_patches_in_the_input_does_not_matter(device: str) -> None:
+    model, sample = encoder(), make_sample(6)
     shuffled = np.random.default_rng(0).permutation(len(sample.place))
-    other = collate(
-        [
-            dataclasses.replace(
-                sample,
-                place=sample.place[shuffled],
-                value=sample.value[:, shuffled],
-                baseline=sample.baseline[shuffled],
-                spread=sample.spread[shuffled],
-                brain=sample.brain[shuffled],
-            )
-        ],
-        GEOMETRY,
-        None,
+    other = dataclasses.replace(
+        sample,
+        value=sample.value[:, shuffled],
+        **{name: getattr(sample, name)[shuffled] for name in ("place", "baseline", "spread", "brain")},
     )
-    one = model(as_dtype(batch.voxels, torch.float64), batch.whole)
-    two = model(as_dtype(other.voxels, torch.float64), other.whole)
-    assert torch.equal(batch.whole.cell_M, other.whole.cell_M)
+    (one, batch), (two, again) = (run(model, [item], None, device) for item in (sample, other))
+    assert torch.equal(batch.whole.cell_M, again.whole.cell_M)
     assert torch.allclose(one, two, atol=1e-12)
 
 
-def test_company_in_the_batch_does_not_change_a_sample() -> None:
+def test_permuting_windows_permutes_the_output(device: str) -> None:
+    """Without positions in time: windows of four frames, each a unit and a slot of its own."""
+    sizes = SIZES.model_copy(update={"strides": ((4, 2, 2, 2),), "depths": (2, 2)})
+    model = encoder(sizes=sizes)
+    with torch.no_grad():
+        model.time.zero_()
+        model.seconds.linear.weight.zero_()
+    sample = make_sample(14, geometry=model.geometry)
+    swapped = dataclasses.replace(sample, value=sample.value[[4, 5, 6, 7, 0, 1, 2, 3]])
+    (one, batch), (two, again) = (run(model, [item], None, device) for item in (sample, swapped))
+    assert torch.equal(batch.whole.cell_M, again.whole.cell_M) and model.geometry.cells[0] == 2
+    first, second = one.chunk(2)
+    assert torch.allclose(torch.cat([second, first]), two, atol=1e-12)
+    assert not torch.allclose(one, two, atol=1e-3)
+
+
+def test_company_in_the_batch_does_not_change_a_sample(device: str) -> None:
     model = encoder()
-    alone = collate([make_sample(7)], GEOMETRY, 100)
-    crowd = collate([make_sample(8, 0.9), make_sample(7), make_sample(9, 0.1)], GEOMETRY, 100)
-    one = model(as_dtype(alone.voxels, torch.float64), alone.whole)
-    many = model(as_dtype(crowd.voxels, torch.float64), crowd.whole)
+    one, _ = run(model, [make_sample(7)], 100, device)
+    many, crowd = run(model, [make_sample(8, 0.9), make_sample(7), make_sample(9, 0.1)], 100, device)
     assert torch.allclose(one, many[crowd.whole.sample_M == 1], atol=1e-11)
 
 
-def test_background_voxels_change_no_bit() -> None:
-    """A voxel outside the mask has spread 0 and value 0 in the shards; the voxel view sees not even a stray value."""
-    model = encoder(torch.float32, "voxel")
+@pytest.mark.parametrize("view", ["global", "voxel", "both"])
+def test_background_voxels_change_no_bit(view: str, device: str) -> None:
+    model = encoder(torch.float32, view)
     sample = make_sample(10)
-    sample.spread[:, ::3] = 0
-    batch = collate([sample], GEOMETRY, None)
-    noisy = dataclasses.replace(sample, value=sample.value.copy())
-    noisy.value[:, :, ::3] = 1e3
-    other = collate([noisy], GEOMETRY, None)
-    assert torch.equal(model(batch.voxels, batch.whole), model(other.voxels, other.whole))
+    sample.brain[:, ::3] = 0
+    rng = np.random.default_rng(1)
+    noisy = dataclasses.replace(
+        sample, **{name: getattr(sample, name).copy() for name in ("value", "baseline", "spread")}
+    )
+    for array in (noisy.value, noisy.baseline, noisy.spread):
+        array[..., ::3] = rng.normal(0, 1e3, array[..., ::3].shape)
+    (one, batch), (two, other) = (run(model, [item], None, device) for item in (sample, noisy))
+    assert not torch.equal(batch.voxels.value_RV, other.voxels.value_RV)
+    assert torch.equal(one, two)
 
 
-def test_context_alone_equals_a_sample_that_holds_nothing_else() -> None:
+def test_context_alone_equals_a_sample_that_holds_nothing_else(device: str) -> None:
     """What is not context is not there: changing it changes no bit of the context's features."""
     model = encoder()
     sample = make_sample(11, 0.7)
     sample.mask = draw(
         cell_sizes(GEOMETRY, sample.place), MaskSettings(context_places=0.5, context_times=0.5), 0, 0, "k"
     )
-    batch = collate([sample], GEOMETRY, None)
+    batch = collate([sample], GEOMETRY, None).to(device)
     assert batch.context is not None
     changed = dataclasses.replace(sample, value=sample.value.copy())
     in_context = np.zeros(int(np.prod(GEOMETRY.cells)), bool)
@@ -240,27 +254,81 @@ def test_context_alone_equals_a_sample_that_holds_nothing_else() -> None:
     places = int(np.prod(GEOMETRY.tokens[1:]))
     token = np.arange(GEOMETRY.tokens[0])[:, None] * places + sample.place
     changed.value[~in_context[GEOMETRY.cell_of[token]]] += 100.0
-    other = collate([changed], GEOMETRY, None)
+    other = collate([changed], GEOMETRY, None).to(device)
+    model.to(device)
     one = model(as_dtype(batch.voxels, torch.float64), batch.context)
     two = model(as_dtype(other.voxels, torch.float64), other.context)
     assert torch.equal(one, two)
     assert set(batch.context.cell_M.tolist()) == set(sample.mask.context_K.tolist())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=12), st.integers(0, 99))
-def test_attend_equals_attention_segment_by_segment(lengths: list[tuple[int, int]], seed: int) -> None:
+def test_attend_equals_attention_segment_by_segment(device: str, lengths: list[tuple[int, int]], seed: int) -> None:
     q_len, k_len = (np.array(part) for part in zip(*lengths, strict=True))
     rng = torch.Generator().manual_seed(seed)
     q, k, v = (
         torch.randn(int(n), 2, 4, generator=rng, dtype=torch.float64) for n in (q_len.sum(), k_len.sum(), k_len.sum())
     )
-    out = attend(q, k, v, segments(q_len, k_len))
+    where = Packed(segments(q_len, k_len)).to(device)
+    out = attend(q.to(device), k.to(device), v.to(device), where).cpu()
     parts = [
         F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in part)).transpose(0, 1)
         for part in zip(q.split(q_len.tolist()), k.split(k_len.tolist()), v.split(k_len.tolist()), strict=True)
     ]
     assert torch.allclose(out, torch.cat(parts), atol=1e-12)
+
+
+def plain_varlen(q, k, v, q_bound, k_bound, q_max, k_max):
+    """What flash attention over segments of different lengths computes, segment by segment."""
+    assert q_bound.dtype == k_bound.dtype == torch.int32
+    assert q_bound.diff().max() == q_max and k_bound.diff().max() == k_max
+    parts = [
+        F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in part)).transpose(0, 1)
+        for part in zip(
+            q.split(q_bound.diff().tolist()), k.split(k_bound.diff().tolist()), v.split(k_bound.diff().tolist()),
+            strict=True,
+        )
+    ]  # fmt: skip
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, GLOBAL], ids=["pooled in units", "pooled in a global stage"])
+def test_both_paths_of_attention_give_the_same_numbers(sizes: ModelSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Varlen attention gets bounds that fit, in every stage and chunk; what stands in for its kernel is plain."""
+    samples = [make_sample(15), make_sample(16, 0.8)]
+    results = []
+    for varlen in (False, True):
+        monkeypatch.setattr(gather, "has_varlen", lambda q, answer=varlen: answer)
+        monkeypatch.setattr(gather, "varlen_attn", plain_varlen)
+        model = encoder(sizes=sizes)
+        out, _ = run(model, samples, 100, "cpu")
+        out.square().sum().backward()
+        results.append((out, [p.grad for p in model.parameters()]))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-12)
+    assert all(torch.allclose(*pair, atol=1e-9) for pair in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_varlen_attention_of_the_device_gives_the_numbers_of_the_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 700, 60)
+    where = Packed(segments(np.maximum(1, lengths // 3), lengths)).to("cuda")
+    rows = (int(where.q_bound[-1]), int(where.k_bound[-1]), int(where.k_bound[-1]))
+    start = [torch.randn(n, 2, 64, device="cuda", dtype=torch.bfloat16) for n in rows]
+    results = []
+    for varlen in (True, False):
+        inputs = [tensor.clone().requires_grad_() for tensor in start]
+        assert gather.has_varlen(inputs[0])
+        with monkeypatch.context() as patch:
+            if not varlen:
+                patch.setattr(gather, "has_varlen", lambda q: False)
+            out = attend(*inputs, where)
+        out.float().square().sum().backward()
+        results.append([out.float(), *(tensor.grad.float() for tensor in inputs)])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() < 1e-2 * other.norm()
 
 
 def test_buckets_never_pad_to_the_longest_unit() -> None:
@@ -269,19 +337,24 @@ def test_buckets_never_pad_to_the_longest_unit() -> None:
     assert padded < 1.15 * lengths.sum() < 500 * lengths.max() / 1.5
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(0, 99))
-def test_segment_max_is_the_maximum_of_each_segment(lengths: list[int], seed: int) -> None:
+def test_segment_max_is_the_maximum_of_each_segment(device: str, lengths: list[int], seed: int) -> None:
     x = torch.randn(sum(lengths), 3, generator=torch.Generator().manual_seed(seed))
     expected = torch.stack([part.amax(dim=0) for part in x.split(lengths)])
-    assert torch.equal(segment_max(x, torch.tensor(lengths)), expected)
+    where = Packed(children(np.array(lengths))).to(device)
+    assert torch.equal(segment_max(x.to(device), where).cpu(), expected)
+    assert torch.equal(segment_max(x.to(device).requires_grad_(), where).detach().cpu(), expected)
 
 
-def test_segment_max_gradient() -> None:
-    x = torch.randn(12, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: segment_max(t, torch.tensor([1, 5, 2, 4])), x)
+def test_segment_max_gradient(device: str) -> None:
+    x = torch.randn(12, 3, dtype=torch.float64, device=device, requires_grad=True)
+    where = Packed(children(np.array([1, 5, 2, 4]))).to(device)
+    assert torch.autograd.gradcheck(lambda t: segment_max(t, where), x)
+    many = torch.randn(700, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: segment_max(t, children(np.array([300, 1, 399]))), many)
     tied = torch.ones(4, 1, requires_grad=True)
-    segment_max(tied, torch.tensor([4])).sum().backward()
+    segment_max(tied, children(np.array([4]))).sum().backward()
     assert tied.grad.sum() == 1  # one winner among equals, as a maximum along an axis has
 
 
@@ -313,4 +386,6 @@ def test_a_packed_batch_is_the_same_in_few_tensors() -> None:
     back = packed.to("cpu")
     pairs = list(zip(tensors(batch), tensors(back), strict=True))
     assert all(torch.equal(one, other) for one, other in pairs)
-    assert [b.full for b in batch.whole.whole.buckets] == [b.full for b in back.whole.whole.buckets]
+    assert [b.full for b in batch.whole.samples.levels[0].buckets] == [
+        b.full for b in back.whole.samples.levels[0].buckets
+    ]

@@ -83,7 +83,7 @@ def test_model_settings_refuse_what_does_not_fit() -> None:
         {"embed": 30, "heads": 4},
         {"depths": ()},
         {"local_stages": 9},
-        {"strides": ((5, 1, 1, 1), (1, 2, 2, 2))},
+        {"strides": ((5, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1))},
         {"predictor": {"width": 10, "heads": 4, "depth": 1}},
     ):
         with pytest.raises(ValueError, match=r"."):

@@ -12,8 +12,8 @@ from torch import nn
 
 from slim.config import ModelSettings
 from slim.gather import plan
-from slim.geometry import Geometry
 from slim.hiera import Hiera, Voxels
+from slim.packed import Packed
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,15 @@ def cut(x: np.ndarray, patch: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("size", "patch", "unit", "stride"),
+    ("size", "patch", "unit", "stride", "pools"),
     [
-        ((64, 64), (4, 4), (8, 8), (2, 2)),
-        ((8, 32, 32), (2, 4, 4), (1, 4, 4), (1, 2, 2)),
-        ((8, 32, 32), (1, 4, 4), (4, 4, 4), (2, 2, 2)),
+        ((64, 64), (4, 4), (8, 8), (2, 2), 2),
+        ((64, 64), (4, 4), (8, 8), (2, 2), 3),
+        ((8, 32, 32), (2, 4, 4), (1, 4, 4), (1, 2, 2), 2),
+        ((4, 64, 64), (2, 4, 4), (1, 8, 8), (1, 2, 2), 3),
+        ((8, 32, 32), (1, 4, 4), (4, 4, 4), (2, 2, 2), 2),
     ],
-    ids=["image", "video", "video, pooled in time"],
+    ids=["image", "image, pooled in a global stage", "video", "video, pooled in a global stage", "pooled in time"],
 )
 def test_equals_the_reference(
     reference: types.ModuleType,
@@ -70,6 +72,8 @@ def test_equals_the_reference(
     patch: tuple[int, ...],
     unit: tuple[int, ...],
     stride: tuple[int, ...],
+    pools: int,
+    device: str,
 ) -> None:
     torch.manual_seed(0)
     video = len(size) == 3
@@ -80,7 +84,7 @@ def test_equals_the_reference(
         num_heads=1,
         num_classes=3,
         stages=(1, 2, 2, 1),
-        q_pool=2,
+        q_pool=pools,
         q_stride=stride,
         mask_unit_size=unit,
         mask_unit_attn=(True, True, False, False),
@@ -93,10 +97,11 @@ def test_equals_the_reference(
         for parameter in other.parameters():
             parameter.normal_(0, 0.15)
     tokens = tuple(s // p for s, p in zip(size, patch, strict=True))
-    geometry = Geometry(tokens, unit, (stride, stride))
     sizes = ModelSettings.model_construct(
-        embed=24, heads=1, depths=(1, 2, 2, 1), unit=unit, strides=(stride, stride), local_stages=2, mlp_ratio=4.0
+        embed=24, heads=1, depths=(1, 2, 2, 1), unit=unit, strides=(stride,) * pools, local_stages=2, mlp_ratio=4.0
     )
+    geometry = sizes.geometry(tokens)
+    assert geometry.global_steps == pools - 2
     mine = Hiera(sizes, geometry, 2 * int(np.prod(patch)), "global")
     copy_weights(mine, other, video, tokens)
 
@@ -106,7 +111,7 @@ def test_equals_the_reference(
     voxels = Voxels(value, torch.zeros(n, value.shape[1]), torch.ones(n, value.shape[1]), torch.zeros(1, tokens[0]))
     everything = np.arange(n)
     where = plan(geometry, [everything], [everything], [everything], chunk_tokens=5 * int(np.prod(unit)))
-    out = mine(voxels, where)
+    out = mine.to(device)(voxels.to(device), Packed(where).to(device)).cpu()
     _, stages = other.eval()(torch.from_numpy(image)[None], return_intermediates=True)
     expected = other.norm(stages[-1].reshape(-1, 24 * 8))[where.cell_M]
     assert out.shape == expected.shape
