@@ -207,13 +207,30 @@ def sections(settings: PretrainSettings, lines: Sequence[Line]) -> list[str]:
             limit=(0, "all samples alike"),
         ),
         _figure(
-            "Effective rank of the targets",
+            "Effective rank",
             lines,
-            [("effective rank", [Curve("target_rank")], False)],
-            "How many directions the targets use. Normal: it falls from its start, then settles. Below "
-            "5 is a dimensional collapse: raise loss.sig or "
-            "loss.mae.",
+            [
+                (
+                    "effective rank",
+                    [
+                        Curve("target_rank", "targets, around their place", html.BLUE),
+                        Curve("context_rank", "context", html.ORANGE),
+                    ],
+                    False,
+                )
+            ],
+            "How many directions the features use: targets around the mean of their place, and the context's "
+            "features as they are. Normal: it falls from its start, then settles. Below 5 is a dimensional "
+            "collapse: raise loss.sig or loss.mae.",
             limit=(5, "dimensional collapse below 5"),
+        ),
+        _figure(
+            "Are samples told apart?",
+            lines,
+            [("cosine", [Curve("sample_cosine")], False), ("SD, context", [Curve("context_std")], False)],
+            "Cosine between the features of different samples at the same place and slot: high from the start, "
+            "because anatomy is shared. Normal: it falls, or stays below 1. At 1 all samples give the same "
+            "features. Lower panel: the standard deviation of the context's features over their cells.",
         ),
         _figure(
             "Norm of the gradient",

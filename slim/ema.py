@@ -1,6 +1,6 @@
-"""The target encoder: an exponential moving average in fp32, and running means of its features.
+"""The target encoder, an exponential moving average in fp32, and running means of features.
 
-Legend: M cells; C channels; K targets.
+Legend: M cells; C channels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slim.batch import Batch
+from slim.gather import Plan
 from slim.hiera import Hiera
 
 
@@ -71,37 +72,30 @@ class PlaceMean:
 
 
 class Target:
-    """The EMA encoder and its running means.
+    """The EMA encoder.
 
     Parameters
     ----------
     encoder : Hiera
         The online encoder at its start; copied.
-    cells : int
-    decay : float
-        Of the running means.
     bf16 : bool
         Autocast its forward pass.
     """
 
-    def __init__(self, encoder: Hiera, cells: int, decay: float, bf16: bool):
+    def __init__(self, encoder: Hiera, bf16: bool):
         self.encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
-        device = next(self.encoder.parameters()).device
         self.bf16 = bf16
-        self.mean = PlaceMean(cells, encoder.dim, decay, device)
 
     @torch.no_grad()
+    def encode(self, batch: Batch, plan: Plan) -> Tensor:
+        """Features of the cells of a plan, float32 (M, C)."""
+        with torch.autocast(batch.brain_QV.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.encoder(batch.voxels, plan).float()
+
     def features(self, batch: Batch) -> Tensor:
         """Layer-normed features of all brain cells, float32 (M, C)."""
-        with torch.autocast(batch.brain_QV.device.type, torch.bfloat16, enabled=self.bf16):
-            x_MC = self.encoder(batch.voxels, batch.whole)
-        return F.layer_norm(x_MC.float(), x_MC.shape[1:])
-
-    def targets(self, feature_MC: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features at the target cells: centred by place and slot, and the same standardised per channel; (K, C)."""
-        assert batch.targets is not None
-        centred_KC = feature_MC[batch.targets.row_K] - self.mean.mean[batch.targets.cell_K]
-        return centred_KC, centred_KC / self.mean.variance.sqrt().clamp_min(0.1)
+        x_MC = self.encode(batch, batch.whole)
+        return F.layer_norm(x_MC, x_MC.shape[1:])
 
     @torch.no_grad()
     def update(self, encoder: nn.Module, momentum: float, full: Any = None) -> None:

@@ -32,23 +32,13 @@ from shards.stream import MicroBatches, Stream
 from slim import checkpoint, schedule
 from slim.batch import Batch, PackedBatch, geometry_for, identity, load_batch
 from slim.config import PretrainSettings
-from slim.ema import PlaceMean, Target
+from slim.learner import Learner, parameter_groups
 from slim.monitor import Monitor, effective_rank, peak_memory_bytes
-from slim.objective import Losses, Objective
+from slim.objective import Objective
 
-_NO_DECAY = ("space", "time", "mask_token", "seconds.linear.weight")
 _PATIENCE = 1800  # seconds a loading process may take for a batch before it counts as lost
+_BUCKET = 5_000_000  # numbers that processes exchange at once: 20 MB
 _RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
-
-
-def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Matrices (with weight decay) and everything else: norms, biases, positions, tokens (without)."""
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        is_plain = parameter.ndim < 2 or name.endswith(_NO_DECAY)
-        (plain if is_plain else decayed).append(parameter)
-    return [{"params": decayed}, {"params": plain}]
 
 
 def deepspeed_config(settings: PretrainSettings) -> dict[str, Any]:
@@ -57,7 +47,12 @@ def deepspeed_config(settings: PretrainSettings) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": settings.run.batch,
         "gradient_accumulation_steps": settings.run.accumulate,
         "gradient_clipping": settings.optimizer.clip,
-        "zero_optimization": {"stage": settings.zero.stage},
+        "zero_optimization": {
+            "stage": settings.zero.stage,
+            # By default a buffer of 2 GB lies ready for gradients on their way, several times what a step needs.
+            "reduce_bucket_size": _BUCKET,
+            "allgather_bucket_size": _BUCKET,
+        },
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -96,18 +91,12 @@ class Trainer:
 
         torch.manual_seed(settings.run.seed)
         model = Objective(settings, self.geometry, datasets[0].grid.voxels).to(self.device)
-        cells = math.prod(self.geometry.cells)
-        self.use_jepa, self.use_sig = settings.weights[0] > 0, settings.weights[1] > 0
-        self.target = Target(model.encoder, cells, settings.ema.mean, settings.precision == "bf16")
-        self.context_mean = PlaceMean(cells, model.encoder.dim, settings.ema.mean, self.device)
+        self.learner = Learner(settings, model)
+        self._full = _whole_parameter if settings.zero.stage == 3 else None
         optimizer = torch.optim.AdamW(parameter_groups(model), lr=settings.optimizer.lr, betas=settings.optimizer.betas)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(settings))
         self.step, self.consumed = 0, 0
         self._stop: str | None = None
-
-    @property
-    def model(self) -> Objective:
-        return self.engine.module
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or to the next step boundary after a signal or the time limit.
@@ -135,7 +124,7 @@ class Trainer:
                 assert batches is not None
                 line = self._one_step(batches)
                 last = self.step == self.steps
-                logged = self.step % self.settings.run.log_every == 0 or last or self.step == 1
+                logged = self._is_logged()
                 if monitor is not None and advance is not None:
                     if logged:
                         monitor.log(line)
@@ -203,18 +192,10 @@ class Trainer:
 
     def _calibrate(self) -> None:
         """Running means from the first step's samples, before anything is trained: twice, for means, then variance."""
-        if not (self.use_jepa or self.use_sig):
-            return
-        for _ in range(2):
-            for loaded in self._loader(0, self.settings.run.accumulate):
-                batch = self._here(loaded)
-                assert batch.context is not None
-                self.target.mean.observe(self.target.features(batch), batch.whole.cell_M)
-                with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.bf16):
-                    context_MC = self.target.encoder(batch.voxels, batch.context).float()
-                self.context_mean.observe(context_MC, batch.context.cell_M)
-            self.target.mean.commit()
-            self.context_mean.commit()
+        if self.learner.means:
+            for _ in range(2):
+                loaded = self._loader(0, self.settings.run.accumulate)
+                self.learner.calibrate(self._here(batch) for batch in loaded)
 
     def _one_step(self, batches: Iterator[Any]) -> dict[str, Any]:
         """One optimizer step; returns its line of metrics.jsonl."""
@@ -227,41 +208,33 @@ class Trainer:
             group["lr"], group["weight_decay"] = lr, wd if number == 0 else 0.0
         logs: list[dict[str, Tensor]] = []
         tokens: list[Tensor] = []
-        centred_KC = None
         epoch = 0
         for _ in range(settings.run.accumulate):
             asked = time.perf_counter()
             batch = self._here(next(batches))
             waited += time.perf_counter() - asked
-            target_KC = None
-            if self.use_jepa:
-                feature_MC = self.target.features(batch)
-                centred_KC, target_KC = self.target.targets(feature_MC, batch)
-                self.target.mean.observe(feature_MC, batch.whole.cell_M)
-            losses: Losses = self.engine(batch, target_KC, self.context_mean.mean if self.use_sig else None, self.step)
-            if self.use_sig:
-                assert batch.context is not None
-                self.context_mean.observe(losses.context_MC, batch.context.cell_M)
+            losses, centred_KC = self.learner.losses(batch, self.step, self.engine)
+            context_MC = losses.context_MC
             self.engine.backward(losses.total)
             self.engine.step()
             logs.append(losses.logs)
             assert batch.context is not None
             tokens.append(torch.stack([batch.context.tokens_B.sum(), batch.whole.tokens_B.sum()]))
             epoch = max(batch.epochs)
-        if self.use_jepa:
-            self.target.mean.commit()
-        if self.use_sig:
-            self.context_mean.commit()
-        self.target.update(self.model.encoder, momentum, _whole_parameter if settings.zero.stage == 3 else None)
+        self.learner.commit(momentum, self._full)
         self.step += 1
         self.consumed += self.global_batch
-        return self._line(logs, tokens, centred_KC, epoch, lr, wd, momentum, begun, waited)
+        return self._line(logs, tokens, centred_KC, context_MC, epoch, lr, wd, momentum, begun, waited)
+
+    def _is_logged(self) -> bool:
+        return self.step % self.settings.run.log_every == 0 or self.step in (1, self.steps)
 
     def _line(
         self,
         logs: list[dict[str, Tensor]],
         tokens: list[Tensor],
         centred_KC: Tensor | None,
+        context_MC: Tensor,
         epoch: int,
         lr: float,
         wd: float,
@@ -282,6 +255,7 @@ class Trainer:
             "gain_cross_time",
             "gain_cross_location",
             "gain_double_cross",
+            "sample_cosine",
         )
         zero = torch.zeros((), device=self.device)
         values = torch.stack([torch.stack([log.get(name, zero) for log in logs]).sum() for name in names])
@@ -296,10 +270,11 @@ class Trainer:
         }
         trivial = mean.pop("trivial")
         gain = 1 - mean["loss_jepa"] / trivial if trivial and mean["loss_jepa"] is not None else None
-        spread = rank = None
-        if centred_KC is not None and self.rank == 0:
-            spread = float(centred_KC.std(dim=0).mean())
-            rank = effective_rank(centred_KC[:_RANK_ROWS])
+        spread = {}
+        if self.rank == 0 and self._is_logged():
+            for name, x_MC in (("target", centred_KC), ("context", context_MC)):
+                spread[f"{name}_std"] = None if x_MC is None else float(x_MC.std(dim=0).mean())
+                spread[f"{name}_rank"] = None if x_MC is None else effective_rank(x_MC[:_RANK_ROWS])
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begun
@@ -314,8 +289,7 @@ class Trainer:
             "wd": wd,
             "ema": momentum,
             "grad_norm": None if norm is None else float(norm),
-            "target_std": spread,
-            "target_rank": rank,
+            **spread,
             "seconds": seconds,
             "data_wait": waited / seconds,
             "samples_per_s": self.global_batch / seconds,
@@ -326,17 +300,12 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        weights = {f"target.{name}": value for name, value in self.target.encoder.state_dict().items()}
-        for name, value in self.model.encoder.named_parameters():
-            whole = _whole_parameter(value) if self.settings.zero.stage == 3 else value
-            weights[f"encoder.{name}"] = whole
-        weights |= self.target.mean.state("target_mean") | self.context_mean.state("context_mean")
         checkpoint.save(
             self.engine,
             self.checkpoints,
             self.step,
             {"step": self.step, "consumed": self.consumed},
-            weights,
+            self.learner.state(self._full),
             {"identity": self.identity, "zero_stage": self.settings.zero.stage},
             self.settings.run.keep,
         )
@@ -351,11 +320,7 @@ class Trainer:
         checkpoint.check(found, self.identity, self.settings.zero.stage, self.world)
         state, weights = checkpoint.load(self.engine, found)
         self.step, self.consumed = state["step"], state["consumed"]
-        self.target.encoder.load_state_dict(
-            {name.removeprefix("target."): value for name, value in weights.items() if name.startswith("target.")}
-        )
-        self.target.mean.load(weights, "target_mean")
-        self.context_mean.load(weights, "context_mean")
+        self.learner.load(weights)
         return found.name
 
 

@@ -15,10 +15,10 @@ from slim import schedule
 from slim.batch import Batch, cell_sizes, collate
 from slim.config import EmaSettings, MaskSettings, OptimizerSettings, PretrainSettings
 from slim.ema import PlaceMean, Target
+from slim.learner import Learner, parameter_groups
 from slim.masking import KINDS, draw
 from slim.monitor import effective_rank
-from slim.objective import Objective, jepa_loss, mae_loss, sig_loss
-from slim.trainer import parameter_groups
+from slim.objective import Losses, Objective, jepa_loss, mae_loss, sig_loss
 
 
 def settings(**other: object) -> PretrainSettings:
@@ -79,15 +79,39 @@ def test_jepa_loss_is_a_mean_of_sample_means_and_kinds_are_told_apart() -> None:
 
 
 def test_mae_loss_is_zero_when_rebuilt_and_one_for_the_mean() -> None:
-    batch = make_batch(1, 2)
+    batch, rebuild = make_batch(1, 2), torch.nn.Identity()
     targets = batch.targets
     value = batch.voxels.value_RV[targets.value_GE.clamp_min(0)] / batch.voxels.spread_QV[targets.patch_GE.clamp_min(0)]
-    assert mae_loss(value.flatten(1), batch) < 1e-10
+    assert mae_loss(rebuild, value.flatten(1), batch) < 1e-10
     sample = targets.sample_K[targets.rebuilt_G]
     there = (targets.value_GE >= 0)[..., None].expand_as(value)
     means = torch.stack([value[sample == s][there[sample == s]].mean() for s in (0, 1)])
     constant = means[sample][:, None, None].expand_as(value)
-    assert mae_loss(constant.flatten(1), batch) == pytest.approx(1, abs=1e-5)
+    assert mae_loss(rebuild, constant.flatten(1), batch) == pytest.approx(1, abs=1e-5)
+
+
+def test_voxels_rebuilt_a_few_cells_at_a_time_give_the_same_loss_and_keep_less() -> None:
+    batch = make_batch(1, 2, 3, 4)
+    results = []
+    for stream in (None, 3 * math.prod(GEOMETRY.cell)):
+        torch.manual_seed(0)
+        model = Objective(settings(objective="mae", stream=stream), GEOMETRY, V)
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        out_GW = torch.randn(len(batch.targets.rebuilt_G), 192, generator=torch.Generator().manual_seed(0))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = mae_loss(model.predictor.rebuild, out_GW.requires_grad_(), batch, model.rebuilt_at_once)
+        loss.backward()
+        results.append((loss.detach(), out_GW.grad, model.predictor.rebuild.weight.grad, kept))
+    assert len(batch.targets.rebuilt_G) > 6  # several rounds
+    for one, other in zip(results[0][:3], results[1][:3], strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert results[1][3] < results[0][3] / 2
 
 
 def test_sig_is_the_distance_of_characteristic_functions() -> None:
@@ -145,7 +169,7 @@ def test_heads_that_no_term_trains_do_not_exist() -> None:
 def test_target_moves_as_an_exponential_average() -> None:
     torch.manual_seed(0)
     model = Objective(settings(), GEOMETRY, V)
-    target = Target(model.encoder, math.prod(GEOMETRY.cells), 0.9, False)
+    target = Target(model.encoder, False)
     start = {name: value.clone() for name, value in target.encoder.named_parameters()}
     with torch.no_grad():
         for parameter in model.encoder.parameters():
@@ -154,6 +178,32 @@ def test_target_moves_as_an_exponential_average() -> None:
     for name, value in target.encoder.named_parameters():
         assert torch.allclose(value, start[name] + 0.25, atol=1e-6)
         assert not value.requires_grad
+
+
+@pytest.mark.parametrize(("alike", "expected"), [(1.0, 1.0), (0.0, 0.0), (0.6, 0.36)])
+def test_the_cosine_between_samples_tells_whether_features_are_of_the_place_or_of_the_sample(
+    alike: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features are a part that all samples share at a place, and a part of their own."""
+    torch.manual_seed(0)
+    chosen = settings(ema={"mean": 0.98})
+    learner = Learner(chosen, Objective(chosen, GEOMETRY, V))
+    cells, dim = math.prod(GEOMETRY.cells), learner.model.encoder.dim
+    shared = torch.randn(cells, dim)
+
+    def features(batch: Batch) -> torch.Tensor:
+        own = torch.randn(len(batch.whole.cell_M), dim)
+        return F.layer_norm(alike * shared[batch.whole.cell_M] + math.sqrt(1 - alike**2) * own, (dim,))
+
+    monkeypatch.setattr(learner.target, "features", features)
+    batch, cosine = make_batch(1, 2), []
+    assert batch.context is not None
+    for step in range(150):
+        given = Losses(torch.zeros(()), torch.zeros(len(batch.context.cell_M), dim), {})
+        losses, _ = learner.losses(batch, step, lambda *_, given=given: given)
+        learner.means["target_mean"].commit()
+        cosine.append(float(losses.logs["sample_cosine"]))
+    assert np.mean(cosine[-50:]) == pytest.approx(expected, abs=0.03)
 
 
 def test_place_means_follow_each_cell_and_do_not_depend_on_micro_batches() -> None:

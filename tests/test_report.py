@@ -39,6 +39,9 @@ def line(step: int, **changes) -> dict:
         "grad_norm": 0.2,
         "target_std": 0.9,
         "target_rank": 20.0,
+        "context_std": 0.8,
+        "context_rank": 30.0,
+        "sample_cosine": 0.7,
         "seconds": 0.5,
         "data_wait": 0.1,
         "samples_per_s": 16.0,
@@ -92,7 +95,7 @@ def test_healthy_run(healthy):
     content = (healthy / "report" / "index.html").read_text()
     assert "<script" not in content and NASTY in text  # the configuration is shown, escaped
     alts = [alt for alt, _ in Reader(content).pictures()]
-    assert len(alts) == 10 and len(set(alts)) == 10
+    assert len(alts) == 11 and len(set(alts)) == 11
 
 
 def test_writes_nothing_but_the_page_and_equal_bytes_again(healthy):
@@ -139,6 +142,7 @@ def test_run_without_jepa(tmp_path):
             "loss_jepa",
             "target_std",
             "target_rank",
+            "sample_cosine",
             *(f"{what}_{kind}" for what in ("gain", "loss") for kind in kinds),
         )
     )
@@ -146,7 +150,7 @@ def test_run_without_jepa(tmp_path):
     text = text_of(folder)
     assert "No gain: the objective has no JEPA term" in text
     alts = [alt for alt, _ in Reader((folder / "report" / "index.html").read_text()).pictures()]
-    assert not any("rank" in alt or "Gain" in alt for alt in alts)
+    assert not any("Spread of the targets" in alt or "Gain" in alt for alt in alts)
 
 
 def test_empty_and_absent_metrics(tmp_path):
