@@ -1,6 +1,6 @@
 """Measure this project beside what it replaces, on this machine; look at the ratios, not at the times.
 
-    python tools/bench.py NAME [--repeat N] [--small] [--out FILE] [key=value ...]      # shards, saliency
+    python tools/bench.py NAME [--repeat N] [--small] [--out FILE] [key=value ...]
 
 All processes run on one thread each. What is compared with what is written at the head of `tools/benches/NAME.py`.
 """

@@ -7,4 +7,6 @@ A module for each name of `BENCHES`, with `Bench`, the settings of its sizes, `S
 BENCHES = {
     "shards": "conversion and reading beside nilearn and a compressed .npz of the same run",
     "saliency": "what each ranker chooses in simulated runs with planted events and artefacts, and its cost",
+    "gather": "sparse patch gathers and ragged pooling beside dense implementations, forward and backward",
+    "memory": "peak memory and FLOPs of a training step at full size, counted without a GPU",
 }
