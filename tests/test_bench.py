@@ -10,11 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from slim.geometry import Geometry
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))  # as it is for the tools themselves
 
+from benches import memory  # noqa: E402
 from benches.common import Figure, Ratio, Result, interleave, show  # noqa: E402
+from benches.dense import unroll  # noqa: E402
+from benches.gather import Contest, Way, compare, peak  # noqa: E402
 from benches.simulate import SNR, simulate  # noqa: E402
 
 
@@ -132,6 +138,111 @@ def test_the_bench_of_saliency_on_few_runs(command):
     assert all(figures[f"score {frames} frames, CPU"]["median"] > 0 for frames in (300, 600, 1200, 2400))
 
 
+def test_the_bench_of_gathers_on_a_coarse_grid(command):
+    done = command("tools/bench.py", "gather", "--small", "--repeat", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    figures, notes = facts["figures"], facts["notes"]
+    ours = {
+        "patch embedding": ["gathered"],
+        "pooling": ["gathered"],
+        "attention": ["gathered"],
+        "local stages": ["every patch", "brain", "streamed brain", "context"],
+    }
+    measures = [f"{what}, {clock}" for what in ("forward", "forward and backward") for clock in ("wall", "CPU")]
+    n = {}
+    for name, ways in ours.items():
+        rounds = 20 if name in ("patch embedding", "pooling") else 2
+        for way in ("dense", *ways):
+            n |= {f"{name}, {way}, {measure}": rounds for measure in measures} | {f"{name}, {way}, peak": 1}
+    assert {name: figure["n"] for name, figure in figures.items()} == n
+
+    ratios = {ratio["name"]: ratio for ratio in facts["ratios"]}
+    assert len(ratios) == len(facts["ratios"]) == 3 * 7
+    for name, ways in ours.items():
+        for way in ways:
+            for measure in (measures[1], measures[3], "peak"):
+                ratio = ratios[f"{name}, dense over {way}, {measure}"]
+                dense, own = (figures[f"{name}, {one}, {measure}"]["median"] for one in ("dense", way))
+                assert ratio["value"] == pytest.approx(dense / own, rel=1e-12)
+                asked = name != "pooling" and way != "every patch" and measure != "peak"
+                assert (ratio["met"] is not None) == asked
+
+    # what was computed is the same, and the pooled values are equal
+    assert set(notes["differences"]) == set(ours) and notes["differences"]["pooling"] == {"outputs": 0, "gradients": 0}
+    assert all(found["outputs"] <= 1e-4 and found["gradients"] <= 1e-2 for found in notes["differences"].values())
+    tokens = notes["tokens"]
+    assert tokens["dense"] == 5 * 12**3 > 2 * tokens["brain"] > 2 * tokens["context"] > 0
+    assert tokens["brain"] % 5 == 0 and notes["chunks_streamed"] >= tokens["brain"] / 1000
+    held = [figures[f"local stages, {way}, peak"]["median"] for way in ("dense", "brain", "streamed brain", "context")]
+    assert held[0] > held[1] > max(held[2:])
+
+
+def test_a_dense_grid_unrolls_into_units_whose_pooled_tokens_are_axes():
+    geometry = Geometry((8, 4, 8, 4), (4, 4, 4, 4), ((2, 2, 1, 2), (2, 1, 2, 1)))
+    token_UE = unroll(torch.arange(geometry.order.size)[:, None], geometry)[..., 0].numpy()
+    assert sorted(token_UE.ravel()) == list(range(geometry.order.size))
+    for part_US in (token_UE, *token_UE.reshape(4, 8, 32).transpose(2, 0, 1)):
+        assert (geometry.unit_of[part_US] == np.arange(4)[:, None]).all()
+    first_USE = geometry.ancestors[0][token_UE.reshape(4, 8, 32)]
+    assert (first_USE == first_USE[:, :1]).all() and len(np.unique(first_USE)) == 4 * 32
+    second_USE = geometry.ancestors[1][token_UE.reshape(4, 8, 4, 8)[:, 0]]
+    assert (second_USE == second_USE[:, :1]).all()
+    # the cells come out in the order of a plan of all tokens
+    in_order = geometry.cell_of[np.argsort(geometry.order)].reshape(-1, 32)[:, 0]
+    np.testing.assert_array_equal(second_USE[:, 0].ravel(), in_order)
+
+
+@pytest.mark.parametrize(("factor", "what"), [(1.001, "outputs"), (float("nan"), "outputs"), (1.0, "gradients")])
+def test_what_does_not_compute_the_same_is_not_timed(factor, what):
+    x = torch.randn(5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def other(x):
+        return factor * (x if what == "outputs" else 0.5 * x + 0.5 * x.detach())
+
+    contest = Contest("scaling", Way(other, [x]), {"ours": Way(lambda x: x * 1.0, [x])})
+    with pytest.raises(ArithmeticError, match=f"scaling: {what} differ by"):
+        compare(contest)
+    same = Contest("scaling", Way(lambda x: x.clone(), [x]), contest.ours, exact=True)
+    assert compare(same) == {"outputs": 0, "gradients": 0}
+
+
+def test_the_peak_is_that_of_what_is_made():
+    x = torch.randn(1000, requires_grad=True)  # 4000 bytes, in blocks of 512
+    assert peak(lambda: x * 2 + 1) == 2 * 4096
+    assert peak(lambda: (x.exp() * 2).exp()) == 3 * 4096  # exp keeps its result for the backward
+
+
+@pytest.mark.slow
+def test_the_bench_of_memory_on_a_coarse_grid(command):
+    done = command("tools/bench.py", "memory", "--small", "--json", timeout=600)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    figures, cases = facts["figures"], facts["notes"]["cases"]
+    assert list(cases) == [case.name for case in memory.CASES if not case.dense]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    for name, case in cases.items():
+        assert case["GiB"] == figures[f"{name}, peak"]["median"] == sum(case["memory_parts"].values()) / 2**30
+        assert case["TFLOP"] == figures[f"{name}, step"]["median"] == sum(case["flops_parts"].values()) / 1e12
+        for last in (case["GiB"] * 1024, case["TFLOP"] * 1000):  # a row of each table of parts
+            assert [*name.split(), f"{last:.1f}"] in [[*line[: len(name.split())], *line[-1:]] for line in lines], name
+    four = figures["published jepa x4, each further sample"]["median"]
+    assert four == pytest.approx((cases["published jepa x4"]["GiB"] - cases["published jepa"]["GiB"]) / 3)
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 120
+    required = {ratio["name"]: ratio["required"] for ratio in facts["ratios"]}
+    assert required == {
+        "GiB, published jepa, peak": "at most 0.58",
+        "TFLOP, published jepa, step": "at most 0.7",
+        "TFLOP, lean jepa, step": "at most 0.35",
+        "GiB, published jepa x2, each further sample": "at most 0.15",
+        "GiB, published jepa x4, each further sample": "at most 0.15",
+        "GiB, published default, peak": "at most 0.638",
+        "TFLOP, published default, step": "at most 0.77",
+        "published default, peak over published jepa, peak": None,
+        "published default, step over published jepa, step": None,
+    }
+
+
 @pytest.mark.parametrize("kind", SNR)
 @pytest.mark.parametrize("slow", [False, True])
 def test_simulated_runs_hold_what_they_say(kind, slow):
@@ -176,6 +287,10 @@ def test_slow_bursts_are_artefacts_that_add_to_the_spikes():
         (("shards", "--out", "no/such/folder/x.json"), "error: command line: --out: got no/such/folder/x.json"),
         (("saliency", "windows=20"), "error: command line: windows: got 20"),
         (("saliency", "rounds=3"), "error: command line: rounds: got an unknown key"),
+        (("gather", "frames=9"), "expected frames in multiples of 8, the size of a unit of published, not 9"),
+        (("gather", "shape=[96,80,96]"), "expected shape in multiples of 32, the size of a unit of published, not 80"),
+        (("gather", "--small", "model=huge"), "expected model to be one of published, lean, large, tiny, not huge"),
+        (("memory", "grid=48"), "error: command line: grid: got 48, expected a multiple of 32"),
         (("nothing",), "error: argument NAME: invalid choice: 'nothing'"),
         (("shards", "--small", "shape=[16,16,18]"), "18 is no multiple of 4"),
     ],
