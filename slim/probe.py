@@ -1,15 +1,14 @@
 """Linear probes of frozen features beside the baselines, with intervals that a reviewer accepts.
 
 Every method (our weights, random weights with the same pooling, functional connectivity, the mean image) goes
-through the same lines of this file with the same splits: standardise, ridge or logistic regression whose
-penalty was chosen by a cross-validation inside the training subjects, one prediction for each test subject
-(the mean over its sessions).
+through the same lines with the same splits: standardise, ridge or logistic regression whose penalty was chosen
+by a cross-validation inside the training subjects (`slim.linear`; attentive pooling is itself fitted there), one
+prediction for each test subject (the mean over its sessions).
 
 Intervals resample subjects, never sessions, and are paired: all methods are scored on the same draws. They
 carry the chance of which subjects were tested, not that of training on other ones.
 
-Legend: N sessions (n of training, m of test); S subjects; P features; A axes; K classes or 1; D the score and
-its draws; R repeats.
+Legend: N sessions (m of test); S subjects; P features; K classes or 1; D the score and its draws.
 """
 
 from __future__ import annotations
@@ -18,114 +17,30 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression, Ridge
+import torch
 
 from shards.errors import ConfigError
 from shards.layout import dump, write_atomically
 from shards.reader import Dataset
 from slim import baseline, metrics
+from slim.attentive import Attentive
 from slim.features import Features, pool
-from slim.task import Cases, Task, deal, make_splits, strata
-
-# Features of all sessions, float (N, P), given the rows they may be fitted on.
-Method = Callable[[np.ndarray], np.ndarray]
+from slim.linear import Linear
+from slim.task import Cases, Fold, Task, make_splits
 
 OURS = "ours"
 COMPARED = ("random", "connectome")  # methods whose paired difference to ours is reported
-# On features scaled as below; the lightest all but interpolates.
-PENALTIES = tuple(float(value) for value in np.logspace(-3, 3, 7))
-_INNER_FOLDS = 5
 
 
-def standardised_axes(train_nP: np.ndarray, test_mP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides z-scored by the training side, over sqrt(P), on its principal axes: (n, A) and (m, A).
+class Method(Protocol):
+    """From the sessions of a task to predictions: a pooling and a linear model, fitted on training rows alone."""
 
-    A linear model with a squared penalty on its coefficients has them in the span of the training rows, so it
-    predicts the same from these at most n coordinates as from all P features; only the rotation is left out
-    of the cost. With 1/sqrt(P) one grid of penalties fits features of any number. Features without variance
-    in training are dropped.
-    """
-    mean_P, sd_P = train_nP.mean(axis=0, dtype=np.float64), train_nP.std(axis=0, dtype=np.float64)
-    alive_P = sd_P > 1e-7 * (np.abs(mean_P) + sd_P + 1e-30)
-    scale = np.sqrt(max(alive_P.sum(), 1))
-    z_nP = (train_nP[:, alive_P] - mean_P[alive_P]) / (sd_P[alive_P] * scale)
-    y_mP = (test_mP[:, alive_P] - mean_P[alive_P]) / (sd_P[alive_P] * scale)
-    value_A, vector_nA = np.linalg.eigh(z_nP @ z_nP.T)
-    kept = value_A > 1e-9 * max(value_A.max(), 1e-30)
-    size_A, vector_nA = np.sqrt(value_A[kept]), vector_nA[:, kept]
-    return vector_nA * size_A, (y_mP @ z_nP.T) @ vector_nA / size_A
-
-
-def _predict(
-    kind: str, classes: int, penalty: float, x_nA: np.ndarray, y_n: np.ndarray, x_mA: np.ndarray
-) -> np.ndarray:
-    """Probabilities (m, K) or values (m, 1) from one fitted linear model."""
-    if kind == "regression":
-        return Ridge(alpha=penalty).fit(x_nA, y_n).predict(x_mA)[:, None]
-    # Newton: the axes are few, and separable classes under a light penalty take lbfgs thousands of steps.
-    model = LogisticRegression(C=1 / penalty, class_weight="balanced", solver="newton-cholesky")
-    model.fit(x_nA, y_n)
-    out_mK = np.zeros((len(x_mA), classes))
-    out_mK[:, model.classes_] = model.predict_proba(x_mA)
-    return out_mK
-
-
-def _loss(kind: str, guess_mK: np.ndarray, y_m: np.ndarray) -> float:
-    """What the penalty is chosen by: squared error, or log loss with every class counted alike."""
-    if kind == "regression":
-        return float(((guess_mK[:, 0] - y_m) ** 2).mean())
-    of_true_m = np.clip(guess_mK[np.arange(len(y_m)), y_m], 1e-12, 1)
-    return float(np.mean([-np.log(of_true_m[y_m == k]).mean() for k in np.unique(y_m)]))
-
-
-def fit_predict(
-    kind: str,
-    classes: int,
-    train_nP: np.ndarray,
-    y_n: np.ndarray,
-    subject_n: np.ndarray,
-    test_mP: np.ndarray,
-    seed: int,
-) -> tuple[np.ndarray, float]:
-    """A linear probe: penalty chosen inside the training sessions, then one fit on all of them.
-
-    Parameters
-    ----------
-    kind : "classification" or "regression"
-    classes : int
-        K.
-    train_nP, test_mP : float array
-    y_n : array
-        Class numbers, or values already standardised.
-    subject_n : int array
-        Sessions of one subject stay together in the inner folds.
-    seed : int
-        Of the inner folds.
-
-    Returns
-    -------
-    ndarray, float
-        Probabilities (m, K) or values (m, 1) of the test sessions; the penalty that was chosen.
-    """
-    subjects, first = np.unique(subject_n, return_index=True)
-    stratum_S = strata(y_n[first], kind)
-    # every inner training side must hold every class
-    most = np.unique(stratum_S, return_counts=True)[1].min() if kind == "classification" else len(subjects)
-    folds = int(min(_INNER_FOLDS, most))
-    fold_n = deal(stratum_S, folds, np.random.default_rng(seed))[np.searchsorted(subjects, subject_n)]
-    guess_LnK = np.zeros((len(PENALTIES), len(y_n), classes if kind == "classification" else 1))
-    for fold in range(folds):
-        inside, outside = fold_n != fold, fold_n == fold
-        x_nA, x_mA = standardised_axes(train_nP[inside], train_nP[outside])
-        for row, penalty in enumerate(PENALTIES):
-            guess_LnK[row, outside] = _predict(kind, classes, penalty, x_nA, y_n[inside], x_mA)
-    losses = [_loss(kind, guess_nK, y_n) for guess_nK in guess_LnK]
-    penalty = PENALTIES[int(np.argmin(losses))]
-    x_nA, x_mA = standardised_axes(train_nP, test_mP)
-    return _predict(kind, classes, penalty, x_nA, y_n, x_mA), penalty
+    def predict(self, fold: Fold) -> np.ndarray:
+        """Probabilities (m, K) or values (m, 1) of the test sessions."""
+        ...
 
 
 def predict(
@@ -141,21 +56,13 @@ def predict(
     """
     subject_S, truth_S, guess_SK = [], [], []
     for number, (train, test) in enumerate(folds):
-        vector_NP = method(train)
         truth = cases.truth_S
         if task.type == "regression":
             of_train = truth[np.unique(cases.subject_N[train])]
             truth = (truth - of_train.mean()) / max(of_train.std(), 1e-12)
         of_n, of_m = cases.subject_N[train], cases.subject_N[test]
-        guess_mK, _ = fit_predict(
-            task.type,
-            len(cases.classes),
-            vector_NP[train],
-            truth[of_n],
-            of_n,
-            vector_NP[test],
-            task.split.seed + number,
-        )
+        fold = Fold(task.type, len(cases.classes), train, test, truth[of_n], of_n, task.split.seed + number)
+        guess_mK = method.predict(fold)
         tested = np.unique(of_m)
         subject_S.append(tested)
         truth_S.append(truth[tested])
@@ -175,7 +82,8 @@ def score(
     """
     if task.type == "fingerprint":
         ((train, test),) = splits[0]
-        of_subject = metrics.fingerprint(method(train)[test], cases.subject_N[test])
+        assert isinstance(method, Linear)  # `Task` refuses a pooling that is trained
+        of_subject = metrics.fingerprint(method.vectors(train)[test], cases.subject_N[test])
         weight_DS = metrics.bootstrap_weights(len(of_subject["top1"]), task.bootstrap, task.split.seed)
         return {name: weight_DS @ value_S / weight_DS.sum(axis=1) for name, value_S in of_subject.items()}
     scores: list[dict[str, np.ndarray]] = []
@@ -190,7 +98,11 @@ def score(
 
 
 def make_methods(
-    task: Task, cases: Cases, dataset: Dataset, encoded: Mapping[str, Mapping[str, Features]]
+    task: Task,
+    cases: Cases,
+    dataset: Dataset,
+    encoded: Mapping[str, Mapping[str, Features]],
+    device: torch.device | str = "cpu",
 ) -> dict[str, Method]:
     """The methods of a task: the encoders under the task's pooling, then the baselines.
 
@@ -199,12 +111,16 @@ def make_methods(
     task, cases, dataset
     encoded : mapping of method to mapping of session key to Features
         `ours` and `random`.
+    device : torch.device or str
+        Where attention is trained.
     """
     methods: dict[str, Method] = {}
     for name, features in encoded.items():
         mine = [features[session["key"]] for session in cases.sessions]
-        if task.pooling == "cov":
-            methods[name] = partial(pool, mine, "cov", task.components)
+        if task.pooling == "attentive":
+            methods[name] = Attentive(mine, device)
+        elif task.pooling == "cov":
+            methods[name] = Linear(partial(pool, mine, "cov", task.components))
         else:  # nothing is fitted
             methods[name] = _fixed(pool(mine, task.pooling, task.components, np.arange(0)))
     methods["connectome"] = _fixed(baseline.connectome(dataset, cases.sessions))
@@ -212,8 +128,8 @@ def make_methods(
     return methods
 
 
-def _fixed(vector_NP: np.ndarray) -> Method:
-    return lambda train: vector_NP
+def _fixed(vector_NP: np.ndarray) -> Linear:
+    return Linear(lambda train: vector_NP)
 
 
 def run_task(

@@ -1,6 +1,6 @@
 """What a probe is asked: a task from YAML, the sessions that can answer it, their splits by subject.
 
-Legend: N sessions; S subjects.
+Legend: N sessions (n of training, m of test); S subjects.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shards.errors import ConfigError, DatasetError
 from shards.reader import Dataset
 from shards.settings import Settings, load
 
-Pooling = Literal["mean", "mean+sd", "location", "cov"]
+Pooling = Literal["mean", "mean+sd", "location", "attentive", "cov"]
 
 # Fewest subjects of a class (or, in a regression, of the whole) on each side of a split: the training side is
 # itself divided once more to choose the penalty.
 _LEAST_TRAIN = {"classification": 2, "regression": 4}
 _LEAST_TEST = {"classification": 1, "regression": 3}
+_INNER_FOLDS = 5
 
 
 class SplitSettings(Settings):
@@ -47,6 +48,13 @@ class Task(Settings):
     bootstrap: int = Field(default=1000, ge=100, description="draws of subjects behind each interval")
     description: str = ""
     source: str = Field(default="", description="where the data come from, and under what licence")
+
+    @field_validator("pooling")
+    @classmethod
+    def _learns_nothing(cls, pooling: Pooling, info: ValidationInfo) -> Pooling:
+        if pooling == "attentive" and info.data.get("type") == "fingerprint":
+            raise ValueError("mean, mean+sd, location or cov: a fingerprint trains nothing, attention is trained")
+        return pooling
 
     @model_validator(mode="after")
     def _consistent(self) -> Task:
@@ -89,6 +97,40 @@ class Cases:
     truth_S: np.ndarray
     classes: list[str] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Fold:
+    """One fold as a method sees it: what the test sessions answer is not in it.
+
+    Attributes
+    ----------
+    kind : "classification" or "regression"
+    classes : K
+    train, test : rows of the sessions, int (n,) and (m,)
+    answer_n : class number of each training session, or its value, z-scored over the training subjects
+    subject_n : whose each training session is
+    seed : of all that is drawn
+    """
+
+    kind: str
+    classes: int
+    train: np.ndarray
+    test: np.ndarray
+    answer_n: np.ndarray
+    subject_n: np.ndarray
+    seed: int
+
+    def inner(self) -> np.ndarray:
+        """Inner fold of each training session, int (n,), for whatever is chosen rather than fitted.
+
+        Sessions of one subject stay together, and every inner training side holds every class.
+        """
+        subjects, first = np.unique(self.subject_n, return_index=True)
+        stratum_S = strata(self.answer_n[first], self.kind)
+        rarest = np.unique(stratum_S, return_counts=True)[1].min() if self.kind == "classification" else len(subjects)
+        fold_S = deal(stratum_S, int(min(_INNER_FOLDS, rarest)), np.random.default_rng(self.seed))
+        return fold_S[np.searchsorted(subjects, self.subject_n)]
 
 
 def find_cases(task: Task, dataset: Dataset, least_windows: int, where: str | Path) -> Cases:

@@ -41,7 +41,7 @@ def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
         {"data": str(dataset), "model": sizes, "view": "both", "run": {"out": str(folder), "seed": seed}},
         "test",
     )
-    geometry = features.Geometry((8 * 5, *patches), settings.model.unit, settings.model.strides)
+    geometry = settings.model.geometry((8 * 5, *patches))
     torch.manual_seed(seed)
     encoder = Objective(settings, geometry, 64).encoder
     tensors = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
@@ -235,3 +235,13 @@ def test_pooling_keeps_to_places_that_all_sessions_have():
     np.testing.assert_allclose(pooled[1], second.token_SLC[:, :4].mean(0).ravel(), rtol=1e-5)
     with pytest.raises(DatasetError, match="places"):
         features.pool([first, replace(second, place_L=second.place_L + 1)], "mean", 1, np.arange(0))
+
+
+def test_the_example_of_the_readme_encodes_a_session(run: Path, dataset: Path, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = (part.split("```")[0] for part in readme.split("```python") if "encode_session" in part)
+    example = example.replace("data/mylab", str(dataset)).replace("runs/lean", str(run))
+    exec(example, {})
+    slots, places, channels = json.loads(capsys.readouterr().out.replace("(", "[").replace(")", "]"))
+    kept = Dataset(dataset).sessions[0]["n_kept"]
+    assert slots == kept and places > 0 and channels == ALIGNED["embed"] * 2

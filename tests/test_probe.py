@@ -17,8 +17,9 @@ from sklearn.preprocessing import StandardScaler
 from shards.errors import ConfigError
 from shards.reader import Dataset
 from shards.settings import check
-from slim import baseline, metrics, probe
-from slim.task import Cases, Task, deal, find_cases, load_task, make_splits
+from slim import baseline, linear, metrics, probe
+from slim.linear import Linear
+from slim.task import Cases, Fold, Task, deal, find_cases, load_task, make_splits
 
 ROOT = Path(__file__).parent.parent
 GROUP = {"name": "g", "type": "classification", "label": "group", "bootstrap": 100, "split": {"folds": 4, "repeats": 2}}
@@ -75,6 +76,7 @@ def test_shipped_tasks_load():
         (GROUP | {"split": {"kind": "all"}}, "split.kind"),
         (WHO | {"label": "group"}, "label"),
         (WHO | {"split": {"kind": "folds"}}, "split.kind"),
+        (WHO | {"pooling": "attentive"}, "pooling: got 'attentive'"),
         (GROUP | {"name": "../x"}, "name"),
         (GROUP | {"split": {"folds": 1}}, "folds"),
     ],
@@ -251,7 +253,7 @@ def test_axes_give_the_predictions_of_all_features():
     scaler = StandardScaler().fit(train[:, 1:])
     whole = Ridge(alpha=0.3 * 299).fit(scaler.transform(train[:, 1:]), y)
     expected = whole.predict(scaler.transform(test[:, 1:]))
-    x, z = probe.standardised_axes(train, test)
+    x, z = linear.standardised_axes(train, test)
     np.testing.assert_allclose(Ridge(alpha=0.3).fit(x, y).predict(z), expected, rtol=1e-6)
     assert x.shape[1] <= 20
 
@@ -263,7 +265,7 @@ def test_whatever_is_fitted_sees_training_subjects_alone(tree: dict, monkeypatch
     found = cases_of(chosen, sessions(16, group=lambda s: "AB"[s % 2], score=float))
     vectors = np.random.default_rng(0).normal(size=(len(found.sessions), 6))
     vectors[:, 0] = np.arange(len(found.sessions))
-    real, calls, asked = probe.standardised_axes, [], []
+    real, calls, asked = linear.standardised_axes, [], []
 
     def spy(train: np.ndarray, test: np.ndarray):
         calls.append((train[:, 0].astype(int), test[:, 0].astype(int)))
@@ -273,8 +275,8 @@ def test_whatever_is_fitted_sees_training_subjects_alone(tree: dict, monkeypatch
         asked.append(train)
         return vectors
 
-    monkeypatch.setattr(probe, "standardised_axes", spy)
-    probe.run_task(chosen, found, {"ours": method}, "task.yaml")
+    monkeypatch.setattr(linear, "standardised_axes", spy)
+    probe.run_task(chosen, found, {"ours": Linear(method)}, "task.yaml")
     splits = [split for folds in make_splits(chosen, found, "task.yaml") for split in folds]
     assert [rows.tolist() for rows in asked] == [train.tolist() for train, _ in splits]
     per_split = len(calls) // len(splits)
@@ -292,21 +294,24 @@ def test_answers_of_test_subjects_change_no_prediction():
     found = cases_of(chosen, sessions(16, score=lambda s: float(s % 5)))
     vectors = np.random.default_rng(0).normal(size=(32, 10))
     (fold, *_), *_ = make_splits(chosen, found, "task.yaml")
-    tested, _, before = probe.predict(chosen, found, [fold], lambda train: vectors)
+    tested, _, before = probe.predict(chosen, found, [fold], Linear(lambda train: vectors))
     found.truth_S = found.truth_S.copy()
     found.truth_S[tested] = 1e6
-    _, truth, after = probe.predict(chosen, found, [fold], lambda train: vectors)
+    _, truth, after = probe.predict(chosen, found, [fold], Linear(lambda train: vectors))
     np.testing.assert_array_equal(before, after)
     of_train = np.delete(found.truth_S, tested)
     np.testing.assert_allclose(truth, (1e6 - of_train.mean()) / of_train.std())
 
 
-def test_a_subject_is_predicted_by_the_mean_of_its_sessions(monkeypatch: pytest.MonkeyPatch):
+def test_a_subject_is_predicted_by_the_mean_of_its_sessions():
+    class Known:
+        def predict(self, fold: Fold) -> np.ndarray:
+            return vectors[fold.test]
+
     chosen, found = groups(8, 2)
-    monkeypatch.setattr(probe, "fit_predict", lambda *args: (args[5][:, :2], 1.0))
     vectors = np.random.default_rng(0).random((16, 2))
     folds = make_splits(chosen, found, "")[0]
-    tested, truth, guess = probe.predict(chosen, found, folds, lambda train: vectors)
+    tested, truth, guess = probe.predict(chosen, found, folds, Known())
     np.testing.assert_array_equal(tested, np.arange(8))
     np.testing.assert_array_equal(truth, found.truth_S)
     np.testing.assert_allclose(guess, vectors.reshape(8, 2, 2).mean(axis=1))
@@ -321,11 +326,11 @@ def test_shuffled_labels_give_chance_and_planted_ones_are_found():
     for _ in range(8):
         found.truth_S = rng.permutation(found.truth_S)
         splits = make_splits(chosen, found, "")
-        scores.append(probe.score(chosen, found, splits, lambda train: noise)["auroc"][0])
+        scores.append(probe.score(chosen, found, splits, Linear(lambda train: noise))["auroc"][0])
     assert 0.38 < np.mean(scores) < 0.62
     planted = noise.copy()
     planted[:, :20] += 1.5 * found.truth_S[found.subject_N][:, None]
-    results, _ = probe.run_task(chosen, found, {"ours": lambda train: planted}, "")
+    results, _ = probe.run_task(chosen, found, {"ours": Linear(lambda train: planted)}, "")
     assert results["ours"]["auroc"]["value"] > 0.9 and results["ours"]["auroc"]["low"] > 0.8
 
 
@@ -335,7 +340,7 @@ def test_a_planted_score_is_found():
     found = cases_of(chosen, sessions(40, score=lambda s: float((s * 7) % 40)))
     vectors = rng.normal(size=(80, 100))
     vectors[:, :30] += found.truth_S[found.subject_N][:, None] / 12
-    methods = dict.fromkeys(("ours", "random"), lambda train: vectors)
+    methods = dict.fromkeys(("ours", "random"), Linear(lambda train: vectors))
     results, facts = probe.run_task(chosen, found, methods, "")
     assert results["ours"]["r"]["value"] > 0.8 and results["ours"]["mse"]["value"] < 0.5
     assert all(end == 0 for score in facts["differences"]["random"].values() for end in score.values())
@@ -347,14 +352,14 @@ def test_more_than_two_classes():
     found = cases_of(chosen, sessions(30, group=lambda s: s % 3))
     vectors = rng.normal(size=(60, 20))
     vectors[np.arange(60), found.truth_S[found.subject_N]] += 5
-    results, facts = probe.run_task(chosen, found, {"ours": lambda train: vectors}, "")
+    results, facts = probe.run_task(chosen, found, {"ours": Linear(lambda train: vectors)}, "")
     assert results["ours"]["accuracy"]["value"] > 0.9 and facts["classes"] == {"0": 10, "1": 10, "2": 10}
 
 
 def test_a_report_keeps_other_tasks(tmp_path: Path):
     chosen, found = groups(12)
     vectors = np.random.default_rng(0).normal(size=(24, 5))
-    results, facts = probe.run_task(chosen, found, {"ours": lambda train: vectors}, "")
+    results, facts = probe.run_task(chosen, found, {"ours": Linear(lambda train: vectors)}, "")
     probe.write_report(tmp_path, {"a": results}, {"a": facts})
     probe.write_report(tmp_path, {"b": results}, {"b": facts})
     report = json.loads((tmp_path / "report.json").read_text())
@@ -468,13 +473,14 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     assert facts["subjects_seen_in_pretraining"] == 7
     assert facts["differences"].keys() == {"random", "connectome"}
 
-    score = quick(tmp_path, SCORE)
+    score = quick(tmp_path, SCORE, pooling="attentive")
     checkpoint = run / "checkpoints/step-00000002"
     done = command("tools/probe.py", checkpoint, "--data", data, "--task", score, "--weights", "target")
     assert done.returncode == 0, done.stderr
     saved = json.loads((run / "report/report.json").read_text())
     assert saved["tasks"].keys() == {"g", "f", "s"} and saved["tasks"]["g"] == report["tasks"]["g"]
-    assert saved["facts"]["s"]["weights"] == "target"
+    assert saved["facts"]["s"]["weights"] == "target" and saved["facts"]["s"]["pooling"] == "attentive"
+    assert saved["tasks"]["s"].keys() == report["tasks"]["g"].keys()
     assert "ours - random" in done.stdout and (run / "report/s.png").exists()
 
 
@@ -485,6 +491,7 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
         ({"polling": "cov"}, "polling"),
         ({"split": {"folds": 11}}, "split.folds"),
         ({"components": 1000}, "components"),
+        ({"type": "fingerprint", "pooling": "attentive"}, "pooling: got 'attentive'"),
         ({"run": "nowhere"}, "no such folder"),
     ],
 )

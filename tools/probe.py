@@ -69,7 +69,7 @@ def main() -> int:
     seen = ours.was_trained_on(dataset)
     with progress("probe", 4 * len(tasks), "fits") as advance:
         for task, case, path in zip(tasks, cases, args.task, strict=True):
-            methods = probe.make_methods(task, case, dataset, encoded)
+            methods = probe.make_methods(task, case, dataset, encoded, device)
             results[task.name], facts[task.name] = probe.run_task(task, case, methods, path, advance)
             facts[task.name] |= {
                 "run": str(args.run),
