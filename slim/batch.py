@@ -7,7 +7,7 @@ all brain tokens; J joint sequence of context and targets; R, Q, V as in `slim.h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 
@@ -74,7 +74,11 @@ class Targets:
 
 @dataclass
 class Batch:
-    """A micro-batch: values, the context's plan, the plan of all brain tokens, and the targets."""
+    """A micro-batch: values, the context's plan, the plan of all brain tokens, and the targets.
+
+    `damaged` names the samples that were left out, with reasons; where nothing else was there the batch is `empty`, and
+    what it holds stands for nothing.
+    """
 
     keys: list[str]
     epochs: list[int]
@@ -83,12 +87,13 @@ class Batch:
     whole: Plan
     context: Plan | None = None
     targets: Targets | None = None
+    damaged: dict[str, str] = field(default_factory=dict)
+    empty: bool = False
 
     def pack(self) -> PackedBatch:
         """The same in few tensors, to be sent between processes and to a device."""
-        return PackedBatch(
-            self.keys, self.epochs, self.voxels, self.brain_QV, Packed([self.whole, self.context, self.targets])
-        )
+        plans = Packed([self.whole, self.context, self.targets])
+        return PackedBatch(self.keys, self.epochs, self.voxels, self.brain_QV, plans, self.damaged, self.empty)
 
     def to(self, device: torch.device | str) -> Batch:
         return self.pack().to(device)
@@ -103,11 +108,14 @@ class PackedBatch:
     voxels: Voxels
     brain_QV: Tensor
     plans: Packed
+    damaged: dict[str, str]
+    empty: bool
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
         whole, context, targets = self.plans.to(device)
-        return Batch(self.keys, self.epochs, self.voxels.to(device), self.brain_QV.to(device), whole, context, targets)
+        voxels, brain_QV = self.voxels.to(device), self.brain_QV.to(device)
+        return Batch(self.keys, self.epochs, voxels, brain_QV, whole, context, targets, dict(self.damaged), self.empty)
 
 
 def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geometry:
@@ -116,7 +124,7 @@ def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geo
     Raises
     ------
     ConfigError
-        If the datasets lie on different grids or windows, or the model's units do not fit.
+        If the datasets lie on different grids or windows, the model's units do not fit, or its cells are too large.
     """
     first = datasets[0]
     for other in datasets[1:]:
@@ -128,7 +136,10 @@ def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geo
                 f"{first.grid}, {first.frames} frames as in {first.folder}",
             )
     tokens = (settings.windows.k * first.frames, *first.grid.patch_shape)
-    return settings.model.geometry(tokens)
+    geometry = settings.model.geometry(tokens)
+    if prod(geometry.cells[1:]) < 2:
+        raise ConfigError("model", "strides", f"{geometry.cells[1:]} cells in space", "2 cells or more")
+    return geometry
 
 
 def identity(settings: PretrainSettings, dataset: Dataset) -> str:
@@ -167,16 +178,27 @@ def read_windows(dataset: Dataset, session: dict, rank_K: Sequence[int] | np.nda
 
 def load_batch(
     items: Sequence[Item], datasets: Sequence[Dataset], geometry: Geometry, settings: PretrainSettings
-) -> PackedBatch | SampleCorrupt:
-    """A micro-batch for training, packed; where a sample is corrupt, the error that it raised.
+) -> PackedBatch:
+    """A micro-batch for training, packed; samples that are damaged are left out and named."""
+    samples, damaged = [], {}
+    for item in items:
+        try:
+            samples.append(draw_sample(item, datasets[item.dataset], geometry, settings))
+        except SampleCorrupt as error:
+            damaged[item.session["key"]] = error.line()
+    batch = collate(samples or [_nothing(geometry, datasets[0].grid.voxels, settings)], geometry, settings.stream)
+    return replace(batch, damaged=damaged, empty=not samples).pack()
 
-    The error is returned: raised in a loading process, it would reach the trainer as text inside another one.
-    """
-    try:
-        samples = [draw_sample(item, datasets[item.dataset], geometry, settings) for item in items]
-    except SampleCorrupt as error:
-        return error
-    return collate(samples, geometry, settings.stream).pack()
+
+def _nothing(geometry: Geometry, voxels: int, settings: PretrainSettings) -> Sample:
+    """A sample of zeros in two cells: every process takes part in every backward pass, whatever it has read."""
+    frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
+    place = np.unique(geometry.cell_of[:places], return_index=True)[1][:2]
+    still = np.zeros((len(place), voxels), np.float32)
+    second = np.arange(frames, dtype=np.float32)
+    sample = Sample("", 0, np.zeros((frames, *still.shape), np.float16), still, still, still, place, second)
+    sample.mask = draw(cell_sizes(geometry, place), settings.mask, 0, 0, "")
+    return sample
 
 
 def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: PretrainSettings) -> Sample:

@@ -161,6 +161,8 @@ class RunSettings(Settings):
     workers: int = Field(2, ge=0, description="loading processes per process")
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps")
     keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    damaged: float = Field(0.01, ge=0, le=1, description="share of the training sessions that may be damaged")
+    not_finite: int = Field(10, ge=0, description="steps in a row that may be skipped for a loss that is not finite")
     max_seconds: float | None = Field(None, gt=0, description="stop and save after this many seconds")
     resume: Literal["auto", "never"] = "auto"
     log_every: int = Field(1, ge=1, description="optimizer steps per line of metrics.jsonl")

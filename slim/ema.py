@@ -60,6 +60,10 @@ class PlaceMean:
             fresh = self._squares[:-1] / self._squares[-1]
             self.variance.lerp_(fresh, 1 - self.decay if self.started else 1.0)
             self.started.fill_(1)
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop what was collected."""
         self._sums.zero_()
         self._squares.zero_()
 

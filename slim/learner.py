@@ -71,6 +71,8 @@ class Learner:
         forward : callable, optional
             Called in place of the model (an engine around it).
 
+        An empty batch counts for nothing: its loss is 0, its features are not collected, nothing is logged.
+
         Returns
         -------
         tuple
@@ -80,6 +82,8 @@ class Learner:
         centred_KC, target_KC, cosine = self._targets(batch)
         context_mean = self.means.get("context_mean")
         losses = (forward or self.model)(batch, target_KC, None if context_mean is None else context_mean.mean, step)
+        if batch.empty:
+            return Losses(losses.total * 0, losses.context_MC, {}), None
         if context_mean is not None:
             context_mean.observe(losses.context_MC, batch.context.cell_M)
         if cosine is not None:
@@ -102,7 +106,8 @@ class Learner:
         other_MC = mean.mean[batch.whole.cell_M]
         known_M = mean.seen[batch.whole.cell_M]
         cosine = ((feature_MC * other_MC).mean(dim=1) * known_M).sum() / known_M.sum().clamp_min(1)
-        mean.observe(feature_MC, batch.whole.cell_M)
+        if not batch.empty:
+            mean.observe(feature_MC, batch.whole.cell_M)
         return centred_KC, target_KC, cosine
 
     @torch.no_grad()
@@ -111,11 +116,18 @@ class Learner:
         target_mean, context_mean = self.means.get("target_mean"), self.means.get("context_mean")
         for batch in batches:
             assert batch.context is not None
+            if batch.empty:
+                continue
             if target_mean is not None:
                 target_mean.observe(self.target.features(batch), batch.whole.cell_M)
             if context_mean is not None:
                 context_mean.observe(self.target.encode(batch, batch.context), batch.context.cell_M)
         self._commit_means()
+
+    def discard(self) -> None:
+        """End an optimizer step that was skipped: what was collected is dropped, the target stays."""
+        for mean in self.means.values():
+            mean.discard()
 
     def commit(self, momentum: float, full: Callable[[Tensor], Tensor] | None = None) -> None:
         """End an optimizer step: running means take in what was collected, the target moves; see `Target.update`."""

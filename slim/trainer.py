@@ -26,15 +26,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shards.console import progress
-from shards.errors import SampleCorrupt
 from shards.reader import Dataset
 from shards.stream import MicroBatches, Stream
 from slim import checkpoint, schedule
-from slim.batch import Batch, PackedBatch, geometry_for, identity, load_batch
+from slim.batch import geometry_for, identity, load_batch
 from slim.config import PretrainSettings
 from slim.learner import Learner, parameter_groups
 from slim.monitor import Monitor, effective_rank, peak_memory_bytes
 from slim.objective import Objective
+from slim.skipping import NOT_FINITE, GuardedAdamW, Skipped
 
 _PATIENCE = 1800  # seconds a loading process may take for a batch before it counts as lost
 _BUCKET = 5_000_000  # numbers that processes exchange at once: 20 MB
@@ -93,8 +93,11 @@ class Trainer:
         model = Objective(settings, self.geometry, datasets[0].grid.voxels).to(self.device)
         self.learner = Learner(settings, model)
         self._full = _whole_parameter if settings.zero.stage == 3 else None
-        optimizer = torch.optim.AdamW(parameter_groups(model), lr=settings.optimizer.lr, betas=settings.optimizer.betas)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(settings))
+        chosen = settings.optimizer
+        self._adam = GuardedAdamW(parameter_groups(model), lr=chosen.lr, betas=chosen.betas)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=deepspeed_config(settings))
+        sessions = sum(len(part) for part in self.stream.sessions)
+        self.skipped = Skipped(self.folder, sessions, settings.run.damaged, settings.run.not_finite)
         self.step, self.consumed = 0, 0
         self._stop: str | None = None
 
@@ -128,9 +131,10 @@ class Trainer:
                 if monitor is not None and advance is not None:
                     if logged:
                         monitor.log(line)
+                    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
                     advance(
                         1,
-                        f"loss {line['loss']:.4f}, {line['samples_per_s']:.2f} samples/s, "
+                        f"loss {loss}, {line['samples_per_s']:.2f} samples/s, "
                         f"data wait {line['data_wait']:.0%}, {line['peak_memory_bytes'] / 2**30:.2f} GiB",
                     )
                     found = monitor.warnings()
@@ -184,18 +188,12 @@ class Trainer:
             timeout=_PATIENCE if workers else 0,
         )
 
-    def _here(self, batch: PackedBatch | SampleCorrupt) -> Batch:
-        """What came from a loading process, on this device."""
-        if isinstance(batch, SampleCorrupt):
-            raise batch
-        return batch.to(self.device)
-
     def _calibrate(self) -> None:
         """Running means from the first step's samples, before anything is trained: twice, for means, then variance."""
         if self.learner.means:
             for _ in range(2):
                 loaded = self._loader(0, self.settings.run.accumulate)
-                self.learner.calibrate(self._here(batch) for batch in loaded)
+                self.learner.calibrate(batch.to(self.device) for batch in loaded)
 
     def _one_step(self, batches: Iterator[Any]) -> dict[str, Any]:
         """One optimizer step; returns its line of metrics.jsonl."""
@@ -208,23 +206,47 @@ class Trainer:
             group["lr"], group["weight_decay"] = lr, wd if number == 0 else 0.0
         logs: list[dict[str, Tensor]] = []
         tokens: list[Tensor] = []
+        damaged: dict[str, str] = {}
+        keys: list[str] = []
         epoch = 0
         for _ in range(settings.run.accumulate):
             asked = time.perf_counter()
-            batch = self._here(next(batches))
+            batch = next(batches).to(self.device)
             waited += time.perf_counter() - asked
             losses, centred_KC = self.learner.losses(batch, self.step, self.engine)
             context_MC = losses.context_MC
             self.engine.backward(losses.total)
             self.engine.step()
+            damaged |= batch.damaged
+            keys += [] if batch.empty else batch.keys
             logs.append(losses.logs)
             assert batch.context is not None
-            tokens.append(torch.stack([batch.context.tokens_B.sum(), batch.whole.tokens_B.sum()]))
+            counted = torch.stack([batch.context.tokens_B.sum(), batch.whole.tokens_B.sum()])
+            tokens.append(counted * (not batch.empty))
             epoch = max(batch.epochs)
-        self.learner.commit(momentum, self._full)
         self.step += 1
         self.consumed += self.global_batch
+        if skipped := self._adam.skipped or bool(getattr(self.engine.optimizer, "overflow", False)):
+            self.learner.discard()
+        else:
+            self.learner.commit(momentum, self._full)
+        self._note(damaged, skipped, keys)
         return self._line(logs, tokens, centred_KC, context_MC, epoch, lr, wd, momentum, begun, waited)
+
+    def _note(self, damaged: dict[str, str], skipped: bool, keys: list[str]) -> None:
+        """Write down what was left out of this step; TrainingStopped where it is too much."""
+        count = torch.tensor(len(damaged), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(count)
+        new = self.skipped.damaged(self.step, damaged) if count else []
+        self.skipped.step(self.step, skipped, keys)
+        if self.rank == 0:
+            for key in new:
+                print(
+                    f"warning at step {self.step}: {key} is damaged and left out, see {self.skipped.path}", flush=True
+                )
+            if skipped:
+                print(f"warning at step {self.step}: {NOT_FINITE}; the step changes nothing", flush=True)
 
     def _is_logged(self) -> bool:
         return self.step % self.settings.run.log_every == 0 or self.step in (1, self.steps)
@@ -293,6 +315,8 @@ class Trainer:
             "seconds": seconds,
             "data_wait": waited / seconds,
             "samples_per_s": self.global_batch / seconds,
+            "damaged": len(self.skipped.keys),
+            "skipped_in_a_row": self.skipped.row,
             "tokens_kept": float(reduced[-2]) / self.global_batch,
             "tokens_brain": float(reduced[-1]) / self.global_batch,
             "tokens_grid": math.prod(self.geometry.tokens),
@@ -304,7 +328,7 @@ class Trainer:
             self.engine,
             self.checkpoints,
             self.step,
-            {"step": self.step, "consumed": self.consumed},
+            {"step": self.step, "consumed": self.consumed, "skipped": self.skipped.state()},
             self.learner.state(self._full),
             {"identity": self.identity, "zero_stage": self.settings.zero.stage},
             self.settings.run.keep,
@@ -320,6 +344,8 @@ class Trainer:
         checkpoint.check(found, self.identity, self.settings.zero.stage, self.world)
         state, weights = checkpoint.load(self.engine, found)
         self.step, self.consumed = state["step"], state["consumed"]
+        if "skipped" in state:
+            self.skipped.load(state["skipped"])
         self.learner.load(weights)
         return found.name
 
