@@ -170,6 +170,20 @@ def test_a_session_is_pooled_alike_alone_and_beside_longer_ones():
         np.testing.assert_allclose(method.pool(query_MAC, np.array([row]))[0], together[row], rtol=1e-4, atol=1e-5)
 
 
+def test_more_sessions_than_a_batch_holds(monkeypatch: pytest.MonkeyPatch):
+    sessions, subject_N = made_up(48)
+    truth_S = answers("classification", 48)
+    for item, subject in zip(sessions, subject_N, strict=True):
+        in_places(item, 2.0 * truth_S[subject] - 1)
+    method, rows = Attentive(sessions), np.arange(48)
+    query_MAC = torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(0))
+    at_once = method.pool(query_MAC, rows)
+    monkeypatch.setattr(attentive, "_BATCH", 17)
+    np.testing.assert_allclose(method.pool(query_MAC, rows), at_once, rtol=1e-5, atol=1e-5)
+    task, cases = question("classification", subject_N, truth_S)
+    assert probe.score(task, cases, make_splits(task, cases, ""), method)["auroc"][0] > 0.85
+
+
 def test_the_order_of_tokens_does_not_matter():
     sessions, subject_N = made_up(24)
     fold, rng = first_fold("regression", subject_N), np.random.default_rng(0)
