@@ -22,7 +22,7 @@ from shards.console import RESUME, WRONG
 from shards.errors import ConfigError, Stopped, UserError
 from shards.layout import dump, write_atomically
 from shards.reader import Dataset
-from slim import checkpoint
+from slim import checkpoint, elastic
 from slim.batch import identity
 from slim.config import PretrainSettings
 
@@ -58,7 +58,9 @@ def prepare_run(settings: PretrainSettings) -> Path:
     dataset = Dataset(settings.data[0].path)
     begun = checkpoint.newest(folder / "checkpoints")
     if begun is not None:
-        checkpoint.check(begun, identity(settings, dataset), settings.zero.stage, settings.run.processes)
+        settings = _keep_global_batch(begun, settings)
+        samples = settings.run.batch * settings.run.accumulate * settings.run.processes
+        checkpoint.check(begun, identity(settings, dataset), settings.zero.stage, samples)
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "zarr")}
     note = "".join(f"# {name} {number}\n" for name, number in sorted(versions.items()))
@@ -69,6 +71,19 @@ def prepare_run(settings: PretrainSettings) -> Path:
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
     write_atomically(folder / "config.yaml", f"# merged configuration\n# commit {git_commit()}\n{note}{text}")
     return folder / "config.yaml"
+
+
+def _keep_global_batch(begun: Path, settings: PretrainSettings) -> PretrainSettings:
+    """The settings with as many micro-batches per step as keep the run's global batch, saying so where they change."""
+    run, needed = settings.run, elastic.accumulate_for(begun, settings.run.batch, settings.run.processes)
+    if needed == run.accumulate:
+        return settings
+    total = checkpoint.global_batch(begun)
+    print(
+        f"run.accumulate={needed} instead of {run.accumulate}: the run goes on with {total} samples per step",
+        flush=True,
+    )
+    return settings.model_copy(update={"run": run.model_copy(update={"accumulate": needed})})
 
 
 def git_commit() -> str:

@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step-00000100/   ZeRO shards of every process (DeepSpeed's own files)
                                      weights.safetensors   online encoder, target encoder, running means: fp32, whole
-                                     COMPLETE              written last: step, world size, sizes of all files
+                                     COMPLETE              written last: step, world size, global batch, sizes of all
+                                                           files
     RUN/checkpoints/latest           name of the newest complete one
 
 DeepSpeed's own `latest` is written without a barrier and can name an incomplete folder, so it is not used. Here every
@@ -28,6 +29,8 @@ from shards.errors import UserError
 from shards.layout import dump, sync_folder, write_atomically
 
 COMPLETE, LATEST, WEIGHTS = "COMPLETE", "latest", "weights.safetensors"
+# What a run keeps beside the ZeRO shards: optimizer steps, samples of the stream, what was left out.
+STATE = ("step", "consumed", "skipped")
 
 
 class CheckpointError(UserError):
@@ -77,7 +80,7 @@ def save(
     step : int
         Optimizer steps done.
     state : dict
-        Kept beside the ZeRO shards and returned by `load` (stream position and the like).
+        What `STATE` names: kept beside the ZeRO shards and returned by `load`.
     weights : dict of str to Tensor
         Whole tensors for `weights.safetensors`; used on rank 0.
     about : dict
@@ -130,8 +133,22 @@ def find(checkpoints: Path) -> Path | None:
     return found[0]
 
 
-def check(folder: Path, identity: str, zero_stage: int, world_size: int) -> None:
-    """Refuse to go on from a checkpoint of another model, ZeRO stage or number of processes.
+def global_batch(folder: Path) -> int:
+    """Samples that all processes of the run take per optimizer step; CheckpointError where nobody wrote it down."""
+    about = facts(folder)
+    if "global_batch" not in about:
+        raise CheckpointError(
+            folder / COMPLETE,
+            "global_batch",
+            "nothing",
+            "samples per optimizer step",
+            "An earlier version wrote this: start anew in another run.out",
+        )
+    return about["global_batch"]
+
+
+def check(folder: Path, identity: str, zero_stage: int, samples: int) -> None:
+    """Refuse to go on from a checkpoint of another model, ZeRO stage or global batch (`samples` per step).
 
     Raises
     ------
@@ -144,18 +161,16 @@ def check(folder: Path, identity: str, zero_stage: int, world_size: int) -> None
         raise CheckpointError(folder, field, "another setting than the run began with", "the same", hint)
     if about["zero_stage"] != zero_stage:
         raise CheckpointError(folder, "zero.stage", zero_stage, about["zero_stage"], hint)
-    if about["world_size"] != world_size:
-        raise CheckpointError(
-            folder,
-            "world size",
-            f"{world_size} processes",
-            f"{about['world_size']}, as it was written",
-            f"Set run.processes={about['world_size']}, or start anew in another run.out",
-        )
+    if global_batch(folder) != samples:
+        field = "run.batch x run.accumulate x processes"
+        raise CheckpointError(folder, field, f"{samples} samples per step", f"{global_batch(folder)}", hint)
 
 
 def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore the engine from a checkpoint that `check` accepts; returns its state and whole weights."""
+    """Restore the engine from a checkpoint of as many processes (at ZeRO stage 0 of any number), by DeepSpeed's load.
+
+    Returns its state and whole weights.
+    """
     path, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise CheckpointError(folder, "", "nothing DeepSpeed could load", "its ZeRO shards")

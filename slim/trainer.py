@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from shards.console import progress
 from shards.reader import Dataset
 from shards.stream import MicroBatches, Stream
-from slim import checkpoint, schedule
+from slim import checkpoint, elastic, schedule
 from slim.batch import geometry_for, identity, load_batch
 from slim.config import PretrainSettings
 from slim.learner import Learner, parameter_groups
@@ -330,7 +330,7 @@ class Trainer:
             self.step,
             {"step": self.step, "consumed": self.consumed, "skipped": self.skipped.state()},
             self.learner.state(self._full),
-            {"identity": self.identity, "zero_stage": self.settings.zero.stage},
+            {"identity": self.identity, "zero_stage": self.settings.zero.stage, "global_batch": self.global_batch},
             self.settings.run.keep,
         )
 
@@ -341,11 +341,10 @@ class Trainer:
         found = checkpoint.find(self.checkpoints)
         if found is None:
             return None
-        checkpoint.check(found, self.identity, self.settings.zero.stage, self.world)
-        state, weights = checkpoint.load(self.engine, found)
+        checkpoint.check(found, self.identity, self.settings.zero.stage, self.global_batch)
+        state, weights = elastic.load(self.engine, found)
         self.step, self.consumed = state["step"], state["consumed"]
-        if "skipped" in state:
-            self.skipped.load(state["skipped"])
+        self.skipped.load(state["skipped"])
         self.learner.load(weights)
         return found.name
 

@@ -248,12 +248,12 @@ def test_time_limit_stops_and_saves(command: Command, dataset: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_another_world_size_and_another_model_are_refused_in_one_line(
+def test_another_global_batch_and_another_model_are_refused_in_one_line(
     command: Command, dataset: Path, whole: Path
 ) -> None:
     before = (whole / "config.yaml").read_text()
     for words, processes, needle in (
-        (("run.steps=8",), 1, "world size"),
+        (("run.steps=8", "run.batch=3"), 2, "run.batch"),
         (("run.steps=8", "view=both"), 2, "view"),
         (("run.resume=never",), 2, "run.resume"),
     ):
