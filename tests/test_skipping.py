@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -155,7 +156,9 @@ def run_script(dataset: Path, tmp_path: Path, stage: int, bad: str, *words: str)
     (tmp_path / "run").mkdir()
     (tmp_path / "config.yaml").write_text(settings.model_dump_json())
     env = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": str(29600 + os.getpid() % 300), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        env |= {"MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     words = (sys.executable, "-c", SCRIPT, str(tmp_path / "config.yaml"), bad)
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
