@@ -99,6 +99,7 @@ def main() -> int:
         result = {"status": WRONG, "error": error.line()}
     except Exception:
         result = {"status": CRASHED, "error": traceback.format_exc()}
+    result["ended"] = time.time()
     if outcome.parent.is_dir():  # it went with the launcher
         outcome.write_text(json.dumps(result))
     return int(result["status"])

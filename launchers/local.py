@@ -22,9 +22,11 @@ from shards.console import RESUME, WRONG
 from shards.errors import ConfigError, Stopped, UserError
 from shards.layout import dump, write_atomically
 from shards.reader import Dataset
+from shards.stream import Stream
 from slim import checkpoint, elastic
-from slim.batch import identity
 from slim.config import PretrainSettings
+from slim.mirror import CHECKPOINTS
+from slim.origin import Origin
 
 _GRACE = 30.0  # seconds the other processes get once one has failed
 # glibc gives freed memory back to the system and asks for it anew, thousands of times a step; keeping it
@@ -47,24 +49,25 @@ def prepare_run(settings: PretrainSettings) -> Path:
         The run is then left as it is.
     """
     folder = Path(settings.run.out)
-    if settings.run.resume == "never" and (folder / "config.yaml").exists():
-        raise ConfigError(
-            folder,
-            "run.resume",
-            "never, but the folder holds a run",
-            "an empty folder",
-            "Use run.resume=auto to go on, or another run.out",
-        )
-    dataset = Dataset(settings.data[0].path)
-    begun = checkpoint.newest(folder / "checkpoints")
+    for place, name in ((settings.run.out, "run.out"), (settings.run.mirror, "run.mirror")):
+        if settings.run.resume == "never" and place is not None and (Path(place) / "config.yaml").exists():
+            raise ConfigError(
+                place,
+                "run.resume",
+                "never, but the folder holds a run",
+                "an empty folder",
+                f"Use run.resume=auto to go on, or another {name}",
+            )
+    datasets = [Dataset(item.path) for item in settings.data]
+    stream = Stream(datasets, [item.weight for item in settings.data], "train", settings.run.seed)
+    begun = _newest(settings)
     if begun is not None:
         settings = _keep_global_batch(begun, settings)
-        samples = settings.run.batch * settings.run.accumulate * settings.run.processes
-        checkpoint.check(begun, identity(settings, dataset), settings.zero.stage, samples)
+        Origin.of(settings, datasets, stream, settings.run.processes).check(begun)
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "zarr")}
     note = "".join(f"# {name} {number}\n" for name, number in sorted(versions.items()))
-    manifest = dataset.manifest
+    manifest = datasets[0].manifest
     write_atomically(
         folder / "dataset.json", dump({name: value for name, value in manifest.items() if name != "shards"})
     )
@@ -73,12 +76,19 @@ def prepare_run(settings: PretrainSettings) -> Path:
     return folder / "config.yaml"
 
 
+def _newest(settings: PretrainSettings) -> Path | None:
+    """The newest complete checkpoint of a run, in its folder or its mirror, at a glance; the trainer looks closely."""
+    places = [place for place in (settings.run.out, settings.run.mirror) if place is not None]
+    found = [checkpoint.newest(Path(place) / CHECKPOINTS) for place in places]
+    return max((folder for folder in found if folder is not None), key=lambda folder: folder.name, default=None)
+
+
 def _keep_global_batch(begun: Path, settings: PretrainSettings) -> PretrainSettings:
     """The settings with as many micro-batches per step as keep the run's global batch, saying so where they change."""
     run, needed = settings.run, elastic.accumulate_for(begun, settings.run.batch, settings.run.processes)
     if needed == run.accumulate:
         return settings
-    total = checkpoint.global_batch(begun)
+    total = checkpoint.facts(begun)["global_batch"]
     print(
         f"run.accumulate={needed} instead of {run.accumulate}: the run goes on with {total} samples per step",
         flush=True,
@@ -152,10 +162,11 @@ def run(config: Path, processes: int) -> dict[str, Any]:
     for result in results:
         if result.get("status") == WRONG:
             raise _Told(result["error"])
-    for rank, result in enumerate(results):
-        if result.get("status") == CRASHED:
-            print(result["error"], file=sys.stderr)
-            raise Stopped(f"process {rank} failed (above); the same command goes on from the last complete checkpoint")
+    crashed = [(result["ended"], rank) for rank, result in enumerate(results) if result.get("status") == CRASHED]
+    if crashed:  # the others fail because the first one is gone
+        _, rank = min(crashed)
+        print(results[rank]["error"], file=sys.stderr)
+        raise Stopped(f"process {rank} failed (above); the same command goes on from the last complete checkpoint")
     for rank, (child, result) in enumerate(zip(children, results, strict=True)):
         if not result:
             how = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"

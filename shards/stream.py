@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.errors import ConfigError
 from shards.reader import Dataset
+from shards.settings import digest
 
 B = TypeVar("B")
 
@@ -58,6 +59,11 @@ class Stream:
         self.per_epoch = max(1, round(mean))
         self._cache: tuple[int, list[tuple[int, int]]] = (-1, [])
         self._ends: list[int] = []  # position after the last one of each epoch, as far as it was asked for
+
+    def digest(self) -> str:
+        """Hash of all that decides which sample lies at which position."""
+        keys = [[session["key"] for session in part] for part in self.sessions]
+        return digest([self.seed, self.weights, keys])
 
     def _epoch(self, epoch: int) -> list[tuple[int, int]]:
         """(dataset, session) of every position of an epoch."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from shards.errors import ConfigError, SampleCorrupt
 from shards.reader import Dataset
-from shards.settings import digest
 from shards.stream import Item, generator
 from slim.config import PretrainSettings
 from slim.gather import Plan, Segments, integers, plan, segments
@@ -140,14 +139,6 @@ def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geo
     if prod(geometry.cells[1:]) < 2:
         raise ConfigError("model", "strides", f"{geometry.cells[1:]} cells in space", "2 cells or more")
     return geometry
-
-
-def identity(settings: PretrainSettings, dataset: Dataset) -> str:
-    """A hash of what a checkpoint's tensors depend on: two runs of one identity can go on from each other."""
-    model = settings.model.model_dump(mode="json")
-    return digest(
-        [model, settings.view, settings.windows.k, dataset.manifest["grid"], dataset.frames, settings.weights]
-    )
 
 
 def read_windows(dataset: Dataset, session: dict, rank_K: Sequence[int] | np.ndarray, epoch: int = 0) -> Sample:

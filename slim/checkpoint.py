@@ -1,25 +1,33 @@
-"""Checkpoints that are complete or absent.
+"""Checkpoints that are complete or absent, whatever is killed and whenever.
 
     RUN/checkpoints/step-00000100/   ZeRO shards of every process (DeepSpeed's own files)
                                      weights.safetensors   online encoder, target encoder, running means: fp32, whole
-                                     COMPLETE              written last: step, world size, global batch, sizes of all
-                                                           files
+                                     config.yaml, dataset.json   as in RUN
+                                     COMPLETE              written last: step, world size, versions, what the run began
+                                                           with, bytes and SHA-256 of all files, and its own
     RUN/checkpoints/latest           name of the newest complete one
 
 DeepSpeed's own `latest` is written without a barrier and can name an incomplete folder, so it is not used. Here every
-process writes, all meet, rank 0 flushes the files and writes COMPLETE, then `latest`; what has no valid COMPLETE does
-not exist for a load.
+process writes, flushes and hashes its files, all meet, rank 0 writes COMPLETE, then `latest`. A folder without COMPLETE
+does not exist for a load; one whose COMPLETE or files are not what was written is refused by name. When a folder is
+removed, COMPLETE goes first.
+
+There is no state of random generators: all that is random is drawn from names (seed, epoch, sample, step).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import shutil
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -29,12 +37,15 @@ from shards.errors import UserError
 from shards.layout import dump, sync_folder, write_atomically
 
 COMPLETE, LATEST, WEIGHTS = "COMPLETE", "latest", "weights.safetensors"
+ABOUT_RUN = ("config.yaml", "dataset.json")  # of the run's folder
 # What a run keeps beside the ZeRO shards: optimizer steps, samples of the stream, what was left out.
 STATE = ("step", "consumed", "skipped")
+_SEAL = "seal"
+_READERS = 4  # files hashed at a time
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, incomplete, or of another configuration."""
+    """A checkpoint that is missing, incomplete, damaged, or of another configuration."""
 
 
 def tag(step: int) -> str:
@@ -42,19 +53,56 @@ def tag(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def folders(checkpoints: Path) -> list[Path]:
+    """All of them, finished or not, newest first."""
+    return sorted(checkpoints.glob("step-*"), reverse=True)
+
+
+def fault(folder: Path, files: Collection[str] | None = None) -> CheckpointError | None:
+    """What is wrong with a checkpoint; None if it is as it was written.
+
+    Parameters
+    ----------
+    folder : Path
+    files : collection of str, optional
+        Files whose bytes are compared with what was written, too; by default all of them. Of all others the size is.
+    """
+    path = folder / COMPLETE
+    try:
+        about = json.loads(path.read_text())
+        sealed = about.pop(_SEAL) == _seal(about)
+        sizes, hashes = about["files"], about["sha256"]
+    except FileNotFoundError:
+        return CheckpointError(path, "", "no such file", "the file that is written last: the checkpoint is incomplete")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sealed = False
+    if not sealed:
+        return CheckpointError(path, "", "other bytes than were written (or an earlier version's)", "an intact file")
+    for name, size in sorted(sizes.items()):
+        try:
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            return CheckpointError(folder / name, "", error.strerror, f"a file of {size} bytes")
+        if found != size:
+            return CheckpointError(folder / name, "", f"{found} bytes", f"{size} bytes")
+    compared = sorted(hashes if files is None else files)
+    try:
+        for name, (_, found_hash) in zip(compared, _measured(folder, compared), strict=True):
+            if found_hash != hashes[name]:
+                return CheckpointError(folder / name, "SHA-256", found_hash, hashes[name])
+    except OSError as error:
+        return CheckpointError(error.filename or folder, "", error.strerror, "a readable file")
+    return None
+
+
 def is_complete(folder: Path) -> bool:
     """Whether COMPLETE is there and every file it names is there with its size."""
-    try:
-        facts = json.loads((folder / COMPLETE).read_text())
-        return all((folder / name).stat().st_size == size for name, size in facts["files"].items())
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
-        return False
+    return fault(folder, ()) is None
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    folders = sorted(checkpoints.glob("step-*"), reverse=True)
-    return next((folder for folder in folders if is_complete(folder)), None)
+    """The newest complete checkpoint, or None; the bytes of its files are not looked at."""
+    return next((folder for folder in folders(checkpoints) if is_complete(folder)), None)
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -68,8 +116,7 @@ def save(
     step: int,
     state: dict[str, Any],
     weights: dict[str, Tensor],
-    about: dict[str, Any],
-    keep: int,
+    origin: dict[str, Any],
 ) -> Path:
     """Write a checkpoint; every process calls it.
 
@@ -77,93 +124,153 @@ def save(
     ----------
     engine : DeepSpeed engine
     checkpoints : Path
+        Inside the run's folder.
     step : int
         Optimizer steps done.
     state : dict
         What `STATE` names: kept beside the ZeRO shards and returned by `load`.
     weights : dict of str to Tensor
         Whole tensors for `weights.safetensors`; used on rank 0.
-    about : dict
-        JSON-able facts for COMPLETE.
-    keep : int
-        Newest complete checkpoints that stay.
+    origin : dict
+        JSON-able facts for COMPLETE: what the run began with.
     """
-    folder = checkpoints / tag(step)
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder, rank = checkpoints / tag(step), dist.get_rank()
+    if rank == 0:
+        remove(folder)
         folder.mkdir(parents=True)
     dist.barrier()
     engine.save_checkpoint(str(checkpoints), tag=folder.name, client_state=state, save_latest=False)
-    if first:
+    if rank == 0:
         save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, folder / WEIGHTS)
-    dist.barrier()
-    if first:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        for path in files:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(folder)
-        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-        write_atomically(
-            folder / COMPLETE,
-            dump(
-                {"step": step, "world_size": dist.get_world_size(), "torch": torch.__version__, "files": sizes, **about}
-            ),
-        )
+        for name in ABOUT_RUN:
+            shutil.copyfile(checkpoints.parent / name, folder / name)
+    # Each process flushes what it wrote: on a network file system nobody else's fsync would.
+    names = list(_written_by(rank, folder))
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, dict(zip(names, _measured(folder, names, flush=True), strict=True)))
+    if rank == 0:
+        seal(folder, {"step": step, **origin}, {name: found for mine in everywhere for name, found in mine.items()})
         write_atomically(checkpoints / LATEST, folder.name + "\n")
-        _prune(checkpoints, keep)
     dist.barrier()
     return folder
 
 
-def _prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints, and older incomplete ones."""
-    complete = [folder for folder in sorted(checkpoints.glob("step-*")) if is_complete(folder)]
-    kept = complete[-keep:]
-    for folder in checkpoints.glob("step-*"):
-        if folder not in kept and folder < kept[-1]:
-            shutil.rmtree(folder, ignore_errors=True)
+def _written_by(rank: int, folder: Path) -> Iterator[str]:
+    """Files of a checkpoint that this process wrote: its ZeRO shards, and on rank 0 all that are nobody's shards."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(f"zero_pp_rank_{rank}_") or (rank == 0 and not path.name.startswith("zero_pp_rank_")):
+            yield path.name
 
 
-def find(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint as rank 0 sees it, told to all processes."""
-    found = [newest(checkpoints) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+def _measured(folder: Path, names: Iterable[str], flush: bool = False) -> Iterator[tuple[int, str]]:
+    """Bytes and SHA-256 of files, some at a time."""
+
+    def measure(name: str) -> tuple[int, str]:
+        with open(folder / name, "rb") as file:
+            if flush:
+                os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(measure, names)
 
 
-def global_batch(folder: Path) -> int:
-    """Samples that all processes of the run take per optimizer step; CheckpointError where nobody wrote it down."""
-    about = facts(folder)
-    if "global_batch" not in about:
-        raise CheckpointError(
-            folder / COMPLETE,
-            "global_batch",
-            "nothing",
-            "samples per optimizer step",
-            "An earlier version wrote this: start anew in another run.out",
-        )
-    return about["global_batch"]
+def seal(folder: Path, facts: dict[str, Any], measured: dict[str, tuple[int, str]] | None = None) -> None:
+    """Write COMPLETE: from now on the checkpoint is there.
+
+    Parameters
+    ----------
+    folder : Path
+    facts : dict
+        JSON-able; the world size and the versions of what wrote the files are added.
+    measured : dict, optional
+        Bytes and SHA-256 of every file, by name; if it is not given the files are read.
+    """
+    if measured is None:
+        names = sorted(path.name for path in folder.iterdir())
+        measured = dict(zip(names, _measured(folder, names), strict=True))
+    about = {
+        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "deepspeed")}},
+        "files": {name: size for name, (size, _) in measured.items()},
+        "sha256": {name: digest for name, (_, digest) in measured.items()},
+        **facts,
+    }
+    sync_folder(folder)
+    write_atomically(folder / COMPLETE, dump({**about, _SEAL: _seal(about)}))
 
 
-def check(folder: Path, identity: str, zero_stage: int, samples: int) -> None:
-    """Refuse to go on from a checkpoint of another model, ZeRO stage or global batch (`samples` per step).
+def _seal(about: dict[str, Any]) -> str:
+    return hashlib.sha256(dump(about).encode()).hexdigest()
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, or what there is of one: COMPLETE first, so that a kill leaves none that looks finished."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(checkpoints: Path, keep: int, every: int | None, spared: Collection[Path] = ()) -> None:
+    """Remove all but the newest `keep` complete checkpoints and those of every `every`-th step.
+
+    Incomplete and damaged ones go, too; `spared` ones stay. The newest complete one is that which `latest` names: what
+    is newer was refused when the run went on.
+    """
+    latest = (checkpoints / LATEST).read_text().strip()
+    complete = [folder for folder in folders(checkpoints) if folder.name <= latest and is_complete(folder)]
+    kept = {*complete[:keep], *spared}
+    if every:
+        kept |= {folder for folder in complete if facts(folder)["step"] % every == 0}
+    for folder in folders(checkpoints):
+        if folder not in kept:
+            remove(folder)
+
+
+def copy(folder: Path, checkpoints: Path) -> Path:
+    """Copy a checkpoint into another folder of checkpoints, complete or absent there, too.
+
+    Returns
+    -------
+    Path
+        The copy. An intact one that is there already is left as it is.
 
     Raises
     ------
     CheckpointError
+        If the files are not, or do not arrive as, what was written.
+    OSError
+        If there is no room, or no access.
     """
+    target = checkpoints / folder.name
     about = facts(folder)
-    hint = "Use the settings in the run's config.yaml, or another run.out"
-    if about["identity"] != identity:
-        field = "model, view, windows.k, loss or the data's grid"
-        raise CheckpointError(folder, field, "another setting than the run began with", "the same", hint)
-    if about["zero_stage"] != zero_stage:
-        raise CheckpointError(folder, "zero.stage", zero_stage, about["zero_stage"], hint)
-    if global_batch(folder) != samples:
-        field = "run.batch x run.accumulate x processes"
-        raise CheckpointError(folder, field, f"{samples} samples per step", f"{global_batch(folder)}", hint)
+    if fault(target) is None and facts(target)[_SEAL] == about[_SEAL]:
+        return target
+    remove(target)
+    target.mkdir(parents=True)
+    for name, size in about["files"].items():
+        shutil.copyfile(folder / name, target / name)
+        ((found, digest),) = _measured(target, [name], flush=True)
+        if (found, digest) != (size, about["sha256"][name]):
+            raise CheckpointError(folder / name, "SHA-256", digest, about["sha256"][name], "It is damaged, or its copy")
+    sync_folder(target)
+    write_atomically(target / COMPLETE, (folder / COMPLETE).read_bytes())
+    write_atomically(checkpoints / LATEST, target.name + "\n")
+    return target
+
+
+def newest_intact(checkpoints: Path) -> tuple[Path | None, list[CheckpointError]]:
+    """The newest checkpoint whose files are, byte for byte, what was written; and what is wrong with those passed over.
+
+    Folders without COMPLETE, which a kill left behind, do not count.
+    """
+    refused: list[CheckpointError] = []
+    for folder in folders(checkpoints):
+        if (folder / COMPLETE).exists():
+            found = fault(folder)
+            if found is None:
+                return folder, refused
+            refused.append(found)
+    return None, refused
 
 
 def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

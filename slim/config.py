@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shards.errors import ConfigError
 from shards.settings import Settings, check, override, read_yaml
@@ -148,6 +148,22 @@ class EmaSettings(Settings):
 
 class ZeroSettings(Settings):
     stage: int = Field(2, ge=0, le=3)
+    offload_optimizer: bool = Field(False, description="master copy and moments of Adam in the memory of the host")
+    offload_parameters: bool = Field(False, description="parameters, too, where they are not in use; stage 3")
+
+    @field_validator("offload_optimizer")
+    @classmethod
+    def _is_divided(cls, value: bool, others: ValidationInfo) -> bool:
+        if value and others.data.get("stage") == 0:
+            raise ValueError("false at zero.stage 0, which keeps the optimizer on the GPU")
+        return value
+
+    @field_validator("offload_parameters")
+    @classmethod
+    def _are_divided(cls, value: bool, others: ValidationInfo) -> bool:
+        if value and others.data.get("stage", 3) != 3:
+            raise ValueError(f"false at zero.stage {others.data['stage']}: only stage 3 does without whole parameters")
+        return value
 
 
 class RunSettings(Settings):
@@ -161,6 +177,8 @@ class RunSettings(Settings):
     workers: int = Field(2, ge=0, description="loading processes per process")
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps")
     keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    keep_every: int | None = Field(None, ge=1, description="steps: checkpoints of every so many are kept, too")
+    mirror: str | None = Field(None, description="second folder, to which checkpoints are copied meanwhile")
     damaged: float = Field(0.01, ge=0, le=1, description="share of the training sessions that may be damaged")
     not_finite: int = Field(10, ge=0, description="steps in a row that may be skipped for a loss that is not finite")
     max_seconds: float | None = Field(None, gt=0, description="stop and save after this many seconds")
@@ -168,6 +186,23 @@ class RunSettings(Settings):
     log_every: int = Field(1, ge=1, description="optimizer steps per line of metrics.jsonl")
     wandb: Literal["offline", "online", "disabled"] = "offline"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("keep_every")
+    @classmethod
+    def _is_saved(cls, value: int | None, others: ValidationInfo) -> int | None:
+        every = others.data.get("checkpoint_every", 1)
+        if value is not None and value % every:
+            raise ValueError(f"a multiple of run.checkpoint_every, {every}")
+        return value
+
+    @field_validator("mirror")
+    @classmethod
+    def _is_apart(cls, value: str | None, others: ValidationInfo) -> str | None:
+        if value is not None and "out" in others.data:
+            mirror, out = Path(value).resolve(), Path(others.data["out"]).resolve()
+            if mirror == out or mirror in out.parents or out in mirror.parents:
+                raise ValueError(f"a folder that does not hold run.out ({out}) and does not lie in it")
+        return value
 
 
 class PretrainSettings(Settings):

@@ -40,7 +40,7 @@ def accumulate_for(folder: Path, batch: int, processes: int) -> int:
     CheckpointError
         If there is no such number.
     """
-    total = checkpoint.global_batch(folder)
+    total = checkpoint.facts(folder)["global_batch"]
     accumulate, left = divmod(total, batch * processes)
     if left:
         divisors = [number for number in range(1, total + 1) if total % number == 0]

@@ -31,7 +31,7 @@ from slim.checkpoint import CheckpointError
 from slim.config import PretrainSettings
 from slim.hiera import Hiera
 
-CONFIG, DATA = "config.yaml", "dataset.json"
+CONFIG, DATA = checkpoint.ABOUT_RUN
 WEIGHTS = ("encoder", "target")
 
 
@@ -95,9 +95,11 @@ class SlimBrain:
         if weights not in WEIGHTS:
             raise ConfigError("weights", "", weights, f"one of {', '.join(WEIGHTS)}")
         folder = Path(folder)
-        if (folder / CONFIG).is_file():
-            found = checkpoint.newest(folder / "checkpoints")
-            if found is None:
+        if (folder / checkpoint.COMPLETE).is_file():
+            found, run_folder = folder, folder.parent.parent
+        elif (folder / CONFIG).is_file():
+            newest = checkpoint.newest(folder / "checkpoints")
+            if newest is None:
                 raise CheckpointError(
                     folder,
                     "checkpoints",
@@ -105,23 +107,15 @@ class SlimBrain:
                     "at least one",
                     "Go on with the pretraining until it has saved",
                 )
-            run_folder = folder
-        elif checkpoint.is_complete(folder):
-            found, run_folder = folder, folder.parent.parent
+            found, run_folder = newest, folder
         else:
             got = "neither config.yaml nor a complete checkpoint" if folder.is_dir() else "no such folder"
             raise CheckpointError(folder, "", got, "a run folder, or a checkpoint inside one")
-        settings = check(PretrainSettings, read_yaml(run_folder / CONFIG), run_folder / CONFIG)
-        try:
-            data = json.loads((run_folder / DATA).read_text())
-        except (OSError, json.JSONDecodeError):
-            raise CheckpointError(
-                run_folder / DATA,
-                "",
-                "no readable file",
-                "what the run's data are",
-                "Start the same pretraining again: it writes this file",
-            ) from None
+        fault = checkpoint.fault(found, [checkpoint.WEIGHTS, *checkpoint.ABOUT_RUN])
+        if fault is not None:
+            raise fault
+        settings = check(PretrainSettings, read_yaml(found / CONFIG), found / CONFIG)
+        data = json.loads((found / DATA).read_text())
         model = cls(settings, data, checkpoint.facts(found)["step"], run_folder)
         model._load(found / checkpoint.WEIGHTS, weights)
         return model

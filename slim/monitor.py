@@ -11,12 +11,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shards.layout import write_atomically
 
 METRICS = "metrics.jsonl"
+WANDB_ID = "wandb/id"
 RECENT = 50  # logged steps a warning looks back on
+_RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
+_AVERAGED = (
+    "loss",
+    "loss_jepa",
+    "loss_sig",
+    "loss_mae",
+    "trivial",
+    "loss_cross_time",
+    "loss_cross_location",
+    "loss_double_cross",
+    "gain_cross_time",
+    "gain_cross_location",
+    "gain_double_cross",
+    "sample_cosine",
+)
 
 
 def effective_rank(x_MC: Tensor) -> float:
@@ -35,6 +52,45 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def spread_of(what: str, x_MC: Tensor | None) -> dict[str, float | None]:
+    """`WHAT_std` and `WHAT_rank` of features: mean SD of a channel, effective rank of the first rows."""
+    if x_MC is None:
+        return {f"{what}_std": None, f"{what}_rank": None}
+    return {f"{what}_std": float(x_MC.std(dim=0).mean()), f"{what}_rank": effective_rank(x_MC[:_RANK_ROWS])}
+
+
+def averages(
+    logs: list[dict[str, Tensor]], tokens: list[Tensor], device: torch.device
+) -> tuple[dict[str, float | None], tuple[float, float]]:
+    """Means of what the micro-batches of all processes logged, and sums of their tokens; every process calls it.
+
+    Parameters
+    ----------
+    logs : list of dict of str to Tensor, ()
+        Of this process; a micro-batch that lacks a name does not count for it.
+    tokens : list of Tensor, (2,)
+        Tokens kept, and tokens of brain.
+
+    Returns
+    -------
+    tuple
+        The means by name, with `gain` (1 - loss / loss of the per-place mean predictor), None where nobody logged; and
+        both sums.
+    """
+    zero = torch.zeros((), device=device)
+    values = torch.stack([torch.stack([log.get(name, zero) for log in logs]).sum() for name in _AVERAGED])
+    counts = torch.tensor([sum(name in log for log in logs) for name in _AVERAGED], device=device)
+    reduced = torch.cat([values.float(), counts.float(), torch.stack(tokens).sum(dim=0).to(device, torch.float32)])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(reduced)
+    *numbers, kept, brain = reduced.tolist()
+    sums, counted = numbers[: len(_AVERAGED)], numbers[len(_AVERAGED) :]
+    mean = {name: sums[i] / counted[i] if counted[i] else None for i, name in enumerate(_AVERAGED)}
+    trivial, loss = mean.pop("trivial"), mean["loss_jepa"]
+    mean["gain"] = 1 - loss / trivial if trivial and loss is not None else None
+    return mean, (kept, brain)
 
 
 class Monitor:
@@ -67,7 +123,7 @@ class Monitor:
             os.environ.setdefault("WANDB_SILENT", "true")
             import wandb
 
-            note = folder / "wandb" / "id"
+            note = folder / WANDB_ID
             note.parent.mkdir(exist_ok=True)
             if not note.exists():
                 note.write_text(uuid.uuid4().hex[:12])

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from shards.errors import UserError
+from shards.layout import dump_lines, write_atomically
+from slim.monitor import read_metrics
 
 SKIPPED = "skipped.jsonl"
 NOT_FINITE = "loss or gradient is no finite number"
@@ -120,8 +122,11 @@ class Skipped:
     def state(self) -> dict[str, Any]:
         return {"keys": sorted(self.keys), "row": self.row}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any], step: int) -> None:
+        """Go on after `step`; what was written of later steps, which will be done again, is dropped."""
         self.keys, self.row = set(state["keys"]), state["row"]
+        if dist.get_rank() == 0 and self.path.exists():
+            write_atomically(self.path, dump_lines(line for line in read_metrics(self.path)[0] if line["step"] <= step))
 
 
 def _gather(mine: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -26,23 +26,38 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shards.console import progress
+from shards.errors import UserError
 from shards.reader import Dataset
 from shards.stream import MicroBatches, Stream
-from slim import checkpoint, elastic, schedule
-from slim.batch import geometry_for, identity, load_batch
+from slim import checkpoint, elastic, schedule, speed
+from slim.batch import geometry_for, load_batch
 from slim.config import PretrainSettings
 from slim.learner import Learner, parameter_groups
-from slim.monitor import Monitor, effective_rank, peak_memory_bytes
+from slim.mirror import Mirror, recover
+from slim.monitor import Monitor, averages, peak_memory_bytes, spread_of
 from slim.objective import Objective
+from slim.origin import Origin
 from slim.skipping import NOT_FINITE, GuardedAdamW, Skipped
+from slim.watch import COMPUTE, DATA, SAVE, Watch
 
 _PATIENCE = 1800  # seconds a loading process may take for a batch before it counts as lost
 _BUCKET = 5_000_000  # numbers that processes exchange at once: 20 MB
-_RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
 
 
 def deepspeed_config(settings: PretrainSettings) -> dict[str, Any]:
-    """The engine's configuration. Precision is autocast inside the model, so states and gradients are fp32."""
+    """The engine's configuration.
+
+    Precision is autocast inside the model, so states and gradients are fp32 and bf16 is right at every stage.
+    DeepSpeed's own bf16 is not used: at stage 0 it begins with a step on gradients of zero.
+    """
+    offload = {
+        f"offload_{what}": {"device": "cpu"}
+        for what, chosen in (
+            ("optimizer", settings.zero.offload_optimizer),
+            ("param", settings.zero.offload_parameters),
+        )
+        if chosen
+    }
     return {
         "train_micro_batch_size_per_gpu": settings.run.batch,
         "gradient_accumulation_steps": settings.run.accumulate,
@@ -52,6 +67,7 @@ def deepspeed_config(settings: PretrainSettings) -> dict[str, Any]:
             # By default a buffer of 2 GB lies ready for gradients on their way, several times what a step needs.
             "reduce_bucket_size": _BUCKET,
             "allgather_bucket_size": _BUCKET,
+            **offload,
         },
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
@@ -87,7 +103,7 @@ class Trainer:
         self.steps = settings.run.steps or max(
             1, math.ceil(settings.run.epochs * self.stream.per_epoch / self.global_batch)
         )
-        self.identity = identity(settings, datasets[0])
+        self.origin = Origin.of(settings, datasets, self.stream, self.world)
 
         torch.manual_seed(settings.run.seed)
         model = Objective(settings, self.geometry, datasets[0].grid.voxels).to(self.device)
@@ -100,6 +116,13 @@ class Trainer:
         self.skipped = Skipped(self.folder, sessions, settings.run.damaged, settings.run.not_finite)
         self.step, self.consumed = 0, 0
         self._stop: str | None = None
+        self._watch = Watch(self._warn)
+        self._seconds_per_token = self._at_peak() if self.rank == 0 and device.type == "cuda" else None
+        self._mirror: Mirror | None = None
+        self._mirror_trouble: str | None = None
+        if self.rank == 0 and settings.run.mirror is not None:
+            run = settings.run
+            self._mirror = Mirror(self.folder, Path(settings.run.mirror), run.keep, run.keep_every)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or to the next step boundary after a signal or the time limit.
@@ -114,38 +137,36 @@ class Trainer:
         resumed = self._resume()
         if not resumed:
             self._calibrate()
-        monitor = None
-        if self.rank == 0:
-            config = self.settings.model_dump(mode="json")
-            monitor = Monitor(self.folder, self.step, self.settings.run.wandb, config)
-        bar = progress("pretrain", self.steps - self.step, "steps") if self.rank == 0 else nullcontext(None)
-        micro_batches = (self.steps - self.step) * self.settings.run.accumulate
-        batches = iter(self._loader(self.consumed, micro_batches)) if self.step < self.steps else None
-        stopped, line, said = None, {}, set[str]()
-        with bar as advance:
+        stopped, line, said, warnings = None, {}, set[str](), list[str]()
+        with ExitStack() as stack:
+            monitor = self._monitor() if self.rank == 0 else None
+            if monitor is not None:
+                stack.callback(monitor.close)
+                stack.enter_context(self._watch)
+                advance = stack.enter_context(progress("pretrain", self.steps - self.step, "steps"))
+            micro_batches = (self.steps - self.step) * self.settings.run.accumulate
+            batches = iter(self._loader(self.consumed, micro_batches)) if self.step < self.steps else iter(())
             while self.step < self.steps and stopped is None:
-                assert batches is not None
                 line = self._one_step(batches)
-                last = self.step == self.steps
-                logged = self._is_logged()
-                if monitor is not None and advance is not None:
-                    if logged:
+                if monitor is not None:
+                    if self._is_logged():
                         monitor.log(line)
-                    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
-                    advance(
-                        1,
-                        f"loss {loss}, {line['samples_per_s']:.2f} samples/s, "
-                        f"data wait {line['data_wait']:.0%}, {line['peak_memory_bytes'] / 2**30:.2f} GiB",
-                    )
+                    advance(1, _in_words(line))
                     found = monitor.warnings()
-                    for kind, text in found.items():
-                        if kind not in said:
-                            print(f"warning at step {self.step}: {text}", flush=True)
+                    for kind in found.keys() - said:
+                        self._warn(found[kind])
                     said = set(found)
                 stopped = self._agree_to_stop(begun)
-                if last or stopped or self.step % self.settings.run.checkpoint_every == 0:
+                if self.step == self.steps or stopped or self.step % self.settings.run.checkpoint_every == 0:
                     self._save()
-        result = {
+                self._watch.step()
+            if monitor is not None:
+                warnings = list(monitor.warnings().values())
+        if self._mirror is not None:
+            self._mirror.close()
+            self._tell_of_mirror()
+            warnings += [self._mirror.trouble] if self._mirror.trouble else []
+        return {
             "finished": self.step >= self.steps,
             "step": self.step,
             "steps": self.steps,
@@ -153,11 +174,20 @@ class Trainer:
             "resumed_from": resumed,
             "loss": line.get("loss"),
             "seconds": round(time.monotonic() - begun, 2),
-            "warnings": list(monitor.warnings().values()) if monitor else [],
+            "warnings": warnings,
         }
-        if monitor is not None:
-            monitor.close()
-        return result
+
+    def _at_peak(self) -> float | None:
+        """Seconds a token of brain would take at the GPU's peak; None for one that `slim.speed` does not know."""
+        peak = speed.peak_flops(torch.cuda.get_device_name(self.device), self.settings.precision)
+        return None if peak is None else speed.flops_per_token(self.settings, self.stream.datasets[0]) / peak
+
+    def _monitor(self) -> Monitor:
+        config = self.settings.model_dump(mode="json")
+        return Monitor(self.folder, self.step, self.settings.run.wandb, config)
+
+    def _warn(self, text: str) -> None:
+        print(f"warning at step {self.step}: {text}", flush=True)
 
     def _catch_signals(self) -> None:
         def remember(number: int, _frame: Any) -> None:
@@ -211,7 +241,9 @@ class Trainer:
         epoch = 0
         for _ in range(settings.run.accumulate):
             asked = time.perf_counter()
+            self._watch.now(DATA)
             batch = next(batches).to(self.device)
+            self._watch.now(COMPUTE)
             waited += time.perf_counter() - asked
             losses, centred_KC = self.learner.losses(batch, self.step, self.engine)
             context_MC = losses.context_MC
@@ -242,11 +274,9 @@ class Trainer:
         self.skipped.step(self.step, skipped, keys)
         if self.rank == 0:
             for key in new:
-                print(
-                    f"warning at step {self.step}: {key} is damaged and left out, see {self.skipped.path}", flush=True
-                )
+                self._warn(f"{key} is damaged and left out, see {self.skipped.path}")
             if skipped:
-                print(f"warning at step {self.step}: {NOT_FINITE}; the step changes nothing", flush=True)
+                self._warn(f"{NOT_FINITE}; the step changes nothing")
 
     def _is_logged(self) -> bool:
         return self.step % self.settings.run.log_every == 0 or self.step in (1, self.steps)
@@ -265,48 +295,19 @@ class Trainer:
         waited: float,
     ) -> dict[str, Any]:
         """Means over micro-batches and processes, as one line of metrics.jsonl."""
-        names = (
-            "loss",
-            "loss_jepa",
-            "loss_sig",
-            "loss_mae",
-            "trivial",
-            "loss_cross_time",
-            "loss_cross_location",
-            "loss_double_cross",
-            "gain_cross_time",
-            "gain_cross_location",
-            "gain_double_cross",
-            "sample_cosine",
-        )
-        zero = torch.zeros((), device=self.device)
-        values = torch.stack([torch.stack([log.get(name, zero) for log in logs]).sum() for name in names])
-        counts = torch.tensor([sum(name in log for log in logs) for name in names], device=self.device)
-        count = torch.stack(tokens).sum(dim=0).to(self.device, torch.float32)
-        reduced = torch.cat([values.float(), counts.float(), count])
-        if self.world > 1:
-            dist.all_reduce(reduced)
-        mean = {
-            name: float(reduced[i] / reduced[i + len(names)]) if reduced[i + len(names)] else None
-            for i, name in enumerate(names)
-        }
-        trivial = mean.pop("trivial")
-        gain = 1 - mean["loss_jepa"] / trivial if trivial and mean["loss_jepa"] is not None else None
+        mean, (kept, brain) = averages(logs, tokens, self.device)
         spread = {}
         if self.rank == 0 and self._is_logged():
-            for name, x_MC in (("target", centred_KC), ("context", context_MC)):
-                spread[f"{name}_std"] = None if x_MC is None else float(x_MC.std(dim=0).mean())
-                spread[f"{name}_rank"] = None if x_MC is None else effective_rank(x_MC[:_RANK_ROWS])
+            spread = {**spread_of("target", centred_KC), **spread_of("context", context_MC)}
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begun
         norm = self.engine.get_global_grad_norm()
-        return {
+        line = {
             "step": self.step,
             "epoch": epoch,
             "samples": self.consumed,
             **mean,
-            "gain": gain,
             "lr": lr,
             "wd": wd,
             "ema": momentum,
@@ -317,36 +318,74 @@ class Trainer:
             "samples_per_s": self.global_batch / seconds,
             "damaged": len(self.skipped.keys),
             "skipped_in_a_row": self.skipped.row,
-            "tokens_kept": float(reduced[-2]) / self.global_batch,
-            "tokens_brain": float(reduced[-1]) / self.global_batch,
+            "tokens_kept": kept / self.global_batch,
+            "tokens_brain": brain / self.global_batch,
             "tokens_grid": math.prod(self.geometry.tokens),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
+        if self._seconds_per_token is not None:
+            line["mfu"] = self._seconds_per_token * brain / self.world / seconds
+        return line
 
     def _save(self) -> None:
-        checkpoint.save(
-            self.engine,
-            self.checkpoints,
-            self.step,
-            {"step": self.step, "consumed": self.consumed, "skipped": self.skipped.state()},
-            self.learner.state(self._full),
-            {"identity": self.identity, "zero_stage": self.settings.zero.stage, "global_batch": self.global_batch},
-            self.settings.run.keep,
-        )
+        self._watch.now(SAVE)
+        state = {"step": self.step, "consumed": self.consumed, "skipped": self.skipped.state()}
+        weights = self.learner.state(self._full)
+        saved = checkpoint.save(self.engine, self.checkpoints, self.step, state, weights, self.origin.facts())
+        if self.rank == 0:
+            needed: set[Path] = set()
+            if self._mirror is not None:
+                self._tell_of_mirror()
+                self._mirror.offer(saved)
+                needed = self._mirror.needed
+            checkpoint.prune(self.checkpoints, self.settings.run.keep, self.settings.run.keep_every, needed)
+
+    def _tell_of_mirror(self) -> None:
+        """Warn of a copy that failed, once for each reason."""
+        assert self._mirror is not None
+        trouble = self._mirror.trouble
+        if trouble is not None and trouble != self._mirror_trouble:
+            self._warn(trouble)
+        self._mirror_trouble = trouble
 
     def _resume(self) -> str | None:
-        """Go on from the newest complete checkpoint, if there is one; returns its name."""
+        """Go on from the newest intact checkpoint, if there is one; returns its name."""
         if self.settings.run.resume == "never":
             return None
-        found = checkpoint.find(self.checkpoints)
+        found = self._find()
         if found is None:
             return None
-        checkpoint.check(found, self.identity, self.settings.zero.stage, self.global_batch)
+        self.origin.check(found)
         state, weights = elastic.load(self.engine, found)
         self.step, self.consumed = state["step"], state["consumed"]
-        self.skipped.load(state["skipped"])
+        self.skipped.load(state["skipped"], self.step)
         self.learner.load(weights)
         return found.name
+
+    def _find(self) -> Path | None:
+        """The checkpoint to go on from: rank 0 looks and tells all, a mistake of the user's, too."""
+        answer: list[Path | UserError | None] = [None]
+        if self.rank == 0:
+            mirror = self.settings.run.mirror
+            try:
+                answer[0], lines = recover(self.folder, None if mirror is None else Path(mirror))
+                for line in lines:
+                    print(f"warning: {line}", flush=True)
+            except UserError as error:
+                answer[0] = error
+        dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], UserError):
+            raise answer[0]
+        return answer[0]
+
+
+def _in_words(line: dict[str, Any]) -> str:
+    """A line of metrics.jsonl beside the progress bar."""
+    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+    return (
+        f"loss {loss}, {line['samples_per_s']:.2f} samples/s, data wait {line['data_wait']:.0%}, "
+        f"{line['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
 
 
 def _whole_parameter(parameter: Tensor) -> Tensor:

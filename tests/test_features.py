@@ -48,16 +48,17 @@ def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
     tensors |= {f"target.{name}": value * 0.5 for name, value in encoder.state_dict().items()}
     saved = folder / "checkpoints" / checkpoint.tag(7)
     saved.mkdir(parents=True)
-    (folder / "config.yaml").write_text(settings.model_dump_json())
-    (folder / "dataset.json").write_text(json.dumps({n: v for n, v in manifest.items() if n != "shards"}))
+    for place in (folder, saved):
+        (place / "config.yaml").write_text(settings.model_dump_json())
+        (place / "dataset.json").write_text(json.dumps({n: v for n, v in manifest.items() if n != "shards"}))
     write_weights(saved, tensors)
     return folder
 
 
 def write_weights(saved: Path, tensors: dict) -> None:
     save_file({name: value.contiguous() for name, value in tensors.items()}, saved / checkpoint.WEIGHTS)
-    size = (saved / checkpoint.WEIGHTS).stat().st_size
-    (saved / checkpoint.COMPLETE).write_text(json.dumps({"step": 7, "files": {checkpoint.WEIGHTS: size}}))
+    (saved / checkpoint.COMPLETE).unlink(missing_ok=True)
+    checkpoint.seal(saved, {"step": 7})
 
 
 @pytest.fixture
@@ -111,14 +112,16 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path):
     for folder, weights in ((tmp_path / "nowhere", "encoder"), (tmp_path, "encoder"), (run, "both")):
         with pytest.raises(UserError):
             SlimBrain.from_pretrained(folder, weights)
-    data = (run / "dataset.json").read_text()
-    (run / "dataset.json").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match=r"dataset\.json"):
+    whole = (saved / checkpoint.WEIGHTS).read_bytes()
+    (saved / checkpoint.WEIGHTS).write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    for folder in (run, saved):
+        with pytest.raises(checkpoint.CheckpointError, match=r"weights\.safetensors: SHA-256"):
+            SlimBrain.from_pretrained(folder)
+    (saved / checkpoint.WEIGHTS).write_bytes(b"cut")  # COMPLETE tells another size
+    with pytest.raises(checkpoint.CheckpointError, match="no complete checkpoint"):
         SlimBrain.from_pretrained(run)
-    (run / "dataset.json").write_text(data)
-    (saved / checkpoint.WEIGHTS).write_bytes(b"cut")  # COMPLETE now tells another size
-    with pytest.raises(checkpoint.CheckpointError, match="complete"):
-        SlimBrain.from_pretrained(run)
+    with pytest.raises(checkpoint.CheckpointError, match=r"weights\.safetensors: got 3 bytes"):
+        SlimBrain.from_pretrained(saved)
 
 
 def test_random_weights_are_those_training_began_with(run: Path):

@@ -12,7 +12,7 @@ from test_page import NASTY, Reader, check_self_contained, command
 
 from shards.errors import ConfigError
 from slim import curves, report
-from slim.checkpoint import COMPLETE, tag
+from slim.checkpoint import seal, tag
 from slim.config import load_config
 
 
@@ -79,8 +79,7 @@ def healthy(tmp_path) -> Path:
         checkpoint.mkdir(parents=True)
         (checkpoint / "weights.safetensors").write_bytes(bytes(2_000_000))
         if complete:
-            facts = {"step": step, "world_size": 2, "files": {"weights.safetensors": 2_000_000}}
-            (checkpoint / COMPLETE).write_text(json.dumps(facts))
+            seal(checkpoint, {"step": step, "world_size": 2})
     return folder
 
 
