@@ -1,5 +1,6 @@
 # make quickstart   set-up from nothing, then the whole pipeline on a small synthetic cohort: runs/quickstart/
 # make test         set-up from nothing, then the tests
+# make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills
 # make lint         ruff and mypy
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ READY := $(VENV)/.ready
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-slow lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -30,7 +31,10 @@ quickstart: $(READY)
 	@echo "look at $(SHARDS)/report/index.html and $(OUT)/pretrain/report/index.html"
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ from slim.config import PretrainSettings
 from slim.mirror import CHECKPOINTS
 from slim.origin import Origin
 
-_GRACE = 30.0  # seconds the other processes get once one has failed
+_GRACE = 10.0  # seconds the other processes get to say why they cannot go on, once one has failed
 # glibc gives freed memory back to the system and asks for it anew, thousands of times a step; keeping it
 # made a CPU step of the published geometry 14 times faster on a virtual machine with slow page faults (batch 4).
 _KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}

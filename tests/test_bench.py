@@ -213,7 +213,6 @@ def test_the_peak_is_that_of_what_is_made():
     assert peak(lambda: (x.exp() * 2).exp()) == 3 * 4096  # exp keeps its result for the backward
 
 
-@pytest.mark.slow
 def test_the_bench_of_memory_on_a_coarse_grid(command):
     done = command("tools/bench.py", "memory", "--small", "--json", timeout=600)
     assert done.returncode == 0, done.stderr

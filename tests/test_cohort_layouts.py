@@ -401,7 +401,6 @@ GROUPS = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("names", GROUPS, ids="-".join)
 def test_the_trees_are_converted(names: tuple[str, ...], tmp_path: Path, command) -> None:
     out = tmp_path / "dataset"

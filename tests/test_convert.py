@@ -26,13 +26,11 @@ from shards.split import read_table
 from slim.saliency import make_ranker
 
 
-@pytest.mark.slow
 def test_two_workers_write_what_one_writes(cohort, dataset, make_shards, tmp_path):
     assert make_shards(cohort / "cohort.yaml", "--out", tmp_path / "out", "--ranker", "ridge", "--workers", 2) == DONE
     same(tmp_path / "out", dataset)
 
 
-@pytest.mark.slow
 def test_steps_one_by_one_write_what_one_call_writes(cohort, dataset, make_shards, tmp_path):
     call = [cohort / "cohort.yaml", "--out", tmp_path / "out", "--ranker", "ridge", "--only"]
     assert make_shards(*call, "pack") == WRONG  # too early, and told so
@@ -64,7 +62,6 @@ def members(folder: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.slow
 def test_a_new_subject_alone_is_read_and_moves_nobody(cohort, dataset, make_shards, tmp_path):
     source, out = copy_cohort(cohort, tmp_path / "cohort", 5), tmp_path / "out"
     assert make_shards(source, "--out", out, "--ranker", "ridge") == DONE
@@ -116,7 +113,6 @@ def test_everything_a_sample_depends_on_changes_its_fingerprint(cohort, tmp_path
     assert changed()
 
 
-@pytest.mark.slow
 def test_the_trained_ranker_end_to_end(cohort, make_shards, tmp_path, capsys):
     """Mutual masked reconstruction: the extractor is trained once, kept beside the dataset, and named by it."""
     source, out = copy_cohort(cohort, tmp_path / "cohort", 4), tmp_path / "out"
@@ -225,7 +221,6 @@ def test_windows_are_those_of_the_harmonised_run(cohort, dataset):
         assert (error <= 1.01e-3 * arrays["spread"][brain]).all()
 
 
-@pytest.mark.slow
 def test_a_run_that_is_no_longer_found_is_left_out_and_said(cohort, dataset, make_shards, tmp_path, capsys):
     """What vanished from the cohort does not vanish from the dataset without a word."""
     shutil.copytree(dataset, tmp_path / "out")

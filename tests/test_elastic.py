@@ -138,7 +138,6 @@ def same_as(whole: Path, out: Path) -> None:
         assert (weights(out)[name] - value).square().mean().sqrt() < 0.01 * reach, name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_then_one_then_two_processes(
     command: Command, dataset: Path, whole: Path, tmp_path: Path, stage: int
@@ -151,7 +150,6 @@ def test_two_then_one_then_two_processes(
     same_as(whole, out)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_one_then_four_processes(command: Command, dataset: Path, whole: Path, tmp_path: Path, stage: int) -> None:
     out, words = tmp_path / "run", (f"zero.stage={stage}", "run.batch=1", "run.accumulate=4")
@@ -160,7 +158,6 @@ def test_one_then_four_processes(command: Command, dataset: Path, whole: Path, t
     same_as(whole, out)
 
 
-@pytest.mark.slow
 def test_a_global_batch_that_cannot_be_kept_is_refused_in_one_line(
     command: Command, dataset: Path, whole: Path
 ) -> None:

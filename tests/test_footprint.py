@@ -255,7 +255,6 @@ def measure_resident() -> None:
     print(*resident_peak(chosen, 16))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_what_a_process_holds(command) -> None:
     """Where every larger block goes back to the system at once, so that no holes are left between them."""

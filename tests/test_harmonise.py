@@ -335,7 +335,6 @@ def test_quality_numbers_equal_plain_numpy(seed, frames, voxels, spikes):
     assert got["brain_ml"] == pytest.approx(voxels * 0.008, abs=0.006)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("tr", "frames"), [(0.72, 240), (2.0, 88), (0.3, 560)])
 def test_memory_stays_below_three_times_the_run(tmp_path, tr, frames):
     """Peak of a fresh process beyond what it holds before, against the harmonised run in float32."""

@@ -21,7 +21,6 @@ from shards import layout, writer
 from shards.console import DONE, RESUME, WRONG
 
 
-@pytest.mark.slow
 def test_a_second_conversion_in_the_same_folder_is_refused(cohort, tmp_path):
     """The first is stopped (SIGSTOP) while it holds the folder; killed, it lets go at once."""
     words = [sys.executable, "tools/make_shards.py", cohort / "cohort.yaml", "--out", tmp_path / "out"]
@@ -44,7 +43,6 @@ def test_a_second_conversion_in_the_same_folder_is_refused(cohort, tmp_path):
     assert third.returncode == DONE, third.stderr
 
 
-@pytest.mark.slow
 def test_a_full_disk_stops_with_the_run_named_and_loses_nothing(cohort, dataset, tmp_path):
     """A file system of half the size the conversion needs, in a mount namespace of its own."""
     needed = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
@@ -91,7 +89,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see the workers")
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(cohort, dataset, make_shards, tmp_path):
     out = tmp_path / "out"

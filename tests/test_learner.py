@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from test_gather import GEOMETRY, V
@@ -87,3 +90,13 @@ def test_calibrating_measures_means_of_the_untrained_encoder_over_all_batches() 
             expected.commit()
         for kind in ("mean", "variance", "seen"):
             assert torch.allclose(getattr(mine.means[name], kind), getattr(expected, kind), atol=1e-5), (name, kind)
+
+
+def test_nothing_is_drawn_from_generators_that_a_checkpoint_would_have_to_hold() -> None:
+    mine = learner("default")
+    optimizer = torch.optim.SGD(mine.model.parameters(), lr=0.01)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    mine.calibrate([make_batch(1, 2)])
+    train(mine, optimizer, range(2))
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]

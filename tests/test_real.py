@@ -59,7 +59,6 @@ def convert(command, cohorts, out, timeout):
     return command("tools/make_shards.py", *words, timeout=timeout)
 
 
-@pytest.mark.slow
 def test_two_whole_brains_at_full_size(real, command, tmp_path):
     cohorts = [
         cohort_file(tmp_path, "ds000205", real / "ds000205", "sub-{subject}_task-{task}_run-{run}_bold_volreg.nii.gz"),
@@ -142,7 +141,6 @@ def ones(real, tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.mark.slow
 def test_the_odd_ones_are_refused_for_the_right_reason(real, ones, command, tmp_path):
     cohorts = []
     for name, (settings, _) in ODD.items():
@@ -168,7 +166,6 @@ def test_the_odd_ones_are_refused_for_the_right_reason(real, ones, command, tmp_
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.slow
 def test_small_blocks_are_converted_where_their_volume_is_meant(real, ones, command, tmp_path):
     cohort = cohort_file(tmp_path, "nitime", real / "nitime", pattern="{subject}.nii.gz", mask=ones)
     done = command(

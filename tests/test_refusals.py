@@ -123,7 +123,6 @@ def test_a_stratum_is_divided_like_the_whole(opened, tmp_path):
         wrong.find()
 
 
-@pytest.mark.slow
 def test_broken_runs_are_refused_by_name_and_the_rest_goes_on(cohort, dataset, make_shards, tmp_path, capsys):
     source, out = copy_cohort(cohort, tmp_path / "cohort"), tmp_path / "out"
     first, second, *_ = bold_files(tmp_path / "cohort")

@@ -452,7 +452,6 @@ def test_a_configuration_keeps_the_address_as_it_is(url: str, tmp_path: Path) ->
         assert load_config(merged).data == settings.data
 
 
-@pytest.mark.slow
 def test_pretraining_from_elsewhere_gives_the_same_numbers(
     command: Command, web: Web, dataset: Path, tmp_path: Path
 ) -> None:

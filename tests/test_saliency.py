@@ -372,7 +372,6 @@ def test_ridge_finds_events_where_variance_finds_artefacts(kind):
     finds_events(make_ranker("ridge"), kind)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", SNR)
 def test_mutual_finds_events_where_variance_finds_artefacts(kind):
     runs = []

@@ -42,7 +42,6 @@ def notes(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_a_damaged_sample_is_left_out_and_named(command: Command, dataset: Path, tmp_path: Path) -> None:
     """With one sample a micro-batch its process has nothing there, and takes part all the same."""
     (key,) = damage(dataset, tmp_path / "data", 1)
@@ -58,7 +57,6 @@ def test_a_damaged_sample_is_left_out_and_named(command: Command, dataset: Path,
     assert min(line["tokens_kept"] for line in lines) < 0.8 * max(line["tokens_kept"] for line in lines)
 
 
-@pytest.mark.slow
 def test_too_many_damaged_samples_stop_the_run(command: Command, dataset: Path, tmp_path: Path) -> None:
     keys = damage(dataset, tmp_path / "data", 2)
     done = pretrain(command, tmp_path / "data", tmp_path / "run", steps=6)
@@ -165,7 +163,6 @@ def run_script(dataset: Path, tmp_path: Path, stage: int, bad: str, *words: str)
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_that_is_no_number_changes_nothing(dataset: Path, tmp_path: Path, stage: int) -> None:
     out = run_script(dataset, tmp_path, stage, "2,4")
@@ -179,7 +176,6 @@ def test_a_step_that_is_no_number_changes_nothing(dataset: Path, tmp_path: Path,
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
-@pytest.mark.slow
 def test_too_many_such_steps_in_a_row_stop_the_run(dataset: Path, tmp_path: Path) -> None:
     out = run_script(dataset, tmp_path, 2, "1,2,3,4", "run.not_finite=2")
     (stopped,) = [line for line in out.splitlines() if line.startswith("STOPPED")]

@@ -205,7 +205,6 @@ def test_a_real_loader_returns_the_stream_in_order(workers):
     assert list(loader) == [expected(stream, first, first + 3) for first in firsts]
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_another_batch_after_the_samples_it_has_consumed(command, dataset, tmp_path):
     """With as many samples per step as before: four micro-batches of one in place of one of four."""
     for steps, batch, workers in ((2, 4, 2), (4, 1, 0)):

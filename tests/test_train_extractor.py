@@ -81,7 +81,6 @@ def test_the_same_seed_and_data_give_the_same_bytes(dataset, command, train, tmp
     assert Extractor.load(tmp_path / "three").checksum != extractor.checksum
 
 
-@pytest.mark.slow
 def test_it_is_the_extractor_of_a_conversion_and_ranks_the_next_one(cohort, make_shards, train, tmp_path):
     source, out = copy_cohort(cohort, tmp_path / "cohort", 4), tmp_path / "out"
     assert make_shards(source, "--out", out, "extractor.steps=3", "extractor.sessions=2", "extractor.seed=5") == DONE

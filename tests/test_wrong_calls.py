@@ -130,7 +130,6 @@ def test_a_wrong_call_is_told_in_one_line(name, command, cohort, dataset, tmp_pa
     assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
 
 
-@pytest.mark.slow
 def test_a_run_that_is_no_nifti_is_named_and_the_others_are_converted(command, tmp_path):
     done = command(
         "tools/make_cohort.py",
