@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.console import DONE, RESUME, WRONG
-from shards.errors import ConfigError, UserError
+from shards.errors import ConfigError, Stopped, UserError, is_full
 
 CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
 
@@ -67,11 +67,9 @@ def work(config: Path) -> dict[str, Any]:
         torch.cuda.set_device(device)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    try:
-        result = Trainer(settings, device).run()
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    result = Trainer(settings, device).run()
+    dist.barrier()
+    dist.destroy_process_group()  # after a failure the others may be in the midst of something, so nothing is awaited
     return result
 
 
@@ -90,15 +88,20 @@ def stop_with_parent() -> None:
 def main() -> int:
     """Work, and leave the outcome for the launcher."""
     stop_with_parent()
+    config = Path(sys.argv[1])
     outcome = Path(os.environ["OUTCOME"]) / f"{os.environ['RANK']}.json"
     result: dict[str, Any]
     try:
-        result = work(Path(sys.argv[1]))
+        result = work(config)
         result["status"] = DONE if result["finished"] else RESUME
     except UserError as error:
         result = {"status": WRONG, "error": error.line()}
-    except Exception:
+    except Stopped as stop:
+        result = {"status": CRASHED, "stopped": str(stop)}
+    except Exception as error:
         result = {"status": CRASHED, "error": traceback.format_exc()}
+        if is_full(error):
+            result["stopped"] = f"no space left for {getattr(error, 'filename', None) or config}; make room"
     result["ended"] = time.time()
     if outcome.parent.is_dir():  # it went with the launcher
         outcome.write_text(json.dumps(result))

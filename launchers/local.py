@@ -163,6 +163,9 @@ def run(config: Path, processes: int) -> dict[str, Any]:
         if result.get("status") == WRONG:
             raise _Told(result["error"])
     crashed = [(result["ended"], rank) for rank, result in enumerate(results) if result.get("status") == CRASHED]
+    for _, rank in sorted(crashed):
+        if "stopped" in results[rank]:
+            raise Stopped(f"process {rank}: {results[rank]['stopped']}")
     if crashed:  # the others fail because the first one is gone
         _, rank = min(crashed)
         print(results[rank]["error"], file=sys.stderr)

@@ -7,7 +7,6 @@ changes. One conversion at a time holds the folder.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import multiprocessing
@@ -30,7 +29,7 @@ from pydantic import Field
 from shards import layout, writer
 from shards.cohort import Cohort, RunSource, find_cohort
 from shards.console import progress
-from shards.errors import ConfigError, DatasetError, RunRefused, Stopped
+from shards.errors import ConfigError, DatasetError, RunRefused, Stopped, is_full
 from shards.reader import Dataset
 from shards.session import (
     Parcels,
@@ -392,7 +391,7 @@ class Conversion:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full(error):
                 raise
             raise Stopped(
                 f"no space left in {self.folder} for {what}; make room, then the same command goes on from there"

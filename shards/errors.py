@@ -6,6 +6,7 @@ status 2. Any other exception is a defect of this software and keeps its traceba
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 
@@ -56,3 +57,8 @@ class SampleCorrupt(DatasetError):
 
 class Stopped(Exception):
     """Work that stopped before its end and that a second call goes on with; the commands exit with status 3."""
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error is that of a file system, or a quota, that is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -24,6 +24,7 @@ import platform
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shards.errors import UserError
+from shards.errors import Stopped, UserError, is_full
 from shards.layout import dump, sync_folder, write_atomically
 
 COMPLETE, LATEST, WEIGHTS = "COMPLETE", "latest", "weights.safetensors"
@@ -133,26 +134,53 @@ def save(
         Whole tensors for `weights.safetensors`; used on rank 0.
     origin : dict
         JSON-able facts for COMPLETE: what the run began with.
+
+    Raises
+    ------
+    Stopped
+        If the file system is full.
     """
     folder, rank = checkpoints / tag(step), dist.get_rank()
     if rank == 0:
         remove(folder)
         folder.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(checkpoints), tag=folder.name, client_state=state, save_latest=False)
-    if rank == 0:
-        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, folder / WEIGHTS)
-        for name in ABOUT_RUN:
-            shutil.copyfile(checkpoints.parent / name, folder / name)
-    # Each process flushes what it wrote: on a network file system nobody else's fsync would.
-    names = list(_written_by(rank, folder))
+    with _room_for(folder):
+        engine.save_checkpoint(str(checkpoints), tag=folder.name, client_state=state, save_latest=False)
+        if rank == 0:
+            save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+            for name in ABOUT_RUN:
+                shutil.copyfile(checkpoints.parent / name, folder / name)
+        # Each process flushes what it wrote: on a network file system nobody else's fsync would.
+        names = list(_written_by(rank, folder))
+        mine = dict(zip(names, _measured(folder, names, flush=True), strict=True))
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, dict(zip(names, _measured(folder, names, flush=True), strict=True)))
+    dist.all_gather_object(everywhere, mine)
     if rank == 0:
-        seal(folder, {"step": step, **origin}, {name: found for mine in everywhere for name, found in mine.items()})
-        write_atomically(checkpoints / LATEST, folder.name + "\n")
+        measured = {name: found for theirs in everywhere for name, found in theirs.items()}
+        with _room_for(folder):
+            seal(folder, {"step": step, **origin}, measured)
+            write_atomically(checkpoints / LATEST, folder.name + "\n")
     dist.barrier()
     return folder
+
+
+@contextmanager
+def _room_for(folder: Path) -> Iterator[None]:
+    """Stop with a word, and without what was written, where a file system is full."""
+    try:
+        yield
+    except Exception as error:
+        # torch and safetensors tell of it in exceptions of their own
+        if not is_full(error) and not any(
+            word in str(error) for word in ("No space left", "quota", "inline_container")
+        ):
+            raise
+        remove(folder)
+        raise Stopped(
+            f"no space left for {folder}; make room, or set run.keep lower: the same command goes on from the last complete "
+            "checkpoint"
+        ) from error
 
 
 def _written_by(rank: int, folder: Path) -> Iterator[str]:

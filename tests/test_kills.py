@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, Command
-from test_pretrain import QUICK, TINY, losses, metrics, ranks_of, weights
+from test_pretrain import QUICK, TINY, losses, metrics, pretrain, ranks_of, weights
 
 from shards.reader import Dataset
 from shards.stream import Stream
@@ -155,3 +156,33 @@ def test_a_process_that_dies_at_the_start_does_not_leave_the_others_waiting(
     _, stderr = child.communicate(timeout=120)
     assert child.returncode == 3 and "goes on from the last complete checkpoint" in stderr
     assert not ranks_of(tmp_path / "run")
+
+
+def test_a_full_disk_stops_with_a_word_and_loses_nothing(command: Command, dataset: Path, tmp_path: Path) -> None:
+    """A file system with room for one checkpoint, in a mount namespace of its own; then one with room for more."""
+    whole = tmp_path / "whole"
+    done = pretrain(command, dataset, whole, steps=3)
+    assert done.returncode == 0, done.stderr
+    room = sum(path.stat().st_size for path in (whole / "checkpoints").rglob("*") if path.is_file()) * 5 // 4
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = [TINY, f"data={dataset}", f"run.out={disk}/run", "run.processes=2", "run.steps=3", *QUICK]
+    train = f"{sys.executable} tools/pretrain.py {' '.join(map(shlex.quote, words))} run.checkpoint_every=1"
+    script = f"""
+mount -t tmpfs -o size={room} tmpfs {disk} || exit 77
+{train} 2>{tmp_path}/stderr; echo $? >{tmp_path}/first
+mount -o remount,size={5 * room} {disk}
+{train}; echo $? >{tmp_path}/second
+cp -r {disk}/run {tmp_path}/run
+"""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script], cwd=ROOT, env=env)
+    if done.returncode == 77 or not (tmp_path / "first").exists():
+        pytest.skip("this machine lets nobody mount a small file system")
+    assert int((tmp_path / "first").read_text()) == 3
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    assert "stopped: process" in lines[-1] and "no space left for" in lines[-1] and "step-00000002" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
+    assert int((tmp_path / "second").read_text()) == 0
+    assert losses(tmp_path / "run") == losses(whole)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(tmp_path / "run").items())
