@@ -19,6 +19,10 @@ from slim import checkpoint, elastic
 STEPS = 5
 
 
+def slow(stage: int) -> object:
+    return pytest.param(stage, marks=pytest.mark.slow)
+
+
 def saved_with(folder: Path, global_batch: int) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / checkpoint.COMPLETE).write_text(json.dumps({"global_batch": global_batch, "files": {}}))
@@ -138,7 +142,7 @@ def same_as(whole: Path, out: Path) -> None:
         assert (weights(out)[name] - value).square().mean().sqrt() < 0.01 * reach, name
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [slow(0), 1, slow(2), 3])
 def test_two_then_one_then_two_processes(
     command: Command, dataset: Path, whole: Path, tmp_path: Path, stage: int
 ) -> None:
@@ -150,7 +154,7 @@ def test_two_then_one_then_two_processes(
     same_as(whole, out)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [slow(1), 2, slow(3)])
 def test_one_then_four_processes(command: Command, dataset: Path, whole: Path, tmp_path: Path, stage: int) -> None:
     out, words = tmp_path / "run", (f"zero.stage={stage}", "run.batch=1", "run.accumulate=4")
     go_on(command, dataset, out, *words, processes=1)
