@@ -28,6 +28,7 @@ from slim.config import PretrainSettings
 from slim.mirror import CHECKPOINTS
 from slim.origin import Origin
 
+_GOES_ON = "the same command goes on from the last complete checkpoint"
 _GRACE = 10.0  # seconds the other processes get to say why they cannot go on, once one has failed
 # glibc gives freed memory back to the system and asks for it anew, thousands of times a step; keeping it
 # made a CPU step of the published geometry 14 times faster on a virtual machine with slow page faults (batch 4).
@@ -153,28 +154,35 @@ def run(config: Path, processes: int) -> dict[str, Any]:
         try:
             _wait(children, Path(outcome))
         finally:
+            ended = [child.poll() for child in children]  # by themselves, or killed by somebody else
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             for child in children:
                 if child.poll() != 0:
                     _end_group(child)
         results = [_outcome(Path(outcome), rank) for rank in range(processes)]
+    _tell_of_failures(results, ended)
+    del results[0]["ended"]
+    return {**results[0], "status": max(result["status"] for result in results)}
+
+
+def _tell_of_failures(results: list[dict[str, Any]], ended: list[int | None]) -> None:
+    """Raise for what made processes fail, not for what followed from it in the others."""
     for result in results:
         if result.get("status") == WRONG:
             raise _Told(result["error"])
-    crashed = [(result["ended"], rank) for rank, result in enumerate(results) if result.get("status") == CRASHED]
-    for _, rank in sorted(crashed):
+    for rank, (result, status) in enumerate(zip(results, ended, strict=True)):
+        if not result and status is not None:
+            how = f"status {status}" if status >= 0 else signal.Signals(-status).name
+            hint = ": was the machine out of memory?" if status == -signal.SIGKILL else ""
+            raise Stopped(f"process {rank} died ({how}{hint}); {_GOES_ON}")
+    crashed = sorted((result["ended"], rank) for rank, result in enumerate(results) if result.get("status") == CRASHED)
+    for _, rank in crashed:
         if "stopped" in results[rank]:
             raise Stopped(f"process {rank}: {results[rank]['stopped']}")
-    if crashed:  # the others fail because the first one is gone
-        _, rank = min(crashed)
+    for _, rank in crashed:
         print(results[rank]["error"], file=sys.stderr)
-        raise Stopped(f"process {rank} failed (above); the same command goes on from the last complete checkpoint")
-    for rank, (child, result) in enumerate(zip(children, results, strict=True)):
-        if not result:
-            how = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
-            raise Stopped(f"process {rank} died ({how}); the same command goes on from the last complete checkpoint")
-    return {**results[0], "status": max((r["status"] for r in results), default=RESUME)}
+        raise Stopped(f"process {rank} failed (above); {_GOES_ON}")
 
 
 class _Told(UserError):
