@@ -16,11 +16,12 @@ import torch
 from conftest import ROOT, Command
 from test_pretrain import metrics, pretrain, weights
 
+from launchers.local import prepare_run
 from shards.reader import Dataset
 from shards.settings import check
 from shards.stream import Item
 from slim.batch import geometry_for, load_batch
-from slim.config import PRESETS, PretrainSettings
+from slim.config import PRESETS, PretrainSettings, load_config
 from slim.learner import Learner
 from slim.objective import Objective
 from slim.skipping import NOT_FINITE, GuardedAdamW
@@ -146,18 +147,15 @@ os._exit(0)
 
 def run_script(dataset: Path, tmp_path: Path, stage: int, bad: str, *words: str) -> str:
     """Train six steps in one process, with a loss that is no number in the steps of `bad` (from 0)."""
-    from slim.config import load_config
-
     chosen = [f"data={dataset}", f"run.out={tmp_path / 'run'}", "run.steps=6", f"zero.stage={stage}", *words]
     quick = ["run.batch=2", "run.workers=0", "run.wandb=disabled", "precision=fp32"]
     settings = load_config("configs/pretrain/tiny.yaml", [*chosen, *quick])
-    (tmp_path / "run").mkdir()
-    (tmp_path / "config.yaml").write_text(settings.model_dump_json())
+    config = prepare_run(settings)
     env = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         env |= {"MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = (sys.executable, "-c", SCRIPT, str(tmp_path / "config.yaml"), bad)
+    words = (sys.executable, "-c", SCRIPT, str(config), bad)
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
