@@ -64,6 +64,7 @@ class Footprint(TorchDispatchMode):
     ----------
     live : Counter, bytes of the storages that are alive, by the part that made them
     peak : int, bytes; at_peak : the same by part
+    peaks : the same at the peak of each moment of each part; whoever drives the step counts `moment` on
     flops : Counter, by part
     """
 
@@ -72,15 +73,25 @@ class Footprint(TorchDispatchMode):
         self.fake = _FakeMode()
         self.part = "states"
         self.live: Counter[str] = Counter()
-        self.at_peak: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
-        self.peak = self._total = 0
+        self._total = 0
+        self.restart()
         self._known: dict[int, tuple[weakref.ref, str, int]] = {}
 
     def restart(self) -> None:
-        """Forget peak and FLOPs; what is alive stays known."""
-        self.peak, self.at_peak = self._total, self.live.copy()
+        """Forget peaks and FLOPs; what is alive stays known."""
+        self.moment = 0
+        self._highest = {(self.part, 0): self._total}
+        self.peaks = {(self.part, 0): self.live.copy()}
         self.flops.clear()
+
+    @property
+    def peak(self) -> int:
+        return max(self._highest.values())
+
+    @property
+    def at_peak(self) -> Counter[str]:
+        return self.peaks[max(self._highest, key=self._highest.__getitem__)]
 
     @contextmanager
     def called(self, part: str) -> Iterator[None]:
@@ -140,8 +151,9 @@ class Footprint(TorchDispatchMode):
             self._known[key] = (weakref.ref(storage, partial(self._gone, key)), self.part, size)
             self.live[self.part] += size
             self._total += size
-            if self._total > self.peak:
-                self.peak, self.at_peak = self._total, self.live.copy()
+            moment = self.part, self.moment
+            if self._total > self._highest.get(moment, -1):
+                self._highest[moment], self.peaks[moment] = self._total, self.live.copy()
         return tensor
 
     def _gone(self, key: int, _dead: weakref.ref) -> None:

@@ -2,9 +2,10 @@
 
 One process's step is counted by `slim.footprint`, without a GPU and without being carried out: targets by the EMA
 encoder on all tokens of the brain, losses, backward, clipping, AdamW, running means, EMA. It is the step of
-`slim.trainer` with plain AdamW, tensor by tensor, in place of DeepSpeed, whose buffers are not in it. Weights,
-gradients, Adam's moments, target encoder, running means, voxel values and plans all are. Autocast is that of a CPU:
-layer norms stay in bf16, which a GPU computes in fp32 (up to 2 % of a peak, as far as was tried).
+`slim.trainer`, with weights, gradients, Adam's moments, target encoder, running means, voxel values and plans. In place
+of DeepSpeed it is driven by plain AdamW, tensor by tensor, or by `slim.zero.Zero`, which takes the memory DeepSpeed
+takes. Autocast is that of a CPU: layer norms stay in bf16, which a GPU computes in fp32 (up to 2 % of a peak, as far as
+was tried).
 
 Legend: T frames of a sample; P patches that hold brain; V voxels of a patch; X, Y, Z voxels of the grid.
 """
@@ -12,6 +13,7 @@ Legend: T frames of a sample; P patches that hold brain; V voxels of a patch; X,
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -24,10 +26,12 @@ from slim.batch import Batch, Sample, cell_sizes, collate
 from slim.config import PretrainSettings
 from slim.footprint import Footprint
 from slim.geometry import Geometry
-from slim.learner import Learner, parameter_groups
+from slim.learner import Learner
 from slim.masking import draw
 from slim.objective import Objective
+from slim.zero import Plain
 
+Drive = Callable[[PretrainSettings, torch.nn.Module, Footprint], Plain]
 _APART = 20.0  # seconds from window to window
 
 
@@ -61,6 +65,7 @@ def cost(
     frames: int = 5,
     brain_XYZ: np.ndarray | None = None,
     dense: bool = False,
+    drive: Drive = Plain,
 ) -> Cost:
     """Count a step of a configuration; its data are not read.
 
@@ -75,12 +80,26 @@ def cost(
         Brain mask on the grid; the MNI152 mask if it is not given.
     dense : bool
         Drop nothing, for comparison: all of the grid is brain, and all of it is context.
+    drive : callable
+        Makes what updates the weights: `slim.zero.Plain` or `Zero`.
 
     Raises
     ------
     ConfigError
         If the model's units do not fit the grid.
     """
+    return detailed(settings, grid, frames, brain_XYZ, dense, drive)[0]
+
+
+def detailed(
+    settings: PretrainSettings,
+    grid: Grid | None = None,
+    frames: int = 5,
+    brain_XYZ: np.ndarray | None = None,
+    dense: bool = False,
+    drive: Drive = Plain,
+) -> tuple[Cost, Footprint]:
+    """As `cost`, together with all that was counted."""
     grid = grid or Grid()
     geometry = settings.model.geometry((settings.windows.k * frames, *grid.patch_shape))
     if dense:
@@ -88,14 +107,14 @@ def cost(
     elif brain_XYZ is None:
         brain_XYZ = mni_brain(grid)
     batch = make_batch(settings, geometry, brain_XYZ, dense)
-    found, learner = count(settings, geometry, batch)
+    found, learner = count(settings, geometry, batch, drive)
 
     def parameters(module: torch.nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
     assert batch.context is not None
     model, samples = learner.model, len(batch.keys)
-    return Cost(
+    told = Cost(
         {"encoder": parameters(model.encoder), "predictor": parameters(model.predictor)}
         | {"target": parameters(learner.target.encoder)},
         {"grid": prod(geometry.tokens)}
@@ -105,6 +124,7 @@ def cost(
         found.flops.total(),
         dict(+found.flops),
     )
+    return told, found
 
 
 def mni_brain(grid: Grid) -> np.ndarray:
@@ -138,7 +158,9 @@ def make_batch(settings: PretrainSettings, geometry: Geometry, brain_XYZ: np.nda
     return collate(samples, geometry, settings.stream)
 
 
-def count(settings: PretrainSettings, geometry: Geometry, batch: Batch) -> tuple[Footprint, Learner]:
+def count(
+    settings: PretrainSettings, geometry: Geometry, batch: Batch, drive: Drive = Plain
+) -> tuple[Footprint, Learner]:
     """Count a step on a micro-batch; the learner is returned with it, its floats fake."""
     packed = batch.pack()  # as it comes from a loading process
     with torch.device("meta"):
@@ -148,33 +170,26 @@ def count(settings: PretrainSettings, geometry: Geometry, batch: Batch) -> tuple
         with warnings.catch_warnings():  # copying a fake module asks for the address of its data
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
             learner = Learner(settings, model)
-        optimizer = torch.optim.AdamW(parameter_groups(model), foreach=False)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes the moments
-        optimizer.zero_grad()
+        driver = drive(settings, model, found)
         with found.called("batch"):
             batch = packed.to("cpu")
             batch.brain_QV = found.add(batch.brain_QV)
             batch.voxels = replace(batch.voxels, **{name: found.add(v) for name, v in vars(batch.voxels).items()})
         for part, module in (("targets", learner.target.encoder), ("encoder", model), ("predictor", model.predictor)):
             module.register_forward_pre_hook(lambda *_, part=part: setattr(found, "part", part))
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p: found.rename(p.grad, "gradients"))
         found.restart()
 
         micro_batches = min(settings.run.accumulate, 2)  # a third is as the second: gradients lie there already
-        for _ in range(micro_batches):
+        for number in range(micro_batches):
             with found.called("targets"):  # and what the hooks say
                 losses, _centred_KC = learner.losses(batch, 0)
             with found.called("backward"):
                 losses.total.backward()
+                driver.reduce(number == micro_batches - 1)
         with found.called("optimizer"):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            driver.step()
         with found.called("means"):
-            learner.commit(settings.ema.start)
+            learner.commit(settings.ema.start, driver.whole)
     for part in found.flops:
         found.flops[part] = found.flops[part] * settings.run.accumulate // micro_batches
     return found, learner

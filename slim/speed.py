@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from shards.patches import scatter
 from shards.reader import Dataset
 from slim.config import PretrainSettings
+from slim.forecast import largest_brain
 from slim.plan import cost
 
 # Dense bf16 TFLOP/s by name of the device, from NVIDIA's data sheets; the first that fits.
@@ -36,13 +36,11 @@ def peak_flops(device: str, precision: str) -> float | None:
 
 
 def flops_per_token(settings: PretrainSettings, dataset: Dataset) -> float:
-    """FLOPs of a step per token of brain, counted for the first training session (see `slim.plan`).
+    """FLOPs of a step per token of brain, counted for one session (see `slim.plan`).
 
     Most layers cost the same for every token, so it serves for all sessions.
     """
-    session = dataset.of_split("train")[0]
-    arrays = dataset.read(session, ("patch", "brain"), ())
-    brain_XYZ = scatter(arrays["brain"], arrays["patch"], dataset.grid.shape, dataset.grid.patch).astype(bool)
+    brain_XYZ, _ = largest_brain([dataset])
     alone = settings.run.model_copy(update={"batch": 1, "accumulate": 1})
     loss = settings.loss.model_copy(update={"sig_samples": None})
     one = settings.model_copy(update={"run": alone, "loss": loss})

@@ -39,9 +39,9 @@ from slim.objective import Objective
 from slim.origin import Origin
 from slim.skipping import NOT_FINITE, GuardedAdamW, Skipped
 from slim.watch import COMPUTE, DATA, SAVE, Watch
+from slim.zero import BUCKET
 
 _PATIENCE = 1800  # seconds a loading process may take for a batch before it counts as lost
-_BUCKET = 5_000_000  # numbers that processes exchange at once: 20 MB
 
 
 def deepspeed_config(settings: PretrainSettings) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def deepspeed_config(settings: PretrainSettings) -> dict[str, Any]:
         "zero_optimization": {
             "stage": settings.zero.stage,
             # By default a buffer of 2 GB lies ready for gradients on their way, several times what a step needs.
-            "reduce_bucket_size": _BUCKET,
-            "allgather_bucket_size": _BUCKET,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
             **offload,
         },
         "zero_force_ds_cpu_optimizer": False,

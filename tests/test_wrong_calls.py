@@ -99,6 +99,50 @@ CALLS: dict[str, tuple[list[str], list[str]]] = {
         ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.steps"],
         ["command line", "run.steps", "expected an override such as run.steps=100"],
     ),
+    "plan: missing configuration": (
+        ["tools/plan.py", "{tmp}/no.yaml"],
+        ["{tmp}/no.yaml", "no such file", "expected a YAML file"],
+    ),
+    "plan: a dataset that is named and not there": (
+        ["tools/plan.py", PRETRAIN, "data={tmp}/nowhere"],
+        ["{tmp}/nowhere", "no such folder", "expected a dataset"],
+    ),
+    "plan: value out of range": (
+        ["tools/plan.py", PRETRAIN, "zero.stage=4"],
+        [PRETRAIN, "zero.stage", "got 4", "expected less than or equal to 3"],
+    ),
+    "plan: what is not counted": (
+        ["tools/plan.py", PRETRAIN, "zero.offload_optimizer=true"],
+        ["offload_optimizer", "got true", "upper bound"],
+    ),
+    "pretrain: nothing to offload": (
+        ["tools/pretrain.py", PRETRAIN, "data={dataset}", "zero.stage=0", "zero.offload_optimizer=true"],
+        ["zero.offload_optimizer", "got True", "expected false at zero.stage 0"],
+    ),
+    "pretrain: parameters that are whole": (
+        ["tools/pretrain.py", PRETRAIN, "data={dataset}", "zero.offload_parameters=true"],
+        ["zero.offload_parameters", "got True", "expected false at zero.stage 2"],
+    ),
+    "pretrain: checkpoints that are never written": (
+        ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.checkpoint_every=200", "run.keep_every=500"],
+        ["run.keep_every", "got 500", "expected a multiple of run.checkpoint_every, 200"],
+    ),
+    "pretrain: a mirror inside the run": (
+        ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.out={tmp}/run", "run.mirror={tmp}/run/mirror"],
+        ["run.mirror", "got '{tmp}/run/mirror'", "expected a folder that does not hold run.out"],
+    ),
+    "plan: no size": (
+        ["tools/plan.py", PRETRAIN, "--gpu-memory", "big"],
+        ["command line", "--gpu-memory", "got big", "expected a size such as 80GB"],
+    ),
+    "plan: no speed": (
+        ["tools/plan.py", PRETRAIN, "--tflops", "0"],
+        ["command line", "--tflops", "got 0", "expected a number above 0"],
+    ),
+    "plan: units that do not fit the grid": (
+        ["tools/plan.py", PRETRAIN, "data={dataset}", "model=published"],
+        ["unit", "expected"],
+    ),
     "cohort: value out of range": (
         ["tools/make_cohort.py", "--out", "{tmp}/cohort", "--subjects", "0"],
         ["subjects", "got 0", "expected"],
@@ -182,7 +226,7 @@ def test_a_run_that_is_no_nifti_is_named_and_the_others_are_converted(command, t
     assert not Path(tmp_path / "none/manifest.json").exists()
 
 
-@pytest.mark.parametrize("tool", ["make_shards", "pretrain", "make_cohort"])
+@pytest.mark.parametrize("tool", ["make_shards", "pretrain", "make_cohort", "plan"])
 def test_help_ends_with_an_example(tool, command):
     done = command(f"tools/{tool}.py", "--help")
     assert done.returncode == 0 and done.stdout.rstrip().splitlines()[-2] == "example:"
