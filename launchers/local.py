@@ -32,7 +32,7 @@ _GOES_ON = "the same command goes on from the last complete checkpoint"
 _GRACE = 10.0  # seconds the other processes get to say why they cannot go on, once one has failed
 # glibc gives freed memory back to the system and asks for it anew, thousands of times a step; keeping it
 # made a CPU step of the published geometry 14 times faster on a virtual machine with slow page faults (batch 4).
-_KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 
 
 def prepare_run(settings: PretrainSettings) -> Path:
@@ -138,7 +138,7 @@ def run(config: Path, processes: int) -> dict[str, Any]:
             "OUTCOME": outcome,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
         }
-        common |= {name: value for name, value in _KEEP_FREED.items() if name not in os.environ}
+        common |= {name: value for name, value in KEEP_FREED.items() if name not in os.environ}
         children = [
             subprocess.Popen(
                 [sys.executable, "-m", "launchers.job", str(config)],

@@ -9,4 +9,6 @@ BENCHES = {
     "saliency": "what each ranker chooses in simulated runs with planted events and artefacts, and its cost",
     "gather": "sparse patch gathers and ragged pooling beside dense implementations, forward and backward",
     "memory": "peak memory and FLOPs of a training step at full size, counted without a GPU",
+    "data": "loading of training samples beside what training takes, and beside webdataset and zarr alone",
+    "train": "samples/s with 1 and 2 processes, the trainer beside the bare model step, checkpoints",
 }

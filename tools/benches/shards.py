@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,27 +27,20 @@ from nilearn.image import resample_img
 from numcodecs import blosc
 from pydantic import Field, model_validator
 
+from benches.commands import SMALL as SMALL_DATA
+from benches.commands import Sizes
 from benches.common import Figure, Ratio, Result, interleave
 from shards import layout
-from shards.errors import DatasetError
 from shards.patches import gather, scatter
 from shards.reader import Dataset
-from shards.settings import Settings
-from shards.synthetic import SyntheticCohort, write_cohort
 from slim.batch import Sample, read_windows
 
-ROOT = Path(__file__).parents[2]
 READS = 10  # reads and decompressions in a round: they are short, and so more exposed to noise
 
 
-class Bench(Settings):
+class Bench(Sizes):
     """Sizes of the bench; the cohort is synthetic."""
 
-    runs: int = Field(2, ge=1, description="runs converted at once")
-    frames: int = Field(200, ge=40, description="frames of a run")
-    voxel_mm: float = Field(3.0, ge=1, le=20, description="voxel edge of the source, mm")
-    mm: float = Field(2.0, gt=0, description="voxel edge of the grid, mm")
-    shape: tuple[int, int, int] = Field((96, 96, 96), description="voxels of the grid")
     windows: int = Field(8, ge=1, le=32, description="windows read")
 
     @model_validator(mode="after")
@@ -59,15 +50,14 @@ class Bench(Settings):
         return self
 
 
-SMALL = {"runs": 1, "frames": 60, "voxel_mm": 20, "mm": 16, "shape": [16, 16, 16]}
+SMALL = SMALL_DATA
 
 
 def run(bench: Bench, repeat: int, folder: Path, begun: Callable[[str], None]) -> Result:
     """Measure all of it; see the head of this file."""
     result = Result(notes={"settings": bench.model_dump(mode="json")})
     begun("write a synthetic cohort")
-    cohort = SyntheticCohort(subjects=bench.runs, sessions=1, frames=bench.frames, voxel_mm=bench.voxel_mm)
-    write_cohort(folder / "cohort", cohort)
+    bench.write_cohort(folder / "cohort")
     dataset, dense_TXYZ = conversion(bench, repeat, folder, begun, result)
 
     begun("write the .npz")
@@ -103,17 +93,12 @@ def conversion(
 ) -> tuple[Dataset, np.ndarray]:
     """Time both; returns the dataset, and nilearn's first run as the dense array of the .npz."""
     out = folder / "shards"
-    command: list[Any] = [sys.executable, "tools/make_shards.py", folder / "cohort" / "cohort.yaml", "--out", out]
-    command += ["--ranker", "ridge", "--workers", "1", f"grid.mm={bench.mm}", f"grid.shape={list(bench.shape)}"]
     sources = sorted((folder / "cohort").rglob("*_desc-preproc_bold.nii.gz"))
     latest: dict[str, Any] = {}
 
     def ours() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            last = done.stderr.strip().rpartition("\n")[2]
-            raise DatasetError("tools/make_shards.py", "", last or f"exit status {done.returncode}", "exit status 0")
+        bench.convert(folder / "cohort", out)
         latest["dataset"] = Dataset(out)
 
     def nilearn() -> None:
