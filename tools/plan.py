@@ -127,7 +127,8 @@ def show(facts: dict[str, Any]) -> None:
     rows["steps"] = number(facts["steps"]) if facts["steps"] else unknown
     speed = f"{facts['tflops']:g} TFLOP/s"
     speed += " (assumed; --tflops N)" if facts["tflops_assumed"] else ""
-    rows["time"] = unknown if facts["hours"] is None else f"{hours(facts['hours'])} of arithmetic at {speed}"
+    # Small kernels and loading take their time, too; how much has to be measured on the GPU at hand.
+    rows["time"] = unknown if facts["hours"] is None else f"{hours(facts['hours'])} of arithmetic alone at {speed}"
     kept = facts["checkpoints_kept"]
     rows["checkpoints"] = f"{disk(facts['checkpoint_bytes'])} each, {disk(kept * facts['checkpoint_bytes'])} for {kept}"
     rows["shards"] = "unknown without the data; 32 windows at 2 mm took 50 to 70 MB a session"
