@@ -1,6 +1,7 @@
 # make quickstart   set-up from nothing, then the whole pipeline on a small synthetic cohort: runs/quickstart/
 # make test         set-up from nothing, then the tests
 # make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills
+# make slurm        as root: the SLURM packages of Debian, for the tests on a cluster
 # make lint         ruff and mypy
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow slurm lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -35,6 +36,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+slurm:
+	sh tests/slurm/install.sh
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from launchers.job import CRASHED
-from shards.console import RESUME, WRONG
-from shards.errors import ConfigError, Stopped, UserError
+from launchers import job
+from shards.console import RESUME, STOPPING
+from shards.errors import ConfigError
 from shards.layout import dump, write_atomically
 from shards.reader import Dataset
 from shards.stream import Stream
@@ -28,11 +28,7 @@ from slim.config import PretrainSettings
 from slim.mirror import CHECKPOINTS
 from slim.origin import Origin
 
-_GOES_ON = "the same command goes on from the last complete checkpoint"
 _GRACE = 10.0  # seconds the other processes get to say why they cannot go on, once one has failed
-# glibc gives freed memory back to the system and asks for it anew, thousands of times a step; keeping it
-# made a CPU step of the published geometry 14 times faster on a virtual machine with slow page faults (batch 4).
-KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 
 
 def prepare_run(settings: PretrainSettings) -> Path:
@@ -138,7 +134,7 @@ def run(config: Path, processes: int) -> dict[str, Any]:
             "OUTCOME": outcome,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
         }
-        common |= {name: value for name, value in KEEP_FREED.items() if name not in os.environ}
+        common |= {name: value for name, value in job.KEEP_FREED.items() if name not in os.environ}
         children = [
             subprocess.Popen(
                 [sys.executable, "-m", "launchers.job", str(config)],
@@ -148,52 +144,19 @@ def run(config: Path, processes: int) -> dict[str, Any]:
             for rank in range(processes)
         ]
         handlers = {
-            number: signal.signal(number, lambda received, _: _pass_on(children, received))
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+            number: signal.signal(number, lambda received, _: _pass_on(children, received)) for number in STOPPING
         }
         try:
             _wait(children, Path(outcome))
         finally:
-            ended = [child.poll() for child in children]  # by themselves, or killed by somebody else
+            codes = {rank: child.poll() for rank, child in enumerate(children)}
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             for child in children:
                 if child.poll() != 0:
                     _end_group(child)
-        results = [_outcome(Path(outcome), rank) for rank in range(processes)]
-    _tell_of_failures(results, ended)
-    del results[0]["ended"]
-    return {**results[0], "status": max(result["status"] for result in results)}
-
-
-def _tell_of_failures(results: list[dict[str, Any]], ended: list[int | None]) -> None:
-    """Raise for what made processes fail, not for what followed from it in the others."""
-    for result in results:
-        if result.get("status") == WRONG:
-            raise _Told(result["error"])
-    for rank, (result, status) in enumerate(zip(results, ended, strict=True)):
-        if not result and status is not None:
-            how = f"status {status}" if status >= 0 else signal.Signals(-status).name
-            hint = ": was the machine out of memory?" if status == -signal.SIGKILL else ""
-            raise Stopped(f"process {rank} died ({how}{hint}); {_GOES_ON}")
-    crashed = sorted((result["ended"], rank) for rank, result in enumerate(results) if result.get("status") == CRASHED)
-    for _, rank in crashed:
-        if "stopped" in results[rank]:
-            raise Stopped(f"process {rank}: {results[rank]['stopped']}")
-    for _, rank in crashed:
-        print(results[rank]["error"], file=sys.stderr)
-        raise Stopped(f"process {rank} failed (above); {_GOES_ON}")
-
-
-class _Told(UserError):
-    """A mistake that a process of the run has already put into words."""
-
-    def __init__(self, line: str):
-        Exception.__init__(self, line)
-        self._line = line
-
-    def line(self) -> str:
-        return self._line
+        ended = {rank: code for rank, code in codes.items() if code is not None}
+        return job.judge(Path(outcome), processes, ended)
 
 
 def _pass_on(children: list[subprocess.Popen], number: int) -> None:
@@ -214,19 +177,11 @@ def _wait(children: list[subprocess.Popen], outcome: Path) -> None:
     failed_at = None
     while any(child.poll() is None for child in children):
         ended = [rank for rank, child in enumerate(children) if child.poll() is not None]
-        if failed_at is None and any(_outcome(outcome, rank).get("status") not in (0, RESUME) for rank in ended):
+        if failed_at is None and any(job.outcome(outcome, rank).get("status") not in (0, RESUME) for rank in ended):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > _GRACE:
             return
         time.sleep(0.1)
-
-
-def _outcome(folder: Path, rank: int) -> dict[str, Any]:
-    path = folder / f"{rank}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
 
 
 def _free_port() -> int:

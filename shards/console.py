@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 from shards.errors import Stopped, UserError
 
 DONE, REFUSED, WRONG, RESUME = 0, 1, 2, 3
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # long work saves and ends
 
 
 class Parser(argparse.ArgumentParser):

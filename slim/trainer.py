@@ -9,13 +9,11 @@ the numbers of one that was not.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from shards.console import progress
+from shards.console import STOPPING, progress
 from shards.errors import UserError
 from shards.reader import Dataset
 from shards.stream import MicroBatches, Stream
-from slim import checkpoint, elastic, schedule, speed
+from slim import checkpoint, elastic, loading, schedule, speed
 from slim.batch import geometry_for, load_batch
 from slim.config import PretrainSettings
 from slim.learner import Learner, parameter_groups
@@ -193,8 +191,9 @@ class Trainer:
         def remember(number: int, _frame: Any) -> None:
             self._stop = signal.Signals(number).name
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in STOPPING:
             signal.signal(number, remember)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # one may have come meanwhile
 
     def _agree_to_stop(self, begun: float) -> str | None:
         """Why to stop now, the same answer in every process: one flag, reduced at each step boundary."""
@@ -214,7 +213,8 @@ class Trainer:
             MicroBatches(self.stream, load, settings.run.batch, self.rank, self.world, count, consumed),
             batch_size=None,
             num_workers=workers,
-            multiprocessing_context=_loading_context() if workers else None,
+            multiprocessing_context=loading.context() if workers else None,
+            worker_init_fn=loading.end_with_parent if workers else None,
             timeout=_PATIENCE if workers else 0,
         )
 
@@ -395,14 +395,3 @@ def _whole_parameter(parameter: Tensor) -> Tensor:
     whole = safe_get_full_fp32_param(parameter)
     assert whole is not None
     return whole
-
-
-def _loading_context() -> BaseContext:
-    """How loading processes are started: forked from a small server of one thread.
-
-    Forked from this process itself, which runs threads of gloo and others, a child can inherit a lock that nobody will
-    ever release, and wait for it for ever.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["slim.batch"])
-    return context

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from launchers.local import KEEP_FREED
+from launchers.job import KEEP_FREED
 from shards.errors import UserError
 from shards.grid import Grid
 from shards.settings import Settings

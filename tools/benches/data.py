@@ -39,7 +39,7 @@ from zarr.storage import MemoryStore
 from benches.commands import SMALL as SMALL_DATA
 from benches.commands import Trained, pretrain
 from benches.common import Figure, Ratio, Result, interleave
-from launchers.local import KEEP_FREED
+from launchers.job import KEEP_FREED
 from shards import layout
 from shards.reader import Dataset
 from shards.span import LocalSpan
