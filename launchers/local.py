@@ -25,7 +25,7 @@ from shards.reader import Dataset
 from shards.stream import Stream
 from slim import checkpoint, elastic
 from slim.config import PretrainSettings
-from slim.mirror import CHECKPOINTS
+from slim.mirror import at_a_glance
 from slim.origin import Origin
 
 _GRACE = 10.0  # seconds the other processes get to say why they cannot go on, once one has failed
@@ -57,7 +57,7 @@ def prepare_run(settings: PretrainSettings) -> Path:
             )
     datasets = [Dataset(item.path) for item in settings.data]
     stream = Stream(datasets, [item.weight for item in settings.data], "train", settings.run.seed)
-    begun = _newest(settings)
+    begun = at_a_glance(folder, None if settings.run.mirror is None else Path(settings.run.mirror))
     if begun is not None:
         settings = _keep_global_batch(begun, settings)
         Origin.of(settings, datasets, stream, settings.run.processes).check(begun)
@@ -71,13 +71,6 @@ def prepare_run(settings: PretrainSettings) -> Path:
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
     write_atomically(folder / "config.yaml", f"# merged configuration\n# commit {git_commit()}\n{note}{text}")
     return folder / "config.yaml"
-
-
-def _newest(settings: PretrainSettings) -> Path | None:
-    """The newest complete checkpoint of a run, in its folder or its mirror, at a glance; the trainer looks closely."""
-    places = [place for place in (settings.run.out, settings.run.mirror) if place is not None]
-    found = [checkpoint.newest(Path(place) / CHECKPOINTS) for place in places]
-    return max((folder for folder in found if folder is not None), key=lambda folder: folder.name, default=None)
 
 
 def _keep_global_batch(begun: Path, settings: PretrainSettings) -> PretrainSettings:

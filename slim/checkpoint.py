@@ -103,7 +103,7 @@ def is_complete(folder: Path) -> bool:
 
 def newest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint, or None; the bytes of its files are not looked at."""
-    return next((folder for folder in folders(checkpoints) if is_complete(folder)), None)
+    return newest_intact(checkpoints, ())[0]
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -286,15 +286,15 @@ def copy(folder: Path, checkpoints: Path) -> Path:
     return target
 
 
-def newest_intact(checkpoints: Path) -> tuple[Path | None, list[CheckpointError]]:
-    """The newest checkpoint whose files are, byte for byte, what was written; and what is wrong with those passed over.
+def newest_intact(checkpoints: Path, files: Collection[str] | None = None) -> tuple[Path | None, list[CheckpointError]]:
+    """The newest checkpoint that is as it was written; and what is wrong with those passed over.
 
-    Folders without COMPLETE, which a kill left behind, do not count.
+    Folders without COMPLETE, which a kill left behind, do not count. `files` as in `fault`.
     """
     refused: list[CheckpointError] = []
     for folder in folders(checkpoints):
         if (folder / COMPLETE).exists():
-            found = fault(folder)
+            found = fault(folder, files)
             if found is None:
                 return folder, refused
             refused.append(found)

@@ -125,17 +125,33 @@ def recover(run: Path, mirror: Path | None) -> tuple[Path | None, list[str]]:
             found = checkpoint.copy(copy, own)
             return found, [*_refusals(refused, found), f"{found.name} is fetched from {mirror}"]
     if found is None and refused:
-        first = refused[0]
-        raise checkpoint.CheckpointError(
-            first.where,
-            first.field,
-            first.got,
-            first.expected,
-            "No checkpoint of the run is intact: copy one back from a backup, or use another run.out to begin anew",
-        )
+        raise _none_left(refused)
     if found is not None:
         write_atomically(own / checkpoint.LATEST, found.name + "\n")
     return found, _refusals(refused, found)
+
+
+def at_a_glance(run: Path, mirror: Path | None) -> Path | None:
+    """What `recover` will find, where it is now, as far as can be told without reading and copying it.
+
+    Raises
+    ------
+    CheckpointError
+        As from `recover`.
+    """
+    places = [run, *([] if mirror is None else [mirror])]
+    looked = [checkpoint.newest_intact(place / CHECKPOINTS, ()) for place in places]
+    found = [folder for folder, _ in looked if folder is not None]
+    refused = [error for _, errors in looked for error in errors]
+    if refused and not found:
+        raise _none_left(refused)
+    return max(found, key=lambda folder: folder.name, default=None)
+
+
+def _none_left(refused: list[checkpoint.CheckpointError]) -> checkpoint.CheckpointError:
+    first = refused[0]
+    hint = "No checkpoint of the run is intact: copy one back from a backup, or use another run.out to begin anew"
+    return checkpoint.CheckpointError(first.where, first.field, first.got, first.expected, hint)
 
 
 def _refusals(refused: list[checkpoint.CheckpointError], found: Path | None) -> list[str]:

@@ -18,7 +18,7 @@ from test_killed import Killed, kill_at
 
 from slim import checkpoint
 from slim.checkpoint import COMPLETE, LATEST, CheckpointError, tag
-from slim.mirror import Mirror, recover
+from slim.mirror import Mirror, at_a_glance, recover
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,11 +99,16 @@ def test_the_one_before_is_used_and_what_was_refused_is_named(tmp_path: Path) ->
     (first / "dataset.json").unlink()
     with pytest.raises(CheckpointError, match=r"step-00000002.*No checkpoint of the run is intact"):
         recover(run, None)
+    assert at_a_glance(run, None) == second  # bytes are not looked at
+    (second / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"config.yaml.*No checkpoint of the run is intact"):
+        at_a_glance(run, tmp_path / "nowhere")
 
 
 def test_a_run_that_has_saved_nothing_begins(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / tag(1)).mkdir(parents=True)
     assert recover(tmp_path, tmp_path / "nowhere") == (None, [])
+    assert at_a_glance(tmp_path, tmp_path / "nowhere") is None
 
 
 def test_killed_before_any_file_operation_the_newest_complete_one_is_loadable(monkeypatch, tmp_path: Path) -> None:
@@ -171,6 +176,7 @@ def test_a_mirror_holds_what_the_run_saved(tmp_path: Path) -> None:
 
     (run / "checkpoints" / tag(6) / "weights.safetensors").write_bytes(b"")
     (run / "metrics.jsonl").write_text("more lines")
+    assert at_a_glance(run, folder) == folder / "checkpoints" / tag(6)
     found, lines = recover(run, folder)
     assert found == run / "checkpoints" / tag(6) and checkpoint.fault(found) is None
     assert "got 0 bytes" in lines[0] and lines[1] == f"{tag(6)} is fetched from {folder}"
