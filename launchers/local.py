@@ -106,17 +106,7 @@ def run(config: Path, processes: int) -> dict[str, Any]:
     A signal to this process is passed on once; each process then stops at its next step boundary. When one fails, the
     others cannot go on and are ended after a short while.
 
-    Returns
-    -------
-    dict
-        What rank 0 returned, with `status`.
-
-    Raises
-    ------
-    UserError
-        If a process found a mistake of the user's.
-    Stopped
-        If a process failed or died; a second call goes on from the last complete checkpoint.
+    Returns and raises as `launchers.job.judge`.
     """
     with tempfile.TemporaryDirectory() as outcome:
         cores = len(os.sched_getaffinity(0))

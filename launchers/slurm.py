@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import time
@@ -154,9 +153,7 @@ def _prepare(settings: PretrainSettings) -> tuple[str, int]:
     geometry_for(settings, datasets)
     stream = Stream(datasets, [item.weight for item in settings.data], "train", run.seed)
     (prepare_run(settings).parent / SLURM).mkdir(exist_ok=True)
-    return git_commit(), run.steps or max(
-        1, math.ceil(run.epochs * stream.per_epoch / (run.batch * run.accumulate * run.processes))
-    )
+    return git_commit(), run.steps_in_all(stream.per_epoch, run.processes)
 
 
 def _refuse_another(out: Path) -> None:

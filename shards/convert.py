@@ -14,7 +14,6 @@ import os
 import shutil
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -42,6 +41,7 @@ from shards.session import (
 )
 from shards.settings import Settings, digest
 from shards.split import Person, SplitSettings, assign, read_table, write_table
+from shards.workers import end_with_parent
 
 S = TypeVar("S")
 
@@ -409,7 +409,7 @@ class Conversion:
         try:
             with (
                 progress(step, len(runs), "runs") as advance,
-                ProcessPoolExecutor(min(self.workers, len(runs)), context, _end_with_parent) as pool,
+                ProcessPoolExecutor(min(self.workers, len(runs)), context, end_with_parent) as pool,
             ):
                 queue = list(reversed(runs))
                 pending: dict[Future, RunSource] = {}
@@ -453,15 +453,3 @@ def _once_each(runs: list[RunSource]) -> list[RunSource]:
             )
         result.append(run)
     return result
-
-
-def _end_with_parent() -> None:
-    """Have a worker process end when the process that started it is gone, killed perhaps."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

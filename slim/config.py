@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -186,6 +187,11 @@ class RunSettings(Settings):
     log_every: int = Field(1, ge=1, description="optimizer steps per line of metrics.jsonl")
     wandb: Literal["offline", "online", "disabled"] = "offline"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def steps_in_all(self, per_epoch: int, processes: int) -> int:
+        """Optimizer steps of the run, where an epoch has so many samples and so many processes share them."""
+        samples = self.batch * self.accumulate * processes
+        return self.steps or max(1, math.ceil(self.epochs * per_epoch / samples))
 
     @field_validator("keep_every")
     @classmethod

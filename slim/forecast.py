@@ -148,9 +148,7 @@ def forecast(
         if 0 < most < first and count(most)[0].peak_memory_bytes > gpu_memory:
             most = 0
 
-    steps = run.steps
-    if steps is None and per_epoch is not None:
-        steps = max(1, math.ceil(run.epochs * per_epoch / (run.batch * run.accumulate * run.processes)))
+    steps = run.steps if per_epoch is None else run.steps_in_all(per_epoch, run.processes)
     checkpoint = checkpoint_bytes(settings, step, math.prod(geometry.cells))
     speed = tflops or ASSUMED_TFLOPS
     return asdict(step) | {

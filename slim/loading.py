@@ -1,11 +1,9 @@
-"""The processes that load batches for one that trains: how they are started, and how they end."""
+"""The processes that load batches for one that trains: how they are started."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 
@@ -30,18 +28,3 @@ def context() -> BaseContext:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     return chosen
-
-
-def end_with_parent(_worker: int) -> None:
-    """In a loading process: end as soon as the one it loads for is gone, however it ended.
-
-    torch watches the parent by its id, which is the server's, and the server lives as long as its children do.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -27,6 +27,7 @@ from shards.console import STOPPING, progress
 from shards.errors import UserError
 from shards.reader import Dataset
 from shards.stream import MicroBatches, Stream
+from shards.workers import end_with_parent
 from slim import checkpoint, elastic, loading, schedule, speed
 from slim.batch import geometry_for, load_batch
 from slim.config import PretrainSettings
@@ -98,9 +99,7 @@ class Trainer:
         self.geometry = geometry_for(settings, datasets)
         self.stream = Stream(datasets, [item.weight for item in settings.data], "train", settings.run.seed)
         self.global_batch = settings.run.batch * settings.run.accumulate * self.world
-        self.steps = settings.run.steps or max(
-            1, math.ceil(settings.run.epochs * self.stream.per_epoch / self.global_batch)
-        )
+        self.steps = settings.run.steps_in_all(self.stream.per_epoch, self.world)
         self.origin = Origin.of(settings, datasets, self.stream, self.world)
 
         torch.manual_seed(settings.run.seed)
@@ -214,7 +213,7 @@ class Trainer:
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=loading.context() if workers else None,
-            worker_init_fn=loading.end_with_parent if workers else None,
+            worker_init_fn=end_with_parent if workers else None,
             timeout=_PATIENCE if workers else 0,
         )
 

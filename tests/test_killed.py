@@ -125,9 +125,9 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(cohort, dataset, 
 LONG_WORK = """
 import multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor
-from shards.convert import _end_with_parent
+from shards.workers import end_with_parent
 if __name__ == "__main__":
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent)
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent)
     print(pool.submit(abs, -1).result(), flush=True)
     pool.submit(time.sleep, 600)
     time.sleep(600)

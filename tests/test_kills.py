@@ -18,38 +18,21 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, Command
+from hooks import at_each_step
 from test_pretrain import QUICK, TINY, losses, metrics, pretrain, ranks_of, weights
 
 from shards.reader import Dataset
 from shards.stream import Stream
 
-# Imported by every process at its start: writes down which samples a process has trained on, and in which step.
+# Writes down which samples a process has trained on, and in which step.
 RECORDER = """
-import importlib.abc, importlib.machinery, json, os, sys
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "slim.skipping":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        load = spec.loader.exec_module
-        def exec_module(module):
-            load(module)
-            original = module.Skipped.step
-            def step(self, number, skipped, keys):
-                with open(f"{os.environ['RECORD']}/{os.getpid()}.jsonl", "a") as file:
-                    file.write(json.dumps([number, int(os.environ["RANK"]), keys]) + "\\n")
-                return original(self, number, skipped, keys)
-            module.Skipped.step = step
-        spec.loader.exec_module = exec_module
-        return spec
-sys.meta_path.insert(0, Finder())
+with open(f"{os.environ['RECORD']}/{os.getpid()}.jsonl", "a") as file:
+    file.write(json.dumps([number, int(os.environ["RANK"]), keys]) + "\\n")
 """
 
 
 def start(dataset: Path, out: Path, record: Path, steps: int) -> subprocess.Popen:
-    record.mkdir(exist_ok=True)
-    (record / "sitecustomize.py").write_text(RECORDER)
+    at_each_step(record, RECORDER)
     env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(record), "RECORD": str(record)}
     words = [f"data={dataset}", f"run.out={out}", "run.processes=2", f"run.steps={steps}", *QUICK]
     return subprocess.Popen(

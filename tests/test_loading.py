@@ -19,11 +19,12 @@ import signal, sys
 from torch.utils.data import DataLoader
 from slim import loading
 from shards.console import STOPPING
+from shards.workers import end_with_parent
 
 for number in STOPPING:
     signal.signal(number, lambda *_: None)
 numbers = DataLoader(range(10**6), batch_size=None, num_workers=1, multiprocessing_context=loading.context(),
-                     worker_init_fn=loading.end_with_parent)
+                     worker_init_fn=end_with_parent)
 for number in numbers:
     print(int(number), flush=True)
     if not sys.stdin.readline():

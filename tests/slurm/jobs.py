@@ -9,35 +9,19 @@ import sys
 from pathlib import Path
 
 from conftest import ROOT
+from hooks import at_each_step
 from test_pretrain import QUICK, TINY
 
 from slurm.cluster import Cluster
 
-# Imported by every process at its start. PACE has seconds to wait after each step, one number per attempt of the job
-# (the last one for all that follow); `kill` ends the process at its first step.
+# PACE has seconds to wait after each step, one number per attempt of the job (the last one for all that follow); `kill`
+# ends the process at its first step.
 _PACER = """
-import importlib.abc, importlib.machinery, os, sys, time
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "slim.skipping":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        load = spec.loader.exec_module
-        def exec_module(module):
-            load(module)
-            original = module.Skipped.step
-            paces = os.environ["PACE"].split()
-            pace = paces[min(int(os.environ.get("SLURM_RESTART_COUNT", 0)), len(paces) - 1)]
-            def step(self, *arguments):
-                if pace == "kill":
-                    os.kill(os.getpid(), 9)
-                time.sleep(float(pace))
-                return original(self, *arguments)
-            module.Skipped.step = step
-        spec.loader.exec_module = exec_module
-        return spec
-sys.meta_path.insert(0, Finder())
+paces = os.environ["PACE"].split()
+pace = paces[min(int(os.environ.get("SLURM_RESTART_COUNT", 0)), len(paces) - 1)]
+if pace == "kill":
+    os.kill(os.getpid(), 9)
+time.sleep(float(pace))
 """
 
 
@@ -56,8 +40,7 @@ def slurm(cluster: Cluster, *words: object, timeout: float = 300, **environment:
 
 def paced(folder: Path, pace: str) -> dict[str, str]:
     """Environment of a run that waits after each step."""
-    folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(_PACER)
+    at_each_step(folder, _PACER)
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "PACE": pace}
 
 

@@ -46,6 +46,7 @@ from shards.span import LocalSpan
 from shards.stream import MicroBatches, Stream
 from slim.batch import cell_sizes, collate, draw_sample, geometry_for, load_batch, read_windows
 from slim.config import load_config
+from slim.loading import context
 from slim.masking import draw
 
 READS = 5  # micro-batches in a round
@@ -109,10 +110,8 @@ class Loading:
 
     def loader(self, workers: int, count: int) -> DataLoader:
         """The loader of a training process."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["slim.batch"])
         batches = MicroBatches(self.stream, self.load, self.settings.run.batch, count=count)
-        return DataLoader(batches, batch_size=None, num_workers=workers, multiprocessing_context=context)
+        return DataLoader(batches, batch_size=None, num_workers=workers, multiprocessing_context=context())
 
 
 def run(bench: Bench, repeat: int, folder: Path, begun: Callable[[str], None]) -> Result:
