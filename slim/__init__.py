@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slim.features import SlimBrain
+    from slim.brain import SlimBrain
 
 __all__ = ["SlimBrain"]
 
@@ -18,7 +18,7 @@ __all__ = ["SlimBrain"]
 def __getattr__(name: str) -> Any:
     # looked up on first use: `import slim` alone does not load torch
     if name == "SlimBrain":
-        from slim.features import SlimBrain
+        from slim.brain import SlimBrain
 
         return SlimBrain
     raise AttributeError(f"module 'slim' has no attribute {name!r}")

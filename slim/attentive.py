@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from slim.features import Features, at_places, common_places
+from slim.brain import Features
 from slim.linear import PENALTIES, fit_predict, held_out_losses
+from slim.pooling import at_places, common_places
 from slim.task import Fold
 
 QUERIES = 4

@@ -27,8 +27,9 @@ from shards.layout import dump, write_atomically
 from shards.reader import Dataset
 from slim import baseline, metrics
 from slim.attentive import Attentive
-from slim.features import Features, pool
+from slim.brain import Features
 from slim.linear import Linear
+from slim.pooling import pool
 from slim.task import Cases, Fold, Task, make_splits
 
 OURS = "ours"

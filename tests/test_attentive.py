@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shards.settings import check
-from slim import attentive, features, probe
+from slim import attentive, pooling, probe
 from slim.attentive import Attentive, attend
-from slim.features import Features
+from slim.brain import Features
 from slim.linear import Linear
 from slim.task import Cases, Fold, Task, make_splits
 
@@ -36,7 +36,9 @@ def made_up(subjects: int, each: int = 1, seed: int = 0) -> tuple[list[Features]
             token_SLC[:, :, 5] = 0
             slots = len(token_SLC)
             made.append(
-                Features(f"{subject}-{visit}", token_SLC.astype(np.float32), np.arange(PLACES), np.arange(slots) * 3.6)
+                Features(
+                    f"{subject}-{visit}", token_SLC.astype(np.float32), np.arange(PLACES), *[np.arange(slots) * 3.6] * 2
+                )
             )
     return made, np.repeat(np.arange(subjects), each)
 
@@ -73,7 +75,7 @@ def first_fold(kind: str, subject_N: np.ndarray) -> Fold:
 
 
 def by_mean(sessions: list[Features]) -> Linear:
-    vectors = features.pool(sessions, "mean", 1, np.arange(0))
+    vectors = pooling.pool(sessions, "mean", 1, np.arange(0))
     return Linear(lambda train: vectors)
 
 

@@ -44,7 +44,7 @@ def main() -> int:
     import torch
 
     from slim import probe
-    from slim.features import SlimBrain
+    from slim.brain import SlimBrain
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ours = SlimBrain.from_pretrained(args.run, args.weights).to(device)

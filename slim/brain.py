@@ -1,20 +1,17 @@
-"""From weights to vectors: frozen features of whole sessions, and ways to pool them.
+"""A trained encoder, and what it makes of a whole session.
 
     model = SlimBrain.from_pretrained("runs/name")
     features = model.encode_session(dataset, dataset.sessions[0])      # (time slots, places, channels)
-    vector = location(features, features.place_L)
 
-Legend: N sessions; S time slots of a session; L places (cells of the last stage that hold brain); C channels;
-G groups of k windows; M cells of a batch; Q principal axes; P features of a session.
+Legend: S time slots of a session; L places (cells of the last stage that hold brain); C channels; G groups of k
+windows; M cells of a batch.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +42,14 @@ class Features:
     token_SLC : float32; slots in time order, places in ascending order
     place_L : flat place of each cell in the grid of cells, int64
     second_S : middle of each slot, s from the start of the run
+    window_S : start of the window that holds each slot, s from the start of the run; float64
     """
 
     key: str
     token_SLC: np.ndarray
     place_L: np.ndarray
     second_S: np.ndarray
+    window_S: np.ndarray
 
 
 class SlimBrain:
@@ -202,10 +201,11 @@ class SlimBrain:
         if count < k:
             where = f"{dataset.folder} ({session['key']})"
             raise DatasetError(where, "windows", count, f"{k} or more, as windows.k")
-        in_time = np.argsort(dataset.read(session, ("start",))["start"], kind="stable")
+        start_K = dataset.read(session, ("start",))["start"]
+        in_time = np.argsort(start_K, kind="stable")
         firsts = [*range(0, count - k, k), count - k]
         samples = [read_windows(dataset, session, in_time[first : first + k].tolist()) for first in firsts]
-        tokens, seconds = [], []
+        tokens, seconds, starts = [], [], []
         slots, places = self.geometry.cells[0], math.prod(self.geometry.cells[1:])
         middle_S = (np.arange(slots) + 0.5) * self.geometry.cell[0]
         window_S = (middle_S // self.frames).astype(int)
@@ -224,85 +224,7 @@ class SlimBrain:
                 read = first + k
                 tokens.append(x_SLC[fresh_S])
                 seconds.append(sample.second.reshape(slots, -1).mean(axis=1)[fresh_S])
-        return Features(session["key"], np.concatenate(tokens), place_L, np.concatenate(seconds))
-
-
-def common_places(features: Sequence[Features]) -> np.ndarray:
-    """Places that hold brain in every session, ascending."""
-    place_L = reduce(np.intersect1d, [item.place_L for item in features])
-    if not len(place_L):
-        raise DatasetError("features", "places", "no place that all sessions have", "masks that overlap")
-    return place_L
-
-
-def at_places(features: Features, place_L: np.ndarray) -> np.ndarray:
-    """Tokens at these places, (S, L, C)."""
-    return features.token_SLC[:, np.searchsorted(features.place_L, place_L)]
-
-
-def mean(features: Features, place_L: np.ndarray) -> np.ndarray:
-    """Mean over slots and places, (C,)."""
-    return at_places(features, place_L).mean(axis=(0, 1))
-
-
-def mean_sd(features: Features, place_L: np.ndarray) -> np.ndarray:
-    """Mean over slots and places, then the SD over slots averaged over places, (2 C,)."""
-    x_SLC = at_places(features, place_L)
-    return np.concatenate([x_SLC.mean(axis=(0, 1)), x_SLC.std(axis=0).mean(axis=0)])
-
-
-def location(features: Features, place_L: np.ndarray) -> np.ndarray:
-    """Mean over slots of each place, (L C,)."""
-    return at_places(features, place_L).mean(axis=0).ravel()
-
-
-def principal_axes(features: Sequence[Features], place_L: np.ndarray, count: int) -> np.ndarray:
-    """Axes of largest variance over time, pooled over places and sessions, (C, Q).
-
-    The mean over time of each session's place is taken off first: what differs between places (anatomy,
-    position) would otherwise take the first axes, and it cannot take part in a correlation over time.
-    """
-    dim = features[0].token_SLC.shape[2]
-    if count > dim:
-        raise ConfigError("task", "components", count, f"at most {dim}, the channels of the encoder")
-    scatter_CC = np.zeros((dim, dim))
-    for item in features:
-        x_SLC = at_places(item, place_L)
-        x_MC = (x_SLC - x_SLC.mean(axis=0)).reshape(-1, dim).astype(np.float64)
-        scatter_CC += x_MC.T @ x_MC
-    return np.linalg.eigh(scatter_CC)[1][:, ::-1][:, :count]
-
-
-def cov(features: Features, place_L: np.ndarray, axes_CQ: np.ndarray) -> np.ndarray:
-    """Correlations over slots between all pairs of (place, axis): a learned connectome, (L Q (L Q - 1) / 2,).
-
-    The upper triangle, row by row. A series that does not vary correlates 0 with all others.
-    """
-    x_SLQ = at_places(features, place_L) @ axes_CQ.astype(np.float32)
-    x_SP = x_SLQ.reshape(len(x_SLQ), -1).astype(np.float64)
-    x_SP -= x_SP.mean(axis=0)
-    norm_P = np.sqrt((x_SP**2).sum(axis=0))
-    x_SP = x_SP / np.where(norm_P > 1e-12, norm_P, np.inf)
-    return (x_SP.T @ x_SP)[np.triu_indices(x_SP.shape[1], 1)].astype(np.float32)
-
-
-def pool(features: Sequence[Features], pooling: str, components: int, train: np.ndarray) -> np.ndarray:
-    """One vector for each session, float32 (N, P), on the places that all of them have.
-
-    Without answers: attentive pooling, which needs them, is `slim.attentive`.
-
-    Parameters
-    ----------
-    features : sequence of Features
-    pooling : "mean", "mean+sd", "location" or "cov"
-    components : int
-        Axes of `cov`.
-    train : int array
-        Rows of the sessions that the axes of `cov` may be fitted on.
-    """
-    place_L = common_places(features)
-    if pooling == "cov":
-        axes_CQ = principal_axes([features[row] for row in train], place_L, components)
-        return np.stack([cov(item, place_L, axes_CQ) for item in features])
-    function = {"mean": mean, "mean+sd": mean_sd, "location": location}[pooling]
-    return np.stack([function(item, place_L) for item in features])
+                starts.append(start_K[in_time[first + window_S]][fresh_S] * float(session["tr"]))
+        return Features(
+            session["key"], np.concatenate(tokens), place_L, np.concatenate(seconds), np.concatenate(starts)
+        )

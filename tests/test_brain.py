@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from shards.errors import ConfigError, DatasetError, UserError
 from shards.reader import Dataset
 from shards.settings import check
-from slim import checkpoint, features
+from slim import checkpoint
 from slim.batch import collate, read_windows
+from slim.brain import SlimBrain
 from slim.config import PretrainSettings
-from slim.features import Features, SlimBrain
 from slim.objective import Objective
 
 ALIGNED = {"embed": 16, "heads": 2, "depths": (1, 1), "unit": (5,), "strides": ((5, 1, 1, 1),), "local_stages": 1}
@@ -142,6 +141,7 @@ def test_every_window_is_read_once_in_time_order(run: Path, opened: Dataset):
     found = model.encode_session(opened, session)
     start = np.sort(opened.read(session, ("start",))["start"])
     np.testing.assert_allclose(found.second_S, (start + 2) * session["tr"], rtol=1e-5)
+    np.testing.assert_array_equal(found.window_S, start * session["tr"])
     assert found.token_SLC.shape == (12, len(found.place_L), 32) and found.token_SLC.dtype == np.float32
 
     in_time = np.argsort(opened.read(session, ("start",))["start"])
@@ -169,6 +169,9 @@ def test_slots_that_straddle_windows_belong_to_the_one_at_their_middle(dataset: 
     # 10 slots of 4 frames in 8 windows of 5; of the second group those with their middle in windows 4 to 7
     assert len(found.token_SLC) == 10 + 5
     assert (np.diff(found.second_S) > 0).all()
+    # `second_S` is the mean of the frames' own times, half a frame before the middle of the slot
+    inside_S = (found.second_S - found.window_S) / opened.sessions[0]["tr"] + 0.5
+    assert (inside_S > -1e-3).all() and (inside_S < 5).all()
 
 
 def test_other_data_are_refused(run: Path, opened: Dataset):
@@ -180,64 +183,6 @@ def test_other_data_are_refused(run: Path, opened: Dataset):
     assert not model.was_trained_on(opened)
     with pytest.raises(ConfigError, match="grid"):
         model.encode_session(opened, session)
-
-
-def made_up(seed: int, slots: int = 12, places: int = 5, dim: int = 4) -> Features:
-    rng = np.random.default_rng(seed)
-    token = rng.normal(size=(slots, places, dim)) * [3, 2, 1, 0.5] + rng.normal(size=(places, dim))
-    return Features(str(seed), token.astype(np.float32), np.arange(places) * 2, np.arange(slots) * 3.6)
-
-
-def test_poolings_are_what_their_names_say():
-    item = made_up(0)
-    here = item.place_L[[1, 3]]
-    x_SLC = item.token_SLC[:, [1, 3]]
-    np.testing.assert_allclose(features.mean(item, here), x_SLC.mean((0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(features.location(item, here), x_SLC.mean(0).ravel(), rtol=1e-5)
-    both = features.mean_sd(item, here)
-    np.testing.assert_allclose(both, np.r_[x_SLC.mean((0, 1)), x_SLC.std(0).mean(0)], rtol=1e-5)
-
-
-def test_cov_is_the_correlation_of_components():
-    item = made_up(1)
-    axes = np.linalg.qr(np.random.default_rng(2).normal(size=(4, 2)))[0]
-    series = (item.token_SLC.astype(np.float64) @ axes).reshape(12, -1)
-    expected = np.corrcoef(series.T)[np.triu_indices(10, 1)]
-    np.testing.assert_allclose(features.cov(item, item.place_L, axes), expected, atol=1e-5)
-    still = replace(item, token_SLC=np.ones_like(item.token_SLC))
-    assert not features.cov(still, item.place_L, axes).any()
-
-
-def test_axes_are_those_of_largest_variance_over_time():
-    items = [made_up(seed) for seed in range(4)]
-    axes = features.principal_axes(items, items[0].place_L, 3)
-    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-12)
-    assert np.abs(axes).argmax(axis=0).tolist() == [0, 1, 2]
-    moved = [replace(item, token_SLC=item.token_SLC + 100 * np.arange(5)[:, None]) for item in items]
-    same = features.principal_axes(moved, items[0].place_L, 3)
-    np.testing.assert_allclose(np.abs(same), np.abs(axes), atol=1e-3)
-    with pytest.raises(ConfigError, match="components"):
-        features.principal_axes(items, items[0].place_L, 5)
-
-
-def test_axes_come_from_training_sessions_alone():
-    items = [made_up(seed) for seed in range(6)]
-    train = np.arange(4)
-    before = features.pool(items, "cov", 2, train)
-    items[5] = replace(items[5], token_SLC=items[5].token_SLC[..., ::-1] * 1000)
-    after = features.pool(items, "cov", 2, train)
-    np.testing.assert_array_equal(before[:5], after[:5])
-    assert not np.allclose(features.pool(items, "cov", 2, np.arange(6))[:5], before[:5])
-
-
-def test_pooling_keeps_to_places_that_all_sessions_have():
-    first, second = made_up(0), made_up(1)
-    second = replace(second, place_L=second.place_L + 2)  # 2 4 6 8 10 beside 0 2 4 6 8
-    pooled = features.pool([first, second], "location", 1, np.arange(0))
-    np.testing.assert_allclose(pooled[0], first.token_SLC[:, 1:].mean(0).ravel(), rtol=1e-5)
-    np.testing.assert_allclose(pooled[1], second.token_SLC[:, :4].mean(0).ravel(), rtol=1e-5)
-    with pytest.raises(DatasetError, match="places"):
-        features.pool([first, replace(second, place_L=second.place_L + 1)], "mean", 1, np.arange(0))
 
 
 def test_the_example_of_the_readme_encodes_a_session(run: Path, dataset: Path, capsys):
