@@ -1,0 +1,211 @@
+"""Weights that travel: a folder with everything another machine needs to go from a NIfTI run to vectors.
+
+    write(SlimBrain.from_pretrained("runs/name"), Path("export"))
+
+What lies in the folder is told in `slim.weights`, which reads it. It is written beside its place and renamed, so it is
+there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+from shards.confounds import CleanSettings
+from shards.errors import ConfigError, DatasetError, Stopped, is_full
+from shards.layout import read_manifest, sha256, sync_folder
+from slim.config import PretrainSettings
+from slim.weights import CARD, CONFIG, EXTRACTOR, FORMAT, MODEL, PARCELS, SUMS
+
+if TYPE_CHECKING:
+    from slim.brain import SlimBrain
+
+
+def write(model: SlimBrain, out: Path) -> dict[str, Any]:
+    """Write a model's exported folder.
+
+    Parameters
+    ----------
+    model : SlimBrain
+        Of a run, a checkpoint, or another export.
+    out : Path
+        A folder that is not there yet, or an empty one.
+
+    Returns
+    -------
+    dict
+        What went into `config.json`.
+
+    Raises
+    ------
+    ConfigError
+        If `out` is taken, or cannot be written, or the temporal extractor of the training data is out of reach.
+    Stopped
+        If the file system is full.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(out, "--out", "a folder with files, or a file", "a new or empty folder", "Name another one")
+    recipe = model.recipe
+    about = {
+        "format": FORMAT,
+        "made": {
+            **model.made,
+            "training": model.made.get("training") or _training(model.settings, model.data),
+            "parameters": sum(tensor.numel() for tensor in model.encoder.parameters()),
+            "exported_by": version("slim-brain"),
+        },
+        "settings": _anywhere(model.settings),
+        "data": model.data,
+    }
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in model.encoder.state_dict().items()},
+            temporary / MODEL,
+            {"format": "pt"},
+        )
+        (temporary / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        if recipe.ranker.extractor is not None:
+            recipe.ranker.extractor.save(temporary / EXTRACTOR)
+        if (image := recipe.settings.parcels.image) is not None:
+            (temporary / PARCELS).mkdir()
+            shutil.copyfile(image, temporary / PARCELS / image.name)
+        names = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
+        (temporary / SUMS).write_text("".join(f"{sha256(temporary / name)}  {name}\n" for name in names))
+        (temporary / CARD).write_text(card(about))
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        temporary.rename(out)
+        sync_folder(out.parent)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_full(error) or "No space left" in str(error):
+            raise Stopped(f"no space left for {out}; make room, then call it again") from None
+        if isinstance(error, OSError):
+            raise ConfigError(out, "--out", error.strerror, "a folder that can be written") from None
+        raise
+    return about
+
+
+def _anywhere(settings: PretrainSettings) -> dict[str, Any]:
+    """The settings of a run without the folders of the machine it ran on: of each path its last part."""
+    tree = settings.model_dump(mode="json")
+    for item in tree["data"]:
+        item["path"] = _name(item["path"])
+    tree["run"] |= {"out": _name(tree["run"]["out"]), "mirror": None}
+    return tree
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").split("/")[-1]
+
+
+def _training(settings: PretrainSettings, first: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is known of each dataset the run was trained on: cohorts, and how much its training split holds."""
+    found = []
+    for number, item in enumerate(settings.data):
+        about: dict[str, Any] = {"dataset": _name(item.path), "weight": item.weight}
+        try:
+            manifest = first if number == 0 else read_manifest(item.path)
+        except DatasetError:
+            about["unknown"] = "out of reach when the weights were exported"
+        else:
+            about |= {"cohorts": manifest["cohorts"], "configuration_hash": manifest["configuration_hash"]}
+            about |= {name: manifest[name]["train"] for name in ("subjects", "sessions")}
+        found.append(about)
+    return found
+
+
+def card(about: dict[str, Any]) -> str:
+    """The model card, Markdown, from what `config.json` says."""
+    made, settings, data = about["made"], PretrainSettings.model_validate(about["settings"]), about["data"]
+    grid, chosen = data["grid"], data["configuration"]["settings"]
+    jepa, sig, mae = settings.weights
+    cleaning = CleanSettings.model_validate(chosen["clean"]).words or "none"
+    windows, parcels = data["windows"], chosen["parcels"]
+    cubes = f"cubes of {parcels['cube_mm']:g} mm of the brain mask"
+    shape = " x ".join(map(str, grid["shape"]))
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(made["versions"].items()))
+    trained = "\n".join(_row(line) for line in made["training"])
+    low, high = data["tr_range"]
+    return f"""---
+library_name: slim-brain
+tags: [fmri, neuroimaging, self-supervised, feature-extraction]
+---
+
+# {made["run"]}, step {made["step"]}
+
+The encoder of SLIM-Brain (arXiv 2512.21881, in the implementation `slim-brain`), a voxel-level, atlas-free model of
+fMRI: {made["parameters"] / 1e6:.1f} M parameters, preset `{settings.model_name}`, pretrained without labels. It turns a
+preprocessed BOLD run into a vector for each of its most salient windows of {windows["frames"]} frames.
+
+    pip install slim-brain
+
+```python
+from slim import SlimBrain
+
+model = SlimBrain.from_pretrained("THIS FOLDER")     # or its name on the hub, OWNER/NAME
+z = model.encode("sub-01_bold.nii.gz")               # (windows, channels), float32
+```
+
+or `python tools/embed.py THIS_FOLDER run.nii.gz --out vectors.npz`. Every file but this one is compared with
+`{SUMS}` when it is loaded.
+
+## What it was trained on
+
+| dataset | cohorts | people | sessions | weight |
+|---|---|---|---|---|
+{trained}
+
+These are the training splits. Labels were not used.
+
+## How
+
+- Objective `{settings.objective}`: JEPA {jepa:g}, SIG {sig:g}, MAE {mae:g}; {made["step"]} optimizer steps.
+- Of the two encoders of a run, this is the {_KIND[made["weights"]]}.
+- View of the values: `{settings.view}`; {settings.windows.k} windows pass through the encoder together.
+- Source: commit {made["commit"]}; {versions}.
+
+## What a run goes through
+
+- Space: RAS+, {shape} voxels of {grid["mm"]:g} mm around the MNI brain, cubic B-spline. Nothing is registered.
+- Time: TR {data["tr"]:g} s; runs with a TR outside {low:g} to {high:g} s are resampled.
+- Cleaning: {cleaning}.
+- Normalisation: {data["normalisation"]}.
+- Windows: of {windows["frames"]} frames, the {windows["keep"]} most salient by `{data["ranker"]["name"]}`.
+- Parcels that it sees: {cubes if parcels["image"] is None else parcels["image"]["name"]}.
+
+`{CONFIG}` has every setting.
+
+## Limits
+
+- Not a medical device: nothing here was tested for decisions about people.
+- It saw the cohorts above. On other scanners, ages, tasks or preprocessing it may do worse, and nothing warns of that;
+  compare with random weights under the same pooling (`tools/probe.py`) and with functional connectivity.
+- Vectors of a person carry anatomy and connectivity, by which people can be told apart: treat them as personal data.
+
+## Licence and data agreements
+
+The software is Apache-2.0. What may be done with these weights also depends on the agreements under which the data
+above were obtained (HCP, ABCD, ADNI and others restrict what is derived from them). Who shares this folder states its
+licence here.
+"""
+
+
+_KIND = {"encoder": "one that was trained", "target": "moving average"}
+
+
+def _row(line: dict[str, Any]) -> str:
+    if "unknown" in line:
+        return f"| {line['dataset']} | {line['unknown']} | | | {line['weight']:g} |"
+    cohorts = ", ".join(line["cohorts"])
+    return f"| {line['dataset']} | {cohorts} | {line['subjects']} | {line['sessions']} | {line['weight']:g} |"
