@@ -146,7 +146,7 @@ def find_cohort(path: str | Path) -> Cohort:
     runs: dict[str, list[RunSource]] = defaultdict(list)
     for names, bold in found:
         subject, session = names["subject"], names.get("session") or ""
-        mask, confounds = _fmriprep_files(bold) if cohort.layout == "bids" else (None, None)
+        mask, confounds = files_beside(bold) if cohort.layout == "bids" else (None, None)
         if cohort.confounds:
             named = _beside(path, "confounds", cohort.confounds, root, names)
             confounds = named if named.is_file() else None  # some runs have none; --dry-run counts those that have
@@ -296,7 +296,7 @@ def _find_bids(cohort: CohortSettings, root: Path) -> Found:
     return found, []
 
 
-def _fmriprep_files(bold: Path) -> tuple[Path | None, Path | None]:
+def files_beside(bold: Path) -> tuple[Path | None, Path | None]:
     """Mask and confounds that fMRIPrep wrote beside a run (those of old versions too); None where there is none."""
     stem = re.sub(r"_(space|res|desc)-.*", "", bold.name)
     mask = bold.with_name(bold.name.replace("_desc-preproc_bold", "_desc-brain_mask"))

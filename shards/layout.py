@@ -19,6 +19,7 @@ patch; R parcels; M voxels of the carpet; T frames of the run.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -244,6 +245,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dump(tree: Any) -> str:

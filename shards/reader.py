@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from upath import UPath
@@ -18,6 +18,17 @@ from shards import layout, remote
 from shards.errors import DatasetError, SampleCorrupt
 from shards.grid import Grid
 from shards.span import LocalSpan
+
+
+class Samples(Protocol):
+    """Where samples are read from: a `Dataset`, or a run that was converted in memory (`shards.session.Converted`)."""
+
+    @property
+    def grid(self) -> Grid: ...
+
+    def read(
+        self, session: dict[str, Any], names: Iterable[str] | None = None, windows: Iterable[int] | None = None
+    ) -> dict[str, np.ndarray]: ...
 
 
 class Dataset:

@@ -8,9 +8,9 @@ R parcels.
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from shards.bold import Bold, MaskSettings, open_bold, sidecar
 from shards.cohort import RunSource
 from shards.confounds import CleanSettings
 from shards.errors import RunRefused
+from shards.grid import Grid
 from shards.harmonise import GridSettings, Harmonised, frames_at, harmonise, place
 from shards.patches import gather, parcel_means
 from shards.settings import Settings, digest
@@ -69,8 +70,7 @@ class ParcelSettings(Settings):
         """An image is written down by its content: one that was changed makes another configuration."""
         if image is None:
             return None
-        with open(image, "rb") as file:
-            return {"name": image.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"name": image.name, "sha256": layout.sha256(image)}
 
 
 class SessionSettings(Settings):
@@ -147,12 +147,10 @@ def convert(
                 session.save(path, stamp)
         if ranker is None:
             return None
-        data = layout.pack(_ranked(run, session, settings, ranker))
-        kept = min(settings.windows.keep, session.meta["n_windows"])
-        meta = session.meta | {"fingerprint": stamp, "zarr_size": len(data), "n_kept": kept}
+        made = _converted(run, session, settings, ranker)
         meta_path, data_path = writer.member_paths(folder, run.key)
-        layout.write_atomically(data_path, data)
-        layout.write_atomically(meta_path, layout.dump(meta) + "\n")
+        layout.write_atomically(data_path, made.data)
+        layout.write_atomically(meta_path, layout.dump(made.meta | {"fingerprint": stamp}) + "\n")
         path.unlink(missing_ok=True)
     except RunRefused as refused:
         return {
@@ -164,6 +162,39 @@ def convert(
             "fingerprint": stamp,
         }
     return None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One run as it would lie in a dataset, in memory.
+
+    Attributes
+    ----------
+    meta : dict, what its line of `sessions.jsonl` would say, without where it lies
+    data : bytes of its Zarr member
+    grid : Grid
+    """
+
+    meta: dict[str, Any]
+    data: bytes
+    grid: Grid
+
+    def read(
+        self, session: dict[str, Any], names: Iterable[str] | None = None, windows: Iterable[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Arrays of its session, the only one; as `shards.reader.Dataset.read`."""
+        return layout.unpack(io.BytesIO(self.data), session["source"], names, windows)
+
+
+def convert_run(run: RunSource, settings: SessionSettings, parcels: Parcels, ranker: Ranker) -> Converted:
+    """What `convert` writes of a run, written nowhere.
+
+    Raises
+    ------
+    RunRefused
+        If it cannot be converted.
+    """
+    return _converted(run, _harmonise(run, settings, parcels), settings, ranker)
 
 
 @dataclass
@@ -253,6 +284,13 @@ def _harmonise(run: RunSource, settings: SessionSettings, parcels: Parcels) -> _
         **result.facts,
     }
     return _Session(result, roi_RT, centre_R3, number_R, meta)
+
+
+def _converted(run: RunSource, session: _Session, settings: SessionSettings, ranker: Ranker) -> Converted:
+    data = layout.pack(_ranked(run, session, settings, ranker))
+    kept = min(settings.windows.keep, session.meta["n_windows"])
+    meta = session.meta | {"zarr_size": len(data), "n_kept": kept}
+    return Converted(meta, data, settings.grid.grid())
 
 
 def _ranked(run: RunSource, session: _Session, settings: SessionSettings, ranker: Ranker) -> dict[str, np.ndarray]:

@@ -7,7 +7,6 @@ moment leaves either the old dataset or the new one, never a mixture that is not
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tarfile
@@ -15,8 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import webdataset as wds
 
 from shards import layout
 from shards.split import SPLITS
@@ -77,7 +74,7 @@ def pack(
                     "split": split,
                     "samples": len(part),
                     "bytes": path.stat().st_size,
-                    "sha256": _sha256(path),
+                    "sha256": layout.sha256(path),
                 }
             )
             lines += _locate(path, part)
@@ -142,6 +139,8 @@ def _write_tar(
     read_members: Callable[[dict[str, Any]], tuple[bytes, bytes]],
     advance: Callable[[int, str], None],
 ) -> None:
+    import webdataset as wds  # here: who reads weights and runs needs no webdataset
+
     with open(path, "wb") as file:
         # fixed owner, mode and time: equal samples give equal bytes
         with wds.TarWriter(
@@ -166,8 +165,3 @@ def _locate(path: Path, sessions: list[dict[str, Any]]) -> list[dict[str, Any]]:
             line[f"{short}_offset"], line[f"{short}_size"] = at[f"{session['key']}.{suffix}"]
         lines.append(line)
     return lines
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

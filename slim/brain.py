@@ -1,55 +1,36 @@
 """A trained encoder, and what it makes of a whole session.
 
-    model = SlimBrain.from_pretrained("runs/name")
-    features = model.encode_session(dataset, dataset.sessions[0])      # (time slots, places, channels)
+    model = SlimBrain.from_pretrained("export/")
+    z_WC = model.encode("sub-01_bold.nii.gz")                          # a vector of each window
+    features = model.encode_run("sub-01_bold.nii.gz")                  # (time slots, places, channels)
+    features = model.encode_session(dataset, dataset.sessions[0])      # the same of a session in shards
 
 Legend: S time slots of a session; L places (cells of the last stage that hold brain); C channels; G groups of k
-windows; M cells of a batch.
+windows; M cells of a batch; W windows; P features of a vector.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from shards.errors import ConfigError, DatasetError
 from shards.layout import read_manifest
-from shards.reader import Dataset
-from shards.settings import check, read_yaml
-from slim import checkpoint
+from shards.niimg import Niimg, as_run
+from shards.reader import Dataset, Samples
+from shards.session import convert_run
 from slim.batch import collate, read_windows
-from slim.checkpoint import CheckpointError
-from slim.config import PretrainSettings
 from slim.hiera import Hiera
-
-CONFIG, DATA = checkpoint.ABOUT_RUN
-WEIGHTS = ("encoder", "target")
-
-
-@dataclass
-class Features:
-    """What the encoder made of one session.
-
-    Attributes
-    ----------
-    key : the session's key
-    token_SLC : float32; slots in time order, places in ascending order
-    place_L : flat place of each cell in the grid of cells, int64
-    second_S : middle of each slot, s from the start of the run
-    window_S : start of the window that holds each slot, s from the start of the run; float64
-    """
-
-    key: str
-    token_SLC: np.ndarray
-    place_L: np.ndarray
-    second_S: np.ndarray
-    window_S: np.ndarray
+from slim.pooling import Features, check_fixed, vectors
+from slim.recipe import Recipe, read_recipe
+from slim.weights import Weights, find
 
 
 class SlimBrain:
@@ -60,77 +41,60 @@ class SlimBrain:
     encoder : Hiera, in fp32 and evaluation mode, without gradients
     settings : PretrainSettings of the run
     data : dict, the manifest (without shards) of the data it was made for
+    made : dict, how the weights came about; see `slim.weights.Weights`
     step : optimizer steps behind the weights; 0 for random ones
-    run_folder : Path
+    run_folder : Path, the run, or the exported folder
     """
 
-    def __init__(self, settings: PretrainSettings, data: dict[str, Any], step: int, run_folder: Path):
-        self.settings, self.data, self.step, self.run_folder = settings, data, step, run_folder
-        grid, self.frames = data["grid"], int(data["windows"]["frames"])
+    def __init__(self, about: Weights, step: int):
+        self._about, self.step = about, step
+        self.settings, self.data, self.made, self.run_folder = about.settings, about.data, about.made, about.folder
+        grid, self.frames = self.data["grid"], int(self.data["windows"]["frames"])
         patches = (size // grid["patch"] for size in grid["shape"])
-        self.geometry = settings.model.geometry((settings.windows.k * self.frames, *patches))
-        encoder = Hiera(settings.model, self.geometry, grid["patch"] ** 3, settings.view)
+        self.geometry = self.settings.model.geometry((self.settings.windows.k * self.frames, *patches))
+        encoder = Hiera(self.settings.model, self.geometry, grid["patch"] ** 3, self.settings.view)
         self.encoder = encoder.eval().requires_grad_(False)
         self.device = torch.device("cpu")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, weights: str = "encoder") -> SlimBrain:
-        """The encoder of a pretraining run.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        weights: str | None = None,
+        extractor: str | Path | None = None,
+        parcels: str | Path | None = None,
+    ) -> SlimBrain:
+        """A pretrained encoder.
 
         Parameters
         ----------
-        folder : str or Path
-            A run (its newest complete checkpoint is taken), or one `checkpoints/step-...` folder of it.
-        weights : "encoder" or "target"
-            The online encoder, or its moving average.
+        source : str or Path
+            A run (its newest complete checkpoint is taken), one `checkpoints/step-...` folder of it, a folder that
+            `tools/export.py` wrote, or its name on the Hugging Face hub, OWNER/NAME.
+        weights : "encoder" or "target", optional
+            The online encoder, or its moving average. By default the former of a run, and of an export what it holds.
+        extractor, parcels : path, optional
+            The temporal extractor (a folder) and the label image of the parcels that the training data were made
+            with. An export holds both; of a run the extractor is looked for in its dataset. Only runs that are encoded
+            straight from NIfTI need them.
 
         Raises
         ------
         CheckpointError
-            If there is no complete checkpoint, or it lacks a tensor, or has one too many or of another shape.
+            If there are no weights, or they lack a tensor, or have one too many or of another shape, or a file is
+            damaged or missing.
         ConfigError
             If the run's configuration cannot be read.
         """
-        if weights not in WEIGHTS:
-            raise ConfigError("weights", "", weights, f"one of {', '.join(WEIGHTS)}")
-        folder = Path(folder)
-        if (folder / checkpoint.COMPLETE).is_file():
-            found, run_folder = folder, folder.parent.parent
-        elif (folder / CONFIG).is_file():
-            newest = checkpoint.newest(folder / "checkpoints")
-            if newest is None:
-                raise CheckpointError(
-                    folder,
-                    "checkpoints",
-                    "no complete checkpoint",
-                    "at least one",
-                    "Go on with the pretraining until it has saved",
-                )
-            found, run_folder = newest, folder
-        else:
-            got = "neither config.yaml nor a complete checkpoint" if folder.is_dir() else "no such folder"
-            raise CheckpointError(folder, "", got, "a run folder, or a checkpoint inside one")
-        fault = checkpoint.fault(found, [checkpoint.WEIGHTS, *checkpoint.ABOUT_RUN])
-        if fault is not None:
-            raise fault
-        settings = check(PretrainSettings, read_yaml(found / CONFIG), found / CONFIG)
-        data = json.loads((found / DATA).read_text())
-        model = cls(settings, data, checkpoint.facts(found)["step"], run_folder)
-        model._load(found / checkpoint.WEIGHTS, weights)
+        about = find(source, weights)
+        about = replace(
+            about,
+            extractor=about.extractor if extractor is None else Path(extractor),
+            parcels=about.parcels if parcels is None else Path(parcels),
+        )
+        model = cls(about, about.made["step"])
+        about.load_into(model.encoder)
         return model
-
-    def _load(self, path: Path, weights: str) -> None:
-        """Every tensor must be there with its shape, and none besides."""
-        given = checkpoint.read_weights(path, f"{weights}.")
-        wanted = self.encoder.state_dict()
-        for name in sorted(wanted.keys() | given.keys()):
-            got = tuple(given[name].shape) if name in given else "no such tensor"
-            expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
-            if got != expected:
-                raise CheckpointError(
-                    path, f"{weights}.{name}", got, expected, "These weights are of another configuration"
-                )
-        self.encoder.load_state_dict(given, strict=True)
 
     @classmethod
     def random(cls, like: SlimBrain, seed: int) -> SlimBrain:
@@ -140,7 +104,7 @@ class SlimBrain:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = cls(like.settings, like.data, 0, like.run_folder)
+            model = cls(like._about, 0)
         return model.to(like.device)
 
     def to(self, device: torch.device | str) -> SlimBrain:
@@ -175,8 +139,71 @@ class SlimBrain:
         manifest = read_manifest(dataset.folder)
         return {name: value for name, value in manifest.items() if name != "shards"} == self.data
 
-    @torch.inference_mode()
-    def encode_session(self, dataset: Dataset, session: dict[str, Any], batch: int = 4) -> Features:
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How the training data were made of NIfTI runs.
+
+        Raises
+        ------
+        ConfigError
+            If the temporal extractor, or the label image of the parcels, is not where it is expected.
+        """
+        return read_recipe(self.data, self.run_folder, self._about.extractor, self._about.parcels)
+
+    def encode(
+        self, image: Niimg, per: str = "window", pooling: str = "mean", stage: int | None = None, **stated: Any
+    ) -> np.ndarray:
+        """Vectors of a run, straight from NIfTI.
+
+        Parameters
+        ----------
+        image : path or Nifti1Image
+            Preprocessed 4-D BOLD.
+        per : "window" or "run"
+        pooling : "mean", "mean+sd" or "location"
+            See `slim.pooling.vectors`; poolings that are fitted on a set of runs are for
+            `slim.features.SlimBrainTransformer`.
+        stage : int, optional
+            Of the encoder, from 1; by default the last. Of an earlier one each cell has the mean of its tokens.
+        **stated
+            `mask`, `confounds`, `space`, `tr`, `dummy`, `orientation`, as a cohort file has them, of this run; see
+            `shards.niimg.as_run`.
+
+        Returns
+        -------
+        ndarray, float32
+            (W, P), the windows the ranker keeps (at most `windows.keep` of the training data), in time order; or (P,).
+            `encode_run` tells when each window begins.
+
+        Raises
+        ------
+        RunRefused
+            If the run cannot be converted.
+        ConfigError
+            If an argument cannot be meant, or what the training data were made with is missing.
+        DatasetError
+            If the run has fewer windows than pass through the encoder together.
+        """
+        check_fixed(per, pooling)
+        features = self.encode_run(image, stage, **stated)
+        return vectors(features, per, pooling, features.place_L)
+
+    def encode_run(self, image: Niimg, stage: int | None = None, **stated: Any) -> Features:
+        """All tokens of a run, straight from NIfTI: harmonised and ranked as the training data were, then encoded.
+
+        They are those that `encode_session` makes of the run once it is converted. Arguments and errors as in
+        `encode`.
+        """
+        self._check_stage(stage)
+        recipe = self.recipe
+        # One thread, as in the worker processes of a conversion: sums come out the same.
+        with as_run(image, **stated) as run, threadpool_limits(1):
+            made = convert_run(run, recipe.settings, recipe.parcels, recipe.ranker)
+        return self._encode(made, made.meta | {"key": made.meta["subject"]}, made.meta["source"], stage)
+
+    def encode_session(
+        self, dataset: Dataset, session: dict[str, Any], batch: int = 4, stage: int | None = None
+    ) -> Features:
         """Features of all kept windows of a session, whole brain.
 
         Windows are read in time order in groups of k, as in training. The last group reaches back over
@@ -190,6 +217,8 @@ class SlimBrain:
             A line of `dataset.sessions`.
         batch : int
             Groups that pass through the encoder together; it does not change the features.
+        stage : int, optional
+            As in `encode`.
 
         Raises
         ------
@@ -197,23 +226,35 @@ class SlimBrain:
             See `check_data`; or if the session has fewer than k windows, or its bytes are damaged.
         """
         self.check_data(dataset)
+        self._check_stage(stage)
+        return self._encode(dataset, session, f"{dataset.folder} ({session['key']})", stage, batch)
+
+    def _check_stage(self, stage: int | None) -> None:
+        stages = len(self.encoder.ends)
+        if stage is not None and not 1 <= stage <= stages:
+            raise ConfigError("stage", "", stage, f"1 to {stages}, the stages of this encoder")
+
+    @torch.inference_mode()
+    def _encode(
+        self, samples: Samples, session: dict[str, Any], where: str, stage: int | None, batch: int = 4
+    ) -> Features:
         k, count = self.settings.windows.k, session["n_kept"]
         if count < k:
-            where = f"{dataset.folder} ({session['key']})"
             raise DatasetError(where, "windows", count, f"{k} or more, as windows.k")
-        start_K = dataset.read(session, ("start",))["start"]
+        start_K = samples.read(session, ("start",))["start"]
         in_time = np.argsort(start_K, kind="stable")
         firsts = [*range(0, count - k, k), count - k]
-        samples = [read_windows(dataset, session, in_time[first : first + k].tolist()) for first in firsts]
+        groups = [read_windows(samples, session, in_time[first : first + k].tolist()) for first in firsts]
         tokens, seconds, starts = [], [], []
         slots, places = self.geometry.cells[0], math.prod(self.geometry.cells[1:])
         middle_S = (np.arange(slots) + 0.5) * self.geometry.cell[0]
         window_S = (middle_S // self.frames).astype(int)
         read = 0
-        for at in range(0, len(samples), batch):
-            here = samples[at : at + batch]
+        for at in range(0, len(groups), batch):
+            here = groups[at : at + batch]
             together = collate(here, self.geometry, self.settings.stream).to(self.device)
-            x_MC = self.encoder(together.voxels, together.whole).float().cpu().numpy()
+            encoded_MC = self.encoder.stage(together.voxels, together.whole, stage or len(self.encoder.ends))
+            x_MC = encoded_MC.float().cpu().numpy()
             cell_M, sample_M = together.whole.cell_M.cpu().numpy(), together.whole.sample_M.cpu().numpy()
             # Every frame of a session has the same brain patches, so every slot has the same places.
             by = np.lexsort((cell_M, sample_M))

@@ -354,3 +354,10 @@ def segment_max(x_NC: Tensor, where: Children) -> Tensor:
     if torch.is_grad_enabled() and x_NC.requires_grad:
         return _SegmentMax.apply(x_NC, where)
     return _maximum(x_NC, where)
+
+
+def segment_sum(x_NC: Tensor, where: Children) -> Tensor:
+    """Channel-wise sum over the tokens of each segment, (M, C)."""
+    above_N = x_NC.new_zeros(len(x_NC), dtype=torch.int64)
+    above_N[where.first_M[where.back_M][1:]] = 1
+    return x_NC.new_zeros(len(where.first_M), x_NC.shape[1]).index_add_(0, above_N.cumsum(0), x_NC)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slim.config import ModelSettings, View
-from slim.gather import Children, Chunk, Plan, Segments, attend, segment_max
+from slim.gather import Children, Chunk, Plan, Segments, attend, segment_max, segment_sum
 from slim.geometry import Geometry
 
 # Periods (s) of the sinusoids that carry a window's time in the run: from a frame to a long run.
@@ -177,8 +177,9 @@ class Hiera(nn.Module):
                 local.append(stage < settings.local_stages or (grows and stage == settings.local_stages))
                 dim = dim_out
         self.blocks = nn.ModuleList(blocks)
-        starts = [sum(settings.depths[:stage]) for stage in range(1, len(settings.depths))]
-        self.pooled = set(starts[: len(geometry.strides)])
+        ends = [sum(settings.depths[:stage]) for stage in range(1, len(settings.depths) + 1)]
+        self.pooled = set(ends[: len(geometry.strides)])
+        self.ends = ends  # blocks up to the end of each stage
         self.n, self.n_local = len(blocks), sum(local)
         self.dim = dim
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -198,14 +199,36 @@ class Hiera(nn.Module):
         parts = []
         for chunk in plan.chunks:
             if stream:
-                part = checkpoint(self._local, voxels, base_QC, plan, chunk, use_reentrant=False)
+                part = checkpoint(self._local, voxels, base_QC, plan, chunk, self.n_local, use_reentrant=False)
             else:
-                part = self._local(voxels, base_QC, plan, chunk)
+                part = self._local(voxels, base_QC, plan, chunk, self.n_local)
             parts.append(part)
         return self.norm(self._climb(torch.cat(parts)[plan.by_sample_L], range(self.n_local, self.n), plan.samples))
 
-    def _local(self, voxels: Voxels, base_QC: Tensor | None, plan: Plan, chunk: Chunk) -> Tensor:
-        """Embedding and local stages of one chunk of mask units."""
+    def stage(self, voxels: Voxels, plan: Plan, number: int) -> Tensor:
+        """Features of every cell at the end of a stage, (M, C of that stage), in the order of `plan.cell_M`.
+
+        The last stage (`number` as many as there are) is `forward`. In an earlier one a cell still has several tokens,
+        and its features are their mean, without a norm, which only the last stage has.
+        """
+        if number == len(self.ends):
+            return self(voxels, plan)
+        stop = self.ends[number - 1]
+        pooled = sum(block < stop for block in self.pooled)
+        base_QC = self.embed.baseline(voxels)
+        parts, above = [], plan.samples.children
+        for chunk in plan.chunks:
+            x_NC = self._local(voxels, base_QC, plan, chunk, min(stop, self.n_local))
+            parts.append(x_NC if stop > self.n_local else _add_up(_counted(x_NC), chunk.children[pooled:]))
+        x_LC = torch.cat(parts)[plan.by_sample_L]
+        if stop > self.n_local:
+            x_LC = _counted(self._climb(x_LC, range(self.n_local, stop), plan.samples))
+            above = above[pooled - self.geometry.local_steps :]
+        x_MC = _add_up(x_LC, above)
+        return x_MC[:, :-1] / x_MC[:, -1:]
+
+    def _local(self, voxels: Voxels, base_QC: Tensor | None, plan: Plan, chunk: Chunk, stop: int) -> Tensor:
+        """Embedding and the blocks before `stop` of one chunk of mask units."""
         here = slice(chunk.first, chunk.stop)
         patch_N = plan.patch_N[here]
         value_NV = voxels.value_RV[plan.row_N[here]].to(self.space.dtype)
@@ -214,7 +237,7 @@ class Hiera(nn.Module):
         frame_N = plan.frame_N[here]
         x_NC = x_NC + self.space[plan.space_N[here]] + self.time[frame_N % len(self.time)]
         x_NC = x_NC + self.seconds(voxels.second_BT.flatten()[frame_N])
-        return self._climb(x_NC, range(self.n_local), chunk)
+        return self._climb(x_NC, range(stop), chunk)
 
     def _climb(self, x_NC: Tensor, indices: range, chunk: Chunk) -> Tensor:
         """Blocks over one chunk of segments, pooling on the way."""
@@ -226,6 +249,18 @@ class Hiera(nn.Module):
             else:
                 x_NC = self.blocks[index](x_NC, chunk.levels[level])
         return x_NC
+
+
+def _counted(x_NC: Tensor) -> Tensor:
+    """With a channel of ones behind the others: in a sum over tokens, it tells how many they are."""
+    return torch.cat([x_NC, x_NC.new_ones(len(x_NC), 1)], dim=1)
+
+
+def _add_up(x_NC: Tensor, levels: list[Children]) -> Tensor:
+    """Sums over the tokens below those at the top of some levels."""
+    for where in levels:
+        x_NC = segment_sum(x_NC, where)
+    return x_NC
 
 
 def init_linear(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
-"""Ways to make one vector of the tokens of a session, or one of each of its windows.
+"""The tokens of a session, and ways to make one vector of them, or one of each window.
 
     vector = location(features, features.place_L)
+    vector_WP = vectors(features, "window", "mean", features.place_L)
 
 Legend: N sessions; S time slots of a session; W windows; L places (cells of the last stage that hold brain); C
 channels; M tokens of all places and slots; Q principal axes; P features of a session.
@@ -8,13 +9,38 @@ channels; M tokens of all places and slots; Q principal axes; P features of a se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
 
 from shards.errors import ConfigError, DatasetError
-from slim.brain import Features
+
+
+@dataclass
+class Features:
+    """What the encoder made of one session.
+
+    Attributes
+    ----------
+    key : the session's key
+    token_SLC : float32; slots in time order, places in ascending order
+    place_L : flat place of each cell in the grid of cells, int64
+    second_S : middle of each slot, s from the start of the run
+    window_S : start of the window that holds each slot, s from the start of the run; float64
+    """
+
+    key: str
+    token_SLC: np.ndarray
+    place_L: np.ndarray
+    second_S: np.ndarray
+    window_S: np.ndarray
+
+    @property
+    def start_W(self) -> np.ndarray:
+        """Start of each window in time order, s from the start of the run; float64."""
+        return np.unique(self.window_S)
 
 
 def common_places(features: Sequence[Features]) -> np.ndarray:
@@ -26,7 +52,17 @@ def common_places(features: Sequence[Features]) -> np.ndarray:
 
 
 def at_places(features: Features, place_L: np.ndarray) -> np.ndarray:
-    """Tokens at these places, (S, L, C)."""
+    """Tokens at these places, (S, L, C).
+
+    Raises
+    ------
+    DatasetError
+        If it has no tokens at one of them.
+    """
+    missing = np.setdiff1d(place_L, features.place_L)
+    if len(missing):
+        got = f"no brain in {len(missing)} of the {len(place_L)} places"
+        raise DatasetError(features.key, "places", got, "tokens at all of them", "Pool over places that all have")
     return features.token_SLC[:, np.searchsorted(features.place_L, place_L)]
 
 
@@ -44,6 +80,14 @@ def mean_sd(features: Features, place_L: np.ndarray) -> np.ndarray:
 def location(features: Features, place_L: np.ndarray) -> np.ndarray:
     """Mean over slots of each place, (L C,)."""
     return at_places(features, place_L).mean(axis=0).ravel()
+
+
+# Those that nothing is fitted for.
+FIXED: dict[str, Callable[[Features, np.ndarray], np.ndarray]] = {
+    "mean": mean,
+    "mean+sd": mean_sd,
+    "location": location,
+}
 
 
 def principal_axes(features: Sequence[Features], place_L: np.ndarray, count: int) -> np.ndarray:
@@ -94,8 +138,7 @@ def pool(features: Sequence[Features], pooling: str, components: int, train: np.
     if pooling == "cov":
         axes_CQ = principal_axes([features[row] for row in train], place_L, components)
         return np.stack([cov(item, place_L, axes_CQ) for item in features])
-    function = {"mean": mean, "mean+sd": mean_sd, "location": location}[pooling]
-    return np.stack([function(item, place_L) for item in features])
+    return np.stack([FIXED[pooling](item, place_L) for item in features])
 
 
 def windows(features: Features, place_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,3 +148,43 @@ def windows(features: Features, place_L: np.ndarray) -> tuple[np.ndarray, np.nda
     sum_WLC = np.zeros((len(start_W), *x_SLC.shape[1:]), np.float32)
     np.add.at(sum_WLC, number_S, x_SLC)
     return start_W, sum_WLC / np.bincount(number_S)[:, None, None].astype(np.float32)
+
+
+def vectors(features: Features, per: str, pooling: str, place_L: np.ndarray) -> np.ndarray:
+    """A vector of each window, or of the whole run, float32.
+
+    Parameters
+    ----------
+    features : Features
+    per : "window" or "run"
+    pooling : "mean", "mean+sd" or "location"
+        For a run see `mean`, `mean_sd` and `location`; `mean+sd` of a window has the SD over places, because a window
+        has too few slots for one over time.
+    place_L : int array
+
+    Returns
+    -------
+    ndarray, (W, P) in the order of `features.start_W`, or (P,)
+
+    Raises
+    ------
+    ConfigError
+        If `per` or `pooling` is none of these; `cov` and `attentive` are fitted on a set of runs.
+    """
+    check_fixed(per, pooling)
+    if per == "run":
+        return FIXED[pooling](features, place_L)
+    _, x_WLC = windows(features, place_L)
+    if pooling == "location":
+        return x_WLC.reshape(len(x_WLC), -1)
+    mean_WC = x_WLC.mean(axis=1)
+    return mean_WC if pooling == "mean" else np.concatenate([mean_WC, x_WLC.std(axis=1)], axis=1)
+
+
+def check_fixed(per: str, pooling: str) -> None:
+    """Raise what `vectors` raises."""
+    if per not in ("window", "run"):
+        raise ConfigError("per", "", per, "window or run")
+    if pooling not in FIXED:
+        hint = "Others are fitted on a set of runs: slim.features.SlimBrainTransformer does that"
+        raise ConfigError("pooling", "", pooling, ", ".join(FIXED), hint)

@@ -1,0 +1,191 @@
+"""Weights and what is known of them, wherever they lie: in a run, in an exported folder, on a hub.
+
+An exported folder (written by `slim.export`)::
+
+    model.safetensors   the encoder, fp32
+    config.json         settings of the run, manifest of its data, what was exported
+    extractor/          the temporal extractor, if windows were ranked by one
+    parcels/            the label image of the parcels, if there was one
+    SHA256SUMS          of all files above, compared whenever it is loaded (and by `sha256sum -c SHA256SUMS`)
+    README.md           the model card, which people may edit
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shards import layout, remote
+from shards.errors import ConfigError
+from shards.settings import check, read_yaml
+from slim import checkpoint
+from slim.checkpoint import CheckpointError
+from slim.config import PretrainSettings
+
+FORMAT = 1
+MODEL, CONFIG, SUMS, CARD = "model.safetensors", "config.json", "SHA256SUMS", "README.md"
+EXTRACTOR, PARCELS = "extractor", "parcels"
+KINDS = ("encoder", "target")
+_RUN_CONFIG, _RUN_DATA = checkpoint.ABOUT_RUN
+_WHAT = "a run, one of its checkpoints, an exported folder, or OWNER/NAME on the Hugging Face hub"
+_AGAIN = "Copy or download the folder again"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of an encoder.
+
+    Attributes
+    ----------
+    settings : PretrainSettings of the run
+    data : dict, the manifest (without shards) of the first dataset it was trained on
+    made : dict, how they came about: `run`, `step`, `weights` ("encoder" or "target"), `commit`, `versions`, and
+        `training`, what is known of each dataset, once they were exported
+    path : Path, the safetensors file
+    prefix : str, before the names of its tensors
+    folder : Path, the run or the exported folder
+    extractor, parcels : Path or None, where the temporal extractor and the label image of its data are expected
+    """
+
+    settings: PretrainSettings
+    data: dict[str, Any]
+    made: dict[str, Any]
+    path: Path
+    prefix: str
+    folder: Path
+    extractor: Path | None
+    parcels: Path | None
+
+    def load_into(self, encoder: nn.Module) -> None:
+        """Copy the tensors: every one must be there with its shape, and none besides.
+
+        Raises
+        ------
+        CheckpointError
+            With the name of the first that is not, and both shapes.
+        """
+        given = checkpoint.read_weights(self.path, self.prefix)
+        wanted = encoder.state_dict()
+        for name in sorted(wanted.keys() | given.keys()):
+            got = tuple(given[name].shape) if name in given else "no such tensor"
+            expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
+            if got != expected:
+                hint = "These weights are of another configuration"
+                raise CheckpointError(self.path, f"{self.prefix}{name}", got, expected, hint)
+        encoder.load_state_dict(given, strict=True)
+
+
+def find(source: str | Path, kind: str | None = None) -> Weights:
+    """Find weights; their tensors are read by `Weights.load_into`.
+
+    Parameters
+    ----------
+    source : str or Path
+        A run (its newest complete checkpoint is taken), a checkpoint of it, an exported folder, or OWNER/NAME.
+    kind : "encoder" or "target", optional
+        The online encoder, or its moving average; by default the former of a run, and of an export what it holds.
+
+    Raises
+    ------
+    CheckpointError
+        If there are none, or they are incomplete or damaged.
+    ConfigError
+        If the run's configuration cannot be read, or `kind` is neither.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ConfigError("weights", "", kind, f"one of {', '.join(KINDS)}")
+    folder = Path(source)
+    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not folder.parent.exists():
+        folder = _fetch(source)
+    if (folder / SUMS).is_file() or (folder / CONFIG).is_file():
+        return _of_export(folder, kind)
+    return _of_run(folder, kind or "encoder")
+
+
+def _of_run(folder: Path, kind: str) -> Weights:
+    if (folder / checkpoint.COMPLETE).is_file():
+        found, run = folder, folder.parent.parent
+    elif (folder / _RUN_CONFIG).is_file():
+        newest = checkpoint.newest(folder / "checkpoints")
+        if newest is None:
+            hint = "Go on with the pretraining until it has saved"
+            raise CheckpointError(folder, "checkpoints", "no complete checkpoint", "at least one", hint)
+        found, run = newest, folder
+    else:
+        got = "neither a run, nor a checkpoint, nor an export" if folder.is_dir() else "no such folder"
+        raise CheckpointError(folder, "", got, _WHAT)
+    fault = checkpoint.fault(found, [checkpoint.WEIGHTS, *checkpoint.ABOUT_RUN])
+    if fault is not None:
+        raise fault
+    settings = check(PretrainSettings, read_yaml(found / _RUN_CONFIG), found / _RUN_CONFIG)
+    facts = checkpoint.facts(found)
+    # what the launcher wrote above the configuration
+    notes = dict(re.findall(r"^# (\w+) (\S+)$", (found / _RUN_CONFIG).read_text(), re.MULTILINE))
+    made = {
+        "run": run.resolve().name,
+        "step": facts["step"],
+        "weights": kind,
+        "commit": notes.pop("commit", "unknown"),
+        "versions": notes | facts["versions"],
+    }
+    path = found / checkpoint.WEIGHTS
+    dataset = remote.place(settings.data[0].path)
+    extractor = dataset / layout.EXTRACTOR if isinstance(dataset, Path) else None
+    data = json.loads((found / _RUN_DATA).read_text())
+    return Weights(settings, data, made, path, f"{kind}.", run, extractor, None)
+
+
+def _of_export(folder: Path, kind: str | None) -> Weights:
+    listed = _compared(folder)
+    try:
+        about = json.loads((folder / CONFIG).read_text())
+        form = about["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(folder / CONFIG, "", f"unreadable ({error!r})", "an export's config", _AGAIN) from None
+    if form != FORMAT:
+        raise CheckpointError(folder / CONFIG, "format", form, FORMAT, "Export the run with this version")
+    made = about["made"]
+    if kind not in (None, made["weights"]):
+        raise CheckpointError(folder, "weights", made["weights"], kind, f"Export the run with --weights {kind}")
+    settings = check(PretrainSettings, about["settings"], folder / CONFIG)
+    image = next((folder / name for name in listed if name.startswith(f"{PARCELS}/")), None)
+    return Weights(settings, about["data"], made, folder / MODEL, "", folder, folder / EXTRACTOR, image)
+
+
+def _compared(folder: Path) -> list[str]:
+    """Names of the files of an export, after the bytes of each were compared with its checksum."""
+    if not (folder / SUMS).is_file():
+        raise CheckpointError(folder / SUMS, "", "no such file", "the checksums of an export", _AGAIN)
+    lines = (folder / SUMS).read_text(errors="replace").splitlines()
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in (MODEL, CONFIG, *listed):
+        path = folder / name
+        if name not in listed:
+            raise CheckpointError(folder / SUMS, "", f"no checksum of {name}", "one of every file", _AGAIN)
+        if not path.is_file():
+            raise CheckpointError(path, "", "no such file", f"the file that {SUMS} lists", _AGAIN)
+        found = layout.sha256(path)
+        if found != listed[name]:
+            raise CheckpointError(path, "SHA-256", found[:12], listed[name][:12], _AGAIN)
+    return list(listed)
+
+
+def _fetch(name: str) -> Path:
+    """The exported folder of this name on the hub, in the cache of `huggingface_hub`."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        hint = "If it is a name on the hub, pip install 'slim-brain[hub]'"
+        raise CheckpointError(name, "", "no such folder", _WHAT, hint) from None
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=[MODEL, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"])
+        )
+    except Exception as error:  # of many types: unknown, private, no network, no space
+        got = f"no such folder, and nothing the hub gives ({type(error).__name__}: {error})"
+        raise CheckpointError(name, "", got, _WHAT, "Check the name, the connection and your access") from None
