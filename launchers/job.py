@@ -1,4 +1,4 @@
-"""What every process of a pretraining run does, however it was started.
+"""What every process of a run does, however it was started.
 
     python -m launchers.job RUN/config.yaml
 
@@ -20,10 +20,14 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from shards.console import DONE, RESUME, STOPPING, WRONG
 from shards.errors import ConfigError, Stopped, UserError, is_full
+
+if TYPE_CHECKING:
+    from slim.config import TrainSettings
+    from slim.course import Course
 
 _GOES_ON = "the same command goes on from the last complete checkpoint"
 CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
@@ -56,10 +60,11 @@ def work(config: Path) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from slim.config import load_config
+    from slim.config import load_run
     from slim.trainer import Trainer
 
-    settings = load_config(config)
+    course = open_course(load_run(config))
+    settings = course.settings
     gpus = torch.cuda.device_count()
     if settings.run.device == "cuda" and not gpus:
         raise ConfigError(config, "run.device", "cuda, but no GPU is seen here", "auto or cpu, or a machine with a GPU")
@@ -72,10 +77,22 @@ def work(config: Path) -> dict[str, Any]:
         torch.cuda.set_device(device)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    result = Trainer(settings, device).run()
+    result = Trainer(course, device).run()
     dist.barrier()
     dist.destroy_process_group()  # after a failure the others may be in the midst of something, so nothing is awaited
     return result
+
+
+def open_course(settings: TrainSettings) -> Course:
+    """Data and learner of a run with these settings; see `slim.course.Course`."""
+    from slim.config import FinetuneSettings, PretrainSettings
+    from slim.course import Pretraining
+    from slim.finetune import Finetuning
+
+    if isinstance(settings, FinetuneSettings):
+        return Finetuning(settings)
+    assert isinstance(settings, PretrainSettings)
+    return Pretraining(settings)
 
 
 def stop_with_parent() -> None:

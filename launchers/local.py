@@ -1,4 +1,4 @@
-"""A pretraining run on this machine: one process per rank, watched until all have ended."""
+"""A run on this machine: one process per rank, watched until all have ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -21,17 +21,15 @@ from launchers import job
 from shards.console import RESUME, STOPPING
 from shards.errors import ConfigError
 from shards.layout import dump, write_atomically
-from shards.reader import Dataset
-from shards.stream import Stream
 from slim import checkpoint, elastic
-from slim.config import PretrainSettings
+from slim.config import TrainSettings
 from slim.mirror import at_a_glance
-from slim.origin import Origin
 
+S = TypeVar("S", bound=TrainSettings)
 _GRACE = 10.0  # seconds the other processes get to say why they cannot go on, once one has failed
 
 
-def prepare_run(settings: PretrainSettings) -> Path:
+def prepare_run(settings: TrainSettings) -> Path:
     """Make the run folder; write the merged configuration (with versions and the git commit) and what the data are.
 
     Returns
@@ -55,16 +53,16 @@ def prepare_run(settings: PretrainSettings) -> Path:
                 "an empty folder",
                 f"Use run.resume=auto to go on, or another {name}",
             )
-    datasets = [Dataset(item.path) for item in settings.data]
-    stream = Stream(datasets, [item.weight for item in settings.data], "train", settings.run.seed)
     begun = at_a_glance(folder, None if settings.run.mirror is None else Path(settings.run.mirror))
     if begun is not None:
         settings = _keep_global_batch(begun, settings)
-        Origin.of(settings, datasets, stream, settings.run.processes).check(begun)
+    course = job.open_course(settings)
+    if begun is not None:
+        course.origin(settings.run.processes).check(begun)
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "zarr")}
     note = "".join(f"# {name} {number}\n" for name, number in sorted(versions.items()))
-    manifest = datasets[0].manifest
+    manifest = course.datasets[0].manifest
     write_atomically(
         folder / "dataset.json", dump({name: value for name, value in manifest.items() if name != "shards"})
     )
@@ -73,7 +71,7 @@ def prepare_run(settings: PretrainSettings) -> Path:
     return folder / "config.yaml"
 
 
-def _keep_global_batch(begun: Path, settings: PretrainSettings) -> PretrainSettings:
+def _keep_global_batch(begun: Path, settings: S) -> S:
     """The settings with as many micro-batches per step as keep the run's global batch, saying so where they change."""
     run, needed = settings.run, elastic.accumulate_for(begun, settings.run.batch, settings.run.processes)
     if needed == run.accumulate:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from shards.errors import ConfigError, SampleCorrupt
-from shards.reader import Dataset
+from shards.reader import Dataset, Samples
 from shards.stream import Item, generator
-from slim.config import PretrainSettings
+from slim.config import PretrainSettings, TrainSettings
 from slim.gather import Plan, Segments, integers, plan, segments
 from slim.geometry import Geometry
 from slim.hiera import Voxels
@@ -117,7 +117,7 @@ class PackedBatch:
         return Batch(self.keys, self.epochs, voxels, brain_QV, whole, context, targets, dict(self.damaged), self.empty)
 
 
-def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geometry:
+def geometry_for(settings: TrainSettings, datasets: Sequence[Dataset]) -> Geometry:
     """The token grid of samples from these datasets, divided as the model says.
 
     Raises
@@ -141,7 +141,7 @@ def geometry_for(settings: PretrainSettings, datasets: Sequence[Dataset]) -> Geo
     return geometry
 
 
-def read_windows(dataset: Dataset, session: dict, rank_K: Sequence[int] | np.ndarray, epoch: int = 0) -> Sample:
+def read_windows(dataset: Samples, session: dict, rank_K: Sequence[int] | np.ndarray, epoch: int = 0) -> Sample:
     """The windows of these ranks, put into time order.
 
     Raises
@@ -168,7 +168,7 @@ def read_windows(dataset: Dataset, session: dict, rank_K: Sequence[int] | np.nda
 
 
 def load_batch(
-    items: Sequence[Item], datasets: Sequence[Dataset], geometry: Geometry, settings: PretrainSettings
+    items: Sequence[Item], datasets: Sequence[Dataset], geometry: Geometry, settings: TrainSettings
 ) -> PackedBatch:
     """A micro-batch for training, packed; samples that are damaged are left out and named."""
     samples, damaged = [], {}
@@ -181,24 +181,25 @@ def load_batch(
     return replace(batch, damaged=damaged, empty=not samples).pack()
 
 
-def _nothing(geometry: Geometry, voxels: int, settings: PretrainSettings) -> Sample:
+def _nothing(geometry: Geometry, voxels: int, settings: TrainSettings) -> Sample:
     """A sample of zeros in two cells: every process takes part in every backward pass, whatever it has read."""
     frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
     place = np.unique(geometry.cell_of[:places], return_index=True)[1][:2]
     still = np.zeros((len(place), voxels), np.float32)
     second = np.arange(frames, dtype=np.float32)
     sample = Sample("", 0, np.zeros((frames, *still.shape), np.float16), still, still, still, place, second)
-    sample.mask = draw(cell_sizes(geometry, place), settings.mask, 0, 0, "")
+    if isinstance(settings, PretrainSettings):
+        sample.mask = draw(cell_sizes(geometry, place), settings.mask, 0, 0, "")
     return sample
 
 
-def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: PretrainSettings) -> Sample:
-    """One session's windows and mask, drawn by (seed, epoch, key).
+def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: TrainSettings) -> Sample:
+    """One session's windows and, in pretraining, its mask, drawn by (seed, epoch, key).
 
     Raises
     ------
     SampleCorrupt
-        If its bytes are damaged, it has fewer windows than are drawn, or all of its brain lies in one cell.
+        If its bytes are damaged, it has fewer windows than are drawn, or brain to be masked in one cell alone.
     """
     windows, seed, key = settings.windows, settings.run.seed, item.session["key"]
     best = min(windows.best, item.session["n_kept"])
@@ -212,6 +213,8 @@ def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: Pret
         )
     ranks = generator(seed, item.epoch, key, "windows").permutation(best)[: windows.k]
     sample = read_windows(dataset, item.session, np.sort(ranks), item.epoch)
+    if not isinstance(settings, PretrainSettings):
+        return sample
     size_SL = cell_sizes(geometry, sample.place)
     places = np.count_nonzero(size_SL.any(axis=0))
     if places < 2:

@@ -1,4 +1,4 @@
-"""Every setting of a pretraining run, typed, with its unit and its check."""
+"""Every setting of a run, typed, with its unit and its check."""
 
 from __future__ import annotations
 
@@ -211,19 +211,15 @@ class RunSettings(Settings):
         return value
 
 
-class PretrainSettings(Settings):
-    """A pretraining configuration."""
+class TrainSettings(Settings):
+    """What every run that trains is told, whatever it learns."""
 
     data: tuple[DataItem, ...]
     model: ModelSettings
     model_name: str = Field("custom", description="set by `model`")
     view: View = "both"
     windows: WindowSettings = WindowSettings()
-    mask: MaskSettings = MaskSettings()
-    objective: Literal["default", "jepa", "mae"] = "default"
-    loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    ema: EmaSettings = EmaSettings()
     precision: Literal["bf16", "fp32"] = "bf16"
     stream: int | None = Field(4096, ge=1, description="tokens of a chunk of the local stages; null: all at once")
     zero: ZeroSettings = ZeroSettings()
@@ -235,6 +231,15 @@ class PretrainSettings(Settings):
         if isinstance(value, str):
             return ({"path": value},)
         return value
+
+
+class PretrainSettings(TrainSettings):
+    """A pretraining configuration."""
+
+    mask: MaskSettings = MaskSettings()
+    objective: Literal["default", "jepa", "mae"] = "default"
+    loss: LossSettings = LossSettings()
+    ema: EmaSettings = EmaSettings()
 
     @model_validator(mode="after")
     def _learns(self) -> PretrainSettings:
@@ -255,6 +260,23 @@ class PretrainSettings(Settings):
         return jepa, sig, mae
 
 
+class HeadSettings(Settings):
+    """What is put on the encoder to answer a task, and how the two are trained together."""
+
+    pooling: Literal["mean", "attentive"] = Field("mean", description="of the tokens of a sample, before a linear map")
+    queries: int = Field(4, ge=1, description="learned queries of attentive pooling")
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="learning rate of a block over that of the next; null: 0.75, from scratch 1"
+    )
+
+
+class FinetuneSettings(TrainSettings):
+    """Training an encoder on, towards the answers of a task (see `slim.answers`)."""
+
+    head: HeadSettings = HeadSettings()
+    start: str | None = Field(None, description="hash of the weights the encoder begins with; null: random ones")
+
+
 def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSettings:
     """A checked configuration from a YAML file and `key=value` overrides.
 
@@ -270,6 +292,12 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
     if isinstance(model, str):
         tree["model"], tree["model_name"] = _model(model, path).model_dump(), Path(model).stem
     return check(PretrainSettings, tree, path)
+
+
+def load_run(path: str | Path) -> PretrainSettings | FinetuneSettings:
+    """The settings in the `config.yaml` of a run, whichever kind it is of."""
+    tree = read_yaml(path)
+    return check(FinetuneSettings, tree, path) if "head" in tree else check(PretrainSettings, tree, path)
 
 
 def _model(name: str, path: str | Path) -> ModelSettings:

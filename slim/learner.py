@@ -7,31 +7,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slim import schedule
 from slim.batch import Batch
 from slim.config import PretrainSettings
 from slim.ema import PlaceMean, Target
+from slim.monitor import AVERAGED
 from slim.objective import Losses, Objective
 
 _NO_DECAY = ("space", "time", "mask_token", "seconds.linear.weight")
 
 
+@dataclass
+class Group:
+    """Parameters that the optimizer treats alike.
+
+    Attributes
+    ----------
+    parameters : list of Tensor
+    decays : whether weight decay draws them to 0
+    scale : times the learning rate of the step
+    """
+
+    parameters: list[Tensor]
+    decays: bool
+    scale: float = 1.0
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay is for it: matrices, but no norms, biases, positions or tokens."""
+    return parameter.ndim >= 2 and not name.endswith(_NO_DECAY)
+
+
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices (with weight decay) and everything else: norms, biases, positions, tokens (without)."""
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        is_plain = parameter.ndim < 2 or name.endswith(_NO_DECAY)
-        (plain if is_plain else decayed).append(parameter)
-    return [{"params": decayed}, {"params": plain}]
+    """Matrices (with weight decay) and everything else (without)."""
+    named = list(model.named_parameters())
+    return [{"params": [p for name, p in named if decays(name, p) is wanted]} for wanted in (True, False)]
 
 
 class Learner:
-    """A model and what it learns towards: the EMA target and the running means that the terms of its loss need.
+    """What is pretrained: a model, its EMA target and the running means that the terms of its loss need.
 
     Parameters
     ----------
@@ -45,8 +65,10 @@ class Learner:
         `target_mean` with the JEPA term, `context_mean` with SIG: their names in a checkpoint.
     """
 
+    logged = AVERAGED
+
     def __init__(self, settings: PretrainSettings, model: Objective):
-        self.model = model
+        self.model, self.ema = model, settings.ema
         self.target = Target(model.encoder, model.bf16)
         jepa, sig, _ = settings.weights
         cells, dim = math.prod(model.encoder.geometry.cells), model.encoder.dim
@@ -57,9 +79,12 @@ class Learner:
             if needed
         }
 
-    def losses(
-        self, batch: Batch, step: int, forward: Callable[..., Losses] | None = None
-    ) -> tuple[Losses, Tensor | None]:
+    def groups(self) -> list[Group]:
+        """See `parameter_groups`."""
+        decayed, plain = parameter_groups(self.model)
+        return [Group(decayed["params"], True), Group(plain["params"], False)]
+
+    def losses(self, batch: Batch, step: int, forward: Callable[..., Losses] | None = None) -> Losses:
         """Losses of one micro-batch; the running means collect its features.
 
         Parameters
@@ -75,20 +100,23 @@ class Learner:
 
         Returns
         -------
-        tuple
-            The losses, and the centred targets (K, C); None without the JEPA term.
+        Losses
+            With the features `target`, centred, (K, C), None without the JEPA term; and `context`, (M, C).
         """
         assert batch.context is not None
         centred_KC, target_KC, cosine = self._targets(batch)
         context_mean = self.means.get("context_mean")
         losses = (forward or self.model)(batch, target_KC, None if context_mean is None else context_mean.mean, step)
         if batch.empty:
-            return Losses(losses.total * 0, losses.context_MC, {}), None
+            return Losses(losses.total * 0, {}, {"target": None, **losses.features})
         if context_mean is not None:
-            context_mean.observe(losses.context_MC, batch.context.cell_M)
+            context_MC = losses.features["context"]
+            assert context_MC is not None
+            context_mean.observe(context_MC, batch.context.cell_M)
         if cosine is not None:
             losses.logs["sample_cosine"] = cosine
-        return losses, centred_KC
+        losses.features = {"target": centred_KC, **losses.features}
+        return losses
 
     def _targets(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Features at the target cells, (K, C): centred by place and slot, and the same standardised per channel.
@@ -110,6 +138,12 @@ class Learner:
             mean.observe(feature_MC, batch.whole.cell_M)
         return centred_KC, target_KC, cosine
 
+    def begin(self, steps: Callable[[int], Iterable[Batch]], forward: Any = None) -> None:
+        """Running means from the samples of the first step, before anything is trained; the second time, variance."""
+        if self.means:
+            for _ in range(2):
+                self.calibrate(steps(1))
+
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Running means from these batches, before anything is trained; a second call measures the variance, too."""
@@ -129,10 +163,17 @@ class Learner:
         for mean in self.means.values():
             mean.discard()
 
-    def commit(self, momentum: float, full: Callable[[Tensor], Tensor] | None = None) -> None:
-        """End an optimizer step: running means take in what was collected, the target moves; see `Target.update`."""
+    def commit(
+        self, step: int, steps: int, forward: Any = None, full: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, float]:
+        """End step `step` of `steps`: running means take in what was collected, the target moves (`Target.update`).
+
+        Returns the momentum of the target, `ema`.
+        """
+        momentum = schedule.ema_momentum(step, steps, self.ema)
         self._commit_means()
         self.target.update(self.model.encoder, momentum, full)
+        return {"ema": momentum}
 
     def _commit_means(self) -> None:
         for mean in self.means.values():

@@ -7,6 +7,7 @@ import os
 import resource
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ METRICS = "metrics.jsonl"
 WANDB_ID = "wandb/id"
 RECENT = 50  # logged steps a warning looks back on
 _RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
-_AVERAGED = (
+AVERAGED = (
     "loss",
     "loss_jepa",
     "loss_sig",
@@ -62,7 +63,7 @@ def spread_of(what: str, x_MC: Tensor | None) -> dict[str, float | None]:
 
 
 def averages(
-    logs: list[dict[str, Tensor]], tokens: list[Tensor], device: torch.device
+    logs: list[dict[str, Tensor]], tokens: list[Tensor], device: torch.device, names: Sequence[str] = AVERAGED
 ) -> tuple[dict[str, float | None], tuple[float, float]]:
     """Means of what the micro-batches of all processes logged, and sums of their tokens; every process calls it.
 
@@ -72,24 +73,27 @@ def averages(
         Of this process; a micro-batch that lacks a name does not count for it.
     tokens : list of Tensor, (2,)
         Tokens kept, and tokens of brain.
+    names : sequence of str
+        Of the numbers to be averaged.
 
     Returns
     -------
     tuple
-        The means by name, with `gain` (1 - loss / loss of the per-place mean predictor), None where nobody logged; and
-        both sums.
+        The means by name, None where nobody logged, with `gain` (1 - loss / loss of the per-place mean predictor) in
+        place of `trivial`; and both sums.
     """
     zero = torch.zeros((), device=device)
-    values = torch.stack([torch.stack([log.get(name, zero) for log in logs]).sum() for name in _AVERAGED])
-    counts = torch.tensor([sum(name in log for log in logs) for name in _AVERAGED], device=device)
+    values = torch.stack([torch.stack([log.get(name, zero) for log in logs]).sum() for name in names])
+    counts = torch.tensor([sum(name in log for log in logs) for name in names], device=device)
     reduced = torch.cat([values.float(), counts.float(), torch.stack(tokens).sum(dim=0).to(device, torch.float32)])
     if dist.get_world_size() > 1:
         dist.all_reduce(reduced)
     *numbers, kept, brain = reduced.tolist()
-    sums, counted = numbers[: len(_AVERAGED)], numbers[len(_AVERAGED) :]
-    mean = {name: sums[i] / counted[i] if counted[i] else None for i, name in enumerate(_AVERAGED)}
-    trivial, loss = mean.pop("trivial"), mean["loss_jepa"]
-    mean["gain"] = 1 - loss / trivial if trivial and loss is not None else None
+    sums, counted = numbers[: len(names)], numbers[len(names) :]
+    mean = {name: sums[i] / counted[i] if counted[i] else None for i, name in enumerate(names)}
+    if "trivial" in mean:
+        trivial, loss = mean.pop("trivial"), mean["loss_jepa"]
+        mean["gain"] = 1 - loss / trivial if trivial and loss is not None else None
     return mean, (kept, brain)
 
 

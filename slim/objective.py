@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -81,11 +81,11 @@ class Predictor(nn.Module):
 
 @dataclass
 class Losses:
-    """Terms of the loss, and what is logged beside them (detached)."""
+    """The loss of a micro-batch, and what is logged beside it (detached): numbers, and features whose spread is."""
 
     total: Tensor
-    context_MC: Tensor
     logs: dict[str, Tensor]
+    features: dict[str, Tensor | None] = field(default_factory=dict)
 
 
 class Objective(nn.Module):
@@ -142,7 +142,7 @@ class Objective(nn.Module):
             total = total + mae * loss_mae
             logs["loss_mae"] = loss_mae.detach()
         logs["loss"] = total.detach()
-        return Losses(total, context_MC.detach(), logs)
+        return Losses(total, logs, {"context": context_MC.detach()})
 
     def _sig(self, x_MC: Tensor, sample_M: Tensor, samples: int, step: int) -> Tensor:
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)

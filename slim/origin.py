@@ -11,7 +11,7 @@ from shards.reader import Dataset
 from shards.settings import digest
 from shards.stream import Stream
 from slim.checkpoint import CheckpointError, facts
-from slim.config import PretrainSettings
+from slim.config import TrainSettings
 
 _HINT = "Use the settings in the run's config.yaml, or another run.out"
 # field: what the user can set of it
@@ -44,10 +44,12 @@ class Origin:
     global_batch: int
 
     @classmethod
-    def of(cls, settings: PretrainSettings, datasets: Sequence[Dataset], stream: Stream, processes: int) -> Origin:
-        """That of these settings."""
+    def of(
+        cls, settings: TrainSettings, learned: Any, datasets: Sequence[Dataset], stream: Stream, processes: int
+    ) -> Origin:
+        """That of these settings; `learned` as in `slim.course.Course`."""
         model, grid = settings.model.model_dump(mode="json"), datasets[0].manifest["grid"]
-        shapes = [model, settings.view, settings.windows.k, grid, datasets[0].frames, settings.weights]
+        shapes = [model, settings.view, settings.windows.k, grid, datasets[0].frames, learned]
         samples = settings.run.batch * settings.run.accumulate * processes
         return cls(digest(shapes), stream.digest(), settings.zero.stage, samples)
 

@@ -182,14 +182,14 @@ def count(
         micro_batches = min(settings.run.accumulate, 2)  # a third is as the second: gradients lie there already
         for number in range(micro_batches):
             with found.called("targets"):  # and what the hooks say
-                losses, _centred_KC = learner.losses(batch, 0)
+                losses = learner.losses(batch, 0)
             with found.called("backward"):
                 losses.total.backward()
                 driver.reduce(number == micro_batches - 1)
         with found.called("optimizer"):
             driver.step()
         with found.called("means"):
-            learner.commit(settings.ema.start, driver.whole)
+            learner.commit(0, 2, full=driver.whole)
     for part in found.flops:
         found.flops[part] = found.flops[part] * settings.run.accumulate // micro_batches
     return found, learner

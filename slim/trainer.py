@@ -1,9 +1,9 @@
-"""Pretraining: the loop over a DeepSpeed engine. Run by `launchers/job.py` in every process.
+"""The loop over a DeepSpeed engine, whatever is learned. Run by `launchers/job.py` in every process.
 
-One optimizer step, in this order: schedules set, then per micro-batch targets, losses, backward (DeepSpeed reduces,
-clips and steps at the last one), then the EMA target and the running means move, then the step is logged, then it may
-be saved. Everything random depends on (seed, epoch, key) or (seed, step), so a run that is stopped and resumed gives
-the numbers of one that was not.
+One optimizer step, in this order: schedules set, then per micro-batch losses and backward (DeepSpeed reduces, clips and
+steps at the last one), then the learner ends it (pretraining: the EMA target and the running means move; fine-tuning:
+now and then it is validated), then the step is logged, then it may be saved. Everything random depends on (seed, epoch,
+key) or (seed, step), so a run that is stopped and resumed gives the numbers of one that was not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,14 @@ from torch.utils.data import DataLoader
 
 from shards.console import STOPPING, progress
 from shards.errors import UserError
-from shards.reader import Dataset
-from shards.stream import MicroBatches, Stream
+from shards.stream import MicroBatches
 from shards.workers import end_with_parent
 from slim import checkpoint, elastic, loading, schedule, speed
-from slim.batch import geometry_for, load_batch
-from slim.config import PretrainSettings
-from slim.learner import Learner, parameter_groups
+from slim.batch import Batch
+from slim.config import TrainSettings
+from slim.course import Course
 from slim.mirror import Mirror, recover
 from slim.monitor import Monitor, averages, peak_memory_bytes, spread_of
-from slim.objective import Objective
-from slim.origin import Origin
 from slim.skipping import NOT_FINITE, GuardedAdamW, Skipped
 from slim.watch import COMPUTE, DATA, SAVE, Watch
 from slim.zero import BUCKET
@@ -43,7 +39,7 @@ from slim.zero import BUCKET
 _PATIENCE = 1800  # seconds a loading process may take for a batch before it counts as lost
 
 
-def deepspeed_config(settings: PretrainSettings) -> dict[str, Any]:
+def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
     """The engine's configuration.
 
     Precision is autocast inside the model, so states and gradients are fp32 and bf16 is right at every stage.
@@ -75,40 +71,42 @@ def deepspeed_config(settings: PretrainSettings) -> dict[str, Any]:
 
 
 class Trainer:
-    """One process of a pretraining run.
+    """One process of a run.
 
     Parameters
     ----------
-    settings : PretrainSettings
+    course : Course
+        What is learned, and from what.
     device : torch.device
         This process's own.
 
     Raises
     ------
     UserError
-        If data, model or checkpoint do not fit the configuration.
+        If the checkpoint to go on from does not fit the configuration.
     """
 
-    def __init__(self, settings: PretrainSettings, device: torch.device):
-        self.settings, self.device = settings, device
+    def __init__(self, course: Course, device: torch.device):
+        settings = course.settings
+        self.course, self.settings, self.device = course, settings, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.folder = Path(settings.run.out)
         self.checkpoints = self.folder / "checkpoints"
 
-        datasets = [Dataset(item.path) for item in settings.data]
-        self.geometry = geometry_for(settings, datasets)
-        self.stream = Stream(datasets, [item.weight for item in settings.data], "train", settings.run.seed)
+        self.stream = course.stream
         self.global_batch = settings.run.batch * settings.run.accumulate * self.world
         self.steps = settings.run.steps_in_all(self.stream.per_epoch, self.world)
-        self.origin = Origin.of(settings, datasets, self.stream, self.world)
+        self.origin = course.origin(self.world)
 
-        torch.manual_seed(settings.run.seed)
-        model = Objective(settings, self.geometry, datasets[0].grid.voxels).to(self.device)
-        self.learner = Learner(settings, model)
+        self.learner = course.learner(device)
+        self._groups = self.learner.groups()
         self._full = _whole_parameter if settings.zero.stage == 3 else None
         chosen = settings.optimizer
-        self._adam = GuardedAdamW(parameter_groups(model), lr=chosen.lr, betas=chosen.betas)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=deepspeed_config(settings))
+        groups = [{"params": group.parameters} for group in self._groups]
+        self._adam = GuardedAdamW(groups, lr=chosen.lr, betas=chosen.betas)
+        self.engine, *_ = deepspeed.initialize(
+            model=self.learner.model, optimizer=self._adam, config=deepspeed_config(settings)
+        )
         sessions = sum(len(part) for part in self.stream.sessions)
         self.skipped = Skipped(self.folder, sessions, settings.run.damaged, settings.run.not_finite)
         self.step, self.consumed = 0, 0
@@ -133,14 +131,14 @@ class Trainer:
         self._catch_signals()
         resumed = self._resume()
         if not resumed:
-            self._calibrate()
+            self.learner.begin(self._first_steps, self.engine)
         stopped, line, said, warnings = None, {}, set[str](), list[str]()
         with ExitStack() as stack:
             monitor = self._monitor() if self.rank == 0 else None
             if monitor is not None:
                 stack.callback(monitor.close)
                 stack.enter_context(self._watch)
-                advance = stack.enter_context(progress("pretrain", self.steps - self.step, "steps"))
+                advance = stack.enter_context(progress(self.course.name, self.steps - self.step, "steps"))
             micro_batches = (self.steps - self.step) * self.settings.run.accumulate
             batches = iter(self._loader(self.consumed, micro_batches)) if self.step < self.steps else iter(())
             while self.step < self.steps and stopped is None:
@@ -175,9 +173,11 @@ class Trainer:
         }
 
     def _at_peak(self) -> float | None:
-        """Seconds a token of brain would take at the GPU's peak; None for one that `slim.speed` does not know."""
-        peak = speed.peak_flops(torch.cuda.get_device_name(self.device), self.settings.precision)
-        return None if peak is None else speed.flops_per_token(self.settings, self.stream.datasets[0]) / peak
+        """Seconds a token of brain would take at the GPU's peak; None where its speed or the work is not known."""
+        peak, work = speed.peak_flops(torch.cuda.get_device_name(self.device), self.settings.precision), None
+        if peak is not None:
+            work = self.course.flops_per_token()
+        return None if peak is None or work is None else work / peak
 
     def _monitor(self) -> Monitor:
         config = self.settings.model_dump(mode="json")
@@ -205,11 +205,10 @@ class Trainer:
 
     def _loader(self, consumed: int, count: int) -> DataLoader:
         """This process's next `count` micro-batches after so many samples of the stream."""
-        settings = self.settings
-        load = partial(load_batch, datasets=self.stream.datasets, geometry=self.geometry, settings=settings)
-        workers = settings.run.workers
+        run = self.settings.run
+        workers = run.workers
         return DataLoader(
-            MicroBatches(self.stream, load, settings.run.batch, self.rank, self.world, count, consumed),
+            MicroBatches(self.stream, self.course.load(), run.batch, self.rank, self.world, count, consumed),
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=loading.context() if workers else None,
@@ -217,12 +216,10 @@ class Trainer:
             timeout=_PATIENCE if workers else 0,
         )
 
-    def _calibrate(self) -> None:
-        """Running means from the first step's samples, before anything is trained: twice, for means, then variance."""
-        if self.learner.means:
-            for _ in range(2):
-                loaded = self._loader(0, self.settings.run.accumulate)
-                self.learner.calibrate(batch.to(self.device) for batch in loaded)
+    def _first_steps(self, steps: int) -> Iterator[Batch]:
+        """This process's micro-batches of so many steps, from the first."""
+        for batch in self._loader(0, steps * self.settings.run.accumulate):
+            yield batch.to(self.device)
 
     def _one_step(self, batches: Iterator[Any]) -> dict[str, Any]:
         """One optimizer step; returns its line of metrics.jsonl."""
@@ -230,9 +227,8 @@ class Trainer:
         begun, waited = time.perf_counter(), 0.0
         lr = schedule.learning_rate(self.step, self.steps, settings.optimizer)
         wd = schedule.weight_decay(self.step, self.steps, settings.optimizer)
-        momentum = schedule.ema_momentum(self.step, self.steps, settings.ema)
-        for number, group in enumerate(self.engine.optimizer.param_groups):
-            group["lr"], group["weight_decay"] = lr, wd if number == 0 else 0.0
+        for group, about in zip(self.engine.optimizer.param_groups, self._groups, strict=True):
+            group["lr"], group["weight_decay"] = lr * about.scale, wd if about.decays else 0.0
         logs: list[dict[str, Tensor]] = []
         tokens: list[Tensor] = []
         damaged: dict[str, str] = {}
@@ -244,25 +240,26 @@ class Trainer:
             batch = next(batches).to(self.device)
             self._watch.now(COMPUTE)
             waited += time.perf_counter() - asked
-            losses, centred_KC = self.learner.losses(batch, self.step, self.engine)
-            context_MC = losses.context_MC
+            losses = self.learner.losses(batch, self.step, self.engine)
             self.engine.backward(losses.total)
             self.engine.step()
             damaged |= batch.damaged
             keys += [] if batch.empty else batch.keys
             logs.append(losses.logs)
-            assert batch.context is not None
-            counted = torch.stack([batch.context.tokens_B.sum(), batch.whole.tokens_B.sum()])
+            seen = batch.whole if batch.context is None else batch.context
+            counted = torch.stack([seen.tokens_B.sum(), batch.whole.tokens_B.sum()])
             tokens.append(counted * (not batch.empty))
             epoch = max(batch.epochs)
         self.step += 1
         self.consumed += self.global_batch
         if skipped := self._adam.skipped or bool(getattr(self.engine.optimizer, "overflow", False)):
             self.learner.discard()
+            more = {}
         else:
-            self.learner.commit(momentum, self._full)
+            more = self.learner.commit(self.step - 1, self.steps, self.engine, self._full)
         self._note(damaged, skipped, keys)
-        return self._line(logs, tokens, centred_KC, context_MC, epoch, lr, wd, momentum, begun, waited)
+        more = {"lr": lr, "wd": wd, **more}
+        return self._line(logs, tokens, losses.features, epoch, more, begun, waited)
 
     def _note(self, damaged: dict[str, str], skipped: bool, keys: list[str]) -> None:
         """Write down what was left out of this step; TrainingStopped where it is too much."""
@@ -284,20 +281,18 @@ class Trainer:
         self,
         logs: list[dict[str, Tensor]],
         tokens: list[Tensor],
-        centred_KC: Tensor | None,
-        context_MC: Tensor,
+        features: dict[str, Tensor | None],
         epoch: int,
-        lr: float,
-        wd: float,
-        momentum: float,
+        more: dict[str, Any],
         begun: float,
         waited: float,
     ) -> dict[str, Any]:
         """Means over micro-batches and processes, as one line of metrics.jsonl."""
-        mean, (kept, brain) = averages(logs, tokens, self.device)
-        spread = {}
+        mean, (kept, brain) = averages(logs, tokens, self.device, self.learner.logged)
+        spread: dict[str, float | None] = {}
         if self.rank == 0 and self._is_logged():
-            spread = {**spread_of("target", centred_KC), **spread_of("context", context_MC)}
+            for name, x_NC in features.items():
+                spread |= spread_of(name, x_NC)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begun
@@ -307,9 +302,7 @@ class Trainer:
             "epoch": epoch,
             "samples": self.consumed,
             **mean,
-            "lr": lr,
-            "wd": wd,
-            "ema": momentum,
+            **more,
             "grad_norm": None if norm is None else float(norm),
             **spread,
             "seconds": seconds,
@@ -319,7 +312,7 @@ class Trainer:
             "skipped_in_a_row": self.skipped.row,
             "tokens_kept": kept / self.global_batch,
             "tokens_brain": brain / self.global_batch,
-            "tokens_grid": math.prod(self.geometry.tokens),
+            "tokens_grid": math.prod(self.course.geometry.tokens),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
         if self._seconds_per_token is not None:

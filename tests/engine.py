@@ -76,11 +76,11 @@ def steps(stage: int, accumulate: int, processes: int) -> None:
     here = batch.pack().to("cpu")
     for _ in range(3 if stage == 3 else 2):  # moments are made in the first; stage 3 knows its layers in the third
         for _ in range(accumulate):
-            losses, _centred_KC = learner.losses(here, 0, engine)
+            losses = learner.losses(here, 0, engine)
             engine.backward(losses.total)
             engine.step()
-            del losses, _centred_KC
-        learner.commit(0.9, safe_get_full_fp32_param if stage == 3 else None)
+            del losses
+        learner.commit(0, 2, full=safe_get_full_fp32_param if stage == 3 else None)
 
 
 def main() -> None:

@@ -68,13 +68,13 @@ class RealStep:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.learner.model), foreach=False)
 
     def __call__(self) -> float:
-        losses, centred_KC = self.learner.losses(self.batch, 0)
+        losses = self.learner.losses(self.batch, 0)
         losses.total.backward()
         nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.settings.optimizer.clip, foreach=False)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.learner.commit(self.settings.ema.start)
-        assert centred_KC is None or centred_KC.isfinite().all()
+        self.learner.commit(0, 2)
+        assert all(x_NC is None or x_NC.isfinite().all() for x_NC in losses.features.values())
         return losses.total.item()
 
 

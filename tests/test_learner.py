@@ -26,11 +26,11 @@ def learner(objective: str) -> Learner:
 def train(learner: Learner, optimizer: torch.optim.Optimizer, seeds: range) -> list[float]:
     losses = []
     for seed in seeds:
-        found, _ = learner.losses(make_batch(seed, seed + 1), seed)
+        found = learner.losses(make_batch(seed, seed + 1), seed)
         found.total.backward()
         optimizer.step()
         optimizer.zero_grad()
-        learner.commit(0.9)
+        learner.commit(0, 2)
         losses.append(found.total.item())
     return losses
 
@@ -65,7 +65,7 @@ def test_targets_are_centred_by_place_and_standardised_per_channel() -> None:
         given.extend(words)
         return mine.model(*words)
 
-    _, centred_KC = mine.losses(batch, 7, engine)
+    centred_KC = mine.losses(batch, 7, engine).features["target"]
     feature_KC = mine.target.features(batch)[batch.targets.row_K]
     expected_KC = feature_KC - mine.means["target_mean"].mean[batch.targets.cell_K]
     assert given[0] is batch and given[2] is mine.means["context_mean"].mean and given[3] == 7

@@ -199,8 +199,8 @@ def test_the_cosine_between_samples_tells_whether_features_are_of_the_place_or_o
     batch, cosine = make_batch(1, 2), []
     assert batch.context is not None
     for step in range(150):
-        given = Losses(torch.zeros(()), torch.zeros(len(batch.context.cell_M), dim), {})
-        losses, _ = learner.losses(batch, step, lambda *_, given=given: given)
+        given = Losses(torch.zeros(()), {}, {"context": torch.zeros(len(batch.context.cell_M), dim)})
+        losses = learner.losses(batch, step, lambda *_, given=given: given)
         learner.means["target_mean"].commit()
         cosine.append(float(losses.logs["sample_cosine"]))
     assert np.mean(cosine[-50:]) == pytest.approx(expected, abs=0.03)

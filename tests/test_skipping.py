@@ -81,9 +81,9 @@ def test_an_empty_micro_batch_adds_nothing(dataset: Path, tmp_path: Path) -> Non
     assert batch.empty and set(batch.damaged) == set(keys)
 
     learner = Learner(settings, Objective(settings, geometry, opened.grid.voxels))
-    losses, centred = learner.losses(batch, 0)
+    losses = learner.losses(batch, 0)
     losses.total.backward()
-    assert losses.total == 0 and losses.logs == {} and centred is None
+    assert losses.total == 0 and losses.logs == {} and losses.features["target"] is None
     gradients = [parameter.grad for parameter in learner.model.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
     assert not any(mean._sums.any() for mean in learner.means.values())
@@ -114,17 +114,18 @@ prepare()
 import deepspeed
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 from slim.config import load_config
+from slim.course import Pretraining
 from slim.trainer import Trainer
 from shards.errors import UserError
 bad = set(map(int, sys.argv[2].split(",")))
-trainer = Trainer(load_config(sys.argv[1]), torch.device("cpu"))
+trainer = Trainer(Pretraining(load_config(sys.argv[1])), torch.device("cpu"))
 plain, seen = trainer.learner.losses, []
 def losses(batch, step, forward=None):
-    found, centred = plain(batch, step, forward)
+    found = plain(batch, step, forward)
     if step in bad:
         found.total = found.total * float("nan")
         trainer.learner.means["target_mean"]._sums += float("nan")
-    return found, centred
+    return found
 trainer.learner.losses = losses
 step = trainer._one_step
 def one_step(batches):

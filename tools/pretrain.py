@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from launchers import local
 from shards.console import Parser, run, summary
-from shards.reader import Dataset
-from shards.stream import Stream
-from slim.batch import geometry_for
 from slim.config import load_config
 
 
@@ -23,10 +20,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     settings = load_config(args.config, args.overrides)
-    # What can be wrong is told here, in one line, before processes are started.
-    datasets = [Dataset(item.path) for item in settings.data]
-    geometry_for(settings, datasets)
-    Stream(datasets, [item.weight for item in settings.data], "train", settings.run.seed)
+    # What can be wrong is told by `prepare_run`, in one line, before processes are started.
     result = local.run(local.prepare_run(settings), settings.run.processes)
     status = int(result.pop("status"))
     out = settings.run.out

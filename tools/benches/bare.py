@@ -47,9 +47,7 @@ def bare_steps(settings: PretrainSettings) -> dict[str, list[float]]:
     model = Objective(settings, geometry, datasets[0].grid.voxels)
     learner = Learner(settings, model)
     adam = torch.optim.AdamW(parameter_groups(model), lr=optimizer.lr, betas=optimizer.betas)
-    if learner.means:
-        for _ in range(2):
-            learner.calibrate(batches[:accumulate])
+    learner.begin(lambda _: batches[:accumulate])
 
     found: dict[str, list[float]] = {"seconds": [], "cpu": [], "loss": []}
     for step in range(steps):
@@ -59,13 +57,13 @@ def bare_steps(settings: PretrainSettings) -> dict[str, list[float]]:
         for group in adam.param_groups:
             group["lr"] = schedule.learning_rate(step, steps, optimizer)
         for batch in batches[step * accumulate : (step + 1) * accumulate]:
-            losses, _ = learner.losses(batch, step)
+            losses = learner.losses(batch, step)
             (losses.total / accumulate).backward()
             total += float(losses.total.detach()) / accumulate
         torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip)
         adam.step()
         adam.zero_grad()
-        learner.commit(schedule.ema_momentum(step, steps, settings.ema))
+        learner.commit(step, steps)
         found["seconds"].append(time.perf_counter() - begun)
         found["cpu"].append(time.process_time() - begun_cpu)
         found["loss"].append(total)
