@@ -9,7 +9,8 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -17,7 +18,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from shards.errors import ConfigError, UserError
 from shards.settings import Settings
 
-COMMANDS = ("sbatch", "srun", "scontrol", "sinfo", "scancel")
+COMMANDS = ("sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
 # States in which a job stays; after NODE_FAIL and PREEMPTED it may be requeued, a moment later.
 OVER = {
     "COMPLETED",
@@ -148,14 +149,24 @@ def require_slurm() -> None:
             )
 
 
-def check_cluster(settings: SlurmSettings, nodes: int, gpus: int, run: Path) -> None:
+def check_cluster(settings: SlurmSettings, nodes: int, gpus: int, folder: Path, field: str = "run.out") -> None:
     """What can be told about a job before it is submitted.
+
+    Parameters
+    ----------
+    settings : SlurmSettings
+    nodes, gpus : int
+        Nodes, and GPUs of each.
+    folder : Path
+        What it works in.
+    field : str
+        How the user named the folder.
 
     Raises
     ------
     ConfigError
         If there is no such partition, it has fewer nodes, a shorter time limit or fewer GPUs in a node than asked
-        for, or other machines cannot see the folder of the run.
+        for, or other machines cannot see the folder.
     """
     known = dict(_partition(line) for line in ask("sinfo", "-h", "-a", "-o", "%P").splitlines())
     name = settings.partition or next((name for name, default in known.items() if default), None)
@@ -177,9 +188,9 @@ def check_cluster(settings: SlurmSettings, nodes: int, gpus: int, run: Path) -> 
     if settings.time is not None and seconds(settings.time) > limit:
         raise ConfigError("command line", "--time", settings.time, f"at most {limit / 60:.0f} minutes, as {name} has")
     elsewhere = [node for node, _, address, _ in lines if not _is_here(node, address)]
-    if elsewhere and is_local(run):
+    if elsewhere and is_local(folder):
         raise ConfigError(
-            run, "run.out", "a folder of this machine alone", f"one that {elsewhere[0]} sees, too", "Use a shared one"
+            folder, field, "a folder of this machine alone", f"one that {elsewhere[0]} sees, too", "Use a shared one"
         )
 
 
@@ -203,6 +214,27 @@ def is_local(folder: Path) -> bool:
     return not places.isdisjoint(folder.parents)
 
 
+def check_array(tasks: int) -> None:
+    """ConfigError if the cluster takes no array of so many tasks."""
+    match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
+    if match is not None and tasks > (most := int(match[1])):
+        raise ConfigError("command line", "--tasks", tasks, f"at most {most}, as this cluster's MaxArraySize allows")
+
+
+def states(jobs: Iterable[str]) -> dict[str, Counter[str]]:
+    """How many tasks of each job are in which state, as far as SLURM remembers; a job that is no array has one."""
+    found: dict[str, Counter[str]] = {job: Counter() for job in jobs}
+    try:
+        text = ask("squeue", "-h", "-r", "-t", "all", "-j", ",".join(found), "-o", "%F %T")
+    except ClusterError as error:
+        if "Invalid job id" not in str(error.got):
+            raise
+        text = ""
+    for job, state in map(str.split, text.splitlines()):
+        found[job][state] += 1
+    return found
+
+
 def job_facts(job: str) -> dict[str, str] | None:
     """What `scontrol` says of a job (JobState, Reason, Restarts, ExitCode, ...); None once it is forgotten."""
     try:
@@ -220,6 +252,6 @@ def is_over(facts: dict[str, str] | None) -> bool:
 
 
 def last_error(lines: Sequence[str]) -> str:
-    """The last line that begins with `error: ` (after srun's label), without it."""
-    found = [match[1] for line in lines if (match := re.match(r"(?:\s*\d+: )?error: (.*)", line))]
+    """The last line that begins with `error: ` (after the label of srun or of SLURM's daemon), without it."""
+    found = [match[1] for line in lines if (match := re.match(r"(?:\s*\d+: |slurmstepd: )?error: (.*)", line))]
     return found[-1] if found else ""

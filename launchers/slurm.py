@@ -1,11 +1,13 @@
-"""Pretrain on a cluster with SLURM, over as many nodes as you like.
+"""Convert and pretrain on a cluster with SLURM, over as many nodes as you like.
 
+    python launchers/slurm.py shards COHORT.yaml [COHORT.yaml ...] --out DATASET --tasks N [key=value ...]
     python launchers/slurm.py pretrain CONFIG.yaml --nodes N --gpus-per-node G [key=value ...]
-    python launchers/slurm.py status RUN
-    python launchers/slurm.py cancel RUN
+    python launchers/slurm.py status DATASET_OR_RUN
+    python launchers/slurm.py cancel DATASET_OR_RUN
 
-The job comes back by itself: before its time limit and when it is preempted it saves and is requeued, a lost process
-or node leads to another attempt from the last complete checkpoint, with other nodes or fewer if need be.
+A run comes back by itself: before its time limit and when it is preempted it saves and is requeued, a lost process
+or node leads to another attempt from the last complete checkpoint, with other nodes or fewer if need be. A conversion
+is an array of tasks; what fails is tried a second time.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launchers import attempt
+from launchers import attempt, chain, part
 from launchers.batch import SLURM, Batch
 from launchers.cluster import (
     SlurmSettings,
@@ -39,14 +42,14 @@ from shards.settings import check, read_yaml
 from slim.config import PretrainSettings, load_config
 
 JOB = "job.json"  # in RUN/slurm: the job that was submitted last
-_FLAGS = ("partition", "account", "qos", "time", "mem", "constraint", "cpus_per_task", "max_failures", "python")
+_FLAGS = ("partition", "account", "qos", "time", "mem", "constraint", "cpus_per_task", "python")
 _POLL = 1.0  # seconds between questions to the controller
 _SURE = 3  # times in a row that a job must look ended: a lost node is requeued a moment later
 
 
 def main() -> int:
     words = sys.argv[1:]
-    commands = {"pretrain": pretrain, "status": status, "cancel": cancel}
+    commands = {"shards": shards, "pretrain": pretrain, "status": status, "cancel": cancel}
     if words and words[0] in commands:
         return commands[words[0]](words[1:])
     parser = Parser(__doc__.strip(), _EXAMPLE)
@@ -71,16 +74,7 @@ def pretrain(words: list[str]) -> int:
     per_node.add_argument(
         "--tasks-per-node", type=int, metavar="T", help="processes per node of a cluster without GPUs"
     )
-    add(
-        "--slurm",
-        metavar="SLURM.yaml",
-        help="settings of the cluster, see configs/slurm/example.yaml; flags override it",
-    )
-    for name in _FLAGS:
-        kind = int if name in ("cpus_per_task", "max_failures") else str
-        add(f"--{name.replace('_', '-')}", type=kind, help=SlurmSettings.model_fields[name].description)
-    add("--dry-run", action="store_true", help="print the script, and what the cluster says to it; submit nothing")
-    add("--follow", action="store_true", help="show the job's log until it has ended, and exit with its status")
+    _add_cluster(parser, (*_FLAGS, "max_failures"))
     args = parser.parse_args(words)
     fewest, nodes = nodes_of(args.nodes)
     gpus = args.gpus_per_node or 0
@@ -134,9 +128,48 @@ def pretrain(words: list[str]) -> int:
     return ended
 
 
+def shards(words: list[str]) -> int:
+    """Check, find the runs, submit the jobs; follow them if asked to."""
+    parser = Parser(
+        "Convert cohorts into shards, as tools/make_shards.py does, in an array of jobs.",
+        "python launchers/slurm.py shards mylab.yaml --out data/mylab --tasks 100 --throttle 20 --follow",
+    )
+    parser.prog += " shards"
+    from launchers.conversion import add_arguments, conversion_of  # which imports torch
+
+    add_arguments(parser)
+    parser.add_argument("--tasks", type=int, required=True, metavar="N", help="tasks of the array, at most")
+    parser.add_argument("--throttle", type=int, metavar="M", help="tasks that run at the same time, at most")
+    _add_cluster(parser, _FLAGS)
+    args = parser.parse_args(words)
+    cluster = _cluster(args)
+    args.out = args.out.resolve()
+    conversion, given = conversion_of(args, cluster.cpus_per_task or 1)
+    jobs = chain.Chain(conversion, given, cluster, args.tasks, args.throttle)
+    if args.dry_run:
+        return jobs.dry_run()
+    return jobs.convert(["launchers/slurm.py", "shards", *words], args.follow, args.json)
+
+
+def _add_cluster(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
+    """What every submission is called with."""
+    add = parser.add_argument
+    add(
+        "--slurm",
+        metavar="SLURM.yaml",
+        help="settings of the cluster, see configs/slurm/example.yaml; flags override it",
+    )
+    for name in flags:
+        kind = int if name in ("cpus_per_task", "max_failures") else str
+        add(f"--{name.replace('_', '-')}", type=kind, help=SlurmSettings.model_fields[name].description)
+    add("--dry-run", action="store_true", help="print what would be submitted, and what the cluster says to it")
+    add("--follow", action="store_true", help="show how far it is until it has ended, and exit with its status")
+
+
 def _cluster(args: argparse.Namespace) -> SlurmSettings:
     tree = read_yaml(args.slurm) if args.slurm else {}
-    given = {name: getattr(args, name) for name in _FLAGS if getattr(args, name) is not None}
+    flags = [name for name in (*_FLAGS, "max_failures") if hasattr(args, name)]
+    given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     for name, value in given.items():  # told by their flags, where these are at fault
         check(SlurmSettings, {name: value}, "command line")
     return check(SlurmSettings, tree | given, args.slurm or "command line")
@@ -231,22 +264,30 @@ def _progress(out: Path) -> dict[str, Any]:
     return {**found, "checkpoint": attempt.newest_checkpoint(out)}
 
 
-def _run_of(words: list[str], command: str, does: str) -> tuple[argparse.Namespace, Path, dict[str, Any]]:
+def _folder_of(words: list[str], command: str, does: str) -> tuple[argparse.Namespace, Path]:
     parser = Parser(does, f"python launchers/slurm.py {command} runs/lean")
     parser.prog += f" {command}"
-    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("folder", metavar="DATASET_OR_RUN")
     args = parser.parse_args(words)
-    out = Path(args.run).resolve()
-    about = _about(out)
-    if about is None:
-        raise ConfigError(out / SLURM / JOB, "", "no such file", "a run that was submitted with launchers/slurm.py")
+    folder = Path(args.folder).resolve()
+    if not (folder / SLURM / JOB).exists() and not (folder / part.PLACE / part.JOB).exists():
+        expected = "a run or a dataset that was submitted with launchers/slurm.py"
+        raise ConfigError(folder / SLURM / JOB, "", "no such file", expected)
     require_slurm()
-    return args, out, about
+    return args, folder
 
 
 def status(words: list[str]) -> int:
-    """Say what the job of a run is doing and how far it is."""
-    args, out, about = _run_of(words, "status", "What the job of a run is doing, and how far it is.")
+    """Say what the jobs of a run or of a dataset are doing and how far it is."""
+    args, folder = _folder_of(words, "status", "What the jobs of a run or of a dataset are doing, and how far it is.")
+    about = _about(folder)
+    facts, following = chain.status(folder) if about is None else _status_of_run(folder, about)
+    summary(facts, following, args.json)
+    return DONE
+
+
+def _status_of_run(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What the job of a run is doing and how far it is; what to do next."""
     number, log = about["job"], Path(about["log"])
     facts = job_facts(number)
     own = attempt.attempts(out, number)
@@ -276,28 +317,33 @@ def status(words: list[str]) -> int:
             wrong = last_error(log.read_text(errors="replace").splitlines()) if log.exists() else ""
             found["error"] = wrong or found["last_end"] or "the job ended without a word"
             following = f"look at {log}; `{' '.join(['python', *about['command']])}` goes on"
-    summary({name: value for name, value in found.items() if value is not None}, following, args.json)
-    return DONE
+    return {name: value for name, value in found.items() if value is not None}, following
 
 
 def cancel(words: list[str]) -> int:
-    """Cancel the job of a run."""
-    args, out, about = _run_of(words, "cancel", "Cancel the job of a run. What it has saved stays.")
+    """Cancel the jobs of a run or of a dataset."""
+    args, folder = _folder_of(words, "cancel", "Cancel the jobs of a run or of a dataset. What it has saved stays.")
+    about = _about(folder)
+    if about is None:
+        command, facts = part.submitted(folder)["command"], {"dataset": str(folder), **chain.cancel(folder)}
+        following = "goes on with the runs that are left"
+    else:
+        command, facts = about["command"], _cancel_run(folder, about)
+        following = "goes on from the last complete checkpoint"
+    summary(facts, f"`{' '.join(['python', *command])}` {following}", args.json)
+    return DONE
+
+
+def _cancel_run(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     number = about["job"]
     was = job_facts(number)
     if not is_over(was):
         ask("scancel", number)
         while not is_over(job_facts(number)):
             time.sleep(_POLL / 4)
-    facts = {
-        "run": str(out),
-        "job": number,
-        "state": "CANCELLED" if not is_over(was) else "had ended",
-        **_progress(out),
-    }
-    following = f"`{' '.join(['python', *about['command']])}` goes on from the last complete checkpoint"
-    summary({name: value for name, value in facts.items() if value is not None}, following, args.json)
-    return DONE
+    state = "CANCELLED" if not is_over(was) else "had ended"
+    facts = {"run": str(out), "job": number, "state": state, **_progress(out)}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 if __name__ == "__main__":

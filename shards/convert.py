@@ -2,7 +2,7 @@
 
 Each step leaves its results under `DATASET/work/`, so a conversion that was stopped goes on where it was; a session
 whose source and configuration are unchanged is not read again, and a run that was refused is not tried again before it
-changes. One conversion at a time holds the folder.
+changes. One conversion at a time holds the folder; its processes may be many, on as many machines (`join`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -128,7 +129,7 @@ class Conversion:
             raise DatasetError(self.folder, "--out", "a file", "a folder")
         if any(self.folder.iterdir()) and not self.work.exists() and not (self.folder / layout.MANIFEST).exists():
             raise DatasetError(self.folder, "--out", "a folder with other files", "a new folder or a dataset")
-        self._hold()
+        self.hold()
         writer.finish_commit(self.folder)
         if (self.folder / layout.MANIFEST).exists():
             self.previous = Dataset(self.folder)
@@ -145,7 +146,7 @@ class Conversion:
         `open` and `find` come first.
         """
         try:
-            self._hold()
+            self.hold()
             for left_over in self.work.rglob(".*.tmp"):  # by a process that was killed while it wrote
                 left_over.unlink()
             if not (self.work / "configuration").exists():
@@ -158,36 +159,62 @@ class Conversion:
         except OSError as error:
             raise DatasetError(self.folder, "--out", error.strerror, "a folder that can be written") from None
 
-    def _hold(self) -> None:
-        """Keep other conversions out of the folder until this process ends, however it ends."""
+    def hold(self, who: str = "", together: bool = False, patience: float = 0) -> None:
+        """Keep other conversions out of the folder until this process ends, however it ends.
+
+        Parameters
+        ----------
+        who : str
+            What others are told about this process; by default its number.
+        together : bool
+            Share the folder with processes that hold it together, too: the tasks of one conversion, which must have
+            been begun by one that held it alone.
+        patience : float
+            Seconds to wait for those that hold it now.
+
+        Raises
+        ------
+        DatasetError
+            If another conversion holds it.
+        """
         if self._lock is not None:
             return
         self.work.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            who = os.read(self._lock, 200).decode(errors="replace").strip() or "another process"
-            raise DatasetError(
-                self.folder,
-                "--out",
-                f"a folder in which {who} is converting",
-                "one conversion at a time",
-                "Wait for it, or give another --out",
-            ) from None
-        except OSError as error:  # some network file systems are mounted without locks
-            print(
-                f"{self.folder} cannot be locked ({error.strerror}): start no second conversion there", file=sys.stderr
-            )
-            return
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self._lock, (fcntl.LOCK_SH if together else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < end:
+                    time.sleep(0.2)
+                    continue
+                holder = os.read(self._lock, 200).decode(errors="replace").strip() or "another process"
+                self.close()
+                raise DatasetError(
+                    self.folder,
+                    "--out",
+                    f"a folder in which {holder} is converting",
+                    "one conversion at a time",
+                    "Wait for it, or give another --out",
+                ) from None
+            except OSError as error:  # some network file systems are mounted without locks
+                what = f"{self.folder} cannot be locked ({error.strerror})"
+                print(f"{what}: start no second conversion there", file=sys.stderr)
+                return
         os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.pwrite(self._lock, (who or f"process {os.getpid()} on {socket.gethostname()}").encode(), 0)
 
     def close(self) -> None:
         """Let other conversions into the folder again."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A conversion that was begun goes to other processes by pickle; the lock stays with the one that holds it."""
+        return {**self.__dict__, "_lock": None}
 
     def _same_configuration(self, found: str) -> None:
         if found != self.hash:
@@ -244,12 +271,13 @@ class Conversion:
                 series.append((arrays["roi"], arrays["roi_centre"]))
         return series
 
-    def rank(self, ranker: Ranker, only_harmonised: bool = False) -> None:
-        """Rank every run that is not done and write its members, harmonising it first where that was not done."""
-        todo = [run for run in self.runs if not self._settled(run)]
-        if only_harmonised:
-            todo = [run for run in todo if is_harmonised(self.folder, run)]
-        self._map("rank", todo, ranker)
+    def unsettled(self) -> list[RunSource]:
+        """The runs that are neither ranked nor refused yet."""
+        return [run for run in self.runs if not self._settled(run)]
+
+    def rank(self, ranker: Ranker, runs: Iterable[RunSource]) -> None:
+        """Rank runs and write their members, harmonising them first where that was not done."""
+        self._map("rank", [run for run in runs if not self._settled(run)], ranker)
 
     def pack(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Write the dataset from the finished sessions; does nothing if it is there already.

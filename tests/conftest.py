@@ -15,7 +15,7 @@ import pytest
 import torch
 from runs import FRAMES, brain, oblique, save, signal
 
-from shards import layout
+from shards import layout, page
 
 ROOT = Path(__file__).parent.parent
 Command = Callable[..., subprocess.CompletedProcess]
@@ -80,7 +80,7 @@ def make_shards(monkeypatch):
         layout.write_atomically(path, "page")
         return path
 
-    monkeypatch.setattr(tool.page, "write", write_page)
+    monkeypatch.setattr(page, "write", write_page)
 
     def call(*words: object) -> int:
         workers = [] if "--workers" in words else ["--workers", 1]

@@ -1,0 +1,220 @@
+"""The steps of a conversion and what is told of them: one process takes them all here, jobs of a cluster one each."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shards import layout, page, survey
+from shards.console import DONE, REFUSED, progress, summary
+from shards.convert import Conversion, ConvertSettings
+from shards.errors import ConfigError
+from shards.session import Ranker, is_harmonised
+from shards.settings import check, override
+from slim.parcels import make_parcels
+from slim.saliency import make_ranker
+from slim.temporal import CONFIG_FILE, Extractor, train_extractor
+
+STEPS = ("find", "harmonise", "rank", "pack")
+Ended = tuple[int, dict[str, Any], str]  # exit status, facts of the summary, what to do next
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every conversion is called with, wherever it runs."""
+    add = parser.add_argument
+    add("arguments", nargs="+", metavar="COHORT.yaml|key=value", help="cohort files, then settings")
+    add("--out", required=True, type=Path, metavar="DATASET", help="folder of the dataset")
+    add("--ranker", default="mutual", metavar="NAME", help="how windows are scored (default: mutual)")
+    add("--extractor", type=Path, metavar="PATH", help="a trained temporal extractor")
+    add("--retry-refused", action="store_true", help="try runs again that were refused before")
+
+
+def conversion_of(args: argparse.Namespace, workers: int) -> tuple[Conversion, Extractor | None]:
+    """The conversion a command line asks for, and the extractor it gives; reads no cohort yet.
+
+    Raises
+    ------
+    UserError
+        If the call is wrong.
+    """
+    cohorts = [Path(a) for a in args.arguments if "=" not in a or Path(a).exists()]
+    assignments = [a for a in args.arguments if Path(a) not in cohorts]
+    settings = check(ConvertSettings, override({}, assignments), "command line")
+    if not cohorts:
+        raise ConfigError("command line", "COHORT.yaml", "none", "at least one cohort file")
+    one_thread()
+    ranking = {"name": args.ranker, "extractor": None}
+    given = Extractor.load(args.extractor) if args.extractor else None
+    if args.ranker == "mutual":
+        ranking["extractor"] = given.checksum if given else "trained on this dataset"
+    elif given:
+        raise ConfigError("command line", "--extractor", f"one with --ranker {args.ranker}", "--ranker mutual")
+    else:
+        make_ranker(args.ranker)  # an unknown name is told before anything is read
+    parcels = make_parcels(settings.grid.grid(), settings.parcels)
+    return Conversion(cohorts, args.out, settings, ranking, parcels, workers, args.retry_refused), given
+
+
+def one_thread() -> None:
+    """The extractor comes out the same on any machine's number of cores."""
+    torch.set_num_threads(1)
+
+
+def make(conversion: Conversion, steps: Sequence[str], given: Extractor | None) -> Ended:
+    """Take steps of a conversion, in this process and its workers."""
+    conversion.open()
+    conversion.find()
+    conversion.begin()
+    if "harmonise" in steps and "rank" not in steps:
+        conversion.harmonise(conversion.runs)
+    if ("rank" in steps or "pack" in steps) and not prepare_extractor(conversion, given, may_train="rank" in steps):
+        return all_refused(conversion)
+    if "rank" in steps:
+        waiting = "harmonise" not in steps
+        runs = [run for run in conversion.runs if not waiting or is_harmonised(conversion.folder, run)]
+        conversion.rank(ranker_of(conversion), runs)
+    if "pack" in steps:
+        return finish(conversion)
+    refused = conversion.refused()
+    facts = {"runs": len(conversion.runs), "refused": len(refused)}
+    return REFUSED if refused else DONE, facts, "go on with --only rank or pack"
+
+
+def lacks_extractor(conversion: Conversion) -> bool:
+    """Whether the ranker is one that learns, and has not done so yet."""
+    learns = conversion.configuration["ranking"]["name"] == "mutual"
+    return learns and not (conversion.folder / layout.EXTRACTOR / CONFIG_FILE).is_file()  # which is written last
+
+
+def ranker_of(conversion: Conversion) -> Ranker:
+    """The ranker of a conversion, whose extractor, if it has one, is in its place."""
+    name = conversion.configuration["ranking"]["name"]
+    return make_ranker(name, conversion.folder / layout.EXTRACTOR if name == "mutual" else None)
+
+
+def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train: bool) -> bool:
+    """Put the temporal extractor of a dataset in its place: the given one, or one trained on its training runs.
+
+    False if there is none because every run was refused.
+    """
+    if not lacks_extractor(conversion):
+        return True
+    folder = conversion.folder / layout.EXTRACTOR
+    if given is not None:
+        given.save(folder)
+        return True
+    if not may_train:
+        hint = "Run it without --only, or with --only rank first"
+        raise ConfigError("command line", "--only", "pack before rank", "rank before pack", hint)
+    sample = conversion.extractor_runs()
+    conversion.harmonise(sample)
+    while (again := conversion.extractor_runs()) != sample:  # some were refused, others take their place
+        sample = again
+        conversion.harmonise(sample)
+    series = conversion.parcel_series(sample)
+    if not series:
+        conversion.harmonise(conversion.runs)
+        if len(conversion.refused()) == len(conversion.runs):
+            return False
+        reason = conversion.refused()[0]["reason"]
+        raise ConfigError(
+            conversion.cohorts[0],
+            "root",
+            f"no training run that could be read ({reason})",
+            "runs to train the temporal extractor on",
+            "Mend them, or give --extractor",
+        )
+    chosen, frames = conversion.settings.extractor, conversion.settings.windows.frames
+    with progress("train the temporal extractor", chosen.steps, "steps") as advance:
+        train_extractor(series, frames, chosen.steps, chosen.seed, advance).save(folder)
+    return True
+
+
+def finish(conversion: Conversion) -> Ended:
+    """Pack the dataset, draw its page, and tell what is in it and what is not."""
+    manifest = conversion.pack(ranker_of(conversion).identity())
+    if manifest is None:
+        return all_refused(conversion)
+    refused = conversion.refused()
+    report = conversion.folder / layout.REPORT / "index.html"
+    if conversion.previous is None or manifest is not conversion.previous.manifest or not report.is_file():
+        report = page.write(conversion.folder)
+    _tell_losses(conversion, refused)
+    facts = {
+        "dataset": str(conversion.folder),
+        "sessions": sum(manifest["sessions"].values()),
+        **manifest["sessions"],
+        "refused": len(refused),
+        "shards": len(manifest["shards"]),
+        "bytes": sum(shard["bytes"] for shard in manifest["shards"]),
+        "report": str(report),
+    }
+    next_step = f"look at {report}, then python tools/pretrain.py CONFIG.yaml data={conversion.folder}"
+    return REFUSED if refused else DONE, facts, next_step
+
+
+def all_refused(conversion: Conversion) -> Ended:
+    """The end of a conversion in which no run is left."""
+    refused = conversion.refused()
+    conversion.write_refused()
+    _tell_passed_over(conversion)
+    _tell([f"refused: {line['reason']}" for line in refused], layout.FAILED)
+    path = conversion.folder / layout.FAILED
+    return REFUSED, {"sessions": 0, "refused": len(refused)}, f"see {path}: no dataset was written"
+
+
+def dry_run(conversion: Conversion, as_json: bool) -> int:
+    """Tell what a conversion would find and refuse; writes nothing."""
+    conversion.find()
+    found, refused = survey.look(conversion)
+    for source, facts in found:
+        print(survey.line(source, facts, conversion.splits[source.person]))
+    for problem in refused:
+        print(f"will be refused: {problem.line()}")
+    cohorts = survey.cohorts(conversion, found)
+    for name, facts in cohorts.items():
+        print("\n".join(survey.words(name, facts)))
+    _tell_passed_over(conversion)
+    counts = {
+        "runs": len(conversion.runs),
+        "subjects": len({source.person for source in conversion.runs}),
+        "will_be_refused": len(refused),
+    }
+    more = {"cohorts": cohorts, "reasons": [problem.line() for problem in refused]}
+    summary(counts | more, "run it without --dry-run", as_json)
+    return REFUSED if refused else DONE
+
+
+def _tell_losses(conversion: Conversion, refused: list[dict[str, Any]]) -> None:
+    """What was refused, left out, passed over, or taken on an assumption."""
+    _tell([f"refused: {line['reason']}" for line in refused], layout.FAILED)
+    lines = layout.read_lines(conversion.folder / layout.SESSIONS)
+    kept = {line["key"] for line in lines} | {line["key"] for line in refused}
+    _tell([f"left out: {key} is no longer found" for key in conversion.before if key not in kept], "no file")
+    _tell_passed_over(conversion)
+    moved = "moved by {centred_by_mm} mm to the middle of the grid; not registered"
+    assumed = "orientation {orientation_assumed} assumed, its header has none: check left and right"
+    for field, what in (
+        ("centred_by_mm", f"native space: {{key}} {moved}"),
+        ("orientation_assumed", f"{{key}}: {assumed}"),
+    ):
+        _tell([what.format(**line) for line in lines if field in line], layout.SESSIONS)
+
+
+def _tell_passed_over(conversion: Conversion) -> None:
+    """Name files that the globs of a pattern reach but its fields do not match: perhaps runs that were meant."""
+    for cohort in conversion.found:
+        lines = [f"passed over: {path}, which a field of the pattern does not match" for path in cohort.passed_over]
+        _tell(lines, f"{cohort.settings.name}'s pattern")
+
+
+def _tell(lines: list[str], file: str) -> None:
+    """Print the first twenty of many lines and say where all of them stand."""
+    for line in lines[:20]:
+        print(line)
+    if len(lines) > 20:
+        print(f"... and {len(lines) - 20} more, see {file}")
