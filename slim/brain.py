@@ -11,6 +11,7 @@ windows; M cells of a batch; W windows; P features of a vector.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from shards.layout import read_manifest
 from shards.niimg import Niimg, as_run
 from shards.reader import Dataset, Samples
 from shards.session import convert_run
+from shards.settings import digest
 from slim.batch import collate, read_windows
 from slim.hiera import Hiera
 from slim.pooling import Features, check_fixed, vectors
@@ -138,6 +140,17 @@ class SlimBrain:
         """Whether this is the dataset of the pretraining, which then saw its training subjects unlabelled."""
         manifest = read_manifest(dataset.folder)
         return {name: value for name, value in manifest.items() if name != "shards"} == self.data
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 (hex) of the weights and of all that tells what they make of a run."""
+        found = hashlib.sha256(digest([self.settings.model_dump(mode="json"), self.data]).encode())
+        for name, value in self.encoder.state_dict().items():
+            found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def __sklearn_clone__(self) -> SlimBrain:
+        return self  # as the parameter of an estimator: no fit changes it
 
     @cached_property
     def recipe(self) -> Recipe:

@@ -3,61 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from pretrained import ALIGNED, STRADDLING, write_run, write_weights
+from safetensors.torch import load_file
 
-from shards.errors import ConfigError, DatasetError, UserError
+from shards import layout, writer
+from shards.cohort import find_runs
+from shards.errors import ConfigError, DatasetError, RunRefused, UserError
 from shards.reader import Dataset
-from shards.settings import check
+from shards.session import convert
 from slim import checkpoint
 from slim.batch import collate, read_windows
 from slim.brain import SlimBrain
-from slim.config import PretrainSettings
-from slim.objective import Objective
-
-ALIGNED = {"embed": 16, "heads": 2, "depths": (1, 1), "unit": (5,), "strides": ((5, 1, 1, 1),), "local_stages": 1}
-STRADDLING = {
-    "embed": 16,
-    "heads": 2,
-    "depths": (1, 1, 1),
-    "unit": (4,),
-    "strides": ((2, 1, 1, 1), (2, 1, 1, 1)),
-    "local_stages": 2,
-}  # slots of 4 frames, windows of 5
-
-
-def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
-    """A run folder as a pretraining leaves it, with the weights it would begin with; a target of its own."""
-    opened = Dataset(dataset)
-    manifest, patches = opened.manifest, opened.grid.patch_shape
-    sizes = sizes | {"unit": (*sizes["unit"][:1], *patches)}  # one unit a slot, whatever the grid
-    settings = check(
-        PretrainSettings,
-        {"data": str(dataset), "model": sizes, "view": "both", "run": {"out": str(folder), "seed": seed}},
-        "test",
-    )
-    geometry = settings.model.geometry((8 * 5, *patches))
-    torch.manual_seed(seed)
-    encoder = Objective(settings, geometry, 64).encoder
-    tensors = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
-    tensors |= {f"target.{name}": value * 0.5 for name, value in encoder.state_dict().items()}
-    saved = folder / "checkpoints" / checkpoint.tag(7)
-    saved.mkdir(parents=True)
-    for place in (folder, saved):
-        (place / "config.yaml").write_text(settings.model_dump_json())
-        (place / "dataset.json").write_text(json.dumps({n: v for n, v in manifest.items() if n != "shards"}))
-    write_weights(saved, tensors)
-    return folder
-
-
-def write_weights(saved: Path, tensors: dict) -> None:
-    save_file({name: value.contiguous() for name, value in tensors.items()}, saved / checkpoint.WEIGHTS)
-    (saved / checkpoint.COMPLETE).unlink(missing_ok=True)
-    checkpoint.seal(saved, {"step": 7})
+from slim.pooling import Features
+from slim.saliency import make_ranker
+from slim.temporal import train_extractor
 
 
 @pytest.fixture
@@ -183,6 +151,116 @@ def test_other_data_are_refused(run: Path, opened: Dataset):
     assert not model.was_trained_on(opened)
     with pytest.raises(ConfigError, match="grid"):
         model.encode_session(opened, session)
+
+
+def same(one: Features, two: Features) -> None:
+    """Bit for bit, but for the key."""
+    for name, value in vars(one).items():
+        if name != "key":
+            np.testing.assert_array_equal(value, getattr(two, name), err_msg=name)
+
+
+def test_straight_from_nifti_gives_the_very_numbers_of_the_shards(run: Path, opened: Dataset, cohort: Path):
+    """The dataset was converted by the command, in a process of its own; mask and confounds lie beside the run."""
+    model, source = SlimBrain.from_pretrained(run), find_runs(cohort / "cohort.yaml")[0]
+    session = next(line for line in opened.sessions if line["key"] == source.key)
+    assert session["mask_source"] != "computed" and source.confounds is not None
+    found = model.encode_run(source.bold)
+    same(found, model.encode_session(opened, session))
+    assert found.key == source.bold.name.split(".nii")[0]
+    same(found, model.encode_run(nib.load(source.bold), mask=nib.load(source.mask), confounds=source.confounds))
+
+    z_WC = model.encode(str(source.bold))
+    assert z_WC.dtype == np.float32 and z_WC.shape == (session["n_kept"], ALIGNED["embed"] * 2)
+    start = np.sort(opened.read(session, ("start",))["start"])
+    np.testing.assert_array_equal(found.start_W, start * session["tr"])
+    np.testing.assert_array_equal(z_WC, found.token_SLC.mean(axis=1))  # a slot a window
+
+
+def test_a_learned_ranking_and_cleaning_are_those_of_the_data(run: Path, opened: Dataset, cohort: Path, tmp_path: Path):
+    """Against `convert`, packed and read as a dataset; without the extractor the run is not encoded."""
+    model, source = SlimBrain.from_pretrained(run), find_runs(cohort / "cohort.yaml")[0]
+    series = [tuple(opened.read(line, ("roi", "roi_centre")).values()) for line in opened.sessions[1:3]]
+    train_extractor(series, 5, steps=3).save(tmp_path / "extractor")
+    ranker = make_ranker("mutual", tmp_path / "extractor")
+    settings = json.loads(json.dumps(opened.manifest["configuration"]["settings"]))
+    settings["windows"]["keep"] = 9  # of 12: what is left out tells the rankings apart
+    settings["clean"] |= {"confounds": ["trans_*", "rot_*"], "high_pass": 0.01}
+    manifest = {**opened.manifest, "ranker": ranker.identity(), "configuration": {"settings": settings}}
+    given = SlimBrain(replace(model._about, data=manifest, extractor=tmp_path / "extractor"), 7)
+    given.encoder = model.encoder
+
+    recipe = given.recipe
+    assert recipe.ranker.extractor.checksum == manifest["ranker"]["extractor"]
+    out = tmp_path / "converted"
+    assert convert(source, recipe.settings, out, recipe.parcels, ranker) is None
+    meta_path, data_path = writer.member_paths(out, source.key)
+    (meta,) = layout.read_lines(meta_path)
+    members = meta_path.read_bytes(), data_path.read_bytes()
+    writer.pack(out, [{**meta, "split": "train"}], [], manifest, 10**9, lambda _: members, lambda *_: None)
+    packed = Dataset(out)
+    expected = given.encode_session(packed, packed.sessions[0])
+    assert len(expected.token_SLC) == 9 and "high-pass" in packed.sessions[0]["cleaned"]
+    same(given.encode_run(source.bold), expected)
+    assert not np.array_equal(expected.token_SLC[:1], model.encode_run(source.bold).token_SLC[:1])
+
+    shutil.rmtree(tmp_path / "extractor")
+    with pytest.raises(ConfigError, match=r"extractor: got none .*checksum"):
+        SlimBrain(given._about, 7).encode(source.bold)
+    train_extractor(series, 5, steps=4).save(tmp_path / "extractor")
+    with pytest.raises(ConfigError, match=r"checksum: got .* as in"):
+        SlimBrain(given._about, 7).encode(source.bold)
+
+
+def test_vectors_of_windows_and_runs_of_every_stage(run: Path, cohort: Path):
+    model, bold = SlimBrain.from_pretrained(run), find_runs(cohort / "cohort.yaml")[1].bold
+    early, last = model.encode_run(bold, stage=1), model.encode_run(bold, stage=2)
+    same(last, model.encode_run(bold))
+    assert early.token_SLC.shape == (*last.token_SLC.shape[:2], ALIGNED["embed"])
+    for name in ("place_L", "second_S", "window_S"):
+        np.testing.assert_array_equal(getattr(early, name), getattr(last, name))
+    np.testing.assert_allclose(
+        model.encode(bold, per="run", stage=1), early.token_SLC.mean((0, 1)), rtol=1e-4, atol=1e-6
+    )
+    x_SLC = last.token_SLC
+    expected = np.concatenate([x_SLC.mean(axis=1), x_SLC.std(axis=1)], axis=1)
+    np.testing.assert_allclose(model.encode(bold, pooling="mean+sd"), expected, rtol=1e-6)
+    assert model.encode(bold, pooling="location").shape == (12, x_SLC.shape[1] * x_SLC.shape[2])
+    for stage in (0, 3):
+        with pytest.raises(ConfigError, match="stage: got"):
+            model.encode(bold, stage=stage)
+    for pooling in ("cov", "attentive"):
+        with pytest.raises(ConfigError, match="SlimBrainTransformer"):
+            model.encode(bold, pooling=pooling)
+
+
+def test_what_cannot_be_encoded_is_told(run: Path, cohort: Path, tmp_path: Path):
+    model, bold = SlimBrain.from_pretrained(run), find_runs(cohort / "cohort.yaml")[0].bold
+    for error, match, arguments in (
+        (RunRefused, "no such file", {"image": tmp_path / "none.nii.gz"}),
+        (RunRefused, "mask: got no file", {"image": bold, "mask": tmp_path / "none.nii.gz"}),
+        (ConfigError, "tr: got", {"image": bold, "tr": -1}),
+        (ConfigError, "orientation: got 'XYZ'", {"image": bold, "orientation": "XYZ"}),
+        (ConfigError, "smooth: got an unknown argument", {"image": bold, "smooth": 6}),
+        (ConfigError, "image: got ndarray", {"image": np.zeros((4, 4, 4, 9))}),
+        (RunRefused, "TR: got 1 of no unit", {"image": nib.Nifti1Image(np.zeros((8, 8, 8, 60)), np.eye(4))}),
+    ):
+        with pytest.raises(error, match=match):
+            model.encode(**arguments)
+    cut = nib.load(bold).slicer[..., :42]  # 8 windows, of which the last is never whole
+    assert model.encode(cut, mask=None, dummy=0, space="MNI").shape[0] == 8
+    with pytest.raises(UserError, match="windows"):
+        model.encode(cut.slicer[..., :38], dummy=0)
+
+
+def test_no_sort_of_weights_is_mistaken_for_another(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
+    monkeypatch.chdir(run.parent)
+    with pytest.raises(UserError, match=r"no such folder.*pip install 'slim-brain\[hub\]'"):
+        SlimBrain.from_pretrained("someone/model")
+    with pytest.raises(UserError, match="run/nowhere: got no such folder, expected a run") as told:
+        SlimBrain.from_pretrained("run/nowhere")  # a path, mistyped: nobody is asked
+    assert "pip" not in str(told.value)
 
 
 def test_the_example_of_the_readme_encodes_a_session(run: Path, dataset: Path, capsys):

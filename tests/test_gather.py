@@ -66,10 +66,10 @@ def as_dtype(voxels: Voxels, dtype: torch.dtype) -> Voxels:
     return Voxels(*(value.to(dtype) for value in vars(voxels).values()))
 
 
-def dense_reference(model: Hiera, sample: Sample) -> dict[int, torch.Tensor]:
+def dense_reference(model: Hiera, sample: Sample, stage: int | None = None) -> dict[int, torch.Tensor]:
     """The encoder on the full grid in its plainest form: boolean masks, loops over units, no sorting.
 
-    Returns the feature of each cell that holds a token.
+    Returns the feature of each cell that holds a token; of an earlier stage, the mean over the cell's tokens.
     """
     geometry = model.geometry
     dtype = model.space.dtype
@@ -87,7 +87,7 @@ def dense_reference(model: Hiera, sample: Sample) -> dict[int, torch.Tensor]:
     x, exists = x.reshape(*shape, -1), exists.reshape(shape)
     unit = geometry.unit
     level = 0
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(model.blocks if stage is None else model.blocks[: model.ends[stage - 1]]):
         stride = (1, 1, 1, 1)
         if index in model.pooled:
             stride = geometry.strides[level]
@@ -118,6 +118,12 @@ def dense_reference(model: Hiera, sample: Sample) -> dict[int, torch.Tensor]:
         x = x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
         shape = tuple(x.shape[:-1])
         unit = tuple(u // s for u, s in zip(unit, stride, strict=True))
+    if stage is not None:
+        left = [size // cells for size, cells in zip(shape, geometry.cells, strict=True)]
+        split = [part for cells, step in zip(geometry.cells, left, strict=True) for part in (cells, step)]
+        exists = exists.reshape(split).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(0, 3).flatten(1)
+        x = x.reshape(*split, x.shape[-1]).permute(0, 2, 4, 6, 1, 3, 5, 7, 8).flatten(0, 3).flatten(1, 4)
+        return {cell: x[cell][exists[cell]].mean(dim=0) for cell in range(len(x)) if exists[cell].any()}
     x = model.norm(x).reshape(-1, model.dim)
     return {int(cell): x[cell] for cell in torch.nonzero(exists.reshape(-1))[:, 0]}
 
@@ -130,6 +136,25 @@ def pool(x: torch.Tensor, exists: torch.Tensor, stride: tuple[int, ...]) -> tupl
     values = x.reshape(*shape, x.shape[-1]).permute(*order, 8).flatten(4, 7)
     values = values.masked_fill(~there[..., None], -torch.inf).amax(dim=4)
     return values.masked_fill(~there.any(-1)[..., None], 0.0), there.any(-1)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, GLOBAL], ids=["pooled in units", "pooled in a global stage"])
+@pytest.mark.parametrize("stage", [1, 2])
+@torch.no_grad()
+def test_a_stage_is_the_mean_over_each_cells_tokens(sizes: ModelSettings, stage: int):
+    model, samples = encoder(sizes=sizes), [make_sample(1), make_sample(2, brain=0.1)]
+    for chunk_tokens in (None, 100):
+        batch = collate(samples, model.geometry, chunk_tokens)
+        out = model.stage(as_dtype(batch.voxels, torch.float64), batch.whole, stage)
+        assert out.shape == (len(batch.whole.cell_M), sizes.embed * 2 ** (stage - 1))
+        for number, sample in enumerate(samples):
+            expected = dense_reference(model, sample, stage)
+            mine = batch.whole.sample_M == number
+            cells = batch.whole.cell_M[mine].tolist()
+            assert sorted(cells) == sorted(expected)
+            torch.testing.assert_close(out[mine], torch.stack([expected[cell] for cell in cells]))
+    whole = model.stage(as_dtype(batch.voxels, torch.float64), batch.whole, 3)
+    assert torch.equal(whole, model(as_dtype(batch.voxels, torch.float64), batch.whole))
 
 
 @pytest.mark.parametrize("sizes", [SIZES, GLOBAL], ids=["pooled in units", "pooled in a global stage"])

@@ -1,0 +1,55 @@
+"""Run folders as a pretraining leaves them, without the pretraining."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from shards.reader import Dataset
+from shards.settings import check
+from slim import checkpoint
+from slim.config import PretrainSettings
+from slim.objective import Objective
+
+ALIGNED = {"embed": 16, "heads": 2, "depths": (1, 1), "unit": (5,), "strides": ((5, 1, 1, 1),), "local_stages": 1}
+STRADDLING = {
+    "embed": 16,
+    "heads": 2,
+    "depths": (1, 1, 1),
+    "unit": (4,),
+    "strides": ((2, 1, 1, 1), (2, 1, 1, 1)),
+    "local_stages": 2,
+}  # slots of 4 frames, windows of 5
+
+
+def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
+    """A run folder as a pretraining leaves it, with the weights it would begin with; a target of its own."""
+    opened = Dataset(dataset)
+    manifest, patches = opened.manifest, opened.grid.patch_shape
+    sizes = sizes | {"unit": (*sizes["unit"][:1], *patches)}  # one unit a slot, whatever the grid
+    settings = check(
+        PretrainSettings,
+        {"data": str(dataset), "model": sizes, "view": "both", "run": {"out": str(folder), "seed": seed}},
+        "test",
+    )
+    geometry = settings.model.geometry((8 * 5, *patches))
+    torch.manual_seed(seed)
+    encoder = Objective(settings, geometry, 64).encoder
+    tensors = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    tensors |= {f"target.{name}": value * 0.5 for name, value in encoder.state_dict().items()}
+    saved = folder / "checkpoints" / checkpoint.tag(7)
+    saved.mkdir(parents=True)
+    for place in (folder, saved):
+        (place / "config.yaml").write_text(settings.model_dump_json())
+        (place / "dataset.json").write_text(json.dumps({n: v for n, v in manifest.items() if n != "shards"}))
+    write_weights(saved, tensors)
+    return folder
+
+
+def write_weights(saved: Path, tensors: dict) -> None:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, saved / checkpoint.WEIGHTS)
+    (saved / checkpoint.COMPLETE).unlink(missing_ok=True)
+    checkpoint.seal(saved, {"step": 7})

@@ -1,0 +1,117 @@
+"""Vectors of runs, straight from NIfTI: harmonised, ranked and encoded as the training data of the weights were.
+
+    python tools/embed.py WEIGHTS run.nii.gz [more.nii.gz ...] --out vectors.npz [--per run] [--pooling mean+sd]
+
+WEIGHTS is a folder of tools/export.py, its name on the hub, a run, or a checkpoint. A run that cannot be converted is
+named and the rest goes on (exit status 1). The file, for `numpy.load`, holds
+
+    vectors    float32, a row for each window (each run, with --per run), run after run, windows in time order
+    run        number of the run that each row is of, into `keys` and `sources`
+    start      s from the start of the run, of each row's window (--per window)
+    places     flat places of the cells, with --pooling location: those that hold brain in all runs given here
+    about      JSON: weights, their checksum, step, stage, pooling, versions
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from shards.console import DONE, REFUSED, Parser, progress, run, summary
+from shards.errors import ConfigError, DatasetError, RunRefused
+
+
+def main() -> int:
+    parser = Parser(__doc__.splitlines()[0], "python tools/embed.py export/ sub-01_bold.nii.gz --out vectors.npz")
+    parser.add_argument("weights", metavar="WEIGHTS", help="an exported folder, OWNER/NAME on the hub, or a run")
+    parser.add_argument("runs", nargs="+", metavar="run.nii.gz", help="preprocessed 4-D BOLD")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="of the vectors")
+    parser.add_argument("--per", choices=("window", "run"), default="window", help="what a vector is of")
+    parser.add_argument("--pooling", default="mean", metavar="NAME", help="mean (default), mean+sd or location")
+    parser.add_argument("--stage", type=int, metavar="N", help="of the encoder, from 1 (default: the last)")
+    parser.add_argument(
+        "--mask", action="append", metavar="FILE", help="brain mask, one for all runs or one for each in their order"
+    )
+    parser.add_argument("--confounds", action="append", metavar="FILE", help="confounds tables, one for each run")
+    parser.add_argument(
+        "--space", choices=("MNI", "native"), help="native: moved to the middle of the grid by its mask"
+    )
+    parser.add_argument("--tr", type=float, metavar="S", help="where the header is wrong")
+    parser.add_argument("--dummy", metavar="N", default="auto", help="volumes dropped at the start (default: found)")
+    parser.add_argument("--orientation", metavar="LAS", help="of files whose header has none")
+    args = parser.parse_args()
+    masks = _each(args.mask, "--mask", len(args.runs), shared=True)
+    tables = _each(args.confounds, "--confounds", len(args.runs), shared=False)
+    dummy = int(args.dummy) if args.dummy.isdigit() else args.dummy
+    stated = {"space": args.space, "tr": args.tr, "dummy": dummy, "orientation": args.orientation}
+    if args.out.suffix != ".npz":
+        raise ConfigError("command line", "--out", args.out, "a name that ends with .npz")
+
+    import numpy as np
+    import torch
+
+    from shards.layout import atomically, dump
+    from slim.brain import SlimBrain
+    from slim.pooling import check_fixed, common_places, vectors
+
+    check_fixed(args.per, args.pooling)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = SlimBrain.from_pretrained(args.weights).to(device)
+    sources, found, refused = [], [], []
+    with progress("encode", len(args.runs), "runs") as advance:
+        for source, mask, table in zip(args.runs, masks, tables, strict=True):
+            try:
+                found.append(model.encode_run(source, args.stage, mask=mask, confounds=table, **stated))
+                sources.append(source)
+            except (RunRefused, DatasetError) as error:
+                refused.append(error.line())
+            advance(1, source)
+    for line in refused:
+        print(f"refused: {line}")
+    facts: dict[str, Any] = {"runs": len(found), "refused": len(refused), "reasons": refused}
+    if not found:
+        summary(facts, "mend the runs above: nothing was written", args.json)
+        return REFUSED
+    arrays: dict[str, Any] = {"keys": [item.key for item in found], "sources": sources}
+    places = [item.place_L for item in found]
+    if args.pooling == "location":
+        arrays["places"] = common_places(found)
+        places = [arrays["places"]] * len(found)
+    rows = [np.atleast_2d(vectors(item, args.per, args.pooling, at)) for item, at in zip(found, places, strict=True)]
+    arrays["vectors"] = np.concatenate(rows)
+    arrays["run"] = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
+    if args.per == "window":
+        arrays["start"] = np.concatenate([item.start_W for item in found])
+    about = {
+        "weights": args.weights,
+        "checksum": model.checksum,
+        "step": model.step,
+        "stage": args.stage,
+        "per": args.per,
+        "pooling": args.pooling,
+        "stated": stated,
+        "versions": {name: version(name) for name in ("slim-brain", "torch", "numpy")},
+    }
+    with atomically(args.out) as file:
+        np.savez(file, **arrays, about=dump(about))
+    count, length = arrays["vectors"].shape
+    facts |= {"out": str(args.out), "vectors": count, "length": length, "per": args.per, "step": model.step}
+    summary(facts, f"numpy.load('{args.out}')['vectors'], float32 {count} x {length}", args.json)
+    return REFUSED if refused else DONE
+
+
+def _each(given: list[str] | None, option: str, runs: int, shared: bool) -> list[str | None]:
+    """A file for each run."""
+    if given is None:
+        return [None] * runs
+    if shared and len(given) == 1:
+        return [given[0]] * runs
+    if len(given) != runs:
+        expected = f"{'one, or ' if shared else ''}{runs}, one for each run"
+        raise ConfigError("command line", option, f"{len(given)} files", expected)
+    return [*given]
+
+
+if __name__ == "__main__":
+    run(main)
