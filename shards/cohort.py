@@ -298,6 +298,8 @@ def _find_bids(cohort: CohortSettings, root: Path) -> Found:
 
 def files_beside(bold: Path) -> tuple[Path | None, Path | None]:
     """Mask and confounds that fMRIPrep wrote beside a run (those of old versions too); None where there is none."""
+    if "_desc-preproc_bold" not in bold.name:
+        return None, None
     stem = re.sub(r"_(space|res|desc)-.*", "", bold.name)
     mask = bold.with_name(bold.name.replace("_desc-preproc_bold", "_desc-brain_mask"))
     tables = [bold.with_name(f"{stem}_desc-confounds_{word}.tsv") for word in ("timeseries", "regressors")]

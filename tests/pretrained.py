@@ -1,11 +1,18 @@
-"""Run folders as a pretraining leaves them, without the pretraining."""
+"""Run folders as a pretraining leaves them, without the pretraining; and tools called in this process."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import runpy
+import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 
 from shards.reader import Dataset
@@ -53,3 +60,14 @@ def write_weights(saved: Path, tensors: dict) -> None:
     save_file({name: value.contiguous() for name, value in tensors.items()}, saved / checkpoint.WEIGHTS)
     (saved / checkpoint.COMPLETE).unlink(missing_ok=True)
     checkpoint.seal(saved, {"step": 7})
+
+
+def tool(name: str, *words: object) -> subprocess.CompletedProcess:
+    """What a tool does and prints, without the seconds that another process takes to begin."""
+    argv, out, err = [f"tools/{name}", *map(str, words)], io.StringIO(), io.StringIO()
+    with patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+        except SystemExit as ended:
+            return subprocess.CompletedProcess(argv, int(ended.code or 0), out.getvalue(), err.getvalue())
+    raise AssertionError(f"{name} did not exit")
