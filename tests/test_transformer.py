@@ -1,0 +1,184 @@
+"""The scikit-learn transformer: its conventions, what it learns and from whom, and that no image is encoded twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import joblib
+import nibabel as nib
+import numpy as np
+import pytest
+from pretrained import ALIGNED, write_run
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import estimator_checks
+
+from shards.cohort import find_runs
+from shards.errors import ConfigError, DatasetError
+from slim import pooling
+from slim.attentive import Attentive
+from slim.brain import SlimBrain
+from slim.features import POOLINGS, SlimBrainTransformer
+from slim.pooling import Features
+from slim.task import Fold
+
+LABELS = np.array(["a", "b"] * 3)
+
+
+@pytest.fixture(scope="module")
+def model(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> SlimBrain:
+    return SlimBrain.from_pretrained(write_run(tmp_path_factory.mktemp("transformer") / "run", dataset, ALIGNED))
+
+
+@pytest.fixture(scope="module")
+def images(cohort: Path) -> list[str]:
+    return [str(source.bold) for source in find_runs(cohort / "cohort.yaml")]
+
+
+@pytest.fixture(scope="module")
+def features(model: SlimBrain, images: list[str]) -> list[Features]:
+    return [model.encode_run(image) for image in images]
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> joblib.Memory:
+    return joblib.Memory(tmp_path_factory.mktemp("cache"), verbose=0)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        estimator_checks.check_no_attributes_set_in_init,
+        estimator_checks.check_get_params_invariance,
+        estimator_checks.check_set_params,
+        estimator_checks.check_estimator_repr,
+        estimator_checks.check_estimator_tags_renamed,
+        estimator_checks.check_valid_tag_types,
+        estimator_checks.check_estimator_cloneable,
+        estimator_checks.check_mixin_order,
+    ],
+)
+def test_keeps_the_conventions_of_scikit_learn(check):
+    """Those of its own checks that need no table of numbers."""
+    estimator = SlimBrainTransformer("export/", pooling="mean")
+    check(type(estimator).__name__, estimator)
+
+
+def test_a_clone_shares_the_encoder(model: SlimBrain):
+    given = SlimBrainTransformer(model, components=2, stage=1)
+    copy = clone(given)
+    assert copy.model is model and copy.get_params() == given.get_params()
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_vectors_are_those_of_the_pooling_at_the_training_places(name, model, images, features, memory):
+    made = SlimBrainTransformer(model, pooling=name, components=2, memory=memory)
+    found = made.fit(images[:4], LABELS[:4]).transform(images)
+    np.testing.assert_array_equal(made.fit_transform(images[:4], LABELS[:4]), found[:4])
+    assert found.dtype == np.float32 and len(made.get_feature_names_out()) == found.shape[1]
+    place_L = pooling.common_places(features[:4])
+    np.testing.assert_array_equal(made.place_L_, place_L)
+    whole = [item for item in features if np.isin(place_L, item.place_L).all()]
+    if name == "cov":
+        axes = pooling.principal_axes(features[:4], place_L, 2)
+        expected = [pooling.cov(item, place_L, axes) for item in whole]
+    elif name == "attentive":
+        everyone = np.arange(4)
+        fold = Fold("classification", 2, everyone, everyone[:0], np.array([0, 1, 0, 1]), everyone, 0)
+        attentive = Attentive(features[:4])
+        expected = list(attentive.pool(attentive.choose(fold)[0], everyone)[:, 0])
+        whole = features[:4]
+    else:
+        expected = [pooling.FIXED[name](item, place_L) for item in whole]
+    rows = [features.index(item) for item in whole]
+    np.testing.assert_allclose(found[rows], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cross_validation_encodes_each_image_once(model, images, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    encode_run = SlimBrain.encode_run
+
+    def counted(self, image, **more):
+        calls.append(image)
+        return encode_run(self, image, **more)
+
+    monkeypatch.setattr(SlimBrain, "encode_run", counted)
+    vectors = SlimBrainTransformer(model, pooling="mean+sd", memory=str(tmp_path))
+    pipeline = make_pipeline(vectors, StandardScaler(), LogisticRegression())
+    guessed = cross_val_predict(pipeline, images, LABELS, cv=3, method="predict_proba")
+    assert guessed.shape == (6, 2) and sorted(calls) == sorted(images)
+    expected = SlimBrainTransformer(model, pooling="mean+sd").fit_transform(images)
+    assert len(calls) == 12
+    np.testing.assert_array_equal(vectors.fit_transform(images), expected)
+    assert len(calls) == 12
+
+    vectors.set_params(stage=1).fit(images[:2])  # another stage is another thing to keep
+    vectors.set_params(model=SlimBrain.random(model, 5)).fit(images[:2])  # and so are other weights
+    assert len(calls) == 16
+    Path(images[0]).touch()
+    vectors.fit(images[:2])  # and a file that was written anew
+    assert len(calls) == 17
+
+
+def test_an_image_without_a_place_gets_the_training_mean_with_a_warning(model, images, memory, monkeypatch):
+    made = SlimBrainTransformer(model, pooling="location", memory=memory).fit(images[:4])
+    whole = made.transform(images[:1])
+    item = model.encode_run(images[0])
+    hole = int(np.flatnonzero(item.place_L == made.place_L_[2])[0])
+
+    def without(count: int) -> Features:
+        keep = np.ones(len(item.place_L), bool)
+        keep[hole : hole + count] = False
+        return Features(item.key, item.token_SLC[:, keep], item.place_L[keep], item.second_S, item.window_S)
+
+    monkeypatch.setattr(made, "_encoded", lambda X: [without(1)])
+    with pytest.warns(UserWarning, match=f"no brain in 1 of {len(made.place_L_)} places"):
+        found = made.transform(images[:1])
+    expected = whole.reshape(len(made.place_L_), -1).copy()
+    expected[2] = made.mean_LC_[2]
+    np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=1e-6)
+    monkeypatch.setattr(made, "_encoded", lambda X: [without(len(item.place_L) - hole)])
+    with pytest.raises(DatasetError, match="brain in 2 of"):
+        made.transform(images[:1])
+
+
+def test_images_in_memory_and_with_arguments(model, images, memory):
+    made = SlimBrainTransformer(model, pooling="mean", memory=memory)
+    loaded = nib.load(images[0])
+    mask = images[0].replace("desc-preproc_bold", "desc-brain_mask")
+    confounds = images[0].split("_space-")[0] + "_desc-confounds_timeseries.tsv"
+    given = [images[0], {"image": loaded, "mask": mask, "confounds": confounds}, {"image": images[0], "dummy": 5}]
+    found = made.fit_transform(given)
+    np.testing.assert_array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "X", "y", "match"),
+    [
+        ({"pooling": "median"}, 4, None, "pooling: got median, expected one of mean"),
+        ({"pooling": "attentive"}, 4, None, "y: got none"),
+        ({"pooling": "attentive"}, 4, [0.1, 0.2, 0.3, 0.4], "y: got numbers that are no classes"),
+        ({"pooling": "attentive"}, 3, [0, 0, 1], "y: got 1 people of 1, expected at least 2"),
+        ({"pooling": "attentive", "target": "regression"}, 3, [0.1, 0.2, 0.3], "y: got 3 people"),
+        ({"pooling": "cov", "components": 99}, 4, None, "components: got 99"),
+        ({"stage": 7}, 4, None, "stage: got 7"),
+    ],
+)
+def test_what_cannot_be_meant_is_told(model, images, memory, changes, X, y, match):
+    with pytest.raises(ConfigError, match=match):
+        SlimBrainTransformer(model, memory=memory, **changes).fit(images[:X], y)
+    with pytest.raises(ConfigError, match="X: got a mapping of mask"):
+        SlimBrainTransformer(model).fit([{"mask": "m.nii.gz"}])
+
+
+def test_attention_is_trained_for_values_and_keeps_people_together(model, images, memory):
+    made = SlimBrainTransformer(model, pooling="attentive", target="regression", memory=memory)
+    values = np.linspace(-1, 1, 6)
+    found = made.fit_transform(images, values, groups=np.arange(6))
+    assert found.shape == (6, made.query_AC_.size) and np.isfinite(found).all()
+    with pytest.raises(ConfigError, match="y: got 3 people of all of them, expected at least 4"):
+        made.fit(images, values, groups=np.arange(6) // 2)
