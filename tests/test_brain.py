@@ -263,11 +263,15 @@ def test_no_sort_of_weights_is_mistaken_for_another(run: Path, tmp_path: Path, m
     assert "pip" not in str(told.value)
 
 
-def test_the_example_of_the_readme_encodes_a_session(run: Path, dataset: Path, capsys):
+def test_the_examples_of_the_readme_work(run: Path, cohort: Path, tmp_path: Path, monkeypatch, capsys):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (example,) = (part.split("```")[0] for part in readme.split("```python") if "encode_session" in part)
-    example = example.replace("data/mylab", str(dataset)).replace("runs/lean", str(run))
-    exec(example, {})
-    slots, places, channels = json.loads(capsys.readouterr().out.replace("(", "[").replace(")", "]"))
-    kept = Dataset(dataset).sessions[0]["n_kept"]
-    assert slots == kept and places > 0 and channels == ALIGNED["embed"] * 2
+    section = readme.split("## From a run to vectors")[1].split("\n## ")[0]
+    monkeypatch.chdir(tmp_path)
+    images = [str(source.bold) for source in find_runs(cohort / "cohort.yaml")]
+    known = {"images": images * 2, "labels": ["a", "b"] * 6}
+    first, second = (part.split("```")[0].replace("runs/lean", str(run)) for part in section.split("```python")[1:])
+    exec(first.replace("sub-01_bold.nii.gz", images[0]), {})
+    shape, (slots, _, channels) = eval(f"[{capsys.readouterr().out.replace(') (', '), (')}]")
+    assert shape == (12, ALIGNED["embed"] * 2) and (slots, channels) == shape
+    exec(second, known)
+    assert len(capsys.readouterr().out.strip("[] \n").split()) == 5
