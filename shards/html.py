@@ -68,10 +68,12 @@ table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabula
 th, td { padding: 5px 14px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e7eb; }
 th { color: #52606d; font-weight: 600; white-space: nowrap; } td.number, th.number { text-align: right; }
 td { overflow-wrap: anywhere; min-width: 5em; } td.number { white-space: nowrap; }
+tr:has(td.number) td:first-child { min-width: 10em; overflow-wrap: break-word; }
 figure { margin: 14px 0 20px; } figure img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: 14px; color: #3e4c59; max-width: 95ch; margin-top: 4px; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 8px 32px; }
-@media (max-width: 560px) { .pairs { grid-template-columns: 1fr; } }
+@media (max-width: 560px) { .pairs { grid-template-columns: 1fr; }
+  dl { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); } }
 details { margin: 10px 0; } summary { cursor: pointer; font-weight: 600; }
 pre { background: #f5f7fa; padding: 12px; overflow-x: auto; font-size: 13px; line-height: 1.4; }
 @media print { body { max-width: none; padding: 0; font-size: 12px; } figure, tr, li { break-inside: avoid; }
@@ -149,18 +151,28 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: bool =
     )
 
 
-def picture(figure: Figure, alt: str, caption: str = "") -> str:
-    """A figure as a PNG inside the page. `alt` tells what can be seen; the caption says how to read it."""
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG."""
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=_DPI)
     # 256 colours look the same in a third of the bytes; this method keeps the rare ones too
     image = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2)
     image.save(small, "PNG", optimize=True)
-    data = base64.b64encode(small.getvalue()).decode()
+    return small.getvalue()
+
+
+def embedded(drawn: bytes, alt: str, caption: str = "") -> str:
+    """A PNG of `png` inside the page. `alt` tells what can be seen; the caption says how to read it."""
+    with Image.open(io.BytesIO(drawn)) as image:
+        width = round(image.width * 96 / _DPI)
+    source = f"data:image/png;base64,{base64.b64encode(drawn).decode()}"
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    width = round(figure.get_size_inches()[0] * 96)
-    source = f"data:image/png;base64,{data}"
     return f'<figure><img src="{source}" width="{width}" alt="{escape(alt)}">{below}</figure>'
+
+
+def picture(figure: Figure, alt: str, caption: str = "") -> str:
+    """A figure inside the page; see `embedded`."""
+    return embedded(png(figure), alt, caption)
 
 
 def pairs(*parts: str) -> str:

@@ -2,8 +2,8 @@
 
     python tools/report.py RUN
 
-Reads `config.yaml`, `metrics.jsonl`, `checkpoints/` and, where a probe left it, `report/report.json`; writes
-`report/index.html`. It can be called while the run goes on. Long runs are thinned before they are drawn.
+Reads `config.yaml`, `metrics.jsonl`, `checkpoints/` and what `tools/probe.py` and `tools/explain.py` left in `report/`;
+writes `report/index.html`. It can be called while the run goes on. Long runs are thinned before they are drawn.
 """
 
 from __future__ import annotations
@@ -15,25 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from shards import html, layout
 from shards.errors import ConfigError, UserError
-from slim import curves
+from slim import curves, findings
 from slim.checkpoint import facts, is_complete
 from slim.config import PretrainSettings, load_config
 from slim.monitor import METRICS, RECENT, read_metrics, warnings_of
 
 Line = dict[str, Any]
 
-PROBE = "report.json"
 _CLEAR = 0.01  # a gain above this is called one
-_METHODS = {
-    "ours": "this run",
-    "random": "same encoder, random weights",
-    "connectome": "functional connectivity",
-    "mean_image": "mean image",
-}
 
 
 def write(run_folder: str | Path) -> Path:
@@ -60,13 +52,15 @@ def write(run_folder: str | Path) -> Path:
     settings = load_config(config)
     lines, unreadable = read_metrics(folder / METRICS)
     steps = total_steps(settings, folder, lines)
+    tasks = findings.read_tasks(folder / layout.REPORT / findings.PROBE)
     with html.drawing():
         content = html.page(
             f"Run {folder.resolve().name}",
             _lead(lines, steps),
-            html.notes(verdict(lines, steps, unreadable)),
+            html.notes([*verdict(lines, steps, unreadable), *findings.verdict(tasks)]),
             html.facts(_numbers(settings, lines)),
-            html.section("Probes: is it of use?", *_probes(folder / layout.REPORT / PROBE)),
+            html.section("Probes: is it of use?", *findings.probes(tasks)),
+            html.section("Looking inside", *findings.explanations(folder / layout.REPORT / findings.EXPLAIN)),
             *curves.sections(settings, lines),
             html.section("Checkpoints", *_checkpoints(folder / "checkpoints")),
             html.section("Configuration", html.folded("config.yaml, as merged", config.read_text())),
@@ -251,91 +245,3 @@ def _checkpoints(folder: Path) -> list[str]:
     if not rows:
         return [html.text("None yet: a run that stops now begins anew.")]
     return [html.table(["Folder", "Step", "State", "Processes", "MB"], rows)]
-
-
-def _probes(path: Path) -> list[str]:
-    """Results of `tools/probe.py`, if it left any: tables with 95 % intervals, and the intervals drawn."""
-    if not path.is_file():
-        return []
-    try:
-        report = json.loads(path.read_text())
-        tasks, about = report["tasks"], report.get("facts", {})
-        parts = [
-            part
-            for name in sorted(tasks)
-            for part in _probe(name, tasks[name], about.get(name, {}).get("differences", {}))
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            path,
-            "tasks",
-            f"what cannot be read ({type(error).__name__}: {error})",
-            "the report of tools/probe.py",
-            "Run the probe again",
-        ) from None
-    if not parts:
-        return []
-    return [
-        html.text(
-            "Values with 95 % intervals. The weights are worth something where this run beats the same encoder "
-            "with random weights. Functional connectivity is what has to be beaten for subject traits. What the "
-            "mean image can tell is anatomy, not activity."
-        ),
-        *parts,
-    ]
-
-
-def _probe(name: str, task: dict[str, Any], differences: dict[str, Any]) -> list[str]:
-    """One task; `differences` are those of this run minus a method, on the same draws of subjects."""
-    results = {}
-    for method in [*_METHODS, *sorted(set(task) - set(_METHODS))]:
-        cells = task.get(method)
-        found = {
-            metric: cell
-            for metric, cell in (cells.items() if isinstance(cells, dict) else ())
-            if isinstance(cell, dict) and "value" in cell
-        }
-        if found:
-            results[method] = found
-    metrics = list(dict.fromkeys(metric for cells in results.values() for metric in cells))
-    if not metrics:
-        return []
-
-    def words(cell: dict[str, Any] | None) -> str:
-        if cell is None or cell["value"] is None:
-            return "–"
-        ends = "" if cell.get("low") is None else f" [{cell['low']:.3f}, {cell['high']:.3f}]"
-        return f"{cell['value']:.3f}{ends}"
-
-    rows = [
-        [_METHODS.get(method, method), *[words(cells.get(metric)) for metric in metrics]]
-        for method, cells in results.items()
-    ]
-    for method, cells in differences.items():
-        name_of = f"this run minus {_METHODS.get(method, method)}"
-        rows.append([name_of, *[words(cells.get(metric)) for metric in metrics]])
-    width = min(11, 2.6 + 2.7 * len(metrics))
-    figure = Figure(figsize=(width, 0.9 + 0.34 * len(results)))
-    figure.set_layout_engine("constrained", wspace=0.06)
-    grid = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    for axes, metric in zip(grid, metrics, strict=True):
-        for place, (method, cells) in enumerate(results.items()):
-            cell = cells.get(metric)
-            if cell is None or cell["value"] is None:
-                continue
-            colour = html.BLUE if method == "ours" else html.GREY
-            if cell.get("low") is not None:
-                axes.plot([cell["low"], cell["high"]], [place, place], color=colour, lw=2.5)
-            axes.plot(cell["value"], place, "o", color=colour, ms=7, mec="white")
-        if metric == "auroc":
-            axes.axvline(0.5, color=html.RED, lw=1, ls="--")
-        axes.set(title=metric.replace("_", " "), ylim=(len(results) - 0.5, -0.5))
-        axes.set_yticks(range(len(results)), [_METHODS.get(method, method) for method in results])
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x")
-    chance = "Dashed: chance." if "auroc" in metrics else ""
-    return [
-        html.heading(name),
-        html.table(["Features", *metrics], rows),
-        html.picture(figure, f"Probe results of {name} with 95 % intervals", chance),
-    ]

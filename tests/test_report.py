@@ -11,7 +11,7 @@ import pytest
 from test_page import NASTY, Reader, check_self_contained, command
 
 from shards.errors import ConfigError
-from slim import curves, report
+from slim import curves, findings, report
 from slim.checkpoint import seal, tag
 from slim.config import load_config
 
@@ -177,9 +177,6 @@ def test_steps_from_epochs_use_the_logged_batch(tmp_path):
 
 
 def test_probe_results_are_shown(healthy):
-    def cell(value):
-        return {"value": value, "low": value - 0.05, "high": value + 0.05}
-
     tasks = {
         NASTY: {
             "ours": {"auroc": cell(0.74), "n": 3},
@@ -201,6 +198,79 @@ def test_probe_results_are_shown(healthy):
     (healthy / "report" / "report.json").write_text('{"tasks": 3')
     with pytest.raises(ConfigError, match=r"report\.json"):
         report.write(healthy)
+
+
+def cell(value: float, half: float = 0.05, **more) -> dict:
+    return {"value": value, "low": value - half, "high": value + half, **more}
+
+
+def said(folder: Path, tasks: dict, facts: dict | None = None) -> str:
+    """The verdict on a probe's report."""
+    path = folder / "report.json"
+    path.write_text(json.dumps({"tasks": tasks, "facts": facts or {}}))
+    return " ".join(f"{kind}: {words}" for kind, words in findings.verdict(findings.read_tasks(path)))
+
+
+def test_findings_in_words(tmp_path):
+    ours = {"ours": {"auroc": cell(0.8, p=0.002)}, "random": {"auroc": cell(0.6)}, "connectome": {"auroc": cell(0.95)}}
+    close = {"ours": {"r": cell(0.3, p=0.2)}, "random": {"r": cell(0.28)}, "confounds": {"r": cell(0.33)}}
+    words = said(tmp_path, {"sex": ours, "age": close})
+    assert "look: Beats the same encoder with random weights on 1 of 2 tasks: sex." in words
+    assert "look: Not told apart from random weights on age" in words
+    assert "look: Functional connectivity wins on sex." in words
+    assert "look: Confounds alone do as well or better on age." in words
+    assert "No better than chance on age" in words and "sex (perm" not in words
+    # subjects are paired: a difference is told where the intervals overlap, and the other way round
+    paired = {"differences": {"random": {"r": {"value": 0.02, "low": 0.01, "high": 0.03}}}}
+    assert "good: Beats the same encoder with random weights on 1 of 1 task: age." in said(
+        tmp_path, {"age": close}, {"age": paired}
+    )
+    paired = {"differences": {"random": {"r": {"value": -0.02, "low": -0.03, "high": -0.01}}}}
+    words = said(tmp_path, {"age": close}, {"age": paired})
+    assert "bad: Random weights are better on age." in words and "on 0 of 1 task." in words
+    tuned = {"ours": {"auroc": cell(0.7)}, "finetuned": {"auroc": cell(0.9)}, "scratch": {"auroc": cell(0.6)}}
+    assert said(tmp_path, {"sex": tuned}) == "good: Fine-tuned, it beats training on the task alone on sex."
+    assert said(tmp_path, {"sex": {"ours": {"auroc": {"value": None}}}}) == ""
+
+
+def test_p_and_the_table_of_all_tasks(healthy):
+    tasks = {
+        "state": {
+            "ours": {"balanced_accuracy": cell(0.62, p=0.0004)},
+            "parcel_means": {"balanced_accuracy": cell(0.6)},
+        },
+        "score": {"ours": {"r": cell(0.4, p=0.031), "mse": cell(0.9)}, "random": {"r": cell(0.2), "mse": cell(1.0)}},
+    }
+    facts = {"state": {"type": "state", "chance": {"balanced_accuracy": 0.17}, "test_subjects": 40, "seeds": [0, 1, 2]}}
+    (healthy / "report").mkdir()
+    (healthy / "report" / "report.json").write_text(json.dumps({"tasks": tasks, "facts": facts}))
+    text = text_of(healthy)
+    assert "Features score, r state, balanced accuracy" in text
+    assert "this run 0.40 [0.35, 0.45], p = 0.031 0.62 [0.57, 0.67], p < 0.001" in text
+    assert "same encoder, random weights 0.20 [0.15, 0.25] –" in text
+    assert "State; 40 people tested; 3 seeds." in text and "parcel means 0.600" in text
+
+
+def test_explanations_are_shown(healthy):
+    from matplotlib.figure import Figure
+
+    from shards import html
+
+    folder = healthy / "report" / "explain"
+    folder.mkdir(parents=True)
+    session = {"key": NASTY, "subject": "01", "complete": False}
+    about = {"score": "logit of B", "pooling": "cov", "start": "still", "space": "MNI", "sessions": [session]}
+    place = {"mm": [-24.0, 8.0, 31.0], "value": 0.0123}
+    (folder / "sex.json").write_text(json.dumps({**about, "places": [place]}))
+    with pytest.raises(ConfigError, match="explain"):
+        report.write(healthy)  # a picture is missing
+    for name in ("sex.png", "sex_windows.png"):
+        (folder / name).write_bytes(html.png(Figure(figsize=(2, 1))))
+    text = text_of(healthy)
+    assert "Explained: logit of B, cov pooling, in 1 session of 1 subject that" in text
+    assert "-24 +8 +31 0.012" in text and "In 1 of them the shares do not sum to the score" in text
+    content = (healthy / "report" / "index.html").read_text()
+    assert "<script" not in content and len(Reader(content).pictures()) == 13
 
 
 def test_thinning_keeps_spikes_and_means():
