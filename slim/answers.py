@@ -1,6 +1,6 @@
 """The answers a fine-tuning run is given: those of its training and validation subjects, and of nobody else.
 
-    RUN/answers.json    kind, classes, and of each session in `train` and `val`: [subject, answer]
+    RUN/answers.json    how many classes, and of each session in `train` and `val`: [subject, answer]
 
 Whoever trains reads this file and the samples it names. Sessions of test subjects do not exist for it, nor does any
 label of the dataset.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -29,12 +28,10 @@ class Answers:
 
     Attributes
     ----------
-    kind : "classification" or "regression"
     classes : K; 0 in a regression
     train, val : of each session, by key: number of its subject, and its class or value
     """
 
-    kind: Literal["classification", "regression"]
     classes: int
     train: dict[str, tuple[int, float]]
     val: dict[str, tuple[int, float]]

@@ -156,16 +156,18 @@ class Finetuner:
         """Loss of the validation subjects, predicted from all windows of their sessions; alike in all processes."""
         (dataset,) = self.course.datasets
         sessions = dataset.of_split("val")
-        guess_NK = predict(forward, self.answers, dataset, sessions, self.course.geometry, self.settings, self.device)
+        guess_NK = predict(
+            forward, self.answers.classes, dataset, sessions, self.course.geometry, self.settings, self.device
+        )
         rows = [self.answers.val[session["key"]] for session in sessions]
         return validation_loss(
-            guess_NK, np.array([row[0] for row in rows]), np.array([row[1] for row in rows]), self.answers
+            guess_NK, np.array([row[0] for row in rows]), np.array([row[1] for row in rows]), self.answers.classes
         )
 
     def _now(self, full: Full | None) -> dict[str, Tensor]:
         """Encoder and head as they are, whole, by name."""
         tensors = {name: value if full is None else full(value) for name, value in self.model.named_parameters()}
-        return tensors | dict(self.model.named_buffers())
+        return tensors | dict(self.model.head.named_buffers(prefix="head"))
 
     def state(self, full: Full | None) -> dict[str, Tensor]:
         """The model, the best one so far, and how good it was."""
@@ -175,7 +177,7 @@ class Finetuner:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Buffers of the model, and the best one; its parameters are left to the engine."""
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in self.model.head.named_buffers(prefix="head"):
             buffer.copy_(tensors[name])
         self.best_loss, best_step = tensors[f"{BEST}of"].tolist()
         self.best_step = int(best_step)
@@ -215,7 +217,7 @@ def file_hash(path: Path) -> str:
 @torch.no_grad()
 def predict(
     forward: Forward,
-    answers: Answers,
+    classes: int,
     dataset: Dataset,
     sessions: Sequence[dict[str, Any]],
     geometry: Geometry,
@@ -234,7 +236,7 @@ def predict(
     rank, world = (dist.get_rank(), _world()) if dist.is_initialized() else (0, 1)
     k, size = settings.windows.k, settings.run.batch
     samples = [(row, first) for row, session in enumerate(sessions) for first in firsts(session["n_kept"], k)]
-    sum_NK = torch.zeros(len(sessions), answers.outputs, dtype=torch.float64, device=device)
+    sum_NK = torch.zeros(len(sessions), max(1, classes), dtype=torch.float64, device=device)
     micro_batches = [samples[at : at + size] for at in range(0, len(samples), size)]
 
     @lru_cache(maxsize=2)
@@ -246,7 +248,7 @@ def predict(
         mine = micro_batches[min(number, len(micro_batches) - 1)]
         read = [read_windows(dataset, sessions[row], in_time(row)[first : first + k].tolist()) for row, first in mine]
         guess_BK, _ = forward(collate(read, geometry, settings.stream).to(device))
-        guess_BK = guess_BK.double().softmax(dim=1) if answers.classes else guess_BK.double()
+        guess_BK = guess_BK.double().softmax(dim=1) if classes else guess_BK.double()
         if number < len(micro_batches):
             sum_NK.index_add_(0, torch.tensor([row for row, _ in mine], device=device), guess_BK)
     _add_up(sum_NK)
@@ -260,12 +262,12 @@ def firsts(count: int, k: int) -> Iterator[int]:
     yield count - k
 
 
-def validation_loss(guess_NK: np.ndarray, subject_N: np.ndarray, answer_N: np.ndarray, answers: Answers) -> float:
+def validation_loss(guess_NK: np.ndarray, subject_N: np.ndarray, answer_N: np.ndarray, classes: int) -> float:
     """Of subjects, each the mean of its sessions: log loss with all classes counted alike, or squared error."""
     subjects, first = np.unique(subject_N, return_index=True)
     guess_SK = np.stack([guess_NK[subject_N == subject].mean(axis=0) for subject in subjects])
     answer_S = answer_N[first]
-    if not answers.classes:
+    if not classes:
         return float(((guess_SK[:, 0] - answer_S) ** 2).mean())
     loss_S = -np.log(np.maximum(guess_SK[np.arange(len(subjects)), answer_S.astype(int)], 1e-12))
     return float(np.mean([loss_S[answer_S == answer].mean() for answer in np.unique(answer_S)]))

@@ -42,8 +42,9 @@ class Head(nn.Module):
         else:
             logit_MH = x_MC @ self.query.T / x_MC.shape[1] ** 0.5
         index_M = sample_M.long()
+        index_MH = index_M[:, None].expand(logit_MH.shape)
         largest_BH = logit_MH.new_full((samples, logit_MH.shape[1]), -torch.inf)
-        largest_BH = largest_BH.index_reduce(0, index_M, logit_MH.detach(), "amax")
+        largest_BH = largest_BH.scatter_reduce(0, index_MH, logit_MH.detach(), "amax")
         weight_MH = torch.exp(logit_MH - largest_BH[index_M])
         total_BH = weight_MH.new_zeros(largest_BH.shape).index_add(0, index_M, weight_MH)
         share_MH = weight_MH / total_BH[index_M]
