@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,28 @@ def test_where_every_run_is_refused_nothing_is_written(run: Path, tmp_path: Path
     done = tool("embed.py", run, tmp_path / "none.nii.gz", "--out", tmp_path / "z.npz")
     assert done.returncode == 1 and "none.nii.gz: got no such file" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.real
+def test_real_runs_in_native_space(run: Path, tmp_path: Path):
+    """Both whole brains, one with a mask and one without, on the coarse grid of the small model."""
+    folder = os.environ.get("SLIM_REAL_DATA")
+    if not folder:
+        pytest.skip("SLIM_REAL_DATA is not set: no folder of real runs to encode")
+    rapidtide, ds000205 = Path(folder) / "rapidtide", Path(folder) / "ds000205"
+    files = [
+        (
+            rapidtide / "sub-RAPIDTIDETEST.nii.gz",
+            ("--mask", rapidtide / "sub-RAPIDTIDETEST_brainmask.nii.gz"),
+            260 * 1.5,
+        ),
+        (ds000205 / "sub-ds205s03_task-functionallocalizer_run-01_bold_volreg.nii.gz", (), 82 * 2.2),
+    ]
+    for bold, mask, seconds in files:
+        out = tmp_path / f"{bold.name}.npz"
+        done = tool("embed.py", run, bold, *mask, "--space", "native", "--out", out)
+        assert done.returncode == 0, done.stdout + done.stderr
+        with np.load(out) as found:
+            assert found["vectors"].shape == (32, ALIGNED["embed"] * 2) and np.isfinite(found["vectors"]).all()
+            assert (np.diff(found["start"]) > 0).all() and found["start"][-1] + 5 * 0.72 <= seconds
+            assert found["vectors"].std(axis=0).min() > 0  # windows differ

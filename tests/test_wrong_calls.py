@@ -226,7 +226,7 @@ def test_a_run_that_is_no_nifti_is_named_and_the_others_are_converted(command, t
     assert not Path(tmp_path / "none/manifest.json").exists()
 
 
-@pytest.mark.parametrize("tool", ["make_shards", "pretrain", "make_cohort", "plan"])
+@pytest.mark.parametrize("tool", ["make_shards", "pretrain", "make_cohort", "plan", "export", "embed"])
 def test_help_ends_with_an_example(tool, command):
     done = command(f"tools/{tool}.py", "--help")
     assert done.returncode == 0 and done.stdout.rstrip().splitlines()[-2] == "example:"
