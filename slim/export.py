@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 
 from shards.confounds import CleanSettings
 from shards.errors import ConfigError, DatasetError, Stopped, is_full
@@ -66,11 +66,9 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in model.encoder.state_dict().items()},
-            temporary / MODEL,
-            {"format": "pt"},
-        )
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in model.encoder.state_dict().items()}
+        # not by `save_file`, which makes a file that nobody else may read
+        (temporary / MODEL).write_bytes(save_tensors(tensors, {"format": "pt"}))
         (temporary / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
         if recipe.ranker.extractor is not None:
             recipe.ranker.extractor.save(temporary / EXTRACTOR)
@@ -145,8 +143,8 @@ tags: [fmri, neuroimaging, self-supervised, feature-extraction]
 # {made["run"]}, step {made["step"]}
 
 The encoder of SLIM-Brain (arXiv 2512.21881, in the implementation `slim-brain`), a voxel-level, atlas-free model of
-fMRI: {made["parameters"] / 1e6:.1f} M parameters, preset `{settings.model_name}`, pretrained without labels. It turns a
-preprocessed BOLD run into a vector for each of its most salient windows of {windows["frames"]} frames.
+fMRI: {made["parameters"] / 1e6:.1f} M parameters, preset `{settings.model_name}`, pretrained without labels.
+It turns a preprocessed BOLD run into a vector for each of its most salient windows of {windows["frames"]} frames.
 
     pip install slim-brain
 

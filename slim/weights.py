@@ -124,8 +124,8 @@ def _of_run(folder: Path, kind: str) -> Weights:
         raise fault
     settings = check(PretrainSettings, read_yaml(found / _RUN_CONFIG), found / _RUN_CONFIG)
     facts = checkpoint.facts(found)
-    # what the launcher wrote above the configuration
-    notes = dict(re.findall(r"^# (\w+) (\S+)$", (found / _RUN_CONFIG).read_text(), re.MULTILINE))
+    # what the launcher wrote above the configuration: `# commit HASH`, `# numpy 2.4.6`, ...
+    notes = dict(re.findall(r"^# (commit|\w+(?= \d+\.)) (\S+)$", (found / _RUN_CONFIG).read_text(), re.MULTILINE))
     made = {
         "run": run.resolve().name,
         "step": facts["step"],

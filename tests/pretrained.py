@@ -50,7 +50,8 @@ def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
     saved = folder / "checkpoints" / checkpoint.tag(7)
     saved.mkdir(parents=True)
     for place in (folder, saved):
-        (place / "config.yaml").write_text(settings.model_dump_json())
+        note = "# merged configuration\n# commit 5e1f+\n# numpy 2.4.6\n"  # as the launcher's
+        (place / "config.yaml").write_text(note + settings.model_dump_json())
         (place / "dataset.json").write_text(json.dumps({n: v for n, v in manifest.items() if n != "shards"}))
     write_weights(saved, tensors)
     return folder

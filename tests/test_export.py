@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -116,7 +117,8 @@ def test_a_fresh_process_without_training_software_gives_the_same_bits(run: Path
 def test_the_folder_says_what_is_in_it_and_where_from(run: Path, exported: Path, dataset: Path):
     about = json.loads((exported / CONFIG).read_text())
     assert about["made"]["step"] == 7 and about["made"]["weights"] == "encoder"
-    assert {"python", "torch", "deepspeed"} <= set(about["made"]["versions"])
+    assert about["made"]["commit"] == "5e1f+"
+    assert set(about["made"]["versions"]) == {"python", "torch", "deepspeed", "numpy"}
     assert about["data"]["configuration"] == Dataset(dataset).manifest["configuration"]
     manifest = Dataset(dataset).manifest
     (training,) = about["made"]["training"]
@@ -131,6 +133,10 @@ def test_the_folder_says_what_is_in_it_and_where_from(run: Path, exported: Path,
     assert card.count("```python") == 1
     checked = subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=exported, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
+    readable = {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert readable == {0o666 & ~umask}  # by those whom its owner shares folders with
     files = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
     assert files - {line.split(": ")[0] for line in checked.stdout.splitlines()} == {SUMS, "README.md"}
 
