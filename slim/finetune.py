@@ -8,7 +8,7 @@ The run folder is that of a pretraining run, and two files more, which `tools/fi
 Once in an epoch the validation subjects are predicted; weights of the best validation are kept in every checkpoint,
 as `best.encoder...` and `best.head...`. Nothing here ever sees a test subject.
 
-Legend: B samples; M cells; P pooled features; K outputs; N sessions; S subjects.
+Legend: B samples; P pooled features (3: count, sum, sum of squares); K outputs; N sessions; S subjects.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from slim.learner import Group, decays
 from slim.objective import Losses
 
 START = "start.safetensors"
+BEST = "best."
 LAYER_DECAY = 0.75
 _MEASURED = 64  # samples, at most an epoch, that the pooled features are standardised by
-BEST = "best."
 
 
 class Finetuning(Course):
@@ -113,18 +113,15 @@ class Finetuner:
     @torch.no_grad()
     def begin(self, steps: Steps, forward: Forward) -> None:
         """Measure the pooled features of the untrained model over the first samples."""
-        mean, square, count = 0, 0, 0
-        features = self.model.head.centre_P.numel()
-        sums_3P = torch.zeros(3, features, dtype=torch.float64, device=self.device)
+        sums_3P = torch.zeros(3, self.model.head.centre_P.numel(), dtype=torch.float64, device=self.device)
         for batch in steps(math.ceil(min(_MEASURED, self.course.stream.per_epoch) / self.per_step)):
             _, pooled_BP = forward(batch)
             if not batch.empty:
                 x_BP = pooled_BP.double()
                 sums_3P += torch.stack([torch.ones_like(x_BP), x_BP, x_BP**2]).sum(dim=1)
         _add_up(sums_3P)
-        count, mean, square = sums_3P
-        mean_P = mean / count.clamp_min(1)
-        self.model.head.standardise(mean_P.float(), (square / count.clamp_min(1) - mean_P**2).float())
+        mean_P, square_P = sums_3P[1:] / sums_3P[0].clamp_min(1)
+        self.model.head.standardise(mean_P.float(), (square_P - mean_P**2).float())
 
     def losses(self, batch: Batch, step: int, forward: Forward) -> Losses:
         """Cross-entropy with all classes counted alike, or squared error; mean over the samples."""
@@ -155,14 +152,10 @@ class Finetuner:
     def validate(self, forward: Forward) -> float:
         """Loss of the validation subjects, predicted from all windows of their sessions; alike in all processes."""
         (dataset,) = self.course.datasets
-        sessions = dataset.of_split("val")
-        guess_NK = predict(
-            forward, self.answers.classes, dataset, sessions, self.course.geometry, self.settings, self.device
-        )
-        rows = [self.answers.val[session["key"]] for session in sessions]
-        return validation_loss(
-            guess_NK, np.array([row[0] for row in rows]), np.array([row[1] for row in rows]), self.answers.classes
-        )
+        sessions, classes = dataset.of_split("val"), self.answers.classes
+        guess_NK = predict(forward, classes, dataset, sessions, self.course.geometry, self.settings, self.device)
+        subject_N, answer_N = np.array([self.answers.val[session["key"]] for session in sessions]).T
+        return validation_loss(guess_NK, subject_N, answer_N, classes)
 
     def _now(self, full: Full | None) -> dict[str, Tensor]:
         """Encoder and head as they are, whole, by name."""

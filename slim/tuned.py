@@ -1,0 +1,220 @@
+"""Fine-tuning as a method that answers a task, beside the probes of frozen features.
+
+One fine-tuning for each division of the subjects, in a run folder of its own. It is given answers of the training and
+the validation subjects; the test subjects are predicted once, here, after it has ended.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shards.errors import ConfigError
+from shards.layout import dump, write_atomically
+from shards.reader import Dataset
+from shards.settings import check, override
+from slim import checkpoint, probe
+from slim.answers import Answers
+from slim.brain import SlimBrain
+from slim.checkpoint import CheckpointError
+from slim.config import FinetuneSettings
+from slim.finetune import BEST, make_model, predict, write_start
+from slim.splits import Fold, Split
+from slim.task import Cases, Task
+
+FINETUNED, SCRATCH = "finetuned", "scratch"
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "optimizer": {"lr": 1e-4, "betas": [0.9, 0.999], "wd": [0.05, 0.05]},
+    "run": {"epochs": 30, "keep": 1},
+}
+_KEPT = ("precision", "stream", "zero")  # of the pretraining run, unless said otherwise
+_OF_RUN = ("batch", "workers", "wandb")
+_FIXED = ("model", "model_name", "view", "data", "start")  # what the weights, and the command, decide
+
+
+def refuse(task: Task, where: str | Path) -> None:
+    """ConfigError for a task that no fine-tuning answers."""
+    if task.type not in ("classification", "regression"):
+        raise ConfigError(where, "type", task.type, "classification or regression", "Probe the frozen features instead")
+    if task.split.kind != "holdout":
+        hint = "The best epoch is chosen on validation subjects, which only holdout sets apart"
+        raise ConfigError(where, "split.kind", task.split.kind, "holdout", hint)
+
+
+def settings_for(
+    ours: SlimBrain, data: str, out: Path, sessions: int, assignments: Sequence[str], number: int
+) -> FinetuneSettings:
+    """Settings of one fine-tuning: those of the pretraining where they say how to compute, and our own how to learn.
+
+    Parameters
+    ----------
+    ours : SlimBrain
+    data : str
+        The dataset.
+    out : Path
+        Its run folder.
+    sessions : int
+        To be trained on; by default a checkpoint is written once they all were seen.
+    assignments : sequence of str
+        `key=value`.
+    number : int
+        Which of the fine-tunings of a task; added to `run.seed`.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is wrong, or one that the weights decide.
+    """
+    of_ours = ours.settings.model_dump(mode="json")
+    given = {name: of_ours[name] for name in ("model", "model_name", "view", "windows", *_KEPT)}
+    given |= {"data": data, "optimizer": _DEFAULTS["optimizer"]}
+    given["run"] = {name: of_ours["run"][name] for name in _OF_RUN} | _DEFAULTS["run"] | {"out": str(out)}
+    tree = override(given, assignments)
+    for name in _FIXED:
+        if tree.get(name) != given.get(name):
+            raise ConfigError("command line", name, tree[name], "no such override", "The weights, or --data, decide it")
+    if tree["windows"]["k"] != given["windows"]["k"] or tree["run"]["out"] != str(out):
+        name = "run.out" if tree["run"]["out"] != str(out) else "windows.k"
+        raise ConfigError("command line", name, "a value", "no such override", "The weights, or --out, decide it")
+    tree["run"]["seed"] = tree["run"].get("seed", 0) + number
+    if "checkpoint_every" not in tree["run"]:
+        settings = check(FinetuneSettings, tree, "command line").run
+        per_step = settings.batch * settings.accumulate * settings.processes
+        tree["run"]["checkpoint_every"] = max(1, round(sessions / per_step))
+    return check(FinetuneSettings, tree, "command line")
+
+
+@dataclass
+class Finetuned:
+    """A method of `slim.probe`.
+
+    Parameters
+    ----------
+    ours : SlimBrain
+        Whose encoder is trained on.
+    dataset, cases
+        Of the task.
+    splits : list of list of Split
+        Of the task: which fine-tuning a fold is.
+    folder : Path
+        Each has its run in `folder/seed-K`.
+    assignments : sequence of str
+        `key=value` for the settings of the runs.
+    from_scratch : bool
+        Begin with random weights.
+    train : callable
+        Runs a fine-tuning to its end.
+    device : torch.device or str
+        Where test subjects are predicted.
+
+    Attributes
+    ----------
+    runs : list of dict, a line for each fine-tuning done
+    """
+
+    ours: SlimBrain
+    dataset: Dataset
+    cases: Cases
+    splits: list[list[Split]]
+    folder: Path
+    assignments: Sequence[str]
+    from_scratch: bool
+    train: Callable[[FinetuneSettings], None]
+    device: torch.device | str = "cpu"
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+    def settings(self, number: int) -> FinetuneSettings:
+        """Those of one fine-tuning, without the weights it starts with."""
+        ((split),) = self.splits[number]
+        out = self.folder / f"seed-{number}"
+        return settings_for(self.ours, str(self.dataset.folder), out, len(split.train), self.assignments, number)
+
+    def predict(self, fold: Fold) -> np.ndarray:
+        """Probabilities (m, K) or values (m, 1) of the test sessions; trains first, or goes on, or finds it done."""
+        (number,) = [n for n, (split,) in enumerate(self.splits) if np.array_equal(split.test, fold.test)]
+        settings, answers = self.settings(number), self._answers(fold)
+        out = Path(settings.run.out)
+        out.mkdir(parents=True, exist_ok=True)
+        answers.write(out)
+        if not self.from_scratch:
+            start = write_start(out, self.ours.encoder.state_dict())
+            settings = settings.model_copy(update={"start": start})
+        self.train(settings)
+        model, step, loss = self._best(out, settings, answers)
+        sessions = [self.cases.sessions[row] for row in fold.test]
+        geometry = self.ours.geometry
+        device = torch.device(self.device)
+        guess_mK = predict(model.to(device), answers.classes, self.dataset, sessions, geometry, settings, device)
+        self.runs.append({"run": str(out), "seed": settings.run.seed, "best_step": step, "val_loss": loss})
+        return guess_mK
+
+    def _answers(self, fold: Fold) -> Answers:
+        assert fold.val_n is not None
+        sides: list[dict[str, tuple[int, float]]] = [{}, {}]
+        for row, answer, is_val in zip(fold.train, fold.answer_n, fold.val_n, strict=True):
+            sides[int(is_val)][self.cases.sessions[row]["key"]] = int(self.cases.subject_N[row]), float(answer)
+        return Answers(fold.classes, *sides)
+
+    def _best(self, out: Path, settings: FinetuneSettings, answers: Answers) -> tuple[torch.nn.Module, int, float]:
+        """The model of the best validation, the step it was at, and its loss."""
+        found = checkpoint.newest(out / "checkpoints")
+        assert found is not None  # `train` has ended
+        tensors = checkpoint.read_weights(found / checkpoint.WEIGHTS, BEST)
+        loss, step = tensors.pop("of").tolist()
+        if not tensors:
+            hint = "Lower optimizer.lr, and give another --out"
+            raise CheckpointError(found, "val_loss", "no finite number in any epoch", "one", hint)
+        model = make_model(settings, self.ours.geometry, self.dataset.grid.voxels, answers.outputs)
+        model.load_state_dict(tensors)
+        return model.eval().requires_grad_(False), int(step), loss
+
+
+def join_report(
+    folder: Path, task: Task, cases: Cases, splits: list[list[Split]], method: str, scores: dict[str, Any], facts: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put the scores of a method beside those that probe.py left of the same task in `folder/report.json`.
+
+    Returns
+    -------
+    results, about : dict
+        Of the task: each metric of each method, and the facts, those of the method under its name.
+
+    Raises
+    ------
+    ConfigError
+        See `check_report`.
+    """
+    report = check_report(folder, task, cases, splits)
+    results = report["tasks"].setdefault(task.name, {}) | {method: scores}
+    about = probe.task_facts(task, cases, splits) | report["facts"].get(task.name, {}) | {method: facts}
+    report["tasks"][task.name], report["facts"][task.name] = results, about
+    write_atomically(folder / "report.json", dump(report) + "\n")
+    if probe.OURS in results:
+        probe.plot(task.name, results, about, folder / f"{task.name}.png")
+    return results, about
+
+
+def check_report(folder: Path, task: Task, cases: Cases, splits: list[list[Split]]) -> dict[str, Any]:
+    """The report in a folder, an empty one where there is none; ConfigError if it asked the task otherwise."""
+    path = folder / "report.json"
+    if not path.exists():
+        return {"tasks": {}, "facts": {}}
+    try:
+        report = json.loads(path.read_text())
+        about = report["facts"].get(task.name, {})
+        assert isinstance(report["tasks"], dict)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        hint = "Move it away, or give another --out"
+        raise ConfigError(path, "", "no report of probes", "a report.json that probe.py wrote", hint) from None
+    asked = json.loads(dump(probe.task_facts(task, cases, splits)))
+    for name in ("type", "label", "split", "subjects", "test_subjects"):
+        if name in about and about[name] != asked[name]:
+            hint = "Probe again, so that all methods answer the same task, or give another --out"
+            raise ConfigError(path, f"{task.name}.{name}", asked[name], f"{about[name]}, as in the report", hint)
+    return report

@@ -1,0 +1,397 @@
+"""Fine-tuning: layers, heads and losses against references, resume after kill -9, nothing of the test subjects."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import GRID, ROOT, Command, run_command
+from hypothesis import given
+from hypothesis import strategies as st
+from pretrained import ALIGNED, write_run
+from sklearn.metrics import log_loss
+from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
+
+from launchers import local
+from shards.errors import ConfigError
+from shards.reader import Dataset
+from shards.settings import check
+from slim import checkpoint
+from slim.answers import Answers
+from slim.batch import collate, read_windows
+from slim.brain import SlimBrain
+from slim.config import HeadSettings
+from slim.finetune import Finetuning, depth_of, firsts, predict, validation_loss, write_start
+from slim.head import Head
+from slim.probe import make_fold
+from slim.task import Task, find_cases, make_splits
+from slim.tuned import Finetuned, refuse, settings_for
+
+SCORE = {
+    "name": "s",
+    "type": "regression",
+    "label": "score",
+    "bootstrap": 100,
+    "split": {"kind": "holdout", "shares": [0.5, 0.2, 0.3], "repeats": 2},
+}
+QUICK = ("run.wandb=disabled", "precision=fp32", "run.batch=2", "run.workers=0", "run.device=cpu")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten people, one session each, at 16 mm."""
+    folder = tmp_path_factory.mktemp("people")
+    words = ["--subjects", 10, "--sessions", 1, "--frames", 60, "--voxel-mm", 16]
+    done = run_command("tools/make_cohort.py", "--out", folder / "bids", *words)
+    assert done.returncode == 0, done.stderr
+    words = ["--ranker", "ridge", "--workers", 1, *GRID]
+    done = run_command("tools/make_shards.py", folder / "bids" / "cohort.yaml", "--out", folder / "shards", *words)
+    assert done.returncode == 0, done.stderr
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def pretrained(people: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("pretrained") / "run", people, ALIGNED)
+
+
+def write_task(folder: Path, **changes: Any) -> Path:
+    path = folder / "task.yaml"
+    path.write_text(json.dumps(SCORE | changes))
+    return path
+
+
+def answers_of(opened: Dataset, classes: int = 0) -> Answers:
+    """Seven sessions to train on, one of them to validate, two that nobody is to see."""
+    rows = [(n, float(n % classes if classes else n / 5 - 1)) for n in range(len(opened.sessions))]
+    keys = [session["key"] for session in opened.sessions]
+    return Answers(classes, dict(zip(keys[:6], rows, strict=False)), dict(zip(keys[6:8], rows[6:8], strict=False)))
+
+
+def course_of(pretrained: Path, people: Path, out: Path, *words: str, classes: int = 0) -> Finetuning:
+    ours, opened = SlimBrain.from_pretrained(pretrained), Dataset(people)
+    settings = settings_for(ours, str(people), out, 6, [*QUICK, *words], 0)
+    out.mkdir(parents=True, exist_ok=True)
+    answers_of(opened, classes).write(out)
+    return Finetuning(settings.model_copy(update={"start": write_start(out, ours.encoder.state_dict())}))
+
+
+# layers and heads
+
+
+def test_learning_rates_fall_towards_the_input_and_only_matrices_decay(
+    pretrained: Path, people: Path, tmp_path: Path
+) -> None:
+    learner = course_of(pretrained, people, tmp_path, "head.layer_decay=0.5").learner(torch.device("cpu"))
+    blocks = learner.model.encoder.n
+    assert blocks == 2
+    names = {id(p): name for name, p in learner.model.named_parameters()}
+    seen = [names[id(p)] for group in learner.groups() for p in group.parameters]
+    assert sorted(seen) == sorted(names.values())
+    for group in learner.groups():
+        for parameter in group.parameters:
+            name = names[id(parameter)]
+            expected = {"encoder.blocks.0": 0.25, "encoder.blocks.1": 0.5, "encoder.norm": 1.0, "head.": 1.0}
+            scale = next((value for start, value in expected.items() if name.startswith(start)), 0.125)
+            assert group.scale == scale, name
+            is_matrix = name.endswith("weight") and "norm" not in name and "seconds" not in name
+            assert group.decays == is_matrix, name
+    assert {depth_of(name, blocks) for name in names.values()} == set(range(blocks + 2))
+
+
+def test_the_encoder_begins_with_the_pretrained_weights_and_scratch_does_not(
+    pretrained: Path, people: Path, tmp_path: Path
+) -> None:
+    course = course_of(pretrained, people, tmp_path)
+    given = SlimBrain.from_pretrained(pretrained).encoder.state_dict()
+    mine = course.learner(torch.device("cpu"))
+    assert all(torch.equal(value, given[name]) for name, value in mine.model.encoder.state_dict().items())
+    course.settings = course.settings.model_copy(update={"start": None})
+    scratch = course.learner(torch.device("cpu"))
+    assert not torch.equal(scratch.model.encoder.space, mine.model.encoder.space)
+    assert {group.scale for group in scratch.groups()} == {1.0} and len({g.scale for g in mine.groups()}) == 4
+    with open(tmp_path / "start.safetensors", "ab") as file:
+        file.write(b"x")
+    course.settings = course.settings.model_copy(update={"start": "0" * 64})
+    with pytest.raises(checkpoint.CheckpointError, match=r"start\.safetensors: SHA-256"):
+        course.learner(torch.device("cpu"))
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 2**16))
+def test_heads_pool_the_tokens_of_each_sample_by_softmax(lengths: list[int], queries: int, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    x_MC = torch.randn(sum(lengths), 5, generator=rng)
+    sample_M = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
+    order_M = torch.randperm(len(x_MC), generator=rng)  # tokens of samples need not lie together
+    kind = {"pooling": "attentive", "queries": queries} if queries else {"pooling": "mean"}
+    head = Head(check(HeadSettings, kind, "test"), 5, 2)
+    if queries:
+        means = torch.stack([part.mean(dim=0).repeat(queries) for part in x_MC.split(lengths)])
+        torch.testing.assert_close(head.pool(x_MC[order_M], sample_M[order_M], len(lengths)), means)
+        head.query.data = 30 * torch.randn(queries, 5, generator=rng)
+    expected = []
+    for part in x_MC.split(lengths):
+        share = torch.full((1, len(part)), 1 / len(part))
+        if queries:
+            share = (head.query @ part.T / 5**0.5).softmax(dim=1)
+        expected.append((share @ part).flatten())
+    torch.testing.assert_close(head.pool(x_MC[order_M], sample_M[order_M], len(lengths)), torch.stack(expected))
+
+
+def test_features_are_standardised_once_by_the_training_samples(pretrained: Path, people: Path, tmp_path: Path) -> None:
+    course = course_of(pretrained, people, tmp_path)
+    learner = course.learner(torch.device("cpu"))
+    items = [course.stream.at(n) for n in range(6)]
+    batches = [course.load()(items[at : at + 2]).to("cpu") for at in (0, 2, 4)]
+    learner.begin(lambda steps: batches[:steps], learner.model)
+    pooled = torch.cat([learner.model(batch)[1] for batch in batches]).double()
+    z = (pooled - learner.model.head.centre_P) * learner.model.head.scale_P
+    torch.testing.assert_close(z.mean(dim=0), torch.zeros(z.shape[1]).double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(z.std(dim=0, correction=0), torch.ones(z.shape[1]).double(), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(("pooling", "classes"), [("mean", 0), ("attentive", 3)])
+def test_it_learns_what_it_is_told(pretrained: Path, people: Path, tmp_path: Path, pooling: str, classes: int) -> None:
+    course = course_of(pretrained, people, tmp_path, f"head.pooling={pooling}", classes=classes)
+    learner = course.learner(torch.device("cpu"))
+    batches = [course.load()([course.stream.at(n) for n in range(3)]).to("cpu")]
+    learner.begin(lambda _: batches, learner.model)
+    adam = torch.optim.AdamW([{"params": group.parameters, "lr": 5e-3 * group.scale} for group in learner.groups()])
+    losses = []
+    for step in range(20):
+        found = learner.losses(batches[0], step, learner.model)
+        found.total.backward()
+        adam.step()
+        adam.zero_grad()
+        losses.append(float(found.logs["loss"]))
+    assert losses[-1] < 0.5 * losses[0] and all(p.isfinite().all() for p in learner.model.parameters())
+
+
+# answers, losses, predictions
+
+
+def test_classes_count_alike_as_in_scikit_learn() -> None:
+    truth = [0] * 7 + [1] * 2 + [2]
+    answers = Answers(3, {str(n): (n, float(k)) for n, k in enumerate(truth)}, {})
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=np.array(truth))
+    assert answers.class_weights() == pytest.approx(expected)
+
+
+def test_validation_is_of_subjects_and_as_in_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    subject_N, answer_S = np.repeat(np.arange(9), 2), np.array([0, 0, 0, 0, 0, 1, 1, 2, 2])
+    guess_NK = rng.dirichlet(np.ones(3), 18)
+    mean_SK = guess_NK.reshape(9, 2, 3).mean(axis=1)
+    expected = log_loss(answer_S, mean_SK, sample_weight=compute_sample_weight("balanced", answer_S))
+    assert validation_loss(guess_NK, subject_N, answer_S[subject_N], 3) == pytest.approx(expected)
+    value_N, truth_S = rng.normal(size=(18, 1)), rng.normal(size=9)
+    expected = ((value_N.reshape(9, 2).mean(axis=1) - truth_S) ** 2).mean()
+    assert validation_loss(value_N, subject_N, truth_S[subject_N], 0) == pytest.approx(expected)
+
+
+@given(st.integers(1, 12), st.integers(0, 40))
+def test_every_window_is_read_and_no_group_reaches_beyond(k: int, more: int) -> None:
+    starts = list(firsts(k + more, k))
+    assert {first + n for first in starts for n in range(k)} == set(range(k + more))
+    assert len(starts) == -(-(k + more) // k)
+
+
+def test_a_session_is_predicted_from_all_its_windows(pretrained: Path, people: Path, tmp_path: Path) -> None:
+    """Of 12 windows the first and the last 8 in time order; of 8, a linear head on the mean of `encode_session`."""
+    course = course_of(pretrained, people, tmp_path)
+    ours, opened = SlimBrain.from_pretrained(pretrained), Dataset(people)
+    model, device = course.learner(torch.device("cpu")).model, torch.device("cpu")
+    whole = [session for session in opened.sessions if session["n_kept"] == 12][:3]
+    short = [{**session, "n_kept": 8} for session in whole]
+    guess_NK = predict(model, 0, opened, [*whole, *short], course.geometry, course.settings, device)
+    again_NK = predict(model, 0, opened, [*whole, *short][::-1], course.geometry, course.settings, device)
+    np.testing.assert_allclose(guess_NK, again_NK[::-1], atol=1e-5)
+    for row, session in enumerate(short):
+        token_SLC = torch.from_numpy(ours.encode_session(opened, session).token_SLC)
+        expected = model.head(token_SLC.mean(dim=(0, 1))[None])
+        np.testing.assert_allclose(guess_NK[3 + row], expected[0].detach(), atol=1e-4)
+    for row, session in enumerate(whole):
+        in_time = np.argsort(opened.read(session, ("start",))["start"])
+        groups = [read_windows(opened, session, in_time[rows]) for rows in (slice(0, 8), slice(4, 12))]
+        each = [model(collate([group], course.geometry, None))[0] for group in groups]
+        np.testing.assert_allclose(guess_NK[row], torch.cat(each).mean(dim=0).detach(), atol=1e-5)
+
+
+def test_nothing_of_a_test_subject_reaches_the_training(pretrained: Path, people: Path, tmp_path: Path) -> None:
+    """Neither sessions nor answers of it, nor any label; what it answers changes no byte of what training is given."""
+    opened, ours = Dataset(people), SlimBrain.from_pretrained(pretrained)
+    task = check(Task, SCORE, "task.yaml")
+    cases = find_cases(task, opened, 8, "task.yaml")
+    splits = make_splits(task, cases, "task.yaml")
+    given: list[bytes] = []
+
+    class Stop(Exception):
+        pass
+
+    def train(settings: Any) -> None:
+        course = Finetuning(settings)
+        tested = {cases.sessions[row]["key"] for row in splits[0][0].test}
+        (data,) = course.datasets
+        assert len(data.sessions) == len(cases.sessions) - len(tested)
+        assert not tested & {session["key"] for session in data.sessions}
+        assert all(session["labels"] == {} for session in data.sessions)
+        assert not any(key in (Path(settings.run.out) / "answers.json").read_text() for key in tested)
+        assert {item.session["key"] for item in map(course.stream.at, range(60))} == set(course.answers.train)
+        given.append((Path(settings.run.out) / "answers.json").read_bytes())
+        raise Stop
+
+    for number in range(2):
+        method = Finetuned(ours, opened, cases, splits, tmp_path / str(number), QUICK, False, train)
+        with pytest.raises(Stop):
+            method.predict(make_fold(task, cases, splits[0][0])[0])
+        cases.truth_S[cases.subject_N[splits[0][0].test]] = 1e6
+    assert given[0] == given[1]
+
+
+# wrong calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"type": "fingerprint", "label": None, "split": {"kind": "all"}}, "type: got fingerprint"),
+        ({"split": {"kind": "folds", "folds": 3}}, "split.kind: got folds"),
+    ],
+)
+def test_tasks_that_cannot_be_fine_tuned_are_refused(changes: dict, what: str) -> None:
+    with pytest.raises(ConfigError, match=what) as told:
+        refuse(check(Task, SCORE | changes, "task.yaml"), "task.yaml")
+    assert "\n" not in told.value.line()
+
+
+@pytest.mark.parametrize(
+    "word", ["view=both", "model.embed=8", "windows.k=4", "run.out=x", "start=x", "head.poling=mean"]
+)
+def test_what_the_weights_decide_cannot_be_set(pretrained: Path, tmp_path: Path, word: str) -> None:
+    ours = SlimBrain.from_pretrained(pretrained)
+    word = "view=voxel" if word == "view=both" and ours.settings.view == "both" else word
+    with pytest.raises(ConfigError, match=word.split("=")[0].split(".")[0]):
+        settings_for(ours, "data", tmp_path, 6, [word], 0)
+
+
+# the command, in real processes
+
+
+def finetune(pretrained: Path, people: Path, out: Path, *words: str) -> list[str]:
+    task = write_task(pretrained.parent)
+    words = (*QUICK, "run.epochs=3", "run.processes=2", *words)
+    given = [
+        "tools/finetune.py",
+        str(pretrained),
+        "--data",
+        str(people),
+        "--task",
+        str(task),
+        "--out",
+        str(out),
+        "--json",
+    ]
+    return [*given, *words]
+
+
+def lines(out: Path, number: int = 0) -> list[dict]:
+    path = out / "finetune" / "s-finetuned" / f"seed-{number}" / "metrics.jsonl"
+    text = path.read_text().splitlines() if path.exists() else []
+    kept = ("step", "epoch", "loss", "lr", "grad_norm", "val_loss", "best_step")
+    return [{name: json.loads(line).get(name) for name in kept} for line in text if line.endswith("}")]
+
+
+@pytest.fixture(scope="module")
+def whole(
+    command: Command, pretrained: Path, people: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
+    """Two fine-tunings of three epochs in two processes, and what the command says of them."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = command(*finetune(pretrained, people, out))
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_best_epoch_is_kept_and_test_subjects_are_scored_in_the_report(whole: tuple[Path, dict]) -> None:
+    out, said = whole
+    report = json.loads((out / "report.json").read_text())
+    assert said["tasks"]["s"] == report["tasks"]["s"]
+    found = report["tasks"]["s"]["finetuned"]
+    assert {"r", "r2", "mse"} <= found.keys() and found["mse"]["low"] <= found["mse"]["value"] <= found["mse"]["high"]
+    runs = report["facts"]["s"]["finetuned"]["runs"]
+    assert [run["seed"] for run in runs] == [0, 1]
+    for number, run in enumerate(runs):
+        history = lines(out, number)
+        validated = {line["step"]: line["val_loss"] for line in history if line["val_loss"] is not None}
+        assert run["best_step"] == min(validated, key=validated.__getitem__) and len(validated) >= 3
+        assert run["val_loss"] == validated[run["best_step"]]
+    assert lines(out, 0)[0]["loss"] != lines(out, 1)[0]["loss"]
+
+
+def test_killed_and_resumed_equals_uninterrupted(
+    command: Command, pretrained: Path, people: Path, whole: tuple[Path, dict], tmp_path: Path
+) -> None:
+    """kill -9 of everything in the midst of the second fine-tuning; the same command goes on to the same numbers."""
+    out, env = tmp_path / "out", {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = finetune(pretrained, people, out)
+    child = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 200
+    while len(lines(out, 1)) < 2 and child.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert child.poll() is None
+    for process in [child, *psutil.Process(child.pid).children(recursive=True)]:
+        process.send_signal(signal.SIGKILL)
+    child.wait()
+    before = (out / "finetune" / "s-finetuned" / "seed-0" / "metrics.jsonl").read_bytes()
+    assert not (out / "report.json").exists() and len(lines(out, 1)) < len(lines(whole[0], 1))
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    assert (out / "finetune" / "s-finetuned" / "seed-0" / "metrics.jsonl").read_bytes() == before  # it was done
+    for number in range(2):
+        assert lines(out, number) == lines(whole[0], number)
+    assert json.loads(done.stdout.splitlines()[-1])["tasks"] == whole[1]["tasks"]
+
+
+def test_one_process_at_stage_3_learns_the_same(
+    pretrained: Path, people: Path, whole: tuple[Path, dict], tmp_path: Path
+) -> None:
+    """As the two processes at stage 2 with two samples each; from random weights it is another story."""
+    opened, ours = Dataset(people), SlimBrain.from_pretrained(pretrained)
+    task = check(Task, SCORE, "task.yaml")
+    cases = find_cases(task, opened, 8, "task.yaml")
+    splits = make_splits(task, cases, "task.yaml")
+    words = (*QUICK, "run.epochs=3", "run.batch=4", "zero.stage=3")
+
+    def train(settings: Any) -> None:
+        assert local.run(local.prepare_run(settings), 1)["finished"]
+
+    for scratch in (False, True):
+        folder = tmp_path / "finetune" / "s-finetuned"
+        method = Finetuned(ours, opened, cases, splits, folder, words, scratch, train)
+        guess_mK = method.predict(make_fold(task, cases, splits[0][0])[0])
+        assert guess_mK.shape == (3, 1) and np.isfinite(guess_mK).all()
+        mine, theirs = lines(tmp_path), lines(whole[0])
+        for name in ("loss", "val_loss"):
+            gap = [abs(a[name] - b[name]) for a, b in zip(mine, theirs, strict=True) if a[name] is not None]
+            assert len(gap) >= 3 and (max(gap) > 1e-2 if scratch else max(gap) < 1e-4), gap
+        shutil.rmtree(folder)
+
+
+def test_what_changed_since_a_run_began_is_refused_in_one_line(
+    command: Command, pretrained: Path, people: Path, whole: tuple[Path, dict]
+) -> None:
+    done = command(*finetune(pretrained, people, whole[0], "head.pooling=attentive"))
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "the head" in done.stderr and "run.out" in done.stderr
