@@ -12,7 +12,7 @@ import yaml
 from launchers.cluster import SlurmSettings
 from shards.cohort import CohortSettings
 from shards.convert import ConvertSettings
-from slim.config import PretrainSettings, load_config
+from slim.config import FinetuneSettings, PretrainSettings, load_config
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
@@ -72,7 +72,7 @@ def test_every_pretraining_configuration_is_valid_and_has_the_fixed_keys(name: s
     } <= set(tree["run"])
 
 
-@pytest.mark.parametrize("model", [PretrainSettings, ConvertSettings, CohortSettings, SlurmSettings])
+@pytest.mark.parametrize("model", [PretrainSettings, FinetuneSettings, ConvertSettings, CohortSettings, SlurmSettings])
 def test_every_field_of_the_settings_is_read_somewhere(model: type) -> None:
     """A field that is parsed and never read is a promise that is not kept."""
     text = "".join(path.read_text() for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
