@@ -164,7 +164,7 @@ class Shown:
                 _draw_template(axes, template, axis, mm, views[axis][2])
         parcels, saliency, carpet, dvars, whole = below.subplots(5, 1, sharex=True, height_ratios=(1.5, 1.6, 2.1, 1, 1))
         self._draw_parcels(below, parcels)
-        self._draw_saliency(saliency)
+        self.draw_saliency(saliency)
         self._draw_carpet(below, carpet)
         self._draw_dvars(dvars)
         self._draw_global(whole)
@@ -188,7 +188,7 @@ class Shown:
         axes.set(title="Parcels over time", ylabel="parcel")
         figure.colorbar(image, ax=axes, label="z", pad=0.01, fraction=0.025, aspect=9)
 
-    def _draw_saliency(self, axes: Axes) -> None:
+    def draw_saliency(self, axes: Axes) -> None:
         """The score of every window and its parts; a score far below the others is marked at the foot of the axis."""
         width = self.frames * self.tr
         low, high = np.percentile(self.scores_W, [25, 75])

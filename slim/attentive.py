@@ -113,6 +113,11 @@ class Attentive:
 
     def predict(self, fold: Fold) -> np.ndarray:
         """Probabilities (m, K) or values (m, 1) of the test sessions."""
+        query_1AC, penalty, train_nP = self.choose(fold)
+        return fit_predict(fold, penalty, train_nP, self.pool(query_1AC, fold.test)[:, 0])
+
+    def choose(self, fold: Fold) -> tuple[Tensor, float, np.ndarray]:
+        """The queries (1, A, C), the penalty, and what the queries gather from the training sessions, (n, P)."""
         inner_n = fold.inner()
         found = []
         for query_MAC in self.fit(fold, inner_n):
@@ -120,7 +125,7 @@ class Attentive:
             loss_L = held_out_losses(fold, inner, inner_n)
             found.append((loss_L.min(), PENALTIES[int(loss_L.argmin())], query_MAC[-1:], whole_nP))
         _, penalty, query_1AC, train_nP = min(found, key=lambda choice: choice[0])
-        return fit_predict(fold, penalty, train_nP, self.pool(query_1AC, fold.test)[:, 0])
+        return query_1AC, penalty, train_nP
 
     def fit(self, fold: Fold, inner_n: np.ndarray) -> list[Tensor]:
         """Queries (M, A, C) after each of `STEPS`: member f never saw inner fold f, the last saw all of training.

@@ -1,0 +1,115 @@
+"""Take the predictions of a task apart: which voxels, and which windows, they rest on.
+
+    python tools/explain.py RUN_OR_WEIGHTS --data DATASET --task TASK.yaml [--subjects N] [--out FOLDER]
+
+Integrated gradients of the linear probe's score, fitted without the subjects that are explained. Writes maps (NIfTI on
+the dataset's grid), pictures and facts to RUN/report/explain; tools/report.py shows them on the page of the run.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from shards.console import DONE, Parser, progress, run, summary
+from shards.errors import ConfigError
+from shards.reader import Dataset
+from slim.events import read as read_events
+from slim.task import find_cases, load_task
+
+
+def main() -> int:
+    parser = Parser(
+        __doc__.splitlines()[0],
+        "python tools/explain.py runs/name --data data/mylab --task configs/downstream/synthetic_score.yaml",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_OR_WEIGHTS", help="a run, or one of its checkpoints")
+    parser.add_argument("--data", required=True, metavar="DATASET", help="of make_shards.py")
+    parser.add_argument("--task", type=Path, required=True, metavar="TASK.yaml", help="classification or regression")
+    parser.add_argument("--subjects", type=int, default=8, metavar="N", help="test subjects to explain (default: 8)")
+    parser.add_argument("--class", dest="label", metavar="NAME", help="whose logit is explained (default: the last)")
+    parser.add_argument(
+        "--start",
+        choices=("still", "empty"),
+        default="still",
+        help="where the path to the session starts: every voxel at its run mean (default), or no anatomy either",
+    )
+    parser.add_argument(
+        "--states", type=Path, metavar="TASK.yaml", help="a task of type state, whose events are drawn with the windows"
+    )
+    parser.add_argument("--events", type=Path, metavar="FOLDER", help="where the tables of those events lie")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the maps (default: RUN/report/explain)")
+    parser.add_argument(
+        "--weights",
+        choices=("encoder", "target"),
+        default="encoder",
+        help="the online encoder (default) or its moving average",
+    )
+    args = parser.parse_args()
+    if args.subjects < 1:
+        raise ConfigError("command line", "--subjects", args.subjects, "1 or more")
+    task, dataset = load_task(args.task), Dataset(args.data)
+    states = load_task(args.states) if args.states else None
+    if states is not None and states.events is None:
+        raise ConfigError(args.states, "type", states.type, "state, a task with events")
+
+    import torch
+
+    from slim import explanation
+    from slim.attribution import TOLERANCE, check_start
+    from slim.brain import SlimBrain
+
+    explanation.check_task(task, args.task)
+    model = SlimBrain.from_pretrained(args.run, args.weights).to("cuda" if torch.cuda.is_available() else "cpu")
+    model.check_data(dataset)
+    check_start(model, args.start)
+    cases = find_cases(task, dataset, model.settings.windows.k, args.task)
+    asked = explanation.choose(task, cases, args.task, args.subjects)
+    output, unit = 0, f"predicted {task.label}"
+    if task.type == "classification":
+        label = args.label or cases.classes[-1]
+        if label not in cases.classes:
+            raise ConfigError("command line", "--class", label, f"one of {', '.join(cases.classes)}")
+        output, unit = cases.classes.index(label), f"logit of {label}"
+    elif args.label:
+        raise ConfigError("command line", "--class", args.label, "nothing, as a regression has no classes")
+
+    features = []
+    with progress("encode", len(cases.sessions), "sessions") as advance:
+        for session in cases.sessions:
+            features.append(model.encode_session(dataset, session))
+            advance(1, "")
+    facts = {
+        "task": task.name,
+        "type": task.type,
+        "label": task.label,
+        "classes": cases.classes,
+        "score": unit,
+        "pooling": task.pooling,
+        "start": args.start,
+        "tolerance": TOLERANCE,
+        "run": str(args.run),
+        "data": str(args.data),
+        "step": model.step,
+        "weights": args.weights,
+    }
+    out = args.out or model.run_folder / "report" / explanation.FOLDER
+    explained = explanation.explain(model, dataset, task, cases, asked, features, output, args.start)
+    events = None
+    if states is not None and states.events is not None:
+        root = args.events or args.states.parent / (states.events.root or ".")
+        events = partial(read_events, states.events, root, where=args.states)
+    with progress("explain", len(asked), "sessions") as advance:
+        facts = explanation.write(out, dataset, task, cases, explained, args.start, facts, advance, events)
+    for _, words in explanation.remarks(facts):
+        print(words)
+    summary(
+        {"map": str(out / f"{task.name}.nii.gz"), "explained": len(asked), **facts},
+        f"look at {out / (task.name + '.png')}, then python tools/report.py {model.run_folder}",
+        args.json,
+    )
+    return DONE
+
+
+if __name__ == "__main__":
+    run(main)
