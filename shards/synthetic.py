@@ -7,8 +7,8 @@ What is planted where, so that a method can be scored by what it finds:
 - the *mean image* tells who a person is (smooth anatomical variation), and nothing about the traits;
 - the *connectivity* among twelve overlapping networks tells who a person is (shared by a subject's sessions)
   and carries both traits, `group` and `score`; each network's variance is the same in everyone;
-- *events* (one to three networks for a few seconds, through a haemodynamic response) and *artefacts* (motion
-  of a frame or two) are listed with their times in `truth.json`.
+- *events* (a state of the brain, two networks for a few seconds, through a haemodynamic response) and *artefacts*
+  (motion of a frame or two) are listed with their times in `truth.json`; events also as BIDS `events.tsv`.
 
 Every random number is drawn from (seed, purpose, subject, session) alone, so a run's files do not depend on
 how many other subjects there are. `cohort.yaml` is written last: where it exists, the cohort is complete.
@@ -18,6 +18,7 @@ how many other subjects there are. `cohort.yaml` is written last: where it exist
         sub-01_ses-1_task-rest_space-MNI152NLin2009cAsym_desc-preproc_bold.nii.gz (and .json)
         sub-01_ses-1_task-rest_space-MNI152NLin2009cAsym_desc-brain_mask.nii.gz
         sub-01_ses-1_task-rest_desc-confounds_timeseries.tsv
+        sub-01_ses-1_task-rest_events.tsv
 
 Shape suffixes: T frames, D steps of `STEP_S` seconds, V voxels inside the mask, XYZ the grid, N networks, K
 spatial patterns (networks and nuisances), 3 coordinates in mm, 6 motion parameters (translations in mm,
@@ -52,7 +53,7 @@ from shards.errors import ConfigError
 
 SPACE = "MNI152NLin2009cAsym"
 GENERATOR = "SLIM-Brain synthetic cohort"
-RECIPE = 1  # raise it when the same parameters no longer give the same bytes
+RECIPE = 2  # raise it when the same parameters no longer give the same bytes
 
 
 def _both(x: int, y: int, z: int) -> list[tuple[int, int, int]]:
@@ -90,6 +91,15 @@ CORRELATIONS = {
     ("default", "salience"): -0.2,
     ("subcortical", "cerebellar"): 0.3,
 }
+# What an event is: networks that rise together. No pair of them carries a trait.
+STATES = {
+    "look": ("visual", "dorsal-attention"),
+    "move": ("somatomotor-hand", "subcortical"),
+    "listen": ("auditory", "somatomotor-face"),
+    "think": ("frontoparietal-left", "frontoparietal-right"),
+    "remember": ("default", "limbic"),
+    "startle": ("salience", "cerebellar"),
+}
 # A trait raises three pairs and lowers three, and each network is in one pair only: so the matrix bears large
 # effects and stays positive definite. The pairs lie apart in the brain, because where two maps overlap their
 # correlation would show in a voxel's variance.
@@ -111,7 +121,7 @@ TRAIT_PAIRS: dict[str, list[tuple[str, str, int]]] = {
         ("frontoparietal-right", "subcortical", -1),
     ],
 }
-GROUP_EFFECT = 0.5  # on a pair's correlation, + in one group and - in the other
+GROUP_EFFECT = 0.25  # on a pair's correlation, + in one group and - in the other
 SCORE_EFFECT = 0.38  # the same per unit of the score
 GROUPS = ("A", "B")
 FINGERPRINT_SD = 0.22  # of a pair's correlation over subjects, traits apart
@@ -282,8 +292,8 @@ def planted(cohort: SyntheticCohort, subject: int, session: int) -> dict[str, li
     Returns
     -------
     dict
-        `events`: networks, onset_s after frame 0, length_s, amplitude (peak of the response in SDs of the
-        network's ongoing activity). `artefacts`: kind (`rim`: motion; `global`: motion and a drop of the
+        `events`: state, its networks, onset_s after frame 0, length_s, amplitude (peak of the response in SDs of the
+        networks' ongoing activity). `artefacts`: kind (`rim`: motion; `global`: motion and a drop of the
         whole brain's signal), frame (counted from 0), frames (1 or 2).
     """
     rng = _rng(cohort.seed, "events", subject, session)
@@ -292,10 +302,11 @@ def planted(cohort: SyntheticCohort, subject: int, session: int) -> dict[str, li
     count = max(1, round(seconds / EVENT_EVERY_S))
     events = []
     for k in range(count):
-        names = rng.choice(list(NETWORKS), size=rng.integers(1, 4), replace=False)
+        state = str(rng.choice(list(STATES)))
         events.append(
             {
-                "networks": [str(name) for name in names],
+                "state": state,
+                "networks": list(STATES[state]),
                 "onset_s": round(usable * (k + rng.uniform(0.05, 0.75)) / count, 2),
                 "length_s": round(rng.uniform(1.5, 5), 2),
                 "amplitude": round(rng.uniform(1.8, 3), 2),
@@ -484,6 +495,11 @@ def write_run(root: Path, cohort: SyntheticCohort, subject: int, session: int) -
     names = [f"{kind}_{axis}" for kind in ("trans", "rot") for axis in "xyz"]
     confounds |= dict(zip(names, motion_T6.T, strict=True))
     _write_table(folder / f"{stem}_desc-confounds_timeseries.tsv", pd.DataFrame(confounds))
+    events = [
+        {"onset": event["onset_s"], "duration": event["length_s"], "trial_type": event["state"]}
+        for event in planted(cohort, subject, session)["events"]
+    ]
+    _write_table(folder / f"{stem}_events.tsv", pd.DataFrame(events))
 
 
 def truth(cohort: SyntheticCohort) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from slim.brain import Features
 from slim.linear import PENALTIES, fit_predict, held_out_losses
 from slim.pooling import at_places, common_places
-from slim.task import Fold
+from slim.splits import Fold
 
 QUERIES = 4
 STEPS = (0, 5, 10, 20, 40)  # after which training may end

@@ -1,14 +1,14 @@
-"""What the field had before: functional connectivity, and the mean image.
+"""What the field had before: functional connectivity, the mean image, parcel means of a window, confounds alone.
 
-Both come from the same samples the model reads, so they see the same runs on the same grid.
+They come from the same samples the model reads, so they see the same runs on the same grid.
 
-Legend: N sessions; R parcels; T frames; P patches; V voxels of a patch; E edges; W voxels that are brain in
-all sessions.
+Legend: N sessions, or rows of windows; R parcels; T frames; P patches; V voxels of a patch; E edges; W voxels that are
+brain in all sessions; F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -17,6 +17,7 @@ from nilearn.connectome import ConnectivityMeasure
 
 from shards.errors import DatasetError
 from shards.reader import Dataset
+from slim.task import fact
 
 
 def connectome(
@@ -75,6 +76,64 @@ def mean_image(
     if not len(common):
         raise DatasetError(dataset.folder, "brain", "no voxel that all sessions have", "masks that overlap")
     return np.stack([value[_rows(number, common)] for value, number in zip(values, numbers, strict=True)])
+
+
+def parcel_means(
+    dataset: Dataset, sessions: list[dict[str, Any]], window_N: np.ndarray, advance: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """Mean of each parcel's z-scored series over a window, float32 (N, R), on the parcels all sessions have.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    sessions : list of dict
+        Session of each window.
+    window_N : float array
+        Start of each window, s.
+
+    Raises
+    ------
+    DatasetError
+        If no parcel is common to all sessions.
+    """
+    series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for session in sessions:
+        if session["key"] not in series:
+            arrays = dataset.read(session, ("roi", "roi_number"))
+            series[session["key"]] = arrays["roi"], arrays["roi_number"]
+            if advance:
+                advance(1)
+    common = reduce(np.intersect1d, [label for _, label in series.values()])
+    if not len(common):
+        raise DatasetError(dataset.folder, "roi", "no parcel that all sessions have", "at least 1")
+    rows = []
+    for session, start in zip(sessions, window_N, strict=True):
+        roi_RT, label_R = series[session["key"]]
+        x_RT = roi_RT[_rows(label_R, common)].astype(np.float64)
+        first = round(start / session["tr"])
+        z_RT = (x_RT - x_RT.mean(axis=1, keepdims=True)) / np.maximum(x_RT.std(axis=1, keepdims=True), 1e-12)
+        rows.append(z_RT[:, first : first + dataset.frames].mean(axis=1))
+    return np.stack(rows).astype(np.float32)
+
+
+def confounds(sessions: list[dict[str, Any]], names: Sequence[str]) -> np.ndarray:
+    """Columns such as age, sex or site as features, float32 (N, F): numbers as they are, words one-hot.
+
+    Parameters
+    ----------
+    sessions : list of dict
+    names : sequence of str
+        Columns of the participants table, or facts of a session; none is missing.
+    """
+    columns: list[np.ndarray] = []
+    for name in names:
+        values = [fact(session, name) for session in sessions]
+        if all(isinstance(value, int | float) for value in values):
+            columns.append(np.array(values, np.float32)[:, None])
+        else:
+            word_N = np.array([str(value) for value in values])
+            columns.append((word_N[:, None] == np.unique(word_N)).astype(np.float32))
+    return np.concatenate(columns, axis=1)
 
 
 def _rows(label: np.ndarray, wanted: np.ndarray) -> np.ndarray:

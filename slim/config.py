@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -14,6 +14,8 @@ from shards.settings import Settings, check, override, read_yaml
 from slim.geometry import Geometry
 
 View = Literal["global", "voxel", "both"]
+Kind = Literal["cross_time", "cross_location", "double_cross"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class PredictorSettings(Settings):
@@ -114,6 +116,7 @@ class MaskSettings(Settings):
     context_times: float = Field(0.5, gt=0, lt=1)
     targets: float = Field(0.5, gt=0, le=1, description="share of each kind of target that is predicted")
     rebuilt: float = Field(0.25, gt=0, le=1, description="share of the targets whose voxels MAE rebuilds")
+    kinds: tuple[Kind, ...] = Field(KINDS, min_length=1, description="kinds of target that are predicted")
 
 
 class LossSettings(Settings):

@@ -34,7 +34,7 @@ from slim import pooling
 from slim.attentive import Attentive, attend
 from slim.brain import SlimBrain
 from slim.pooling import Features
-from slim.task import Fold
+from slim.splits import Fold
 
 POOLINGS = (*pooling.FIXED, "cov", "attentive")
 _LEAST_PEOPLE = {"classification": 2, "regression": 4}  # of each class; of all: they are divided to choose steps

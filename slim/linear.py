@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from slim.task import Fold
+from slim.splits import Fold
 
 # On features scaled as below; the lightest all but interpolates.
 PENALTIES = tuple(float(value) for value in np.logspace(-3, 3, 7))
+_WIDEST = 1000  # coefficients up to which second derivatives are written down
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Linear:
     Attributes
     ----------
     vectors : callable
-        Features of all sessions, float (N, P), given the rows they may be fitted on, int (n,).
+        Features of all rows (sessions, or windows), float (N, P), given the rows they may be fitted on, int (n,).
     """
 
     vectors: Callable[[np.ndarray], np.ndarray]
@@ -59,7 +60,7 @@ def standardised_axes(train_nP: np.ndarray, test_mP: np.ndarray) -> tuple[np.nda
 
 
 def held_out_losses(fold: Fold, vectors: Sequence[np.ndarray], inner_n: np.ndarray) -> np.ndarray:
-    """Loss of the training sessions under each penalty, each predicted from the other inner folds, (L,).
+    """Loss of the training rows under each penalty, each predicted from the other inner folds, (L,).
 
     Squared error, or log loss with every class counted alike.
 
@@ -69,15 +70,16 @@ def held_out_losses(fold: Fold, vectors: Sequence[np.ndarray], inner_n: np.ndarr
     vectors : sequence of float array
         One (n, P) for each inner fold: the training sessions by a pooling that did not see that inner fold.
     inner_n : int array
-        Inner fold of each training session.
+        Inner fold of each training row; rows of -1 are trained on and never predicted.
     """
+    held_n = inner_n >= 0
     guess_LnK = np.zeros((len(PENALTIES), len(inner_n), fold.classes if fold.kind == "classification" else 1))
     for number, vector_nP in enumerate(vectors):
         inside, outside = inner_n != number, inner_n == number
         x_nA, x_mA = standardised_axes(vector_nP[inside], vector_nP[outside])
         for row, penalty in enumerate(PENALTIES):
             guess_LnK[row, outside] = _predict(fold, penalty, x_nA, fold.answer_n[inside], x_mA)
-    return np.array([_loss(fold.kind, guess_nK, fold.answer_n) for guess_nK in guess_LnK])
+    return np.array([_loss(fold.kind, guess_nK[held_n], fold.answer_n[held_n]) for guess_nK in guess_LnK])
 
 
 def fit_predict(fold: Fold, penalty: float, train_nP: np.ndarray, test_mP: np.ndarray) -> np.ndarray:
@@ -90,8 +92,11 @@ def _predict(fold: Fold, penalty: float, x_nA: np.ndarray, y_n: np.ndarray, x_mA
     """Probabilities (m, K) or values (m, 1) from one fitted linear model."""
     if fold.kind == "regression":
         return Ridge(alpha=penalty).fit(x_nA, y_n).predict(x_mA)[:, None]
-    # Newton: the axes are few, and separable classes under a light penalty take lbfgs thousands of steps.
-    model = LogisticRegression(C=1 / penalty, class_weight="balanced", solver="newton-cholesky")
+    # Newton: separable classes under a light penalty take lbfgs thousands of steps. Its matrix of second derivatives
+    # is as wide as there are coefficients, so where those are many it is only multiplied with.
+    coefficients = x_nA.shape[1] * (1 if fold.classes == 2 else fold.classes)
+    solver = "newton-cholesky" if coefficients <= _WIDEST else "newton-cg"
+    model = LogisticRegression(C=1 / penalty, class_weight="balanced", solver=solver, max_iter=200)
     model.fit(x_nA, y_n)
     out_mK = np.zeros((len(x_mA), fold.classes))
     out_mK[:, model.classes_] = model.predict_proba(x_mA)

@@ -18,9 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shards.stream import generator
-from slim.config import MaskSettings
-
-KINDS = ("cross_time", "cross_location", "double_cross")
+from slim.config import KINDS, MaskSettings
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def draw(size_SL: np.ndarray, settings: MaskSettings, seed: int, epoch: int, key
     kinds = (~in_slot[:, None] & in_place, in_slot[:, None] & ~in_place, ~in_slot[:, None] & ~in_place)
     kind_SL = np.full(size_SL.shape, -1)
     for number, where in enumerate(kinds):
-        cells = np.flatnonzero(exists & where)
+        cells = np.flatnonzero(exists & where & (KINDS[number] in settings.kinds))
         if len(cells) and settings.targets < 1:
             cells = cells[choose(size_SL.ravel()[cells], settings.targets, rng)]
         kind_SL.flat[cells] = number

@@ -1,14 +1,19 @@
-"""Scores with weights on subjects, so that a bootstrap over subjects is one matrix product.
+"""Scores with weights on subjects, so that a bootstrap over subjects is one matrix product; p by permutation.
 
 A draw of the bootstrap is how often each subject was drawn. Row 0 of the weights is all ones: the score
-itself.
+itself. What is scored is a subject, or one of its windows, which then has the weight of its subject.
 
-Legend: D rows of weights (the score, then the draws); S subjects; K classes; N sessions; P features.
+Legend: D rows of weights (the score, then the draws); S subjects, or what else is scored; K classes; N sessions; P
+features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+
+SMALLER_IS_BETTER = ("mse",)
 
 
 def bootstrap_weights(subjects: int, draws: int, seed: int) -> np.ndarray:
@@ -16,6 +21,53 @@ def bootstrap_weights(subjects: int, draws: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng((seed, subjects))
     weight_DS = rng.multinomial(subjects, np.full(subjects, 1 / subjects), size=draws)
     return np.concatenate([np.ones((1, subjects)), weight_DS])
+
+
+def shuffles(group_S: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Orders in which answers are dealt out anew, int (count, S): among those of one group only.
+
+    Parameters
+    ----------
+    group_S : int array
+        Answers are exchangeable inside a group: all subjects are one; the windows of a subject are one.
+    count, seed : int
+    """
+    rng = np.random.default_rng((seed, len(group_S), 1))
+    where_S = np.argsort(group_S, kind="stable")
+    order = np.empty((count, len(group_S)), np.int64)
+    for row in order:
+        shuffled = rng.permutation(len(group_S))
+        row[where_S] = shuffled[np.argsort(group_S[shuffled], kind="stable")]
+    return order
+
+
+def p_value(name: str, observed: float, shuffled: np.ndarray) -> float | None:
+    """Share of shuffles that score as well as what was observed, which counts as one of them.
+
+    (1 + number) / (1 + shuffles), after Phipson & Smyth, "Permutation p-values should never be zero" (2010).
+    """
+    if not np.isfinite(observed):
+        return None
+    known = shuffled[np.isfinite(shuffled)]
+    as_good = known <= observed + 1e-12 if name in SMALLER_IS_BETTER else known >= observed - 1e-12
+    return float((1 + as_good.sum()) / (1 + len(known)))
+
+
+def permuted(
+    score: Callable[[np.ndarray], dict[str, np.ndarray]], truth_S: np.ndarray, orders: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Each metric under each shuffle of the answers, (shuffles,).
+
+    Parameters
+    ----------
+    score : callable
+        From answers (S,) to metrics, each an array whose first entry is the score.
+    truth_S : array
+    orders : int array
+        From `shuffles`.
+    """
+    found = [score(truth_S[order]) for order in orders]
+    return {name: np.array([each[name][0] for each in found]) for name in found[0]}
 
 
 def interval(value_D: np.ndarray) -> dict[str, float | None]:
@@ -80,18 +132,25 @@ def fingerprint(vector_NP: np.ndarray, subject_N: np.ndarray) -> dict[str, np.nd
     off; nothing is trained. `top1`: the most similar session is of the same subject. `map`: average precision
     of the ranking.
     """
+    return found_again(ranking(vector_NP), subject_N)
+
+
+def ranking(vector_NP: np.ndarray) -> np.ndarray:
+    """The other sessions of each session, the most similar first; int (N, N - 1)."""
     similar_NN = np.corrcoef(vector_NP - vector_NP.mean(axis=0))
-    top1_N, precision_N = np.empty(len(subject_N)), np.empty(len(subject_N))
-    for row, similar in enumerate(similar_NN):
-        others = np.delete(np.arange(len(subject_N)), row)
-        ranked = others[np.argsort(-similar[others], kind="stable")]
-        same = subject_N[ranked] == subject_N[row]
-        top1_N[row] = same[0]
-        precision_N[row] = (same.cumsum() / np.arange(1, len(same) + 1))[same].mean()
-    subjects = np.unique(subject_N)
+    np.fill_diagonal(similar_NN, -np.inf)
+    return np.argsort(-similar_NN, axis=1, kind="stable")[:, :-1]
+
+
+def found_again(ranked_NN: np.ndarray, subject_N: np.ndarray) -> dict[str, np.ndarray]:
+    """`top1` and `map` of a ranking, each (S,), the mean over the sessions of a subject."""
+    same_NN = subject_N[ranked_NN] == subject_N[:, None]
+    precision_NN = same_NN.cumsum(axis=1) / np.arange(1, same_NN.shape[1] + 1)
+    precision_N = (precision_NN * same_NN).sum(axis=1) / same_NN.sum(axis=1)
+    _, number_N, sessions_S = np.unique(subject_N, return_inverse=True, return_counts=True)
     return {
-        "top1": np.array([top1_N[subject_N == subject].mean() for subject in subjects]),
-        "map": np.array([precision_N[subject_N == subject].mean() for subject in subjects]),
+        name: np.bincount(number_N, value_N) / sessions_S
+        for name, value_N in (("top1", same_NN[:, 0].astype(float)), ("map", precision_N))
     }
 
 

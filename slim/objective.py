@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slim.batch import Batch, Targets
-from slim.config import PretrainSettings
+from slim.config import KINDS, PretrainSettings
 from slim.geometry import Geometry
 from slim.hiera import STILL, Block, Hiera, Seconds, init_linear, standardise
-from slim.masking import KINDS
 
 SLICES, POINTS, RANGE = 32, 14, (0.2, 4.0)
 

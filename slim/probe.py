@@ -1,20 +1,23 @@
 """Linear probes of frozen features beside the baselines, with intervals that a reviewer accepts.
 
-Every method (our weights, random weights with the same pooling, functional connectivity, the mean image) goes
-through the same lines with the same splits: standardise, ridge or logistic regression whose penalty was chosen
-by a cross-validation inside the training subjects (`slim.linear`; attentive pooling is itself fitted there), one
-prediction for each test subject (the mean over its sessions).
+Every method (our weights, random weights with the same pooling, functional connectivity, the mean image; where states
+are decoded the parcel means of a window; where confounds are named those alone) goes through the same lines with the
+same splits: standardise, ridge or logistic regression whose penalty was chosen on the validation subjects, or by a
+cross-validation inside the training subjects (`slim.linear`; attentive pooling is itself fitted there), one prediction
+for each test subject (the mean over its sessions) or window.
 
-Intervals resample subjects, never sessions, and are paired: all methods are scored on the same draws. They
-carry the chance of which subjects were tested, not that of training on other ones.
+Intervals resample subjects, never sessions or windows, and are paired: all methods are scored on the same draws. They
+carry the chance of which subjects were tested, not that of training on other ones. p is by permutation: the answers of
+the tested are dealt out anew (those of windows inside their subject), the predictions stay.
 
-Legend: N sessions (m of test); S subjects; P features; K classes or 1; D the score and its draws.
+Legend: N rows, sessions or windows (m of test); S subjects; U what is scored, subjects or windows; P features; K
+classes or 1; D the score and its draws.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,73 +32,128 @@ from slim import baseline, metrics
 from slim.attentive import Attentive
 from slim.brain import Features
 from slim.linear import Linear
-from slim.pooling import pool
-from slim.task import Cases, Fold, Task, make_splits
+from slim.pooling import common_places, pool, windows
+from slim.splits import Fold, Split
+from slim.task import Cases, Task, make_splits
 
 OURS = "ours"
-COMPARED = ("random", "connectome")  # methods whose paired difference to ours is reported
+COMPARED = ("random", "connectome", "parcel_means")  # methods whose paired difference to ours is reported
 
 
 class Method(Protocol):
     """From the sessions of a task to predictions: a pooling and a linear model, fitted on training rows alone."""
 
     def predict(self, fold: Fold) -> np.ndarray:
-        """Probabilities (m, K) or values (m, 1) of the test sessions."""
+        """Probabilities (m, K) or values (m, 1) of the test rows."""
         ...
 
 
-def predict(
-    task: Task, cases: Cases, folds: list[tuple[np.ndarray, np.ndarray]], method: Method
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predictions of one repeat for every subject that is in a test fold.
+def predict(task: Task, cases: Cases, splits: list[Split], method: Method) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predictions of one repeat for all that is in a test side.
 
     Returns
     -------
-    subject_S, truth_S, guess_SK
-        Rows of `cases.subjects`; the truth, in a regression z-scored by the mean and SD of the subjects it
-        was trained on; and the prediction, the mean over the subject's sessions.
+    subject_U, truth_U, guess_UK
+        The subject, a row of `cases.subjects`; the truth, in a regression z-scored by the mean and SD of the subjects
+        it was trained on; and the prediction: of a subject the mean over its sessions, of a window its own.
     """
-    subject_S, truth_S, guess_SK = [], [], []
-    for number, (train, test) in enumerate(folds):
-        truth = cases.truth_S
-        if task.type == "regression":
-            of_train = truth[np.unique(cases.subject_N[train])]
-            truth = (truth - of_train.mean()) / max(of_train.std(), 1e-12)
-        of_n, of_m = cases.subject_N[train], cases.subject_N[test]
-        fold = Fold(task.type, len(cases.classes), train, test, truth[of_n], of_n, task.split.seed + number)
+    subject_U, truth_U, guess_UK = [], [], []
+    for number, split in enumerate(splits):
+        fold, answer_N = make_fold(task, cases, split, number)
         guess_mK = method.predict(fold)
-        tested = np.unique(of_m)
-        subject_S.append(tested)
-        truth_S.append(truth[tested])
-        guess_SK.append(np.stack([guess_mK[of_m == subject].mean(axis=0) for subject in tested]))
-    order = np.argsort(np.concatenate(subject_S))
-    joined = [np.concatenate(part)[order] for part in (subject_S, truth_S, guess_SK)]
+        if cases.window_N is not None:
+            subject_U.append(cases.subject_N[split.test])
+            truth_U.append(answer_N[split.test])
+            guess_UK.append(guess_mK)
+            continue
+        of_m = cases.subject_N[split.test]
+        tested, first = np.unique(of_m, return_index=True)
+        subject_U.append(tested)
+        truth_U.append(answer_N[split.test][first])
+        guess_UK.append(np.stack([guess_mK[of_m == subject].mean(axis=0) for subject in tested]))
+    order = np.argsort(np.concatenate(subject_U), kind="stable")
+    joined = [np.concatenate(part)[order] for part in (subject_U, truth_U, guess_UK)]
     return joined[0], joined[1], joined[2]
 
 
-def score(
-    task: Task, cases: Cases, splits: list[list[tuple[np.ndarray, np.ndarray]]], method: Method
-) -> dict[str, np.ndarray]:
-    """Each metric of one method, (D,): the score, then its bootstrap draws.
+def make_fold(task: Task, cases: Cases, split: Split, number: int = 0) -> tuple[Fold, np.ndarray]:
+    """A split as a method sees it, and what all rows answer: values z-scored by the subjects it is fitted on.
 
-    A metric is taken for each repeat over all test subjects, then averaged over repeats: predictions of
+    Parameters
+    ----------
+    task, cases, split
+    number : int
+        Of the split in its repeat; draws of its own.
+    """
+    fitted, answer_N = split.fitted, cases.answer_N
+    if task.type == "regression":
+        of_train = cases.truth_S[np.unique(cases.subject_N[fitted])]
+        answer_N = (answer_N - of_train.mean()) / max(of_train.std(), 1e-12)
+    fold = Fold(
+        "regression" if task.type == "regression" else "classification",
+        len(cases.classes),
+        fitted,
+        split.test,
+        answer_N[fitted],
+        cases.family_S[cases.subject_N[fitted]],
+        task.split.seed + number,
+        np.isin(fitted, split.val) if len(split.val) else None,
+    )
+    return fold, answer_N
+
+
+Scores = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+def score(task: Task, cases: Cases, splits: list[list[Split]], method: Method) -> dict[str, np.ndarray]:
+    """Each metric of one method, (D,): the score, then its bootstrap draws. See `score_and_permute`."""
+    return score_and_permute(task.model_copy(update={"permutations": 0}), cases, splits, method)[0]
+
+
+def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], method: Method) -> Scores:
+    """Each metric of one method, (D,): the score, then its bootstrap draws; and under shuffled answers.
+
+    A metric is taken for each repeat over all that was tested, then averaged over repeats: predictions of
     repeats are never averaged, which would score an ensemble.
     """
+    seed = task.split.seed
     if task.type == "fingerprint":
-        ((train, test),) = splits[0]
+        ((split,),) = splits
         assert isinstance(method, Linear)  # `Task` refuses a pooling that is trained
-        of_subject = metrics.fingerprint(method.vectors(train)[test], cases.subject_N[test])
-        weight_DS = metrics.bootstrap_weights(len(of_subject["top1"]), task.bootstrap, task.split.seed)
-        return {name: weight_DS @ value_S / weight_DS.sum(axis=1) for name, value_S in of_subject.items()}
+        ranked_NN = metrics.ranking(method.vectors(split.fitted)[split.test])
+        who_N = cases.subject_N[split.test]
+        of_subject = metrics.found_again(ranked_NN, who_N)
+        weight_DS = metrics.bootstrap_weights(len(of_subject["top1"]), task.bootstrap, seed)
+        found = {name: weight_DS @ value_S / weight_DS.sum(axis=1) for name, value_S in of_subject.items()}
+        orders = metrics.shuffles(np.zeros_like(who_N), task.permutations, seed)
+
+        def again(shuffled_N: np.ndarray) -> dict[str, np.ndarray]:
+            return {name: value_S.mean()[None] for name, value_S in metrics.found_again(ranked_NN, shuffled_N).items()}
+
+        return found, metrics.permuted(again, who_N, orders) if len(orders) else {}
     scores: list[dict[str, np.ndarray]] = []
-    for folds in splits:
-        subject_S, truth_S, guess_SK = predict(task, cases, folds, method)
-        weight_DS = metrics.bootstrap_weights(len(subject_S), task.bootstrap, task.split.seed)
-        if task.type == "classification":
-            scores.append(metrics.classification(truth_S, guess_SK, weight_DS))
-        else:
-            scores.append(metrics.regression(truth_S, guess_SK[:, 0], weight_DS))
-    return {name: np.mean([each[name] for each in scores], axis=0) for name in scores[0]}
+    shuffled: list[dict[str, np.ndarray]] = []
+    for repeat in splits:
+        subject_U, truth_U, guess_UK = predict(task, cases, repeat, method)
+        tested, number_U = np.unique(subject_U, return_inverse=True)
+        weight_DU = metrics.bootstrap_weights(len(tested), task.bootstrap, seed)[:, number_U]
+        group_U = np.zeros_like(number_U) if cases.window_N is None else number_U
+        scores.append(_measure(task, truth_U, guess_UK, weight_DU))
+        orders = metrics.shuffles(group_U, task.permutations, seed)
+        if len(orders):
+            measure = partial(_measure, task, guess_UK=guess_UK, weight_DU=np.ones((1, len(truth_U))))
+            shuffled.append(metrics.permuted(measure, truth_U, orders))
+    return _mean(scores), _mean(shuffled)
+
+
+def _measure(task: Task, truth_U: np.ndarray, guess_UK: np.ndarray, weight_DU: np.ndarray) -> dict[str, np.ndarray]:
+    if task.type == "regression":
+        return metrics.regression(truth_U, guess_UK[:, 0], weight_DU)
+    return metrics.classification(truth_U, guess_UK, weight_DU)
+
+
+def _mean(scores: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.mean([each[name] for each in scores], axis=0) for name in (scores[0] if scores else ())}
 
 
 def make_methods(
@@ -117,16 +175,53 @@ def make_methods(
     """
     methods: dict[str, Method] = {}
     for name, features in encoded.items():
-        mine = [features[session["key"]] for session in cases.sessions]
-        if task.pooling == "attentive":
-            methods[name] = Attentive(mine, device)
-        elif task.pooling == "cov":
-            methods[name] = Linear(partial(pool, mine, "cov", task.components))
-        else:  # nothing is fitted
-            methods[name] = _fixed(pool(mine, task.pooling, task.components, np.arange(0)))
-    methods["connectome"] = _fixed(baseline.connectome(dataset, cases.sessions))
-    methods["mean_image"] = _fixed(baseline.mean_image(dataset, cases.sessions))
+        methods[name] = encoder_method(task, cases, features, device)
+    sessions = cases.distinct()
+    row_N = np.array([{s["key"]: at for at, s in enumerate(sessions)}[session["key"]] for session in cases.sessions])
+    if cases.window_N is not None:
+        methods["parcel_means"] = _fixed(baseline.parcel_means(dataset, cases.sessions, cases.window_N))
+    else:
+        methods["connectome"] = _fixed(baseline.connectome(dataset, sessions)[row_N])
+    methods["mean_image"] = _fixed(baseline.mean_image(dataset, sessions)[row_N])
+    if task.confounds:
+        methods["confounds"] = _fixed(baseline.confounds(cases.sessions, task.confounds))
     return methods
+
+
+def encoder_method(
+    task: Task, cases: Cases, features: Mapping[str, Features], device: torch.device | str = "cpu"
+) -> Method:
+    """The probe of an encoder under the task's pooling, given the features of every session by key."""
+    mine = [features[session["key"]] for session in cases.sessions]
+    if cases.window_N is not None:
+        return _fixed(window_vectors([features[s["key"]] for s in cases.distinct()], cases, task.pooling))
+    if task.pooling == "attentive":
+        return Attentive(mine, device)
+    if task.pooling == "cov":
+        return Linear(partial(pool, mine, "cov", task.components))
+    return _fixed(pool(mine, task.pooling, task.components, np.arange(0)))  # nothing is fitted
+
+
+def window_vectors(features: Sequence[Features], cases: Cases, pooling: str) -> np.ndarray:
+    """A vector for each row's window, float32 (N, P): its tokens, place by place (`location`) or their mean.
+
+    Parameters
+    ----------
+    features : sequence of Features
+        Of the sessions, each once.
+    cases : Cases
+        Of windows.
+    pooling : "location" or "mean"
+    """
+    assert cases.window_N is not None
+    place_L = common_places(features)
+    start_of = {item.key: windows(item, place_L) for item in features}
+    rows = []
+    for session, start in zip(cases.sessions, cases.window_N, strict=True):
+        start_W, x_WLC = start_of[session["key"]]
+        x_LC = x_WLC[int(np.argmin(np.abs(start_W - start)))]
+        rows.append(x_LC.ravel() if pooling == "location" else x_LC.mean(axis=0))
+    return np.stack(rows)
 
 
 def _fixed(vector_NP: np.ndarray) -> Linear:
@@ -155,16 +250,32 @@ def run_task(
     Returns
     -------
     results, facts : dict
-        `results[method][metric]` is {"value", "low", "high"}, the 95 % interval over subjects; `facts` says
-        what was done, with `differences[method][metric]` of ours minus that method, on the same draws.
+        `results[method][metric]` is {"value", "low", "high", "p"}, the 95 % interval over subjects and the p of a
+        permutation test; `facts` says what was done, with `differences[method][metric]` of ours minus that method, on
+        the same draws.
     """
     splits = make_splits(task, cases, where)
-    scores = {}
+    scores, results = {}, {}
     for name, method in methods.items():
-        scores[name] = score(task, cases, splits, method)
+        scores[name], shuffled = score_and_permute(task, cases, splits, method)
+        results[name] = {
+            metric: {**metrics.interval(value_D), "p": metrics.p_value(metric, value_D[0], shuffled[metric])}
+            for metric, value_D in scores[name].items()
+        }
         if advance:
             advance(1, f"{task.name}: {name}")
-    tested = np.unique(np.concatenate([cases.subject_N[test] for _, test in splits[0]]))
+    return results, task_facts(task, cases, splits) | {
+        "differences": {
+            name: {metric: metrics.interval(scores[OURS][metric] - value_D) for metric, value_D in scores[name].items()}
+            for name in COMPARED
+            if name in scores
+        }
+    }
+
+
+def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> dict[str, Any]:
+    """What was asked, of whom and how: the part of a report that all methods share."""
+    tested = np.unique(np.concatenate([cases.subject_N[split.test] for split in splits[0]]))
     facts: dict[str, Any] = {
         "type": task.type,
         "label": task.label,
@@ -172,25 +283,22 @@ def run_task(
         "pooling": task.pooling,
         "components": task.components if task.pooling == "cov" else None,
         "bootstrap": task.bootstrap,
-        "sessions": len(cases.sessions),
+        "permutations": task.permutations,
+        "confounds": list(task.confounds),
+        "sessions": len(cases.distinct()),
         "subjects": len(cases.subjects),
         "test_subjects": len(tested),
         "left_out": cases.left_out,
-        "differences": {
-            name: {metric: metrics.interval(scores[OURS][metric] - value_D) for metric, value_D in scores[name].items()}
-            for name in COMPARED
-            if name in scores
-        },
     }
+    if task.type == "state":
+        rows = np.concatenate([split.test for split in splits[0]])
+        facts["windows"] = len(cases.sessions)
+        facts["classes"] = {name: int((cases.answer_N[rows] == k).sum()) for k, name in enumerate(cases.classes)}
     if task.type == "classification":
         facts["classes"] = {name: int((cases.truth_S[tested] == k).sum()) for k, name in enumerate(cases.classes)}
     if task.type == "fingerprint":
-        ((_, test),) = splits[0]
-        facts["chance"] = metrics.fingerprint_chance(cases.subject_N[test])
-    return {
-        name: {metric: metrics.interval(value_D) for metric, value_D in values.items()}
-        for name, values in scores.items()
-    }, facts
+        facts["chance"] = metrics.fingerprint_chance(cases.subject_N[splits[0][0].test])
+    return facts
 
 
 def write_report(folder: Path, tasks: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What a probe is asked: a task from YAML, the sessions that can answer it, their splits by subject.
+"""What a probe is asked: a task from YAML, the sessions or windows that can answer it, their splits by subject.
 
-Legend: N sessions (n of training, m of test); S subjects.
+Legend: N rows: sessions, or windows where states are decoded (n of training, m of test); S subjects.
 """
 
 from __future__ import annotations
@@ -9,65 +9,87 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from shards.errors import ConfigError, DatasetError
 from shards.reader import Dataset
 from shards.settings import Settings, load
+from slim import events
+from slim.events import EventSettings
+from slim.splits import Fold, Split, SplitSettings, divide
+
+__all__ = ["Cases", "Fold", "Split", "Task", "find_cases", "load_task", "make_splits"]
 
 Pooling = Literal["mean", "mean+sd", "location", "attentive", "cov"]
 
 # Fewest subjects of a class (or, in a regression, of the whole) on each side of a split: the training side is
-# itself divided once more to choose the penalty.
-_LEAST_TRAIN = {"classification": 2, "regression": 4}
-_LEAST_TEST = {"classification": 1, "regression": 3}
-_INNER_FOLDS = 5
-
-
-class SplitSettings(Settings):
-    kind: Literal["folds", "dataset", "all"] = Field(
-        default="folds", description="repeated k-fold by subject; the dataset's own test subjects; no split"
-    )
-    folds: int = Field(default=5, ge=2)
-    repeats: int = Field(default=5, ge=1, description="times the subjects are dealt into folds anew")
-    seed: int = Field(default=0, ge=0, description="of the folds and of the bootstrap")
+# itself divided once more to choose the penalty where there is no validation side.
+_LEAST = {
+    "training": {"classification": 2, "state": 2, "regression": 4},
+    "validation": {"classification": 1, "state": 1, "regression": 2},
+    "test": {"classification": 1, "state": 1, "regression": 3},
+}
 
 
 class Task(Settings):
     """One question asked of frozen features."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    type: Literal["classification", "regression", "fingerprint"]
+    type: Literal["classification", "regression", "fingerprint", "state"]
     label: str | None = Field(default=None, description="column of the participants table")
+    classes: dict[str, tuple[str, ...]] | None = Field(
+        default=None, description="values of the column that make each class; sessions of other values are left out"
+    )
+    edges: tuple[float, ...] = Field(default=(), description="numbers that part the column into classes, ascending")
+    missing: tuple[str, ...] = Field(default=(), description="values that stand for a missing one, such as -9999")
+    events: EventSettings | None = Field(default=None, description="tables of what is decoded; type: state")
     split: SplitSettings = SplitSettings()
     pooling: Pooling = "cov"
     components: int = Field(default=3, ge=1, description="principal components of the tokens, for `cov`")
+    confounds: tuple[str, ...] = Field(
+        default=(), description="columns, or facts of a session such as mean_fd_mm, that are a baseline of their own"
+    )
     bootstrap: int = Field(default=1000, ge=100, description="draws of subjects behind each interval")
+    permutations: int = Field(default=1000, ge=99, description="shuffles of the answers behind each p")
+    data: str = Field(default="", description="the folder that is expected, and how it is made")
     description: str = ""
     source: str = Field(default="", description="where the data come from, and under what licence")
 
-    @field_validator("pooling")
-    @classmethod
-    def _learns_nothing(cls, pooling: Pooling, info: ValidationInfo) -> Pooling:
-        if pooling == "attentive" and info.data.get("type") == "fingerprint":
-            raise ValueError("mean, mean+sd, location or cov: a fingerprint trains nothing, attention is trained")
-        return pooling
-
     @model_validator(mode="after")
     def _consistent(self) -> Task:
+        if (self.events is not None) != (self.type == "state"):
+            raise ValueError("events for type: state, which is decoded from them, and for no other")
+        if (self.classes or self.edges) and self.type != "classification":
+            raise ValueError(f"no classes or edges: a {self.type} has none")
+        if self.classes and self.edges:
+            raise ValueError("either classes or edges")
+        if list(self.edges) != sorted(set(self.edges)):
+            raise ValueError(f"edges that ascend, not {', '.join(map(str, self.edges))}")
         if self.type == "fingerprint":
             if self.label is not None:
                 raise ValueError("no label: a fingerprint asks who it is")
-            if self.split.kind == "folds":
+            if self.split.kind not in ("all", "dataset"):
                 raise ValueError("split.kind all or dataset: a fingerprint trains nothing")
-        else:
-            if self.label is None:
-                raise ValueError(f"a label, the column that this {self.type} predicts")
-            if self.split.kind == "all":
-                raise ValueError(f"split.kind folds or dataset: a {self.type} is fitted")
+            if self.pooling == "attentive":
+                raise ValueError(
+                    "pooling: mean, mean+sd, location or cov: a fingerprint trains nothing, attention is trained"
+                )
+            if self.confounds:
+                raise ValueError("no confounds: they do not tell who somebody is")
+        elif self.type == "state":
+            if self.label is not None:
+                raise ValueError("no label: states come from events")
+            if self.pooling not in ("mean", "location"):
+                raise ValueError(f"pooling: mean or location of a window, not {self.pooling}, which takes whole runs")
+            if self.confounds:
+                raise ValueError("no confounds: they are the same in all windows of a session")
+        elif self.label is None:
+            raise ValueError(f"a label, the column that this {self.type} predicts")
+        if self.type != "fingerprint" and self.split.kind == "all":
+            raise ValueError(f"split.kind folds, holdout or dataset: a {self.type} is fitted")
         return self
 
 
@@ -78,17 +100,21 @@ def load_task(path: str | Path) -> Task:
 
 @dataclass
 class Cases:
-    """The sessions of a task and whose they are.
+    """What can answer a task, and whose it is.
 
     Attributes
     ----------
-    sessions : list of dict, lines of the dataset
-    subject_N : subject of each session, int, a row of `subjects`
+    sessions : list of dict
+        Line of the dataset of each row.
+    subject_N : subject of each row, int, a row of `subjects`
     subjects : (cohort, subject) of each subject
     truth_S : class number or value of each subject (the mean over sessions where a value differs); 0 for
-        a fingerprint
+        a fingerprint, and where windows answer
     classes : names of the classes, in order of their numbers
-    left_out : how many sessions were left out, by reason
+    left_out : how many sessions (windows) were left out, by reason
+    family_S : family of each subject, int; a subject without one is its own
+    window_N : start (s) of each row's window; None where sessions answer
+    state_N : class number of each row's window; None where sessions answer
     """
 
     sessions: list[dict[str, Any]]
@@ -97,44 +123,28 @@ class Cases:
     truth_S: np.ndarray
     classes: list[str] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
+    family_S: np.ndarray = field(default_factory=lambda: np.arange(0))
+    window_N: np.ndarray | None = None
+    state_N: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.family_S):
+            self.family_S = np.arange(len(self.subjects))
+
+    @property
+    def answer_N(self) -> np.ndarray:
+        """What each row answers."""
+        return self.truth_S[self.subject_N] if self.state_N is None else self.state_N
+
+    def distinct(self) -> list[dict[str, Any]]:
+        """The sessions, each once."""
+        return [*{session["key"]: session for session in self.sessions}.values()]
 
 
-@dataclass
-class Fold:
-    """One fold as a method sees it: what the test sessions answer is not in it.
-
-    Attributes
-    ----------
-    kind : "classification" or "regression"
-    classes : K
-    train, test : rows of the sessions, int (n,) and (m,)
-    answer_n : class number of each training session, or its value, z-scored over the training subjects
-    subject_n : whose each training session is
-    seed : of all that is drawn
-    """
-
-    kind: str
-    classes: int
-    train: np.ndarray
-    test: np.ndarray
-    answer_n: np.ndarray
-    subject_n: np.ndarray
-    seed: int
-
-    def inner(self) -> np.ndarray:
-        """Inner fold of each training session, int (n,), for whatever is chosen rather than fitted.
-
-        Sessions of one subject stay together, and every inner training side holds every class.
-        """
-        subjects, first = np.unique(self.subject_n, return_index=True)
-        stratum_S = strata(self.answer_n[first], self.kind)
-        rarest = np.unique(stratum_S, return_counts=True)[1].min() if self.kind == "classification" else len(subjects)
-        fold_S = deal(stratum_S, int(min(_INNER_FOLDS, rarest)), np.random.default_rng(self.seed))
-        return fold_S[np.searchsorted(subjects, self.subject_n)]
-
-
-def find_cases(task: Task, dataset: Dataset, least_windows: int, where: str | Path) -> Cases:
-    """The sessions of `dataset` that can be used for `task`.
+def find_cases(
+    task: Task, dataset: Dataset, least_windows: int, where: str | Path, event_root: Path | None = None
+) -> Cases:
+    """The sessions of `dataset`, or their windows, that can be used for `task`.
 
     Parameters
     ----------
@@ -144,68 +154,156 @@ def find_cases(task: Task, dataset: Dataset, least_windows: int, where: str | Pa
         Windows a session must have kept for the model to read it.
     where : str or Path
         The task's file, named in errors.
+    event_root : Path, optional
+        Folder of events; without it the task's own.
 
     Raises
     ------
     ConfigError
-        If no session carries the label, a value cannot be what the task says, or a subject is of two classes.
+        If no session carries the label, a value cannot be what the task says, a subject is of two classes or two
+        families, or there are no events.
     """
     left_out: Counter[str] = Counter()
-    kept, values = [], []
+    kept = []
     for session in dataset.sessions:
+        missing = [name for name in task.confounds if _is_missing(fact(session, name), task.missing)]
         value = None if task.label is None else session["labels"].get(task.label)
-        if task.label is not None and _is_missing(value):
+        if task.label is not None and _is_missing(value, task.missing):
             left_out["without the label"] += 1
+        elif task.type == "classification" and _class(value, task, where) is None:
+            left_out["of another class"] += 1
         elif session["n_kept"] < least_windows:
             left_out[f"fewer than {least_windows} windows"] += 1
+        elif missing:
+            left_out[f"without {missing[0]}"] += 1
         else:
             kept.append(session)
-            values.append(value)
     if task.type == "fingerprint":
         count = Counter(_subject(session) for session in kept)
         left_out["only session of its subject"] = sum(count[_subject(session)] == 1 for session in kept)
         kept = [session for session in kept if count[_subject(session)] > 1]
-        values = [0.0] * len(kept)
+    windows: list[tuple[float, str]] = []
+    if task.events is not None:
+        root = event_root or Path(where).parent / (task.events.root or ".")
+        kept, windows = _windows(task.events, dataset, kept, root, where, left_out)
     if not kept:
-        columns = sorted({name for session in dataset.sessions for name in session["labels"]})
-        if task.label is not None and left_out["without the label"]:
-            raise ConfigError(
-                where,
-                "label",
-                f"{task.label}, which no session of {dataset.folder} has",
-                f"one of {', '.join(columns) or 'the labels (the dataset has none)'}",
-            )
-        reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number)
-        raise ConfigError(where, "", f"no session of {dataset.folder} ({reasons})", "sessions of use")
+        _nothing(task, dataset, left_out, where)
 
     subjects = sorted({_subject(session) for session in kept})
     number = {subject: index for index, subject in enumerate(subjects)}
     subject_N = np.array([number[_subject(session)] for session in kept])
-    classes: list[str] = []
-    if task.type == "classification":
-        classes = sorted({str(value) for value in values})
-        value_N = np.array([classes.index(str(value)) for value in values])
+    cases = Cases(kept, subject_N, subjects, np.zeros(len(subjects)))
+    cases.left_out = {reason: count for reason, count in left_out.items() if count}
+    cases.family_S = _families(task, cases, where)
+    if task.type == "state":
+        cases.classes = sorted({state for _, state in windows})
+        cases.window_N = np.array([start for start, _ in windows])
+        cases.state_N = np.array([cases.classes.index(state) for _, state in windows])
+    elif task.type == "classification":
+        values = [_class(session["labels"][task.label], task, where) or "" for session in kept]
+        cases.classes = sorted(set(values))
+        value_N = np.array([cases.classes.index(value) for value in values])
         for index, subject in enumerate(subjects):
-            found = sorted({classes[value] for value in value_N[subject_N == index]})
+            found = sorted({cases.classes[value] for value in value_N[subject_N == index]})
             if len(found) > 1:
                 got = f"{' and '.join(found)} for subject {subject[1]} of {subject[0]}"
                 raise ConfigError(where, "label", got, "one class for each subject")
-        truth_S = np.array([value_N[subject_N == index][0] for index in range(len(subjects))])
-    else:
-        value_N = np.array([_number(value, task, where) for value in values])
-        truth_S = np.array([value_N[subject_N == index].mean() for index in range(len(subjects))])
-    reasons_found = {reason: number for reason, number in left_out.items() if number}
-    return Cases(kept, subject_N, subjects, truth_S, classes, reasons_found)
+        cases.truth_S = np.array([value_N[subject_N == index][0] for index in range(len(subjects))])
+    elif task.type == "regression":
+        value_N = np.array([_number(session["labels"][task.label], task, where) for session in kept])
+        cases.truth_S = np.array([value_N[subject_N == index].mean() for index in range(len(subjects))])
+    return cases
+
+
+def fact(session: dict[str, Any], name: str) -> Any:
+    """A label of a session's subject, or else one of the session's own numbers; None where it has neither."""
+    return session["labels"].get(name, session.get(name))
+
+
+def _windows(
+    settings: EventSettings,
+    dataset: Dataset,
+    sessions: list[dict[str, Any]],
+    root: Path,
+    where: str | Path,
+    left_out: Counter[str],
+) -> tuple[list[dict[str, Any]], list[tuple[float, str]]]:
+    """Kept windows with a state: their sessions, and their starts (s) and states, in time order."""
+    rows, found = [], []
+    for session in sessions:
+        start_W = np.sort(dataset.read(session, ("start",))["start"]) * float(session["tr"])
+        table = events.read(settings, root, session, where)
+        names = events.states(table, start_W, dataset.frames * session["tr"], settings.delay)
+        for start, name in zip(start_W.tolist(), names, strict=True):
+            if name is None:
+                left_out["of no state, or of two (windows)"] += 1
+            else:
+                rows.append(session)
+                found.append((start, name))
+    return rows, found
+
+
+def _nothing(task: Task, dataset: Dataset, left_out: Counter[str], where: str | Path) -> NoReturn:
+    """Say why there is nothing to answer the task."""
+    columns = sorted({name for session in dataset.sessions for name in session["labels"]})
+    if task.label is not None and left_out["without the label"]:
+        raise ConfigError(
+            where,
+            "label",
+            f"{task.label}, which no session of {dataset.folder} has",
+            f"one of {', '.join(columns) or 'the labels (the dataset has none)'}",
+        )
+    reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number)
+    raise ConfigError(where, "", f"no session of {dataset.folder} ({reasons})", "sessions of use")
+
+
+def _families(task: Task, cases: Cases, where: str | Path) -> np.ndarray:
+    """Family of each subject, int (S,); a subject without one is its own."""
+    column = task.split.family
+    family_S = np.arange(len(cases.subjects))
+    if column is None:
+        return family_S
+    first: dict[str, int] = {}
+    for index, subject in enumerate(cases.subjects):
+        mine = [cases.sessions[row]["labels"] for row in np.flatnonzero(cases.subject_N == index)]
+        found = {str(labels[column]) for labels in mine if not _is_missing(labels.get(column))}
+        if len(found) > 1:
+            got = f"{' and '.join(sorted(found))} for subject {subject[1]}"
+            raise ConfigError(where, "split.family", got, "one family for each subject")
+        if found:
+            family_S[index] = first.setdefault(found.pop(), index)
+    if not first:
+        got = f"{column}, which no session has"
+        raise ConfigError(where, "split.family", got, "a column of the participants table")
+    return family_S
 
 
 def _subject(session: dict[str, Any]) -> tuple[str, str]:
     return session["cohort"], session["subject"]
 
 
-def _is_missing(value: Any) -> bool:
-    if value is None or isinstance(value, str):
-        return value is None or value.strip().lower() in ("", "n/a", "nan")
-    return isinstance(value, float) and math.isnan(value)
+def _is_missing(value: Any, marks: tuple[str, ...] = ()) -> bool:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    return _word(value).lower() in ("", "n/a", "nan") or _word(value) in marks
+
+
+def _word(value: Any) -> str:
+    """A value as it stands in a table: whole numbers without a point."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def _class(value: Any, task: Task, where: str | Path) -> str | None:
+    """The class of a label; None where it belongs to none of those that are asked about."""
+    if task.classes is not None:
+        return next((name for name, values in task.classes.items() if _word(value) in values), None)
+    if not task.edges:
+        return str(value)
+    number, edges = _number(value, task, where), task.edges
+    place = sum(number >= edge for edge in edges)
+    if place == 0:
+        return f"below {edges[0]:g}"
+    return f"from {edges[place - 1]:g}" + (f" to {edges[place]:g}" if place < len(edges) else "")
 
 
 def _number(value: Any, task: Task, where: str | Path) -> float:
@@ -224,29 +322,10 @@ def _number(value: Any, task: Task, where: str | Path) -> float:
     return number
 
 
-def deal(stratum_S: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Fold of each subject, int (S,): strata are shuffled and dealt one after another, like cards.
+def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[Split]]:
+    """Rows to train on, to choose by and to test: a list of repeats, each a list of splits.
 
-    Each stratum, and the whole, is spread over the folds as evenly as its size allows.
-    """
-    shuffled = rng.permutation(len(stratum_S))
-    dealt = shuffled[np.argsort(stratum_S[shuffled], kind="stable")]
-    fold_S = np.empty(len(stratum_S), np.int64)
-    fold_S[dealt] = np.arange(len(dealt)) % folds
-    return fold_S
-
-
-def strata(truth_S: np.ndarray, kind: str) -> np.ndarray:
-    """What folds are balanced by, int (S,): the class, or which quarter of the values."""
-    if kind == "classification":
-        return truth_S.astype(np.int64)
-    return np.searchsorted(np.quantile(truth_S, (0.25, 0.5, 0.75)), truth_S)
-
-
-def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[tuple[np.ndarray, np.ndarray]]]:
-    """Rows of training and test sessions: a list of repeats, each a list of folds.
-
-    The seed and the subjects decide alone, so every method is given the same splits. No subject is on both
+    The seed and the people decide alone, so every method is given the same splits. No subject, or family, is on two
     sides, except under `all`, where nothing is trained.
 
     Raises
@@ -256,58 +335,65 @@ def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[tuple[
     DatasetError
         If the dataset itself has a subject in two splits.
     """
-    everyone = np.arange(len(cases.sessions))
+    rows = np.arange(len(cases.sessions))
     if task.type == "fingerprint" and len(cases.subjects) < 2:
         raise ConfigError(where, "", f"{len(cases.subjects)} subjects with two sessions", "at least 2")
     if task.split.kind == "all":
-        return [[(everyone, everyone)]]
+        return [[Split(rows, rows[:0], rows)]]
     if task.split.kind == "dataset":
-        is_test_N = np.array([session["split"] == "test" for session in cases.sessions])
-        repeats = [[(everyone[~is_test_N], everyone[is_test_N])]]
+        side_N = np.array([session["split"] for session in cases.sessions])
+        repeats = [[Split(rows[side_N != "test"], rows[:0], rows[side_N == "test"])]]
     else:
-        if task.split.folds > len(cases.subjects):
-            most = f"at most {len(cases.subjects)}, the number of subjects"
+        families = len(np.unique(cases.family_S))
+        if task.split.kind == "folds" and task.split.folds > families:
+            most = f"at most {families}, the number of {'families' if task.split.family else 'subjects'}"
             raise ConfigError(where, "split.folds", task.split.folds, most)
-        stratum_S = strata(cases.truth_S, task.type)
-        repeats = []
-        for repeat in range(task.split.repeats):
-            fold_S = deal(stratum_S, task.split.folds, np.random.default_rng((task.split.seed, repeat)))
-            fold_N = fold_S[cases.subject_N]
-            repeats.append([(everyone[fold_N != fold], everyone[fold_N == fold]) for fold in range(task.split.folds)])
-    if task.type == "classification" and len(cases.classes) < 2:
-        raise ConfigError(where, "label", f"only {cases.classes[0]} in {task.label}", "two or more classes")
-    for folds in repeats:
-        for train, test in folds:
-            shared = np.intersect1d(cases.subject_N[train], cases.subject_N[test])
-            if len(shared):
-                name = cases.subjects[shared[0]][1]
-                raise DatasetError(where, "split", f"subject {name} on both sides", "each subject on one")
+        repeats = divide(task.split, task.type, cases.truth_S, cases.family_S, cases.subject_N)
+    if task.type in ("classification", "state") and len(cases.classes) < 2:
+        got = f"only {cases.classes[0]} in {task.label or 'the events'}"
+        raise ConfigError(where, (task.label and "label") or "events", got, "two or more classes")
+    for splits in repeats:
+        for split in splits:
+            _apart(cases, split, where)
             if task.type != "fingerprint":
-                _enough(task, cases, train, _LEAST_TRAIN, "training", where)
-        scored = np.concatenate([test for _, test in folds])
+                _enough(task, cases, split.train, "training", where)
+                if len(split.val):
+                    _enough(task, cases, split.val, "validation", where)
+        scored = np.concatenate([split.test for split in splits])
         if task.type == "fingerprint":
             if len(np.unique(cases.subject_N[scored])) < 2:
                 raise ConfigError(where, "split", "fewer than 2 test subjects", "2", "Use split.kind: all")
         else:
-            _enough(task, cases, scored, _LEAST_TEST, "test", where)
+            _enough(task, cases, scored, "test", where)
     return repeats
 
 
-def _enough(task: Task, cases: Cases, rows: np.ndarray, least: dict[str, int], side: str, where: str | Path) -> None:
+def _apart(cases: Cases, split: Split, where: str | Path) -> None:
+    """DatasetError where somebody, or a family, is on two sides."""
+    sides = [np.unique(cases.family_S[cases.subject_N[rows]]) for rows in (split.train, split.val, split.test)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        shared = np.intersect1d(sides[one], sides[other])
+        if len(shared):
+            name = cases.subjects[int(np.flatnonzero(cases.family_S == shared[0])[0])][1]
+            raise DatasetError(where, "split", f"subject {name} on both sides", "each subject on one")
+
+
+def _enough(task: Task, cases: Cases, rows: np.ndarray, side: str, where: str | Path) -> None:
     """Refuse a side of a split that has too few subjects."""
-    present = np.unique(cases.subject_N[rows])
-    counts = {"": len(present)}
-    if task.type == "classification":
+    least = _LEAST[side][task.type]
+    counts = {"": len(np.unique(cases.subject_N[rows]))}
+    if cases.classes:
+        answer = cases.answer_N[rows]
         counts = {
-            f" of class {name}": int((cases.truth_S[present] == index).sum())
+            f" of class {name}": len(np.unique(cases.subject_N[rows][answer == index]))
             for index, name in enumerate(cases.classes)
         }
     for what, count in counts.items():
-        if count < least[task.type]:
+        if count < least:
             raise ConfigError(
                 where,
                 "split",
                 f"{count} {side} subjects{what}",
-                f"at least {least[task.type]}",
-                "Use other folds, or more subjects",
+                f"at least {least}",
+                "Use other folds or shares, or more subjects",
             )

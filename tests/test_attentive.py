@@ -17,7 +17,8 @@ from slim import attentive, pooling, probe
 from slim.attentive import Attentive, attend
 from slim.brain import Features
 from slim.linear import Linear
-from slim.task import Cases, Fold, Task, make_splits
+from slim.splits import Fold
+from slim.task import Cases, Task, make_splits
 
 PLACES, DIM = 12, 10  # channels 0 to 4 tell the place, 5 tells an event, the rest are noise
 TASK = {"name": "t", "label": "x", "bootstrap": 100, "split": {"folds": 4, "repeats": 1}}
@@ -70,7 +71,8 @@ def answers(kind: str, subjects: int) -> np.ndarray:
 def first_fold(kind: str, subject_N: np.ndarray) -> Fold:
     truth_S = answers(kind, subject_N.max() + 1)
     task, cases = question(kind, subject_N, truth_S)
-    train, test = make_splits(task, cases, "")[0][0]
+    split = make_splits(task, cases, "")[0][0]
+    train, test = split.train, split.test
     return Fold(kind, len(cases.classes), train, test, truth_S[subject_N[train]], subject_N[train], 0)
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slim.config import MaskSettings
-from slim.masking import KINDS, choose, draw
+from slim.config import KINDS, MaskSettings
+from slim.masking import choose, draw
 
 
 def sizes(seed: int = 0, slots: int = 8, places: int = 60) -> np.ndarray:

@@ -13,10 +13,10 @@ from test_gather import GEOMETRY, SIZES, V, make_sample
 
 from slim import schedule
 from slim.batch import Batch, cell_sizes, collate
-from slim.config import EmaSettings, MaskSettings, OptimizerSettings, PretrainSettings
+from slim.config import KINDS, EmaSettings, MaskSettings, OptimizerSettings, PretrainSettings
 from slim.ema import PlaceMean, Target
 from slim.learner import Learner, parameter_groups
-from slim.masking import KINDS, draw
+from slim.masking import draw
 from slim.monitor import effective_rank
 from slim.objective import Losses, Objective, jepa_loss, mae_loss, sig_loss
 

@@ -19,12 +19,20 @@ from shards.reader import Dataset
 from shards.settings import check
 from slim import baseline, linear, metrics, probe
 from slim.linear import Linear
-from slim.task import Cases, Fold, Task, deal, find_cases, load_task, make_splits
+from slim.splits import Fold, deal
+from slim.task import Cases, Task, find_cases, load_task, make_splits
 
 ROOT = Path(__file__).parent.parent
-GROUP = {"name": "g", "type": "classification", "label": "group", "bootstrap": 100, "split": {"folds": 4, "repeats": 2}}
+GROUP = {
+    "name": "g",
+    "type": "classification",
+    "label": "group",
+    "bootstrap": 100,
+    "permutations": 99,
+    "split": {"folds": 4, "repeats": 2},
+}
 SCORE = GROUP | {"name": "s", "type": "regression", "label": "score"}
-WHO = {"name": "f", "type": "fingerprint", "bootstrap": 100, "split": {"kind": "all"}}
+WHO = {"name": "f", "type": "fingerprint", "bootstrap": 100, "permutations": 99, "split": {"kind": "all"}}
 
 
 def task(tree: dict, **changes: Any) -> Task:
@@ -134,20 +142,19 @@ def test_no_subject_on_both_sides_and_every_one_tested(tree: dict):
     found = cases_of(chosen, sessions(24, 3, group=lambda s: "AAB"[s % 3], score=lambda s: float(s)))
     repeats = make_splits(chosen, found, "task.yaml")
     for folds in repeats:
-        for train, test in folds:
-            assert not set(found.subject_N[train]) & set(found.subject_N[test])
-            assert len(train) + len(test) == len(found.sessions)
-        tested = np.concatenate([test for _, test in folds])
+        for split in folds:
+            assert not set(found.subject_N[split.train]) & set(found.subject_N[split.test])
+            assert len(split.train) + len(split.test) == len(found.sessions) and not len(split.val)
+        tested = np.concatenate([split.test for split in folds])
         assert len(np.unique(tested)) == len(tested)
     if chosen.split.kind == "folds":
         assert len(tested) == len(found.sessions)
-        assert not np.array_equal(repeats[0][0][1], repeats[1][0][1])
+        assert not np.array_equal(repeats[0][0].test, repeats[1][0].test)
         again = make_splits(chosen, found, "task.yaml")
         assert all(
-            np.array_equal(a, b)
+            np.array_equal(p.test, q.test)
             for x, y in zip(repeats, again, strict=True)
             for p, q in zip(x, y, strict=True)
-            for a, b in zip(p, q, strict=True)
         )
     else:
         assert {found.sessions[row]["split"] for row in tested} == {"test"}
@@ -278,10 +285,11 @@ def test_whatever_is_fitted_sees_training_subjects_alone(tree: dict, monkeypatch
     monkeypatch.setattr(linear, "standardised_axes", spy)
     probe.run_task(chosen, found, {"ours": Linear(method)}, "task.yaml")
     splits = [split for folds in make_splits(chosen, found, "task.yaml") for split in folds]
-    assert [rows.tolist() for rows in asked] == [train.tolist() for train, _ in splits]
+    assert [rows.tolist() for rows in asked] == [split.train.tolist() for split in splits]
     per_split = len(calls) // len(splits)
     assert per_split > 2
-    for number, (train, test) in enumerate(splits):
+    for number, split in enumerate(splits):
+        train, test = split.train, split.test
         *inner, last = calls[number * per_split : (number + 1) * per_split]
         for fitted, held in inner:
             assert not set(fitted) & set(test) and not set(held) & set(test)

@@ -125,7 +125,7 @@ def test_run_does_not_depend_on_the_number_of_subjects_or_sessions(small, tmp_pa
     write_cohort(tmp_path, replace(SMALL, subjects=3, sessions=1))
     few, many = digests(small), digests(tmp_path)
     shared = [name for name in few if name in many and "/" in name]
-    assert len(shared) == 2 * 4  # two subjects, one session: image, sidecar, mask, confounds
+    assert len(shared) == 2 * 5  # two subjects, one session: image, sidecar, mask, confounds, events
     assert all(few[name] == many[name] for name in shared)
 
 
@@ -278,6 +278,17 @@ def test_events_raise_their_network_at_their_time(simulated):
     assert len(planted_) > 100
     assert 4 < planted_T.argmax() * cohort.tr < 9
     assert planted_T.max() > 1.5 and np.abs(others_T).max() < 0.4
+
+
+def test_events_stand_in_a_bids_table(small):
+    _, _, _, facts = load_run(small)
+    table = pd.read_csv(next(small.rglob(f"{STEM}_events.tsv")), sep="\t")
+    assert list(table.columns) == ["onset", "duration", "trial_type"]
+    for row, event in zip(table.itertuples(), facts["events"], strict=True):
+        assert (row.onset, row.duration, row.trial_type) == (event["onset_s"], event["length_s"], event["state"])
+        assert tuple(event["networks"]) == synthetic.STATES[event["state"]]
+    pairs = {frozenset((a, b)) for pairs in synthetic.TRAIT_PAIRS.values() for a, b, _ in pairs}
+    assert pairs.isdisjoint(map(frozenset, synthetic.STATES.values()))
 
 
 def test_artefacts_show_in_the_data_and_in_framewise_displacement(small):

@@ -34,6 +34,7 @@ def main() -> int:
         default="encoder",
         help="the online encoder (default) or its moving average",
     )
+    parser.add_argument("--events", type=Path, metavar="FOLDER", help="where the tables of events lie (states)")
     args = parser.parse_args()
     tasks = [load_task(path) for path in args.task]
     for number, task in enumerate(tasks):
@@ -50,7 +51,8 @@ def main() -> int:
     ours = SlimBrain.from_pretrained(args.run, args.weights).to(device)
     ours.check_data(dataset)
     cases = [
-        find_cases(task, dataset, ours.settings.windows.k, path) for task, path in zip(tasks, args.task, strict=True)
+        find_cases(task, dataset, ours.settings.windows.k, path, args.events)
+        for task, path in zip(tasks, args.task, strict=True)
     ]
     for task, case, path in zip(tasks, cases, args.task, strict=True):
         make_splits(task, case, path)  # what is wrong with a task is told before anything is encoded
@@ -67,7 +69,7 @@ def main() -> int:
 
     results, facts = {}, {}
     seen = ours.was_trained_on(dataset)
-    with progress("probe", 4 * len(tasks), "fits") as advance:
+    with progress("probe", sum(4 + bool(task.confounds) for task in tasks), "fits") as advance:
         for task, case, path in zip(tasks, cases, args.task, strict=True):
             methods = probe.make_methods(task, case, dataset, encoded, device)
             results[task.name], facts[task.name] = probe.run_task(task, case, methods, path, advance)

@@ -1,0 +1,165 @@
+"""States of windows from BIDS tables of events, and what a probe makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards.errors import ConfigError
+from shards.settings import check
+from slim import events, metrics, probe
+from slim.events import EventSettings
+from slim.linear import Linear
+from slim.task import Task, find_cases, make_splits
+
+SETTINGS = EventSettings(path="sub-{subject}_ses-{session}_events.tsv", delay=5)
+STATE = {
+    "name": "w",
+    "type": "state",
+    "events": {"path": "sub-{subject}_ses-{session}_events.tsv"},
+    "pooling": "location",
+    "bootstrap": 100,
+    "permutations": 99,
+    "split": {"kind": "holdout", "shares": [0.5, 0.2, 0.3], "repeats": 2},
+}
+WINDOW = 3.6
+
+
+def table(*rows: tuple[float, float, str]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [(onset, onset + length, state) for onset, length, state in rows], columns=["onset", "end", "state"]
+    )
+
+
+def test_windows_take_the_state_that_overlaps_them_most():
+    found = events.states(table((0, 4, "a"), (10, 1, "b"), (20, 30, "c")), np.arange(0, 60, WINDOW), WINDOW, 5.0)
+    shifted = {"a": (5, 9), "b": (15, 16), "c": (25, 55)}
+    for start, state in zip(np.arange(0, 60, WINDOW), found, strict=True):
+        share = {name: min(end, start + WINDOW) - max(onset, start) for name, (onset, end) in shifted.items()}
+        for name, (onset, end) in shifted.items():
+            half = 0.5 * min(WINDOW, end - onset)
+            assert (state == name) == (share[name] >= half - 1e-9), (start, name)
+    assert {"a", "b", "c", None} == set(found)
+
+
+def test_a_window_that_two_states_claim_alike_has_none():
+    assert events.states(table((0, 4, "a"), (0, 4, "b")), np.array([5.0]), WINDOW, 5.0) == [None]
+    assert events.states(table((0, 4, "a"), (0, 3, "b")), np.array([5.0]), WINDOW, 5.0) == ["a"]
+    assert events.states(table(), np.array([5.0]), WINDOW, 5.0) == [None]
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 20), st.sampled_from("abc")), max_size=8), st.floats(0, 50))
+def test_moving_events_and_windows_together_changes_nothing(rows: list, by: float):
+    start_W = np.arange(0, 100, WINDOW)
+    moved = [(onset + by, length, state) for onset, length, state in rows]
+    before = events.states(table(*rows), start_W, WINDOW, 5.0)
+    after = events.states(table(*moved), start_W + by, WINDOW, 5.0)
+    assert sum(a != b for a, b in zip(before, after, strict=True)) <= len(rows)  # only ties within rounding
+
+
+SESSION = {"subject": "1", "session": "2", "task": "rest", "run": "", "key": "k", "dropped_frames": 3, "source_tr": 2.0}
+
+
+def test_a_table_is_read_from_the_first_frame_that_was_kept(tmp_path: Path):
+    (tmp_path / "sub-1_ses-2_events.tsv").write_text(
+        "onset\tduration\ttrial_type\n10\t2\tgo\n20\tn/a\tstop\n30\t1\tn/a\n"
+    )
+    found = events.read(SETTINGS, tmp_path, SESSION, "task.yaml")
+    assert found.values.tolist() == [[4.0, 6.0, "go"], [14.0, 14.0, "stop"]]
+    some = SETTINGS.model_copy(update={"keep": ("stop",)})
+    assert events.read(some, tmp_path, SESSION, "task.yaml")["state"].tolist() == ["stop"]
+
+
+def test_events_that_cannot_be_read_are_told(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"events\.path: got no file .*--events"):
+        events.read(SETTINGS, tmp_path, SESSION, "task.yaml")
+    (tmp_path / "sub-1_ses-2_events.tsv").write_text("onset\tduration\n10\t2\n")
+    with pytest.raises(ConfigError, match="trial_type: got columns onset, duration"):
+        events.read(SETTINGS, tmp_path, SESSION, "task.yaml")
+    with pytest.raises(ConfigError, match="and no other fields"):
+        check(EventSettings, {"path": "{subjet}.tsv"}, "task.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"pooling": "cov"}, "pooling"),
+        ({"label": "x"}, "label"),
+        ({"events": None}, "events"),
+        ({"confounds": ["age"]}, "confounds"),
+        ({"split": {"kind": "all"}}, "split.kind"),
+    ],
+)
+def test_a_wrong_task_is_told(changes: dict, told: str):
+    with pytest.raises(ConfigError, match=told):
+        check(Task, STATE | changes, "task.yaml")
+
+
+def written(folder: Path, subjects: int = 20) -> SimpleNamespace:
+    """A dataset of sessions with 12 windows each, and their events."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for subject in range(subjects):
+        states = rng.choice(["go", "stop"], 12)
+        rows = [f"{WINDOW * number - 5}\t{WINDOW}\t{state}" for number, state in enumerate(states)]
+        (folder / f"sub-{subject}_ses-1_events.tsv").write_text(
+            "onset\tduration\ttrial_type\n" + "\n".join(rows) + "\n"
+        )
+        line = {
+            "key": f"s{subject}",
+            "cohort": "c",
+            "subject": str(subject),
+            "session": "1",
+            "n_kept": 12,
+            "labels": {},
+        }
+        lines.append({**line, "task": "", "run": "", "tr": 0.72, "source_tr": 0.72, "split": "test"})
+
+    def read(session: dict, names: tuple) -> dict:
+        return {"start": np.random.default_rng(1).permutation(12) * 5}  # in rank order
+
+    return SimpleNamespace(sessions=lines, folder="data", frames=5, read=read)
+
+
+def test_states_are_decoded_for_subjects_nobody_was_trained_on(tmp_path: Path):
+    task = check(Task, STATE, "task.yaml")
+    cases = find_cases(task, written(tmp_path), 8, "task.yaml", tmp_path)
+    assert len(cases.sessions) == 240 and cases.classes == ["go", "stop"] and len(cases.distinct()) == 20
+    first = cases.window_N[:12]
+    np.testing.assert_allclose(first, np.arange(12) * WINDOW)
+    for (split,) in make_splits(task, cases, "task.yaml"):
+        sides = [set(cases.subject_N[rows]) for rows in (split.train, split.val, split.test)]
+        assert not sides[0] & sides[1] and not sides[0] & sides[2] and not sides[1] & sides[2]
+        assert len(split.train) + len(split.val) + len(split.test) == 240
+
+    rng = np.random.default_rng(2)
+    noise = rng.normal(size=(240, 30)) + rng.normal(size=(20, 30))[cases.subject_N]
+    planted = noise + 2 * cases.state_N[:, None] * (np.arange(30) < 3)
+    methods = {name: Linear(lambda train, x=x: x) for name, x in (("ours", planted), ("random", noise))}
+    results, facts = probe.run_task(task, cases, methods, "task.yaml")
+    assert results["ours"]["accuracy"]["value"] > 0.85 and results["ours"]["accuracy"]["p"] == 0.01
+    assert results["random"]["accuracy"]["value"] < 0.65 and results["random"]["auroc"]["p"] > 0.01
+    assert facts["windows"] == 240 and sum(facts["classes"].values()) == 12 * facts["test_subjects"]
+
+
+def test_windows_are_drawn_with_their_subject(tmp_path: Path):
+    """With all windows of a subject right, or all wrong, the interval is that of so many subjects."""
+    task = check(Task, STATE | {"split": {"kind": "folds", "folds": 2, "repeats": 1}}, "task.yaml")
+    cases = find_cases(task, written(tmp_path), 8, "task.yaml", tmp_path)
+
+    class Known:
+        def predict(self, fold):
+            right = cases.subject_N[fold.test] % 2
+            guess = np.where(right, cases.state_N[fold.test], 1 - cases.state_N[fold.test])
+            return np.eye(2)[guess]
+
+    accuracy_D = probe.score(task, cases, make_splits(task, cases, ""), Known())["accuracy"]
+    assert accuracy_D[0] == 0.5
+    weight_DS = metrics.bootstrap_weights(20, 100, 0)
+    np.testing.assert_allclose(accuracy_D, weight_DS @ (np.arange(20) % 2) / 20)

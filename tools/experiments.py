@@ -1,0 +1,378 @@
+"""Does pretraining learn? Objectives, views, rankers, targets and poolings on synthetic cohorts with known truth.
+
+    python tools/experiments.py --out runs/experiments [--only PARTS] [--seeds N] [key=value ...]
+
+Makes two cohorts a signal-to-noise ratio (people to pretrain on, and others to probe), converts them, pretrains every
+variant with every seed through tools/pretrain.py, probes all of them on the people nobody was trained on, and writes
+`tables.md` and `results.json`. What is there is not made again. key=value goes to the pretraining of all variants.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.console import DONE, Parser, progress, run, summary
+from shards.errors import ConfigError, Stopped
+from shards.layout import dump, write_atomically
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs/experiments.yaml"
+TASKS = ("group", "score", "fingerprint", "state")
+GRID = ("grid.mm=8", "grid.shape=[24,24,24]", "windows.keep=24")
+FRAMES, PRETRAINED, PROBED = 240, 120, 200  # frames of a session; people, two sessions each
+PARTS = ("main", "view", "ranker", "targets", "pooling")
+POOLINGS = ("mean", "mean+sd", "location", "cov")
+FEATURES = "features of the probed people"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe: a row of a table, what is changed for it, and the ranker of the windows it is given."""
+
+    name: str
+    words: str
+    changes: tuple[str, ...] = ()
+    ranker: str = "mutual"
+
+
+OBJECTIVES = (
+    Variant("default", "JEPA + SIG + MAE (default)"),
+    Variant("jepa", "JEPA", ("objective=jepa",)),
+    Variant("mae", "MAE", ("objective=mae",)),
+    Variant("mae-sig", "MAE + SIG", ("objective=mae", "loss.sig=0.1")),
+)
+VIEWS = (
+    Variant("view-global", "view: global", ("view=global",)),
+    Variant("view-both", "view: both", ("view=both",)),
+)
+RANKERS = (Variant("ranker-random", "windows at random", ranker="random"),)
+TARGETS = tuple(
+    Variant(f"targets-{kind}", f"{kind.replace('_', '-')} alone", (f"mask.kinds=[{kind}]",))
+    for kind in ("cross_location", "cross_time", "double_cross")
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One pretraining: a variant, a seed, a signal-to-noise ratio."""
+
+    variant: Variant
+    seed: int
+    snr: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}-snr{self.snr:g}-seed{self.seed}"
+
+
+class Experiments:
+    """What is asked for, and where it is kept.
+
+    Parameters
+    ----------
+    out : Path
+    seeds : int
+        Training seeds of the main table; the small tables take the first one.
+    jobs : int
+        Processes at a time.
+    changes : list of str
+        key=value for every pretraining.
+    """
+
+    def __init__(self, out: Path, seeds: int, jobs: int, changes: list[str]):
+        self.out, self.seeds, self.jobs, self.changes = out, seeds, jobs, changes
+
+    def dataset(self, who: str, snr: float, ranker: str = "mutual") -> Path:
+        return self.out / "shards" / f"{who}-snr{snr:g}-{ranker}"
+
+    def cohort(self, who: str, snr: float) -> Path:
+        return self.out / "cohorts" / f"{who}-snr{snr:g}"
+
+    def trials(self, parts: list[str], snrs: list[float]) -> list[Trial]:
+        """All pretrainings, those of the main table first."""
+        found = [Trial(v, seed, snr) for snr in snrs for seed in range(self.seeds) for v in OBJECTIVES]
+        small = [(*VIEWS, "view"), (*RANKERS, "ranker"), (*TARGETS, "targets")]
+        wanted = [variant for *variants, part in small if part in parts for variant in variants]
+        return ([] if "main" not in parts else found) + [Trial(v, 0, snrs[0]) for v in wanted]
+
+    def prepare(self, trials: list[Trial], snrs: list[float]) -> None:
+        """Cohorts and datasets; the temporal extractor is that of the people who are pretrained on."""
+        for snr in snrs:
+            for who, people, seed in (("pretrained", PRETRAINED, 1), ("probed", PROBED, 2)):
+                size = ("--subjects", people, "--frames", FRAMES, "--seed", seed, "--snr", snr)
+                call("tools/make_cohort.py", "--out", self.cohort(who, snr), *size)
+            rankers = {"mutual"} | {trial.variant.ranker for trial in trials if trial.snr == snr}
+            for ranker in sorted(rankers):
+                pretrained = self.dataset("pretrained", snr, ranker)
+                for who, shares in (("pretrained", "[1,0,0]"), ("probed", "[0,0,1]")):
+                    words: list[Any] = ["--ranker", ranker, "--workers", self.jobs, f"split.shares={shares}"]
+                    if who == "probed" and ranker == "mutual":
+                        words += ["--extractor", pretrained / "extractor"]
+                    shards = self.dataset(who, snr, ranker)
+                    call("tools/make_shards.py", self.cohort(who, snr) / "cohort.yaml", "--out", shards, *words, *GRID)
+
+    def pretrain(self, trial: Trial) -> None:
+        """One run, from where it was stopped; its checkpoint is all that is kept beside its log."""
+        data = self.dataset("pretrained", trial.snr, trial.variant.ranker)
+        words = [f"data={data}", f"run.out={self.out / 'runs' / trial.name}", f"run.seed={trial.seed}"]
+        call("tools/pretrain.py", CONFIG, *words, *trial.variant.changes, *self.changes)
+
+    def draws_path(self, trial: Trial) -> Path:
+        return self.out / "draws" / f"{trial.name}.npz"
+
+    def evaluate(self, trial: Trial, random: bool = False) -> None:
+        """Score the encoder of a run, or the random weights its training began with, on the probed people."""
+        import torch
+
+        from shards.reader import Dataset
+        from slim import comparison
+        from slim.brain import SlimBrain
+
+        torch.set_num_threads(1)
+        path = self.draws_path(trial)
+        if random:
+            path = path.with_name(f"random-{path.name}")
+        if path.exists():
+            return
+        model = SlimBrain.from_pretrained(self.out / "runs" / trial.name)
+        if random:
+            model = SlimBrain.random(model, trial.seed)
+        dataset = Dataset(self.dataset("probed", trial.snr, trial.variant.ranker))
+        questions = self.questions(dataset, trial.snr)
+        features = comparison.encode(model, dataset)
+        poolings = POOLINGS if trial.variant.name == "default" and trial.seed == 0 else ()
+        comparison.save(path, comparison.encoder_draws(features, questions, poolings))
+
+    def questions(self, dataset: Any, snr: float) -> list[Any]:
+        from slim import comparison
+        from slim.task import load_task
+
+        tasks = {}
+        for name in TASKS:
+            where = ROOT / f"configs/downstream/synthetic_{name}.yaml"
+            task = load_task(where)
+            changes: dict[str, Any] = {"repeats": 1}
+            if name == "state":  # windows are many: fewer are enough to train on, and more are tested
+                changes["shares"] = (0.3, 0.05, 0.65)
+            tasks[str(where)] = task.model_copy(update={"split": task.split.model_copy(update=changes)})
+        return comparison.ask(tasks, dataset, 8, self.cohort("probed", snr))
+
+    def baselines(self, snr: float) -> None:
+        """Score what needs no encoder."""
+        from shards.reader import Dataset
+        from slim import comparison
+
+        if all(self.baseline_path(snr, name).exists() for name in ("connectome", "mean_image", "parcel_means")):
+            return
+        dataset = Dataset(self.dataset("probed", snr))
+        for name, draws in comparison.baseline_draws(dataset, self.questions(dataset, snr)).items():
+            comparison.save(self.baseline_path(snr, name), draws)
+
+    def baseline_path(self, snr: float, name: str) -> Path:
+        return self.out / "draws" / f"{name}-snr{snr:g}.npz"
+
+    def rank(self, trial: Trial) -> float:
+        """Effective rank of the context's features over the last tenth of the logged steps."""
+        lines = (self.out / "runs" / trial.name / "metrics.jsonl").read_text().splitlines()
+        values = [json.loads(line)["context_rank"] for line in lines]
+        return float(np.mean(values[-max(1, len(values) // 10) :]))
+
+
+def call(*words: Any) -> None:
+    """A command of this project, to its end; what it said is told if it failed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise Stopped(
+            f"{' '.join(map(str, words[:2]))} ended with status {done.returncode}: {said[-1] if said else ''}"
+        )
+
+
+def cell(score: dict[str, Any]) -> str:
+    spread = f" ±{np.std(score['seeds']):.2f}".replace("0.", ".") if len(score["seeds"]) > 1 else ""
+    return f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]".replace("0.", ".") + spread
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+class Tables:
+    """What came out, as far as it is there.
+
+    Parameters
+    ----------
+    work : Experiments
+    trials : list of Trial
+    """
+
+    def __init__(self, work: Experiments, trials: list[Trial]):
+        self.work, self.trials = work, [trial for trial in trials if work.draws_path(trial).exists()]
+        self.results: dict[str, Any] = {}
+
+    def scores(self, variant: str, snr: float, random: bool = False, seeds: int | None = None) -> dict[str, Any] | None:
+        """Mean scores of a variant over its seeds, by task."""
+        from slim import comparison
+
+        paths = [self.work.draws_path(t) for t in self.trials if (t.variant.name, t.snr) == (variant, snr)][:seeds]
+        if random:
+            paths = [path.with_name(f"random-{path.name}") for path in paths]
+        found = [comparison.load(path) for path in paths if path.exists()]
+        return comparison.summarise(found) if found else None
+
+    def baseline(self, name: str, snr: float) -> dict[str, Any] | None:
+        from slim import comparison
+
+        path = self.work.baseline_path(snr, name)
+        return comparison.summarise([comparison.load(path)]) if path.exists() else None
+
+    def ranks(self, variant: str, snr: float) -> str:
+        found = [self.work.rank(t) for t in self.trials if (t.variant.name, t.snr) == (variant, snr)]
+        return f"{np.mean(found):.0f}" if found else ""
+
+    def row(self, words: str, scores: dict[str, Any] | None, rank: str, snr: float) -> list[list[str]]:
+        """A row of a table; none where nothing is there."""
+        if scores is None:
+            return []
+        self.results.setdefault(f"snr {snr:g}", {})[words] = scores
+        names = [f"synthetic_{task}" for task in TASKS]
+        return [[words, *[cell(scores[name]) if name in scores else "" for name in names], rank]]
+
+    def main(self, snr: float) -> str:
+        rows = []
+        for variant in OBJECTIVES:
+            rows += self.row(variant.words, self.scores(variant.name, snr), self.ranks(variant.name, snr), snr)
+        rows += self.row("random weights", self.scores("default", snr, random=True), "", snr)
+        for name, words in (
+            ("connectome", "functional connectivity"),
+            ("parcel_means", "parcel means of the window"),
+            ("mean_image", "mean image"),
+        ):
+            rows += self.row(words, self.baseline(name, snr), "", snr)
+        return table([f"voxel SNR {snr:g}", *HEAD], rows)
+
+    def small(self, title: str, variants: tuple[Variant, ...], default: str, snr: float) -> str:
+        rows = self.row(default, self.scores("default", snr, seeds=1), self.ranks("default", snr), snr)
+        for variant in variants:
+            rows += self.row(variant.words, self.scores(variant.name, snr), self.ranks(variant.name, snr), snr)
+        if title == "windows":
+            scores = self.scores("ranker-random", snr, random=True)
+            rows += self.row("windows at random, random weights", scores, "", snr)
+        return table([f"{title} (first seed, SNR {snr:g})", *HEAD], rows)
+
+    def poolings(self, snr: float) -> str:
+        rows = []
+        for words, random in (("default", False), ("random weights", True)):
+            scores = self.scores("default", snr, random, seeds=1)
+            if scores is None:
+                continue
+            for pooling in POOLINGS:
+                names = [f"synthetic_{task}" + ("" if pooling == "cov" else f"/{pooling}") for task in TASKS[:3]]
+                if all(name in scores for name in names):
+                    rows.append([f"{words}, `{pooling}`", *[cell(scores[name]) for name in names]])
+        return table([f"pooling (first seed, SNR {snr:g})", *HEAD[:3]], rows)
+
+    def verdict(self, snr: float) -> str:
+        """On which tasks the default is better than random weights, with intervals that do not overlap."""
+        from slim import comparison
+
+        ours, random = self.scores("default", snr), self.scores("default", snr, random=True)
+        if ours is None or random is None:
+            return ""
+        better = [task for task in TASKS if comparison.apart(ours[f"synthetic_{task}"], random[f"synthetic_{task}"])]
+        self.results[f"snr {snr:g}"]["better than random weights, intervals apart"] = better
+        return (
+            f"At SNR {snr:g} the default beats random weights with intervals apart on {len(better)} of {len(TASKS)} "
+            f"tasks ({', '.join(better) or 'none'}); effective rank {self.ranks('default', snr)}.\n"
+        )
+
+
+HEAD = ["group, AUROC", "score, r", "fingerprint, mAP", "state, accuracy", "rank"]
+
+
+def evaluate_all(work: Experiments, trials: list[Trial]) -> None:
+    """Pretrain and probe every trial, some at a time; random weights once for every seed of the default."""
+    random = [t for t in trials if t.variant.name in ("default", "ranker-random")]
+    total = 2 * len(trials) + len(random)
+    with (
+        progress("experiments", total, "runs and probes") as advance,
+        ThreadPoolExecutor(work.jobs) as trainers,
+        ProcessPoolExecutor(1, get_context("spawn")) as probers,
+    ):
+        training = {trainers.submit(work.pretrain, trial): trial for trial in trials}
+        probing: dict[Future, str] = {}
+        for done in as_completed(training):
+            trial = training[done]
+            done.result()
+            advance(1, trial.name)
+            probing[probers.submit(work.evaluate, trial)] = trial.name
+            if trial in random:
+                probing[probers.submit(partial(work.evaluate, random=True), trial)] = f"random {trial.name}"
+        for done in as_completed(probing):
+            done.result()
+            advance(1, f"{FEATURES}: {probing[done]}")
+
+
+def main() -> int:
+    parser = Parser(
+        __doc__.splitlines()[0], "python tools/experiments.py --out runs/experiments --seeds 1 run.steps=300"
+    )
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="for every pretraining")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="FOLDER")
+    parser.add_argument("--only", default=",".join(PARTS), metavar="PARTS", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--snr", default="0.9,0.3", metavar="A,B", help="voxel signal-to-noise ratios")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="training seeds of the main table")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time, a core each")
+    parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
+    args = parser.parse_args()
+    parts = args.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        raise ConfigError("command line", "--only", min(unknown), f"some of {', '.join(PARTS)}")
+    try:
+        snrs = [float(value) for value in args.snr.split(",")]
+    except ValueError:
+        raise ConfigError("command line", "--snr", args.snr, "numbers such as 0.9,0.3") from None
+    if min(args.seeds, args.jobs) < 1:
+        raise ConfigError("command line", "--seeds, --jobs", min(args.seeds, args.jobs), "1 or more")
+    work = Experiments(args.out.resolve(), args.seeds, args.jobs, args.changes)
+    trials = work.trials(parts, snrs)
+    if not args.tables:
+        work.prepare(trials, snrs)
+        evaluate_all(work, trials)
+        for snr in snrs:
+            work.baselines(snr)
+    tables = Tables(work, trials)
+    text = [tables.main(snr) + "\n" + tables.verdict(snr) for snr in snrs]
+    small = {"view": ("view", VIEWS, "view: voxel (default)"), "ranker": ("windows", RANKERS, "ranked (default)")}
+    small["targets"] = ("targets", TARGETS, "all three kinds (default)")
+    text += [tables.small(*small[part], snrs[0]) for part in parts if part in small]
+    text += [tables.poolings(snrs[0])] if "pooling" in parts else []
+    write_atomically(work.out / "tables.md", "\n".join(text))
+    write_atomically(work.out / "results.json", dump(tables.results) + "\n")
+    print("\n".join(text))
+    summary(
+        {"tables": str(work.out / "tables.md"), "runs": len(tables.trials)}, f"read {work.out / 'tables.md'}", args.json
+    )
+    return DONE
+
+
+if __name__ == "__main__":
+    run(main)
