@@ -85,7 +85,7 @@ def baseline_draws(dataset: Dataset, questions: Sequence[Question]) -> dict[str,
 def save(path: Path, draws: Mapping[str, np.ndarray]) -> None:
     """Keep draws; atomically, so what is there is whole."""
     with atomically(path) as file:
-        np.savez(file, **draws)
+        np.savez(file, allow_pickle=False, **dict(draws))
 
 
 def load(path: Path) -> dict[str, np.ndarray]:

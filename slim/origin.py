@@ -16,7 +16,7 @@ from slim.config import TrainSettings
 _HINT = "Use the settings in the run's config.yaml, or another run.out"
 # field: what the user can set of it
 _SET_BY = {
-    "tensors": "model, view, windows.k, loss or the data's grid; or, in fine-tuning, the weights, the head or the answers",
+    "tensors": "model, view, windows.k, loss or the data's grid; in fine-tuning the weights, the head or the answers",
     "stream": "data, its weights, its training sessions or run.seed",
     "zero_stage": "zero.stage",
     "global_batch": "run.batch x run.accumulate x processes",

@@ -177,7 +177,8 @@ def make_methods(
     for name, features in encoded.items():
         methods[name] = encoder_method(task, cases, features, device)
     sessions = cases.distinct()
-    row_N = np.array([{s["key"]: at for at, s in enumerate(sessions)}[session["key"]] for session in cases.sessions])
+    at = {session["key"]: row for row, session in enumerate(sessions)}
+    row_N = np.array([at[session["key"]] for session in cases.sessions])
     if cases.window_N is not None:
         methods["parcel_means"] = _fixed(baseline.parcel_means(dataset, cases.sessions, cases.window_N))
     else:

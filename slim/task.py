@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shards.errors import ConfigError, DatasetError
 from shards.reader import Dataset
@@ -58,6 +58,13 @@ class Task(Settings):
     description: str = ""
     source: str = Field(default="", description="where the data come from, and under what licence")
 
+    @field_validator("pooling")
+    @classmethod
+    def _learns_nothing(cls, pooling: Pooling, info: ValidationInfo) -> Pooling:
+        if pooling == "attentive" and info.data.get("type") == "fingerprint":
+            raise ValueError("mean, mean+sd, location or cov: a fingerprint trains nothing, attention is trained")
+        return pooling
+
     @model_validator(mode="after")
     def _consistent(self) -> Task:
         if (self.events is not None) != (self.type == "state"):
@@ -73,10 +80,6 @@ class Task(Settings):
                 raise ValueError("no label: a fingerprint asks who it is")
             if self.split.kind not in ("all", "dataset"):
                 raise ValueError("split.kind all or dataset: a fingerprint trains nothing")
-            if self.pooling == "attentive":
-                raise ValueError(
-                    "pooling: mean, mean+sd, location or cov: a fingerprint trains nothing, attention is trained"
-                )
             if self.confounds:
                 raise ValueError("no confounds: they do not tell who somebody is")
         elif self.type == "state":
@@ -138,7 +141,7 @@ class Cases:
 
     def distinct(self) -> list[dict[str, Any]]:
         """The sessions, each once."""
-        return [*{session["key"]: session for session in self.sessions}.values()]
+        return [*{id(session): session for session in self.sessions}.values()]
 
 
 def find_cases(

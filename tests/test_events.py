@@ -140,7 +140,7 @@ def test_states_are_decoded_for_subjects_nobody_was_trained_on(tmp_path: Path):
 
     rng = np.random.default_rng(2)
     noise = rng.normal(size=(240, 30)) + rng.normal(size=(20, 30))[cases.subject_N]
-    planted = noise + 2 * cases.state_N[:, None] * (np.arange(30) < 3)
+    planted = noise + 4 * cases.state_N[:, None] * (np.arange(30) < 3)
     methods = {name: Linear(lambda train, x=x: x) for name, x in (("ours", planted), ("random", noise))}
     results, facts = probe.run_task(task, cases, methods, "task.yaml")
     assert results["ours"]["accuracy"]["value"] > 0.85 and results["ours"]["accuracy"]["p"] == 0.01

@@ -69,10 +69,12 @@ def groups(subjects: int = 24, each: int = 2) -> tuple[Task, Cases]:
 
 
 def test_shipped_tasks_load():
-    found = sorted((ROOT / "configs/downstream").glob("synthetic_*.yaml"))
-    assert len(found) == 3
+    found = sorted((ROOT / "configs/downstream").glob("*.yaml"))
+    assert len([path for path in found if path.name.startswith("synthetic_")]) == 4 and len(found) == 4 + 7 + 2
     for path in found:
-        assert load_task(path).name == path.stem
+        shipped = load_task(path)
+        assert shipped.name == path.stem and shipped.source and shipped.description
+        assert shipped.data or path.name.startswith("synthetic_")  # which folder is expected, and how it is made
 
 
 @pytest.mark.parametrize(

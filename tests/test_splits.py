@@ -159,7 +159,7 @@ def test_p_of_what_is_not_there_is_uniform_and_of_what_is_there_small():
         results, _ = probe.run_task(chosen, found, {"ours": Linear(lambda train, x=noise: x)}, "")
         values.append(results["ours"]["auroc"]["p"])
     assert 0.25 < np.mean(values) < 0.75
-    planted = rng.normal(size=(40, 8)) + 2 * found.truth_S[:, None]
+    planted = rng.normal(size=(40, 8)) + 2 * found.truth_S[found.subject_N][:, None]
     results, _ = probe.run_task(chosen, found, {"ours": Linear(lambda train: planted)}, "")
     assert results["ours"]["auroc"]["p"] == 0.01
 
