@@ -111,7 +111,8 @@ class Experiments:
         for snr in snrs:
             for who, people, seed in (("pretrained", PRETRAINED, 1), ("probed", PROBED, 2)):
                 size = ("--subjects", people, "--frames", FRAMES, "--seed", seed, "--snr", snr)
-                call("tools/make_cohort.py", "--out", self.cohort(who, snr), *size)
+                if not (self.cohort(who, snr) / "cohort.yaml").exists():  # written last
+                    call("tools/make_cohort.py", "--out", self.cohort(who, snr), *size)
             rankers = {"mutual"} | {trial.variant.ranker for trial in trials if trial.snr == snr}
             for ranker in sorted(rankers):
                 pretrained = self.dataset("pretrained", snr, ranker)
@@ -164,7 +165,7 @@ class Experiments:
             task = load_task(where)
             changes: dict[str, Any] = {"repeats": 1}
             if name == "state":  # windows are many: fewer are enough to train on, and more are tested
-                changes["shares"] = (0.3, 0.05, 0.65)
+                changes |= {"kind": "holdout", "shares": (0.3, 0.05, 0.65)}
             tasks[str(where)] = task.model_copy(update={"split": task.split.model_copy(update=changes)})
         return comparison.ask(tasks, dataset, 8, self.cohort("probed", snr))
 
