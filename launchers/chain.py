@@ -33,7 +33,7 @@ from launchers.cluster import (
     require_slurm,
     states,
 )
-from launchers.script import CHECK, Script, arguments
+from launchers.script import CHECK, Script, arguments, probe
 from shards import layout
 from shards.console import DONE, REFUSED, RESUME, WRONG, progress, summary
 from shards.errors import ConfigError
@@ -145,6 +145,7 @@ class Chain:
             conversion.find()
             for script in self._scripts(self._tasks, lacks_extractor(conversion)).values():
                 script.test()
+            probe(self._settings, 1, self._folder)
             conversion.begin()
             if self._given is not None and lacks_extractor(conversion):
                 self._given.save(conversion.folder / layout.EXTRACTOR)

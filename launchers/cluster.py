@@ -47,7 +47,7 @@ class SlurmSettings(Settings):
     time: str | None = Field(None, description="longest time of one attempt, [D-]HH:MM:SS; the job comes back")
     mem: str | None = Field(None, description="memory per node, such as 64G")
     constraint: str | None = Field(None, description="features of the nodes")
-    cpus_per_task: int | None = Field(None, ge=1, description="null: the loading processes and one more")
+    cpus_per_task: int | None = Field(None, ge=1, description="null: loading processes and one more; of a conversion 1")
     modules: tuple[str, ...] = Field((), description="environment modules, loaded in this order")
     setup: tuple[str, ...] = Field((), description="lines of bash, run on the first node before anything else")
     srun: tuple[str, ...] = Field((), description="arguments of srun, such as those of a container")

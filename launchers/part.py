@@ -23,6 +23,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,26 +86,26 @@ def work(name: str, dataset: Path, task: int) -> dict[str, Any]:
     steps.one_thread()
     conversion: Conversion = pickle.loads((dataset / PLACE / _PLAN).read_bytes())
     job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
-    conversion.hold(f"job {job} of a cluster", together=name != "pack", patience=_PATIENCE)
-    if name == "extractor":
-        steps.prepare_extractor(conversion, None, may_train=True)
-        return {"status": DONE}
-    if name == "rank":
-        keys = set(tasks_of(dataset)[task])
-        runs = [run for run in conversion.unsettled() if run.key in keys]
-        if runs:
-            conversion.rank(steps.ranker_of(conversion), runs)
-        return {"status": DONE}
-    left = [run.key for run in conversion.unsettled()]
-    if lines := failures(dataset, left):
-        for line in lines:
-            print(f"failed: {line}")
-        error = f"{len(left)} of {len(conversion.runs)} runs are left; the same command goes on with them"
-        return {"status": RESUME, "error": error, "failed": lines}
-    none = steps.lacks_extractor(conversion)
-    status, facts, following = steps.all_refused(conversion) if none else steps.finish(conversion)
-    summary(facts, following, as_json=False)
-    return {"status": status, "facts": facts, "next": following}
+    with closing(conversion):
+        conversion.hold(f"job {job} of a cluster", together=name != "pack", patience=_PATIENCE)
+        if name == "extractor":
+            steps.prepare_extractor(conversion, None, may_train=True)
+            return {"status": DONE}
+        unsettled = conversion.unsettled()
+        if name == "rank":
+            keys = set(tasks_of(dataset)[task])
+            if runs := [run for run in unsettled if run.key in keys]:
+                conversion.rank(steps.ranker_of(conversion), runs)
+            return {"status": DONE}
+        if lines := failures(dataset, [run.key for run in unsettled]):
+            for line in lines:
+                print(f"failed: {line}")
+            error = f"{len(unsettled)} of {len(conversion.runs)} runs are left; the same command goes on with them"
+            return {"status": RESUME, "error": error, "failed": lines}
+        refused_all = steps.lacks_extractor(conversion)  # for want of a run to learn from
+        status, facts, following = steps.all_refused(conversion) if refused_all else steps.finish(conversion)
+        summary(facts, following, as_json=False)
+        return {"status": status, "facts": facts, "next": following}
 
 
 def failures(dataset: Path, left: Sequence[str]) -> list[str]:

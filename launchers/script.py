@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import shlex
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,10 @@ from submitit.core.utils import FailedJobError
 
 import launchers
 from launchers.cluster import ClusterError, SlurmSettings, ask
+from launchers.job import Told
 from shards.console import WRONG
 
+ROOT = Path(launchers.__file__).parent.parent  # of this software
 # Lines of `sh` on a node, in single quotes: does it see the folder, and Python with this software?
 CHECK = f"""
     refuse() {{ echo "error: $(hostname): $1"; exit {WRONG}; }}
@@ -63,7 +70,7 @@ class Script:
         sbatch: dict[str, Any],
     ):
         self.folder = folder
-        root = shlex.quote(str(Path(launchers.__file__).parent.parent))
+        root = shlex.quote(str(ROOT))
         self._command = f"""
 export FOLDER={shlex.quote(str(about))} PYTHON={shlex.quote(settings.python or sys.executable)}
 export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}
@@ -87,7 +94,7 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}
             time=settings.time,
             constraint=settings.constraint,
             signal_delay_s=settings.signal,
-            setup=[*(f"module load {shlex.quote(name)}" for name in settings.modules), *settings.setup],
+            setup=_setup(settings),
             stderr_to_stdout=True,
             use_srun=False,
             wckey=None,
@@ -127,3 +134,47 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}
 def arguments(settings: SlurmSettings) -> str:
     """The arguments of `srun` as words of a shell, a blank before each."""
     return "".join(f" {shlex.quote(word)}" for word in settings.srun)
+
+
+def _setup(settings: SlurmSettings) -> list[str]:
+    return [*(f"module load {shlex.quote(name)}" for name in settings.modules), *settings.setup]
+
+
+def probe(settings: SlurmSettings, nodes: int, folder: Path) -> None:
+    """Have nodes look, before anything is submitted, whether they see a folder, and Python with this software.
+
+    Only nodes that are free at this moment are asked; where too few are, or a cluster runs nothing but batch jobs, the
+    job itself finds out.
+
+    Parameters
+    ----------
+    settings : SlurmSettings
+    nodes : int
+        How many are asked at once.
+    folder : Path
+        It need not be there yet: they look for another one beside it.
+
+    Raises
+    ------
+    Told
+        With the words of a node that does not.
+    """
+    parent = next(path for path in (folder, *folder.parents) if path.is_dir())
+    asked = {name: getattr(settings, name) for name in ("partition", "account", "qos", "constraint")}
+    words = [f"--{name}={value}" for name, value in asked.items() if value is not None]
+    words += ["--immediate=3", "--time=1", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    path = f"{ROOT}:{os.environ['PYTHONPATH']}" if "PYTHONPATH" in os.environ else str(ROOT)
+    with contextlib.ExitStack() as stack:
+        try:
+            there = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".seen-"))
+            done = subprocess.run(
+                ["srun", *words, *settings.srun, "bash", "-c", "\n".join([*_setup(settings), CHECK])],
+                env={**os.environ, "FOLDER": there, "PYTHON": settings.python or sys.executable, "PYTHONPATH": path},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return
+    if found := re.search(r"^error: (.*)", done.stdout, re.MULTILINE):
+        raise Told(found[1].replace(there, str(folder)))

@@ -34,6 +34,7 @@ from launchers.cluster import (
     nodes_of,
     require_slurm,
 )
+from launchers.script import probe
 from shards.console import DONE, RESUME, WRONG, Parser, run, summary
 from shards.errors import ConfigError
 from shards.layout import write_atomically
@@ -100,6 +101,7 @@ def pretrain(words: list[str]) -> int:
     if args.dry_run:
         print(accepted)
         return DONE
+    probe(cluster, fewest, out)
     commit, steps = _prepare(settings)
     number = script.submit()
     log = out / SLURM / f"{number}.log"

@@ -114,24 +114,35 @@ def test_without_slurm_only_a_script_can_be_written(cluster: Cluster, dataset: P
     assert "#SBATCH --nodes=2" in done.stdout and "no cluster has seen" in done.stderr
 
 
+def test_what_only_a_node_can_tell_is_told_at_submission_if_one_is_free(
+    cluster: Cluster, dataset: Path, tmp_path: Path
+) -> None:
+    """No Python there, a folder that one of them does not see."""
+    out = cluster.hidden / "run" if cluster.own_hosts else tmp_path / "run"
+    asked = ("--nodes", 2, "--tasks-per-node", 1)
+    done = slurm(cluster, *pretrain_words(dataset, out, *asked, "--python", "/nowhere/python"))
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"error: \w+: (/nowhere/python: got no such command|.*: got no such folder), .*\n", done.stderr)
+    if cluster.own_hosts:
+        done = slurm(cluster, *pretrain_words(dataset, out, *asked))
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith(f"error: node2: {out}: got no such folder") and done.stderr.count("\n") == 1
+    assert not out.exists() and not list(out.parent.glob(".seen*"))
+
+
 def test_what_only_a_node_can_tell_ends_the_job_with_one_line(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
-    """No Python there, a folder that one of them does not see: told by the job's first lines, and not requeued."""
-    site = tmp_path / "site.yaml"
-    site.write_text("python: /nowhere/python\n")
-    asked = ("--nodes", 2, "--tasks-per-node", 1, "--follow")
-    done = slurm(cluster, *pretrain_words(dataset, tmp_path / "run", *asked, "--slurm", site))
+    """Both nodes are busy at submission: told by the job's first lines, and not requeued."""
+    out = cluster.hidden / "run" if cluster.own_hosts else tmp_path / "run"
+    python = () if cluster.own_hosts else ("--python", "/nowhere/python")
+    cluster.call("sbatch", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 25")
+    cluster.wait(lambda: set(cluster.states().values()) == {"allocated"}, 20, "busy nodes")
+    done = slurm(cluster, *pretrain_words(dataset, out, "--nodes", 2, "--tasks-per-node", 1, "--follow", *python))
     assert done.returncode == 2, done.stderr
-    assert re.search(r"error: \w+: /nowhere/python: got no such command", done.stderr)
+    if cluster.own_hosts:
+        assert f"error: node2: {out}: got no such folder" in done.stderr and "error: node1" not in done.stderr
+    facts = json.loads(slurm(cluster, "status", out, "--json").stdout.splitlines()[-1])
+    assert facts["state"] == "FAILED" and "got no such" in facts["error"]
     assert cluster.call("squeue", "-h") == ""
-    if not cluster.own_hosts:
-        return
-    out = cluster.hidden / "run"
-    done = slurm(cluster, *pretrain_words(dataset, out, *asked))
-    assert done.returncode == 2, done.stderr
-    assert f"error: node2: {out}: got no such folder" in done.stderr and "error: node1" not in done.stderr
-    done = slurm(cluster, "status", out, "--json")
-    facts = json.loads(done.stdout.splitlines()[-1])
-    assert facts["state"] == "FAILED" and "node2" in facts["error"]
 
 
 def test_a_mistake_that_a_process_finds_is_not_tried_again(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
