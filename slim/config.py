@@ -271,6 +271,7 @@ class HeadSettings(Settings):
     layer_decay: float | None = Field(
         None, gt=0, le=1, description="learning rate of a block over that of the next; null: 0.75, from scratch 1"
     )
+    lr_scale: float = Field(10.0, gt=0, description="times the learning rate of the last block")
 
 
 class FinetuneSettings(TrainSettings):

@@ -98,7 +98,7 @@ class Finetuner:
         self.best_loss, self.best_step = math.inf, 0
 
     def groups(self) -> list[Group]:
-        """One or two for each depth: embedding, blocks, head; the learning rate falls by a factor towards the input."""
+        """One or two for each depth: embedding, blocks, norm, head; the learning rate falls towards the input."""
         decay = self.settings.head.layer_decay
         if decay is None:
             decay = 1.0 if self.settings.start is None else LAYER_DECAY
@@ -106,7 +106,8 @@ class Finetuner:
         top = self.model.encoder.n + 1
         for name, parameter in self.model.named_parameters():
             depth, decayed = depth_of(name, self.model.encoder.n), decays(name, parameter)
-            group = found.setdefault((depth, decayed), Group([], decayed, decay ** (top - depth)))
+            scale = decay ** (top - depth) if depth <= top else self.settings.head.lr_scale
+            group = found.setdefault((depth, decayed), Group([], decayed, scale))
             group.parameters.append(parameter)
         return [found[key] for key in sorted(found)]
 
@@ -188,10 +189,12 @@ def make_model(settings: FinetuneSettings, geometry: Geometry, voxels: int, outp
 
 
 def depth_of(name: str, blocks: int) -> int:
-    """Depth of a parameter of `Answerer`: 0 embedding and positions, 1 ... blocks, then the last norm and the head."""
+    """Depth of a parameter of `Answerer`: 0 embedding and positions, 1 ... blocks, then the last norm, the head."""
     if name.startswith("encoder.blocks."):
         return int(name.split(".")[2]) + 1
-    return blocks + 1 if name.startswith(("encoder.norm.", "head.")) else 0
+    if name.startswith("head."):
+        return blocks + 2
+    return blocks + 1 if name.startswith("encoder.norm.") else 0
 
 
 def write_start(folder: Path, tensors: dict[str, Tensor]) -> str:
