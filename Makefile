@@ -2,6 +2,7 @@
 # make test         set-up from nothing, then the tests
 # make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills
 # make slurm        as root: the SLURM packages of Debian, for the tests on a cluster
+# make experiments  does pretraining learn? many hours of two cores: runs/experiments/tables.md
 # make lint         ruff and mypy
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ READY := $(VENV)/.ready
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test test-slow slurm lint clean
+.PHONY: quickstart test test-slow slurm lint experiments clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -27,18 +28,22 @@ quickstart: $(READY)
 		grid.mm=8 'grid.shape=[24,24,24]' extractor.steps=350
 	$(BIN)/python tools/pretrain.py configs/quickstart.yaml data=$(SHARDS) run.out=$(OUT)/pretrain
 	$(BIN)/python tools/probe.py $(OUT)/pretrain --data $(SHARDS) --task configs/downstream/synthetic_group.yaml \
-		--task configs/downstream/synthetic_score.yaml --task configs/downstream/synthetic_fingerprint.yaml
+		--task configs/downstream/synthetic_score.yaml --task configs/downstream/synthetic_fingerprint.yaml \
+		--task configs/downstream/synthetic_state.yaml --events $(OUT)/cohort
 	$(BIN)/python tools/report.py $(OUT)/pretrain
 	@echo "look at $(SHARDS)/report/index.html and $(OUT)/pretrain/report/index.html"
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 slurm:
 	sh tests/slurm/install.sh
+
+experiments: $(READY)
+	$(BIN)/python tools/experiments.py --out runs/experiments
 
 lint: $(READY)
 	$(BIN)/ruff check .
