@@ -168,9 +168,11 @@ def test_a_time_limit_is_a_failure_like_any_other(cluster: Cluster, cohort: Path
     """A task that sleeps through its minute, SLURM's shortest; the second one is quick."""
     out, site = tmp_path / "far", tmp_path / "site.yaml"
     site.write_text("time: '00:01:00'\nsignal: 20\n")
-    environment = before(
-        tmp_path / "site", 'if not second and f"{name} {task}" == "rank 0":\n    import time\n    time.sleep(300)'
-    )
+    body = """if not second and f"{name} {task}" == "rank 0":
+    import signal, time
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    time.sleep(300)"""
+    environment = before(tmp_path / "site", body)
     asked = words(cohort / "cohort.yaml", out, "--ranker", "ridge", "--slurm", site, "--follow")
     done = slurm(cluster, *asked, timeout=600, **environment)
     assert done.returncode == 0, done.stderr
