@@ -39,10 +39,10 @@ def check_curve(out: Path, whole: list[float], alike: int = STEPS) -> None:
 def test_it_is_requeued_before_each_time_limit(
     cluster: Cluster, dataset: Path, whole: list[float], tmp_path: Path
 ) -> None:
-    """SLURM's own signal, before a limit of one minute, at least twice."""
+    """SLURM's own signal, before a limit of two minutes, at least twice: it comes 40 to 100 s after the start."""
     out, site = tmp_path / "run", tmp_path / "site.yaml"
-    site.write_text("time: '00:01:00'\nsignal: 20\n")
-    environment = paced(tmp_path / "site", "1 1 0")
+    site.write_text("time: '00:02:00'\nsignal: 20\n")
+    environment = paced(tmp_path / "site", "2 2 0")
     job = submit(cluster, dataset, out, *TWO, "--slurm", site, steps=STEPS, **environment)
     assert wait_for_end(cluster, job, 480) == "COMPLETED", log_of(out, job)
     ended = attempts(out, "ended")
