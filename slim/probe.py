@@ -37,6 +37,8 @@ from slim.splits import Fold, Split
 from slim.task import Cases, Task, make_splits
 
 OURS = "ours"
+REPORT = "report.json"
+_QUESTION = ("type", "label", "split", "subjects", "test_subjects")  # facts that say what was asked of whom
 COMPARED = ("random", "connectome", "parcel_means")  # methods whose paired difference to ours is reported
 
 
@@ -305,6 +307,8 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> dict[str,
 def write_report(folder: Path, tasks: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """Put these tasks into `folder/report.json`, beside those that are there, and draw `folder/NAME.png`.
 
+    Methods that answered the same task of the same subjects before stay, unless they are among the new ones.
+
     Returns
     -------
     dict
@@ -315,27 +319,37 @@ def write_report(folder: Path, tasks: dict[str, Any], facts: dict[str, Any]) -> 
     ConfigError
         If the file there is no such report.
     """
-    path = folder / "report.json"
-    report: dict[str, Any] = {"tasks": {}, "facts": {}}
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            report = {part: dict(old[part]) for part in report}
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-            raise ConfigError(
-                path,
-                "",
-                "no report of probes",
-                "a report.json that probe.py wrote",
-                "Move it away, or give another --out",
-            ) from None
-    report["tasks"] |= tasks
-    report["facts"] |= facts
+    report = read_report(folder)
     for name, results in tasks.items():
+        before = report["facts"].get(name)
+        if before is not None and differs(before, facts[name]) is None:
+            results, about = report["tasks"][name] | results, before | facts[name]
+        else:
+            about = facts[name]
+        report["tasks"][name], report["facts"][name] = results, about
         folder.mkdir(parents=True, exist_ok=True)
-        plot(name, results, facts[name], folder / f"{name}.png")
-    write_atomically(path, dump(report) + "\n")
+        plot(name, results, about, folder / f"{name}.png")
+    write_atomically(folder / REPORT, dump(report) + "\n")
     return report
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report in a folder, an empty one where there is none; ConfigError if the file is something else."""
+    path = folder / REPORT
+    if not path.exists():
+        return {"tasks": {}, "facts": {}}
+    try:
+        found = json.loads(path.read_text())
+        return {part: dict(found[part]) for part in ("tasks", "facts")}
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        hint = "Move it away, or give another --out"
+        raise ConfigError(path, "", "no report of probes", "a report.json that probe.py wrote", hint) from None
+
+
+def differs(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first fact by which two tasks are not the same question to the same subjects, if there is one."""
+    pairs = ((name, dump(one.get(name)), dump(other.get(name))) for name in _QUESTION)
+    return next((name for name, mine, theirs in pairs if mine != theirs), None)
 
 
 def chance(facts: dict[str, Any], metric: str) -> float | None:
@@ -354,7 +368,7 @@ def plot(name: str, results: dict[str, Any], facts: dict[str, Any], path: Path) 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    methods, names = list(results), list(results[OURS])
+    methods, names = list(results), list(next(iter(results.values())))
     figure = Figure(figsize=(1.4 + 2.5 * len(names), 1.5 + 0.36 * len(methods)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]

@@ -6,7 +6,6 @@ the validation subjects; the test subjects are predicted once, here, after it ha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 
 from shards.errors import ConfigError
-from shards.layout import dump, write_atomically
 from shards.reader import Dataset
 from shards.settings import check, override
 from slim import checkpoint, probe
@@ -175,46 +173,12 @@ class Finetuned:
         return model.eval().requires_grad_(False), int(step), loss
 
 
-def join_report(
-    folder: Path, task: Task, cases: Cases, splits: list[list[Split]], method: str, scores: dict[str, Any], facts: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Put the scores of a method beside those that probe.py left of the same task in `folder/report.json`.
-
-    Returns
-    -------
-    results, about : dict
-        Of the task: each metric of each method, and the facts, those of the method under its name.
-
-    Raises
-    ------
-    ConfigError
-        See `check_report`.
-    """
-    report = check_report(folder, task, cases, splits)
-    results = report["tasks"].setdefault(task.name, {}) | {method: scores}
-    about = probe.task_facts(task, cases, splits) | report["facts"].get(task.name, {}) | {method: facts}
-    report["tasks"][task.name], report["facts"][task.name] = results, about
-    write_atomically(folder / "report.json", dump(report) + "\n")
-    if probe.OURS in results:
-        probe.plot(task.name, results, about, folder / f"{task.name}.png")
-    return results, about
-
-
-def check_report(folder: Path, task: Task, cases: Cases, splits: list[list[Split]]) -> dict[str, Any]:
-    """The report in a folder, an empty one where there is none; ConfigError if it asked the task otherwise."""
-    path = folder / "report.json"
-    if not path.exists():
-        return {"tasks": {}, "facts": {}}
-    try:
-        report = json.loads(path.read_text())
-        about = report["facts"].get(task.name, {})
-        assert isinstance(report["tasks"], dict)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        hint = "Move it away, or give another --out"
-        raise ConfigError(path, "", "no report of probes", "a report.json that probe.py wrote", hint) from None
-    asked = json.loads(dump(probe.task_facts(task, cases, splits)))
-    for name in ("type", "label", "split", "subjects", "test_subjects"):
-        if name in about and about[name] != asked[name]:
-            hint = "Probe again, so that all methods answer the same task, or give another --out"
-            raise ConfigError(path, f"{task.name}.{name}", asked[name], f"{about[name]}, as in the report", hint)
-    return report
+def check_report(folder: Path, task: Task, cases: Cases, splits: list[list[Split]]) -> None:
+    """ConfigError where the report in a folder asked the task otherwise: scores would not stand side by side."""
+    before = probe.read_report(folder)["facts"].get(task.name)
+    asked = probe.task_facts(task, cases, splits)
+    name = None if before is None else probe.differs(before, asked)
+    if before is not None and name is not None:
+        hint = "Probe again, so that all methods answer the same task, or give another --out"
+        got = f"{before.get(name)}, as in the report"
+        raise ConfigError(folder / probe.REPORT, f"{task.name}.{name}", asked[name], got, hint)

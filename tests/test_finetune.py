@@ -30,7 +30,7 @@ from shards import layout
 from shards.errors import ConfigError
 from shards.reader import Dataset
 from shards.settings import check
-from slim import checkpoint
+from slim import checkpoint, probe
 from slim.answers import Answers
 from slim.batch import collate, read_windows
 from slim.brain import SlimBrain
@@ -39,7 +39,7 @@ from slim.finetune import Finetuning, depth_of, firsts, predict, validation_loss
 from slim.head import Head
 from slim.probe import make_fold
 from slim.task import Task, find_cases, make_splits
-from slim.tuned import Finetuned, refuse, settings_for
+from slim.tuned import Finetuned, check_report, refuse, settings_for
 
 SCORE = {
     "name": "s",
@@ -290,6 +290,28 @@ def test_what_the_weights_decide_cannot_be_set(pretrained: Path, tmp_path: Path,
     word = "view=voxel" if word == "view=both" and ours.settings.view == "both" else word
     with pytest.raises(ConfigError, match=word.split("=")[0].split(".")[0]):
         settings_for(ours, "data", tmp_path, 6, [word], 0)
+
+
+# one report
+
+
+def test_scores_stand_beside_those_of_the_same_question_alone(tmp_path: Path, people: Path) -> None:
+    opened, task = Dataset(people), check(Task, SCORE, "task.yaml")
+    cases = find_cases(task, opened, 8, "task.yaml")
+    splits = make_splits(task, cases, "task.yaml")
+    facts = probe.task_facts(task, cases, splits)
+    ours, tuned, scratch = ({"r": {"value": r, "low": r, "high": r, "p": 0.1}} for r in (0.1, 0.2, 0.3))
+    for name, scores in (("finetuned", tuned), ("ours", ours), ("scratch", scratch)):  # in any order
+        check_report(tmp_path, task, cases, splits)
+        probe.write_report(tmp_path, {"s": {name: scores}}, {"s": facts | {name: {"step": 7}}})
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tasks"]["s"] == {"finetuned": tuned, "ours": ours, "scratch": scratch}
+    assert report["facts"]["s"].keys() >= {"finetuned", "scratch", "type"}
+    other = check(Task, SCORE | {"split": SCORE["split"] | {"seed": 1}}, "task.yaml")
+    with pytest.raises(ConfigError, match=r"report\.json: s\.split"):
+        check_report(tmp_path, other, cases, splits)
+    probe.write_report(tmp_path, {"s": {"ours": ours}}, {"s": probe.task_facts(other, cases, splits)})
+    assert json.loads((tmp_path / "report.json").read_text())["tasks"]["s"] == {"ours": ours}
 
 
 # the command, in real processes

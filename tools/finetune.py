@@ -67,7 +67,9 @@ def main() -> int:
             mode="json", include={"head", "optimizer", "run", "zero", "precision"}
         ),
     }
-    results, about = tuned.join_report(report, task, cases, splits, name, found[name], facts)
+    about = probe.task_facts(task, cases, splits) | {name: facts}
+    whole = probe.write_report(report, {task.name: {name: found[name]}}, {task.name: about})
+    results, about = whole["tasks"][task.name], whole["facts"][task.name]
     _table(task.name, results, about)
     summary(
         {
