@@ -13,11 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from runs import FRAMES, brain, oblique, save, signal
 
 from shards import layout, page
 
 ROOT = Path(__file__).parent.parent
+# How long an example takes says how busy the machine is.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 Command = Callable[..., subprocess.CompletedProcess]
 
 
