@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from shards.errors import ConfigError
@@ -40,7 +40,7 @@ from shards.reader import Dataset
 from slim import attentive
 from slim.batch import collate, read_windows
 from slim.brain import SlimBrain
-from slim.linear import PENALTIES, held_out_losses, standardised_axes
+from slim.linear import choose_penalty, fit, scaling, standardised_axes
 from slim.pooling import Features, at_places, common_places, principal_axes
 from slim.splits import Fold
 
@@ -137,9 +137,7 @@ def fit_score(
             pool = {"mean": mean, "mean+sd": mean_sd, "location": location}[pooling]
         pooled = [pool(torch.from_numpy(at_places(features[row], place_L))) for row in fold.train]
         train_nP = torch.stack(pooled).float().numpy()
-        inner_n = fold.inner()
-        loss_L = held_out_losses(fold, [train_nP] * (inner_n.max() + 1), inner_n)
-        penalty = PENALTIES[int(loss_L.argmin())]
+        penalty = choose_penalty(fold, train_nP)
     weight_P, offset = _weights(fold, penalty, train_nP, output)
     weight_P, offset = weight_P * unit, offset * unit
     sd = float((train_nP.astype(np.float64) @ weight_P).std())
@@ -153,22 +151,17 @@ def _weights(fold: Fold, penalty: float, train_nP: np.ndarray, output: int) -> t
     V b on Z's features, and V = Z' (U S) S^-2.
     """
     x_nA, _ = standardised_axes(train_nP, train_nP[:0])
-    model: Any
-    if fold.kind == "regression":
-        model = Ridge(alpha=penalty).fit(x_nA, fold.answer_n)
+    model = fit(fold, penalty, x_nA, fold.answer_n)
+    if isinstance(model, Ridge):
         coefficient_A, intercept = model.coef_, float(model.intercept_)
     else:
-        model = LogisticRegression(C=1 / penalty, class_weight="balanced", solver="newton-cholesky", max_iter=200)
-        model.fit(x_nA, fold.answer_n)
         row = int(np.searchsorted(model.classes_, output))
         if len(model.classes_) == 2:
             sign = 1 if row else -1
             coefficient_A, intercept = sign * model.coef_[0], sign * float(model.intercept_[0])
         else:
             coefficient_A, intercept = model.coef_[row], float(model.intercept_[row])
-    mean_P, sd_P = train_nP.mean(axis=0, dtype=np.float64), train_nP.std(axis=0, dtype=np.float64)
-    alive_P = sd_P > 1e-5 * (np.abs(mean_P) + sd_P + 1e-30)  # as `standardised_axes` says
-    scale_P = np.where(alive_P, sd_P, np.inf) * np.sqrt(max(alive_P.sum(), 1))
+    mean_P, scale_P = scaling(train_nP)
     z_nP = (train_nP - mean_P) / scale_P
     weight_P = z_nP.T @ (x_nA @ (coefficient_A / (x_nA**2).sum(axis=0))) / scale_P
     return weight_P, float(intercept - mean_P @ weight_P)

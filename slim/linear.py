@@ -34,9 +34,22 @@ class Linear:
         """Probabilities (m, K) or values (m, 1) of the test sessions."""
         vector_NP = self.vectors(fold.train)
         train_nP = vector_NP[fold.train]
-        inner_n = fold.inner()
-        loss_L = held_out_losses(fold, [train_nP] * (inner_n.max() + 1), inner_n)
-        return fit_predict(fold, PENALTIES[int(loss_L.argmin())], train_nP, vector_NP[fold.test])
+        return fit_predict(fold, choose_penalty(fold, train_nP), train_nP, vector_NP[fold.test])
+
+
+def choose_penalty(fold: Fold, train_nP: np.ndarray) -> float:
+    """The penalty under which held-out training rows are predicted best, of features that nothing was fitted for."""
+    inner_n = fold.inner()
+    loss_L = held_out_losses(fold, [train_nP] * (inner_n.max() + 1), inner_n)
+    return PENALTIES[int(loss_L.argmin())]
+
+
+def scaling(train_nP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and scale of each feature, (P,) each: SD times sqrt(P); infinite for one without variance in training."""
+    mean_P, sd_P = train_nP.mean(axis=0, dtype=np.float64), train_nP.std(axis=0, dtype=np.float64)
+    # A constant that was pooled in float32 varies by some 1e-6 of itself.
+    alive_P = sd_P > 1e-5 * (np.abs(mean_P) + sd_P + 1e-30)
+    return mean_P, np.where(alive_P, sd_P, np.inf) * np.sqrt(max(alive_P.sum(), 1))
 
 
 def standardised_axes(train_nP: np.ndarray, test_mP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -47,12 +60,10 @@ def standardised_axes(train_nP: np.ndarray, test_mP: np.ndarray) -> tuple[np.nda
     of the cost. With 1/sqrt(P) one grid of penalties fits features of any number. Features without variance
     in training are dropped.
     """
-    mean_P, sd_P = train_nP.mean(axis=0, dtype=np.float64), train_nP.std(axis=0, dtype=np.float64)
-    # A constant that was pooled in float32 varies by some 1e-6 of itself.
-    alive_P = sd_P > 1e-5 * (np.abs(mean_P) + sd_P + 1e-30)
-    scale = np.sqrt(max(alive_P.sum(), 1))
-    z_nP = (train_nP[:, alive_P] - mean_P[alive_P]) / (sd_P[alive_P] * scale)
-    y_mP = (test_mP[:, alive_P] - mean_P[alive_P]) / (sd_P[alive_P] * scale)
+    mean_P, scale_P = scaling(train_nP)
+    alive_P = np.isfinite(scale_P)
+    z_nP = (train_nP[:, alive_P] - mean_P[alive_P]) / scale_P[alive_P]
+    y_mP = (test_mP[:, alive_P] - mean_P[alive_P]) / scale_P[alive_P]
     value_A, vector_nA = np.linalg.eigh(z_nP @ z_nP.T)
     kept = value_A > 1e-9 * max(value_A.max(), 1e-30)
     size_A, vector_nA = np.sqrt(value_A[kept]), vector_nA[:, kept]
@@ -90,17 +101,24 @@ def fit_predict(fold: Fold, penalty: float, train_nP: np.ndarray, test_mP: np.nd
 
 def _predict(fold: Fold, penalty: float, x_nA: np.ndarray, y_n: np.ndarray, x_mA: np.ndarray) -> np.ndarray:
     """Probabilities (m, K) or values (m, 1) from one fitted linear model."""
+    model = fit(fold, penalty, x_nA, y_n)
+    if isinstance(model, Ridge):
+        return model.predict(x_mA)[:, None]
+    out_mK = np.zeros((len(x_mA), fold.classes))
+    out_mK[:, model.classes_] = model.predict_proba(x_mA)
+    return out_mK
+
+
+def fit(fold: Fold, penalty: float, x_nA: np.ndarray, y_n: np.ndarray) -> Ridge | LogisticRegression:
+    """The linear model of a probe on these axes; classes count alike."""
     if fold.kind == "regression":
-        return Ridge(alpha=penalty).fit(x_nA, y_n).predict(x_mA)[:, None]
+        return Ridge(alpha=penalty).fit(x_nA, y_n)
     # Newton: separable classes under a light penalty take lbfgs thousands of steps. Its matrix of second derivatives
     # is as wide as there are coefficients, so where those are many it is only multiplied with.
     coefficients = x_nA.shape[1] * (1 if fold.classes == 2 else fold.classes)
     solver = "newton-cholesky" if coefficients <= _WIDEST else "newton-cg"
     model = LogisticRegression(C=1 / penalty, class_weight="balanced", solver=solver, max_iter=200)
-    model.fit(x_nA, y_n)
-    out_mK = np.zeros((len(x_mA), fold.classes))
-    out_mK[:, model.classes_] = model.predict_proba(x_mA)
-    return out_mK
+    return model.fit(x_nA, y_n)
 
 
 def _loss(kind: str, guess_mK: np.ndarray, y_m: np.ndarray) -> float:
