@@ -38,7 +38,7 @@ from torch import Tensor
 from shards.errors import ConfigError
 from shards.reader import Dataset
 from slim import attentive
-from slim.batch import collate, read_windows
+from slim.batch import collate, firsts, read_windows
 from slim.brain import SlimBrain
 from slim.linear import choose_penalty, fit, scaling, standardised_axes
 from slim.pooling import Features, at_places, common_places, principal_axes
@@ -217,9 +217,9 @@ class _Groups:
         arrays = dataset.read(session, ("start", "patch"))
         in_time = np.argsort(arrays["start"], kind="stable")
         self.start_K, self.patch_M3 = arrays["start"][in_time], arrays["patch"]
-        self.firsts = [*range(0, count - k, k), count - k]
+        self.firsts = firsts(count, k)
         geometry = model.geometry
-        window_S = ((np.arange(geometry.cells[0]) + 0.5) * geometry.cell[0] // model.frames).astype(int)
+        window_S = geometry.window_of_slot(model.frames)
         self.batches, self.fresh, read = [], [], 0
         for first in self.firsts:
             sample = read_windows(dataset, session, in_time[first : first + k].tolist())

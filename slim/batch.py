@@ -167,6 +167,11 @@ def read_windows(dataset: Samples, session: dict, rank_K: Sequence[int] | np.nda
     )
 
 
+def firsts(count: int, k: int) -> list[int]:
+    """First window of each group of k of `count` in time order; the last one reaches back where k leaves a rest."""
+    return [*range(0, count - k, k), count - k]
+
+
 def load_batch(
     items: Sequence[Item], datasets: Sequence[Dataset], geometry: Geometry, settings: TrainSettings
 ) -> PackedBatch:

@@ -28,7 +28,7 @@ from shards.niimg import Niimg, as_run
 from shards.reader import Dataset, Samples
 from shards.session import convert_run
 from shards.settings import digest
-from slim.batch import collate, read_windows
+from slim.batch import collate, firsts, read_windows
 from slim.hiera import Hiera
 from slim.pooling import Features, check_fixed, vectors
 from slim.recipe import Recipe, read_recipe
@@ -256,12 +256,11 @@ class SlimBrain:
             raise DatasetError(where, "windows", count, f"{k} or more, as windows.k")
         start_K = samples.read(session, ("start",))["start"]
         in_time = np.argsort(start_K, kind="stable")
-        firsts = [*range(0, count - k, k), count - k]
-        groups = [read_windows(samples, session, in_time[first : first + k].tolist()) for first in firsts]
+        first_G = firsts(count, k)
+        groups = [read_windows(samples, session, in_time[first : first + k].tolist()) for first in first_G]
         tokens, seconds, starts = [], [], []
         slots, places = self.geometry.cells[0], math.prod(self.geometry.cells[1:])
-        middle_S = (np.arange(slots) + 0.5) * self.geometry.cell[0]
-        window_S = (middle_S // self.frames).astype(int)
+        window_S = self.geometry.window_of_slot(self.frames)
         read = 0
         for at in range(0, len(groups), batch):
             here = groups[at : at + batch]
@@ -273,7 +272,7 @@ class SlimBrain:
             by = np.lexsort((cell_M, sample_M))
             x_GSLC = x_MC[by].reshape(len(here), slots, -1, x_MC.shape[1])
             place_L = cell_M[by][: x_GSLC.shape[2]] % places
-            for sample, x_SLC, first in zip(here, x_GSLC, firsts[at : at + batch], strict=True):
+            for sample, x_SLC, first in zip(here, x_GSLC, first_G[at : at + batch], strict=True):
                 fresh_S = first + window_S >= read
                 read = first + k
                 tokens.append(x_SLC[fresh_S])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from shards.layout import atomically
 from shards.reader import Dataset
 from slim import checkpoint
 from slim.answers import Answers
-from slim.batch import Batch, collate, read_windows
+from slim.batch import Batch, collate, firsts, read_windows
 from slim.checkpoint import CheckpointError
 from slim.config import FinetuneSettings
 from slim.course import Course, Forward, Full, Steps
@@ -248,14 +248,8 @@ def predict(
         if number < len(micro_batches):
             sum_NK.index_add_(0, torch.tensor([row for row, _ in mine], device=device), guess_BK)
     _add_up(sum_NK)
-    count_N = np.array([len(list(firsts(session["n_kept"], k))) for session in sessions])
+    count_N = np.array([len(firsts(session["n_kept"], k)) for session in sessions])
     return sum_NK.cpu().numpy() / count_N[:, None]
-
-
-def firsts(count: int, k: int) -> Iterator[int]:
-    """First window of each group of k of `count` in time order; the last one reaches back where k leaves a rest."""
-    yield from range(0, count - k, k)
-    yield count - k
 
 
 def validation_loss(guess_NK: np.ndarray, subject_N: np.ndarray, answer_N: np.ndarray, classes: int) -> float:

@@ -79,6 +79,10 @@ class Geometry:
         """Cells along each axis."""
         return tuple(size // cell for size, cell in zip(self.tokens, self.cell, strict=True))
 
+    def window_of_slot(self, frames: int) -> np.ndarray:
+        """Window of so many frames that holds the middle of each slot of cells along the first axis, int (S,)."""
+        return ((np.arange(self.cells[0]) + 0.5) * self.cell[0] // frames).astype(int)
+
     def _parent(self, block: Ints) -> np.ndarray:
         """Flat index of the block of `block` tokens that holds each token; int64 (L,)."""
         places = np.indices(self.tokens).reshape(len(self.tokens), -1)

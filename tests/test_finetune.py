@@ -32,10 +32,10 @@ from shards.reader import Dataset
 from shards.settings import check
 from slim import checkpoint, probe
 from slim.answers import Answers
-from slim.batch import collate, read_windows
+from slim.batch import collate, firsts, read_windows
 from slim.brain import SlimBrain
 from slim.config import HeadSettings
-from slim.finetune import Finetuning, depth_of, firsts, predict, validation_loss, write_start
+from slim.finetune import Finetuning, depth_of, predict, validation_loss, write_start
 from slim.head import Head
 from slim.probe import make_fold
 from slim.task import Task, find_cases, make_splits
