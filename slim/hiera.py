@@ -5,13 +5,15 @@ Blocks follow Hiera (Ryali et al., "Hiera: A Hierarchical Vision Transformer wit
 units in the local stages and over all cells of a sample afterwards. What is different: tokens that hold no brain do
 not exist, so units are ragged and a pooled token is the maximum over the children there are.
 
-Legend: B samples; N kept tokens; M tokens of the last level (cells); R rows of voxel values; Q rows of patches; V
-voxels of a patch; C channels; F hidden channels; H heads; D channels of a head; T frames of a sample.
+Legend: B samples; N kept tokens; M tokens of the last level (cells); L places of a grid; A its axes; R rows of voxel
+values; Q rows of patches; V voxels of a patch; C channels; F hidden channels, or frequencies of a position; H heads; D
+channels of a head; T frames of a sample.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +28,8 @@ from slim.geometry import Geometry
 
 # Periods (s) of the sinusoids that carry a window's time in the run: from a frame to a long run.
 _PERIODS = tuple(2.0 * 4.0**i for i in range(6))
+# Shortest period (places) of the sinusoids that positions start as.
+_SHORTEST = 2.5
 # A voxel whose SD (global-SD units) is not above this does not vary: background, or constant.
 STILL = 1e-6
 
@@ -184,9 +188,7 @@ class Hiera(nn.Module):
         self.dim = dim
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_linear)
-        nn.init.trunc_normal_(self.space, std=0.02)
-        nn.init.trunc_normal_(self.time, std=0.02)
-        nn.init.zeros_(self.seconds.linear.weight)
+        init_positions(self, geometry.tokens)
 
     def forward(self, voxels: Voxels, plan: Plan) -> Tensor:
         """Features of every cell that holds a kept token, (M, C), in the order of `plan.cell_M`.
@@ -261,6 +263,36 @@ def _add_up(x_NC: Tensor, levels: list[Children]) -> Tensor:
     for where in levels:
         x_NC = segment_sum(x_NC, where)
     return x_NC
+
+
+def sinusoids(shape: Sequence[int], dim: int) -> Tensor:
+    """Sines and cosines of every place of a grid, (places, dim), each axis with an equal share of the channels.
+
+    Periods fall geometrically from twice the length of the axis to `_SHORTEST` places; channels that are left over
+    are 0.
+    """
+    at_LA = torch.cartesian_prod(*[torch.arange(size, dtype=torch.float64) for size in shape]).view(-1, len(shape))
+    count = dim // (2 * len(shape))
+    table_LC = torch.zeros(len(at_LA), dim)
+    for axis, size in enumerate(shape):
+        longest = max(2.0 * size, _SHORTEST)
+        period = torch.logspace(math.log2(longest), math.log2(_SHORTEST), count, base=2, dtype=torch.float64)
+        phase_LF = 2 * math.pi * at_LA[:, axis, None] / period
+        first = 2 * count * axis
+        table_LC[:, first : first + 2 * count] = torch.stack([phase_LF.sin(), phase_LF.cos()], dim=2).flatten(1)
+    return table_LC
+
+
+@torch.no_grad()
+def init_positions(module: nn.Module, shape: Sequence[int]) -> None:
+    """Start the learned positions of a module on a grid (time first) as sinusoids; its time in s starts at 0.
+
+    Their size is that of an embedded patch. Attention has to find the places that tell of one another, and neighbours
+    have to look alike to it from the first step: from small random numbers that takes longer than most runs last.
+    """
+    module.space.copy_(sinusoids(shape[1:], module.space.shape[1]))
+    module.time.copy_(sinusoids(shape[:1], module.time.shape[1]))
+    nn.init.zeros_(module.seconds.linear.weight)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from slim.batch import Batch, Targets
 from slim.config import KINDS, PretrainSettings
 from slim.geometry import Geometry
-from slim.hiera import STILL, Block, Hiera, Seconds, init_linear, standardise
+from slim.hiera import STILL, Block, Hiera, Seconds, init_linear, init_positions, standardise
 
 SLICES, POINTS, RANGE = 32, 14, (0.2, 4.0)
 
@@ -56,9 +56,8 @@ class Predictor(nn.Module):
         self.features = nn.Linear(sizes.width, dim) if jepa else None
         self.rebuild = nn.Linear(sizes.width, math.prod(geometry.cell) * voxels) if mae else None
         self.apply(init_linear)
-        nn.init.zeros_(self.seconds.linear.weight)
-        for table in (self.mask_token, self.space, self.time):
-            nn.init.trunc_normal_(table, std=0.02)
+        init_positions(self, geometry.cells)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context_MC: Tensor, batch: Batch) -> Tensor:
         """Outputs at the targets, (K, W)."""
