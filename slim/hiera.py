@@ -188,7 +188,7 @@ class Hiera(nn.Module):
         self.dim = dim
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_linear)
-        init_positions(self, geometry.tokens)
+        init_positions(self.space, self.time, self.seconds, geometry.tokens)
 
     def forward(self, voxels: Voxels, plan: Plan) -> Tensor:
         """Features of every cell that holds a kept token, (M, C), in the order of `plan.cell_M`.
@@ -284,15 +284,15 @@ def sinusoids(shape: Sequence[int], dim: int) -> Tensor:
 
 
 @torch.no_grad()
-def init_positions(module: nn.Module, shape: Sequence[int]) -> None:
-    """Start the learned positions of a module on a grid (time first) as sinusoids; its time in s starts at 0.
+def init_positions(space_LC: Tensor, time_LC: Tensor, seconds: Seconds, shape: Sequence[int]) -> None:
+    """Start learned positions on a grid (time first) as sinusoids, and those in s at 0.
 
-    Their size is that of an embedded patch. Attention has to find the places that tell of one another, and neighbours
-    have to look alike to it from the first step: from small random numbers that takes longer than most runs last.
+    They are as large as an embedded patch. Attention has to find the places that tell of one another, and to it
+    neighbours have to look alike from the first step: from small random numbers that takes longer than most runs last.
     """
-    module.space.copy_(sinusoids(shape[1:], module.space.shape[1]))
-    module.time.copy_(sinusoids(shape[:1], module.time.shape[1]))
-    nn.init.zeros_(module.seconds.linear.weight)
+    space_LC.copy_(sinusoids(shape[1:], space_LC.shape[1]))
+    time_LC.copy_(sinusoids(shape[:1], time_LC.shape[1]))
+    nn.init.zeros_(seconds.linear.weight)
 
 
 def init_linear(module: nn.Module) -> None:

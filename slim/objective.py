@@ -56,7 +56,7 @@ class Predictor(nn.Module):
         self.features = nn.Linear(sizes.width, dim) if jepa else None
         self.rebuild = nn.Linear(sizes.width, math.prod(geometry.cell) * voxels) if mae else None
         self.apply(init_linear)
-        init_positions(self, geometry.cells)
+        init_positions(self.space, self.time, self.seconds, geometry.cells)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context_MC: Tensor, batch: Batch) -> Tensor:

@@ -13,9 +13,8 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ GRID = ("grid.mm=8", "grid.shape=[24,24,24]", "windows.keep=24")
 FRAMES, PRETRAINED, PROBED = 240, 120, 200  # frames of a session; people, two sessions each
 PARTS = ("main", "view", "ranker", "targets", "pooling")
 POOLINGS = ("mean", "mean+sd", "location", "cov")
-FEATURES = "features of the probed people"
 
 
 @dataclass(frozen=True)
@@ -102,26 +100,34 @@ class Experiments:
     def trials(self, parts: list[str], snrs: list[float]) -> list[Trial]:
         """All pretrainings, those of the main table first."""
         found = [Trial(v, seed, snr) for snr in snrs for seed in range(self.seeds) for v in OBJECTIVES]
-        small = [(*VIEWS, "view"), (*RANKERS, "ranker"), (*TARGETS, "targets")]
-        wanted = [variant for *variants, part in small if part in parts for variant in variants]
+        small = {"view": VIEWS, "ranker": RANKERS, "targets": TARGETS}
+        wanted = [variant for part in parts for variant in small.get(part, ())]
         return ([] if "main" not in parts else found) + [Trial(v, 0, snrs[0]) for v in wanted]
 
     def prepare(self, trials: list[Trial], snrs: list[float]) -> None:
         """Cohorts and datasets; the temporal extractor is that of the people who are pretrained on."""
+        made = [(snr, *people) for snr in snrs for people in (("pretrained", PRETRAINED, 1), ("probed", PROBED, 2))]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda facts: self.make_cohort(*facts), made))
         for snr in snrs:
-            for who, people, seed in (("pretrained", PRETRAINED, 1), ("probed", PROBED, 2)):
-                size = ("--subjects", people, "--frames", FRAMES, "--seed", seed, "--snr", snr)
-                if not (self.cohort(who, snr) / "cohort.yaml").exists():  # written last
-                    call("tools/make_cohort.py", "--out", self.cohort(who, snr), *size)
             rankers = {"mutual"} | {trial.variant.ranker for trial in trials if trial.snr == snr}
             for ranker in sorted(rankers):
-                pretrained = self.dataset("pretrained", snr, ranker)
-                for who, shares in (("pretrained", "[1,0,0]"), ("probed", "[0,0,1]")):
-                    words: list[Any] = ["--ranker", ranker, "--workers", self.jobs, f"split.shares={shares}"]
-                    if who == "probed" and ranker == "mutual":
-                        words += ["--extractor", pretrained / "extractor"]
-                    shards = self.dataset(who, snr, ranker)
-                    call("tools/make_shards.py", self.cohort(who, snr) / "cohort.yaml", "--out", shards, *words, *GRID)
+                self.convert("pretrained", snr, ranker, "split.shares=[1,0,0]")
+                words = ["--extractor", self.dataset("pretrained", snr) / "extractor"] if ranker == "mutual" else []
+                self.convert("probed", snr, ranker, "split.shares=[0,0,1]", *words)
+
+    def make_cohort(self, snr: float, who: str, people: int, seed: int) -> None:
+        folder = self.cohort(who, snr)
+        if not (folder / "cohort.yaml").exists():  # written last
+            size = ("--subjects", people, "--frames", FRAMES, "--seed", seed, "--snr", snr)
+            call("tools/make_cohort.py", "--out", folder, *size)
+
+    def convert(self, who: str, snr: float, ranker: str, *words: Any) -> None:
+        shards = self.dataset(who, snr, ranker)
+        if not (shards / "manifest.json").exists():  # written last
+            cohort = self.cohort(who, snr) / "cohort.yaml"
+            chosen = ("--ranker", ranker, "--workers", self.jobs, *words, *GRID)
+            call("tools/make_shards.py", cohort, "--out", shards, *chosen)
 
     def pretrain(self, trial: Trial) -> None:
         """One run, from where it was stopped; its checkpoint is all that is kept beside its log."""
@@ -309,27 +315,24 @@ class Tables:
 HEAD = ["group, AUROC", "score, r", "fingerprint, mAP", "state, accuracy", "rank"]
 
 
-def evaluate_all(work: Experiments, trials: list[Trial]) -> None:
-    """Pretrain and probe every trial, some at a time; random weights once for every seed of the default."""
-    random = [t for t in trials if t.variant.name in ("default", "ranker-random")]
-    total = 2 * len(trials) + len(random)
+def answer(work: Experiments, trial: Trial) -> None:
+    """Pretrain and probe one trial; the default's random weights beside it, and those on other windows."""
+    work.pretrain(trial)
+    work.evaluate(trial)
+    if trial.variant.name in ("default", "ranker-random"):
+        work.evaluate(trial, random=True)
+
+
+def answer_all(work: Experiments, trials: list[Trial]) -> None:
+    """Every trial, some at a time."""
     with (
-        progress("experiments", total, "runs and probes") as advance,
-        ThreadPoolExecutor(work.jobs) as trainers,
-        ProcessPoolExecutor(1, get_context("spawn")) as probers,
+        progress("experiments", len(trials), "runs") as advance,
+        ProcessPoolExecutor(work.jobs, get_context("spawn")) as pool,
     ):
-        training = {trainers.submit(work.pretrain, trial): trial for trial in trials}
-        probing: dict[Future, str] = {}
-        for done in as_completed(training):
-            trial = training[done]
+        answers = {pool.submit(answer, work, trial): trial.name for trial in trials}
+        for done in as_completed(answers):
             done.result()
-            advance(1, trial.name)
-            probing[probers.submit(work.evaluate, trial)] = trial.name
-            if trial in random:
-                probing[probers.submit(partial(work.evaluate, random=True), trial)] = f"random {trial.name}"
-        for done in as_completed(probing):
-            done.result()
-            advance(1, f"{FEATURES}: {probing[done]}")
+            advance(1, answers[done])
 
 
 def main() -> int:
@@ -357,7 +360,7 @@ def main() -> int:
     trials = work.trials(parts, snrs)
     if not args.tables:
         work.prepare(trials, snrs)
-        evaluate_all(work, trials)
+        answer_all(work, trials)
         for snr in snrs:
             work.baselines(snr)
     tables = Tables(work, trials)
