@@ -129,7 +129,7 @@ class LossSettings(Settings):
 
 
 OBJECTIVES: dict[str, tuple[float, float, float]] = {
-    "default": (1.0, 0.1, 1.0),
+    "default": (1.0, 1.0, 1.0),
     "jepa": (1.0, 0.0, 0.0),
     "mae": (0.0, 0.0, 1.0),
 }

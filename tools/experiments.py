@@ -48,7 +48,7 @@ OBJECTIVES = (
     Variant("default", "JEPA + SIG + MAE (default)"),
     Variant("jepa", "JEPA", ("objective=jepa",)),
     Variant("mae", "MAE", ("objective=mae",)),
-    Variant("mae-sig", "MAE + SIG", ("objective=mae", "loss.sig=0.1")),
+    Variant("mae-sig", "MAE + SIG", ("objective=mae", "loss.sig=1")),
 )
 VIEWS = (
     Variant("view-global", "view: global", ("view=global",)),
