@@ -36,40 +36,44 @@ CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
 KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 
 
-def prepare() -> None:
-    """Environment of DeepSpeed, before it is imported: quiet, and no compiler needed on machines without a GPU."""
-    import torch
+def prepare(on_gpu: bool) -> None:
+    """Environment of DeepSpeed, before it is imported: quiet, and on the CPU no compiler needed.
 
+    By itself DeepSpeed takes a GPU wherever there is one, whatever `run.device` says.
+    """
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed.ops
 
-    if not torch.cuda.is_available():
+    if not on_gpu:
         # Otherwise `initialize` compiles a shared-memory backend with g++ and ninja that gloo never uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def work(config: Path) -> dict[str, Any]:
     """Train as the merged configuration says, in a process group made from the environment."""
-    prepare()
-    import deepspeed
     import torch
     import torch.distributed as dist
 
     from slim.config import load_run
-    from slim.trainer import Trainer
 
-    course = open_course(load_run(config))
-    settings = course.settings
+    settings = load_run(config)
     gpus = torch.cuda.device_count()
     if settings.run.device == "cuda" and not gpus:
         raise ConfigError(config, "run.device", "cuda, but no GPU is seen here", "auto or cpu, or a machine with a GPU")
+    on_gpu = settings.run.device != "cpu" and gpus > 0
+    prepare(on_gpu)
+    import deepspeed
+
+    from slim.trainer import Trainer
+
+    course = open_course(settings)
     device = torch.device("cpu")
-    if settings.run.device != "cpu" and gpus:
+    if on_gpu:
         local = int(os.environ["LOCAL_RANK"])
         if local >= gpus:
             raise ConfigError(config, "run.processes", f"more than the {gpus} GPUs here", "one process per GPU")

@@ -88,7 +88,7 @@ def main() -> None:
 
     rank, processes, store, *engines = sys.argv[1:]
     os.environ["LOCAL_RANK"] = rank
-    prepare()
+    prepare(on_gpu=False)
     import deepspeed
 
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=int(rank), world_size=int(processes))

@@ -333,6 +333,17 @@ def test_a_gpu_that_is_not_there_is_not_replaced_silently(command: Command, data
     assert "run.device" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("gpu", ["", pytest.param("0", marks=pytest.mark.gpu)])
+def test_the_cpu_is_meant_where_deepspeed_would_take_a_gpu(
+    command: Command, dataset: Path, tmp_path: Path, gpu: str
+) -> None:
+    if gpu and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    words = (TINY, f"data={dataset}", f"run.out={tmp_path / 'run'}", "run.steps=1", *QUICK, "run.device=cpu")
+    done = command("tools/pretrain.py", *words, DS_ACCELERATOR="cuda", CUDA_VISIBLE_DEVICES=gpu)
+    assert done.returncode == 0, done.stderr
+
+
 def test_incomplete_checkpoints_do_not_exist(tmp_path: Path, whole: Path) -> None:
     from slim import checkpoint
 

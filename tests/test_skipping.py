@@ -110,7 +110,7 @@ def test_no_step_on_gradients_that_are_not_finite() -> None:
 SCRIPT = """
 import sys, torch
 from launchers.job import prepare
-prepare()
+prepare(on_gpu=False)
 import deepspeed
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 from slim.config import load_config
