@@ -20,6 +20,9 @@ from shards.layout import write_atomically
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb/id"
 RECENT = 50  # logged steps a warning looks back on
+# Loss of the mean of each place below which targets are that mean up to rounding, and there is no gain to speak of: with
+# one sample a step, the first step's, whose means were taken from itself.
+NOTHING_TO_GAIN = 1e-9
 _RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
 AVERAGED = (
     "loss",
@@ -79,8 +82,8 @@ def averages(
     Returns
     -------
     tuple
-        The means by name, None where nobody logged, with `gain` (1 - loss / loss of the per-place mean predictor) in
-        place of `trivial`; and both sums.
+        The means by name, None where nobody logged, with `gain` (1 - loss / loss of the per-place mean predictor, None
+        below `NOTHING_TO_GAIN`) in place of `trivial`; and both sums.
     """
     zero = torch.zeros((), device=device)
     values = torch.stack([torch.stack([log.get(name, zero) for log in logs]).sum() for name in names])
@@ -93,7 +96,9 @@ def averages(
     mean = {name: sums[i] / counted[i] if counted[i] else None for i, name in enumerate(names)}
     if "trivial" in mean:
         trivial, loss = mean.pop("trivial"), mean["loss_jepa"]
-        mean["gain"] = 1 - loss / trivial if trivial and loss is not None else None
+        mean["gain"] = None
+        if loss is not None and trivial is not None and trivial > NOTHING_TO_GAIN:
+            mean["gain"] = 1 - loss / trivial
     return mean, (kept, brain)
 
 

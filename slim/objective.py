@@ -30,6 +30,7 @@ from slim.batch import Batch, Targets
 from slim.config import KINDS, PretrainSettings
 from slim.geometry import Geometry
 from slim.hiera import STILL, Block, Hiera, Seconds, init_linear, init_positions, standardise
+from slim.monitor import NOTHING_TO_GAIN
 
 SLICES, POINTS, RANGE = 32, 14, (0.2, 4.0)
 
@@ -163,7 +164,9 @@ def jepa_loss(
         of_kind = targets.kind_K == number
         if of_kind.any():
             logs[f"loss_{kind}"] = error_K[of_kind].mean().detach()
-            logs[f"gain_{kind}"] = 1 - logs[f"loss_{kind}"] / trivial_K[of_kind].mean().clamp_min(1e-12).detach()
+            trivial = trivial_K[of_kind].mean().detach()
+            if trivial > NOTHING_TO_GAIN:
+                logs[f"gain_{kind}"] = 1 - logs[f"loss_{kind}"] / trivial
     return loss, logs
 
 

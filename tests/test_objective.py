@@ -76,6 +76,8 @@ def test_jepa_loss_is_a_mean_of_sample_means_and_kinds_are_told_apart() -> None:
     _, perfect = jepa_loss(target, target, batch.targets, 2)
     _, trivial = jepa_loss(torch.zeros_like(target), target, batch.targets, 2)
     assert perfect["gain_cross_time"] == 1 and trivial["gain_cross_location"] == 0
+    _, rounding = jepa_loss(predicted, target * 1e-6, batch.targets, 2)  # targets that are the means of their places
+    assert "loss_cross_time" in rounding and not any(name.startswith("gain") for name in rounding)
 
 
 def test_mae_loss_is_zero_when_rebuilt_and_one_for_the_mean() -> None:
