@@ -77,7 +77,7 @@ def baseline_draws(dataset: Dataset, questions: Sequence[Question]) -> dict[str,
     """Draws of what needs no encoder, by method and task."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for question in questions:
-        for name, method in probe.make_methods(question.task, question.cases, dataset, {}).items():
+        for name, method in probe.baselines(question.task, question.cases, dataset).items():
             found.setdefault(name, {})[question.task.name] = question.draws(method)
     return found
 

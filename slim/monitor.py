@@ -20,8 +20,8 @@ from shards.layout import write_atomically
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb/id"
 RECENT = 50  # logged steps a warning looks back on
-# Loss of the mean of each place below which targets are that mean up to rounding, and there is no gain to speak of: with
-# one sample a step, the first step's, whose means were taken from itself.
+# Loss of the mean of each place below which targets are that mean up to rounding, and there is no gain to speak of:
+# with one sample a step, the first step's, whose means were taken from itself.
 NOTHING_TO_GAIN = 1e-9
 _RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
 AVERAGED = (

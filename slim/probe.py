@@ -17,7 +17,7 @@ classes or 1; D the score and its draws.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -158,26 +158,9 @@ def _mean(scores: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.mean([each[name] for each in scores], axis=0) for name in (scores[0] if scores else ())}
 
 
-def make_methods(
-    task: Task,
-    cases: Cases,
-    dataset: Dataset,
-    encoded: Mapping[str, Mapping[str, Features]],
-    device: torch.device | str = "cpu",
-) -> dict[str, Method]:
-    """The methods of a task: the encoders under the task's pooling, then the baselines.
-
-    Parameters
-    ----------
-    task, cases, dataset
-    encoded : mapping of method to mapping of session key to Features
-        `ours` and `random`.
-    device : torch.device or str
-        Where attention is trained.
-    """
+def baselines(task: Task, cases: Cases, dataset: Dataset) -> dict[str, Method]:
+    """The methods of a task that need no encoder."""
     methods: dict[str, Method] = {}
-    for name, features in encoded.items():
-        methods[name] = encoder_method(task, cases, features, device)
     sessions = cases.distinct()
     at = {session["key"]: row for row, session in enumerate(sessions)}
     row_N = np.array([at[session["key"]] for session in cases.sessions])
@@ -232,41 +215,44 @@ def _fixed(vector_NP: np.ndarray) -> Linear:
 
 
 def run_task(
-    task: Task,
-    cases: Cases,
-    methods: dict[str, Method],
-    where: str | Path,
-    advance: Callable[[int, str], None] | None = None,
+    task: Task, cases: Cases, methods: Mapping[str, Method], where: str | Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All methods on one task.
+    """All methods on one task, `ours` among them: `score_and_permute`, then `summarise`."""
+    splits = make_splits(task, cases, where)
+    each = {name: [score_and_permute(task, cases, splits, method)] for name, method in methods.items()}
+    return summarise(task, cases, splits, each)
+
+
+def summarise(
+    task: Task, cases: Cases, splits: list[list[Split]], scored: Mapping[str, Sequence[Scores]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a report says of one task.
 
     Parameters
     ----------
-    task, cases
-    methods : dict of str to Method
-        With `ours` among them.
-    where : str or Path
-        The task's file, named in errors.
-    advance : callable, optional
-        Told after each method.
+    task, cases, splits
+    scored : mapping of method to one Scores a training seed
+        Those of several seeds are averaged draw by draw: an interval is then that of the recipe's mean score over
+        which subjects were tested.
 
     Returns
     -------
     results, facts : dict
         `results[method][metric]` is {"value", "low", "high", "p"}, the 95 % interval over subjects and the p of a
-        permutation test; `facts` says what was done, with `differences[method][metric]` of ours minus that method, on
-        the same draws.
+        permutation test, and of several seeds {"seeds"}, the score of each; `facts` says what was done, with
+        `differences[method][metric]` of ours minus that method, on the same draws.
     """
-    splits = make_splits(task, cases, where)
-    scores, results = {}, {}
-    for name, method in methods.items():
-        scores[name], shuffled = score_and_permute(task, cases, splits, method)
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, each in scored.items():
+        scores[name], shuffled = (_mean([found[part] for found in each]) for part in (0, 1))
         results[name] = {
             metric: {**metrics.interval(value_D), "p": metrics.p_value(metric, value_D[0], shuffled[metric])}
             for metric, value_D in scores[name].items()
         }
-        if advance:
-            advance(1, f"{task.name}: {name}")
+        if len(each) > 1:
+            for metric, result in results[name].items():
+                result["seeds"] = [float(found[metric][0]) for found, _ in each]
     return results, task_facts(task, cases, splits) | {
         "differences": {
             name: {metric: metrics.interval(scores[OURS][metric] - value_D) for metric, value_D in scores[name].items()}

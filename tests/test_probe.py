@@ -481,7 +481,10 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     facts = report["facts"]["g"]
     assert facts["sessions"] == 20 and facts["subjects"] == facts["test_subjects"] == 10
     assert facts["subjects_seen_in_pretraining"] == 7
-    assert facts["differences"].keys() == {"random", "connectome"}
+    assert facts["differences"].keys() == {"random", "connectome"} and facts["random_seeds"] == [0, 1, 2]
+    found = report["tasks"]["f"]["random"]["map"]
+    assert len(found["seeds"]) == 3 and found["value"] == pytest.approx(np.mean(found["seeds"]))
+    assert "seeds" not in report["tasks"]["f"]["ours"]["map"]
 
     score = quick(tmp_path, SCORE, pooling="attentive")
     checkpoint = run / "checkpoints/step-00000002"
@@ -492,6 +495,35 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     assert saved["facts"]["s"]["weights"] == "target" and saved["facts"]["s"]["pooling"] == "attentive"
     assert saved["tasks"]["s"].keys() == report["tasks"]["g"].keys()
     assert "ours - random" in done.stdout and (run / "report/s.png").exists()
+
+
+def test_runs_with_several_seeds_are_averaged_and_nothing_else_is(
+    command: Callable, trained: tuple[Path, Path], tmp_path: Path
+):
+    run, data = trained
+    config = "configs/pretrain/tiny.yaml"
+    usual = (f"data={data}", "run.steps=2", "run.batch=2", "run.workers=0", "run.wandb=disabled")
+    for name, word in (("seed", "run.seed=5"), ("view", "view=global")):
+        done = command("tools/pretrain.py", config, *usual, f"run.out={tmp_path / name}", word)
+        assert done.returncode == 0, done.stderr
+    words = ("--data", data, "--task", quick(tmp_path, GROUP, pooling="mean"), "--random-seeds", 1, "--json")
+
+    def score(*runs: Path) -> dict:
+        done = command("tools/probe.py", *runs, "--out", tmp_path / "-".join(path.name for path in runs), *words)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    one, other, both = score(run), score(tmp_path / "seed"), score(run, tmp_path / "seed")
+    values = [found["tasks"]["g"]["ours"]["auroc"]["value"] for found in (one, other)]
+    assert both["tasks"]["g"]["ours"]["auroc"]["seeds"] == values
+    assert both["tasks"]["g"]["ours"]["auroc"]["value"] == pytest.approx(np.mean(values))
+    assert both["facts"]["g"]["random_seeds"] == [0] and len(both["facts"]["g"]["runs"]) == 2
+    assert both["tasks"]["g"]["random"] == one["tasks"]["g"]["random"]
+
+    for second, told in ((tmp_path / "view", "view: got global"), (run, "weights: got those of")):
+        done = command("tools/probe.py", run, second, "--out", tmp_path / "no", *words)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert done.returncode == 2 and len(errors) == 1 and told in errors[0]
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,24 @@
 """Probe a pretrained encoder, beside random weights, the connectome and the mean image.
 
-    python tools/probe.py RUN_OR_WEIGHTS --data DATASET --task TASK.yaml [--task TASK.yaml ...] [--out FOLDER]
+    python tools/probe.py RUN_OR_WEIGHTS [...] --data DATASET --task TASK.yaml [--task TASK.yaml ...] [--out FOLDER]
 
-RUN_OR_WEIGHTS is a run folder (its newest complete checkpoint is taken) or one of its checkpoints. A later
-call with another task adds to the same report.
+RUN_OR_WEIGHTS is a run folder (its newest complete checkpoint is taken) or one of its checkpoints; several are one
+recipe trained with several seeds: their scores are averaged. A later call with another task adds to the same report.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shards.console import DONE, Parser, progress, run, summary
 from shards.errors import ConfigError
 from shards.reader import Dataset
-from slim.task import Cases, find_cases, load_task, make_splits
+from slim.splits import Split
+from slim.task import Cases, Task, find_cases, load_task, make_splits
+
+if TYPE_CHECKING:
+    from slim.brain import SlimBrain
 
 
 def main() -> int:
@@ -22,20 +26,31 @@ def main() -> int:
         __doc__.splitlines()[0],
         "python tools/probe.py runs/name --data data/mylab --task configs/downstream/synthetic_group.yaml",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_OR_WEIGHTS", help="a run, or one of its checkpoints")
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN_OR_WEIGHTS",
+        help="a run, or one of its checkpoints; several: the same recipe with other seeds",
+    )
     parser.add_argument("--data", required=True, metavar="DATASET", help="of make_shards.py")
     parser.add_argument(
         "--task", type=Path, required=True, action="append", metavar="TASK.yaml", help="may be given more than once"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the report (default: RUN/report)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the report (default: report/ in the first run)")
     parser.add_argument(
         "--weights",
         choices=("encoder", "target"),
         default="encoder",
         help="the online encoder (default) or its moving average",
     )
+    parser.add_argument(
+        "--random-seeds", type=int, default=3, metavar="N", help="random encoders whose mean is scored (default 3)"
+    )
     parser.add_argument("--events", type=Path, metavar="FOLDER", help="where the tables of events lie (states)")
     args = parser.parse_args()
+    if args.random_seeds < 1:
+        raise ConfigError("command line", "--random-seeds", args.random_seeds, "1 or more")
     tasks = [load_task(path) for path in args.task]
     for number, task in enumerate(tasks):
         if task.name in [other.name for other in tasks[:number]]:
@@ -48,38 +63,65 @@ def main() -> int:
     from slim.brain import SlimBrain
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ours = SlimBrain.from_pretrained(args.run, args.weights).to(device)
-    ours.check_data(dataset)
+    trained = [SlimBrain.from_pretrained(path, args.weights).to(device) for path in args.runs]
+    ours = trained[0]
+    for model, path in zip(trained, args.runs, strict=True):
+        model.check_data(dataset)
+        _check_recipe(model, ours, path, args.runs[0])
     cases = [
         find_cases(task, dataset, ours.settings.windows.k, path, args.events)
         for task, path in zip(tasks, args.task, strict=True)
     ]
-    for task, case, path in zip(tasks, cases, args.task, strict=True):
-        make_splits(task, case, path)  # what is wrong with a task is told before anything is encoded
+    # What is wrong with a task is told before anything is encoded.
+    splits = [make_splits(task, case, path) for task, case, path in zip(tasks, cases, args.task, strict=True)]
 
     sessions = {session["key"]: session for case in cases for session in case.sessions}
-    # With the run's seed, random weights are those that training began with.
-    models = {"ours": ours, "random": SlimBrain.random(ours, ours.settings.run.seed)}
-    encoded: dict[str, dict[str, Any]] = {name: {} for name in models}
-    with progress("encode", len(models) * len(sessions), "sessions") as advance:
-        for name, model in models.items():
-            for key, session in sessions.items():
-                encoded[name][key] = model.encode_session(dataset, session)
-                advance(1, name)
+    # With a run's seed, random weights are those that training began with.
+    seeds = [model.settings.run.seed for model in trained]
+    while len(seeds) < args.random_seeds:
+        seeds.append(max(seeds) + 1)
+    models = [("ours", model) for model in trained]
+    models += [("random", SlimBrain.random(ours, seed)) for seed in seeds[: args.random_seeds]]
+    asked = list(zip(tasks, cases, splits, strict=True))
+    scored: dict[str, dict[str, list[probe.Scores]]] = {task.name: {} for task in tasks}
 
-    results, facts = {}, {}
+    def score(task: Task, case: Cases, split: list[list[Split]], name: str, method: probe.Method) -> None:
+        scored[task.name].setdefault(name, []).append(probe.score_and_permute(task, case, split, method))
+
+    for name, model in models:  # one after another: features of all sessions are large
+        features = {}
+        with progress(f"encode, {name}", len(sessions), "sessions") as advance:
+            for key, session in sessions.items():
+                features[key] = model.encode_session(dataset, session)
+                advance(1, key)
+        with progress(f"probe, {name}", len(tasks), "fits") as advance:
+            for task, case, split in asked:
+                score(task, case, split, name, probe.encoder_method(task, case, features, device))
+                advance(1, task.name)
+    others = [
+        (task, case, split, name, method)
+        for task, case, split in asked
+        for name, method in probe.baselines(task, case, dataset).items()
+    ]
+    with progress("probe, baselines", len(others), "fits") as advance:
+        for one in others:
+            score(*one)
+            advance(1, f"{one[0].name}: {one[3]}")
+
+    results: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     seen = ours.was_trained_on(dataset)
-    with progress("probe", sum(4 + bool(task.confounds) for task in tasks), "fits") as advance:
-        for task, case, path in zip(tasks, cases, args.task, strict=True):
-            methods = probe.make_methods(task, case, dataset, encoded, device)
-            results[task.name], facts[task.name] = probe.run_task(task, case, methods, path, advance)
-            facts[task.name] |= {
-                "run": str(args.run),
-                "data": str(args.data),
-                "step": ours.step,
-                "weights": args.weights,
-                "subjects_seen_in_pretraining": _in_train(case) if seen else 0,
-            }
+    for task, case, split in asked:
+        results[task.name], facts[task.name] = probe.summarise(task, case, split, scored[task.name])
+        facts[task.name] |= {
+            "run": str(args.runs[0]),
+            "runs": [str(path) for path in args.runs],
+            "random_seeds": seeds[: args.random_seeds],
+            "data": str(args.data),
+            "step": ours.step,
+            "weights": args.weights,
+            "subjects_seen_in_pretraining": _in_train(case) if seen else 0,
+        }
     out = args.out or ours.run_folder / "report"
     report = probe.write_report(out, results, facts)
     for task in tasks:
@@ -92,6 +134,17 @@ def main() -> int:
     return DONE
 
 
+def _check_recipe(model: SlimBrain, first: SlimBrain, path: Path, first_path: Path) -> None:
+    """Refuse a run that is another recipe, or the same run once more."""
+    mine, its = ({**one.settings.model_dump(mode="json"), "run": None, "step": one.step} for one in (model, first))
+    for name, expected in its.items():
+        if mine[name] != expected:
+            hint = "Probe other recipes by calls of their own"
+            raise ConfigError(path, name, mine[name], f"{expected}, as {first_path} has", hint)
+    if model is not first and model.checksum == first.checksum:
+        raise ConfigError(path, "weights", f"those of {first_path}", "a run with another seed")
+
+
 def _in_train(case: Cases) -> int:
     """Subjects of the dataset's training split."""
     return len({(s["cohort"], s["subject"]) for s in case.sessions if s["split"] == "train"})
@@ -101,8 +154,9 @@ def _table(name: str, results: dict[str, Any], facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def cell(score: dict[str, float | None]) -> str:
-        text = {part: "n/a" if value is None else f"{value:.3f}" for part, value in score.items()}
+    def cell(score: dict[str, Any]) -> str:
+        parts = ("value", "low", "high")
+        text = {part: "n/a" if score[part] is None else f"{score[part]:.3f}" for part in parts}
         return f"{text['value']} [{text['low']}, {text['high']}]".replace("[", r"\[")
 
     table = Table(
