@@ -27,7 +27,7 @@ quickstart: $(READY)
 	$(BIN)/python tools/make_shards.py $(OUT)/cohort/cohort.yaml --out $(SHARDS) \
 		grid.mm=8 'grid.shape=[24,24,24]' extractor.steps=350
 	$(BIN)/python tools/pretrain.py configs/quickstart.yaml data=$(SHARDS) run.out=$(OUT)/pretrain
-	$(BIN)/python tools/probe.py $(OUT)/pretrain --data $(SHARDS) --task configs/downstream/synthetic_group.yaml \
+	$(BIN)/python tools/probe.py $(OUT)/pretrain --data $(SHARDS) --random-seeds 1 --task configs/downstream/synthetic_group.yaml \
 		--task configs/downstream/synthetic_score.yaml --task configs/downstream/synthetic_fingerprint.yaml
 	$(BIN)/python tools/report.py $(OUT)/pretrain
 	@echo "look at $(SHARDS)/report/index.html and $(OUT)/pretrain/report/index.html"

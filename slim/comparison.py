@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from shards.layout import atomically
 from shards.reader import Dataset
@@ -55,6 +56,17 @@ def ask(tasks: Mapping[str, Task], dataset: Dataset, least_windows: int, event_r
 def encode(model: SlimBrain, dataset: Dataset) -> dict[str, Features]:
     """Features of every session, by key."""
     return {session["key"]: model.encode_session(dataset, session) for session in dataset.sessions}
+
+
+@torch.no_grad()
+def shrink_positions(model: SlimBrain, seed: int) -> None:
+    """Give an encoder positions of SD 0.02 in place of its own: untrained, it then does much the same to every patch.
+
+    Positions as large as an embedded patch help training; without training they are in the way.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for table in (model.encoder.space, model.encoder.time):
+        table.copy_(torch.randn(table.shape, generator=generator) * 0.02)
 
 
 def encoder_draws(

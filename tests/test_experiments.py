@@ -40,13 +40,15 @@ def test_the_tables_say_what_is_there(command: Command, tmp_path: Path, ours: fl
     for seed in (0, 1):
         write(tmp_path, f"default-snr0.9-seed{seed}", ours + 0.02 * seed, rank=24.0)
         write(tmp_path, f"random-default-snr0.9-seed{seed}", 0.5)
+        write(tmp_path, f"control-default-snr0.9-seed{seed}", 0.7)
     write(tmp_path, "jepa-snr0.9-seed0", 0.6, rank=3.0)
     write(tmp_path, "connectome-snr0.9", 0.95)
     words = ("--out", tmp_path, "--tables", "--seeds", 2, "--snr", "0.9", "--only", "main,pooling", "--json")
     done = command("tools/experiments.py", *words)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "tables.md").read_text()
-    assert f"on {better} of 4 tasks" in text and "effective rank 24" in text
+    assert f"random weights on {better} of 4 tasks" in text and "effective rank is 24" in text
+    assert f"small positions on {better} of 4 tasks" in text
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
     assert f"{ours + 0.01:.2f}".lstrip("0") in rows["JEPA + SIG + MAE (default)"]
     assert rows["JEPA"].rstrip(" |").endswith("3") and "functional connectivity" in rows
@@ -54,6 +56,7 @@ def test_the_tables_say_what_is_there(command: Command, tmp_path: Path, ours: fl
     assert "random weights, `mean`" in rows
     results = json.loads((tmp_path / "results.json").read_text())["snr 0.9"]
     assert len(results["better than random weights, intervals apart"]) == better
+    assert "random weights, small positions" in rows
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ TASKS = ("group", "score", "fingerprint", "state")
 GRID = ("grid.mm=8", "grid.shape=[24,24,24]", "windows.keep=24")
 FRAMES, PRETRAINED, PROBED = 240, 120, 200  # frames of a session; people, two sessions each
 PARTS = ("main", "view", "ranker", "targets", "pooling")
+# Random weights: as training begins, and a control whose positions hardly weigh, so that it maps every patch alike.
+RANDOM = {"random": "random weights", "control": "random weights, small positions"}
 POOLINGS = ("mean", "mean+sd", "location", "cov")
 
 
@@ -138,8 +140,11 @@ class Experiments:
     def draws_path(self, trial: Trial) -> Path:
         return self.out / "draws" / f"{trial.name}.npz"
 
-    def evaluate(self, trial: Trial, random: bool = False) -> None:
-        """Score the encoder of a run, or the random weights its training began with, on the probed people."""
+    def evaluate(self, trial: Trial, random: str = "") -> None:
+        """Score the encoder of a run, or random weights, on the probed people.
+
+        `random` is "random", the weights its training began with, or "control": with small random positions.
+        """
         import torch
 
         from shards.reader import Dataset
@@ -149,12 +154,14 @@ class Experiments:
         torch.set_num_threads(1)
         path = self.draws_path(trial)
         if random:
-            path = path.with_name(f"random-{path.name}")
+            path = path.with_name(f"{random}-{path.name}")
         if path.exists():
             return
         model = SlimBrain.from_pretrained(self.out / "runs" / trial.name)
         if random:
             model = SlimBrain.random(model, trial.seed)
+            if random == "control":
+                comparison.shrink_positions(model, trial.seed)
         dataset = Dataset(self.dataset("probed", trial.snr, trial.variant.ranker))
         questions = self.questions(dataset, trial.snr)
         features = comparison.encode(model, dataset)
@@ -235,13 +242,13 @@ class Tables:
         self.work, self.trials = work, [trial for trial in trials if work.draws_path(trial).exists()]
         self.results: dict[str, Any] = {}
 
-    def scores(self, variant: str, snr: float, random: bool = False, seeds: int | None = None) -> dict[str, Any] | None:
-        """Mean scores of a variant over its seeds, by task."""
+    def scores(self, variant: str, snr: float, random: str = "", seeds: int | None = None) -> dict[str, Any] | None:
+        """Mean scores of a variant over its seeds, by task; of random weights in its place, see `evaluate`."""
         from slim import comparison
 
         paths = [self.work.draws_path(t) for t in self.trials if (t.variant.name, t.snr) == (variant, snr)][:seeds]
         if random:
-            paths = [path.with_name(f"random-{path.name}") for path in paths]
+            paths = [path.with_name(f"{random}-{path.name}") for path in paths]
         found = [comparison.load(path) for path in paths if path.exists()]
         return comparison.summarise(found) if found else None
 
@@ -267,7 +274,8 @@ class Tables:
         rows = []
         for variant in OBJECTIVES:
             rows += self.row(variant.words, self.scores(variant.name, snr), self.ranks(variant.name, snr), snr)
-        rows += self.row("random weights", self.scores("default", snr, random=True), "", snr)
+        for random, words in RANDOM.items():
+            rows += self.row(words, self.scores("default", snr, random), "", snr)
         for name, words in (
             ("connectome", "functional connectivity"),
             ("parcel_means", "parcel means of the window"),
@@ -281,13 +289,13 @@ class Tables:
         for variant in variants:
             rows += self.row(variant.words, self.scores(variant.name, snr), self.ranks(variant.name, snr), snr)
         if title == "windows":
-            scores = self.scores("ranker-random", snr, random=True)
+            scores = self.scores("ranker-random", snr, "random")
             rows += self.row("windows at random, random weights", scores, "", snr)
         return table([f"{title} (first seed, SNR {snr:g})", *HEAD], rows)
 
     def poolings(self, snr: float) -> str:
         rows = []
-        for words, random in (("default", False), ("random weights", True)):
+        for words, random in (("default", ""), ("random weights", "random")):
             scores = self.scores("default", snr, random, seeds=1)
             if scores is None:
                 continue
@@ -301,15 +309,19 @@ class Tables:
         """On which tasks the default is better than random weights, with intervals that do not overlap."""
         from slim import comparison
 
-        ours, random = self.scores("default", snr), self.scores("default", snr, random=True)
-        if ours is None or random is None:
+        ours, said = self.scores("default", snr), []
+        for random, words in RANDOM.items():
+            other = self.scores("default", snr, random)
+            if ours is None or other is None:
+                continue
+            names = [(task, f"synthetic_{task}") for task in TASKS]
+            better = [task for task, name in names if comparison.apart(ours[name], other[name])]
+            self.results[f"snr {snr:g}"][f"better than {words}, intervals apart"] = better
+            said.append(f"{words} on {len(better)} of {len(TASKS)} tasks ({', '.join(better) or 'none'})")
+        if not said:
             return ""
-        better = [task for task in TASKS if comparison.apart(ours[f"synthetic_{task}"], random[f"synthetic_{task}"])]
-        self.results[f"snr {snr:g}"]["better than random weights, intervals apart"] = better
-        return (
-            f"At SNR {snr:g} the default beats random weights with intervals apart on {len(better)} of {len(TASKS)} "
-            f"tasks ({', '.join(better) or 'none'}); effective rank {self.ranks('default', snr)}.\n"
-        )
+        rank = self.ranks("default", snr)
+        return f"At SNR {snr:g} the default beats, intervals apart, {'; '.join(said)}. Its effective rank is {rank}.\n"
 
 
 HEAD = ["group, AUROC", "score, r", "fingerprint, mAP", "state, accuracy", "rank"]
@@ -320,7 +332,9 @@ def answer(work: Experiments, trial: Trial) -> None:
     work.pretrain(trial)
     work.evaluate(trial)
     if trial.variant.name in ("default", "ranker-random"):
-        work.evaluate(trial, random=True)
+        work.evaluate(trial, "random")
+    if trial.variant.name == "default":
+        work.evaluate(trial, "control")
 
 
 def answer_all(work: Experiments, trials: list[Trial]) -> None:
