@@ -263,7 +263,9 @@ def test_bf16_is_right_without_zero(command: Command, dataset: Path, tmp_path: P
     found = []
     for stage in (0, 2):
         out = tmp_path / f"stage{stage}"
-        done = pretrain(command, dataset, out, "precision=bf16", f"zero.stage={stage}", processes=1, steps=4)
+        # The stages sum the norm that is clipped by in another order; Adam makes 6e-5 of the next loss of that.
+        words = ("precision=bf16", f"zero.stage={stage}", "optimizer.clip=100")
+        done = pretrain(command, dataset, out, *words, processes=1, steps=4)
         assert done.returncode == 0, done.stderr
         found.append(losses(out))
     assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-6)
