@@ -106,13 +106,17 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def summarise(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
-    """Mean over seeds of each task's score, its 95 % interval over subjects, and the score of every seed."""
+    """Mean over seeds of each task's score, its 95 % interval over subjects, and the score of every seed.
+
+    What not all seeds were asked is left out.
+    """
     return {
         name: {
             **metrics.interval(np.mean([draws[name] for draws in seeds], axis=0)),
             "seeds": [float(draws[name][0]) for draws in seeds],
         }
         for name in seeds[0]
+        if all(name in draws for draws in seeds)
     }
 
 

@@ -18,7 +18,8 @@ def write(out: Path, name: str, value: float, spread: float = 0.01, rank: float 
     """Draws of one encoder on all tasks, as probing leaves them; with a rank, the log of its run."""
     rng = np.random.default_rng(0)
     draws = {f"synthetic_{task}": np.concatenate([[value], value + spread * rng.normal(size=200)]) for task in TASKS}
-    draws |= {f"synthetic_{task}/mean": draws[f"synthetic_{task}"] for task in TASKS[:3]}
+    if name.endswith("seed0"):  # other poolings are asked of the first seed alone
+        draws |= {f"synthetic_{task}/mean": draws[f"synthetic_{task}"] for task in TASKS[:3]}
     comparison.save(out / "draws" / f"{name}.npz", draws)
     if rank is not None:
         folder = out / "runs" / name
