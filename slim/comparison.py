@@ -72,11 +72,15 @@ def shrink_positions(model: SlimBrain, seed: int) -> None:
 def encoder_draws(
     features: Mapping[str, Features], questions: Sequence[Question], poolings: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Draws of an encoder by task, and by `task/pooling` for other poolings than the task's own."""
+    """Draws of an encoder by task, and by `task/pooling` for other poolings than the task's own.
+
+    A fingerprint is not asked of attentive pooling, which is trained for answers.
+    """
     found = {}
     for question in questions:
         task = question.task
-        others = [] if task.type == "state" else [name for name in poolings if name != task.pooling]
+        barred = {task.pooling, *(["attentive"] if task.type == "fingerprint" else [])}
+        others = [] if task.type == "state" else [name for name in poolings if name not in barred]
         for pooling in (task.pooling, *others):
             changed = task.model_copy(update={"pooling": pooling})
             asked = Question(changed, question.cases, question.where)

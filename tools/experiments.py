@@ -33,7 +33,7 @@ FRAMES, PRETRAINED, PROBED = 240, 120, 200  # frames of a session; people, two s
 PARTS = ("main", "view", "ranker", "targets", "pooling")
 # Random weights: as training begins, and a control whose positions hardly weigh, so that it maps every patch alike.
 RANDOM = {"random": "random weights", "control": "random weights, small positions"}
-POOLINGS = ("mean", "mean+sd", "location", "cov")
+POOLINGS = ("mean", "mean+sd", "location", "attentive", "cov")
 
 
 @dataclass(frozen=True)
@@ -301,8 +301,9 @@ class Tables:
                 continue
             for pooling in POOLINGS:
                 names = [f"synthetic_{task}" + ("" if pooling == "cov" else f"/{pooling}") for task in TASKS[:3]]
-                if all(name in scores for name in names):
-                    rows.append([f"{words}, `{pooling}`", *[cell(scores[name]) for name in names]])
+                if any(name in scores for name in names):
+                    cells = [cell(scores[name]) if name in scores else "" for name in names]
+                    rows.append([f"{words}, `{pooling}`", *cells])
         return table([f"pooling (first seed, SNR {snr:g})", *HEAD[:3]], rows)
 
     def verdict(self, snr: float) -> str:
