@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slim.brain import SlimBrain
 
-__all__ = ["SlimBrain"]
+__all__ = ["SlimBrain", "__version__"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from safetensors.torch import save as save_tensors
 from shards.confounds import CleanSettings
 from shards.errors import ConfigError, DatasetError, Stopped, is_full
 from shards.layout import read_manifest, sha256, sync_folder
+from slim import __version__
 from slim.config import PretrainSettings
 from slim.weights import CARD, CONFIG, EXTRACTOR, FORMAT, MODEL, PARCELS, SUMS
 
@@ -58,7 +58,7 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
             **model.made,
             "training": model.made.get("training") or _training(model.settings, model.data),
             "parameters": sum(tensor.numel() for tensor in model.encoder.parameters()),
-            "exported_by": version("slim-brain"),
+            "exported_by": __version__,
         },
         "settings": _anywhere(model.settings),
         "data": model.data,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from sklearn.utils.validation import check_is_fitted, check_memory
 from shards.bold import sidecar
 from shards.cohort import files_beside
 from shards.errors import ConfigError, DatasetError
-from slim import pooling
+from slim import __version__, pooling
 from slim.attentive import Attentive, attend
 from slim.brain import SlimBrain
 from slim.pooling import Features
@@ -209,7 +208,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             if "image" not in arguments:
                 got = ", ".join(arguments) or "nothing"
                 raise ConfigError("SlimBrainTransformer", "X", f"a mapping of {got}", "one with an image")
-            known = {"version": version("slim-brain"), **{name: _content(value) for name, value in arguments.items()}}
+            known = {"version": __version__, **{name: _content(value) for name, value in arguments.items()}}
             if isinstance(arguments["image"], str | Path):  # what is found beside it counts as well
                 bold = Path(arguments["image"])
                 known["beside"] = [_content(path) for path in (*files_beside(bold), sidecar(bold)) if path]

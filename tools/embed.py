@@ -20,6 +20,7 @@ from typing import Any
 
 from shards.console import DONE, REFUSED, Parser, progress, run, summary
 from shards.errors import ConfigError, DatasetError, RunRefused
+from slim import __version__
 
 
 def main() -> int:
@@ -91,7 +92,7 @@ def main() -> int:
         "per": args.per,
         "pooling": args.pooling,
         "stated": stated,
-        "versions": {name: version(name) for name in ("slim-brain", "torch", "numpy")},
+        "versions": {"slim-brain": __version__, **{name: version(name) for name in ("torch", "numpy")}},
     }
     with atomically(args.out) as file:
         np.savez(file, **arrays, about=dump(about))
