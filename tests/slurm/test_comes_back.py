@@ -42,7 +42,7 @@ def test_it_is_requeued_before_each_time_limit(
     """SLURM's own signal, before a limit of two minutes, at least twice: it comes 40 to 100 s after the start."""
     out, site = tmp_path / "run", tmp_path / "site.yaml"
     site.write_text("time: '00:02:00'\nsignal: 20\n")
-    environment = paced(tmp_path / "site", "2 2 0")
+    environment = paced(tmp_path / "site", "3 3 0")  # at 2 s a calm machine needs two attempts only
     job = submit(cluster, dataset, out, *TWO, "--slurm", site, steps=STEPS, **environment)
     assert wait_for_end(cluster, job, 480) == "COMPLETED", log_of(out, job)
     ended = attempts(out, "ended")
