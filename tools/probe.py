@@ -98,15 +98,11 @@ def main() -> int:
             for task, case, split in asked:
                 score(task, case, split, name, probe.encoder_method(task, case, features, device))
                 advance(1, task.name)
-    others = [
-        (task, case, split, name, method)
-        for task, case, split in asked
-        for name, method in probe.baselines(task, case, dataset).items()
-    ]
-    with progress("probe, baselines", len(others), "fits") as advance:
-        for one in others:
-            score(*one)
-            advance(1, f"{one[0].name}: {one[3]}")
+    with progress("probe, baselines", len(asked), "tasks") as advance:
+        for task, case, split in asked:
+            for name, method in probe.baselines(task, case, dataset).items():
+                score(task, case, split, name, method)
+            advance(1, task.name)
 
     results: dict[str, Any] = {}
     facts: dict[str, Any] = {}
