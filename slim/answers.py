@@ -9,6 +9,7 @@ label of the dataset.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,6 +54,13 @@ class Answers:
     def outputs(self) -> int:
         """Numbers a model says of a sample: one for each class, or the value."""
         return max(1, self.classes)
+
+    @property
+    def guess(self) -> float:
+        """Validation loss (see `slim.finetune.validation_loss`) of equal chances, or of the mean of those fitted on."""
+        if self.classes:
+            return math.log(self.classes)
+        return float(np.mean([answer**2 for answer in dict(self.val.values()).values()]))
 
     def digest(self) -> str:
         """Hash of all of it."""

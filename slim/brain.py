@@ -41,7 +41,7 @@ class SlimBrain:
     Attributes
     ----------
     encoder : Hiera, in fp32 and evaluation mode, without gradients
-    settings : PretrainSettings of the run
+    settings : PretrainSettings or FinetuneSettings of the run
     data : dict, the manifest (without shards) of the data it was made for
     made : dict, how the weights came about; see `slim.weights.Weights`
     step : optimizer steps behind the weights; 0 for random ones
@@ -136,6 +136,24 @@ class SlimBrain:
                     "Convert the data as that dataset was",
                 )
 
+    def check_unseen(self, dataset: Dataset) -> None:
+        """Refuse a dataset whose labels the encoder may have been shown: scores on it would be too good.
+
+        Raises
+        ------
+        ConfigError
+            If the encoder was fine-tuned on one of its cohorts.
+        """
+        tuned = self.made.get("finetuned")
+        if tuned and (seen := sorted(set(tuned["cohorts"]) & set(dataset.manifest["cohorts"]))):
+            raise ConfigError(
+                dataset.folder,
+                "cohorts",
+                f"{', '.join(seen)}, whose labels these weights were fine-tuned on ({tuned['task']})",
+                "people they know nothing of",
+                "finetune.py has tested them on the subjects it left out; for another task take the pretrained weights",
+            )
+
     def was_trained_on(self, dataset: Dataset) -> bool:
         """Whether this is the dataset of the pretraining, which then saw its training subjects unlabelled."""
         manifest = read_manifest(dataset.folder)
@@ -143,8 +161,9 @@ class SlimBrain:
 
     @cached_property
     def checksum(self) -> str:
-        """SHA-256 (hex) of the weights and of all that tells what they make of a run."""
-        found = hashlib.sha256(digest([self.settings.model_dump(mode="json"), self.data]).encode())
+        """SHA-256 (hex) of the weights and of all that tells what they make of a run; an export has that of its run."""
+        sizes = self.settings.model_dump(mode="json", include={"model", "view", "windows"})
+        found = hashlib.sha256(digest([sizes, self.data]).encode())
         for name, value in self.encoder.state_dict().items():
             found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return found.hexdigest()

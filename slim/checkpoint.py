@@ -38,6 +38,7 @@ from shards.errors import Stopped, UserError, is_full
 from shards.layout import dump, sync_folder, write_atomically
 
 COMPLETE, LATEST, WEIGHTS = "COMPLETE", "latest", "weights.safetensors"
+BEST = "best."  # of a fine-tuning, before the tensors of its best epoch
 ABOUT_RUN = ("config.yaml", "dataset.json")  # of the run's folder
 # What a run keeps beside the ZeRO shards: optimizer steps, samples of the stream, what was left out.
 STATE = ("step", "consumed", "skipped")

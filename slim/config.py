@@ -279,6 +279,8 @@ class FinetuneSettings(TrainSettings):
 
     head: HeadSettings = HeadSettings()
     start: str | None = Field(None, description="hash of the weights the encoder begins with; null: random ones")
+    task: str = Field("", description="name of the task")
+    before: dict[str, Any] | None = Field(None, description="how those weights came about, as an export tells it")
 
 
 def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSettings:
@@ -300,8 +302,12 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
 
 def load_run(path: str | Path) -> PretrainSettings | FinetuneSettings:
     """The settings in the `config.yaml` of a run, whichever kind it is of."""
-    tree = read_yaml(path)
-    return check(FinetuneSettings, tree, path) if "head" in tree else check(PretrainSettings, tree, path)
+    return check_run(read_yaml(path), path)
+
+
+def check_run(tree: dict[str, Any], where: str | Path) -> PretrainSettings | FinetuneSettings:
+    """Settings of a run, of either kind, from a mapping; ConfigError names `where`."""
+    return check(FinetuneSettings, tree, where) if "head" in tree else check(PretrainSettings, tree, where)
 
 
 def _model(name: str, path: str | Path) -> ModelSettings:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from shards import html
-from slim.config import PretrainSettings
+from slim.config import FinetuneSettings, PretrainSettings
 
 Line = dict[str, Any]
 
@@ -146,9 +146,60 @@ def _kinds(prefix: str) -> list[Curve]:
     return [Curve(f"{prefix}_{kind}", *drawn) for kind, drawn in _KINDS.items()]
 
 
-def sections(settings: PretrainSettings, lines: Sequence[Line]) -> list[str]:
+def sections(
+    settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line], guess: float | None = None
+) -> list[str]:
+    """All curves of a run, in sections; what was not logged is left out.
+
+    Parameters
+    ----------
+    settings : PretrainSettings or FinetuneSettings
+    lines : sequence of dict
+        Of metrics.jsonl.
+    guess : float, optional
+        Of a fine-tuning: validation loss of whoever guesses.
+    """
     if not lines:
         return []
+    if isinstance(settings, FinetuneSettings):
+        learning = _answering(lines, guess)
+    else:
+        learning = _predicting(settings, lines)
+    how = "Line: running mean. Pale: the logged values themselves, or their range where many share a place."
+    named = (("Learning", learning), ("Health", _health(settings, lines)), ("Speed and memory", _machine(lines)))
+    parts: list[str] = []
+    for title, pictures in named:
+        shown = [picture for picture in pictures if picture]
+        if shown:
+            parts.append(html.section(title, "" if parts else html.text(how), html.pairs(*shown)))
+    return parts
+
+
+def _answering(lines: Sequence[Line], guess: float | None) -> list[str]:
+    """Fine-tuning."""
+    training = [Curve("loss", "training, by step", html.BLUE)]
+    validation = [Curve("val_loss", "validation, by epoch", html.ORANGE, noisy=False)]
+    return [
+        _figure(
+            "Loss of the training people",
+            lines,
+            [("loss", training, False)],
+            "Cross-entropy with all classes counted alike, or squared error of standardised values. It can be brought "
+            "to nothing by learning people by heart: judge by the validation.",
+        ),
+        _figure(
+            "Loss of the validation people",
+            lines,
+            [("loss", validation, False)],
+            "Once an epoch, from all windows. Normal: it falls, then flattens or rises again; the weights of its "
+            "lowest point are kept and tested.",
+            limit=None if guess is None else (guess, "guessing"),
+        ),
+    ]
+
+
+def _predicting(settings: PretrainSettings, lines: Sequence[Line]) -> list[str]:
+    """Pretraining."""
     terms = [
         Curve("loss", "total", html.INK),
         Curve("loss_jepa", "JEPA", html.BLUE),
@@ -158,8 +209,7 @@ def sections(settings: PretrainSettings, lines: Sequence[Line]) -> list[str]:
     weights = " + ".join(
         f"{weight:g} {name}" for weight, name in zip(settings.weights, ("JEPA", "SIG", "MAE"), strict=True) if weight
     )
-    clip = settings.optimizer.clip
-    learning = [
+    return [
         _figure(
             "Gain over the mean of each place",
             lines,
@@ -196,7 +246,11 @@ def sections(settings: PretrainSettings, lines: Sequence[Line]) -> list[str]:
             "unlike kinds differ in variance.",
         ),
     ]
-    health = [
+
+
+def _health(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line]) -> list[str]:
+    clip = settings.optimizer.clip
+    return [
         _figure(
             "Spread of the targets",
             lines,
@@ -253,7 +307,10 @@ def sections(settings: PretrainSettings, lines: Sequence[Line]) -> list[str]:
             "value.",
         ),
     ]
-    machine = [
+
+
+def _machine(lines: Sequence[Line]) -> list[str]:
+    return [
         _figure(
             "Speed",
             lines,
@@ -277,10 +334,3 @@ def sections(settings: PretrainSettings, lines: Sequence[Line]) -> list[str]:
             "little with the brains.",
         ),
     ]
-    how = "Line: running mean. Pale: the logged values themselves, or their range where many share a place."
-    parts: list[str] = []
-    for title, pictures in (("Learning", learning), ("Health", health), ("Speed and memory", machine)):
-        shown = [picture for picture in pictures if picture]
-        if shown:
-            parts.append(html.section(title, "" if parts else html.text(how), html.pairs(*shown)))
-    return parts

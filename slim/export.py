@@ -20,7 +20,7 @@ from shards.confounds import CleanSettings
 from shards.errors import ConfigError, DatasetError, Stopped, is_full
 from shards.layout import read_manifest, sha256, sync_folder
 from slim import __version__
-from slim.config import PretrainSettings
+from slim.config import FinetuneSettings, PretrainSettings, TrainSettings, check_run
 from slim.weights import CARD, CONFIG, EXTRACTOR, FORMAT, MODEL, PARCELS, SUMS
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
     about = {
         "format": FORMAT,
         "made": {
-            **model.made,
-            "training": model.made.get("training") or _training(model.settings, model.data),
+            **history(model),
             "parameters": sum(tensor.numel() for tensor in model.encoder.parameters()),
             "exported_by": __version__,
         },
@@ -94,7 +93,14 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
     return about
 
 
-def _anywhere(settings: PretrainSettings) -> dict[str, Any]:
+def history(model: SlimBrain) -> dict[str, Any]:
+    """How weights came about: `made` of a model, with what is known of the datasets it was pretrained on."""
+    if "training" in model.made or not isinstance(model.settings, PretrainSettings):
+        return {"training": [], **model.made}  # from scratch it was trained on its task alone
+    return {**model.made, "training": _training(model.settings, model.data)}
+
+
+def _anywhere(settings: TrainSettings) -> dict[str, Any]:
     """The settings of a run without the folders of the machine it ran on: of each path its last part."""
     tree = settings.model_dump(mode="json")
     for item in tree["data"]:
@@ -125,15 +131,13 @@ def _training(settings: PretrainSettings, first: dict[str, Any]) -> list[dict[st
 
 def card(about: dict[str, Any]) -> str:
     """The model card, Markdown, from what `config.json` says."""
-    made, settings, data = about["made"], PretrainSettings.model_validate(about["settings"]), about["data"]
+    made, settings, data = about["made"], check_run(about["settings"], CONFIG), about["data"]
     grid, chosen = data["grid"], data["configuration"]["settings"]
-    jepa, sig, mae = settings.weights
     cleaning = CleanSettings.model_validate(chosen["clean"]).words or "none"
     windows, parcels = data["windows"], chosen["parcels"]
     cubes = f"cubes of {parcels['cube_mm']:g} mm of the brain mask"
     shape = " x ".join(map(str, grid["shape"]))
     versions = ", ".join(f"{name} {number}" for name, number in sorted(made["versions"].items()))
-    trained = "\n".join(_row(line) for line in made["training"])
     low, high = data["tr_range"]
     return f"""---
 library_name: slim-brain
@@ -143,7 +147,7 @@ tags: [fmri, neuroimaging, self-supervised, feature-extraction]
 # {made["run"]}, step {made["step"]}
 
 The encoder of SLIM-Brain (arXiv 2512.21881, in the implementation `slim-brain`), a voxel-level, atlas-free model of
-fMRI: {made["parameters"] / 1e6:.1f} M parameters, preset `{settings.model_name}`, pretrained without labels.
+fMRI: {made["parameters"] / 1e6:.1f} M parameters, preset `{settings.model_name}`, {_learned(made)}.
 It turns a preprocessed BOLD run into a vector for each of its most salient windows of {windows["frames"]} frames.
 
     pip install slim-brain
@@ -160,16 +164,11 @@ or `python tools/embed.py THIS_FOLDER run.nii.gz --out vectors.npz`. Every file 
 
 ## What it was trained on
 
-| dataset | cohorts | people | sessions | weight |
-|---|---|---|---|---|
-{trained}
-
-These are the training splits. Labels were not used.
+{_trained(made)}
 
 ## How
 
-- Objective `{settings.objective}`: JEPA {jepa:g}, SIG {sig:g}, MAE {mae:g}; {made["step"]} optimizer steps.
-- Of the two encoders of a run, this is the {_KIND[made["weights"]]}.
+{_how(settings, made)}
 - View of the values: `{settings.view}`; {settings.windows.k} windows pass through the encoder together.
 - Source: commit {made["commit"]}; {versions}.
 
@@ -199,7 +198,45 @@ licence here.
 """
 
 
+def _learned(made: dict[str, Any]) -> str:
+    if "finetuned" not in made:
+        return "pretrained without labels"
+    before = "trained from random weights" if made["finetuned"]["from_scratch"] else "pretrained, then fine-tuned"
+    return f"{before} on the labels of `{made['finetuned']['task']}`"
+
+
+def _trained(made: dict[str, Any]) -> str:
+    """The datasets, and what of them was used."""
+    parts = []
+    if made["training"]:
+        head = ["| dataset | cohorts | people | sessions | weight |", "|---|---|---|---|---|"]
+        rows = "\n".join([*head, *map(_row, made["training"])])
+        parts.append(f"{rows}\n\nThese are the training splits of the pretraining. It used no labels.")
+    if "finetuned" in made:
+        tuned = made["finetuned"]
+        parts.append(
+            f"Labels of `{tuned['task']}` were learned from people of {', '.join(tuned['cohorts'])}. Do not judge it "
+            "by people of these cohorts: their vectors tell what was learned."
+        )
+    return "\n\n".join(parts)
+
+
 _KIND = {"encoder": "one that was trained", "target": "moving average"}
+
+
+def _how(settings: PretrainSettings | FinetuneSettings, made: dict[str, Any]) -> str:
+    """How the encoder was trained."""
+    if isinstance(settings, FinetuneSettings):
+        return (
+            f"- Fine-tuned with a head ({settings.head.pooling} pooling), which is not here; this is the encoder after "
+            f"{made['step']} optimizer steps, the best for the validation subjects."
+        )
+    jepa, sig, mae = settings.weights
+    return (
+        f"- Objective `{settings.objective}`: JEPA {jepa:g}, SIG {sig:g}, MAE {mae:g}; {made['step']} optimizer "
+        "steps.\n"
+        f"- Of the two encoders of a run, this is the {_KIND[made['weights']]}."
+    )
 
 
 def _row(line: dict[str, Any]) -> str:

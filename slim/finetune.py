@@ -32,7 +32,7 @@ from shards.reader import Dataset
 from slim import checkpoint
 from slim.answers import Answers
 from slim.batch import Batch, collate, firsts, read_windows
-from slim.checkpoint import CheckpointError
+from slim.checkpoint import BEST, CheckpointError
 from slim.config import FinetuneSettings
 from slim.course import Course, Forward, Full, Steps
 from slim.geometry import Geometry
@@ -42,7 +42,6 @@ from slim.learner import Group, decays
 from slim.objective import Losses
 
 START = "start.safetensors"
-BEST = "best."
 LAYER_DECAY = 0.75
 _MEASURED = 64  # samples, at most an epoch, that the pooled features are standardised by
 

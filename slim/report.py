@@ -3,7 +3,8 @@
     python tools/report.py RUN
 
 Reads `config.yaml`, `metrics.jsonl`, `checkpoints/` and what `tools/probe.py` and `tools/explain.py` left in `report/`;
-writes `report/index.html`. It can be called while the run goes on. Long runs are thinned before they are drawn.
+writes `report/index.html`. It can be called while the run goes on. Long runs are thinned before they are drawn. The run
+of a fine-tuning has a page as well, with its training and validation.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import numpy as np
 from shards import html, layout
 from shards.errors import ConfigError, UserError
 from slim import curves, findings
+from slim.answers import Answers
 from slim.checkpoint import facts, is_complete
-from slim.config import PretrainSettings, load_config
+from slim.config import FinetuneSettings, PretrainSettings, load_run
 from slim.monitor import METRICS, RECENT, read_metrics, warnings_of
 
 Line = dict[str, Any]
+Note = tuple[str, str]  # `good`, `look` or `bad`, and a sentence
 
 _CLEAR = 0.01  # a gain above this is called one
 
@@ -49,19 +52,23 @@ def write(run_folder: str | Path) -> Path:
     config = folder / "config.yaml"
     if not config.is_file():
         raise ConfigError(folder, "", "no config.yaml", "the folder of a run", "Give the run.out of a pretraining run")
-    settings = load_config(config)
+    settings = load_run(config)
     lines, unreadable = read_metrics(folder / METRICS)
     steps = total_steps(settings, folder, lines)
     tasks = findings.read_tasks(folder / layout.REPORT / findings.PROBE)
+    name, guess, judged = folder.resolve().name, None, learned(lines, is_over(lines, steps))
+    if isinstance(settings, FinetuneSettings):
+        name, guess = f"{folder.resolve().parent.name}, {name}", Answers.read(folder).guess
+        judged = answered(lines, is_over(lines, steps), guess)
     with html.drawing():
         content = html.page(
-            f"Run {folder.resolve().name}",
+            f"Run {name}",
             _lead(lines, steps),
-            html.notes([*verdict(lines, steps, unreadable), *findings.verdict(tasks)]),
+            html.notes([*verdict(lines, steps, judged, unreadable), *findings.verdict(tasks)]),
             html.facts(_numbers(settings, lines)),
             html.section("Probes: is it of use?", *findings.probes(tasks)),
             html.section("Looking inside", *findings.explanations(folder / layout.REPORT / findings.EXPLAIN)),
-            *curves.sections(settings, lines),
+            *curves.sections(settings, lines, guess),
             html.section("Checkpoints", *_checkpoints(folder / "checkpoints")),
             html.section("Configuration", html.folded("config.yaml, as merged", config.read_text())),
         )
@@ -70,13 +77,18 @@ def write(run_folder: str | Path) -> Path:
     return path
 
 
-def total_steps(settings: PretrainSettings, folder: Path, lines: Sequence[Line]) -> int | None:
+def total_steps(settings: PretrainSettings | FinetuneSettings, folder: Path, lines: Sequence[Line]) -> int | None:
     """Optimizer steps of the whole run; None where epochs were asked for and the data are out of reach.
 
     The samples of a step are taken from the log: only it knows how many processes there were.
     """
     if settings.run.steps is not None:
         return settings.run.steps
+    if not lines:
+        return None
+    per_step = max(1, round(lines[-1]["samples_per_s"] * lines[-1]["seconds"]))
+    if isinstance(settings, FinetuneSettings):
+        return max(1, math.ceil(settings.run.epochs * len(Answers.read(folder).train) / per_step))
     try:
         manifests = [layout.read_manifest(item.path) for item in settings.data]
     except UserError:
@@ -84,12 +96,9 @@ def total_steps(settings: PretrainSettings, folder: Path, lines: Sequence[Line])
         if len(settings.data) > 1 or not note.is_file():
             return None
         manifests = [json.loads(note.read_text())]
-    if not lines:
-        return None
     per_epoch = sum(
         item.weight * manifest["sessions"]["train"] for item, manifest in zip(settings.data, manifests, strict=True)
     )
-    per_step = max(1, round(lines[-1]["samples_per_s"] * lines[-1]["seconds"]))
     return max(1, math.ceil(settings.run.epochs * max(1, round(per_epoch)) / per_step))
 
 
@@ -112,7 +121,12 @@ def _lead(lines: Sequence[Line], steps: int | None) -> str:
     return f"Step {last['step']}{of}, epoch {last['epoch']}; last loss {loss}{learned}."
 
 
-def verdict(lines: Sequence[Line], steps: int | None, unreadable: int = 0) -> list[tuple[str, str]]:
+def is_over(lines: Sequence[Line], steps: int | None) -> bool:
+    """Whether the last of so many steps was logged."""
+    return bool(lines) and steps is not None and lines[-1]["step"] >= steps
+
+
+def verdict(lines: Sequence[Line], steps: int | None, judged: Sequence[Note], unreadable: int = 0) -> list[Note]:
     """What the run looks like, in words: (`good`, `look` or `bad`, sentence), worst matters included.
 
     Parameters
@@ -121,14 +135,15 @@ def verdict(lines: Sequence[Line], steps: int | None, unreadable: int = 0) -> li
         Of metrics.jsonl.
     steps : int or None
         Optimizer steps of the whole run.
+    judged : sequence of tuple
+        What `learned` or `answered` says of them.
     unreadable : int
         Lines that could not be read.
     """
     if not lines:
         return [("look", "Nothing was logged yet: the run is at its first step, or stopped before.")]
     last, found = lines[-1], []
-    finished = steps is not None and last["step"] >= steps
-    if finished:
+    if is_over(lines, steps):
         found.append(("good", f"Finished: {last['step']} of {steps} steps."))
     else:
         share = f", {last['step'] / steps:.0%}" if steps else ""
@@ -148,7 +163,55 @@ def verdict(lines: Sequence[Line], steps: int | None, unreadable: int = 0) -> li
                 "lower optimizer.lr, or precision fp32.",
             )
         )
-    gain = _recent(lines, "gain")
+    found += judged
+    found += [
+        ("bad" if "collapse" in words else "look", words[0].upper() + words[1:] + ".")
+        for words in warnings_of(list(lines)).values()
+    ]
+    if unreadable:
+        found.append(
+            (
+                "look",
+                f"{unreadable} unreadable line{'s' * (unreadable > 1)} of {METRICS} left out; "
+                "one at the end is what a kill leaves.",
+            )
+        )
+    return found
+
+
+def answered(lines: Sequence[Line], finished: bool, guess: float) -> list[Note]:
+    """Whether a fine-tuning answers better than whoever guesses, and whether it was long enough.
+
+    Parameters
+    ----------
+    lines : sequence of dict
+        Of metrics.jsonl.
+    finished : bool
+    guess : float
+        Validation loss of guessing.
+    """
+    validated = [line for line in lines if line.get("val_loss") is not None]
+    if not validated:
+        return [("look", "Not validated yet: the first epoch has not ended.")] if lines else []
+    first, last = validated[0]["step"], validated[-1]["step"]
+    best = min(validated, key=lambda line: line["val_loss"])
+    where = f"{best['val_loss']:.4f} at step {best['step']}, where guessing has {guess:.4f}"
+    if best["val_loss"] >= guess:
+        hint = "Lower optimizer.lr, try head.pooling=attentive, and compare with the probe of frozen features"
+        return [("bad", f"Validation was never better than guessing: {where}. {hint}.")]
+    found = [("good", f"Validation was best with {where}; these weights are kept.")]
+    if finished and len(validated) > 2 and best["step"] == last:
+        found.append(("look", "Validation was best at the end: more run.epochs may do better."))
+    if len(validated) > 2 and best["step"] == first:
+        found.append(("look", "Validation was best after the first epoch: a lower optimizer.lr may do better."))
+    return found
+
+
+def learned(lines: Sequence[Line], finished: bool) -> list[Note]:
+    """Whether a pretraining learns, or collapses."""
+    if not lines:
+        return []
+    last, found, gain = lines[-1], [], _recent(lines, "gain")
     if last.get("gain") is None:
         found.append(
             (
@@ -179,22 +242,10 @@ def verdict(lines: Sequence[Line], steps: int | None, unreadable: int = 0) -> li
                 "random weights.",
             )
         )
-    found += [
-        ("bad" if "collapse" in words else "look", words[0].upper() + words[1:] + ".")
-        for words in warnings_of(list(lines)).values()
-    ]
     best, place = _best_gain(lines)
     if gain is not None and best - gain > max(0.02, 0.2 * best):
         found.append(
             ("look", f"The gain was higher before: {best:+.4f} around step {place}. Probe a checkpoint from there too.")
-        )
-    if unreadable:
-        found.append(
-            (
-                "look",
-                f"{unreadable} unreadable line{'s' * (unreadable > 1)} of {METRICS} left out; "
-                "one at the end is what a kill leaves.",
-            )
         )
     return found
 
@@ -208,12 +259,12 @@ def _best_gain(lines: Sequence[Line]) -> tuple[float, int]:
     return float(smooth.max()), int(steps[smooth.argmax()])
 
 
-def _numbers(settings: PretrainSettings, lines: Sequence[Line]) -> dict[str, object]:
+def _numbers(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line]) -> dict[str, object]:
     named: dict[str, object] = {
         "Data": ", ".join(str(item.path) for item in settings.data),
         "Model": settings.model_name,
         "View, windows": f"{settings.view}, {settings.windows.k}",
-        "Objective": settings.objective,
+        **_aim(settings),
         "Precision, ZeRO stage": f"{settings.precision}, {settings.zero.stage}",
     }
     if lines:
@@ -231,6 +282,15 @@ def _numbers(settings: PretrainSettings, lines: Sequence[Line]) -> dict[str, obj
         if last.get("peak_memory_bytes") is not None:
             named["Peak memory of a process"] = f"{last['peak_memory_bytes'] / 2**30:.2f} GiB"
     return named
+
+
+def _aim(settings: PretrainSettings | FinetuneSettings) -> dict[str, object]:
+    if isinstance(settings, PretrainSettings):
+        return {"Objective": settings.objective}
+    start = "random weights" if settings.start is None else "weights"
+    if settings.before:
+        start = f"{settings.before['run']}, step {settings.before['step']}"
+    return {"Task": settings.task, "Head": f"{settings.head.pooling} pooling", "Begun from": start}
 
 
 def _checkpoints(folder: Path) -> list[str]:

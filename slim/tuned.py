@@ -17,12 +17,12 @@ import torch
 from shards.errors import ConfigError
 from shards.reader import Dataset
 from shards.settings import check, override
-from slim import checkpoint, probe
+from slim import checkpoint, export, probe
 from slim.answers import Answers
 from slim.brain import SlimBrain
-from slim.checkpoint import CheckpointError
+from slim.checkpoint import BEST, CheckpointError
 from slim.config import FinetuneSettings
-from slim.finetune import BEST, make_model, predict, write_start
+from slim.finetune import make_model, predict, write_start
 from slim.splits import Fold, Split
 from slim.task import Cases, Task
 
@@ -33,7 +33,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _KEPT = ("precision", "stream", "zero")  # of the pretraining run, unless said otherwise
 _OF_RUN = ("batch", "workers", "wandb")
-_FIXED = ("model", "model_name", "view", "data", "start")  # what the weights, and the command, decide
+_FIXED = ("model", "model_name", "view", "data", "start", "task", "before")  # what the weights, and the command, decide
 
 
 def refuse(task: Task, where: str | Path) -> None:
@@ -46,7 +46,7 @@ def refuse(task: Task, where: str | Path) -> None:
 
 
 def settings_for(
-    ours: SlimBrain, data: str, out: Path, sessions: int, assignments: Sequence[str], number: int
+    ours: SlimBrain, data: str, out: Path, sessions: int, assignments: Sequence[str], number: int, task: str = ""
 ) -> FinetuneSettings:
     """Settings of one fine-tuning: those of the pretraining where they say how to compute, and our own how to learn.
 
@@ -63,6 +63,8 @@ def settings_for(
         `key=value`.
     number : int
         Which of the fine-tunings of a task; added to `run.seed`.
+    task : str
+        Its name.
 
     Raises
     ------
@@ -80,6 +82,7 @@ def settings_for(
     if tree["windows"]["k"] != given["windows"]["k"] or tree["run"]["out"] != str(out):
         name = "run.out" if tree["run"]["out"] != str(out) else "windows.k"
         raise ConfigError("command line", name, "a value", "no such override", "The weights, or --out, decide it")
+    tree["task"] = task
     tree["run"]["seed"] = tree["run"].get("seed", 0) + number
     if "checkpoint_every" not in tree["run"]:
         settings = check(FinetuneSettings, tree, "command line").run
@@ -96,6 +99,8 @@ class Finetuned:
     ----------
     ours : SlimBrain
         Whose encoder is trained on.
+    task : str
+        Its name.
     dataset, cases
         Of the task.
     splits : list of list of Split
@@ -117,6 +122,7 @@ class Finetuned:
     """
 
     ours: SlimBrain
+    task: str
     dataset: Dataset
     cases: Cases
     splits: list[list[Split]]
@@ -131,7 +137,8 @@ class Finetuned:
         """Those of one fine-tuning, without the weights it starts with."""
         ((split),) = self.splits[number]
         out = self.folder / f"seed-{number}"
-        return settings_for(self.ours, str(self.dataset.folder), out, len(split.train), self.assignments, number)
+        data, sessions = str(self.dataset.folder), len(split.train)
+        return settings_for(self.ours, data, out, sessions, self.assignments, number, self.task)
 
     def predict(self, fold: Fold) -> np.ndarray:
         """Probabilities (m, K) or values (m, 1) of the test sessions; trains first, or goes on, or finds it done."""
@@ -142,7 +149,7 @@ class Finetuned:
         answers.write(out)
         if not self.from_scratch:
             start = write_start(out, self.ours.encoder.state_dict())
-            settings = settings.model_copy(update={"start": start})
+            settings = settings.model_copy(update={"start": start, "before": export.history(self.ours)})
         self.train(settings)
         model, step, loss = self._best(out, settings, answers)
         sessions = [self.cases.sessions[row] for row in fold.test]

@@ -13,6 +13,7 @@ An exported folder (written by `slim.export`)::
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,9 @@ from torch import nn
 
 from shards import layout, remote
 from shards.errors import ConfigError
-from shards.settings import check, read_yaml
 from slim import checkpoint
 from slim.checkpoint import CheckpointError
-from slim.config import PretrainSettings
+from slim.config import FinetuneSettings, TrainSettings, check_run, load_run
 
 FORMAT = 1
 MODEL, CONFIG, SUMS, CARD = "model.safetensors", "config.json", "SHA256SUMS", "README.md"
@@ -42,17 +42,18 @@ class Weights:
 
     Attributes
     ----------
-    settings : PretrainSettings of the run
+    settings : PretrainSettings or FinetuneSettings of the run
     data : dict, the manifest (without shards) of the first dataset it was trained on
-    made : dict, how they came about: `run`, `step`, `weights` ("encoder" or "target"), `commit`, `versions`, and
-        `training`, what is known of each dataset, once they were exported
+    made : dict, how they came about: `run`, `step`, `weights` ("encoder" or "target"), `commit`, `versions`;
+        `training`, what is known of each dataset of the pretraining, once they were exported; and of a fine-tuned
+        encoder `finetuned`: `task`, `cohorts` whose labels it was shown, `head`, `from_scratch`
     path : Path, the safetensors file
     prefix : str, before the names of its tensors
     folder : Path, the run or the exported folder
     extractor, parcels : Path or None, where the temporal extractor and the label image of its data are expected
     """
 
-    settings: PretrainSettings
+    settings: TrainSettings
     data: dict[str, Any]
     made: dict[str, Any]
     path: Path
@@ -88,7 +89,8 @@ def find(source: str | Path, kind: str | None = None) -> Weights:
     source : str or Path
         A run (its newest complete checkpoint is taken), a checkpoint of it, an exported folder, or OWNER/NAME.
     kind : "encoder" or "target", optional
-        The online encoder, or its moving average; by default the former of a run, and of an export what it holds.
+        The online encoder, or its moving average; by default the former of a run, and of an export what it holds. A
+        fine-tuning has the encoder of its best epoch, and no moving average.
 
     Raises
     ------
@@ -122,22 +124,51 @@ def _of_run(folder: Path, kind: str) -> Weights:
     fault = checkpoint.fault(found, [checkpoint.WEIGHTS, *checkpoint.ABOUT_RUN])
     if fault is not None:
         raise fault
-    settings = check(PretrainSettings, read_yaml(found / _RUN_CONFIG), found / _RUN_CONFIG)
-    facts = checkpoint.facts(found)
+    settings, facts = load_run(found / _RUN_CONFIG), checkpoint.facts(found)
     # what the launcher wrote above the configuration: `# commit HASH`, `# numpy 2.4.6`, ...
     notes = dict(re.findall(r"^# (commit|\w+(?= \d+\.)) (\S+)$", (found / _RUN_CONFIG).read_text(), re.MULTILINE))
     made = {
-        "run": run.resolve().name,
+        "run": _name(run.resolve(), settings),
         "step": facts["step"],
         "weights": kind,
         "commit": notes.pop("commit", "unknown"),
         "versions": notes | facts["versions"],
     }
-    path = found / checkpoint.WEIGHTS
+    path, prefix = found / checkpoint.WEIGHTS, f"{kind}."
+    data = json.loads((found / _RUN_DATA).read_text())
+    if isinstance(settings, FinetuneSettings):
+        made |= _finetuned(path, kind, settings, data)
+        prefix = f"{checkpoint.BEST}{prefix}"
     dataset = remote.place(settings.data[0].path)
     extractor = dataset / layout.EXTRACTOR if isinstance(dataset, Path) else None
-    data = json.loads((found / _RUN_DATA).read_text())
-    return Weights(settings, data, made, path, f"{kind}.", run, extractor, None)
+    return Weights(settings, data, made, path, prefix, run, extractor, None)
+
+
+def _name(run: Path, settings: TrainSettings) -> str:
+    """A run's name; fine-tunings of a task are folders of one."""
+    return f"{run.parent.name}-{run.name}" if isinstance(settings, FinetuneSettings) else run.name
+
+
+def _finetuned(path: Path, kind: str, settings: FinetuneSettings, data: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a fine-tuned encoder beside that of any run: its `step` is that of the best epoch."""
+    if kind != "encoder":
+        raise CheckpointError(path, "weights", "those of a fine-tuning", "encoder, as it keeps no moving average")
+    tensors = checkpoint.read_weights(path, f"{checkpoint.BEST}of")
+    if not tensors:
+        raise CheckpointError(path, f"{checkpoint.BEST}of", "no such tensor", "the best epoch", _AGAIN)
+    loss, step = tensors[""].tolist()
+    if not math.isfinite(loss):
+        hint = "Let it train for an epoch; if it has, lower optimizer.lr"
+        raise CheckpointError(path, "val_loss", "no finite number yet", "one, by which the best epoch is told", hint)
+    before = settings.before or {}
+    seen = {*data["cohorts"], *before.get("finetuned", {}).get("cohorts", [])}
+    tuned = {
+        "task": settings.task,
+        "cohorts": sorted(seen),
+        "head": settings.head.pooling,
+        "from_scratch": settings.start is None,
+    }
+    return {"step": int(step), "finetuned": tuned} | {name: before[name] for name in ("training",) if name in before}
 
 
 def _of_export(folder: Path, kind: str | None) -> Weights:
@@ -152,7 +183,7 @@ def _of_export(folder: Path, kind: str | None) -> Weights:
     made = about["made"]
     if kind not in (None, made["weights"]):
         raise CheckpointError(folder, "weights", made["weights"], kind, f"Export the run with --weights {kind}")
-    settings = check(PretrainSettings, about["settings"], folder / CONFIG)
+    settings = check_run(about["settings"], folder / CONFIG)
     image = next((folder / name for name in listed if name.startswith(f"{PARCELS}/")), None)
     return Weights(settings, about["data"], made, folder / MODEL, "", folder, folder / EXTRACTOR, image)
 

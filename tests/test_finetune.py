@@ -20,7 +20,7 @@ from conftest import ROOT, Command
 from hooks import at_each_step
 from hypothesis import given
 from hypothesis import strategies as st
-from pretrained import ALIGNED, write_run
+from pretrained import ALIGNED, tool, write_run, write_weights
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
@@ -30,7 +30,7 @@ from shards import layout
 from shards.errors import ConfigError
 from shards.reader import Dataset
 from shards.settings import check
-from slim import checkpoint, probe
+from slim import checkpoint, export, probe
 from slim.answers import Answers
 from slim.batch import collate, firsts, read_windows
 from slim.brain import SlimBrain
@@ -259,7 +259,7 @@ def test_nothing_of_a_test_subject_reaches_the_training(pretrained: Path, people
         raise Stop
 
     for number in range(2):
-        method = Finetuned(ours, opened, cases, splits, tmp_path / str(number), QUICK, False, train)
+        method = Finetuned(ours, "s", opened, cases, splits, tmp_path / str(number), QUICK, False, train)
         with pytest.raises(Stop):
             method.predict(make_fold(task, cases, splits[0][0])[0])
         cases.truth_S[cases.subject_N[splits[0][0].test]] = 1e6
@@ -384,6 +384,67 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_the_encoder_of_the_best_epoch_is_loaded_exported_and_encodes(
+    whole: tuple[Path, dict], pretrained: Path, people: Path, tmp_path: Path
+) -> None:
+    opened, told = Dataset(people), _runs(whole)[0]
+    run = Path(told["run"])
+    tuned = SlimBrain.from_pretrained(run)
+    best = load_file(checkpoint.newest(run / "checkpoints") / checkpoint.WEIGHTS)
+    start = SlimBrain.from_pretrained(pretrained).encoder.state_dict()
+    for name, value in tuned.encoder.state_dict().items():
+        assert torch.equal(value, best[f"best.encoder.{name}"])
+    assert any(not torch.equal(value, start[name]) for name, value in tuned.encoder.state_dict().items())
+    assert tuned.step == told["best_step"] and tuned.made["run"] == "s-finetuned-seed-0"
+    with pytest.raises(checkpoint.CheckpointError, match="weights: got those of a fine-tuning, expected encoder"):
+        SlimBrain.from_pretrained(run, "target")
+
+    about = export.write(tuned, tmp_path / "export")
+    moved = SlimBrain.from_pretrained(tmp_path / "export")
+    assert moved.checksum == tuned.checksum
+    session = opened.sessions[0]
+    features = [model.encode_session(opened, session).token_SLC for model in (tuned, moved)]
+    assert np.array_equal(*features)
+    (training,) = about["made"]["training"]  # that of the pretraining
+    assert training["sessions"] == opened.manifest["sessions"]["train"]
+    card = (tmp_path / "export" / "README.md").read_text()
+    for words in (
+        "pretrained, then fine-tuned on the labels of `s`",
+        "| shards | synthetic |",
+        "learned from people of synthetic",
+        "Fine-tuned with a head (mean pooling)",
+        f"after {told['best_step']} optimizer steps",
+    ):
+        assert words in card, words
+    assert str(pretrained.parent) not in (tmp_path / "export" / "config.json").read_text()
+
+
+def test_what_was_fine_tuned_is_not_judged_by_those_it_learned_from(
+    whole: tuple[Path, dict], people: Path, tmp_path: Path
+) -> None:
+    run, task = _runs(whole)[0]["run"], write_task(tmp_path)
+    line = (
+        "cohorts: got synthetic, whose labels these weights were fine-tuned on (s), expected people they know nothing"
+    )
+    for name in ("probe.py", "finetune.py", "explain.py"):
+        done = tool(name, run, "--data", people, "--task", task, "--out", tmp_path / "out")
+        assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    others = shutil.copytree(people, tmp_path / "others")
+    manifest = layout.read_manifest(others)
+    layout.write_atomically(others / layout.MANIFEST, layout.dump(manifest | {"cohorts": ["others"]}))
+    SlimBrain.from_pretrained(run).check_unseen(Dataset(others))
+
+
+def test_weights_before_the_first_validation_are_told(whole: tuple[Path, dict], tmp_path: Path) -> None:
+    run = shutil.copytree(_runs(whole)[0]["run"], tmp_path / "run")
+    saved = checkpoint.newest(run / "checkpoints")
+    tensors = load_file(saved / checkpoint.WEIGHTS)
+    tensors["best.of"] = torch.tensor([float("inf"), 0.0], dtype=torch.float64)
+    write_weights(saved, tensors)
+    with pytest.raises(checkpoint.CheckpointError, match="val_loss: got no finite number yet"):
+        SlimBrain.from_pretrained(run)
+
+
 def _runs(whole: tuple[Path, dict]) -> list[dict]:
     return whole[1]["facts"]["s"]["finetuned"]["runs"]
 
@@ -394,7 +455,7 @@ def method_of(pretrained: Path, people: Path, folder: Path, words: tuple, scratc
     cases = find_cases(task, opened, 8, "task.yaml")
     splits = make_splits(task, cases, "task.yaml")
     ours = SlimBrain.from_pretrained(pretrained)
-    method = Finetuned(ours, opened, cases, splits, folder, (*QUICK, "run.epochs=3", *words), scratch, train)
+    method = Finetuned(ours, "s", opened, cases, splits, folder, (*QUICK, "run.epochs=3", *words), scratch, train)
     return method, make_fold(task, cases, splits[0][0])[0]
 
 

@@ -12,8 +12,10 @@ from test_page import NASTY, Reader, check_self_contained, command
 
 from shards.errors import ConfigError
 from slim import curves, findings, report
+from slim.answers import Answers
 from slim.checkpoint import seal, tag
-from slim.config import load_config
+from slim.config import PRESETS, check_run, load_run
+from slim.finetune import validation_loss
 
 
 def line(step: int, **changes) -> dict:
@@ -54,9 +56,26 @@ def line(step: int, **changes) -> dict:
 def make_run(folder: Path, lines: list[dict], steps: int | None = 120, **config) -> Path:
     folder.mkdir(parents=True)
     run = {"out": str(folder), "steps": steps, "epochs": 10}
-    settings = {"data": "somewhere", "model": "tiny", "run": run, **config}
-    (folder / "config.yaml").write_text(f"# {NASTY}\n" + json.dumps(settings))
+    settings = {"data": "somewhere", "run": run, **config}
+    written = folder / "config.yaml"
+    tree = settings | {"model": PRESETS["tiny"].model_dump(), "model_name": "tiny"}
+    written.write_text(f"# {NASTY}\n" + check_run(tree, written).model_dump_json())  # merged, as a run does it
     (folder / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
+    return folder
+
+
+def make_finetuning(folder: Path, losses: list[float | None], classes: int = 3) -> Path:
+    """Two steps of ten sessions an epoch; validated where `losses` has a number."""
+    before = {"run": NASTY, "step": 900, "training": []}
+    lines = [
+        {name: line(step)[name] for name in ("step", "epoch", "samples", "loss", "lr", "grad_norm", "data_wait")}
+        | {"seconds": 0.5, "samples_per_s": 20.0, "val_loss": loss, "best_step": 1, "tokens_kept": 9.0}
+        for step, loss in enumerate(losses, 1)
+    ]
+    make_run(folder, lines, steps=None, head={"pooling": "attentive"}, task="sex", before=before, start="abc")
+    train = {f"a{number}": (number, 1.0) for number in range(20)}
+    val = {"b0": (20, 2.0), "b1": (20, 2.0), "b2": (21, 0.0)}
+    Answers(classes, train, val).write(folder)
     return folder
 
 
@@ -68,7 +87,8 @@ def text_of(folder: Path) -> str:
 
 def words_of(lines: list[dict], steps: int = 120) -> str:
     """The verdict alone."""
-    return " ".join(f"{kind}: {words}" for kind, words in report.verdict(lines, steps))
+    judged = report.learned(lines, report.is_over(lines, steps))
+    return " ".join(f"{kind}: {words}" for kind, words in report.verdict(lines, steps, judged))
 
 
 @pytest.fixture
@@ -152,6 +172,50 @@ def test_run_without_jepa(tmp_path):
     assert not any("Spread of the targets" in alt or "Gain" in alt for alt in alts)
 
 
+def test_a_fine_tuning_is_judged_by_its_validation(tmp_path):
+    folder = make_finetuning(tmp_path / "sex-finetuned" / "seed-0", [None, 1.0, None, 0.7, None, 0.9])
+    text = text_of(folder)
+    assert "Run sex-finetuned, seed-0" in text and "Not finished: step 6 of 20, 30%" in text  # 10 epochs of 2 steps
+    assert "Validation was best with 0.7000 at step 4, where guessing has 1.0986; these weights are kept." in text
+    assert "Task sex" in text and f"Begun from {NASTY}, step 900" in text and "No gain" not in text
+    alts = [alt for alt, _ in Reader((folder / "report" / "index.html").read_text()).pictures()]
+    assert [alt.split(",")[0] for alt in alts] == [
+        "Loss of the training people",
+        "Loss of the validation people",
+        "Norm of the gradient",
+        "Schedules",
+        "Speed",
+        "Memory and tokens",
+    ]
+    assert "Not validated yet" in text_of(make_finetuning(tmp_path / "early", [None]))
+    assert "Nothing was logged yet" in text_of(make_finetuning(tmp_path / "empty", []))
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        (
+            [1.2, 1.3, 1.1],
+            "bad: Validation was never better than guessing: 1.1000 at step 3, where guessing has 1.0986",
+        ),
+        ([0.9, 0.8, 0.7], "look: Validation was best at the end"),
+        ([0.7, 0.8, 0.9], "look: Validation was best after the first epoch"),
+        ([0.8, 0.7, 0.9], "these weights are kept."),
+    ],
+)
+def test_what_a_finished_validation_tells(losses, said):
+    lines = [{"step": step, "val_loss": loss} for step, loss in enumerate(losses, 1)]
+    words = " ".join(f"{kind}: {words}" for kind, words in report.answered(lines, True, math.log(3)))
+    assert said in words
+
+
+def test_guessing_is_what_validation_scores_without_knowing(tmp_path):
+    for classes, guess in ((3, np.full((3, 3), 1 / 3)), (0, np.zeros((3, 1)))):
+        answers = Answers(classes, {}, {"b0": (20, 2.0), "b1": (20, 2.0), "b2": (21, 0.0)})
+        subject_N, answer_N = np.array(list(answers.val.values())).T
+        assert answers.guess == pytest.approx(validation_loss(guess, subject_N, answer_N, classes))
+
+
 def test_empty_and_absent_metrics(tmp_path):
     folder = make_run(tmp_path / "run", [])
     assert "Nothing was logged yet" in text_of(folder)
@@ -172,7 +236,7 @@ def test_steps_from_epochs_use_the_logged_batch(tmp_path):
     folder = make_run(tmp_path / "run", [line(5)], steps=None)
     assert "Not finished: step 5 of an unknown number" in text_of(folder)
     (folder / "dataset.json").write_text(json.dumps({"sessions": {"train": 34}}))
-    settings = load_config(folder / "config.yaml")
+    settings = load_run(folder / "config.yaml")
     assert report.total_steps(settings, folder, [line(5)]) == 43  # ceil(10 epochs * 34 sessions / 8 samples)
 
 

@@ -62,6 +62,7 @@ def main() -> int:
     explanation.check_task(task, args.task)
     model = SlimBrain.from_pretrained(args.run, args.weights).to("cuda" if torch.cuda.is_available() else "cpu")
     model.check_data(dataset)
+    model.check_unseen(dataset)
     check_start(model, args.start)
     cases = find_cases(task, dataset, model.settings.windows.k, args.task)
     asked = explanation.choose(task, cases, args.task, args.subjects)

@@ -45,12 +45,15 @@ def main() -> int:
     dataset = Dataset(args.data)
     ours = SlimBrain.from_pretrained(args.run, args.weights)
     ours.check_data(dataset)
+    ours.check_unseen(dataset)
     cases = find_cases(task, dataset, ours.settings.windows.k, args.task)
     splits = make_splits(task, cases, args.task)
     name = tuned.SCRATCH if args.from_scratch else tuned.FINETUNED
     folder = (args.out or ours.run_folder) / "finetune" / f"{task.name}-{name}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    method = tuned.Finetuned(ours, dataset, cases, splits, folder, args.overrides, args.from_scratch, train, device)
+    method = tuned.Finetuned(
+        ours, task.name, dataset, cases, splits, folder, args.overrides, args.from_scratch, train, device
+    )
     report = args.out or ours.run_folder / "report"
     # What is wrong with settings or report is told before anything is trained.
     for number in range(len(splits)):

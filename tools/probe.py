@@ -67,6 +67,7 @@ def main() -> int:
     ours = trained[0]
     for model, path in zip(trained, args.runs, strict=True):
         model.check_data(dataset)
+        model.check_unseen(dataset)
         _check_recipe(model, ours, path, args.runs[0])
     cases = [
         find_cases(task, dataset, ours.settings.windows.k, path, args.events)
