@@ -20,10 +20,12 @@ import yaml
 from launchers import job
 from shards.console import RESUME, STOPPING
 from shards.errors import ConfigError
-from shards.layout import dump, write_atomically
+from shards.layout import EXTRACTOR, dump, write_atomically
+from shards.reader import Dataset
 from slim import checkpoint, elastic
 from slim.config import TrainSettings
 from slim.mirror import at_a_glance
+from slim.temporal import CONFIG_FILE, WEIGHTS_FILE
 
 S = TypeVar("S", bound=TrainSettings)
 _GRACE = 10.0  # seconds the other processes get to say why they cannot go on, once one has failed
@@ -31,6 +33,8 @@ _GRACE = 10.0  # seconds the other processes get to say why they cannot go on, o
 
 def prepare_run(settings: TrainSettings) -> Path:
     """Make the run folder; write the merged configuration (with versions and the git commit) and what the data are.
+
+    The temporal extractor of the data is copied: with it NIfTI runs are ranked as they were, wherever the data go.
 
     Returns
     -------
@@ -66,9 +70,18 @@ def prepare_run(settings: TrainSettings) -> Path:
     write_atomically(
         folder / "dataset.json", dump({name: value for name, value in manifest.items() if name != "shards"})
     )
+    _keep_extractor(course.datasets[0], folder)
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
     write_atomically(folder / "config.yaml", f"# merged configuration\n# commit {git_commit()}\n{note}{text}")
     return folder / "config.yaml"
+
+
+def _keep_extractor(dataset: Dataset, folder: Path) -> None:
+    """Copy a dataset's extractor, if it has one, into a run; its config.json, which seals it, is the last file."""
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        source = dataset.folder / EXTRACTOR / name
+        if not (folder / EXTRACTOR / CONFIG_FILE).exists() and source.is_file():
+            write_atomically(folder / EXTRACTOR / name, source.read_bytes())
 
 
 def _keep_global_batch(begun: Path, settings: S) -> S:

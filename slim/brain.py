@@ -46,11 +46,13 @@ class SlimBrain:
     made : dict, how the weights came about; see `slim.weights.Weights`
     step : optimizer steps behind the weights; 0 for random ones
     run_folder : Path, the run, or the exported folder
+    results : Path, where tools put what they find by default; see `slim.weights.Weights`
     """
 
     def __init__(self, about: Weights, step: int):
         self._about, self.step = about, step
-        self.settings, self.data, self.made, self.run_folder = about.settings, about.data, about.made, about.folder
+        self.settings, self.data, self.made = about.settings, about.data, about.made
+        self.run_folder, self.results = about.folder, about.results
         grid, self.frames = self.data["grid"], int(self.data["windows"]["frames"])
         patches = (size // grid["patch"] for size in grid["shape"])
         self.geometry = self.settings.model.geometry((self.settings.windows.k * self.frames, *patches))
@@ -72,7 +74,7 @@ class SlimBrain:
         ----------
         source : str or Path
             A run (its newest complete checkpoint is taken), one `checkpoints/step-...` folder of it, a folder that
-            `tools/export.py` wrote, or its name on the Hugging Face hub, OWNER/NAME.
+            `tools/export.py` wrote, or its name on the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION.
         weights : "encoder" or "target", optional
             The online encoder, or its moving average. By default the former of a run, and of an export what it holds.
         extractor, parcels : path, optional

@@ -32,7 +32,7 @@ MODEL, CONFIG, SUMS, CARD = "model.safetensors", "config.json", "SHA256SUMS", "R
 EXTRACTOR, PARCELS = "extractor", "parcels"
 KINDS = ("encoder", "target")
 _RUN_CONFIG, _RUN_DATA = checkpoint.ABOUT_RUN
-_WHAT = "a run, one of its checkpoints, an exported folder, or OWNER/NAME on the Hugging Face hub"
+_WHAT = "a run, one of its checkpoints, an exported folder, or OWNER/NAME[@REVISION] on the Hugging Face hub"
 _AGAIN = "Copy or download the folder again"
 
 
@@ -50,6 +50,8 @@ class Weights:
     path : Path, the safetensors file
     prefix : str, before the names of its tensors
     folder : Path, the run or the exported folder
+    results : Path, where tools put what they find by default: the run; of an export, which is shared as it is,
+        `NAME-results` in the working folder
     extractor, parcels : Path or None, where the temporal extractor and the label image of its data are expected
     """
 
@@ -59,6 +61,7 @@ class Weights:
     path: Path
     prefix: str
     folder: Path
+    results: Path
     extractor: Path | None
     parcels: Path | None
 
@@ -87,7 +90,8 @@ def find(source: str | Path, kind: str | None = None) -> Weights:
     Parameters
     ----------
     source : str or Path
-        A run (its newest complete checkpoint is taken), a checkpoint of it, an exported folder, or OWNER/NAME.
+        A run (its newest complete checkpoint is taken), a checkpoint of it, an exported folder, or OWNER/NAME on the
+        hub, which may go on with @ and a tag, branch or commit.
     kind : "encoder" or "target", optional
         The online encoder, or its moving average; by default the former of a run, and of an export what it holds. A
         fine-tuning has the encoder of its best epoch, and no moving average.
@@ -102,10 +106,11 @@ def find(source: str | Path, kind: str | None = None) -> Weights:
     if kind is not None and kind not in KINDS:
         raise ConfigError("weights", "", kind, f"one of {', '.join(KINDS)}")
     folder = Path(source)
-    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not folder.parent.exists():
-        folder = _fetch(source)
+    on_hub = re.fullmatch(r"([\w.-]+/([\w.-]+))(?:@([\w./-]+))?", source) if isinstance(source, str) else None
+    if on_hub and not folder.parent.exists():
+        return _of_export(_fetch(str(source), on_hub[1], on_hub[3]), kind, on_hub[2])
     if (folder / SUMS).is_file() or (folder / CONFIG).is_file():
-        return _of_export(folder, kind)
+        return _of_export(folder, kind, folder.resolve().name)
     return _of_run(folder, kind or "encoder")
 
 
@@ -139,9 +144,10 @@ def _of_run(folder: Path, kind: str) -> Weights:
     if isinstance(settings, FinetuneSettings):
         made |= _finetuned(path, kind, settings, data)
         prefix = f"{checkpoint.BEST}{prefix}"
-    dataset = remote.place(settings.data[0].path)
-    extractor = dataset / layout.EXTRACTOR if isinstance(dataset, Path) else None
-    return Weights(settings, data, made, path, prefix, run, extractor, None)
+    dataset, extractor = remote.place(settings.data[0].path), run / layout.EXTRACTOR
+    if not extractor.is_dir() and isinstance(dataset, Path):
+        extractor = dataset / layout.EXTRACTOR
+    return Weights(settings, data, made, path, prefix, run, run, extractor, None)
 
 
 def _name(run: Path, settings: TrainSettings) -> str:
@@ -171,7 +177,7 @@ def _finetuned(path: Path, kind: str, settings: FinetuneSettings, data: dict[str
     return {"step": int(step), "finetuned": tuned} | {name: before[name] for name in ("training",) if name in before}
 
 
-def _of_export(folder: Path, kind: str | None) -> Weights:
+def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
     listed = _compared(folder)
     try:
         about = json.loads((folder / CONFIG).read_text())
@@ -184,8 +190,9 @@ def _of_export(folder: Path, kind: str | None) -> Weights:
     if kind not in (None, made["weights"]):
         raise CheckpointError(folder, "weights", made["weights"], kind, f"Export the run with --weights {kind}")
     settings = check_run(about["settings"], folder / CONFIG)
-    image = next((folder / name for name in listed if name.startswith(f"{PARCELS}/")), None)
-    return Weights(settings, about["data"], made, folder / MODEL, "", folder, folder / EXTRACTOR, image)
+    image = next((folder / one for one in listed if one.startswith(f"{PARCELS}/")), None)
+    results = Path(f"{name}-results")
+    return Weights(settings, about["data"], made, folder / MODEL, "", folder, results, folder / EXTRACTOR, image)
 
 
 def _compared(folder: Path) -> list[str]:
@@ -206,17 +213,16 @@ def _compared(folder: Path) -> list[str]:
     return list(listed)
 
 
-def _fetch(name: str) -> Path:
-    """The exported folder of this name on the hub, in the cache of `huggingface_hub`."""
+def _fetch(source: str, name: str, revision: str | None) -> Path:
+    """The exported folder of this name on the hub, in the cache of `huggingface_hub`; `source` is for errors."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         hint = "If it is a name on the hub, pip install 'slim-brain[hub]'"
-        raise CheckpointError(name, "", "no such folder", _WHAT, hint) from None
+        raise CheckpointError(source, "", "no such folder", _WHAT, hint) from None
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=[MODEL, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"])
-        )
+        wanted = [MODEL, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # of many types: unknown, private, no network, no space
         got = f"no such folder, and nothing the hub gives ({type(error).__name__}: {error})"
-        raise CheckpointError(name, "", got, _WHAT, "Check the name, the connection and your access") from None
+        raise CheckpointError(source, "", got, _WHAT, "Check the name, the connection and your access") from None

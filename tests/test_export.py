@@ -18,12 +18,14 @@ from conftest import ROOT
 from pretrained import ALIGNED, tool, write_run
 from safetensors.torch import load_file, save_file
 
+from launchers.local import prepare_run
 from shards.cohort import find_runs
 from shards.errors import UserError
 from shards.layout import sha256
 from shards.reader import Dataset
 from slim import export
 from slim.brain import SlimBrain
+from slim.config import load_run
 from slim.saliency import make_ranker
 from slim.temporal import train_extractor
 from slim.weights import CONFIG, MODEL, SUMS, Weights
@@ -205,6 +207,20 @@ def test_an_extractor_out_of_reach_is_told_and_can_be_named(run: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing half-written
 
 
+def test_a_run_keeps_the_extractor_of_its_data(run: Path, bold: Path, tmp_path: Path):
+    written = load_run(run / "config.yaml")
+    changed = {"out": str(tmp_path / "run"), "wandb": "disabled"}
+    prepare_run(written.model_copy(update={"run": written.run.model_copy(update=changed)}))
+    shutil.copytree(run / "checkpoints", tmp_path / "run" / "checkpoints")
+    data = run.parent.parent / "mylab"
+    away = data.rename(data.with_name("elsewhere"))
+    try:
+        theirs = SlimBrain.from_pretrained(tmp_path / "run").encode(bold)
+    finally:
+        away.rename(data)
+    np.testing.assert_array_equal(theirs, SlimBrain.from_pretrained(run).encode(bold))
+
+
 def test_the_label_image_of_the_parcels_travels(run: Path, bold: Path, tmp_path: Path):
     """A dataset knows its checksum alone, so it has to be named once."""
     model = SlimBrain.from_pretrained(run)
@@ -234,9 +250,10 @@ class Hub:
     """In place of `huggingface_hub`: one model."""
 
     def __init__(self, name: str, folder: Path):
-        self.name, self.folder = name, folder
+        self.name, self.folder, self.asked = name, folder, []
 
-    def snapshot_download(self, name: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        self.asked.append(revision)
         if name != self.name:
             raise RuntimeError(f"404 Client Error: {name} not found")
         for path in self.folder.rglob("*"):
@@ -246,9 +263,29 @@ class Hub:
         return str(self.folder)
 
 
-def test_a_name_on_the_hub(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub("someone/lean", exported))
+def test_probing_an_export_leaves_it_as_it_was(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is found on people does not lie where it would be shared with the weights."""
+    export.write(SlimBrain.from_pretrained(run, "target"), tmp_path / "lean")
+    before = sorted((tmp_path / "lean").rglob("*"))
     monkeypatch.chdir(tmp_path)
-    assert SlimBrain.from_pretrained("someone/lean").step == 7
+    task = tmp_path / "score.yaml"
+    task.write_text(
+        "{name: s, type: regression, label: score, pooling: mean, bootstrap: 100, permutations: 99, "
+        "split: {kind: folds, folds: 3, repeats: 1}}"
+    )
+    done = tool("probe.py", "lean", "--data", run.parent.parent / "mylab", "--task", task, "--random-seeds", 1)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "lean-results" / "report" / "report.json").read_text())
+    assert report["facts"]["s"]["weights"] == "target" and report["facts"]["s"]["run"] == "lean"
+    assert sorted((tmp_path / "lean").rglob("*")) == before
+
+
+def test_a_name_on_the_hub(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = Hub("someone/lean", exported)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    loaded = SlimBrain.from_pretrained("someone/lean")
+    assert loaded.step == 7 and loaded.results == Path("lean-results") and hub.asked == [None]
+    assert SlimBrain.from_pretrained("someone/lean@v1.0").step == 7 and hub.asked == [None, "v1.0"]
     with pytest.raises(UserError, match=r"someone/other: got no such folder, and nothing the hub gives .*404"):
         SlimBrain.from_pretrained("someone/other")

@@ -23,7 +23,7 @@ def main() -> int:
         __doc__.splitlines()[0],
         "python tools/explain.py runs/name --data data/mylab --task configs/downstream/synthetic_score.yaml",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_OR_WEIGHTS", help="a run, or one of its checkpoints")
+    parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="as for probe.py")
     parser.add_argument("--data", required=True, metavar="DATASET", help="of make_shards.py")
     parser.add_argument("--task", type=Path, required=True, metavar="TASK.yaml", help="classification or regression")
     parser.add_argument("--subjects", type=int, default=8, metavar="N", help="test subjects to explain (default: 8)")
@@ -42,8 +42,7 @@ def main() -> int:
     parser.add_argument(
         "--weights",
         choices=("encoder", "target"),
-        default="encoder",
-        help="the online encoder (default) or its moving average",
+        help="the online encoder (default) or its moving average; an export has one of them",
     )
     args = parser.parse_args()
     if args.subjects < 1:
@@ -92,9 +91,9 @@ def main() -> int:
         "run": str(args.run),
         "data": str(args.data),
         "step": model.step,
-        "weights": args.weights,
+        "weights": model.made["weights"],
     }
-    out = args.out or model.run_folder / "report" / explanation.FOLDER
+    out = args.out or model.results / "report" / explanation.FOLDER
     explained = explanation.explain(model, dataset, task, cases, asked, features, output, args.start)
     events = None
     if states is not None and states.events is not None:
@@ -104,9 +103,10 @@ def main() -> int:
         facts = explanation.write(out, dataset, task, cases, explained, args.start, facts, advance, events)
     for _, words in explanation.remarks(facts):
         print(words)
+    page = f", then python tools/report.py {model.run_folder}" if model.results == model.run_folder else ""
     summary(
         {"map": str(out / f"{task.name}.nii.gz"), "explained": len(asked), **facts},
-        f"look at {out / (task.name + '.png')}, then python tools/report.py {model.run_folder}",
+        f"look at {out / (task.name + '.png')}" + page,
         args.json,
     )
     return DONE

@@ -49,12 +49,12 @@ def main() -> int:
     cases = find_cases(task, dataset, ours.settings.windows.k, args.task)
     splits = make_splits(task, cases, args.task)
     name = tuned.SCRATCH if args.from_scratch else tuned.FINETUNED
-    folder = (args.out or ours.run_folder) / "finetune" / f"{task.name}-{name}"
+    folder = (args.out or ours.results) / "finetune" / f"{task.name}-{name}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     method = tuned.Finetuned(
         ours, task.name, dataset, cases, splits, folder, args.overrides, args.from_scratch, train, device
     )
-    report = args.out or ours.run_folder / "report"
+    report = args.out or ours.results / "report"
     # What is wrong with settings or report is told before anything is trained.
     for number in range(len(splits)):
         method.settings(number)

@@ -2,8 +2,9 @@
 
     python tools/probe.py RUN_OR_WEIGHTS [...] --data DATASET --task TASK.yaml [--task TASK.yaml ...] [--out FOLDER]
 
-RUN_OR_WEIGHTS is a run folder (its newest complete checkpoint is taken) or one of its checkpoints; several are one
-recipe trained with several seeds: their scores are averaged. A later call with another task adds to the same report.
+RUN_OR_WEIGHTS is a run folder (its newest complete checkpoint is taken), one of its checkpoints, an exported folder or
+its name on the hub; several are one recipe trained with several seeds: their scores are averaged. A later call with
+another task adds to the same report.
 """
 
 from __future__ import annotations
@@ -28,21 +29,24 @@ def main() -> int:
     )
     parser.add_argument(
         "runs",
-        type=Path,
         nargs="+",
         metavar="RUN_OR_WEIGHTS",
-        help="a run, or one of its checkpoints; several: the same recipe with other seeds",
+        help="a run, a checkpoint, an export or OWNER/NAME; several: the same recipe with other seeds",
     )
     parser.add_argument("--data", required=True, metavar="DATASET", help="of make_shards.py")
     parser.add_argument(
         "--task", type=Path, required=True, action="append", metavar="TASK.yaml", help="may be given more than once"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the report (default: report/ in the first run)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="of the report (default: report/ in the first run; of an export NAME-results/report)",
+    )
     parser.add_argument(
         "--weights",
         choices=("encoder", "target"),
-        default="encoder",
-        help="the online encoder (default) or its moving average",
+        help="the online encoder (default) or its moving average; an export has one of them",
     )
     parser.add_argument(
         "--random-seeds", type=int, default=3, metavar="N", help="random encoders whose mean is scored (default 3)"
@@ -111,15 +115,15 @@ def main() -> int:
     for task, case, split in asked:
         results[task.name], facts[task.name] = probe.summarise(task, case, split, scored[task.name])
         facts[task.name] |= {
-            "run": str(args.runs[0]),
-            "runs": [str(path) for path in args.runs],
+            "run": args.runs[0],
+            "runs": args.runs,
             "random_seeds": seeds[: args.random_seeds],
             "data": str(args.data),
             "step": ours.step,
-            "weights": args.weights,
+            "weights": ours.made["weights"],
             "subjects_seen_in_pretraining": _in_train(case) if seen else 0,
         }
-    out = args.out or ours.run_folder / "report"
+    out = args.out or ours.results / "report"
     report = probe.write_report(out, results, facts)
     for task in tasks:
         _table(task.name, results[task.name], facts[task.name])
@@ -131,7 +135,7 @@ def main() -> int:
     return DONE
 
 
-def _check_recipe(model: SlimBrain, first: SlimBrain, path: Path, first_path: Path) -> None:
+def _check_recipe(model: SlimBrain, first: SlimBrain, path: str, first_path: str) -> None:
     """Refuse a run that is another recipe, or the same run once more."""
     mine, its = ({**one.settings.model_dump(mode="json"), "run": None, "step": one.step} for one in (model, first))
     for name, expected in its.items():

@@ -24,9 +24,12 @@ def main() -> int:
         following = f"open {path}, then python tools/pretrain.py CONFIG.yaml data={folder}"
     elif (folder / "config.yaml").is_file():
         from slim import report  # imports torch, which a dataset's page does without
+        from slim.config import FinetuneSettings, load_run
 
         kind, path = "run", report.write(folder)
         following = f"open {path}, then python tools/probe.py {folder} --data DATASET --task TASK.yaml"
+        if isinstance(load_run(folder / "config.yaml"), FinetuneSettings):
+            following = f"open {path}; its scores stand in the report of finetune.py"
     else:
         got = "neither manifest.json nor config.yaml in it" if folder.is_dir() else "no such folder"
         raise ConfigError(folder, "", got, "the folder of a dataset or of a run")
