@@ -35,10 +35,10 @@ def begin(run: Path) -> None:
         If the run cannot go on with so many processes.
     """
     from launchers.local import prepare_run
-    from slim.config import load_config
+    from slim.config import load_run
 
     config, processes = run / "config.yaml", int(os.environ["WORLD_SIZE"])
-    settings = load_config(config)
+    settings = load_run(config)
     total = settings.run.batch * settings.run.accumulate * settings.run.processes
     accumulate, left = divmod(total, settings.run.batch * processes)
     if left:

@@ -1,36 +1,33 @@
-"""Convert and pretrain on a cluster with SLURM, over as many nodes as you like.
+"""Convert, pretrain and fine-tune on a cluster with SLURM, over as many nodes as you like.
 
     python launchers/slurm.py shards COHORT.yaml [COHORT.yaml ...] --out DATASET --tasks N [key=value ...]
     python launchers/slurm.py pretrain CONFIG.yaml --nodes N --gpus-per-node G [key=value ...]
+    python launchers/slurm.py finetune RUN_OR_WEIGHTS --data DATASET --task TASK.yaml --nodes N --gpus-per-node G
     python launchers/slurm.py status DATASET_OR_RUN
     python launchers/slurm.py cancel DATASET_OR_RUN
 
 A run comes back by itself: before its time limit and when it is preempted it saves and is requeued, a lost process
 or node leads to another attempt from the last complete checkpoint, with other nodes or fewer if need be. A conversion
-is an array of tasks; what fails is tried a second time.
+is an array of tasks; what fails is tried a second time. A fine-tuning is a job for each division of the subjects.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from launchers import attempt, chain, part
+from launchers import chain, finetuning, part, submitted
 from launchers.batch import SLURM, Batch
 from launchers.cluster import (
     SlurmSettings,
-    ask,
     check_cluster,
-    is_over,
-    job_facts,
-    last_error,
     nodes_of,
     require_slurm,
 )
@@ -38,19 +35,16 @@ from launchers.script import probe
 from shards.console import DONE, RESUME, WRONG, Parser, run, summary
 from shards.errors import ConfigError
 from shards.layout import write_atomically
-from shards.reader import Dataset
 from shards.settings import check, read_yaml
-from slim.config import PretrainSettings, load_config
+from slim.config import TrainSettings, load_config
 
-JOB = "job.json"  # in RUN/slurm: the job that was submitted last
+S = TypeVar("S", bound=TrainSettings)
 _FLAGS = ("partition", "account", "qos", "time", "mem", "constraint", "cpus_per_task", "python")
-_POLL = 1.0  # seconds between questions to the controller
-_SURE = 3  # times in a row that a job must look ended: a lost node is requeued a moment later
 
 
 def main() -> int:
     words = sys.argv[1:]
-    commands = {"shards": shards, "pretrain": pretrain, "status": status, "cancel": cancel}
+    commands = {"shards": shards, "pretrain": pretrain, "finetune": finetune, "status": status, "cancel": cancel}
     if words and words[0] in commands:
         return commands[words[0]](words[1:])
     parser = Parser(__doc__.strip(), _EXAMPLE)
@@ -66,68 +60,137 @@ def pretrain(words: list[str]) -> int:
     """Check, write the script, submit it; follow it if asked to."""
     parser = Parser("Pretrain through sbatch: one process per GPU, as often requeued as it takes.", _EXAMPLE)
     parser.prog += " pretrain"
-    add = parser.add_argument
-    add("config", metavar="CONFIG.yaml")
-    add("overrides", nargs="*", metavar="key=value")
-    add("--nodes", required=True, metavar="N", help="a number, or a range such as 2-4: as many as are free")
-    per_node = parser.add_mutually_exclusive_group(required=True)
-    per_node.add_argument("--gpus-per-node", type=int, metavar="G", help="one process per GPU")
-    per_node.add_argument(
-        "--tasks-per-node", type=int, metavar="T", help="processes per node of a cluster without GPUs"
-    )
-    _add_cluster(parser, (*_FLAGS, "max_failures"))
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    _add_nodes(parser)
     args = parser.parse_args(words)
-    fewest, nodes = nodes_of(args.nodes)
-    gpus = args.gpus_per_node or 0
-    tasks = args.tasks_per_node if args.gpus_per_node is None else gpus
-    if tasks < 1:
-        raise ConfigError("command line", "--gpus-per-node", tasks, "1 or more, or --tasks-per-node")
-    cluster = _cluster(args)
-    settings = load_config(args.config, args.overrides)
-    out = Path(settings.run.out).resolve()
-    changes = {"out": str(out), "processes": nodes * tasks}
-    settings = settings.model_copy(update={"run": settings.run.model_copy(update=changes)})
-    wanted = str(nodes) if fewest == nodes else f"{fewest}-{nodes}"
-    script = Batch(cluster, out, wanted, tasks, gpus, cluster.cpus_per_task or settings.run.workers + 1)
+    asked = Asked(args)
+    settings = asked.spread(load_config(args.config, args.overrides))
     if args.dry_run:
-        print(script.text())
+        return asked.dry_run(settings)
+    asked.check([settings])
+    then = f"python tools/probe.py {settings.run.out} --data {settings.data[0].path} --task TASK.yaml"
+    facts = asked.submit(settings, ["launchers/slurm.py", "pretrain", *words], then)
+    ended = DONE
+    if args.follow:
+        ended = submitted.follow(facts["job"], Path(facts["log"]))
+        facts |= {"status": ended, **submitted.progress(Path(facts["run"]))}
+    following = f"python launchers/slurm.py status {facts['run']}"
+    if args.follow and ended == DONE:
+        following = then
+    elif ended == RESUME:
+        following = f"look at {facts['log']}; the same command goes on from the last complete checkpoint"
+    summary(facts, following, args.json)
+    return ended
+
+
+def finetune(words: list[str]) -> int:
+    """A job for each division of the subjects; the command of a fine-tuning then tests what they have trained."""
+    parser = Parser(
+        "Fine-tune through sbatch: a job for each division of the subjects, as often requeued as it takes.",
+        "python launchers/slurm.py finetune runs/lean --data data/mylab --task TASK.yaml --nodes 1 --gpus-per-node 2",
+    )
+    parser.prog += " finetune"
+    finetuning.add_arguments(parser)
+    _add_nodes(parser)
+    args = parser.parse_args(words)
+    asked = Asked(args)
+    method = finetuning.open_call(args, lambda settings: None)
+    numbers = range(len(method.splits))
+    runs = [asked.spread(method.settings(number)) for number in numbers]
+    if args.dry_run:
+        return asked.dry_run(runs[0])
+    asked.check(runs)
+    command = ["launchers/slurm.py", "finetune", *words]
+    then = shlex.join(["python", "tools/finetune.py", *finetuning.words_of(args)])
+    jobs = [asked.submit(asked.spread(method.prepare(number)), command, then) for number in numbers]
+    facts: dict[str, Any] = {name: [job[name] for job in jobs] for name in ("job", "run", "log")}
+    facts["processes"] = jobs[0]["processes"]
+    ended, following = DONE, f"once they have ended: {then}"
+    if args.follow:
+        ends = [submitted.follow(job["job"], Path(job["log"])) for job in jobs]
+        ended, facts["status"] = max(ends), ends
+        following = then
+        if ended != DONE:
+            following = f"look at {jobs[ends.index(ended)]['log']}; the same command goes on"
+    summary(facts, following, args.json)
+    return ended
+
+
+class Asked:
+    """What a submission asks the cluster for.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Of `_add_nodes`.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be meant.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.fewest, self.nodes = nodes_of(args.nodes)
+        self.gpus = args.gpus_per_node or 0
+        self.tasks = args.tasks_per_node if args.gpus_per_node is None else self.gpus
+        if self.tasks < 1:
+            raise ConfigError("command line", "--gpus-per-node", self.tasks, "1 or more, or --tasks-per-node")
+        self.cluster = _cluster(args)
+
+    def spread(self, settings: S) -> S:
+        """The settings of a run for so many processes, in a folder that is the same wherever it is looked at from."""
+        changes = {"out": str(Path(settings.run.out).resolve()), "processes": self.nodes * self.tasks}
+        return settings.model_copy(update={"run": settings.run.model_copy(update=changes)})
+
+    def script(self, settings: TrainSettings) -> Batch:
+        """That of a run."""
+        wanted = str(self.nodes) if self.fewest == self.nodes else f"{self.fewest}-{self.nodes}"
+        cpus = self.cluster.cpus_per_task or settings.run.workers + 1
+        return Batch(self.cluster, Path(settings.run.out), wanted, self.tasks, self.gpus, cpus)
+
+    def dry_run(self, settings: TrainSettings) -> int:
+        """Print the script of a run, and what the cluster says to it; leaves nothing behind."""
+        print(self.script(settings).text())
         if shutil.which("sbatch") is None:
             print("sbatch is not on this machine: no cluster has seen this script", file=sys.stderr)
             return DONE
-    require_slurm()
-    check_cluster(cluster, nodes, gpus, out)
-    _refuse_another(out)
-    accepted = script.test()
-    if args.dry_run:
-        print(accepted)
+        self._accept([settings])
+        print(self.script(settings).test())
         return DONE
-    probe(cluster, fewest, out)
-    commit, steps = _prepare(settings)
-    number = script.submit()
-    log = out / SLURM / f"{number}.log"
-    about = {
-        "job": number,
-        "run": str(out),
-        "log": str(log),
-        "steps": steps,
-        "commit": commit,
-        "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": ["launchers/slurm.py", "pretrain", *words],
-    }
-    write_atomically(out / SLURM / JOB, json.dumps(about, indent=1) + "\n")
-    facts: dict[str, Any] = {"job": number, "run": str(out), "processes": settings.run.processes, "log": str(log)}
-    ended = DONE
-    if args.follow:
-        print(f"job {number}: its log follows; Ctrl-C leaves it running", flush=True)
-        ended = follow(number, log)
-        facts |= {"status": ended, **_progress(out)}
-    following = f"python launchers/slurm.py status {out}"
-    if args.follow and ended == DONE:
-        following = f"python tools/probe.py {out} --data {settings.data[0].path} --task TASK.yaml"
-    elif ended == RESUME:
-        following = f"look at {log}; the same command goes on from the last complete checkpoint"
-    summary(facts, following, args.json)
-    return ended
+
+    def check(self, runs: Sequence[TrainSettings]) -> None:
+        """Refuse what the cluster, a node of it, or a job that is still there would make fail."""
+        self._accept(runs)
+        out = Path(runs[0].run.out)
+        self.script(runs[0]).test()
+        probe(self.cluster, self.fewest, out)
+
+    def _accept(self, runs: Sequence[TrainSettings]) -> None:
+        require_slurm()
+        check_cluster(self.cluster, self.nodes, self.gpus, Path(runs[0].run.out))
+        for settings in runs:
+            submitted.refuse_another(Path(settings.run.out))
+
+    def submit(self, settings: TrainSettings, command: list[str], then: str) -> dict[str, Any]:
+        """Make the folder of a run and queue its job; facts for the summary. `then` is what to call afterwards."""
+        out = Path(settings.run.out)
+        commit, steps = _prepare(settings)
+        number = self.script(settings).submit()
+        log = out / SLURM / f"{number}.log"
+        about = {
+            "job": number,
+            "run": str(out),
+            "log": str(log),
+            "steps": steps,
+            "commit": commit,
+            "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": command,
+            "then": then,
+        }
+        write_atomically(out / SLURM / submitted.JOB, json.dumps(about, indent=1) + "\n")
+        return {"job": number, "run": str(out), "processes": settings.run.processes, "log": str(log)}
 
 
 def shards(words: list[str]) -> int:
@@ -151,6 +214,19 @@ def shards(words: list[str]) -> int:
     if args.dry_run:
         return jobs.dry_run()
     return jobs.convert(["launchers/slurm.py", "shards", *words], args.follow, args.json)
+
+
+def _add_nodes(parser: argparse.ArgumentParser) -> None:
+    """What the submission of a run is called with."""
+    parser.add_argument(
+        "--nodes", required=True, metavar="N", help="a number, or a range such as 2-4: as many as are free"
+    )
+    per_node = parser.add_mutually_exclusive_group(required=True)
+    per_node.add_argument("--gpus-per-node", type=int, metavar="G", help="one process per GPU")
+    per_node.add_argument(
+        "--tasks-per-node", type=int, metavar="T", help="processes per node of a cluster without GPUs"
+    )
+    _add_cluster(parser, (*_FLAGS, "max_failures"))
 
 
 def _add_cluster(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
@@ -177,93 +253,15 @@ def _cluster(args: argparse.Namespace) -> SlurmSettings:
     return check(SlurmSettings, tree | given, args.slurm or "command line")
 
 
-def _prepare(settings: PretrainSettings) -> tuple[str, int]:
+def _prepare(settings: TrainSettings) -> tuple[str, int]:
     """Make the folder of the run, when its data and model have been looked at; the commit, and steps to the end."""
     # These import torch, which takes seconds: all that can be wrong with the call is told before, and without.
+    from launchers.job import open_course
     from launchers.local import git_commit, prepare_run
-    from shards.stream import Stream
-    from slim.batch import geometry_for
 
-    run, datasets = settings.run, [Dataset(item.path) for item in settings.data]
-    geometry_for(settings, datasets)
-    stream = Stream(datasets, [item.weight for item in settings.data], "train", run.seed)
+    steps = settings.run.steps_in_all(open_course(settings).stream.per_epoch, settings.run.processes)
     (prepare_run(settings).parent / SLURM).mkdir(exist_ok=True)
-    return git_commit(), run.steps_in_all(stream.per_epoch, run.processes)
-
-
-def _refuse_another(out: Path) -> None:
-    """A run is trained by one job at a time."""
-    about = _about(out)
-    if about is not None and not is_over(job_facts(about["job"])):
-        raise ConfigError(
-            out,
-            "run.out",
-            f"a run whose job {about['job']} has not ended",
-            "a run that no job works on",
-            f"Wait for it, or call: python launchers/slurm.py cancel {out}",
-        )
-
-
-def follow(number: str, log: Path) -> int:
-    """Print a job's log as it grows, until the job has ended; its exit status (0, 2 or 3)."""
-    at, said, ended = 0, "", 0
-    facts: dict[str, str] | None = None
-    try:
-        while ended < _SURE:
-            facts = job_facts(number)
-            ended = ended + 1 if is_over(facts) else 0
-            at = _print_from(log, at)
-            state = "forgotten" if facts is None else facts["JobState"]
-            reason = "" if facts is None or facts.get("Reason", "None") == "None" else f" ({facts['Reason']})"
-            if state + reason != said:
-                said = state + reason
-                print(f"job {number}: {said.lower() if not ended else said}", file=sys.stderr, flush=True)
-            time.sleep(_POLL)
-    except KeyboardInterrupt:
-        print(f"job {number} goes on", file=sys.stderr)
-        return DONE
-    _print_from(log, at)
-    return _status(number, log, facts)
-
-
-def _print_from(log: Path, at: int) -> int:
-    """Print what a file has grown by."""
-    if not log.exists():
-        return at
-    with open(log, "rb") as file:
-        file.seek(at)
-        new = file.read()
-    sys.stderr.write(new.decode(errors="replace"))
-    sys.stderr.flush()
-    return at + len(new)
-
-
-def _status(number: str, log: Path, facts: dict[str, str] | None) -> int:
-    """Exit status of a job that has ended: its own account, else SLURM's."""
-    own = [line for line in attempt.attempts(log.parent.parent, number) if line["event"] == "ended"]
-    if facts is not None and facts["JobState"] == "COMPLETED":
-        return DONE
-    if own and not own[-1]["again"]:
-        return int(own[-1]["status"])
-    return WRONG if facts is not None and facts.get("ExitCode", "").startswith(f"{WRONG}:") else RESUME
-
-
-def _about(out: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((out / SLURM / JOB).read_text())
-    except FileNotFoundError:
-        return None
-
-
-def _progress(out: Path) -> dict[str, Any]:
-    """How far a run is."""
-    about = _about(out)
-    try:
-        line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    except (FileNotFoundError, IndexError, json.JSONDecodeError):
-        line = {}
-    found = {"step": line.get("step", 0), "steps": None if about is None else about["steps"], "loss": line.get("loss")}
-    return {**found, "checkpoint": attempt.newest_checkpoint(out)}
+    return git_commit(), steps
 
 
 def _folder_of(words: list[str], command: str, does: str) -> tuple[argparse.Namespace, Path]:
@@ -272,9 +270,9 @@ def _folder_of(words: list[str], command: str, does: str) -> tuple[argparse.Name
     parser.add_argument("folder", metavar="DATASET_OR_RUN")
     args = parser.parse_args(words)
     folder = Path(args.folder).resolve()
-    if not (folder / SLURM / JOB).exists() and not (folder / part.PLACE / part.JOB).exists():
+    if not (folder / SLURM / submitted.JOB).exists() and not (folder / part.PLACE / part.JOB).exists():
         expected = "a run or a dataset that was submitted with launchers/slurm.py"
-        raise ConfigError(folder / SLURM / JOB, "", "no such file", expected)
+        raise ConfigError(folder / SLURM / submitted.JOB, "", "no such file", expected)
     require_slurm()
     return args, folder
 
@@ -282,70 +280,24 @@ def _folder_of(words: list[str], command: str, does: str) -> tuple[argparse.Name
 def status(words: list[str]) -> int:
     """Say what the jobs of a run or of a dataset are doing and how far it is."""
     args, folder = _folder_of(words, "status", "What the jobs of a run or of a dataset are doing, and how far it is.")
-    about = _about(folder)
-    facts, following = chain.status(folder) if about is None else _status_of_run(folder, about)
+    about = submitted.about_job(folder)
+    facts, following = chain.status(folder) if about is None else submitted.status(folder, about)
     summary(facts, following, args.json)
     return DONE
-
-
-def _status_of_run(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """What the job of a run is doing and how far it is; what to do next."""
-    number, log = about["job"], Path(about["log"])
-    facts = job_facts(number)
-    own = attempt.attempts(out, number)
-    ended = [line for line in own if line["event"] == "ended"]
-    found: dict[str, Any] = {
-        "run": str(out),
-        "job": number,
-        "state": "forgotten" if facts is None else facts["JobState"],
-    }
-    if facts is not None:
-        found |= {
-            name.lower(): facts[name] for name in ("Reason", "NodeList", "StartTime", "Restarts") if name in facts
-        }
-    found |= _progress(out)
-    found |= {
-        "attempts": sum(line["event"] == "began" for line in own),
-        "failures": sum(line["failed"] for line in ended),
-        "last_end": ended[-1]["why"] if ended else None,
-        "log": str(log),
-    }
-    following = f"tail -f {log}"
-    if is_over(facts):
-        code = _status(number, log, facts)
-        if code == DONE:
-            following = f"python tools/probe.py {out} --data DATASET --task TASK.yaml"
-        else:
-            wrong = last_error(log.read_text(errors="replace").splitlines()) if log.exists() else ""
-            found["error"] = wrong or found["last_end"] or "the job ended without a word"
-            following = f"look at {log}; `{' '.join(['python', *about['command']])}` goes on"
-    return {name: value for name, value in found.items() if value is not None}, following
 
 
 def cancel(words: list[str]) -> int:
     """Cancel the jobs of a run or of a dataset."""
     args, folder = _folder_of(words, "cancel", "Cancel the jobs of a run or of a dataset. What it has saved stays.")
-    about = _about(folder)
+    about = submitted.about_job(folder)
     if about is None:
         command, facts = part.submitted(folder)["command"], {"dataset": str(folder), **chain.cancel(folder)}
         following = "goes on with the runs that are left"
     else:
-        command, facts = about["command"], _cancel_run(folder, about)
+        command, facts = about["command"], submitted.cancel(folder, about)
         following = "goes on from the last complete checkpoint"
     summary(facts, f"`{' '.join(['python', *command])}` {following}", args.json)
     return DONE
-
-
-def _cancel_run(out: Path, about: dict[str, Any]) -> dict[str, Any]:
-    number = about["job"]
-    was = job_facts(number)
-    if not is_over(was):
-        ask("scancel", number)
-        while not is_over(job_facts(number)):
-            time.sleep(_POLL / 4)
-    state = "CANCELLED" if not is_over(was) else "had ended"
-    facts = {"run": str(out), "job": number, "state": state, **_progress(out)}
-    return {name: value for name, value in facts.items() if value is not None}
 
 
 if __name__ == "__main__":

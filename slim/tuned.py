@@ -97,10 +97,11 @@ class Finetuned:
 
     Parameters
     ----------
+    name : `FINETUNED` or `SCRATCH`
+        With the latter they begin with random weights.
     ours : SlimBrain
         Whose encoder is trained on.
-    task : str
-        Its name.
+    task : Task
     dataset, cases
         Of the task.
     splits : list of list of Split
@@ -109,8 +110,6 @@ class Finetuned:
         Each has its run in `folder/seed-K`.
     assignments : sequence of str
         `key=value` for the settings of the runs.
-    from_scratch : bool
-        Begin with random weights.
     train : callable
         Runs a fine-tuning to its end.
     device : torch.device or str
@@ -121,36 +120,46 @@ class Finetuned:
     runs : list of dict, a line for each fine-tuning done
     """
 
+    name: str
     ours: SlimBrain
-    task: str
+    task: Task
     dataset: Dataset
     cases: Cases
     splits: list[list[Split]]
     folder: Path
     assignments: Sequence[str]
-    from_scratch: bool
     train: Callable[[FinetuneSettings], None]
     device: torch.device | str = "cpu"
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def settings(self, number: int) -> FinetuneSettings:
         """Those of one fine-tuning, without the weights it starts with."""
-        ((split),) = self.splits[number]
+        (split,) = self.splits[number]
         out = self.folder / f"seed-{number}"
         data, sessions = str(self.dataset.folder), len(split.train)
-        return settings_for(self.ours, data, out, sessions, self.assignments, number, self.task)
+        return settings_for(self.ours, data, out, sessions, self.assignments, number, self.task.name)
+
+    def prepare(self, number: int) -> FinetuneSettings:
+        """Make the run folder of a fine-tuning, with what it is given; its settings, complete."""
+        (split,) = self.splits[number]
+        return self._prepare(number, probe.make_fold(self.task, self.cases, split)[0])
+
+    def _prepare(self, number: int, fold: Fold) -> FinetuneSettings:
+        settings = self.settings(number)
+        out = Path(settings.run.out)
+        out.mkdir(parents=True, exist_ok=True)
+        self._answers(fold).write(out)
+        if self.name == SCRATCH:
+            return settings
+        start = write_start(out, self.ours.encoder.state_dict())
+        return settings.model_copy(update={"start": start, "before": export.history(self.ours)})
 
     def predict(self, fold: Fold) -> np.ndarray:
         """Probabilities (m, K) or values (m, 1) of the test sessions; trains first, or goes on, or finds it done."""
         (number,) = [n for n, (split,) in enumerate(self.splits) if np.array_equal(split.test, fold.test)]
-        settings, answers = self.settings(number), self._answers(fold)
-        out = Path(settings.run.out)
-        out.mkdir(parents=True, exist_ok=True)
-        answers.write(out)
-        if not self.from_scratch:
-            start = write_start(out, self.ours.encoder.state_dict())
-            settings = settings.model_copy(update={"start": start, "before": export.history(self.ours)})
+        settings, answers = self._prepare(number, fold), self._answers(fold)
         self.train(settings)
+        out = Path(settings.run.out)
         model, step, loss = self._best(out, settings, answers)
         sessions = [self.cases.sessions[row] for row in fold.test]
         geometry = self.ours.geometry

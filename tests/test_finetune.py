@@ -259,7 +259,7 @@ def test_nothing_of_a_test_subject_reaches_the_training(pretrained: Path, people
         raise Stop
 
     for number in range(2):
-        method = Finetuned(ours, "s", opened, cases, splits, tmp_path / str(number), QUICK, False, train)
+        method = Finetuned("finetuned", ours, task, opened, cases, splits, tmp_path / str(number), QUICK, train)
         with pytest.raises(Stop):
             method.predict(make_fold(task, cases, splits[0][0])[0])
         cases.truth_S[cases.subject_N[splits[0][0].test]] = 1e6
@@ -455,7 +455,8 @@ def method_of(pretrained: Path, people: Path, folder: Path, words: tuple, scratc
     cases = find_cases(task, opened, 8, "task.yaml")
     splits = make_splits(task, cases, "task.yaml")
     ours = SlimBrain.from_pretrained(pretrained)
-    method = Finetuned(ours, "s", opened, cases, splits, folder, (*QUICK, "run.epochs=3", *words), scratch, train)
+    name, words = "scratch" if scratch else "finetuned", (*QUICK, "run.epochs=3", *words)
+    method = Finetuned(name, ours, task, opened, cases, splits, folder, words, train)
     return method, make_fold(task, cases, splits[0][0])[0]
 
 

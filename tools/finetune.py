@@ -11,14 +11,11 @@ all else that a pretraining configuration says of data, optimizer, precision, ze
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
-from launchers import local
+from launchers import finetuning, local
 from shards.console import DONE, Parser, run, summary
 from shards.errors import Stopped
-from shards.reader import Dataset
-from slim.task import find_cases, load_task, make_splits
 
 
 def main() -> int:
@@ -26,58 +23,33 @@ def main() -> int:
         __doc__.splitlines()[0],
         "python tools/finetune.py runs/name --data data/mylab --task configs/downstream/synthetic_group.yaml",
     )
-    parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="as for probe.py")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the fine-tuning, such as run.epochs=50")
-    parser.add_argument("--data", required=True, metavar="DATASET", help="of make_shards.py")
-    parser.add_argument("--task", type=Path, required=True, metavar="TASK.yaml", help="with split.kind holdout")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the report and the runs (default: in RUN)")
-    parser.add_argument("--weights", choices=("encoder", "target"), help="as for probe.py")
-    parser.add_argument("--from-scratch", action="store_true", help="from random weights: what does pretraining add?")
+    finetuning.add_arguments(parser)
     args = parser.parse_args()
-    task = load_task(args.task)
+    method = finetuning.open_call(args, train)  # what is wrong with the call is told before anything is trained
 
-    import torch
+    from slim import probe
+    from slim.tuned import SCRATCH
 
-    from slim import probe, tuned
-    from slim.brain import SlimBrain
-
-    tuned.refuse(task, args.task)
-    dataset = Dataset(args.data)
-    ours = SlimBrain.from_pretrained(args.run, args.weights)
-    ours.check_data(dataset)
-    ours.check_unseen(dataset)
-    cases = find_cases(task, dataset, ours.settings.windows.k, args.task)
-    splits = make_splits(task, cases, args.task)
-    name = tuned.SCRATCH if args.from_scratch else tuned.FINETUNED
-    folder = (args.out or ours.results) / "finetune" / f"{task.name}-{name}"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    method = tuned.Finetuned(
-        ours, task.name, dataset, cases, splits, folder, args.overrides, args.from_scratch, train, device
-    )
-    report = args.out or ours.results / "report"
-    # What is wrong with settings or report is told before anything is trained.
-    for number in range(len(splits)):
-        method.settings(number)
-    tuned.check_report(report, task, cases, splits)
-
-    found, _ = probe.run_task(task, cases, {name: method}, args.task)
+    task, name, step = method.task, method.name, method.ours.step
+    report = finetuning.report_of(method, args)
+    found, _ = probe.run_task(task, method.cases, {name: method}, args.task)
     facts = {
         "run": str(args.run),
         "data": args.data,
-        "step": 0 if args.from_scratch else ours.step,
+        "step": 0 if name == SCRATCH else step,
         "runs": method.runs,
         "settings": method.settings(0).model_dump(
             mode="json", include={"head", "optimizer", "run", "zero", "precision"}
         ),
     }
-    about = probe.task_facts(task, cases, splits) | {name: facts}
+    about = probe.task_facts(task, method.cases, method.splits) | {name: facts}
     whole = probe.write_report(report, {task.name: {name: found[name]}}, {task.name: about})
     results, about = whole["tasks"][task.name], whole["facts"][task.name]
     _table(task.name, results, about)
     summary(
         {
             "report": str(report / "report.json"),
-            "runs": str(folder),
+            "runs": str(method.folder),
             "best_steps": ", ".join(str(one["best_step"]) for one in method.runs),
             "tasks": {task.name: results},
             "facts": {task.name: about},

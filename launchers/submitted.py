@@ -1,0 +1,141 @@
+"""The job of a run, once it was submitted: followed, looked at, cancelled."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launchers import attempt
+from launchers.batch import SLURM
+from launchers.cluster import ask, is_over, job_facts, last_error
+from shards.console import DONE, RESUME, WRONG
+from shards.errors import ConfigError
+
+JOB = "job.json"  # in RUN/slurm: the job that was submitted last
+_POLL = 1.0  # seconds between questions to the controller
+_SURE = 3  # times in a row that a job must look ended: a lost node is requeued a moment later
+
+
+def refuse_another(out: Path) -> None:
+    """A run is trained by one job at a time."""
+    about = about_job(out)
+    if about is not None and not is_over(job_facts(about["job"])):
+        raise ConfigError(
+            out,
+            "run.out",
+            f"a run whose job {about['job']} has not ended",
+            "a run that no job works on",
+            f"Wait for it, or call: python launchers/slurm.py cancel {out}",
+        )
+
+
+def follow(number: str, log: Path) -> int:
+    """Print a job's log as it grows, until the job has ended; its exit status (0, 2 or 3)."""
+    print(f"job {number}: its log follows; Ctrl-C leaves it running", flush=True)
+    at, said, ended = 0, "", 0
+    facts: dict[str, str] | None = None
+    try:
+        while ended < _SURE:
+            facts = job_facts(number)
+            ended = ended + 1 if is_over(facts) else 0
+            at = _print_from(log, at)
+            state = "forgotten" if facts is None else facts["JobState"]
+            reason = "" if facts is None or facts.get("Reason", "None") == "None" else f" ({facts['Reason']})"
+            if state + reason != said:
+                said = state + reason
+                print(f"job {number}: {said.lower() if not ended else said}", file=sys.stderr, flush=True)
+            time.sleep(_POLL)
+    except KeyboardInterrupt:
+        print(f"job {number} goes on", file=sys.stderr)
+        return DONE
+    _print_from(log, at)
+    return _status(number, log, facts)
+
+
+def _print_from(log: Path, at: int) -> int:
+    """Print what a file has grown by."""
+    if not log.exists():
+        return at
+    with open(log, "rb") as file:
+        file.seek(at)
+        new = file.read()
+    sys.stderr.write(new.decode(errors="replace"))
+    sys.stderr.flush()
+    return at + len(new)
+
+
+def _status(number: str, log: Path, facts: dict[str, str] | None) -> int:
+    """Exit status of a job that has ended: its own account, else SLURM's."""
+    own = [line for line in attempt.attempts(log.parent.parent, number) if line["event"] == "ended"]
+    if facts is not None and facts["JobState"] == "COMPLETED":
+        return DONE
+    if own and not own[-1]["again"]:
+        return int(own[-1]["status"])
+    return WRONG if facts is not None and facts.get("ExitCode", "").startswith(f"{WRONG}:") else RESUME
+
+
+def about_job(out: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((out / SLURM / JOB).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def progress(out: Path) -> dict[str, Any]:
+    """How far a run is."""
+    about = about_job(out)
+    try:
+        line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    except (FileNotFoundError, IndexError, json.JSONDecodeError):
+        line = {}
+    found = {"step": line.get("step", 0), "steps": None if about is None else about["steps"], "loss": line.get("loss")}
+    return {**found, "checkpoint": attempt.newest_checkpoint(out)}
+
+
+def status(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What the job of a run is doing and how far it is; what to do next."""
+    number, log = about["job"], Path(about["log"])
+    facts = job_facts(number)
+    own = attempt.attempts(out, number)
+    ended = [line for line in own if line["event"] == "ended"]
+    found: dict[str, Any] = {
+        "run": str(out),
+        "job": number,
+        "state": "forgotten" if facts is None else facts["JobState"],
+    }
+    if facts is not None:
+        found |= {
+            name.lower(): facts[name] for name in ("Reason", "NodeList", "StartTime", "Restarts") if name in facts
+        }
+    found |= progress(out)
+    found |= {
+        "attempts": sum(line["event"] == "began" for line in own),
+        "failures": sum(line["failed"] for line in ended),
+        "last_end": ended[-1]["why"] if ended else None,
+        "log": str(log),
+    }
+    following = f"tail -f {log}"
+    if is_over(facts):
+        code = _status(number, log, facts)
+        if code == DONE:
+            following = about["then"]
+        else:
+            wrong = last_error(log.read_text(errors="replace").splitlines()) if log.exists() else ""
+            found["error"] = wrong or found["last_end"] or "the job ended without a word"
+            following = f"look at {log}; `{' '.join(['python', *about['command']])}` goes on"
+    return {name: value for name, value in found.items() if value is not None}, following
+
+
+def cancel(out: Path, about: dict[str, Any]) -> dict[str, Any]:
+    number = about["job"]
+    was = job_facts(number)
+    if not is_over(was):
+        ask("scancel", number)
+        while not is_over(job_facts(number)):
+            time.sleep(_POLL / 4)
+    state = "CANCELLED" if not is_over(was) else "had ended"
+    facts = {"run": str(out), "job": number, "state": state, **progress(out)}
+    return {name: value for name, value in facts.items() if value is not None}
