@@ -21,11 +21,23 @@ from slim.task import fact
 
 
 def connectome(
-    dataset: Dataset, sessions: list[dict[str, Any]], advance: Callable[[int], None] | None = None
+    dataset: Dataset,
+    sessions: list[dict[str, Any]],
+    kept: bool = False,
+    advance: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Functional connectivity of whole runs: correlations (Ledoit-Wolf) between parcels, float32 (N, E).
+    """Functional connectivity: correlations (Ledoit-Wolf) between parcels, float32 (N, E).
 
     Only parcels that every session has are used. Nothing is estimated across sessions.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    sessions : list of dict
+    kept : bool
+        Of the frames of kept windows alone, which are all that an encoder reads; else of whole runs.
+    advance : callable, optional
+        Called with 1 for each session read.
 
     Raises
     ------
@@ -34,8 +46,9 @@ def connectome(
     """
     series, labels = [], []
     for session in sessions:
-        arrays = dataset.read(session, ("roi", "roi_number"))
-        series.append(arrays["roi"])
+        arrays = dataset.read(session, ("roi", "roi_number", "start"))
+        frames = np.unique(arrays["start"][:, None] + np.arange(dataset.frames))
+        series.append(arrays["roi"][:, frames] if kept else arrays["roi"])
         labels.append(arrays["roi_number"])
         if advance:
             advance(1)

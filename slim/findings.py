@@ -26,6 +26,7 @@ _METHODS = {
     "random": "same encoder, random weights",
     "scratch": "same encoder, trained on the task alone",
     "connectome": "functional connectivity",
+    "connectome_kept": "the same, of the kept windows alone",
     "parcel_means": "parcel means",
     "mean_image": "mean image",
     "confounds": "confounds alone",

@@ -1,10 +1,10 @@
 """Linear probes of frozen features beside the baselines, with intervals that a reviewer accepts.
 
-Every method (our weights, random weights with the same pooling, functional connectivity, the mean image; where states
-are decoded the parcel means of a window; where confounds are named those alone) goes through the same lines with the
-same splits: standardise, ridge or logistic regression whose penalty was chosen on the validation subjects, or by a
-cross-validation inside the training subjects (`slim.linear`; attentive pooling is itself fitted there), one prediction
-for each test subject (the mean over its sessions) or window.
+Every method (our weights, random weights with the same pooling, functional connectivity of the whole run and of the
+windows that were kept, the mean image; where states are decoded the parcel means of a window; where confounds are
+named those alone) goes through the same lines with the same splits: standardise, ridge or logistic regression whose
+penalty was chosen on the validation subjects, or by a cross-validation inside the training subjects (`slim.linear`;
+attentive pooling is itself fitted there), one prediction for each test subject (the mean over its sessions) or window.
 
 Intervals resample subjects, never sessions or windows, and are paired: all methods are scored on the same draws. They
 carry the chance of which subjects were tested, not that of training on other ones. p is by permutation: the answers of
@@ -39,7 +39,12 @@ from slim.task import Cases, Task, make_splits
 OURS = "ours"
 REPORT = "report.json"
 _QUESTION = ("type", "label", "split", "subjects", "test_subjects")  # facts that say what was asked of whom
-COMPARED = ("random", "connectome", "parcel_means")  # methods whose paired difference to ours is reported
+COMPARED = (
+    "random",
+    "connectome",
+    "connectome_kept",
+    "parcel_means",
+)  # methods whose paired difference to ours is reported
 
 
 class Method(Protocol):
@@ -168,6 +173,7 @@ def baselines(task: Task, cases: Cases, dataset: Dataset) -> dict[str, Method]:
         methods["parcel_means"] = _fixed(baseline.parcel_means(dataset, cases.sessions, cases.window_N))
     else:
         methods["connectome"] = _fixed(baseline.connectome(dataset, sessions)[row_N])
+        methods["connectome_kept"] = _fixed(baseline.connectome(dataset, sessions, kept=True)[row_N])
     methods["mean_image"] = _fixed(baseline.mean_image(dataset, sessions)[row_N])
     if task.confounds:
         methods["confounds"] = _fixed(baseline.confounds(cases.sessions, task.confounds))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nilearn.connectome import ConnectivityMeasure
 from sklearn import metrics as sk
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
@@ -393,6 +394,19 @@ def test_baselines_are_what_their_names_say(dataset: Path):
     plain = np.corrcoef(arrays[0]["roi"][rows])[np.tril_indices(len(rows), -1)]
     assert np.corrcoef(plain, found[0])[0, 1] > 0.999  # shrunk towards 0, otherwise the same
 
+    def five(session: dict, names: tuple) -> dict:
+        return {name: value[:5] if name == "start" else value for name, value in opened.read(session, names).items()}
+
+    first = five(opened.sessions[0], ("start",))["start"]
+    frames = sorted({int(start) + frame for start in first for frame in range(opened.frames)})
+    assert len(frames) == 25 < arrays[0]["roi"].shape[1]
+    series_TR = StandardScaler().fit_transform(arrays[0]["roi"][rows][:, frames].T.astype(np.float64))
+    measure = ConnectivityMeasure(kind="correlation", vectorize=True, discard_diagonal=True, standardize=False)
+    fewer: Any = SimpleNamespace(read=five, frames=opened.frames, folder=opened.folder)
+    kept = baseline.connectome(fewer, opened.sessions[:2], kept=True)
+    np.testing.assert_allclose(kept[0], measure.fit_transform([series_TR])[0], atol=1e-5)
+    assert not np.allclose(kept, baseline.connectome(fewer, opened.sessions[:2]), atol=1e-2)
+
     image = baseline.mean_image(opened, opened.sessions)
     patches, insides = [], []
     for session in opened.sessions:
@@ -469,7 +483,7 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     done = command("tools/probe.py", run, "--data", data, "--task", group, "--task", who, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    methods = {"ours", "random", "connectome", "mean_image"}
+    methods = {"ours", "random", "connectome", "connectome_kept", "mean_image"}
     assert report["tasks"].keys() == {"g", "f"} and report["step"] == 2
     assert report["tasks"]["g"].keys() == methods and report["tasks"]["f"].keys() == methods
     for method in methods:
@@ -481,7 +495,11 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     facts = report["facts"]["g"]
     assert facts["sessions"] == 20 and facts["subjects"] == facts["test_subjects"] == 10
     assert facts["subjects_seen_in_pretraining"] == 7
-    assert facts["differences"].keys() == {"random", "connectome"} and facts["random_seeds"] == [0, 1, 2]
+    assert facts["differences"].keys() == {"random", "connectome", "connectome_kept"} and facts["random_seeds"] == [
+        0,
+        1,
+        2,
+    ]
     found = report["tasks"]["f"]["random"]["map"]
     assert len(found["seeds"]) == 3 and found["value"] == pytest.approx(np.mean(found["seeds"]))
     assert "seeds" not in report["tasks"]["f"]["ours"]["map"]

@@ -33,6 +33,12 @@ FRAMES, PRETRAINED, PROBED = 240, 120, 200  # frames of a session; people, two s
 PARTS = ("main", "view", "ranker", "targets", "pooling")
 # Random weights: as training begins, and a control whose positions hardly weigh, so that it maps every patch alike.
 RANDOM = {"random": "random weights", "control": "random weights, small positions"}
+BASELINES = {
+    "connectome": "functional connectivity",
+    "connectome_kept": "functional connectivity, kept windows",
+    "parcel_means": "parcel means of the window",
+    "mean_image": "mean image",
+}
 POOLINGS = ("mean", "mean+sd", "location", "attentive", "cov")
 
 
@@ -187,7 +193,7 @@ class Experiments:
         from shards.reader import Dataset
         from slim import comparison
 
-        if all(self.baseline_path(snr, name).exists() for name in ("connectome", "mean_image", "parcel_means")):
+        if all(self.baseline_path(snr, name).exists() for name in BASELINES):
             return
         dataset = Dataset(self.dataset("probed", snr))
         for name, draws in comparison.baseline_draws(dataset, self.questions(dataset, snr)).items():
@@ -276,11 +282,7 @@ class Tables:
             rows += self.row(variant.words, self.scores(variant.name, snr), self.ranks(variant.name, snr), snr)
         for random, words in RANDOM.items():
             rows += self.row(words, self.scores("default", snr, random), "", snr)
-        for name, words in (
-            ("connectome", "functional connectivity"),
-            ("parcel_means", "parcel means of the window"),
-            ("mean_image", "mean image"),
-        ):
+        for name, words in BASELINES.items():
             rows += self.row(words, self.baseline(name, snr), "", snr)
         return table([f"voxel SNR {snr:g}", *HEAD], rows)
 
