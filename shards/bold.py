@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,7 +292,9 @@ def _computed_mask(bold: Bold) -> np.ndarray:
     for volume in bold.volumes(wanted):
         mean += volume / len(wanted)
     try:
-        return compute_epi_mask(nib.Nifti1Image(mean.astype(np.float32), bold.affine)).get_fdata() > 0.5
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an empty mask, which is refused by name
+            return compute_epi_mask(nib.Nifti1Image(mean.astype(np.float32), bold.affine)).get_fdata() > 0.5
     except Exception as error:  # nilearn raises many types for images without a brain
         raise RunRefused(
             bold.run.source,

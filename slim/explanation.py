@@ -8,7 +8,8 @@
         TASK.png               both maps on the mean image;  TASK_windows.png  ranking and shares over time
         TASK.json              facts: scores, gaps, windows, strongest places
 
-Maps lie on the grid of the dataset. A session is explained by the probe of the fold that its subject was not in.
+Maps lie on the grid of the dataset. A session is explained by the probe of the fold that its subject was not in. Where
+states are decoded, what is explained is the mean over all windows of a session that are in one state.
 
 Legend: X, Y, Z voxels of the grid; K windows in time order; F frames; M patches; V voxels of a patch.
 """
@@ -33,10 +34,11 @@ from shards.grid import Grid
 from shards.layout import dump, write_atomically
 from shards.patches import scatter
 from shards.reader import Dataset
-from slim.attribution import TOLERANCE, Attribution, Start, fit_score, integrated_gradients
+from slim.attribution import TOLERANCE, Attribution, Start, integrated_gradients
 from slim.brain import SlimBrain
 from slim.pooling import Features
 from slim.probe import make_fold
+from slim.score import fit_score, fit_state_score
 from slim.splits import Fold
 from slim.task import Cases, Task, make_splits
 
@@ -51,32 +53,61 @@ _SHOWN = 90  # percentile of the map above which a picture colours it
 
 @dataclass(frozen=True)
 class Asked:
-    """A session to explain, and the probe that has not seen its subject."""
+    """A session to explain, and the probe that has not seen its subject.
+
+    Attributes
+    ----------
+    row : of the task, one of the session
+    fold : Fold
+    unit : what one of the fold's z-scored answers is in the unit of the label
+    start_w : starts (s) of the windows in the state; None where sessions answer
+    """
 
     row: int
     fold: Fold
     unit: float
+    start_w: np.ndarray | None = None
 
 
 def check_task(task: Task, where: str | Path) -> None:
-    """Refuse a task that fits no probe of whole sessions.
+    """Refuse a task that fits no probe.
 
     Raises
     ------
     ConfigError
     """
-    if task.type not in ("classification", "regression"):
-        expected = "classification or regression: the prediction of a probe is what is explained"
+    if task.type == "fingerprint":
+        expected = "classification, regression or state: the prediction of a probe is what is explained"
         raise ConfigError(where, "type", task.type, expected)
 
 
-def choose(task: Task, cases: Cases, where: str | Path, subjects: int) -> list[Asked]:
-    """Test sessions of the first repeat: those of so many subjects, spread evenly over the classes or values."""
+def choose(task: Task, cases: Cases, where: str | Path, subjects: int, output: int = 0) -> list[Asked]:
+    """Test sessions of the first repeat: those of so many subjects, spread evenly over the classes or values.
+
+    Where states are decoded: sessions with windows of the class `output`, of subjects spread evenly over all.
+    """
     folds = _folds(task, cases, where)
+    if cases.window_N is not None and cases.state_N is not None:
+        in_state_N = cases.state_N == output
+        tested = np.unique(cases.subject_N[np.concatenate([fold.test for fold, _ in folds])])
+        chosen = _spread(tested[np.isin(tested, cases.subject_N[in_state_N])], subjects)
+        asked = []
+        for fold, unit in folds:
+            rows = fold.test[in_state_N[fold.test] & np.isin(cases.subject_N[fold.test], chosen)]
+            keys = np.array([cases.sessions[row]["key"] for row in rows])
+            for key in np.unique(keys):
+                of_session = rows[keys == key]
+                asked.append(Asked(int(of_session[0]), fold, unit, cases.window_N[of_session]))
+        return asked
     tested = np.unique(np.concatenate([cases.subject_N[fold.test] for fold, _ in folds]))
     ordered = tested[np.argsort(cases.truth_S[tested], kind="stable")]
-    chosen = ordered[np.unique(np.linspace(0, len(ordered) - 1, min(subjects, len(ordered))).round().astype(int))]
+    chosen = _spread(ordered, subjects)
     return [Asked(int(row), fold, unit) for fold, unit in folds for row in fold.test if cases.subject_N[row] in chosen]
+
+
+def _spread(ordered: np.ndarray, count: int) -> np.ndarray:
+    """So many of them, at even distances."""
+    return ordered[np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))]
 
 
 def _folds(task: Task, cases: Cases, where: str | Path) -> list[tuple[Fold, float]]:
@@ -96,7 +127,7 @@ def explain(
     task: Task,
     cases: Cases,
     asked: Sequence[Asked],
-    features: Sequence[Features],
+    features: Mapping[str, Features],
     output: int,
     start: Start,
     tolerance: float = TOLERANCE,
@@ -105,18 +136,23 @@ def explain(
 
     Parameters
     ----------
-    features : sequence of Features
-        Of all sessions of the task, in the order of `cases.sessions`.
+    features : mapping of str to Features
+        Of all sessions of the task, by key.
     output : int
         Class whose logit is explained; not used in a regression.
     start, tolerance : see `slim.attribution.integrated_gradients`
     """
-    fold, score = None, None
+    once, each = ([features[s["key"]] for s in rows] for rows in (cases.distinct(), cases.sessions))
+    fold = None
     for item in asked:
-        if fold is not item.fold or score is None:
-            fold = item.fold
-            score = fit_score(features, task.pooling, task.components, fold, output, item.unit)
         session = cases.sessions[item.row]
+        if item.start_w is not None:
+            if fold is not item.fold:
+                of_windows = fit_state_score(once, cases, task.pooling, item.fold, output)
+            score = of_windows(features[session["key"]], item.start_w)
+        elif fold is not item.fold:
+            score = fit_score(each, task.pooling, task.components, item.fold, output, item.unit)
+        fold = item.fold
         yield session, integrated_gradients(model, dataset, session, score, start, tolerance)
 
 

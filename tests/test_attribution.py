@@ -22,12 +22,14 @@ from shards.patches import scatter
 from shards.reader import Dataset
 from slim import attribution, explanation
 from slim.attentive import Attentive
-from slim.attribution import Score, fit_score, integrated_gradients
+from slim.attribution import integrated_gradients
 from slim.brain import SlimBrain
 from slim.linear import Linear
 from slim.pooling import at_places, common_places, pool, principal_axes
+from slim.probe import encoder_method, make_fold
+from slim.score import Score, _weights, cov, fit_score, fit_state_score, location, mean, mean_sd
 from slim.splits import Fold
-from slim.task import load_task
+from slim.task import find_cases, load_task, make_splits
 
 POOLINGS = ["mean", "mean+sd", "location", "cov", "attentive"]
 
@@ -69,15 +71,51 @@ def test_the_score_is_that_of_the_probe(features, kind: str, pooling: str):
         assert float(other(token_SLC)) == pytest.approx(-expected, rel=1e-4, abs=1e-5)
 
 
+@pytest.fixture
+def states(opened: Dataset, tmp_path: Path) -> tuple[Path, Path]:
+    """A task of three states, three windows each in turn, and the folder of its events."""
+    width = opened.frames * opened.manifest["tr"]
+    rows = [f"{3 * width * turn}\t{3 * width}\t{['look', 'move', 'rest'][turn % 3]}" for turn in range(4)]
+    for session in opened.sessions:
+        (tmp_path / f"{session['subject']}.tsv").write_text("\n".join(["onset\tduration\ttrial_type", *rows]))
+    path = tmp_path / "doing.yaml"
+    path.write_text(
+        "{name: doing, type: state, pooling: location, split: {kind: folds, folds: 3, repeats: 1}, "
+        'events: {path: "{subject}.tsv", delay: 0}}'
+    )
+    return path, tmp_path
+
+
+@pytest.mark.parametrize("pooling", ["mean", "location"])
+def test_logits_of_states_are_those_of_the_probe(features, opened: Dataset, states: tuple[Path, Path], pooling: str):
+    """Of single windows, and the mean of several."""
+    path, folder = states
+    task = load_task(path).model_copy(update={"pooling": pooling})
+    cases = find_cases(task, opened, 8, path, folder)
+    assert cases.classes == ["look", "move", "rest"] and len(cases.sessions) == 72
+    fold = make_fold(task, cases, make_splits(task, cases, path)[0][0])[0]
+    by_key = {item.key: item for item in features}
+    guess_mK = encoder_method(task, cases, by_key).predict(fold)
+    of = [fit_state_score(features, cases, pooling, fold, output) for output in range(3)]
+    found_mK = np.zeros_like(guess_mK)
+    for number, row in enumerate(fold.test):
+        item = by_key[cases.sessions[row]["key"]]
+        tokens = torch.from_numpy(at_places(item, common_places(features)))
+        found_mK[number] = [float(score(item, cases.window_N[[row]])(tokens)) for score in of]
+    expected_mK = np.log(guess_mK) - np.log(guess_mK).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(found_mK - found_mK.mean(axis=1, keepdims=True), expected_mK, atol=2e-4)
+    several = fold.test[[cases.sessions[row] is cases.sessions[fold.test[-1]] for row in fold.test]]
+    together = float(of[1](item, cases.window_N[several])(tokens))
+    assert together == pytest.approx(found_mK[np.isin(fold.test, several), 1].mean(), abs=1e-4)
+
+
 def test_logits_of_three_classes_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     train_nP, y_n = rng.normal(size=(12, 40)), np.arange(12) % 3
     fold = Fold("classification", 3, np.arange(12), np.arange(0), y_n, np.arange(12), 0)
     z_nP = (train_nP - train_nP.mean(0)) / (train_nP.std(0) * np.sqrt(40))
     model = LogisticRegression(C=10, class_weight="balanced", tol=1e-10, max_iter=10_000).fit(z_nP, y_n)
-    logit_nK = np.stack(
-        [train_nP @ w_P + b for w_P, b in (attribution._weights(fold, 0.1, train_nP, k) for k in range(3))]
-    )
+    logit_nK = np.stack([train_nP @ w_P + b for w_P, b in (_weights(fold, 0.1, train_nP, k) for k in range(3))])
     np.testing.assert_allclose(logit_nK.T, model.decision_function(z_nP), atol=1e-3)
 
 
@@ -88,17 +126,15 @@ def test_poolings_in_torch_are_those_of_numpy(features, pooling: str):
     place_L = common_places(features)
     token_SLC = torch.from_numpy(at_places(features[5], place_L))
     if pooling == "cov":
-        found = attribution.cov(token_SLC, torch.tensor(principal_axes(features[:5], place_L, 3).copy()))
+        found = cov(token_SLC, torch.tensor(principal_axes(features[:5], place_L, 3).copy()))
     else:
-        found = {"mean": attribution.mean, "mean+sd": attribution.mean_sd, "location": attribution.location}[pooling](
-            token_SLC
-        )
+        found = {"mean": mean, "mean+sd": mean_sd, "location": location}[pooling](token_SLC)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_that_do_not_vary_have_no_gradient():
     token_SLC = torch.zeros(6, 2, 4).requires_grad_()
-    for pooled in (attribution.mean_sd(token_SLC), attribution.cov(token_SLC, torch.eye(4)[:, :2])):
+    for pooled in (mean_sd(token_SLC), cov(token_SLC, torch.eye(4)[:, :2])):
         (slope_SLC,) = torch.autograd.grad(pooled.sum(), token_SLC)
         assert torch.isfinite(pooled).all() and torch.isfinite(slope_SLC).all()
 
@@ -138,7 +174,7 @@ def test_exact_for_a_linear_model(model: SlimBrain, opened: Dataset):
     try:
         groups = attribution._Groups(model, opened, session)
         weight_C = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-        score = Score(attribution.mean, groups.place_L, weight_C, 3.0, 1.0)
+        score = Score(mean, groups.place_L, weight_C, 3.0, 1.0)
         found = integrated_gradients(model, opened, session, score, "empty")
     finally:
         model.encoder = was
@@ -263,8 +299,6 @@ def test_maps_lie_where_the_brain_lies(written, opened: Dataset):
 
 
 def test_test_sessions_alone_are_explained(opened: Dataset, tmp_path: Path):
-    from slim.task import find_cases
-
     path = tmp_path / "score.yaml"
     path.write_text(TASK)
     task = load_task(path)
@@ -272,6 +306,30 @@ def test_test_sessions_alone_are_explained(opened: Dataset, tmp_path: Path):
     for asked in explanation.choose(task, cases, path, 6):
         assert asked.row in asked.fold.test and cases.subject_N[asked.row] not in cases.subject_N[asked.fold.train]
     assert len(explanation.choose(task, cases, path, 99)) == 6
+
+
+def test_states_are_explained_by_their_own_windows(
+    model: SlimBrain, dataset: Path, opened: Dataset, states: tuple[Path, Path], tmp_path: Path
+):
+    path, folder = states
+    words = ("--data", dataset, "--task", path, "--events", folder, "--class", "move", "--subjects", 2, "--json")
+    done = run_command("tools/explain.py", model.run_folder, *words, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "out" / "doing.json").read_text())
+    assert facts["score"].startswith("logit of move, mean over") and len(facts["sessions"]) == 2
+    assert "Complete: in 2 sessions" in done.stdout
+    for line in facts["sessions"]:
+        own = nib.load(tmp_path / "out" / "doing" / f"{line['key']}.nii.gz").get_fdata()
+        assert own.sum() == pytest.approx(line["score"] - line["at_start"], abs=abs(line["gap"]) + 1e-4)
+        size = np.array([window["mean_absolute"] for window in line["windows"]])
+        assert size[3:6].min() > size[[0, 1, 2, 6, 7, 8, 9, 10, 11]].max()  # others take part as what it is read with
+
+    task = load_task(path)
+    cases = find_cases(task, opened, 8, path, folder)
+    for asked in explanation.choose(task, cases, path, 6, 1):
+        assert cases.subject_N[asked.row] not in cases.subject_N[asked.fold.train] and len(asked.start_w) == 3
+    done = run_command("tools/explain.py", model.run_folder, *words[:6], "--class", "sleep")
+    assert done.returncode == 2 and "--class: got sleep" in done.stderr
 
 
 def test_what_cannot_be_explained_is_told_in_one_line(model, dataset, tmp_path, monkeypatch, capsys):
@@ -287,7 +345,7 @@ def test_what_cannot_be_explained_is_told_in_one_line(model, dataset, tmp_path, 
         return line
 
     path.write_text("{name: who, type: fingerprint, split: {kind: all}}")
-    assert "type: got fingerprint, expected classification or regression" in error()
+    assert "type: got fingerprint, expected classification, regression or state" in error()
     path.write_text(TASK)
     assert "--class: got A" in error("--class", "A")
     assert "--subjects: got 0" in error("--subjects", 0)

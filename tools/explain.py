@@ -2,7 +2,8 @@
 
     python tools/explain.py RUN_OR_WEIGHTS --data DATASET --task TASK.yaml [--subjects N] [--out FOLDER]
 
-Integrated gradients of the linear probe's score, fitted without the subjects that are explained. Writes maps (NIfTI on
+Integrated gradients of the linear probe's score, fitted without the subjects that are explained; where states are
+decoded, of the windows in one state (`--class`). Writes maps (NIfTI on
 the dataset's grid), pictures and facts to RUN/report/explain; tools/report.py shows them on the page of the run.
 """
 
@@ -25,7 +26,9 @@ def main() -> int:
     )
     parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="as for probe.py")
     parser.add_argument("--data", required=True, metavar="DATASET", help="of make_shards.py")
-    parser.add_argument("--task", type=Path, required=True, metavar="TASK.yaml", help="classification or regression")
+    parser.add_argument(
+        "--task", type=Path, required=True, metavar="TASK.yaml", help="classification, regression or state"
+    )
     parser.add_argument("--subjects", type=int, default=8, metavar="N", help="test subjects to explain (default: 8)")
     parser.add_argument("--class", dest="label", metavar="NAME", help="whose logit is explained (default: the last)")
     parser.add_argument(
@@ -48,9 +51,10 @@ def main() -> int:
     if args.subjects < 1:
         raise ConfigError("command line", "--subjects", args.subjects, "1 or more")
     task, dataset = load_task(args.task), Dataset(args.data)
-    states = load_task(args.states) if args.states else None
+    told = args.task if task.type == "state" and not args.states else args.states
+    states = load_task(told) if told else None
     if states is not None and states.events is None:
-        raise ConfigError(args.states, "type", states.type, "state, a task with events")
+        raise ConfigError(told, "type", states.type, "state, a task with events")
 
     import torch
 
@@ -63,21 +67,22 @@ def main() -> int:
     model.check_data(dataset)
     model.check_unseen(dataset)
     check_start(model, args.start)
-    cases = find_cases(task, dataset, model.settings.windows.k, args.task)
-    asked = explanation.choose(task, cases, args.task, args.subjects)
+    cases = find_cases(task, dataset, model.settings.windows.k, args.task, args.events)
     output, unit = 0, f"predicted {task.label}"
-    if task.type == "classification":
+    if task.type != "regression":
         label = args.label or cases.classes[-1]
         if label not in cases.classes:
             raise ConfigError("command line", "--class", label, f"one of {', '.join(cases.classes)}")
         output, unit = cases.classes.index(label), f"logit of {label}"
+        unit += ", mean over the windows of a session in that state" if task.type == "state" else ""
     elif args.label:
         raise ConfigError("command line", "--class", args.label, "nothing, as a regression has no classes")
+    asked = explanation.choose(task, cases, args.task, args.subjects, output)
 
-    features = []
-    with progress("encode", len(cases.sessions), "sessions") as advance:
-        for session in cases.sessions:
-            features.append(model.encode_session(dataset, session))
+    features, sessions = {}, cases.distinct()
+    with progress("encode", len(sessions), "sessions") as advance:
+        for session in sessions:
+            features[session["key"]] = model.encode_session(dataset, session)
             advance(1, "")
     facts = {
         "task": task.name,
@@ -97,8 +102,8 @@ def main() -> int:
     explained = explanation.explain(model, dataset, task, cases, asked, features, output, args.start)
     events = None
     if states is not None and states.events is not None:
-        root = args.events or args.states.parent / (states.events.root or ".")
-        events = partial(read_events, states.events, root, where=args.states)
+        root = args.events or told.parent / (states.events.root or ".")
+        events = partial(read_events, states.events, root, where=told)
     with progress("explain", len(asked), "sessions") as advance:
         facts = explanation.write(out, dataset, task, cases, explained, args.start, facts, advance, events)
     for _, words in explanation.remarks(facts):
