@@ -30,7 +30,7 @@ CONFIG = ROOT / "configs/experiments.yaml"
 TASKS = ("group", "score", "fingerprint", "state")
 GRID = ("grid.mm=8", "grid.shape=[24,24,24]", "windows.keep=24")
 FRAMES, PRETRAINED, PROBED = 240, 120, 200  # frames of a session; people, two sessions each
-PARTS = ("main", "view", "ranker", "targets", "pooling")
+PARTS = ("main", "steps", "view", "ranker", "targets", "pooling")
 # Random weights: as training begins, and a control whose positions hardly weigh, so that it maps every patch alike.
 RANDOM = {"random": "random weights", "control": "random weights, small positions"}
 BASELINES = {
@@ -58,6 +58,7 @@ OBJECTIVES = (
     Variant("mae", "MAE", ("objective=mae",)),
     Variant("mae-sig", "MAE + SIG", ("objective=mae", "loss.sig=1")),
 )
+LENGTHS = (Variant("short", "a third of them", ("run.steps=1500",)),)
 VIEWS = (
     Variant("view-global", "view: global", ("view=global",)),
     Variant("view-both", "view: both", ("view=both",)),
@@ -108,7 +109,7 @@ class Experiments:
     def trials(self, parts: list[str], snrs: list[float]) -> list[Trial]:
         """All pretrainings, those of the main table first."""
         found = [Trial(v, seed, snr) for snr in snrs for seed in range(self.seeds) for v in OBJECTIVES]
-        small = {"view": VIEWS, "ranker": RANKERS, "targets": TARGETS}
+        small = {"steps": LENGTHS, "view": VIEWS, "ranker": RANKERS, "targets": TARGETS}
         wanted = [variant for part in parts for variant in small.get(part, ())]
         return ([] if "main" not in parts else found) + [Trial(v, 0, snrs[0]) for v in wanted]
 
@@ -382,8 +383,12 @@ def main() -> int:
             work.baselines(snr)
     tables = Tables(work, trials)
     text = [tables.main(snr) + "\n" + tables.verdict(snr) for snr in snrs]
-    small = {"view": ("view", VIEWS, "view: voxel (default)"), "ranker": ("windows", RANKERS, "ranked (default)")}
-    small["targets"] = ("targets", TARGETS, "all three kinds (default)")
+    small = {
+        "steps": ("steps", LENGTHS, "all steps (default)"),
+        "view": ("view", VIEWS, "view: voxel (default)"),
+        "ranker": ("windows", RANKERS, "ranked (default)"),
+        "targets": ("targets", TARGETS, "all three kinds (default)"),
+    }
     text += [tables.small(*small[part], snrs[0]) for part in parts if part in small]
     text += [tables.poolings(snrs[0])] if "pooling" in parts else []
     write_atomically(work.out / "tables.md", "\n".join(text))
