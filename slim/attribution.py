@@ -205,6 +205,8 @@ def integrated_gradients(
         token_SLC = torch.cat(parts).requires_grad_()
         (slope_SLC,) = torch.autograd.grad(score(token_SLC[:, at_L]), token_SLC)
         for group, slope_sLC in enumerate(slope_SLC.split([len(part) for part in parts])):
+            if not slope_sLC.any():
+                continue  # the score rests on other windows
             leaves: list[Tensor] = []
             reached_sLC = groups.tokens(group, alpha, anatomy(alpha), leaves)
             wanted = leaves if start == "empty" else leaves[:1]

@@ -266,7 +266,10 @@ class PretrainSettings(TrainSettings):
 class HeadSettings(Settings):
     """What is put on the encoder to answer a task, and how the two are trained together."""
 
-    pooling: Literal["mean", "attentive"] = Field("mean", description="of the tokens of a sample, before a linear map")
+    pooling: Literal["cov", "mean", "attentive"] = Field(
+        "cov", description="of the tokens of a sample, before a linear map"
+    )
+    components: int = Field(3, ge=1, description="principal axes of `cov`")
     queries: int = Field(4, ge=1, description="learned queries of attentive pooling")
     layer_decay: float | None = Field(
         None, gt=0, le=1, description="learning rate of a block over that of the next; null: 0.75, from scratch 1"

@@ -112,16 +112,25 @@ class Finetuner:
 
     @torch.no_grad()
     def begin(self, steps: Steps, forward: Forward) -> None:
-        """Measure the pooled features of the untrained model over the first samples."""
-        sums_3P = torch.zeros(3, self.model.head.centre_P.numel(), dtype=torch.float64, device=self.device)
-        for batch in steps(math.ceil(min(_MEASURED, self.course.stream.per_epoch) / self.per_step)):
+        """Measure the axes of `cov`, then the pooled features, of the untrained model over the first samples."""
+        head, count = self.model.head, math.ceil(min(_MEASURED, self.course.stream.per_epoch) / self.per_step)
+        if head.axis_CQ is not None:
+            scatter_CC = torch.zeros(2 * [self.model.encoder.dim], dtype=torch.float64, device=self.device)
+            for batch in steps(count):
+                x_MC = forward(batch, tokens=True)
+                if not batch.empty:
+                    scatter_CC += head.scatter(x_MC, batch.whole)
+            _add_up(scatter_CC)
+            head.set_axes(scatter_CC)
+        sums_3P = torch.zeros(3, head.centre_P.numel(), dtype=torch.float64, device=self.device)
+        for batch in steps(count):
             _, pooled_BP = forward(batch)
             if not batch.empty:
                 x_BP = pooled_BP.double()
                 sums_3P += torch.stack([torch.ones_like(x_BP), x_BP, x_BP**2]).sum(dim=1)
         _add_up(sums_3P)
         mean_P, square_P = sums_3P[1:] / sums_3P[0].clamp_min(1)
-        self.model.head.standardise(mean_P.float(), (square_P - mean_P**2).float())
+        head.standardise(mean_P.float(), (square_P - mean_P**2).float())
 
     def losses(self, batch: Batch, step: int, forward: Forward) -> Losses:
         """Cross-entropy with all classes counted alike, or squared error; mean over the samples."""
@@ -184,7 +193,7 @@ class Finetuner:
 def make_model(settings: FinetuneSettings, geometry: Geometry, voxels: int, outputs: int) -> Answerer:
     """With random weights, by the generator of the caller."""
     encoder = Hiera(settings.model, geometry, voxels, settings.view)
-    return Answerer(encoder, Head(settings.head, encoder.dim, outputs), settings.precision == "bf16")
+    return Answerer(encoder, Head(settings.head, encoder.dim, outputs, geometry.cells), settings.precision == "bf16")
 
 
 def depth_of(name: str, blocks: int) -> int:

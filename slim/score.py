@@ -23,6 +23,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from slim import attentive
+from slim.correlation import correlations
 from slim.linear import choose_penalty, fit, scaling, standardised_axes
 from slim.pooling import Features, at_places, common_places, principal_axes
 from slim.probe import window_vectors
@@ -68,12 +69,7 @@ def location(token_SLC: Tensor) -> Tensor:
 
 
 def cov(token_SLC: Tensor, axes_CQ: Tensor) -> Tensor:
-    x_SP = (token_SLC @ axes_CQ.to(token_SLC)).flatten(1).double()
-    x_SP = x_SP - x_SP.mean(dim=0)
-    square_P = (x_SP**2).sum(dim=0)
-    x_SP = torch.where(square_P > 1e-24, x_SP / square_P.clamp(min=1e-24).sqrt(), 0.0)
-    row, column = torch.triu_indices(x_SP.shape[1], x_SP.shape[1], 1, device=x_SP.device)
-    return (x_SP.T @ x_SP)[row, column]
+    return correlations((token_SLC @ axes_CQ.to(token_SLC)).flatten(1).double())
 
 
 def fit_score(

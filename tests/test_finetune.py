@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,14 @@ from shards import layout
 from shards.errors import ConfigError
 from shards.reader import Dataset
 from shards.settings import check
-from slim import checkpoint, export, probe
+from slim import checkpoint, export, pooling, probe
 from slim.answers import Answers
 from slim.batch import collate, firsts, read_windows
 from slim.brain import SlimBrain
 from slim.config import HeadSettings
 from slim.finetune import Finetuning, depth_of, predict, validation_loss, write_start
 from slim.head import Head
+from slim.pooling import Features
 from slim.probe import make_fold
 from slim.task import Task, find_cases, make_splits
 from slim.tuned import Finetuned, check_report, refuse, settings_for
@@ -142,10 +144,11 @@ def test_heads_pool_the_tokens_of_each_sample_by_softmax(lengths: list[int], que
     sample_M = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
     order_M = torch.randperm(len(x_MC), generator=rng)  # tokens of samples need not lie together
     kind = {"pooling": "attentive", "queries": queries} if queries else {"pooling": "mean"}
-    head = Head(check(HeadSettings, kind, "test"), 5, 2)
+    head = Head(check(HeadSettings, kind, "test"), 5, 2, (1, 6))
+    plan: Any = SimpleNamespace(sample_M=sample_M[order_M])
     if queries:
         means = torch.stack([part.mean(dim=0).repeat(queries) for part in x_MC.split(lengths)])
-        torch.testing.assert_close(head.pool(x_MC[order_M], sample_M[order_M], len(lengths)), means)
+        torch.testing.assert_close(head.pool(x_MC[order_M], plan, len(lengths)), means)
         head.query.data = 30 * torch.randn(queries, 5, generator=rng)
     expected = []
     for part in x_MC.split(lengths):
@@ -153,11 +156,54 @@ def test_heads_pool_the_tokens_of_each_sample_by_softmax(lengths: list[int], que
         if queries:
             share = (head.query @ part.T / 5**0.5).softmax(dim=1)
         expected.append((share @ part).flatten())
-    torch.testing.assert_close(head.pool(x_MC[order_M], sample_M[order_M], len(lengths)), torch.stack(expected))
+    torch.testing.assert_close(head.pool(x_MC[order_M], plan, len(lengths)), torch.stack(expected))
 
 
-def test_features_are_standardised_once_by_the_training_samples(pretrained: Path, people: Path, tmp_path: Path) -> None:
-    course = course_of(pretrained, people, tmp_path)
+@given(
+    st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=4), st.integers(1, 3), st.integers(0, 2**16)
+)
+def test_cov_is_that_of_the_probe(brains: list[set[int]], components: int, seed: int) -> None:
+    """Axes of largest variance over time, then correlations; places without brain correlate with nothing."""
+    slots, places, rng = 4, 6, torch.Generator().manual_seed(seed)
+    samples, tokens, cells = [], [], []
+    for number, brain in enumerate(brains):
+        cells += [slot * places + place for slot in range(slots) for place in sorted(brain)]
+        samples += [number] * slots * len(brain)
+        tokens.append(
+            torch.randn(slots, len(brain), 5, generator=rng) + 3 * torch.randn(1, len(brain), 5, generator=rng)
+        )
+    order_M = torch.randperm(len(cells), generator=rng)
+    x_MC = torch.cat([token.flatten(0, 1) for token in tokens])[order_M]
+    plan: Any = SimpleNamespace(
+        sample_M=torch.tensor(samples).int()[order_M], cell_M=torch.tensor(cells).int()[order_M]
+    )
+    head = Head(check(HeadSettings, {"components": components}, "test"), 5, 2, (slots, 1, 2, 3))
+    head.set_axes(head.scatter(x_MC, plan))
+    found_BP = head.pool(x_MC, plan, len(brains))
+    assert found_BP.shape == (len(brains), len(np.triu_indices(places * components, 1)[0]))
+    scatter_CC = sum(np.cov(token[:, n].T, bias=True) for token in tokens for n in range(token.shape[1]))
+    axis_CQ = np.linalg.eigh(scatter_CC)[1][:, ::-1][:, :components]
+    assert np.abs((axis_CQ * head.axis_CQ.numpy()).sum(axis=0)) == pytest.approx(np.ones(components), abs=1e-3)
+    for found_P, brain, token in zip(found_BP, brains, tokens, strict=True):
+        whole_SLC = torch.zeros(slots, places, 5)
+        whole_SLC[:, sorted(brain)] = token
+        item = Features("a", whole_SLC.numpy(), np.arange(places), np.arange(slots), np.arange(slots))
+        expected = pooling.cov(item, np.arange(places), head.axis_CQ.double().numpy())
+        np.testing.assert_allclose(found_P, expected, atol=2e-3)
+
+
+def test_heads_that_cannot_be_are_told() -> None:
+    with pytest.raises(ConfigError, match=r"head\.components: got 6, expected at most 5"):
+        Head(check(HeadSettings, {"components": 6}, "test"), 5, 2, (4, 2, 2, 2))
+    with pytest.raises(ConfigError, match=r"head\.pooling: got cov with 4498500 pairs of 1000 places"):
+        Head(HeadSettings(), 5, 2, (4, 10, 10, 10))
+
+
+@pytest.mark.parametrize("pooling", ["cov", "mean"])
+def test_features_are_standardised_once_by_the_training_samples(
+    pretrained: Path, people: Path, tmp_path: Path, pooling: str
+) -> None:
+    course = course_of(pretrained, people, tmp_path, f"head.pooling={pooling}")
     learner = course.learner(torch.device("cpu"))
     items = [course.stream.at(n) for n in range(6)]
     batches = [course.load()(items[at : at + 2]).to("cpu") for at in (0, 2, 4)]
@@ -165,10 +211,15 @@ def test_features_are_standardised_once_by_the_training_samples(pretrained: Path
     pooled = torch.cat([learner.model(batch)[1] for batch in batches]).double()
     z = (pooled - learner.model.head.centre_P) * learner.model.head.scale_P
     torch.testing.assert_close(z.mean(dim=0), torch.zeros(z.shape[1]).double(), atol=1e-3, rtol=0)
-    torch.testing.assert_close(z.std(dim=0, correction=0), torch.ones(z.shape[1]).double(), atol=1e-2, rtol=0)
+    sd = z.std(dim=0, correction=0)
+    if pooling == "cov":  # pairs of places with brain; together they have the variance of one feature
+        alive = learner.model.head.scale_P > 0
+        assert 0 < alive.sum() < len(alive) and not sd[~alive].any()
+        sd = sd[alive] * alive.sum().sqrt()
+    torch.testing.assert_close(sd, torch.ones(len(sd)).double(), atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize(("pooling", "classes"), [("mean", 0), ("attentive", 3)])
+@pytest.mark.parametrize(("pooling", "classes"), [("mean", 0), ("attentive", 3), ("cov", 3), ("cov", 0)])
 def test_it_learns_what_it_is_told(pretrained: Path, people: Path, tmp_path: Path, pooling: str, classes: int) -> None:
     course = course_of(pretrained, people, tmp_path, f"head.pooling={pooling}", classes=classes)
     learner = course.learner(torch.device("cpu"))
@@ -216,7 +267,7 @@ def test_every_window_is_read_and_no_group_reaches_beyond(k: int, more: int) -> 
 
 def test_a_session_is_predicted_from_all_its_windows(pretrained: Path, people: Path, tmp_path: Path) -> None:
     """Of 12 windows the first and the last 8 in time order; of 8, a linear head on the mean of `encode_session`."""
-    course = course_of(pretrained, people, tmp_path)
+    course = course_of(pretrained, people, tmp_path, "head.pooling=mean")
     ours, opened = SlimBrain.from_pretrained(pretrained), Dataset(people)
     model, device = course.learner(torch.device("cpu")).model, torch.device("cpu")
     whole = [session for session in opened.sessions if session["n_kept"] == 12][:3]
@@ -412,7 +463,7 @@ def test_the_encoder_of_the_best_epoch_is_loaded_exported_and_encodes(
         "pretrained, then fine-tuned on the labels of `s`",
         "| shards | synthetic |",
         "learned from people of synthetic",
-        "Fine-tuned with a head (mean pooling)",
+        "Fine-tuned with a head (cov pooling)",
         f"after {told['best_step']} optimizer steps",
     ):
         assert words in card, words
@@ -476,7 +527,7 @@ def test_one_process_at_stage_3_learns_the_same(
         mine, theirs = lines(tmp_path), lines(whole[0])
         for name in ("loss", "val_loss"):
             gap = [abs(a[name] - b[name]) for a, b in zip(mine, theirs, strict=True) if a[name] is not None]
-            assert len(gap) >= 3 and (max(gap) > 1e-2 if scratch else max(gap) < 1e-4), gap
+            assert len(gap) >= 3 and (max(gap) > 1e-3 if scratch else max(gap) < 1e-4), gap
         shutil.rmtree(folder)
 
 
