@@ -26,9 +26,11 @@ from shards.errors import ConfigError, DatasetError
 from shards.layout import read_manifest
 from shards.niimg import Niimg, as_run
 from shards.reader import Dataset, Samples
-from shards.session import convert_run
+from shards.session import Converted, convert_run
 from shards.settings import digest
 from slim.batch import collate, firsts, read_windows
+from slim.config import FinetuneSettings
+from slim.head import Answerer, Head
 from slim.hiera import Hiera
 from slim.pooling import Features, check_fixed, vectors
 from slim.recipe import Recipe, read_recipe
@@ -41,6 +43,7 @@ class SlimBrain:
     Attributes
     ----------
     encoder : Hiera, in fp32 and evaluation mode, without gradients
+    head : Head or None, of a fine-tuning, for `answer`
     settings : PretrainSettings or FinetuneSettings of the run
     data : dict, the manifest (without shards) of the data it was made for
     made : dict, how the weights came about; see `slim.weights.Weights`
@@ -58,6 +61,7 @@ class SlimBrain:
         self.geometry = self.settings.model.geometry((self.settings.windows.k * self.frames, *patches))
         encoder = Hiera(self.settings.model, self.geometry, grid["patch"] ** 3, self.settings.view)
         self.encoder = encoder.eval().requires_grad_(False)
+        self.head: Head | None = None
         self.device = torch.device("cpu")
 
     @classmethod
@@ -98,6 +102,10 @@ class SlimBrain:
         )
         model = cls(about, about.made["step"])
         about.load_into(model.encoder)
+        if isinstance(settings := model.settings, FinetuneSettings):
+            outputs = max(1, len(settings.answer.classes))
+            model.head = Head(settings.head, model.encoder.dim, outputs, model.geometry.cells).requires_grad_(False)
+            about.load_head(model.head)
         return model
 
     @classmethod
@@ -115,6 +123,8 @@ class SlimBrain:
         """Move the encoder; returns self."""
         self.device = torch.device(device)
         self.encoder.to(self.device)
+        if self.head is not None:
+            self.head.to(self.device)
         return self
 
     def check_data(self, dataset: Dataset) -> None:
@@ -229,11 +239,49 @@ class SlimBrain:
         `encode`.
         """
         self._check_stage(stage)
+        return self.encode_converted(self.convert(image, **stated), stage)
+
+    def convert(self, image: Niimg, **stated: Any) -> Converted:
+        """A run as the training data hold theirs, for `encode_converted` and `answer_converted`; see `encode`."""
         recipe = self.recipe
         # One thread, as in the worker processes of a conversion: sums come out the same.
         with as_run(image, **stated) as run, threadpool_limits(1):
-            made = convert_run(run, recipe.settings, recipe.parcels, recipe.ranker)
+            return convert_run(run, recipe.settings, recipe.parcels, recipe.ranker)
+
+    def encode_converted(self, made: Converted, stage: int | None = None) -> Features:
+        """As `encode_run`."""
+        self._check_stage(stage)
         return self._encode(made, made.meta | {"key": made.meta["subject"]}, made.meta["source"], stage)
+
+    def answer(self, image: Niimg, **stated: Any) -> np.ndarray:
+        """What a fine-tuned encoder and its head say of a run, straight from NIfTI.
+
+        The mean over its windows, k by k, as `tools/finetune.py` predicts test subjects. Arguments and errors as in
+        `encode`.
+
+        Returns
+        -------
+        ndarray, float64
+            (K,), the probability of each of `settings.answer.classes`; or (1,), in the unit of the label.
+        """
+        return self.answer_converted(self.convert(image, **stated))
+
+    @torch.no_grad()
+    def answer_converted(self, made: Converted) -> np.ndarray:
+        """As `answer`."""
+        from slim.finetune import predict  # which knows how to train, too
+
+        settings = self.settings
+        if self.head is None or not isinstance(settings, FinetuneSettings):
+            hint = "Give the folder of a fine-tuning, or an export of one"
+            raise ConfigError(
+                self.run_folder, "head", "none: these weights answer nothing", "a fine-tuned encoder", hint
+            )
+        self._check_windows(made.meta["n_kept"], made.meta["source"])
+        model, classes = Answerer(self.encoder, self.head, settings.precision == "bf16"), len(settings.answer.classes)
+        session = made.meta | {"key": made.meta["subject"]}
+        guess_K = predict(model, classes, made, [session], self.geometry, settings, self.device)[0]
+        return guess_K if classes else guess_K * settings.answer.sd + settings.answer.mean
 
     def encode_session(
         self, dataset: Dataset, session: dict[str, Any], batch: int = 4, stage: int | None = None
@@ -263,6 +311,10 @@ class SlimBrain:
         self._check_stage(stage)
         return self._encode(dataset, session, f"{dataset.folder} ({session['key']})", stage, batch)
 
+    def _check_windows(self, count: int, where: str) -> None:
+        if count < (k := self.settings.windows.k):
+            raise DatasetError(where, "windows", count, f"{k} or more, as windows.k")
+
     def _check_stage(self, stage: int | None) -> None:
         stages = len(self.encoder.ends)
         if stage is not None and not 1 <= stage <= stages:
@@ -273,8 +325,7 @@ class SlimBrain:
         self, samples: Samples, session: dict[str, Any], where: str, stage: int | None, batch: int = 4
     ) -> Features:
         k, count = self.settings.windows.k, session["n_kept"]
-        if count < k:
-            raise DatasetError(where, "windows", count, f"{k} or more, as windows.k")
+        self._check_windows(count, where)
         start_K = samples.read(session, ("start",))["start"]
         in_time = np.argsort(start_K, kind="stable")
         first_G = firsts(count, k)

@@ -277,12 +277,22 @@ class HeadSettings(Settings):
     lr_scale: float = Field(10.0, gt=0, description="times the learning rate of the last block")
 
 
+class AnswerSettings(Settings):
+    """What is answered: set by the command, from its task and the subjects a fold is fitted on."""
+
+    task: str = Field("", description="name of the task")
+    label: str = Field("", description="column of the labels")
+    classes: tuple[str, ...] = Field((), description="names of the classes, in order; none where values are predicted")
+    mean: float = Field(0.0, description="of the values")
+    sd: float = Field(1.0, description="of the values, which are learned z-scored")
+
+
 class FinetuneSettings(TrainSettings):
     """Training an encoder on, towards the answers of a task (see `slim.answers`)."""
 
     head: HeadSettings = HeadSettings()
     start: str | None = Field(None, description="hash of the weights the encoder begins with; null: random ones")
-    task: str = Field("", description="name of the task")
+    answer: AnswerSettings = AnswerSettings()
     before: dict[str, Any] | None = Field(None, description="how those weights came about, as an export tells it")
 
 

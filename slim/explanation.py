@@ -37,7 +37,7 @@ from shards.reader import Dataset
 from slim.attribution import TOLERANCE, Attribution, Start, integrated_gradients
 from slim.brain import SlimBrain
 from slim.pooling import Features
-from slim.probe import make_fold
+from slim.probe import make_fold, scale_of
 from slim.score import fit_score, fit_state_score
 from slim.splits import Fold
 from slim.task import Cases, Task, make_splits
@@ -116,7 +116,7 @@ def _folds(task: Task, cases: Cases, where: str | Path) -> list[tuple[Fold, floa
     for number, split in enumerate(make_splits(task, cases, where)[0]):
         unit = 1.0
         if task.type == "regression":
-            unit = float(max(cases.truth_S[np.unique(cases.subject_N[split.fitted])].std(), 1e-12))
+            unit = scale_of(cases, split.fitted)[1]
         found.append((make_fold(task, cases, split, number)[0], unit))
     return found
 

@@ -21,7 +21,7 @@ from shards.errors import ConfigError, DatasetError, Stopped, is_full
 from shards.layout import read_manifest, sha256, sync_folder
 from slim import __version__
 from slim.config import FinetuneSettings, PretrainSettings, TrainSettings, check_run
-from slim.weights import CARD, CONFIG, EXTRACTOR, FORMAT, MODEL, PARCELS, SUMS
+from slim.weights import CARD, CONFIG, EXTRACTOR, FORMAT, HEAD, MODEL, PARCELS, SUMS
 
 if TYPE_CHECKING:
     from slim.brain import SlimBrain
@@ -68,6 +68,9 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in model.encoder.state_dict().items()}
         # not by `save_file`, which makes a file that nobody else may read
         (temporary / MODEL).write_bytes(save_tensors(tensors, {"format": "pt"}))
+        if model.head is not None:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in model.head.state_dict().items()}
+            (temporary / HEAD).write_bytes(save_tensors(tensors, {"format": "pt"}))
         (temporary / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
         if recipe.ranker.extractor is not None:
             recipe.ranker.extractor.save(temporary / EXTRACTOR)
@@ -227,9 +230,13 @@ _KIND = {"encoder": "one that was trained", "target": "moving average"}
 def _how(settings: PretrainSettings | FinetuneSettings, made: dict[str, Any]) -> str:
     """How the encoder was trained."""
     if isinstance(settings, FinetuneSettings):
+        answer, about = settings.answer, f"`{settings.answer.label}`"
+        if answer.classes:
+            about += f", one of {', '.join(answer.classes)}"
         return (
-            f"- Fine-tuned with a head ({settings.head.pooling} pooling), which is not here; this is the encoder after "
-            f"{made['step']} optimizer steps, the best for the validation subjects."
+            f"- Fine-tuned with a head ({settings.head.pooling} pooling) for {about}; both are those after "
+            f"{made['step']} optimizer steps, the best for the validation subjects.\n"
+            "- `model.answer(image)` says what they answer, and so does `tools/embed.py`."
         )
     jepa, sig, mae = settings.weights
     return (

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shards.layout import atomically
-from shards.reader import Dataset
+from shards.reader import Samples
 from slim import checkpoint
 from slim.answers import Answers
 from slim.batch import Batch, collate, firsts, read_windows
@@ -222,7 +222,7 @@ def file_hash(path: Path) -> str:
 def predict(
     forward: Forward,
     classes: int,
-    dataset: Dataset,
+    dataset: Samples,
     sessions: Sequence[dict[str, Any]],
     geometry: Geometry,
     settings: FinetuneSettings,

@@ -94,8 +94,8 @@ def make_fold(task: Task, cases: Cases, split: Split, number: int = 0) -> tuple[
     """
     fitted, answer_N = split.fitted, cases.answer_N
     if task.type == "regression":
-        of_train = cases.truth_S[np.unique(cases.subject_N[fitted])]
-        answer_N = (answer_N - of_train.mean()) / max(of_train.std(), 1e-12)
+        mean, sd = scale_of(cases, fitted)
+        answer_N = (answer_N - mean) / sd
     fold = Fold(
         "regression" if task.type == "regression" else "classification",
         len(cases.classes),
@@ -107,6 +107,12 @@ def make_fold(task: Task, cases: Cases, split: Split, number: int = 0) -> tuple[
         np.isin(fitted, split.val) if len(split.val) else None,
     )
     return fold, answer_N
+
+
+def scale_of(cases: Cases, rows: np.ndarray) -> tuple[float, float]:
+    """Mean and SD of the values of these rows' subjects, each counted once."""
+    truth_S = cases.truth_S[np.unique(cases.subject_N[rows])]
+    return float(truth_S.mean()), float(max(truth_S.std(), 1e-12))
 
 
 Scores = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]

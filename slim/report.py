@@ -290,7 +290,7 @@ def _aim(settings: PretrainSettings | FinetuneSettings) -> dict[str, object]:
     start = "random weights" if settings.start is None else "weights"
     if settings.before:
         start = f"{settings.before['run']}, step {settings.before['step']}"
-    return {"Task": settings.task, "Head": f"{settings.head.pooling} pooling", "Begun from": start}
+    return {"Task": settings.answer.task, "Head": f"{settings.head.pooling} pooling", "Begun from": start}
 
 
 def _checkpoints(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from slim import checkpoint, export, probe
 from slim.answers import Answers
 from slim.brain import SlimBrain
 from slim.checkpoint import BEST, CheckpointError
-from slim.config import FinetuneSettings
+from slim.config import AnswerSettings, FinetuneSettings
 from slim.finetune import make_model, predict, write_start
 from slim.splits import Fold, Split
 from slim.task import Cases, Task
@@ -33,7 +33,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _KEPT = ("precision", "stream", "zero")  # of the pretraining run, unless said otherwise
 _OF_RUN = ("batch", "workers", "wandb")
-_FIXED = ("model", "model_name", "view", "data", "start", "task", "before")  # what the weights, and the command, decide
+_FIXED = (
+    "model",
+    "model_name",
+    "view",
+    "data",
+    "start",
+    "answer",
+    "before",
+)  # what the weights, and the command, decide
 
 
 def refuse(task: Task, where: str | Path) -> None:
@@ -46,7 +54,7 @@ def refuse(task: Task, where: str | Path) -> None:
 
 
 def settings_for(
-    ours: SlimBrain, data: str, out: Path, sessions: int, assignments: Sequence[str], number: int, task: str = ""
+    ours: SlimBrain, data: str, out: Path, sessions: int, assignments: Sequence[str], number: int
 ) -> FinetuneSettings:
     """Settings of one fine-tuning: those of the pretraining where they say how to compute, and our own how to learn.
 
@@ -63,8 +71,6 @@ def settings_for(
         `key=value`.
     number : int
         Which of the fine-tunings of a task; added to `run.seed`.
-    task : str
-        Its name.
 
     Raises
     ------
@@ -82,7 +88,6 @@ def settings_for(
     if tree["windows"]["k"] != given["windows"]["k"] or tree["run"]["out"] != str(out):
         name = "run.out" if tree["run"]["out"] != str(out) else "windows.k"
         raise ConfigError("command line", name, "a value", "no such override", "The weights, or --out, decide it")
-    tree["task"] = task
     tree["run"]["seed"] = tree["run"].get("seed", 0) + number
     if "checkpoint_every" not in tree["run"]:
         settings = check(FinetuneSettings, tree, "command line").run
@@ -137,7 +142,7 @@ class Finetuned:
         (split,) = self.splits[number]
         out = self.folder / f"seed-{number}"
         data, sessions = str(self.dataset.folder), len(split.train)
-        return settings_for(self.ours, data, out, sessions, self.assignments, number, self.task.name)
+        return settings_for(self.ours, data, out, sessions, self.assignments, number)
 
     def prepare(self, number: int) -> FinetuneSettings:
         """Make the run folder of a fine-tuning, with what it is given; its settings, complete."""
@@ -149,6 +154,7 @@ class Finetuned:
         out = Path(settings.run.out)
         out.mkdir(parents=True, exist_ok=True)
         self._answers(fold).write(out)
+        settings = settings.model_copy(update={"answer": self._answer(fold)})
         if self.name == SCRATCH:
             return settings
         start = write_start(out, self.ours.encoder.state_dict())
@@ -167,6 +173,13 @@ class Finetuned:
         guess_mK = predict(model.to(device), answers.classes, self.dataset, sessions, geometry, settings, device)
         self.runs.append({"run": str(out), "seed": settings.run.seed, "best_step": step, "val_loss": loss})
         return guess_mK
+
+    def _answer(self, fold: Fold) -> AnswerSettings:
+        about: dict[str, Any] = {"task": self.task.name, "label": self.task.label or ""}
+        if fold.classes:
+            return AnswerSettings(**about, classes=tuple(self.cases.classes))
+        mean, sd = probe.scale_of(self.cases, fold.train)
+        return AnswerSettings(**about, mean=mean, sd=sd)
 
     def _answers(self, fold: Fold) -> Answers:
         assert fold.val_n is not None

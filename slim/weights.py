@@ -3,6 +3,7 @@
 An exported folder (written by `slim.export`)::
 
     model.safetensors   the encoder, fp32
+    head.safetensors    of a fine-tuned encoder, the head
     config.json         settings of the run, manifest of its data, what was exported
     extractor/          the temporal extractor, if windows were ranked by one
     parcels/            the label image of the parcels, if there was one
@@ -28,7 +29,7 @@ from slim.checkpoint import CheckpointError
 from slim.config import FinetuneSettings, TrainSettings, check_run, load_run
 
 FORMAT = 1
-MODEL, CONFIG, SUMS, CARD = "model.safetensors", "config.json", "SHA256SUMS", "README.md"
+MODEL, HEAD, CONFIG, SUMS, CARD = "model.safetensors", "head.safetensors", "config.json", "SHA256SUMS", "README.md"
 EXTRACTOR, PARCELS = "extractor", "parcels"
 KINDS = ("encoder", "target")
 _RUN_CONFIG, _RUN_DATA = checkpoint.ABOUT_RUN
@@ -49,6 +50,7 @@ class Weights:
         encoder `finetuned`: `task`, `cohorts` whose labels it was shown, `head`, `from_scratch`
     path : Path, the safetensors file
     prefix : str, before the names of its tensors
+    head : (Path, str) or None, the same of the head of a fine-tuning
     folder : Path, the run or the exported folder
     results : Path, where tools put what they find by default: the run; of an export, which is shared as it is,
         `NAME-results` in the working folder
@@ -60,28 +62,36 @@ class Weights:
     made: dict[str, Any]
     path: Path
     prefix: str
+    head: tuple[Path, str] | None
     folder: Path
     results: Path
     extractor: Path | None
     parcels: Path | None
 
     def load_into(self, encoder: nn.Module) -> None:
-        """Copy the tensors: every one must be there with its shape, and none besides.
+        """Copy the tensors of the encoder: every one must be there with its shape, and none besides.
 
         Raises
         ------
         CheckpointError
             With the name of the first that is not, and both shapes.
         """
-        given = checkpoint.read_weights(self.path, self.prefix)
-        wanted = encoder.state_dict()
-        for name in sorted(wanted.keys() | given.keys()):
-            got = tuple(given[name].shape) if name in given else "no such tensor"
-            expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
-            if got != expected:
-                hint = "These weights are of another configuration"
-                raise CheckpointError(self.path, f"{self.prefix}{name}", got, expected, hint)
-        encoder.load_state_dict(given, strict=True)
+        _load(encoder, self.path, self.prefix)
+
+    def load_head(self, head: nn.Module) -> None:
+        """The same of the head of a fine-tuning."""
+        assert self.head is not None
+        _load(head, *self.head)
+
+
+def _load(module: nn.Module, path: Path, prefix: str) -> None:
+    given, wanted = checkpoint.read_weights(path, prefix), module.state_dict()
+    for name in sorted(wanted.keys() | given.keys()):
+        got = tuple(given[name].shape) if name in given else "no such tensor"
+        expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
+        if got != expected:
+            raise CheckpointError(path, f"{prefix}{name}", got, expected, "These weights are of another configuration")
+    module.load_state_dict(given, strict=True)
 
 
 def find(source: str | Path, kind: str | None = None) -> Weights:
@@ -139,15 +149,15 @@ def _of_run(folder: Path, kind: str) -> Weights:
         "commit": notes.pop("commit", "unknown"),
         "versions": notes | facts["versions"],
     }
-    path, prefix = found / checkpoint.WEIGHTS, f"{kind}."
+    path, prefix, head = found / checkpoint.WEIGHTS, f"{kind}.", None
     data = json.loads((found / _RUN_DATA).read_text())
     if isinstance(settings, FinetuneSettings):
         made |= _finetuned(path, kind, settings, data)
-        prefix = f"{checkpoint.BEST}{prefix}"
+        prefix, head = f"{checkpoint.BEST}{prefix}", (path, f"{checkpoint.BEST}head.")
     dataset, extractor = remote.place(settings.data[0].path), run / layout.EXTRACTOR
     if not extractor.is_dir() and isinstance(dataset, Path):
         extractor = dataset / layout.EXTRACTOR
-    return Weights(settings, data, made, path, prefix, run, run, extractor, None)
+    return Weights(settings, data, made, path, prefix, head, run, run, extractor, None)
 
 
 def _name(run: Path, settings: TrainSettings) -> str:
@@ -169,7 +179,7 @@ def _finetuned(path: Path, kind: str, settings: FinetuneSettings, data: dict[str
     before = settings.before or {}
     seen = {*data["cohorts"], *before.get("finetuned", {}).get("cohorts", [])}
     tuned = {
-        "task": settings.task,
+        "task": settings.answer.task,
         "cohorts": sorted(seen),
         "head": settings.head.pooling,
         "from_scratch": settings.start is None,
@@ -191,8 +201,11 @@ def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
         raise CheckpointError(folder, "weights", made["weights"], kind, f"Export the run with --weights {kind}")
     settings = check_run(about["settings"], folder / CONFIG)
     image = next((folder / one for one in listed if one.startswith(f"{PARCELS}/")), None)
-    results = Path(f"{name}-results")
-    return Weights(settings, about["data"], made, folder / MODEL, "", folder, results, folder / EXTRACTOR, image)
+    head = (folder / HEAD, "") if isinstance(settings, FinetuneSettings) else None
+    if head and HEAD not in listed:
+        raise CheckpointError(folder / SUMS, "", f"no checksum of {HEAD}", "that of a fine-tuned export", _AGAIN)
+    paths = (head, folder, Path(f"{name}-results"), folder / EXTRACTOR, image)
+    return Weights(settings, about["data"], made, folder / MODEL, "", *paths)
 
 
 def _compared(folder: Path) -> list[str]:
@@ -221,7 +234,7 @@ def _fetch(source: str, name: str, revision: str | None) -> Path:
         hint = "If it is a name on the hub, pip install 'slim-brain[hub]'"
         raise CheckpointError(source, "", "no such folder", _WHAT, hint) from None
     try:
-        wanted = [MODEL, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"]
+        wanted = [MODEL, HEAD, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # of many types: unknown, private, no network, no space
         got = f"no such folder, and nothing the hub gives ({type(error).__name__}: {error})"

@@ -28,6 +28,7 @@ from sklearn.utils.class_weight import compute_class_weight, compute_sample_weig
 
 from launchers import local
 from shards import layout
+from shards.cohort import find_runs
 from shards.errors import ConfigError
 from shards.reader import Dataset
 from shards.settings import check
@@ -35,8 +36,8 @@ from slim import checkpoint, export, pooling, probe
 from slim.answers import Answers
 from slim.batch import collate, firsts, read_windows
 from slim.brain import SlimBrain
-from slim.config import HeadSettings
-from slim.finetune import Finetuning, depth_of, predict, validation_loss, write_start
+from slim.config import FinetuneSettings, HeadSettings, load_run
+from slim.finetune import Finetuning, depth_of, make_model, predict, validation_loss, write_start
 from slim.head import Head
 from slim.pooling import Features
 from slim.probe import make_fold
@@ -468,6 +469,41 @@ def test_the_encoder_of_the_best_epoch_is_loaded_exported_and_encodes(
     ):
         assert words in card, words
     assert str(pretrained.parent) not in (tmp_path / "export" / "config.json").read_text()
+
+
+def test_what_was_fine_tuned_answers_for_a_run_as_for_a_test_subject(
+    whole: tuple[Path, dict], pretrained: Path, people: Path, cohort: Path, tmp_path: Path
+) -> None:
+    """Straight from NIfTI, by the run, by its export and by tools/embed.py: the numbers of `predict` on the shards."""
+    run = Path(_runs(whole)[0]["run"])
+    tuned, opened, settings = SlimBrain.from_pretrained(run), Dataset(people), load_run(run / "config.yaml")
+    assert isinstance(settings, FinetuneSettings) and settings.answer.label == "score"
+    model = make_model(settings, tuned.geometry, opened.grid.voxels, 1).eval()
+    model.load_state_dict(
+        checkpoint.read_weights(checkpoint.newest(run / "checkpoints") / checkpoint.WEIGHTS, "best."), strict=False
+    )
+    source = find_runs(cohort / "cohort.yaml")[2]
+    session = next(line for line in opened.sessions if line["subject"] == source.subject)
+    guess = predict(model, 0, opened, [session], tuned.geometry, settings, torch.device("cpu"))[0]
+    task = check(Task, SCORE, "task.yaml")
+    cases = find_cases(task, opened, 8, "task.yaml")
+    split = make_splits(task, cases, "task.yaml")[0][0]
+    truth = cases.truth_S[np.unique(cases.subject_N[np.concatenate([split.train, split.val])])]
+    expected = guess * truth.std() + truth.mean()
+    np.testing.assert_allclose(tuned.answer(source.bold), expected, rtol=1e-6)
+    export.write(tuned, tmp_path / "export")
+    assert np.array_equal(SlimBrain.from_pretrained(tmp_path / "export").answer(source.bold), tuned.answer(source.bold))
+    done = tool("embed.py", tmp_path / "export", source.bold, "--out", tmp_path / "z.npz", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["label"] == "score"
+    with np.load(tmp_path / "z.npz") as arrays:
+        np.testing.assert_allclose(arrays["answers"], [expected], rtol=1e-6)
+        assert arrays["vectors"].shape[0] == session["n_kept"] and not len(arrays["classes"])
+    with pytest.raises(ConfigError, match="head: got none: these weights answer nothing"):
+        SlimBrain.from_pretrained(pretrained).answer(source.bold)
+    (tmp_path / "export" / "head.safetensors").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"head\.safetensors: got no such file"):
+        SlimBrain.from_pretrained(tmp_path / "export")
 
 
 def test_what_was_fine_tuned_is_not_judged_by_those_it_learned_from(

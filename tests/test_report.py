@@ -72,7 +72,9 @@ def make_finetuning(folder: Path, losses: list[float | None], classes: int = 3) 
         | {"seconds": 0.5, "samples_per_s": 20.0, "val_loss": loss, "best_step": 1, "tokens_kept": 9.0}
         for step, loss in enumerate(losses, 1)
     ]
-    make_run(folder, lines, steps=None, head={"pooling": "attentive"}, task="sex", before=before, start="abc")
+    make_run(
+        folder, lines, steps=None, head={"pooling": "attentive"}, answer={"task": "sex"}, before=before, start="abc"
+    )
     train = {f"a{number}": (number, 1.0) for number in range(20)}
     val = {"b0": (20, 2.0), "b1": (20, 2.0), "b2": (21, 0.0)}
     Answers(classes, train, val).write(folder)

@@ -9,6 +9,8 @@ named and the rest goes on (exit status 1). The file, for `numpy.load`, holds
     run        number of the run that each row is of, into `keys` and `sources`
     start      s from the start of the run, of each row's window (--per window)
     places     flat places of the cells, with --pooling location: those that hold brain in all runs given here
+    answers    of fine-tuned weights, a row for each run: the probability of each of `classes`, or the value
+    classes    their names
     about      JSON: weights, their checksum, step, stage, pooling, versions
 """
 
@@ -54,17 +56,22 @@ def main() -> int:
 
     from shards.layout import atomically, dump
     from slim.brain import SlimBrain
+    from slim.config import FinetuneSettings
     from slim.pooling import check_fixed, common_places, vectors
 
     check_fixed(args.per, args.pooling)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SlimBrain.from_pretrained(args.weights).to(device)
     sources, found, refused = [], [], []
+    answers: list[Any] | None = None if model.head is None else []
     with progress("encode", len(args.runs), "runs") as advance:
         for source, mask, table in zip(args.runs, masks, tables, strict=True):
             try:
-                found.append(model.encode_run(source, args.stage, mask=mask, confounds=table, **stated))
+                made = model.convert(source, mask=mask, confounds=table, **stated)
+                found.append(model.encode_converted(made, args.stage))
                 sources.append(source)
+                if answers is not None:
+                    answers.append(model.answer_converted(made))
             except (RunRefused, DatasetError) as error:
                 refused.append(error.line())
             advance(1, source)
@@ -84,6 +91,13 @@ def main() -> int:
     arrays["run"] = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
     if args.per == "window":
         arrays["start"] = np.concatenate([item.start_W for item in found])
+    if answers is not None and isinstance(model.settings, FinetuneSettings):
+        classes = model.settings.answer.classes
+        arrays |= {"answers": np.stack(answers), "classes": list(classes)}
+        said = [
+            f"{classes[row.argmax()]} ({row.max():.2f})" if classes else f"{row[0]:.4g}" for row in arrays["answers"]
+        ]
+        facts |= {"label": model.settings.answer.label, "answers": said}
     about = {
         "weights": args.weights,
         "checksum": model.checksum,
