@@ -36,6 +36,14 @@ def test_seeds_are_averaged_draw_by_draw():
     assert comparison.apart({"low": 0.5}, {"high": 0.4}) and not comparison.apart({"low": 0.4}, {"high": 0.5})
 
 
+def test_differences_are_taken_draw_by_draw():
+    ours = [{"t": np.array([0.5, 0.6, 0.7]), "u": np.zeros(3)}, {"t": np.array([0.7, 0.6, 0.7]), "u": np.zeros(3)}]
+    found = comparison.differences(ours, [{"t": np.array([0.5, 0.5, 0.6])}])
+    assert found.keys() == {"t"}  # the other was not asked of all
+    assert found["t"]["value"] == pytest.approx(0.1)
+    assert found["t"]["low"] == pytest.approx(0.1) == pytest.approx(found["t"]["high"])
+
+
 @pytest.mark.parametrize(("ours", "better"), [(0.9, 4), (0.51, 0)])
 def test_the_tables_say_what_is_there(command: Command, tmp_path: Path, ours: float, better: int):
     for seed in (0, 1):
@@ -48,13 +56,19 @@ def test_the_tables_say_what_is_there(command: Command, tmp_path: Path, ours: fl
     done = command("tools/experiments.py", *words)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "tables.md").read_text()
-    assert f"random weights on {better} of 4 tasks" in text and "effective rank is 24" in text
-    assert f"small positions on {better} of 4 tasks" in text
-    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
+    assert "effective rank at SNR 0.9 is 24" in text
+    main, less = text.split("the default less")
+    rows = {line.split(" | ")[0].strip("| "): line for line in main.splitlines() if line.startswith("|")}
+    gaps = {line.split(" | ")[0].strip("| "): line for line in less.splitlines() if line.startswith("|")}
+    for rival in ("random weights", "random weights, small positions"):
+        assert ("group, score, fingerprint, state |" in gaps[rival]) == (better == 4)
+    assert ("**+" in gaps["random weights, small positions"]) == (better == 4) and "**-" in gaps[
+        "functional connectivity"
+    ]
     assert f"{ours + 0.01:.2f}".lstrip("0") in rows["JEPA + SIG + MAE (default)"]
     assert rows["JEPA"].rstrip(" |").endswith("3") and "functional connectivity" in rows
     assert "MAE" not in rows and "mean image" not in rows  # nothing is there
-    assert "random weights, `mean`" in rows
+    assert "random weights, `mean`" in text
     results = json.loads((tmp_path / "results.json").read_text())["snr 0.9"]
     assert len(results["better than random weights, intervals apart"]) == better
     assert "random weights, small positions" in rows

@@ -231,6 +231,12 @@ def cell(score: dict[str, Any]) -> str:
     return f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]".replace("0.", ".") + spread
 
 
+def gap(score: dict[str, Any]) -> str:
+    """A difference and its interval, bold where that does not hold 0."""
+    text = f"{score['value']:+.3f} [{score['low']:+.3f}, {score['high']:+.3f}]".replace("0.", ".")
+    return f"**{text}**" if score["low"] > 0 or score["high"] < 0 else text
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -249,21 +255,34 @@ class Tables:
         self.work, self.trials = work, [trial for trial in trials if work.draws_path(trial).exists()]
         self.results: dict[str, Any] = {}
 
-    def scores(self, variant: str, snr: float, random: str = "", seeds: int | None = None) -> dict[str, Any] | None:
-        """Mean scores of a variant over its seeds, by task; of random weights in its place, see `evaluate`."""
+    def draws(self, variant: str, snr: float, random: str = "", seeds: int | None = None) -> list[dict[str, Any]]:
+        """Of each seed of a variant that is there; of random weights in its place, see `evaluate`."""
         from slim import comparison
 
         paths = [self.work.draws_path(t) for t in self.trials if (t.variant.name, t.snr) == (variant, snr)][:seeds]
         if random:
             paths = [path.with_name(f"{random}-{path.name}") for path in paths]
-        found = [comparison.load(path) for path in paths if path.exists()]
+        return [comparison.load(path) for path in paths if path.exists()]
+
+    def scores(self, variant: str, snr: float, random: str = "", seeds: int | None = None) -> dict[str, Any] | None:
+        """Mean scores of a variant over its seeds, by task."""
+        from slim import comparison
+
+        found = self.draws(variant, snr, random, seeds)
         return comparison.summarise(found) if found else None
+
+    def baseline_draws(self, name: str, snr: float) -> list[dict[str, Any]]:
+        """Of a baseline, if it is there."""
+        from slim import comparison
+
+        path = self.work.baseline_path(snr, name)
+        return [comparison.load(path)] if path.exists() else []
 
     def baseline(self, name: str, snr: float) -> dict[str, Any] | None:
         from slim import comparison
 
-        path = self.work.baseline_path(snr, name)
-        return comparison.summarise([comparison.load(path)]) if path.exists() else None
+        found = self.baseline_draws(name, snr)
+        return comparison.summarise(found) if found else None
 
     def ranks(self, variant: str, snr: float) -> str:
         found = [self.work.rank(t) for t in self.trials if (t.variant.name, t.snr) == (variant, snr)]
@@ -310,22 +329,27 @@ class Tables:
         return table([f"pooling (first seed, SNR {snr:g})", *HEAD[:3]], rows)
 
     def verdict(self, snr: float) -> str:
-        """On which tasks the default is better than random weights, with intervals that do not overlap."""
+        """What the default is better than, and on which tasks: by intervals that lie apart, and by differences."""
         from slim import comparison
 
-        ours, said = self.scores("default", snr), []
-        for random, words in RANDOM.items():
-            other = self.scores("default", snr, random)
-            if ours is None or other is None:
+        ours = self.draws("default", snr)
+        rivals = {words: self.draws("default", snr, random) for random, words in RANDOM.items()}
+        rivals |= {variant.words: self.draws(variant.name, snr) for variant in OBJECTIVES[1:]}
+        rivals |= {words: self.baseline_draws(name, snr) for name, words in BASELINES.items()}
+        rows, scores = [], self.scores("default", snr)
+        for words, theirs in rivals.items():
+            if not ours or not theirs or scores is None:
                 continue
-            names = [(task, f"synthetic_{task}") for task in TASKS]
-            better = [task for task, name in names if comparison.apart(ours[name], other[name])]
+            other, less = comparison.summarise(theirs), comparison.differences(ours, theirs)
+            better = [t for t in TASKS if (n := f"synthetic_{t}") in other and comparison.apart(scores[n], other[n])]
             self.results[f"snr {snr:g}"][f"better than {words}, intervals apart"] = better
-            said.append(f"{words} on {len(better)} of {len(TASKS)} tasks ({', '.join(better) or 'none'})")
-        if not said:
+            self.results[f"snr {snr:g}"][f"default less {words}"] = less
+            names = [f"synthetic_{task}" for task in TASKS]
+            rows.append([words, *[gap(less[name]) if name in less else "" for name in names], ", ".join(better)])
+        if not rows:
             return ""
-        rank = self.ranks("default", snr)
-        return f"At SNR {snr:g} the default beats, intervals apart, {'; '.join(said)}. Its effective rank is {rank}.\n"
+        head = [f"the default less, SNR {snr:g}", *HEAD[:-1], "intervals apart"]
+        return f"{table(head, rows)}\nThe default's effective rank at SNR {snr:g} is {self.ranks('default', snr)}.\n"
 
 
 HEAD = ["group, AUROC", "score, r", "fingerprint, mAP", "state, accuracy", "rank"]
