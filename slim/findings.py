@@ -26,7 +26,7 @@ _METHODS = {
     "random": "same encoder, random weights",
     "scratch": "same encoder, trained on the task alone",
     "connectome": "functional connectivity",
-    "connectome_kept": "the same, of the kept windows alone",
+    "connectome_kept": "connectivity, kept windows",
     "parcel_means": "parcel means",
     "mean_image": "mean image",
     "confounds": "confounds alone",
