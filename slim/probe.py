@@ -178,8 +178,10 @@ def baselines(task: Task, cases: Cases, dataset: Dataset) -> dict[str, Method]:
     if cases.window_N is not None:
         methods["parcel_means"] = _fixed(baseline.parcel_means(dataset, cases.sessions, cases.window_N))
     else:
-        methods["connectome"] = _fixed(baseline.connectome(dataset, sessions)[row_N])
-        methods["connectome_kept"] = _fixed(baseline.connectome(dataset, sessions, kept=True)[row_N])
+        whole_NE, kept_NE = (baseline.connectome(dataset, sessions, kept) for kept in (False, True))
+        methods["connectome"] = _fixed(whole_NE[row_N])
+        if not np.array_equal(whole_NE, kept_NE):  # where all windows are kept they are the same
+            methods["connectome_kept"] = _fixed(kept_NE[row_N])
     methods["mean_image"] = _fixed(baseline.mean_image(dataset, sessions)[row_N])
     if task.confounds:
         methods["confounds"] = _fixed(baseline.confounds(cases.sessions, task.confounds))

@@ -483,7 +483,7 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     done = command("tools/probe.py", run, "--data", data, "--task", group, "--task", who, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    methods = {"ours", "random", "connectome", "connectome_kept", "mean_image"}
+    methods = {"ours", "random", "connectome", "mean_image"}  # all windows were kept
     assert report["tasks"].keys() == {"g", "f"} and report["step"] == 2
     assert report["tasks"]["g"].keys() == methods and report["tasks"]["f"].keys() == methods
     for method in methods:
@@ -495,7 +495,7 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     facts = report["facts"]["g"]
     assert facts["sessions"] == 20 and facts["subjects"] == facts["test_subjects"] == 10
     assert facts["subjects_seen_in_pretraining"] == 7
-    assert facts["differences"].keys() == {"random", "connectome", "connectome_kept"} and facts["random_seeds"] == [
+    assert facts["differences"].keys() == {"random", "connectome"} and facts["random_seeds"] == [
         0,
         1,
         2,

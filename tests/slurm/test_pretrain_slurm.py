@@ -135,7 +135,7 @@ def test_what_only_a_node_can_tell_ends_the_job_with_one_line(cluster: Cluster, 
     out = cluster.hidden / "run" if cluster.own_hosts else tmp_path / "run"
     python = () if cluster.own_hosts else ("--python", "/nowhere/python")
     cluster.call("sbatch", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 25")
-    cluster.wait(lambda: set(cluster.states().values()) == {"allocated"}, 20, "busy nodes")
+    cluster.wait(lambda: set(cluster.states().values()) == {"allocated"}, 60, "busy nodes")
     done = slurm(cluster, *pretrain_words(dataset, out, "--nodes", 2, "--tasks-per-node", 1, "--follow", *python))
     assert done.returncode == 2, done.stderr
     if cluster.own_hosts:
