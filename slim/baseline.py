@@ -20,45 +20,40 @@ from shards.reader import Dataset
 from slim.task import fact
 
 
-def connectome(
-    dataset: Dataset,
-    sessions: list[dict[str, Any]],
-    kept: bool = False,
-    advance: Callable[[int], None] | None = None,
-) -> np.ndarray:
+def connectomes(
+    dataset: Dataset, sessions: list[dict[str, Any]], advance: Callable[[int], None] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Functional connectivity: correlations (Ledoit-Wolf) between parcels, float32 (N, E).
 
-    Only parcels that every session has are used. Nothing is estimated across sessions.
-
-    Parameters
-    ----------
-    dataset : Dataset
-    sessions : list of dict
-    kept : bool
-        Of the frames of kept windows alone, which are all that an encoder reads; else of whole runs.
-    advance : callable, optional
-        Called with 1 for each session read.
+    Of whole runs, and of the frames of kept windows alone, which are all that an encoder reads. Only parcels that every
+    session has are used. Nothing is estimated across sessions.
 
     Raises
     ------
     DatasetError
         If fewer than two parcels are common to all sessions.
     """
-    series, labels = [], []
+    series, labels, kept = [], [], []
     for session in sessions:
         arrays = dataset.read(session, ("roi", "roi_number", "start"))
-        frames = np.unique(arrays["start"][:, None] + np.arange(dataset.frames))
-        series.append(arrays["roi"][:, frames] if kept else arrays["roi"])
+        series.append(arrays["roi"])
         labels.append(arrays["roi_number"])
+        kept.append(np.unique(arrays["start"][:, None] + np.arange(dataset.frames)))
         if advance:
             advance(1)
     common = reduce(np.intersect1d, labels)
     if len(common) < 2:
         raise DatasetError(dataset.folder, "roi", f"{len(common)} parcels all sessions have", "at least 2")
+    whole = [roi_RT[_rows(label_R, common)].T for roi_RT, label_R in zip(series, labels, strict=True)]
+    return _correlations(whole), _correlations([x_TR[rows] for x_TR, rows in zip(whole, kept, strict=True)])
+
+
+def _correlations(series: list[np.ndarray]) -> np.ndarray:
+    """Of the columns of each (T, R)."""
     # Parcels are z-scored first: the shrinkage of the covariance would otherwise favour the brightest ones.
     runs = []
-    for roi_RT, label_R in zip(series, labels, strict=True):
-        x_TR = roi_RT[_rows(label_R, common)].T.astype(np.float64)
+    for series_TR in series:
+        x_TR = series_TR.astype(np.float64)
         x_TR -= x_TR.mean(axis=0)
         runs.append(x_TR / np.maximum(x_TR.std(axis=0), 1e-12))
     measure = ConnectivityMeasure(kind="correlation", vectorize=True, discard_diagonal=True, standardize=False)

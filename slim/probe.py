@@ -39,12 +39,8 @@ from slim.task import Cases, Task, make_splits
 OURS = "ours"
 REPORT = "report.json"
 _QUESTION = ("type", "label", "split", "subjects", "test_subjects")  # facts that say what was asked of whom
-COMPARED = (
-    "random",
-    "connectome",
-    "connectome_kept",
-    "parcel_means",
-)  # methods whose paired difference to ours is reported
+# Methods whose paired difference to ours is reported.
+COMPARED = ("random", "connectome", "connectome_kept", "parcel_means")
 
 
 class Method(Protocol):
@@ -178,7 +174,7 @@ def baselines(task: Task, cases: Cases, dataset: Dataset) -> dict[str, Method]:
     if cases.window_N is not None:
         methods["parcel_means"] = _fixed(baseline.parcel_means(dataset, cases.sessions, cases.window_N))
     else:
-        whole_NE, kept_NE = (baseline.connectome(dataset, sessions, kept) for kept in (False, True))
+        whole_NE, kept_NE = baseline.connectomes(dataset, sessions)
         methods["connectome"] = _fixed(whole_NE[row_N])
         if not np.array_equal(whole_NE, kept_NE):  # where all windows are kept they are the same
             methods["connectome_kept"] = _fixed(kept_NE[row_N])

@@ -33,15 +33,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _KEPT = ("precision", "stream", "zero")  # of the pretraining run, unless said otherwise
 _OF_RUN = ("batch", "workers", "wandb")
-_FIXED = (
-    "model",
-    "model_name",
-    "view",
-    "data",
-    "start",
-    "answer",
-    "before",
-)  # what the weights, and the command, decide
+# What the weights, and the command, decide.
+_FIXED = ("model", "model_name", "view", "data", "start", "answer", "before")
 
 
 def refuse(task: Task, where: str | Path) -> None:

@@ -386,7 +386,7 @@ def test_a_report_keeps_other_tasks(tmp_path: Path):
 
 def test_baselines_are_what_their_names_say(dataset: Path):
     opened = Dataset(dataset)
-    found = baseline.connectome(opened, opened.sessions)
+    found = baseline.connectomes(opened, opened.sessions)[0]
     arrays = [opened.read(session, ("roi", "roi_number")) for session in opened.sessions]
     common = set.intersection(*[set(item["roi_number"].tolist()) for item in arrays])
     assert found.shape == (len(opened.sessions), len(common) * (len(common) - 1) // 2)
@@ -403,9 +403,9 @@ def test_baselines_are_what_their_names_say(dataset: Path):
     series_TR = StandardScaler().fit_transform(arrays[0]["roi"][rows][:, frames].T.astype(np.float64))
     measure = ConnectivityMeasure(kind="correlation", vectorize=True, discard_diagonal=True, standardize=False)
     fewer: Any = SimpleNamespace(read=five, frames=opened.frames, folder=opened.folder)
-    kept = baseline.connectome(fewer, opened.sessions[:2], kept=True)
+    whole, kept = baseline.connectomes(fewer, opened.sessions[:2])
     np.testing.assert_allclose(kept[0], measure.fit_transform([series_TR])[0], atol=1e-5)
-    assert not np.allclose(kept, baseline.connectome(fewer, opened.sessions[:2]), atol=1e-2)
+    assert not np.allclose(kept, whole, atol=1e-2)
 
     image = baseline.mean_image(opened, opened.sessions)
     patches, insides = [], []

@@ -3,8 +3,8 @@
     python tools/explain.py RUN_OR_WEIGHTS --data DATASET --task TASK.yaml [--subjects N] [--out FOLDER]
 
 Integrated gradients of the linear probe's score, fitted without the subjects that are explained; where states are
-decoded, of the windows in one state (`--class`). Writes maps (NIfTI on
-the dataset's grid), pictures and facts to RUN/report/explain; tools/report.py shows them on the page of the run.
+decoded, of the windows in one state (`--class`). Writes maps (NIfTI on the dataset's grid), pictures and facts to
+RUN/report/explain; tools/report.py shows them on the page of the run.
 """
 
 from __future__ import annotations
