@@ -1,7 +1,8 @@
 # make quickstart   set-up from nothing, then the whole pipeline on a small synthetic cohort: runs/quickstart/
 # make test         set-up from nothing, then the tests
+# make test-slurm   those on a real SLURM of two nodes, which needs its packages
 # make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills
-# make slurm        as root: the SLURM packages of Debian, for the tests on a cluster
+# make slurm        as root: the SLURM packages of Debian
 # make experiments  does pretraining learn? many hours of two cores: runs/experiments/tables.md
 # make lint         ruff and mypy
 
@@ -9,10 +10,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test test-slow slurm lint experiments clean
+.PHONY: quickstart test test-slurm test-slow slurm lint experiments clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -33,10 +35,13 @@ quickstart: $(READY)
 	@echo "look at $(SHARDS)/report/index.html and $(OUT)/pretrain/report/index.html"
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(PYTEST) -m 'not slow' --ignore=tests/slurm
+
+test-slurm: $(READY)
+	$(PYTEST) -m 'not slow' tests/slurm
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
+	$(PYTEST) -m slow
 
 slurm:
 	sh tests/slurm/install.sh

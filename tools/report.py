@@ -15,7 +15,7 @@ from shards.errors import ConfigError
 
 
 def main() -> int:
-    parser = Parser(__doc__.splitlines()[0], "python tools/report.py runs/quickstart/run")
+    parser = Parser(__doc__.splitlines()[0], "python tools/report.py runs/quickstart/pretrain")
     parser.add_argument("folder", type=Path, metavar="DATASET_OR_RUN", help="a dataset's folder, or a run's")
     args = parser.parse_args()
     folder = args.folder
