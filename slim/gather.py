@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from slim.geometry import Geometry
 
@@ -286,9 +285,7 @@ def attend(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, where: Segments) -> Tens
     the same numbers, up to rounding.
     """
     if has_varlen(q_NHD):
-        out_NHD = varlen_attn(q_NHD, k_NHD, v_NHD, where.q_bound, where.k_bound, where.q_max, where.k_max)
-        assert isinstance(out_NHD, Tensor)  # without the log-sum-exp, which was not asked for
-        return out_NHD
+        return varlen_attn(q_NHD, k_NHD, v_NHD, where.q_bound, where.k_bound, where.q_max, where.k_max)
     outputs = []
     for bucket in where.buckets:
         q_slot = torch.arange(bucket.q_max, device=q_NHD.device)
@@ -314,6 +311,17 @@ def has_varlen(q_NHD: Tensor) -> bool:
     if not (q_NHD.is_cuda and q_NHD.dtype in _VARLEN_TYPES and heads_fit):
         return False
     return torch.cuda.get_device_capability(q_NHD.device) >= _VARLEN_CAPABILITY
+
+
+def varlen_attn(
+    q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, q_bound: Tensor, k_bound: Tensor, q_max: int, k_max: int
+) -> Tensor:
+    """Flash attention of torch over segments of different lengths."""
+    from torch.nn.attention.varlen import varlen_attn  # 1.5 s of imports that a CPU has no use for
+
+    out_NHD = varlen_attn(q_NHD, k_NHD, v_NHD, q_bound, k_bound, q_max, k_max)
+    assert isinstance(out_NHD, Tensor)  # without the log-sum-exp, which was not asked for
+    return out_NHD
 
 
 class _SegmentMax(torch.autograd.Function):
