@@ -81,12 +81,20 @@ class Tables:
         names = [f"synthetic_{task}" for task in TASKS]
         return [[words, *[cell(scores[name]) if name in scores else "" for name in names], rank]]
 
+    def seeded(self, words: str, variant: str, random: str, snr: float) -> list[list[str]]:
+        """A row of a recipe; with the number of its seeds where some are not there."""
+        rank = "" if random else self.ranks(variant, snr)
+        rows = self.row(words, self.scores(variant, snr, random), rank, snr)
+        count, wanted = len(self.draws(variant, snr, random)), self.work.seeds
+        told = words if count == wanted else f"{words} ({count} of {wanted} seeds)"
+        return [[told, *cells] for _, *cells in rows]
+
     def main(self, snr: float) -> str:
         rows = []
         for variant in OBJECTIVES:
-            rows += self.row(variant.words, self.scores(variant.name, snr), self.ranks(variant.name, snr), snr)
+            rows += self.seeded(variant.words, variant.name, "", snr)
         for random, words in RANDOM.items():
-            rows += self.row(words, self.scores("default", snr, random), "", snr)
+            rows += self.seeded(words, "default", random, snr)
         for name, words in BASELINES.items():
             rows += self.row(words, self.baseline(name, snr), "", snr)
         return table([f"voxel SNR {snr:g}", *HEAD], rows)
