@@ -83,11 +83,12 @@ class Tables:
 
     def seeded(self, words: str, variant: str, random: str, snr: float) -> list[list[str]]:
         """A row of a recipe; with the number of its seeds where some are not there."""
-        rank = "" if random else self.ranks(variant, snr)
-        rows = self.row(words, self.scores(variant, snr, random), rank, snr)
-        count, wanted = len(self.draws(variant, snr, random)), self.work.seeds
-        told = words if count == wanted else f"{words} ({count} of {wanted} seeds)"
-        return [[told, *cells] for _, *cells in rows]
+        scores, wanted = self.scores(variant, snr, random), self.work.seeds
+        if scores is None:
+            return []
+        (row,) = self.row(words, scores, "" if random else self.ranks(variant, snr), snr)
+        count = len(next(iter(scores.values()))["seeds"])
+        return [row if count == wanted else [f"{words} ({count} of {wanted} seeds)", *row[1:]]]
 
     def main(self, snr: float) -> str:
         rows = []
