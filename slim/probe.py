@@ -51,8 +51,19 @@ class Method(Protocol):
         ...
 
 
-def predict(task: Task, cases: Cases, splits: list[Split], method: Method) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def predict(
+    task: Task, cases: Cases, splits: list[Split], method: Method, repeat: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predictions of one repeat for all that is in a test side.
+
+    Parameters
+    ----------
+    task, cases
+    splits : list of Split
+        Of the repeat.
+    method : Method
+    repeat : int
+        Which of the task's repeats it is, from 0; for methods that keep something of each.
 
     Returns
     -------
@@ -62,7 +73,7 @@ def predict(task: Task, cases: Cases, splits: list[Split], method: Method) -> tu
     """
     subject_U, truth_U, guess_UK = [], [], []
     for number, split in enumerate(splits):
-        fold, answer_N = make_fold(task, cases, split, number)
+        fold, answer_N = make_fold(task, cases, split, number, repeat)
         guess_mK = method.predict(fold)
         if cases.window_N is not None:
             subject_U.append(cases.subject_N[split.test])
@@ -79,7 +90,9 @@ def predict(task: Task, cases: Cases, splits: list[Split], method: Method) -> tu
     return joined[0], joined[1], joined[2]
 
 
-def make_fold(task: Task, cases: Cases, split: Split, number: int = 0) -> tuple[Fold, np.ndarray]:
+def make_fold(
+    task: Task, cases: Cases, split: Split, number: int = 0, repeat: int = 0
+) -> tuple[Fold, np.ndarray]:
     """A split as a method sees it, and what all rows answer: values z-scored by the subjects it is fitted on.
 
     Parameters
@@ -87,6 +100,8 @@ def make_fold(task: Task, cases: Cases, split: Split, number: int = 0) -> tuple[
     task, cases, split
     number : int
         Of the split in its repeat; draws of its own.
+    repeat : int
+        Of the repeat in the task.
     """
     fitted, answer_N = split.fitted, cases.answer_N
     if task.type == "regression":
@@ -101,6 +116,7 @@ def make_fold(task: Task, cases: Cases, split: Split, number: int = 0) -> tuple[
         cases.family_S[cases.subject_N[fitted]],
         task.split.seed + number,
         np.isin(fitted, split.val) if len(split.val) else None,
+        repeat,
     )
     return fold, answer_N
 
@@ -142,8 +158,8 @@ def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], metho
         return found, metrics.permuted(again, who_N, orders) if len(orders) else {}
     scores: list[dict[str, np.ndarray]] = []
     shuffled: list[dict[str, np.ndarray]] = []
-    for repeat in splits:
-        subject_U, truth_U, guess_UK = predict(task, cases, repeat, method)
+    for repeat, parts in enumerate(splits):
+        subject_U, truth_U, guess_UK = predict(task, cases, parts, method, repeat)
         tested, number_U = np.unique(subject_U, return_inverse=True)
         weight_DU = metrics.bootstrap_weights(len(tested), task.bootstrap, seed)[:, number_U]
         group_U = np.zeros_like(number_U) if cases.window_N is None else number_U

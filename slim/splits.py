@@ -78,6 +78,7 @@ class Fold:
     subject_n : whose each training row is: the subject, or the family where those stay together
     seed : of all that is drawn
     val_n : which training rows choices are made on, bool (n,); None: by cross-validation
+    repeat : number of the division of the subjects that it is of, from 0: two repeats may test the same people
     """
 
     kind: str
@@ -88,6 +89,7 @@ class Fold:
     subject_n: np.ndarray
     seed: int
     val_n: np.ndarray | None = None
+    repeat: int = 0
 
     def inner(self) -> np.ndarray:
         """Inner fold of each training row, int (n,), for whatever is chosen rather than fitted; -1: never held out.

@@ -103,7 +103,7 @@ class Finetuned:
     dataset, cases
         Of the task.
     splits : list of list of Split
-        Of the task: which fine-tuning a fold is.
+        Of the task: a list for each repeat, which is a fine-tuning of its own.
     folder : Path
         Each has its run in `folder/seed-K`.
     assignments : sequence of str
@@ -140,7 +140,7 @@ class Finetuned:
     def prepare(self, number: int) -> FinetuneSettings:
         """Make the run folder of a fine-tuning, with what it is given; its settings, complete."""
         (split,) = self.splits[number]
-        return self._prepare(number, probe.make_fold(self.task, self.cases, split)[0])
+        return self._prepare(number, probe.make_fold(self.task, self.cases, split, repeat=number)[0])
 
     def _prepare(self, number: int, fold: Fold) -> FinetuneSettings:
         settings = self.settings(number)
@@ -155,8 +155,7 @@ class Finetuned:
 
     def predict(self, fold: Fold) -> np.ndarray:
         """Probabilities (m, K) or values (m, 1) of the test sessions; trains first, or goes on, or finds it done."""
-        (number,) = [n for n, (split,) in enumerate(self.splits) if np.array_equal(split.test, fold.test)]
-        settings, answers = self._prepare(number, fold), self._answers(fold)
+        settings, answers = self._prepare(fold.repeat, fold), self._answers(fold)
         self.train(settings)
         out = Path(settings.run.out)
         model, step, loss = self._best(out, settings, answers)

@@ -41,6 +41,7 @@ from slim.finetune import Finetuning, depth_of, make_model, predict, validation_
 from slim.head import Head
 from slim.pooling import Features
 from slim.probe import make_fold
+from slim.splits import Split
 from slim.task import Task, find_cases, make_splits
 from slim.tuned import Finetuned, check_report, refuse, settings_for
 
@@ -316,6 +317,32 @@ def test_nothing_of_a_test_subject_reaches_the_training(pretrained: Path, people
             method.predict(make_fold(task, cases, splits[0][0])[0])
         cases.truth_S[cases.subject_N[splits[0][0].test]] = 1e6
     assert given[0] == given[1]
+
+
+def test_two_divisions_with_the_same_test_people_are_two_fine_tunings(
+    pretrained: Path, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few people, two divisions often test the same ones and differ in who is validated on."""
+    opened, ours = Dataset(people), SlimBrain.from_pretrained(pretrained)
+    task = check(Task, SCORE, "task.yaml")
+    cases = find_cases(task, opened, 8, "task.yaml")
+    ((first,), _) = make_splits(task, cases, "task.yaml")
+    swapped = first.fitted[::-1]
+    second = Split(np.sort(swapped[: len(first.train)]), np.sort(swapped[len(first.train) :]), first.test)
+    trained: list[tuple[str, set[str]]] = []
+
+    def train(settings: Any) -> None:
+        out = Path(settings.run.out)
+        trained.append((out.name, set(Answers.read(out).val)))
+
+    monkeypatch.setattr(Finetuned, "_best", lambda *_: (torch.nn.Identity(), 1, 0.5))
+    monkeypatch.setattr("slim.tuned.predict", lambda model, classes, data, tested, *_: np.ones((len(tested), 1)))
+    splits = [[first], [second]]
+    method = Finetuned("finetuned", ours, task, opened, cases, splits, tmp_path, QUICK, train)
+    probe.score(task, cases, splits, method)
+    expected = [{cases.sessions[row]["key"] for row in split.val} for split in (first, second)]
+    assert trained == [("seed-0", expected[0]), ("seed-1", expected[1])] and expected[0] != expected[1]
+    assert [run["seed"] for run in method.runs] == [0, 1]
 
 
 # wrong calls
