@@ -59,11 +59,17 @@ def standardised_axes(train_nP: np.ndarray, test_mP: np.ndarray) -> tuple[np.nda
     predicts the same from these at most n coordinates as from all P features; only the rotation is left out
     of the cost. With 1/sqrt(P) one grid of penalties fits features of any number. Features without variance
     in training are dropped.
+
+    The axes are those of the smaller of the two Gram matrices, (n, n) and (P, P): windows can be tens of thousands.
     """
     mean_P, scale_P = scaling(train_nP)
     alive_P = np.isfinite(scale_P)
     z_nP = (train_nP[:, alive_P] - mean_P[alive_P]) / scale_P[alive_P]
     y_mP = (test_mP[:, alive_P] - mean_P[alive_P]) / scale_P[alive_P]
+    if len(z_nP) > z_nP.shape[1] > 0:
+        value_A, vector_PA = np.linalg.eigh(z_nP.T @ z_nP)
+        vector_PA = vector_PA[:, value_A > 1e-9 * max(value_A.max(), 1e-30)]
+        return z_nP @ vector_PA, y_mP @ vector_PA
     value_A, vector_nA = np.linalg.eigh(z_nP @ z_nP.T)
     kept = value_A > 1e-9 * max(value_A.max(), 1e-30)
     size_A, vector_nA = np.sqrt(value_A[kept]), vector_nA[:, kept]

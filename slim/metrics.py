@@ -3,42 +3,45 @@
 A draw of the bootstrap is how often each subject was drawn. Row 0 of the weights is all ones: the score
 itself. What is scored is a subject, or one of its windows, which then has the weight of its subject.
 
-Legend: D rows of weights (the score, then the draws); S subjects, or what else is scored; K classes; N sessions; P
-features.
+Legend: D rows of weights (the score, then the draws); S subjects; U what is scored, subjects or windows; G runs of
+equal values; K classes; N sessions; P features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 SMALLER_IS_BETTER = ("mse",)
+_BLOCK = 2**21  # weights that are held at a time, 16 MB
 
 
 def bootstrap_weights(subjects: int, draws: int, seed: int) -> np.ndarray:
     """How often each subject counts, float64 (1 + draws, S): once each, then samples with replacement."""
     rng = np.random.default_rng((seed, subjects))
-    weight_DS = rng.multinomial(subjects, np.full(subjects, 1 / subjects), size=draws)
-    return np.concatenate([np.ones((1, subjects)), weight_DS])
+    weight_DS, share_S = np.ones((1 + draws, subjects)), np.full(subjects, 1 / subjects)
+    for weight_S in weight_DS[1:]:
+        weight_S[:] = rng.multinomial(subjects, share_S)
+    return weight_DS
 
 
-def shuffles(group_S: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Orders in which answers are dealt out anew, int (count, S): among those of one group only.
+def shuffles(group_U: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
+    """So many orders in which answers are dealt out anew, int (U,), one after another: among those of one group only.
 
     Parameters
     ----------
-    group_S : int array
+    group_U : int array
         Answers are exchangeable inside a group: all subjects are one; the windows of a subject are one.
     count, seed : int
     """
-    rng = np.random.default_rng((seed, len(group_S), 1))
-    where_S = np.argsort(group_S, kind="stable")
-    order = np.empty((count, len(group_S)), np.int64)
-    for row in order:
-        shuffled = rng.permutation(len(group_S))
-        row[where_S] = shuffled[np.argsort(group_S[shuffled], kind="stable")]
-    return order
+    rng = np.random.default_rng((seed, len(group_U), 1))
+    where_U = np.argsort(group_U, kind="stable")
+    for _ in range(count):
+        shuffled = rng.permutation(len(group_U))
+        order_U = np.empty(len(group_U), np.int64)
+        order_U[where_U] = shuffled[np.argsort(group_U[shuffled], kind="stable")]
+        yield order_U
 
 
 def p_value(name: str, observed: float, shuffled: np.ndarray) -> float | None:
@@ -54,20 +57,20 @@ def p_value(name: str, observed: float, shuffled: np.ndarray) -> float | None:
 
 
 def permuted(
-    score: Callable[[np.ndarray], dict[str, np.ndarray]], truth_S: np.ndarray, orders: np.ndarray
+    score: Callable[[np.ndarray], dict[str, np.ndarray]], truth_U: np.ndarray, orders: Iterable[np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Each metric under each shuffle of the answers, (shuffles,).
 
     Parameters
     ----------
     score : callable
-        From answers (S,) to metrics, each an array whose first entry is the score.
-    truth_S : array
-    orders : int array
-        From `shuffles`.
+        From answers (U,) to metrics, each an array whose first entry is the score.
+    truth_U : array
+    orders : iterable of int array
+        From `shuffles`; without any there is no metric.
     """
-    found = [score(truth_S[order]) for order in orders]
-    return {name: np.array([each[name][0] for each in found]) for name in found[0]}
+    found = [{name: value_D[0] for name, value_D in score(truth_U[order_U]).items()} for order_U in orders]
+    return {name: np.array([each[name] for each in found]) for name in (found[0] if found else ())}
 
 
 def interval(value_D: np.ndarray) -> dict[str, float | None]:
@@ -80,34 +83,85 @@ def interval(value_D: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def classification(truth_S: np.ndarray, probability_SK: np.ndarray, weight_DS: np.ndarray) -> dict[str, np.ndarray]:
-    """Accuracy, balanced accuracy, AUROC and F1, each (D,).
+def classification(
+    truth_U: np.ndarray, probability_UK: np.ndarray, weight_DS: np.ndarray, subject_U: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Accuracy, balanced accuracy, AUROC and F1, each (D,): `Classification` for one set of answers."""
+    return Classification(probability_UK, weight_DS, subject_U)(truth_U)
 
-    The last three are means over classes, each class against the rest.
+
+class Classification:
+    """Accuracy, balanced accuracy, AUROC and F1 of predictions, for any answers.
+
+    The last three are means over classes, each class against the rest. Predictions are sorted once, so the cost of one
+    set of answers grows linearly with what is scored.
 
     Parameters
     ----------
-    truth_S : int array
-        Class of each subject.
-    probability_SK : float array
+    probability_UK : float array
     weight_DS : float array
+    subject_U : int array, optional
+        Whose weight, a column of `weight_DS`, each prediction has; by default each its own.
     """
-    guess_S = probability_SK.argmax(axis=1)
-    recall, area, f1 = [], [], []
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for k in range(probability_SK.shape[1]):
-            is_k, said_k = truth_S == k, guess_S == k
-            in_k_D, said_D = weight_DS @ is_k, weight_DS @ said_k
-            hit_D = weight_DS @ (is_k & said_k)
-            recall.append(hit_D / in_k_D)
-            f1.append(2 * hit_D / (in_k_D + said_D))
-            inside, outside = probability_SK[is_k, k], probability_SK[~is_k, k]
-            wins = (inside[:, None] > outside) + 0.5 * (inside[:, None] == outside)
-            won_D = ((weight_DS[:, is_k] @ wins) * weight_DS[:, ~is_k]).sum(axis=1)
-            area.append(won_D / (in_k_D * (weight_DS.sum(axis=1) - in_k_D)))
-        accuracy_D = weight_DS @ (guess_S == truth_S) / weight_DS.sum(axis=1)
-    of_classes = {"balanced_accuracy": recall, "auroc": area, "f1": f1}
-    return {"accuracy": accuracy_D, **{name: np.mean(values, axis=0) for name, values in of_classes.items()}}
+
+    def __init__(self, probability_UK: np.ndarray, weight_DS: np.ndarray, subject_U: np.ndarray | None = None):
+        self.weight_DS = weight_DS
+        self.subject_U = np.arange(len(probability_UK)) if subject_U is None else subject_U
+        self.guess_U = probability_UK.argmax(axis=1)
+        self._sorted: list[tuple[np.ndarray, np.ndarray]] = []  # of each class: order, and where equal values begin
+        for value_U in probability_UK.T:
+            order_U = value_U.argsort(kind="stable")
+            begins = np.flatnonzero(np.diff(value_U[order_U], prepend=np.nan) != 0)
+            self._sorted.append((order_U, begins))
+
+    def __call__(self, truth_U: np.ndarray) -> dict[str, np.ndarray]:
+        """Each metric, (D,).
+
+        Parameters
+        ----------
+        truth_U : int array
+            Class of each subject or window.
+        """
+        rows = max(1, _BLOCK // len(truth_U))
+        found = [
+            self._block(truth_U, self.weight_DS[at : at + rows][:, self.subject_U])
+            for at in range(0, len(self.weight_DS), rows)
+        ]
+        return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+
+    def _block(self, truth_U: np.ndarray, weight_DU: np.ndarray) -> dict[str, np.ndarray]:
+        recall, area, f1 = [], [], []
+        total_D = weight_DU.sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for k, (order_U, begins) in enumerate(self._sorted):
+                is_k, said_k = truth_U == k, self.guess_U == k
+                in_k_D, said_D = weight_DU @ is_k, weight_DU @ said_k
+                hit_D = weight_DU @ (is_k & said_k)
+                recall.append(hit_D / in_k_D)
+                f1.append(2 * hit_D / (in_k_D + said_D))
+                won_D = _won(weight_DU[:, order_U], is_k[order_U], begins)
+                area.append(won_D / (in_k_D * (total_D - in_k_D)))
+            accuracy_D = weight_DU @ (self.guess_U == truth_U) / total_D
+        of_classes = {"balanced_accuracy": recall, "auroc": area, "f1": f1}
+        return {"accuracy": accuracy_D, **{name: np.mean(values, axis=0) for name, values in of_classes.items()}}
+
+
+def _won(weight_DU: np.ndarray, inside_U: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """Weight of the pairs of one inside and one outside in which the one inside has the higher value, (D,).
+
+    Mann-Whitney's U with weights; a pair of equal values counts half.
+
+    Parameters
+    ----------
+    weight_DU : float array
+        In ascending order of the values.
+    inside_U : bool array
+    begins : int array
+        Where each run of equal values begins.
+    """
+    inside_DG = np.add.reduceat(weight_DU * inside_U, begins, axis=1)
+    outside_DG = np.add.reduceat(weight_DU * ~inside_U, begins, axis=1)
+    return (inside_DG * (outside_DG.cumsum(axis=1) - outside_DG / 2)).sum(axis=1)
 
 
 def regression(truth_S: np.ndarray, guess_S: np.ndarray, weight_DS: np.ndarray) -> dict[str, np.ndarray]:

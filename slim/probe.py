@@ -17,7 +17,7 @@ classes or 1; D the score and its draws.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,9 +90,7 @@ def predict(
     return joined[0], joined[1], joined[2]
 
 
-def make_fold(
-    task: Task, cases: Cases, split: Split, number: int = 0, repeat: int = 0
-) -> tuple[Fold, np.ndarray]:
+def make_fold(task: Task, cases: Cases, split: Split, number: int = 0, repeat: int = 0) -> tuple[Fold, np.ndarray]:
     """A split as a method sees it, and what all rows answer: values z-scored by the subjects it is fitted on.
 
     Parameters
@@ -155,26 +153,29 @@ def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], metho
         def again(shuffled_N: np.ndarray) -> dict[str, np.ndarray]:
             return {name: value_S.mean()[None] for name, value_S in metrics.found_again(ranked_NN, shuffled_N).items()}
 
-        return found, metrics.permuted(again, who_N, orders) if len(orders) else {}
+        return found, metrics.permuted(again, who_N, orders)
     scores: list[dict[str, np.ndarray]] = []
     shuffled: list[dict[str, np.ndarray]] = []
     for repeat, parts in enumerate(splits):
         subject_U, truth_U, guess_UK = predict(task, cases, parts, method, repeat)
         tested, number_U = np.unique(subject_U, return_inverse=True)
-        weight_DU = metrics.bootstrap_weights(len(tested), task.bootstrap, seed)[:, number_U]
+        weight_DS = metrics.bootstrap_weights(len(tested), task.bootstrap, seed)
         group_U = np.zeros_like(number_U) if cases.window_N is None else number_U
-        scores.append(_measure(task, truth_U, guess_UK, weight_DU))
+        scores.append(_measure(task, guess_UK, weight_DS, number_U)(truth_U))
         orders = metrics.shuffles(group_U, task.permutations, seed)
-        if len(orders):
-            measure = partial(_measure, task, guess_UK=guess_UK, weight_DU=np.ones((1, len(truth_U))))
-            shuffled.append(metrics.permuted(measure, truth_U, orders))
+        measure = _measure(task, guess_UK, np.ones((1, len(tested))), number_U)
+        shuffled.append(metrics.permuted(measure, truth_U, orders))
     return _mean(scores), _mean(shuffled)
 
 
-def _measure(task: Task, truth_U: np.ndarray, guess_UK: np.ndarray, weight_DU: np.ndarray) -> dict[str, np.ndarray]:
+def _measure(
+    task: Task, guess_UK: np.ndarray, weight_DS: np.ndarray, number_U: np.ndarray
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """From answers (U,) to the metrics of these predictions; `number_U`: whose weight, a column, each one has."""
     if task.type == "regression":
-        return metrics.regression(truth_U, guess_UK[:, 0], weight_DU)
-    return metrics.classification(truth_U, guess_UK, weight_DU)
+        weight_DU = weight_DS[:, number_U]
+        return lambda truth_U: metrics.regression(truth_U, guess_UK[:, 0], weight_DU)
+    return metrics.Classification(guess_UK, weight_DS, number_U)
 
 
 def _mean(scores: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nilearn.connectome import ConnectivityMeasure
 from sklearn import metrics as sk
 from sklearn.linear_model import Ridge
@@ -193,6 +196,53 @@ def test_classification_metrics_are_those_of_scikit_learn(classes: int):
         assert {name: value[row] for name, value in found.items()} == pytest.approx(expected)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 60), st.integers(1, 4), st.integers(2, 4), st.integers(0, 2), st.integers(0, 2**16))
+def test_auroc_of_windows_is_that_of_all_pairs(subjects: int, each: int, classes: int, digits: int, seed: int):
+    """Against every pair of windows, with the weight of its subjects; ties of any number; weights in blocks."""
+    rng = np.random.default_rng(seed)
+    subject_U = rng.permutation(np.repeat(np.arange(subjects), each))
+    truth_U = rng.integers(0, classes, len(subject_U))
+    probability_UK = rng.random((len(subject_U), classes)).round(digits)
+    weight_DS = metrics.bootstrap_weights(subjects, 10, seed)
+    found = metrics.classification(truth_U, probability_UK, weight_DS, subject_U)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_BLOCK", 3 * len(truth_U))
+        blocks = metrics.classification(truth_U, probability_UK, weight_DS, subject_U)
+    for name, value_D in found.items():
+        np.testing.assert_array_equal(value_D, blocks[name])
+    weight_DU, areas = weight_DS[:, subject_U], []
+    for k in range(classes):
+        value_U, is_k = probability_UK[:, k], truth_U == k
+        wins = np.sign(value_U[is_k][:, None] - value_U[~is_k]) / 2 + 0.5
+        with np.errstate(invalid="ignore"):
+            pairs_D = weight_DU[:, is_k].sum(axis=1) * weight_DU[:, ~is_k].sum(axis=1)
+            areas.append(np.einsum("di,ij,dj->d", weight_DU[:, is_k], wins, weight_DU[:, ~is_k]) / pairs_D)
+    np.testing.assert_allclose(found["auroc"], np.mean(areas, axis=0), rtol=0, atol=1e-12)
+
+
+def test_scores_of_many_windows_fit_into_memory():
+    """32 000 windows in two classes: pairs, or a weight of each window in each draw, would take 2 and .26 GB."""
+    rng = np.random.default_rng(0)
+    subject_U = np.repeat(np.arange(1000), 32)
+    truth_U, probability_UK = rng.integers(0, 2, 32_000), rng.dirichlet(np.ones(2), 32_000).round(3)
+    tracemalloc.start()
+    weight_DS = metrics.bootstrap_weights(1000, 100, 0)
+    found = metrics.classification(truth_U, probability_UK, weight_DS, subject_U)["auroc"]
+    one = metrics.Classification(probability_UK, np.ones((1, 1000)), subject_U)
+    shuffled = metrics.permuted(one, truth_U, metrics.shuffles(subject_U, 20, 0))["auroc"]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 120e6
+    for row in (0, 7):
+        expected = [
+            sk.roc_auc_score(truth_U == k, probability_UK[:, k], sample_weight=weight_DS[row][subject_U])
+            for k in range(2)
+        ]
+        assert found[row] == pytest.approx(np.mean(expected), abs=1e-12)
+    assert np.abs(shuffled - 0.5).max() < 0.02 and len(np.unique(shuffled)) == 20
+
+
 def test_regression_metrics_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     truth, guess = rng.normal(size=30) + 3, rng.normal(size=30)
@@ -255,17 +305,28 @@ def test_fingerprint_chance_is_the_mean_of_random_rankings():
 # probes
 
 
-def test_axes_give_the_predictions_of_all_features():
+@pytest.mark.parametrize("rows", [20, 500])
+def test_axes_give_the_predictions_of_all_features(rows: int):
     rng = np.random.default_rng(0)
-    train, test = rng.normal(size=(20, 300)) * 7 + 3, rng.normal(size=(5, 300)) * 7 + 3
-    y = rng.normal(size=20)
+    train, test = rng.normal(size=(rows, 300)) * 7 + 3, rng.normal(size=(5, 300)) * 7 + 3
+    y = rng.normal(size=rows)
     train[:, 0] = test[:, 0] = 5  # no variance: dropped
     scaler = StandardScaler().fit(train[:, 1:])
     whole = Ridge(alpha=0.3 * 299).fit(scaler.transform(train[:, 1:]), y)
     expected = whole.predict(scaler.transform(test[:, 1:]))
     x, z = linear.standardised_axes(train, test)
-    np.testing.assert_allclose(Ridge(alpha=0.3).fit(x, y).predict(z), expected, rtol=1e-6)
-    assert x.shape[1] <= 20
+    np.testing.assert_allclose(Ridge(alpha=0.3).fit(x, y).predict(z), expected, rtol=1e-6, atol=1e-9)
+    assert x.shape[1] <= min(rows, 299)
+
+
+def test_axes_of_many_windows_need_no_matrix_of_all_pairs():
+    """20 000 windows of 6 features: their Gram matrix alone would take 3.2 GB."""
+    train = np.random.default_rng(0).normal(size=(20_000, 6))
+    tracemalloc.start()
+    x, _ = linear.standardised_axes(train, train[:5])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert x.shape == train.shape and peak < 50e6
 
 
 @pytest.mark.parametrize("tree", [GROUP, SCORE])
