@@ -23,9 +23,6 @@ from slim import metrics, probe
 from slim.brain import Features, SlimBrain
 from slim.task import Cases, Task, find_cases, make_splits
 
-# The one metric of each type that a table has room for.
-HEADLINE = {"classification": "auroc", "regression": "r", "fingerprint": "map", "state": "accuracy"}
-
 
 @dataclass(frozen=True)
 class Question:
@@ -37,7 +34,7 @@ class Question:
 
     @property
     def metric(self) -> str:
-        return HEADLINE[self.task.type]
+        return metrics.HEADLINE[self.task.type]
 
     def draws(self, method: probe.Method) -> np.ndarray:
         """The headline score and its bootstrap draws, (D,)."""

@@ -279,7 +279,7 @@ def _health(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line]
             limit=(5, "dimensional collapse below 5"),
         ),
         _figure(
-            "Are samples told apart?",
+            "Do samples differ?",
             lines,
             [("cosine", [Curve("sample_cosine")], False), ("SD, context", [Curve("context_std")], False)],
             "Cosine between the features of different samples at the same place and slot: high from the start, "

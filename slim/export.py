@@ -191,7 +191,7 @@ or `python tools/embed.py THIS_FOLDER run.nii.gz --out vectors.npz`. Every file 
 - Not a medical device: nothing here was tested for decisions about people.
 - It saw the cohorts above. On other scanners, ages, tasks or preprocessing it may do worse, and nothing warns of that;
   compare with random weights under the same pooling (`tools/probe.py`) and with functional connectivity.
-- Vectors of a person carry anatomy and connectivity, by which people can be told apart: treat them as personal data.
+- Vectors of a person carry anatomy and connectivity, by which people can be recognised: treat them as personal data.
 
 ## Licence and data agreements
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from shards import html
 from shards.errors import ConfigError
+from slim import metrics
 
 PROBE, EXPLAIN = "report.json", "explain"
 Cell = dict[str, Any]  # value, low, high and p, as far as they are there
@@ -31,18 +32,8 @@ _METHODS = {
     "mean_image": "mean image",
     "confounds": "confounds alone",
 }
-# What a task is judged by: the first of these that it has.
-_JUDGED_BY = ("auroc", "r", "map", "balanced_accuracy", "accuracy")
-_WORDS = {
-    "auroc": "AUROC",
-    "map": "mAP",
-    "top1": "top-1",
-    "r2": "R²",
-    "mse": "MSE (lower is better)",
-    "balanced_accuracy": "balanced accuracy",
-    "f1": "F1",
-}
-_CHANCE = {"auroc": 0.5, "r": 0.0}
+# What a task is judged by whose report does not tell its type, or lacks the metric of it: the first that it has.
+_ELSE = ("auroc", "r", "map", "balanced_accuracy", "accuracy")
 
 
 @dataclass
@@ -68,14 +59,16 @@ class Found:
 
     @property
     def judged_by(self) -> str | None:
-        return next((metric for metric in _JUDGED_BY if self.cell(_OURS, metric)), None)
+        """The metric of the task's type, as in all tables: see `slim.metrics.HEADLINE`."""
+        usual = metrics.HEADLINE.get(str(self.facts.get("type")))
+        return next((metric for metric in (usual, *_ELSE) if metric and self.cell(_OURS, metric)), None)
 
     def cell(self, method: str, metric: str) -> Cell | None:
         cell = self.cells.get(method, {}).get(metric)
         return cell if cell and cell["value"] is not None else None
 
     def compare(self, method: str, mine: str = _OURS) -> int | None:
-        """1 where `mine` is better than a method, -1 where it is worse, 0 where they cannot be told apart.
+        """1 where `mine` is better than a method, -1 where it is worse, 0 where neither is clearly better.
 
         By the paired difference where there is one, else by intervals that do not overlap. None without an answer.
         """
@@ -141,7 +134,9 @@ def verdict(tasks: Sequence[Found]) -> list[tuple[str, str]]:
         words = f"Beats the same encoder with random weights on {len(better)} of {html.count(compared, 'task')}"
         found.append(("good" if most and not worse else "look", words + _listed(better, ": {}") + "."))
     if alike:
-        found.append(("look", f"Not told apart from random weights on {', '.join(alike)}: more people may tell."))
+        found.append(
+            ("look", f"No clear difference from random weights on {', '.join(alike)}: more people may show one.")
+        )
     if worse:
         found.append(("bad", f"Random weights are better on {', '.join(worse)}."))
     better, worse, alike = _sorted(tasks, "connectome")
@@ -150,7 +145,7 @@ def verdict(tasks: Sequence[Found]) -> list[tuple[str, str]]:
     if better:
         found.append(("good", f"Beats functional connectivity on {', '.join(better)}."))
     if alike:
-        found.append(("look", f"Not told apart from functional connectivity on {', '.join(alike)}."))
+        found.append(("look", f"No clear difference from functional connectivity on {', '.join(alike)}."))
     for method, said in (("parcel_means", "Parcel means alone"), ("confounds", "Confounds alone")):
         _, worse, alike = _sorted(tasks, method)
         if worse or alike:
@@ -172,7 +167,7 @@ def _p(task: Found) -> float | None:
 
 
 def _sorted(tasks: Sequence[Found], method: str, mine: str = _OURS) -> tuple[list[str], list[str], list[str]]:
-    """Names of the tasks on which `mine` is better than a method, worse, and not told apart."""
+    """Names of the tasks on which `mine` is better than a method, worse, and neither."""
     signs = {task.name: task.compare(method, mine) for task in tasks}
     better, worse, alike = ([name for name, sign in signs.items() if sign == wanted] for wanted in (1, -1, 0))
     return better, worse, alike
@@ -196,10 +191,6 @@ def _name(method: str) -> str:
     return _METHODS.get(method, method.replace("_", " "))
 
 
-def _metric(metric: str) -> str:
-    return _WORDS.get(metric, metric.replace("_", " "))
-
-
 def probes(tasks: Sequence[Found]) -> list[str]:
     """All tasks in one table, then each with its intervals drawn."""
     if not tasks:
@@ -210,7 +201,7 @@ def probes(tasks: Sequence[Found]) -> list[str]:
         for method in _METHODS
         if any(task.cell(method, metric) for task, metric in judged)
     ]
-    head = ["Features", *[f"{task.name}, {_metric(metric)}" for task, metric in judged]]
+    head = ["Features", *[f"{task.name}, {metrics.words(metric)}" for task, metric in judged]]
     return [
         html.text(
             "Values with 95 % intervals over people; p from shuffled labels, where it was asked for. The weights are "
@@ -245,27 +236,27 @@ def _about(task: Found) -> str:
 
 
 def _probe(task: Found) -> list[str]:
-    metrics = task.metrics
-    rows = [[_name(method), *[_words(cells.get(metric)) for metric in metrics]] for method, cells in task.cells.items()]
+    names = task.metrics
+    rows = [[_name(method), *[_words(cells.get(metric)) for metric in names]] for method, cells in task.cells.items()]
     for method, cells in task.differences.items():
-        rows.append([f"this run minus {_name(method)}", *[_words(cells.get(metric)) for metric in metrics]])
+        rows.append([f"this run minus {_name(method)}", *[_words(cells.get(metric)) for metric in names]])
     return [
         html.heading(task.name),
         _about(task),
-        html.table(["Features", *[_metric(metric) for metric in metrics]], rows, numbers=True),
+        html.table(["Features", *[metrics.words(metric) for metric in names]], rows, numbers=True),
         _drawn(task),
     ]
 
 
 def _drawn(task: Found) -> str:
     """A panel a metric, a point and its interval a method."""
-    metrics = task.metrics
-    width = min(11, 2.6 + 2.7 * len(metrics))
+    names = task.metrics
+    width = min(11, 2.6 + 2.7 * len(names))
     figure = Figure(figsize=(width, 0.9 + 0.34 * len(task.cells)))
     figure.set_layout_engine("constrained", wspace=0.06)
-    grid = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    levels = _CHANCE | (task.facts.get("chance") or {})
-    for axes, metric in zip(grid, metrics, strict=True):
+    grid = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    levels = metrics.levels(task.facts, names)
+    for axes, metric in zip(grid, names, strict=True):
         for place, method in enumerate(task.cells):
             cell = task.cell(method, metric)
             if cell is None:
@@ -276,12 +267,12 @@ def _drawn(task: Found) -> str:
             axes.plot(cell["value"], place, "o", color=colour, ms=7, mec="white")
         if metric in levels:
             axes.axvline(levels[metric], color=html.RED, lw=1, ls="--")
-        axes.set(title=_metric(metric), ylim=(len(task.cells) - 0.5, -0.5))
+        axes.set(title=metrics.words(metric), ylim=(len(task.cells) - 0.5, -0.5))
         axes.set_yticks(range(len(task.cells)), [_name(method) for method in task.cells])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-    caption = "Dashed: chance." if set(metrics) & set(levels) else ""
-    return html.picture(figure, f"Probe results of {task.name} with 95 % intervals", caption)
+    caption = metrics.caption("Dashed", names, levels)
+    return html.picture(figure, f"Probe results of {task.name} with 95 % intervals", f"{caption}." if caption else "")
 
 
 def explanations(folder: Path) -> list[str]:

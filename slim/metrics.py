@@ -9,12 +9,61 @@ equal values; K classes; N sessions; P features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 SMALLER_IS_BETTER = ("mse",)
+# The one metric that a task is judged by, on the page of a run as in tables, by type of the task.
+HEADLINE = {"classification": "auroc", "regression": "r", "fingerprint": "map", "state": "accuracy"}
+_GUESSED = {"auroc": 0.5, "r": 0.0, "r2": 0.0, "mse": 1.0}
+_WORDS = {"auroc": "AUROC", "map": "mAP", "top1": "top-1", "r2": "R²", "mse": "MSE", "f1": "F1"}
 _BLOCK = 2**21  # weights that are held at a time, 16 MB
+
+
+def words(metric: str) -> str:
+    """How a metric is written; of errors, that lower is better."""
+    return _WORDS.get(metric, metric.replace("_", " ")) + (" (lower is better)" if metric in SMALLER_IS_BETTER else "")
+
+
+def chance(facts: Mapping[str, Any], metric: str) -> float | None:
+    """What guessing scores; None where that depends on the data, or is not known.
+
+    Parameters
+    ----------
+    facts : mapping
+        Of the task, as a report has them: `type`, `classes`, and of a fingerprint `chance`.
+    metric : str
+    """
+    told = (facts.get("chance") or {}).get(metric)
+    if told is not None or facts.get("type") == "fingerprint":
+        return told
+    if metric == "balanced_accuracy" and facts.get("classes"):
+        return 1 / len(facts["classes"])
+    return _GUESSED.get(metric)
+
+
+def levels(facts: Mapping[str, Any], metrics: Iterable[str]) -> dict[str, float]:
+    """`chance` of those metrics that have one."""
+    return {metric: level for metric in metrics if (level := chance(facts, metric)) is not None}
+
+
+def caption(line: str, metrics: Sequence[str], levels: Mapping[str, float]) -> str:
+    """What a line at chance is, naming the panels that have one where not all do; empty where none has.
+
+    Parameters
+    ----------
+    line : str
+        How it is drawn, such as "dotted".
+    metrics : sequence of str
+        Of the panels.
+    levels : mapping of str to float
+        Metrics that have the line.
+    """
+    having = [words(metric).split(" (")[0] for metric in metrics if metric in levels]
+    where = "" if len(having) == len(metrics) else f" (of {', '.join(having)})"
+    return f"{line}: chance{where}" if having else ""
 
 
 def bootstrap_weights(subjects: int, draws: int, seed: int) -> np.ndarray:

@@ -365,19 +365,8 @@ def differs(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     return next((name for name, mine, theirs in pairs if mine != theirs), None)
 
 
-def chance(facts: dict[str, Any], metric: str) -> float | None:
-    """What guessing scores; None where that depends on the data."""
-    if facts["type"] == "fingerprint":
-        return facts["chance"][metric]
-    if metric in ("auroc", "r"):
-        return 0.5 if metric == "auroc" else 0.0
-    if metric == "balanced_accuracy":
-        return 1 / len(facts["classes"])
-    return {"r2": 0.0, "mse": 1.0}.get(metric)
-
-
 def plot(name: str, results: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
-    """One panel a metric: a point and its interval for each method, and a dotted line at chance; a PNG."""
+    """One panel a metric, as a PNG: a point and its interval for each method; dotted, chance where it is known."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -385,6 +374,7 @@ def plot(name: str, results: dict[str, Any], facts: dict[str, Any], path: Path) 
     figure = Figure(figsize=(1.4 + 2.5 * len(names), 1.5 + 0.36 * len(methods)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    levels = metrics.levels(facts, names)
     for axis, metric in zip(panels, names, strict=True):
         for row, method in enumerate(methods):
             value = results[method][metric]
@@ -393,20 +383,19 @@ def plot(name: str, results: dict[str, Any], facts: dict[str, Any], path: Path) 
                 axis.plot([value["low"], value["high"]], [row, row], color=colour, lw=2)
             if value["value"] is not None:
                 axis.plot(value["value"], row, "o", color=colour, ms=6)
-        level = chance(facts, metric)
-        if level is not None:
-            axis.axvline(level, color="tab:red", ls=":", lw=1)
-        better = " (lower is better)" if metric == "mse" else ""
-        axis.set_title(metric.replace("_", " ") + better, fontsize=9)
+        if metric in levels:
+            axis.axvline(levels[metric], color="tab:red", ls=":", lw=1)
+        axis.set_title(metrics.words(metric), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="x", color="0.9")
         axis.spines[["top", "right", "left"]].set_visible(False)
     panels[0].set_yticks(range(len(methods)), [method.replace("_", " ") for method in methods])
     panels[0].set_ylim(len(methods) - 0.5, -0.5)
+    dotted = metrics.caption("dotted", names, levels)
     figure.suptitle(
         f"{name}: {facts['test_subjects']} test subjects, {facts['pooling']} pooling, "
-        "95 % intervals over subjects; dotted: chance",
+        f"95 % intervals over subjects{'; ' if dotted else ''}{dotted}",
         fontsize=9,
     )
     figure.savefig(path, dpi=130)

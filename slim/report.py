@@ -303,5 +303,5 @@ def _checkpoints(folder: Path) -> list[str]:
         else:
             rows.append([path.name, "", "incomplete: passed over when the run goes on", "", ""])
     if not rows:
-        return [html.text("None yet: a run that stops now begins anew.")]
+        return [html.text("None yet: a run that stops now starts again from step 0.")]
     return [html.table(["Folder", "Step", "State", "Processes", "MB"], rows)]

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from test_page import NASTY, Reader, check_self_contained, command
 
 from shards.errors import ConfigError
-from slim import curves, findings, report
+from slim import curves, findings, metrics, probe, report
 from slim.answers import Answers
 from slim.checkpoint import seal, tag
+from slim.comparison import Question
 from slim.config import PRESETS, check_run, load_run
 from slim.finetune import validation_loss
+from slim.task import Task
 
 
 def line(step: int, **changes) -> dict:
@@ -223,7 +227,7 @@ def test_empty_and_absent_metrics(tmp_path):
     assert "Nothing was logged yet" in text_of(folder)
     (folder / "metrics.jsonl").unlink()
     text = text_of(folder)
-    assert "No step was logged yet." in text and "None yet: a run that stops now begins anew." in text
+    assert "No step was logged yet." in text and "None yet: a run that stops now starts again from step 0." in text
 
 
 def test_truncated_last_line(tmp_path):
@@ -282,7 +286,7 @@ def test_findings_in_words(tmp_path):
     close = {"ours": {"r": cell(0.3, p=0.2)}, "random": {"r": cell(0.28)}, "confounds": {"r": cell(0.33)}}
     words = said(tmp_path, {"sex": ours, "age": close})
     assert "look: Beats the same encoder with random weights on 1 of 2 tasks: sex." in words
-    assert "look: Not told apart from random weights on age" in words
+    assert "look: No clear difference from random weights on age" in words
     assert "look: Functional connectivity wins on sex." in words
     assert "look: Confounds alone do as well or better on age." in words
     assert "No better than chance on age" in words and "sex (perm" not in words
@@ -315,6 +319,57 @@ def test_p_and_the_table_of_all_tasks(healthy):
     assert "this run 0.40 [0.35, 0.45], p = 0.031 0.62 [0.57, 0.67], p < 0.001" in text
     assert "same encoder, random weights 0.20 [0.15, 0.25] –" in text
     assert "State; 40 people tested; 3 seeds." in text and "parcel means 0.600" in text
+
+
+def test_a_state_task_is_judged_as_the_tables_judge_it(tmp_path):
+    """By accuracy, whatever else was measured: here AUROC says one thing and accuracy the other."""
+    ours = {"accuracy": cell(0.5, p=0.4), "auroc": cell(0.9, p=0.001)}
+    tasks = {"s": {"ours": ours, "random": {"accuracy": cell(0.8), "auroc": cell(0.6)}}}
+    words = said(tmp_path, tasks, {"s": {"type": "state"}})
+    assert "Random weights are better on s" in words and "No better than chance on s" in words
+    assert "on 1 of 1 task: s" in said(tmp_path, tasks, {"s": {"type": "classification"}})
+    sessions = {kind: Question(Task.model_construct(type=kind), None, "") for kind in metrics.HEADLINE}
+    for kind, question in sessions.items():
+        found = findings.Found(
+            "s", {"ours": {name: cell(0.5) for name in metrics.HEADLINE.values()}}, {}, {"type": kind}
+        )
+        assert found.judged_by == question.metric
+
+
+@pytest.mark.parametrize(
+    ("facts", "names", "told"),
+    [
+        ({"type": "classification", "classes": {"a": 1, "b": 1}}, ("auroc", "accuracy"), "Dashed: chance (of AUROC)."),
+        (
+            {"type": "classification", "classes": {"a": 1, "b": 1}},
+            ("accuracy", "balanced_accuracy", "auroc", "f1"),
+            "Dashed: chance (of balanced accuracy, AUROC).",
+        ),
+        ({"type": "regression"}, ("r", "r2", "mse"), "Dashed: chance."),
+        ({"type": "state", "classes": {"a": 3}}, ("accuracy",), ""),
+        ({"type": "fingerprint", "chance": {"top1": 0.1}}, ("top1", "map"), "Dashed: chance (of top-1)."),
+        ({}, ("balanced_accuracy", "auroc"), "Dashed: chance (of AUROC)."),
+    ],
+)
+def test_chance_is_named_where_it_is_drawn(monkeypatch, tmp_path, facts, names, told):
+    """On the page and in the picture of the probe, by the same rule."""
+    lines: list[float] = []
+    real = Axes.axvline
+
+    def spy(axes, x=0, *words, **named):
+        lines.append(x)
+        return real(axes, x, *words, **named)
+
+    monkeypatch.setattr(Axes, "axvline", spy)
+    scores = {"ours": {name: cell(0.5) for name in names}}
+    page = findings._drawn(findings.Found("t", scores, {}, facts))
+    assert ("Dashed" in page) == bool(told) and told in page
+    drawn, lines[:] = list(lines), []
+    titles: list[str] = []
+    monkeypatch.setattr(Figure, "suptitle", lambda figure, text, **named: titles.append(text))
+    probe.plot("t", scores, {"test_subjects": 3, "pooling": "mean", **facts}, tmp_path / "t.png")
+    assert lines == drawn == [level for name in names if (level := metrics.chance(facts, name)) is not None]
+    assert titles[0].endswith(told.lower().replace("auroc", "AUROC").replace("dashed", "; dotted").rstrip("."))
 
 
 def test_explanations_are_shown(healthy):

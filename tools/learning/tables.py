@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from learning.trials import BASELINES, OBJECTIVES, POOLINGS, RANDOM, TASKS, Experiments, Trial, Variant
+from slim import metrics
 
-HEAD = ["group, AUROC", "score, r", "fingerprint, mAP", "state, accuracy", "rank"]
+_TYPES = ("classification", "regression", "fingerprint", "state")
+HEAD = [*(f"{task}, {metrics.words(metrics.HEADLINE[kind])}" for task, kind in zip(TASKS, _TYPES, strict=True)), "rank"]
 
 
 def cell(score: dict[str, Any]) -> str:
