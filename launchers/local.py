@@ -97,16 +97,31 @@ def _keep_global_batch(begun: Path, settings: S) -> S:
     return settings.model_copy(update={"run": run.model_copy(update={"accumulate": needed})})
 
 
-def git_commit() -> str:
-    """The commit of the source tree, with `+` if it has changes; `unknown` outside a repository."""
+def git_commit(source: Path = Path(__file__)) -> str:
+    """The commit of this software, with `+` if its files have changes; `unknown` where git does not track them.
+
+    A package that is installed inside somebody's repository, say in an environment of a study, is no part of it: the
+    commit of that repository would say nothing about this software.
+
+    Parameters
+    ----------
+    source : Path
+        A file of the software, one folder below its root.
+    """
+    source = source.resolve()
+    # Git would otherwise look at the repository that these name, as they do while one of its hooks runs.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
+        command = ["git", "-C", str(source.parent), *words]
         return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, timeout=20, check=True
+            command, capture_output=True, text=True, timeout=20, check=True, env=environment
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        git("ls-files", "--error-unmatch", "--", source.name)
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", str(source.parents[1]))
+        return git("rev-parse", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
