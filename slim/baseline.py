@@ -17,6 +17,7 @@ from nilearn.connectome import ConnectivityMeasure
 
 from shards.errors import DatasetError
 from shards.reader import Dataset
+from slim.labels import number, word
 from slim.task import fact
 
 
@@ -136,10 +137,11 @@ def confounds(sessions: list[dict[str, Any]], names: Sequence[str]) -> np.ndarra
     columns: list[np.ndarray] = []
     for name in names:
         values = [fact(session, name) for session in sessions]
-        if all(isinstance(value, int | float) for value in values):
-            columns.append(np.array(values, np.float32)[:, None])
+        numbers = [number(value) for value in values]
+        if None not in numbers:
+            columns.append(np.array(numbers, np.float32)[:, None])
         else:
-            word_N = np.array([str(value) for value in values])
+            word_N = np.array([word(value) for value in values])
             columns.append((word_N[:, None] == np.unique(word_N)).astype(np.float32))
     return np.concatenate(columns, axis=1)
 

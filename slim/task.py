@@ -5,7 +5,6 @@ Legend: N rows: sessions, or windows where states are decoded (n of training, m 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from shards.reader import Dataset
 from shards.settings import Settings, load
 from slim import events
 from slim.events import EventSettings
+from slim.labels import is_missing, number, refuse_lookalikes, word
 from slim.splits import Fold, Split, SplitSettings, divide
 
 __all__ = ["Cases", "Fold", "Split", "Task", "find_cases", "load_task", "make_splits"]
@@ -73,6 +73,12 @@ class Task(Settings):
             raise ValueError(f"no classes or edges: a {self.type} has none")
         if self.classes and self.edges:
             raise ValueError("either classes or edges")
+        if self.classes:
+            taken: dict[str, str] = {}
+            for name, values in self.classes.items():
+                for value in map(word, values):
+                    if taken.setdefault(value, name) != name:
+                        raise ValueError(f"values of one class each: {value} is in {taken[value]} and in {name}")
         if list(self.edges) != sorted(set(self.edges)):
             raise ValueError(f"edges that ascend, not {', '.join(map(str, self.edges))}")
         if self.type == "fingerprint":
@@ -164,14 +170,14 @@ def find_cases(
     ------
     ConfigError
         If no session carries the label, a value cannot be what the task says, a subject is of two classes or two
-        families, or there are no events.
+        families, values of a column look alike (1 and 01), a confound is the same for all, or there are no events.
     """
     left_out: Counter[str] = Counter()
     kept = []
     for session in dataset.sessions:
-        missing = [name for name in task.confounds if _is_missing(fact(session, name), task.missing)]
+        missing = [name for name in task.confounds if is_missing(fact(session, name), task.missing)]
         value = None if task.label is None else session["labels"].get(task.label)
-        if task.label is not None and _is_missing(value, task.missing):
+        if task.label is not None and is_missing(value, task.missing):
             left_out["without the label"] += 1
         elif task.type == "classification" and _class(value, task, where) is None:
             left_out["of another class"] += 1
@@ -193,8 +199,8 @@ def find_cases(
         _nothing(task, dataset, left_out, where)
 
     subjects = sorted({_subject(session) for session in kept})
-    number = {subject: index for index, subject in enumerate(subjects)}
-    subject_N = np.array([number[_subject(session)] for session in kept])
+    place_of = {subject: index for index, subject in enumerate(subjects)}
+    subject_N = np.array([place_of[_subject(session)] for session in kept])
     cases = Cases(kept, subject_N, subjects, np.zeros(len(subjects)))
     cases.left_out = {reason: count for reason, count in left_out.items() if count}
     cases.family_S = _families(task, cases, where)
@@ -205,6 +211,8 @@ def find_cases(
     elif task.type == "classification":
         values = [_class(session["labels"][task.label], task, where) or "" for session in kept]
         cases.classes = sorted(set(values))
+        if not task.classes and not task.edges:
+            refuse_lookalikes(cases.classes, str(task.label), where, "label")
         value_N = np.array([cases.classes.index(value) for value in values])
         for index, subject in enumerate(subjects):
             found = sorted({cases.classes[value] for value in value_N[subject_N == index]})
@@ -215,7 +223,20 @@ def find_cases(
     elif task.type == "regression":
         value_N = np.array([_number(session["labels"][task.label], task, where) for session in kept])
         cases.truth_S = np.array([value_N[subject_N == index].mean() for index in range(len(subjects))])
+    _check_confounds(task, cases, where)
     return cases
+
+
+def _check_confounds(task: Task, cases: Cases, where: str | Path) -> None:
+    """Refuse a confound that is the same for everybody, which predicts nothing, and values that look alike."""
+    for name in task.confounds:
+        values = [fact(session, name) for session in cases.sessions]
+        words = {word(value) for value in values}
+        if len(words) == 1:
+            got = f"the same value {words.pop()} of {name} for all {len(cases.subjects)} people"
+            raise ConfigError(where, "confounds", got, "values that differ", "Take it out of the confounds")
+        if any(number(value) is None for value in values):
+            refuse_lookalikes(words, name, where, "confounds")
 
 
 def fact(session: dict[str, Any], name: str) -> Any:
@@ -256,7 +277,7 @@ def _nothing(task: Task, dataset: Dataset, left_out: Counter[str], where: str | 
             f"{task.label}, which no session of {dataset.folder} has",
             f"one of {', '.join(columns) or 'the labels (the dataset has none)'}",
         )
-    reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items() if number)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
     raise ConfigError(where, "", f"no session of {dataset.folder} ({reasons})", "sessions of use")
 
 
@@ -269,7 +290,7 @@ def _families(task: Task, cases: Cases, where: str | Path) -> np.ndarray:
     first: dict[str, int] = {}
     for index, subject in enumerate(cases.subjects):
         mine = [cases.sessions[row]["labels"] for row in np.flatnonzero(cases.subject_N == index)]
-        found = {str(labels[column]) for labels in mine if not _is_missing(labels.get(column))}
+        found = {word(labels[column]) for labels in mine if not is_missing(labels.get(column), task.missing)}
         if len(found) > 1:
             got = f"{' and '.join(sorted(found))} for subject {subject[1]}"
             raise ConfigError(where, "split.family", got, "one family for each subject")
@@ -278,6 +299,7 @@ def _families(task: Task, cases: Cases, where: str | Path) -> np.ndarray:
     if not first:
         got = f"{column}, which no session has"
         raise ConfigError(where, "split.family", got, "a column of the participants table")
+    refuse_lookalikes(first, column, where, "split.family")
     return family_S
 
 
@@ -285,44 +307,26 @@ def _subject(session: dict[str, Any]) -> tuple[str, str]:
     return session["cohort"], session["subject"]
 
 
-def _is_missing(value: Any, marks: tuple[str, ...] = ()) -> bool:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return True
-    return _word(value).lower() in ("", "n/a", "nan") or _word(value) in marks
-
-
-def _word(value: Any) -> str:
-    """A value as it stands in a table: whole numbers without a point."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
-
-
 def _class(value: Any, task: Task, where: str | Path) -> str | None:
     """The class of a label; None where it belongs to none of those that are asked about."""
     if task.classes is not None:
-        return next((name for name, values in task.classes.items() if _word(value) in values), None)
+        found = word(value)
+        return next((name for name, values in task.classes.items() if found in map(word, values)), None)
     if not task.edges:
-        return str(value)
-    number, edges = _number(value, task, where), task.edges
-    place = sum(number >= edge for edge in edges)
+        return word(value)
+    position, edges = _number(value, task, where), task.edges
+    place = sum(position >= edge for edge in edges)
     if place == 0:
         return f"below {edges[0]:g}"
     return f"from {edges[place - 1]:g}" + (f" to {edges[place]:g}" if place < len(edges) else "")
 
 
 def _number(value: Any, task: Task, where: str | Path) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(
-            where,
-            "label",
-            f"{value!r} in column {task.label}",
-            "a number",
-            "Use type: classification, or another column",
-        )
-    return number
+    found = number(value)
+    if found is None:
+        hint = "Use type: classification, list the value under `missing`, or take another column"
+        raise ConfigError(where, "label", f"{value!r} in column {task.label}", "a number", hint)
+    return found
 
 
 def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[Split]]:
@@ -334,7 +338,7 @@ def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[Split]
     Raises
     ------
     ConfigError
-        If a side of a split has too few subjects, or too few of one class.
+        If a class has one person, a value is the same for all, or a side of a split has too few subjects of a class.
     DatasetError
         If the dataset itself has a subject in two splits.
     """
@@ -352,14 +356,13 @@ def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[Split]
             most = f"at most {families}, the number of {'families' if task.split.family else 'subjects'}"
             raise ConfigError(where, "split.folds", task.split.folds, most)
         repeats = divide(task.split, task.type, cases.truth_S, cases.family_S, cases.subject_N)
-    if task.type in ("classification", "state") and len(cases.classes) < 2:
-        got = f"only {cases.classes[0]} in {task.label or 'the events'}"
-        raise ConfigError(where, (task.label and "label") or "events", got, "two or more classes")
+    _check_answers(task, cases, where)
     for splits in repeats:
         for split in splits:
             _apart(cases, split, where)
             if task.type != "fingerprint":
                 _enough(task, cases, split.train, "training", where)
+                _check_spread(task, cases, split.fitted, "training ", where)
                 if len(split.val):
                     _enough(task, cases, split.val, "validation", where)
         scored = np.concatenate([split.test for split in splits])
@@ -369,6 +372,46 @@ def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[Split]
         else:
             _enough(task, cases, scored, "test", where)
     return repeats
+
+
+def _check_answers(task: Task, cases: Cases, where: str | Path) -> None:
+    """Refuse answers that no split of the subjects could make a question of.
+
+    Raises
+    ------
+    ConfigError
+        If there is one class alone, a class of one person, or everybody has the same value.
+    """
+    field = (task.label and "label") or "events"
+    if task.type in ("classification", "state"):
+        if len(cases.classes) < 2:
+            got = f"only {cases.classes[0]} in {task.label or 'the events'}"
+            raise ConfigError(where, field, got, "two or more classes")
+        people = _people(cases, np.arange(len(cases.sessions)))
+        alone = [name for name, count in people.items() if count == 1]
+        if alone:
+            others = ", ".join(f"{name} {count}" for name, count in people.items())
+            got = f"1 person of class {alone[0]} (people of each class: {others})"
+            hint = "Leave that class out, or join classes, by `classes` in the task"
+            raise ConfigError(where, field, got, "several people of every class", hint if task.label else "")
+    _check_spread(task, cases, np.arange(len(cases.sessions)), "", where)
+
+
+def _check_spread(task: Task, cases: Cases, rows: np.ndarray, side: str, where: str | Path) -> None:
+    """Refuse a regression in which all these rows' subjects have the same value."""
+    if task.type != "regression":
+        return
+    value_S = cases.truth_S[np.unique(cases.subject_N[rows])]
+    if len(value_S) and value_S.min() == value_S.max():
+        got = f"the same value {value_S[0]:g} of {task.label} for all {len(value_S)} {side}people"
+        hint = "Take another column" if not side else "Use other folds or shares, or more subjects"
+        raise ConfigError(where, "label", got, "values that differ", hint)
+
+
+def _people(cases: Cases, rows: np.ndarray) -> dict[str, int]:
+    """How many subjects each class has in these rows."""
+    answer, subject = cases.answer_N[rows], cases.subject_N[rows]
+    return {name: len(np.unique(subject[answer == index])) for index, name in enumerate(cases.classes)}
 
 
 def _apart(cases: Cases, split: Split, where: str | Path) -> None:
@@ -386,11 +429,8 @@ def _enough(task: Task, cases: Cases, rows: np.ndarray, side: str, where: str | 
     least = _LEAST[side][task.type]
     counts = {"": len(np.unique(cases.subject_N[rows]))}
     if cases.classes:
-        answer = cases.answer_N[rows]
-        counts = {
-            f" of class {name}": len(np.unique(cases.subject_N[rows][answer == index]))
-            for index, name in enumerate(cases.classes)
-        }
+        whole = _people(cases, np.arange(len(cases.sessions)))
+        counts = {f" of class {name} ({whole[name]} in all)": n for name, n in _people(cases, rows).items()}
     for what, count in counts.items():
         if count < least:
             raise ConfigError(

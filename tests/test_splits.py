@@ -119,8 +119,8 @@ def test_a_wrong_task_is_told(tree: dict[str, Any], told: str):
 def test_confounds_are_numbers_or_one_hot_and_missing_ones_leave_a_session_out():
     dataset = sessions(8, 1, group=lambda s: "AB"[s % 2], age=lambda s: s / 2, site=lambda s: "xyz"[s % 3])
     dataset.sessions[3]["labels"]["age"] = "n/a"
-    for line in dataset.sessions:
-        line["mean_fd_mm"] = 0.1
+    for number, line in enumerate(dataset.sessions):
+        line["mean_fd_mm"] = 0.1 * number
     found = cases_of(task(GROUP | {"confounds": ["age", "site", "mean_fd_mm"]}), dataset)
     assert found.left_out == {"without age": 1}
     vector_NF = baseline.confounds(found.sessions, ("age", "site", "mean_fd_mm"))
