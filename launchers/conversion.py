@@ -13,7 +13,8 @@ from shards import layout, page, survey
 from shards.console import DONE, REFUSED, progress, summary
 from shards.convert import Conversion, ConvertSettings
 from shards.errors import ConfigError
-from shards.session import Ranker, is_harmonised
+from shards.files import printable
+from shards.session import Ranker, assumptions, is_harmonised
 from shards.settings import check, override
 from slim.parcels import make_parcels
 from slim.saliency import make_ranker
@@ -185,7 +186,8 @@ def dry_run(conversion: Conversion, as_json: bool) -> int:
         "will_be_refused": len(refused),
     }
     more = {"cohorts": cohorts, "reasons": [problem.line() for problem in refused]}
-    summary(counts | more, "run it without --dry-run", as_json)
+    titles = {"will_be_refused": "refusals"}  # the lines above say "will be refused" of one run each
+    summary(counts | more, "run it without --dry-run", as_json, titles)
     return REFUSED if refused else DONE
 
 
@@ -196,19 +198,24 @@ def _tell_losses(conversion: Conversion, refused: list[dict[str, Any]]) -> None:
     kept = {line["key"] for line in lines} | {line["key"] for line in refused}
     _tell([f"left out: {key} is no longer found" for key in conversion.before if key not in kept], "no file")
     _tell_passed_over(conversion)
-    moved = "moved by {centred_by_mm} mm to the middle of the grid; not registered"
-    assumed = "orientation {orientation_assumed} assumed, its header has none: check left and right"
-    for field, what in (
-        ("centred_by_mm", f"native space: {{key}} {moved}"),
-        ("orientation_assumed", f"{{key}}: {assumed}"),
-    ):
-        _tell([what.format(**line) for line in lines if field in line], layout.SESSIONS)
+    moved = [
+        f"native space: {line['key']} moved by {line['centred_by_mm']} mm to the middle of the grid; not registered"
+        for line in lines
+        if "centred_by_mm" in line
+    ]
+    _tell(moved, layout.SESSIONS)
+    _tell([f"{line['key']}: {words}" for line in lines for words in assumptions(line)], layout.SESSIONS)
 
 
 def _tell_passed_over(conversion: Conversion) -> None:
-    """Name files that the globs of a pattern reach but its fields do not match: perhaps runs that were meant."""
+    """What was found but not taken, and who has no labels; files that only the globs of a pattern reach."""
     for cohort in conversion.found:
-        lines = [f"passed over: {path}, which a field of the pattern does not match" for path in cohort.passed_over]
+        for note in cohort.notes:
+            print(f"{cohort.settings.name}: {note}")
+        lines = [
+            f"passed over: {printable(path)}, which a field of the pattern does not match"
+            for path in cohort.passed_over
+        ]
         _tell(lines, f"{cohort.settings.name}'s pattern")
 
 

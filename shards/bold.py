@@ -1,4 +1,4 @@
-"""One BOLD run as it lies on disk: what its header says, its frames one by one, its brain mask.
+"""One BOLD run as it lies on disk: what its header says, and its frames one by one.
 
 Legend: x, y, z voxels of the file; T frames.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,31 +16,18 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import axcodes2ornt
-from nilearn.masking import compute_epi_mask
-from pydantic import Field, model_validator
 
+from shards import nifti
+from shards.bids import sidecars
 from shards.cohort import RunSource
 from shards.errors import RunRefused
-from shards.settings import Settings
+from shards.files import trouble
 
 LEAST_FRAMES = 4  # a cubic spline in time needs as many
 _TR_RANGE = 0.05, 20.0  # s
+_TR_DIGITS = 6  # of a TR in s: 32-bit numbers, in which 0.8 is a little more than 0.8, have no more
 _AGAIN = "Copy it again"
-
-
-class MaskSettings(Settings):
-    """What a brain mask must be like."""
-
-    ml: tuple[float, float] = Field(
-        (300, 2500), description="least and largest volume, ml; lower it for infants, slabs"
-    )
-    outside: float = Field(0.1, ge=0, le=1, description="largest fraction of a mask that may lie outside the grid")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> MaskSettings:
-        if not 0 <= self.ml[0] < self.ml[1]:
-            raise ValueError(f"two rising volumes: 0 <= {self.ml[0]:g} < {self.ml[1]:g} does not hold")
-        return self
+_SMOOTH, _ROUGHER = 0.2, 2.0  # real images have a roughness below 0.4, and 2.7 times as much with bytes swapped
 
 
 @dataclass(frozen=True)
@@ -51,26 +37,26 @@ class Bold:
     Attributes
     ----------
     run : RunSource
-    image : Nifti1Image
+    image : Nifti1Pair
     affine : float64 (4, 4), voxel index to mm; `image`'s unless its header has none
+    frames : int
     tr : float, s
+    tr_source : str, where the TR is from: "stated", "header", or the name of a sidecar
     assumed : str, axis codes that were assumed because the header has none, or empty
     """
 
     run: RunSource
-    image: nib.Nifti1Image
+    image: nib.Nifti1Pair
     affine: np.ndarray
+    frames: int
     tr: float
+    tr_source: str
     assumed: str
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        x, y, z, _ = self.image.shape
+        x, y, z = self.image.shape[:3]
         return x, y, z
-
-    @property
-    def frames(self) -> int:
-        return self.image.shape[3]
 
     @property
     def voxel_mm(self) -> tuple[float, ...]:
@@ -110,6 +96,8 @@ class Bold:
                     volume = stored * np.float64(proxy.slope) + np.float64(proxy.inter)
                     with np.errstate(over="ignore"):
                         volume = volume.astype(np.float32)
+                    if frame == 0:
+                        _check_byte_order(run, stored)
                     _check_volume(run, frame, volume)
                     yield volume
                 file.read(1)  # the end of a gzip file, where its checksum is compared
@@ -155,6 +143,26 @@ def _check_volume(run: RunSource, frame: int, volume: np.ndarray) -> None:
         )
 
 
+def _check_byte_order(run: RunSource, stored: np.ndarray) -> None:
+    """Refuse voxels that are noise in the byte order of the header, and an image in the other one."""
+    if stored.dtype.itemsize == 1 or (rough := _roughness(stored)) < _SMOOTH:
+        return
+    if rough > _ROUGHER * _roughness(stored.byteswap()):
+        order = "big" if stored.dtype.byteorder == ">" else "little"
+        got = f"noise when read in the byte order of the header ({order}-endian), an image in the other one"
+        hint = "Write the image again with the software it came from: header and voxels must agree"
+        raise RunRefused(run.source, "data", got, "one byte order for header and voxels", hint)
+
+
+def _roughness(stored: np.ndarray) -> float:
+    """Mean square of steps between neighbouring voxels over twice the variance: 1 in noise, near 0 in images."""
+    with np.errstate(all="ignore"):
+        values = stored.astype(np.float64)
+        steps = [np.square(np.diff(values, axis=axis)).mean() for axis in range(3) if values.shape[axis] > 1]
+        rough = float(np.mean(steps) / (2 * values.var())) if steps else 0.0
+    return rough if np.isfinite(rough) else math.inf
+
+
 def open_bold(run: RunSource) -> Bold:
     """A run's header, checked; no voxel is read.
 
@@ -166,169 +174,86 @@ def open_bold(run: RunSource) -> Bold:
     """
     if run.problem is not None:
         raise run.problem
-    try:
-        image = nib.load(run.bold)
-    except FileNotFoundError:
-        raise RunRefused(run.source, "", "no such file", "a NIfTI run") from None
-    except Exception as error:  # nibabel raises many types for files that are no image
-        raise RunRefused(run.source, "", f"no readable image ({type(error).__name__})", "a NIfTI run") from None
-    if not isinstance(image, nib.Nifti1Image):
-        raise RunRefused(run.source, "format", type(image).__name__, "NIfTI-1 or NIfTI-2")
-    if len(image.shape) != 4 or image.shape[3] < LEAST_FRAMES:
+    image = nifti.open_image(run.bold, run.source)
+    longer = [axis for axis in range(3, len(image.shape)) if image.shape[axis] > 1]  # an axis of length 1 is none
+    time_axis = longer[0] if longer else 3
+    frames = image.shape[time_axis] if len(image.shape) > 3 else 1
+    if len(longer) > 1 or frames < LEAST_FRAMES:
         raise RunRefused(
             run.source,
             "dim",
             "x".join(map(str, image.shape)),
             f"x, y, z and at least {LEAST_FRAMES} frames",
-            "Leave files that are no runs out of the pattern",
+            "Give a 4-D series; leave other images out",
         )
     if image.get_data_dtype().kind not in "iuf":
         raise RunRefused(run.source, "datatype", f"complex or colour values ({image.get_data_dtype()})", "real numbers")
     affine, assumed = _position(run, image)
-    return Bold(run, image, affine, _tr(run, image), assumed)
+    tr, tr_source = _tr(run, image, time_axis)
+    return Bold(run, image, affine, frames, tr, tr_source, assumed)
 
 
-def _position(run: RunSource, image: nib.Nifti1Image) -> tuple[np.ndarray, str]:
+def _position(run: RunSource, image: nib.Nifti1Pair) -> tuple[np.ndarray, str]:
     """The affine (mm), and the axis codes that had to be assumed for it, if any.
 
     Without a qform and sform neither place nor orientation is known. Where `space:` is stated the place does not matter
     (the brain is moved to the middle of the grid), and the orientation is the cohort file's, or LAS: the ANALYZE
     convention that NIfTI-1 keeps for such files ("method 1" of nifti1.h), which nibabel follows.
     """
-    affine, assumed = image.affine, ""
-    if int(image.header["qform_code"]) == 0 and int(image.header["sform_code"]) == 0:
+    affine, assumed = nifti.affine_mm(image), ""
+    if not nifti.code_of(image):
         if run.space is None:
             raise RunRefused(
                 run.source,
                 "qform_code, sform_code",
                 "0, 0: position and orientation unknown",
                 "a code above 0",
-                "Restore the header from the original scan, or state `space:` and `orientation:` in the cohort file",
+                f"Restore the header from the original scan, or state `space` and `orientation` {run.stated}",
             )
         assumed = run.orientation or "LAS"
         affine = np.zeros((4, 4))
         affine[3, 3] = 1
         for axis, (world, sign) in enumerate(axcodes2ornt(assumed)):
-            affine[int(world), axis] = sign * image.header.get_zooms()[axis]
+            affine[int(world), axis] = sign * image.header.get_zooms()[axis] * nifti.unit_mm(image)
         affine[:3, 3] = -affine[:3, :3] @ ((np.array(image.shape[:3]) - 1) / 2)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         raise RunRefused(run.source, "affine", "singular or not finite", "an invertible affine")
     return affine.astype(np.float64), assumed
 
 
-def _tr(run: RunSource, image: nib.Nifti1Image) -> float:
-    """TR in seconds: the cohort file's, else the BIDS sidecar's, else the header's."""
+def _tr(run: RunSource, image: nib.Nifti1Pair, time_axis: int) -> tuple[float, str]:
+    """TR in seconds, and where it is from: what was stated, else a BIDS sidecar, else the header."""
     if run.tr is not None:
-        return run.tr
-    hint = "Set `tr` in the cohort file"
-    tr, where = _sidecar_tr(run), "TR"
+        return round(run.tr, _TR_DIGITS), "stated"
+    hint = f"State `tr` {run.stated}"
+    tr, where = _sidecar_tr(run)
     if tr is None:
-        zoom, unit = float(image.header.get_zooms()[3]), image.header.get_xyzt_units()[1]
-        if zoom == 1 and unit == "unknown":  # what a header holds when nobody filled it in
-            raise RunRefused(run.source, where, "1 of no unit, a header nobody filled in", "a TR in seconds", hint)
-        # the header holds 32-bit numbers, in which 0.8 is a little more than 0.8
-        tr = round(zoom * {"msec": 1e-3, "usec": 1e-6}.get(unit, 1.0), 6)
+        zoom = float(image.header.get_zooms()[time_axis])
+        if zoom == 1 and not nifti.has_unit_of_time(image):  # what a header holds when nobody filled it in
+            raise RunRefused(run.source, "TR", "1 of no unit, a header nobody filled in", "a TR in seconds", hint)
+        tr, where = zoom * nifti.unit_s(image), "header"
+    tr = round(tr, _TR_DIGITS) if math.isfinite(tr) else tr
     if not _TR_RANGE[0] < tr <= _TR_RANGE[1]:
-        raise RunRefused(run.source, where, f"{tr:g} s", f"{_TR_RANGE[0]:g}-{_TR_RANGE[1]:g} s", hint)
-    return tr
+        got = f"{tr:g} s ({where})"
+        raise RunRefused(run.source, "TR", got, f"{_TR_RANGE[0]:g}-{_TR_RANGE[1]:g} s", hint)
+    return tr, where
 
 
-def sidecar(bold: Path) -> Path:
-    """Where the BIDS sidecar of a run would lie."""
-    return bold.with_name(bold.name.split(".nii")[0] + ".json")
-
-
-def _sidecar_tr(run: RunSource) -> float | None:
-    path = sidecar(run.bold)
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text()).get("RepetitionTime")
-    except (OSError, ValueError, AttributeError):
-        raise RunRefused(path, "", "unreadable JSON", "a BIDS sidecar", "Mend or remove it") from None
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise RunRefused(path, "RepetitionTime", repr(value), "seconds", "Mend it")
-    return None if value is None else float(value)
-
-
-def find_mask(bold: Bold, settings: MaskSettings) -> tuple[np.ndarray, np.ndarray, str]:
-    """The brain mask of a run, on any grid.
-
-    Returns
-    -------
-    mask : bool (x, y, z)
-    affine : float64 (4, 4), voxel index to mm
-    source : str, the file it came from, or "computed"
-
-    Raises
-    ------
-    RunRefused
-        If it is missing, unreadable, empty, or its volume is not that of a brain.
-    """
-    run = bold.run
-    if run.mask is None:
-        mask, affine, source = _computed_mask(bold), bold.affine, "computed"
-    else:
-        mask, affine = _given_mask(bold, run.mask)
-        source = run.mask.name
-    if not mask.any():
-        raise RunRefused(run.source, "mask", f"an empty mask ({source})", "a mask with brain voxels")
-    ml = np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])) / 1000
-    if not settings.ml[0] <= ml <= settings.ml[1]:
-        raise RunRefused(
-            run.source,
-            "mask",
-            f"a brain of {ml:.0f} ml ({source})",
-            f"{settings.ml[0]:g} to {settings.ml[1]:g} ml",
-            "Give another `mask`, or set mask.ml if it is meant",
-        )
-    return mask, affine, source
-
-
-def _computed_mask(bold: Bold) -> np.ndarray:
-    """nilearn's EPI mask of the mean of at most 100 frames spread over the run: enough for a stable mean image."""
-    wanted = np.unique(np.linspace(0, bold.frames - 1, min(100, bold.frames)).astype(int))
-    mean = np.zeros(bold.shape)
-    for volume in bold.volumes(wanted):
-        mean += volume / len(wanted)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of an empty mask, which is refused by name
-            return compute_epi_mask(nib.Nifti1Image(mean.astype(np.float32), bold.affine)).get_fdata() > 0.5
-    except Exception as error:  # nilearn raises many types for images without a brain
-        raise RunRefused(
-            bold.run.source,
-            "mask",
-            f"none could be computed ({error})",
-            "a brain in the image",
-            "Give a `mask` in the cohort file",
-        ) from None
-
-
-def _given_mask(bold: Bold, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    run = bold.run
-    if not path.is_file():
-        raise RunRefused(run.source, "mask", f"no file {path}", "the mask the cohort file names")
-    try:
-        image: Any = nib.load(path)
-        values = np.asarray(image.dataobj, np.float32)
-    except Exception as error:
-        raise RunRefused(run.source, "mask", f"{path}: {type(error).__name__}", "a NIfTI mask") from None
-    if values.ndim == 4 and values.shape[3] == 1:
-        values = values[..., 0]
-    if values.ndim != 3:
-        raise RunRefused(run.source, "mask", f"{path} with {values.ndim} dimensions", "three dimensions")
-    if not isinstance(image, nib.Nifti1Image):
-        raise RunRefused(run.source, "mask", f"{path}: {type(image).__name__}", "a NIfTI mask")
-    affine = image.affine
-    if not int(image.header["qform_code"]) and not int(image.header["sform_code"]):
-        if not bold.assumed or values.shape != bold.shape:
-            raise RunRefused(
-                run.source,
-                "mask",
-                f"{path} with qform_code and sform_code 0: position unknown",
-                "a code above 0",
-                "Restore the mask's header",
-            )
-        affine = bold.affine  # of a run whose header has none either: the same voxels
-    return values > 0.5, np.asarray(affine, np.float64)
+def _sidecar_tr(run: RunSource) -> tuple[float | None, str]:
+    """RepetitionTime of the nearest sidecar that has one, and the sidecar's name."""
+    for path in sidecars(run.bold):
+        if not (path.is_file() or path.is_symlink()):
+            continue
+        if found := trouble(path):
+            raise RunRefused(path, "", found.got, "a BIDS sidecar", found.hint)
+        try:
+            value = json.loads(path.read_bytes().decode("utf-8-sig")).get("RepetitionTime")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            got = f"unreadable JSON ({error})"
+            raise RunRefused(path, "", got, "a BIDS sidecar", "Correct or remove it") from None
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RunRefused(path, "RepetitionTime", repr(value), "seconds", "Correct it")
+        return float(value), path.name
+    return None, ""

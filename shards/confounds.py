@@ -9,12 +9,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from nilearn.signal import clean as nilearn_clean
 from pydantic import Field, model_validator
 
+from shards import tables
 from shards.errors import RunRefused
 from shards.settings import Settings
+from shards.tables import Table
 
 VOXEL_BLOCK = 8192  # voxels cleaned at once
 
@@ -43,7 +44,7 @@ class CleanSettings(Settings):
         return "; ".join(parts)
 
 
-def read(path: Path, frames: int) -> pd.DataFrame:
+def read(path: Path, frames: int) -> Table:
     """A confounds table with a header line (parted by tabs, commas or blanks), a row per frame.
 
     Raises
@@ -51,35 +52,29 @@ def read(path: Path, frames: int) -> pd.DataFrame:
     RunRefused
         If it cannot be read or has another number of rows.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            header = file.readline()
-        separator = next((mark for mark in "\t," if mark in header), r"\s+")
-        table = pd.read_csv(path, sep=separator, na_values="n/a")
-    except (OSError, ValueError) as error:
-        raise RunRefused(path, "", f"an unreadable table ({error})", "columns with names, a row per frame") from None
+    table = tables.read(path, "columns with names, a row per frame", RunRefused)
     if len(table) != frames:
         raise RunRefused(path, "rows", len(table), f"{frames}, the frames of the run", "Find the run's own table")
     return table
 
 
-def mean_framewise_displacement(table: pd.DataFrame) -> float | None:
+def mean_framewise_displacement(table: Table) -> float | None:
     """Mean of fMRIPrep's framewise displacement (mm); None where the table has none."""
     if "framewise_displacement" not in table:
         return None
-    mean = pd.to_numeric(table["framewise_displacement"], errors="coerce").mean()
-    return round(float(mean), 4) if np.isfinite(mean) else None
+    values = table.numbers("framewise_displacement")
+    known = values[np.isfinite(values)]
+    return round(float(known.mean()), 4) if len(known) else None
 
 
-def non_steady_state(table: pd.DataFrame) -> int:
+def non_steady_state(table: Table) -> int:
     """How many leading volumes fMRIPrep found outside the steady state (columns `non_steady_state_outlier*`)."""
-    columns = [name for name in table if str(name).startswith("non_steady_state_outlier")]
-    return max(
-        (int(np.flatnonzero(table[name].to_numpy())[-1]) + 1 for name in columns if table[name].any()), default=0
-    )
+    names = [name for name in table.columns if name.startswith("non_steady_state_outlier")]
+    marked = [np.flatnonzero(np.nan_to_num(table.numbers(name))) for name in names]
+    return max((int(frames[-1]) + 1 for frames in marked if len(frames)), default=0)
 
 
-def columns(path: Path, table: pd.DataFrame, patterns: tuple[str, ...]) -> np.ndarray:
+def columns(path: Path, table: Table, patterns: tuple[str, ...]) -> np.ndarray:
     """The columns that any of the patterns names, float64 (T, C), in the table's order.
 
     Derivatives have no first value (n/a): the second stands in, as in nilearn's `load_confounds`.
@@ -90,17 +85,17 @@ def columns(path: Path, table: pd.DataFrame, patterns: tuple[str, ...]) -> np.nd
         If a pattern names no column, or a value is missing elsewhere.
     """
     for pattern in patterns:
-        if not any(fnmatchcase(str(name), pattern) for name in table):
-            known = ", ".join(map(str, list(table)[:8])) + (" ..." if table.shape[1] > 8 else "")
+        if not any(fnmatchcase(name, pattern) for name in table.columns):
+            known = ", ".join(table.columns[:8]) + (" ..." if len(table.columns) > 8 else "")
             raise RunRefused(path, "header", f"no column {pattern} among {known}", "every column of clean.confounds")
-    chosen = [name for name in table if any(fnmatchcase(str(name), pattern) for pattern in patterns)]
-    values = table[chosen].apply(pd.to_numeric, errors="coerce")
-    values.iloc[:2] = values.iloc[:2].bfill()
-    if values.isna().any(axis=None):
-        name = values.columns[values.isna().any()][0]
-        row = int(np.flatnonzero(values[name].isna())[0])
-        raise RunRefused(path, str(name), f"no number in row {row + 1}", "a number in every row after the first")
-    return values.to_numpy(np.float64)
+    chosen = [name for name in table.columns if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    values_TC = np.stack([table.numbers(name) for name in chosen], axis=1)
+    values_TC[0] = np.where(np.isnan(values_TC[0]), values_TC[1], values_TC[0])
+    rows, places = np.nonzero(~np.isfinite(values_TC))
+    if len(rows):
+        got = f"no number in line {table.lines[rows[0]]}"
+        raise RunRefused(path, chosen[places[0]], got, "a number in every row after the first")
+    return values_TC
 
 
 def clean(series_TN: np.ndarray, tr: float, settings: CleanSettings, confounds_TC: np.ndarray | None) -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], int]) -> None:
     """Run a command and exit with its status: a `UserError` is one line and status 2, an interrupt status 3."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is printed with escapes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except UserError as error:
@@ -65,12 +68,19 @@ def run(main: Callable[[], int]) -> None:
     sys.exit(status)
 
 
-def summary(facts: dict[str, Any], next_step: str, as_json: bool) -> None:
-    """Print what was done and what to do next; with `as_json`, the facts as one JSON object on the last line."""
-    width = max((len(name) for name in facts), default=0)
-    for name, value in facts.items():
-        if not isinstance(value, dict | list):
-            print(f"  {name.replace('_', ' '):<{width}}  {value}")
+def summary(facts: dict[str, Any], next_step: str, as_json: bool, titles: Mapping[str, str] | None = None) -> None:
+    """Print what was done and what to do next; with `as_json`, the facts as one JSON object on the last line.
+
+    A fact is printed under its name, or under its title in `titles`.
+    """
+    shown = {
+        (titles or {}).get(name, name.replace("_", " ")): value
+        for name, value in facts.items()
+        if not isinstance(value, dict | list)
+    }
+    width = max((len(name) for name in shown), default=0)
+    for name, value in shown.items():
+        print(f"  {name:<{width}}  {value}")
     if next_step:
         print(f"next: {next_step}")
     if as_json:

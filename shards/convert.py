@@ -179,8 +179,12 @@ class Conversion:
         """
         if self._lock is not None:
             return
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            what = f"a folder that cannot be written ({error.strerror})"
+            raise DatasetError(self.folder, "--out", what, "a folder that can be written") from None
         end = time.monotonic() + patience
         while True:
             try:

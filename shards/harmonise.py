@@ -25,13 +25,16 @@ from pydantic import Field, model_validator
 from scipy import ndimage, sparse
 from scipy.interpolate import make_interp_spline
 
-from shards import confounds, patches, quality
-from shards.bold import LEAST_FRAMES, Bold, MaskSettings, find_mask, open_bold
+from shards import confounds, nifti, patches, quality
+from shards.bold import LEAST_FRAMES, Bold, open_bold
 from shards.cohort import RunSource
 from shards.confounds import CleanSettings
 from shards.errors import RunRefused
 from shards.grid import Grid
+from shards.masks import MaskSettings, find_mask
+from shards.resample import antialias, field_of_view, low_pass, resample_mask, spline_weights
 from shards.settings import Settings
+from shards.space import check_space
 
 VOXEL_BLOCK = 16384  # voxels resampled in time at once
 FRAME_BLOCK = 16  # frames resampled in space at once
@@ -72,6 +75,7 @@ class Harmonised:
     edge : int, voxels along a patch
     tr, source_tr : float, s
     facts : dict, quality numbers and what was done
+    repeated_T : bool, frames that are made of volumes that repeat an earlier one
     """
 
     raw_TN: np.ndarray
@@ -80,6 +84,7 @@ class Harmonised:
     tr: float
     source_tr: float
     facts: dict[str, Any]
+    repeated_T: np.ndarray
 
     @cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
@@ -163,31 +168,40 @@ def place(run: RunSource, settings: GridSettings, mask_settings: MaskSettings, c
     bold = open_bold(run)
     table = None if run.confounds is None else confounds.read(run.confounds, bold.frames)
     _check_clean(bold, table, clean)
-    mask, mask_affine, mask_source = find_mask(bold, mask_settings)
+    mask = find_mask(bold, mask_settings)
     grid = settings.grid()
-    mask_mm = nib.affines.apply_affine(mask_affine, np.argwhere(mask))
+    mask_mm = nib.affines.apply_affine(mask.affine, np.argwhere(mask.brain))
     moved_mm = np.zeros(3)
     if bold.centred:
         moved_mm = np.asarray(grid.centre_mm) - (mask_mm.min(axis=0) + mask_mm.max(axis=0)) / 2
     move = nib.affines.from_matvec(np.eye(3), moved_mm)
-    affine, mask_affine = move @ bold.affine, move @ mask_affine
+    affine, mask_affine = move @ bold.affine, move @ mask.affine
     outside = _outside(mask_mm + moved_mm, grid.affine, grid.shape)
     if outside > mask_settings.outside:
-        hint = "If the run is not in MNI space, set `space: native`; else enlarge grid.shape"
+        hint = f"If the run is not in MNI space, state `space` native {run.stated}; else enlarge grid.shape"
         got, limit = f"{outside:.0%} of the brain outside the grid", f"at most {mask_settings.outside:.0%}"
         raise RunRefused(run.source, "mask", got, limit, hint)
     unscanned = _outside(mask_mm + moved_mm, affine, bold.shape)
-    brain_XYZ = _resample_mask(mask, mask_affine, grid)
-    brain_XYZ &= _field_of_view(bold.shape, affine, grid)
+    brain_XYZ = resample_mask(mask.brain, mask_affine, grid)
+    dice, space_assumed = check_space(bold, brain_XYZ, grid, mask_settings.mni_dice)
+    brain_XYZ &= field_of_view(bold.shape, affine, grid)
     if not brain_XYZ.any() or unscanned > 0.5:
         got = f"{unscanned:.0%} of the mask outside the scan" if unscanned > 0.5 else "no brain voxel on the grid"
         raise RunRefused(run.source, "mask", got, "a mask that overlaps run and grid", "Give the run's own mask")
     facts: dict[str, Any] = {
         "mask_outside_grid": round(outside, 4),
         "mask_outside_scan": round(unscanned, 4),
-        "mask_source": mask_source,
+        "mask_source": mask.source,
         "space": run.space or "MNI",
+        "mni_dice": dice,
+        "tr_source": bold.tr_source,
     }
+    if mask.rule:
+        facts["mask_rule"] = mask.rule
+    if space_assumed:
+        facts["space_assumed"] = space_assumed
+    if not bold.assumed and (words := nifti.forms_disagree(bold.image)):
+        facts["forms_disagree"] = words
     if bold.centred:
         facts["centred_by_mm"] = [round(float(value), 2) for value in moved_mm]
     if bold.assumed:
@@ -216,9 +230,22 @@ def harmonise(
     # one array from reading to the end: the frames of the scan, which become those of the grid's TR in place
     length = max(bold.frames, frames_at(settings, bold.tr, bold.frames))
     buffer_TN = np.empty((length, np.count_nonzero(placed.brain_XYZ)), np.float32)
-    _resample_space(placed, grid, buffer_TN)
+    varies_N = _resample_space(placed, grid, buffer_TN)
+    if not varies_N.any():
+        got, expected = "the same volume in every frame", "a signal that varies in time"
+        raise RunRefused(run.source, "data", got, expected, "Leave the run out")
+    dead_share = 1 - float(varies_N.mean())
+    if dead_share > (limit := (mask_settings or MaskSettings()).dead):
+        got = f"{dead_share:.0%} of its voxels without signal (the same value in every frame)"
+        hint = "Give a mask of what was scanned, or raise mask.dead"
+        raise RunRefused(run.source, "mask", got, f"at most {limit:.0%}", hint)
+    brain_XYZ = placed.brain_XYZ
+    if dead_share:
+        brain_XYZ, buffer_TN = brain_XYZ.copy(), _without(buffer_TN, varies_N)
+        brain_XYZ[placed.brain_XYZ] = varies_N
     dropped = _dummy(placed, buffer_TN[: bold.frames])
     scan_TN = buffer_TN[dropped : bold.frames]
+    repeated_T = quality.repeats(scan_TN)
     if clean.words:
         confounds_TC = None
         if clean.confounds:
@@ -227,10 +254,13 @@ def harmonise(
         try:
             confounds.clean(scan_TN, bold.tr, clean, confounds_TC)
         except ValueError as error:  # nilearn: too few frames for the filter, and the like
-            raise RunRefused(run.source, "clean", str(error), "a run that can be filtered so", "Mend `clean`") from None
+            raise RunRefused(
+                run.source, "clean", str(error), "a run that can be filtered so", "Change `clean`"
+            ) from None
     raw_TN, tr = _resample_time(scan_TN, bold.tr, settings, buffer_TN)
 
-    result = Harmonised(raw_TN, placed.brain_XYZ, grid.patch, tr, bold.tr, dict(placed.facts))
+    of_frame_T = _frames_of(repeated_T, bold.tr, settings)
+    result = Harmonised(raw_TN, brain_XYZ, grid.patch, tr, bold.tr, dict(placed.facts), of_frame_T)
     mean_N, variance_N = result.moments
     if not float(np.sqrt(variance_N.mean())) > ROUNDING * np.abs(mean_N).max():
         got, expected = "the same volume in every frame", "a signal that varies in time"
@@ -238,6 +268,8 @@ def harmonise(
     result.facts.update(
         quality.of_run(raw_TN, mean_N, variance_N, brain_voxel_ml=grid.mm**3 / 1000),
         dropped_frames=dropped,
+        dead_share=round(dead_share, 4),
+        repeated_frames=int(repeated_T.sum()),
         global_mean=round(result.global_mean, 6),
         global_sd=round(result.global_sd, 6),
     )
@@ -255,7 +287,7 @@ def _check_clean(bold: Bold, table: Any, clean: CleanSettings) -> None:
         )
         raise RunRefused(source, "clean.low_pass", got, expected, "Lower it")
     if clean.confounds and table is None:
-        hint = "Name the tables as `confounds` in the cohort file"
+        hint = f"Give the tables as `confounds` {bold.run.stated}"
         raise RunRefused(source, "clean.confounds", "no confounds table", "one beside every run", hint)
 
 
@@ -279,90 +311,45 @@ def _outside(place_mm: np.ndarray, affine: np.ndarray, shape: tuple[int, int, in
     return float(np.mean(((index < -0.5) | (index > np.array(shape) - 0.5)).any(axis=1)))
 
 
-def _resample_mask(mask: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
-    """A mask on the grid: linear interpolation of the fraction of brain, then half; bool (X, Y, Z)."""
-    matrix = np.linalg.inv(affine) @ grid.affine
-    values = mask.astype(np.float32)
-    sigma = _antialias(matrix)
-    if sigma.any():
-        values = ndimage.gaussian_filter(values, sigma, mode="nearest")
-    resampled = ndimage.affine_transform(values, matrix[:3, :3], matrix[:3, 3], output_shape=grid.shape, order=1)
-    return resampled >= 0.5
+def _without(buffer_TN: np.ndarray, kept_N: np.ndarray) -> np.ndarray:
+    """The kept voxels, moved to the front of the same memory: a copy of a run may not fit beside it."""
+    kept = np.flatnonzero(kept_N)
+    for row_N in buffer_TN:
+        row_N[: len(kept)] = row_N[kept]
+    return buffer_TN[:, : len(kept)]
 
 
-def _field_of_view(shape: tuple[int, ...], affine: np.ndarray, grid: Grid) -> np.ndarray:
-    """Which voxels of the grid lie inside the scanned box; bool (X, Y, Z)."""
-    matrix = np.linalg.inv(affine) @ grid.affine
-    indices = np.indices(grid.shape, np.float32).reshape(3, -1)
-    place = matrix[:3, :3] @ indices + matrix[:3, 3:]
-    inside = ((place >= -0.5) & (place <= np.array(shape)[:, None] - 0.5)).all(axis=0)
-    return inside.reshape(grid.shape)
+def _resample_space(placed: Placed, grid: Grid, out_TN: np.ndarray) -> np.ndarray:
+    """Cubic B-spline values at the brain voxels of the grid, into the first rows of `out_TN`.
 
-
-def _antialias(matrix: np.ndarray) -> np.ndarray:
-    """SD (source voxels) of the Gaussian that makes source voxels as wide as target voxels; 0 where they are finer.
-
-    The full width at half maximum is sqrt(target^2 - source^2), the difference of the two point-spread functions
-    (Cardoso et al., "Scale factor point spread function matching", MICCAI 2015).
+    Returns which of these voxels have a signal, bool (N,): those whose nearest voxel of the scan varies in time.
     """
-    # `matrix` maps target to source voxels: along each source axis, the target step measured in source voxels.
-    step = np.sqrt((matrix[:3, :3] ** 2).sum(axis=1))
-    return np.sqrt(np.maximum(step**2 - 1, 0)) / np.sqrt(8 * np.log(2)) * (step > 1.01)
-
-
-def _resample_space(placed: Placed, grid: Grid, out_TN: np.ndarray) -> None:
-    """Cubic B-spline values at the brain voxels of the grid, into the first rows of `out_TN`."""
     bold = placed.bold
     matrix = np.linalg.inv(placed.affine) @ grid.affine
     place_3N = matrix[:3, :3] @ np.argwhere(placed.brain_XYZ).T + matrix[:3, 3:]
-    sigma = _antialias(matrix)
+    sigma = antialias(matrix)
     rounded = np.rint(place_3N)
     aligned = not sigma.any() and bool(np.abs(place_3N - rounded).max() < 1e-3)
-    if aligned:
-        index = tuple(np.clip(rounded, 0, np.array(bold.shape)[:, None] - 1).astype(np.intp))
-    else:
-        weights_NS = _spline_weights(place_3N, bold.shape)
+    if not aligned:
+        weights_NS = spline_weights(place_3N, bold.shape)
         coefficients_SB = np.empty((math.prod(bold.shape), FRAME_BLOCK), np.float32)
+    first_N = np.zeros(place_3N.shape[1], np.float32)
+    nearest = tuple(np.clip(rounded, 0, np.array(bold.shape)[:, None] - 1).astype(np.intp))
+    varies_N = np.zeros(place_3N.shape[1], bool)
     for frame, volume in enumerate(bold.volumes()):
+        here_N = volume[nearest]
+        first_N = here_N if frame == 0 else first_N
+        varies_N |= here_N != first_N
         if sigma.any():
             volume = ndimage.gaussian_filter(volume, sigma, mode="nearest")
         if aligned:
-            out_TN[frame] = volume[index]
+            out_TN[frame] = here_N
             continue
         filled = frame % FRAME_BLOCK + 1
         coefficients_SB[:, filled - 1] = ndimage.spline_filter(volume, 3, np.float32, "mirror").ravel()
         if filled == FRAME_BLOCK or frame + 1 == bold.frames:
             out_TN[frame + 1 - filled : frame + 1] = (weights_NS @ coefficients_SB[:, :filled]).T
-
-
-def _spline_weights(place_3N: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_array:
-    """Cubic B-spline interpolation as a sparse matrix (N, S): times the coefficients, it gives the values.
-
-    The weights are the same in every frame: computed once, they make interpolation several times faster than
-    `ndimage.map_coordinates` frame by frame. Places outside the lattice take the value at its border.
-    """
-    flat_N444, weight_N444 = np.zeros((1, 1, 1, 1), np.int32), np.ones((1, 1, 1, 1), np.float32)
-    for axis, size in enumerate(shape):
-        place_N = np.clip(place_3N[axis], 0, size - 1)
-        below_N = np.floor(place_N)
-        t_N = place_N - below_N
-        weight_N4 = (
-            np.stack(
-                [(1 - t_N) ** 3, 3 * t_N**3 - 6 * t_N**2 + 4, 3 * (1 - t_N) ** 3 - 6 * (1 - t_N) ** 2 + 4, t_N**3],
-                axis=1,
-            )
-            / 6
-        )
-        # beyond the ends the coefficients are mirrored, as `ndimage.spline_filter` takes them to be
-        period = max(1, 2 * (size - 1))
-        index_N4 = (below_N[:, None].astype(np.int32) + np.arange(-1, 3, dtype=np.int32)) % period
-        index_N4 = np.where(index_N4 >= size, period - index_N4, index_N4)
-        taps = [len(place_N), 1, 1, 1]
-        taps[1 + axis] = 4
-        flat_N444 = flat_N444 * np.int32(size) + index_N4.reshape(taps)
-        weight_N444 = weight_N444 * weight_N4.astype(np.float32).reshape(taps)
-    rows = np.arange(0, weight_N444.size + 1, 64)
-    return sparse.csr_array((weight_N444.ravel(), flat_N444.ravel(), rows), (place_3N.shape[1], math.prod(shape)))
+    return varies_N
 
 
 def frames_at(settings: GridSettings, source_tr: float, frames: int) -> int:
@@ -378,7 +365,7 @@ def _resample_time(
 ) -> tuple[np.ndarray, float]:
     """Cubic B-spline in time to `settings.tr`, into the first rows of `buffer_TN`, of which `scan_TN` is a part.
 
-    Returns (T, N) and its TR.
+    What a longer TR cannot show is filtered away first, as in space. Returns (T, N) and its TR.
     """
     low, high = settings.tr_range
     if low <= source_tr <= high:
@@ -387,10 +374,23 @@ def _resample_time(
     wanted = np.arange(frames_at(settings, source_tr, len(scan_TN))) * settings.tr
     # Interpolation is linear in the series and the same for every voxel: the splines through unit impulses, whose
     # influence fades by a factor of 3.7 per frame, are a banded matrix.
-    impulse_TT = make_interp_spline(seconds, np.eye(len(seconds)), k=3)(wanted)
-    weights_TT = sparse.csr_array(np.where(np.abs(impulse_TT) > 1e-9, impulse_TT, 0).astype(np.float32))
+    weights_TT = make_interp_spline(seconds, np.eye(len(seconds)), k=3)(wanted)
+    if source_tr < settings.tr:
+        weights_TT = weights_TT @ low_pass(len(seconds), source_tr, settings.tr)
+    weights_TT = sparse.csr_array(np.where(np.abs(weights_TT) > 1e-9, weights_TT, 0).astype(np.float32))
     for first in range(0, scan_TN.shape[1], VOXEL_BLOCK):
         block = slice(first, first + VOXEL_BLOCK)
         mean_B = scan_TN[:, block].mean(axis=0)  # apart, or the fluctuation would lose digits beside it
         buffer_TN[: len(wanted), block] = weights_TT @ (scan_TN[:, block] - mean_B) + mean_B
     return buffer_TN[: len(wanted)], settings.tr
+
+
+def _frames_of(marked_T: np.ndarray, source_tr: float, settings: GridSettings) -> np.ndarray:
+    """Which frames of the grid's TR lie beside a marked frame of the scan, bool."""
+    low, high = settings.tr_range
+    if low <= source_tr <= high:
+        return marked_T
+    place_T = np.arange(frames_at(settings, source_tr, len(marked_T))) * settings.tr / source_tr
+    before_T = np.minimum(np.floor(place_T + 1e-9).astype(int), len(marked_T) - 1)
+    after_T = np.minimum(np.ceil(place_T - 1e-9).astype(int), len(marked_T) - 1)
+    return marked_T[before_T] | marked_T[after_T]

@@ -284,7 +284,7 @@ def read_lines(path: Path | UPath) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; an absent file is an empty list."""
     text = remote.read_text(path) or ""
     try:
-        return [json.loads(line) for line in text.splitlines() if line]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise DatasetError(str(path), "", f"a line that is no JSON ({error})", "one JSON object per line") from None
 

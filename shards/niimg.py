@@ -11,7 +11,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from shards.cohort import CohortSettings, RunSource, files_beside
+from shards.bids import files_beside
+from shards.cohort import CohortSettings, RunSource
 from shards.errors import ConfigError
 from shards.settings import check
 

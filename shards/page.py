@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import html, layout, picture
+from shards import html, layout, picture, space
 from shards.distribution import MEASURES, Outlying, Session, describe, find_outlying
 from shards.grid import Grid
 from shards.reader import Dataset
+from shards.session import assumptions
 from shards.split import SPLITS
 
 _ROWS = 100  # refused or moved sessions listed one by one
@@ -117,6 +118,14 @@ def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> 
                 "of them.",
             )
         )
+    for field, words in (
+        ("space_assumed", "whose space was not stated, or does not fit what was stated"),
+        ("forms_disagree", "whose sform and qform disagree on left and right; the sform was used"),
+        ("dead_share", "with a mask that takes in voxels without signal, which were left out"),
+        ("repeated_frames", "with volumes that repeat an earlier one; windows that hold them were not kept"),
+    ):
+        if number := sum(bool(session.get(field)) for session in sessions):
+            found.append(("look", f"{html.count(number, 'session')} {words}: see the treatments below."))
     assumed = Counter(session["orientation_assumed"] for session in sessions if session.get("orientation_assumed"))
     for orientation, number in sorted(assumed.items()):
         found.append(
@@ -225,6 +234,16 @@ def _treated(session: Session) -> list[str]:
         found.append(f"orientation {session['orientation_assumed']} assumed")
     if session.get("mask_source") == "computed":
         found.append("brain mask computed from the run")
+    if session.get("mask_rule"):
+        found.append(f"mask of {session['mask_rule']}")
+    if session.get("space_assumed"):
+        found.append("space not stated: MNI for the overlap with the MNI152 brain, or stated against it")
+    if session.get("forms_disagree"):
+        found.append(f"{session['forms_disagree']}: the sform was used")
+    if session.get("dead_share"):
+        found.append("voxels without signal left out of the mask")
+    if session.get("repeated_frames"):
+        found.append("windows with repeated volumes not kept")
     if session.get("cleaned"):
         found.append(f"cleaned: {session['cleaned']}")
     return found
@@ -310,7 +329,7 @@ def _examples(dataset: Dataset, outlying: Outlying) -> list[str]:
             "low in both; a spike is high in space at most, since nothing before it announces it."
         ),
     ]
-    outline = picture.template()
+    outline = space.template()
     names = ("baseline", "brain", "carpet", "patch", "roi", "scores", "scores_space", "scores_time", "start")
     for session in choose_examples(dataset.sessions, outlying):
         arrays = dataset.read(session, names)
@@ -351,6 +370,8 @@ def _session_facts(session: Session, grid: Grid) -> dict[str, object]:
         facts["Native space"] = f"moved by ({moved}) mm to the grid's middle; nothing was registered"
     if session.get("orientation_assumed"):
         facts["Orientation"] = f"{session['orientation_assumed']} assumed; left and right cannot be verified"
+    if words := assumptions(session):
+        facts["To check"] = "; ".join(words)
     if "dropped_frames" in session:
         facts["Leading frames dropped"] = session["dropped_frames"]
     if session.get("cleaned"):

@@ -84,14 +84,6 @@ def patch_edges(patch_P3: np.ndarray, grid: Grid, axis: int, index: int) -> np.n
     return low_2 + grid.mm * grid.patch * edge_E22
 
 
-def template() -> tuple[np.ndarray, np.ndarray]:
-    """The MNI152 brain mask that nilearn carries with it, and its affine."""
-    from nilearn.datasets import load_mni152_brain_mask  # takes seconds to import; only pages need it
-
-    image = load_mni152_brain_mask(resolution=2)
-    return np.asarray(image.dataobj, np.float32), image.affine
-
-
 class Shown:
     """One session as it is drawn.
 

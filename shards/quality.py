@@ -5,6 +5,8 @@ Legend: T frames, N brain voxels (C order of the grid), M voxels of the carpet; 
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from scipy import ndimage
 
@@ -80,6 +82,20 @@ def carpet(raw_TN: np.ndarray, brain_XYZ: np.ndarray, voxels: int = 512) -> np.n
     sd_M = values_TM.std(axis=0)
     z_TM = (values_TM - values_TM.mean(axis=0)) / np.where(sd_M > 0, sd_M, 1)
     return np.clip(np.rint(z_TM * CARPET_STEPS), -127, 127).astype(np.int8).T
+
+
+def repeats(raw_TN: np.ndarray) -> np.ndarray:
+    """Which frames are copies of an earlier one in every voxel, bool (T,).
+
+    Measured volumes never are: a scanner that stopped, or censored frames that were filled in, leave such copies.
+    """
+    seen: set[bytes] = set()
+    repeated_T = np.zeros(len(raw_TN), bool)
+    for frame, row_N in enumerate(raw_TN):
+        content = hashlib.sha256(row_N.tobytes()).digest()
+        repeated_T[frame] = content in seen
+        seen.add(content)
+    return repeated_T
 
 
 def dummy_frames(mean_T: np.ndarray, tr: float) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +19,14 @@ import numpy as np
 from pydantic import Field, field_serializer, field_validator
 
 from shards import layout, quality, writer
-from shards.bold import Bold, MaskSettings, open_bold, sidecar
+from shards.bids import sidecars
+from shards.bold import Bold, open_bold
 from shards.cohort import RunSource
 from shards.confounds import CleanSettings
 from shards.errors import RunRefused
 from shards.grid import Grid
 from shards.harmonise import GridSettings, Harmonised, frames_at, harmonise, place
+from shards.masks import MaskSettings
 from shards.patches import gather, parcel_means
 from shards.settings import Settings, digest
 
@@ -92,7 +94,10 @@ def fingerprint(run: RunSource) -> str:
         stat = path.stat()
         return [path.name, stat.st_size, stat.st_mtime_ns]
 
-    files = [stamp(path) for path in (run.bold, run.mask, run.confounds, sidecar(run.bold))]
+    pair = [run.bold.with_suffix(".hdr")] if run.bold.suffix == ".img" else []
+    own, *inherited = sidecars(run.bold)
+    files = [stamp(path) for path in (run.bold, run.mask, run.confounds, own)]
+    files += [stamp(path) for path in (*pair, *inherited)]
     stated = [run.tr, run.space, run.orientation, run.dummy, run.people, run.labels]
     return digest([run.key, run.source, files, stated, run.problem and run.problem.line()])[:16]
 
@@ -111,6 +116,32 @@ def is_harmonised(folder: Path, run: RunSource) -> bool:
         return str(arrays["fingerprint"]) == fingerprint(run)
 
 
+def assumptions(facts: Mapping[str, Any]) -> list[str]:
+    """What was assumed of a run, and what in it contradicts itself or is missing, in a sentence each.
+
+    Parameters
+    ----------
+    facts : mapping
+        Its line of `sessions.jsonl`, or what `survey` found.
+    """
+    found = []
+    if words := facts.get("space_assumed"):
+        found.append(f"space {words}")
+    if words := facts.get("orientation_assumed"):
+        found.append(f"orientation {words} assumed, its header has none: check left and right")
+    if words := facts.get("forms_disagree"):
+        found.append(f"{words}: they disagree on left and right; the sform was used")
+    if facts.get("tr_source") == "header" and facts.get("source_tr", facts.get("tr")) == 1:
+        found.append("TR 1 s is from the header alone, which often says 1 where nobody filled it in: check it")
+    if words := facts.get("mask_rule"):
+        found.append(f"mask of {words}")
+    if share := facts.get("dead_share"):
+        found.append(f"{share:.1%} of the mask is without signal and was left out")
+    if count := facts.get("repeated_frames"):
+        found.append(f"{count} volumes repeat an earlier one; windows that hold them were not kept")
+    return found
+
+
 def survey(run: RunSource, settings: SessionSettings) -> dict[str, Any]:
     """What is known of a run before its frames are read: frames, TR, voxel size (mm), shape, mask.
 
@@ -120,7 +151,8 @@ def survey(run: RunSource, settings: SessionSettings) -> dict[str, Any]:
         If it is certain by now that the run will be refused.
     """
     bold = _open(run, settings)
-    facts = {"frames": bold.frames, "tr": bold.tr, "shape": list(bold.shape), "voxel_mm": list(bold.voxel_mm)}
+    facts: dict[str, Any] = {"frames": bold.frames, "tr": bold.tr, "tr_source": bold.tr_source}
+    facts |= {"shape": list(bold.shape), "voxel_mm": list(bold.voxel_mm)}
     if run.mask is not None:  # else it is computed from the frames
         facts |= place(run, settings.grid, settings.mask, settings.clean).facts
     return facts
@@ -218,6 +250,7 @@ class _Session:
             "brain": self.result.brain_XYZ,
             "edge": self.result.edge,
             "raw": self.result.raw_TN,
+            "repeated": self.result.repeated_T,
         }
         with layout.atomically(path) as file:
             np.savez(file, **arrays)
@@ -227,7 +260,9 @@ def _load(path: Path) -> _Session:
     with np.load(path) as stored:
         arrays = dict(stored)
     meta = json.loads(str(arrays["meta"]))
-    result = Harmonised(arrays["raw"], arrays["brain"], int(arrays["edge"]), meta["tr"], meta["source_tr"], {})
+    result = Harmonised(
+        arrays["raw"], arrays["brain"], int(arrays["edge"]), meta["tr"], meta["source_tr"], {}, arrays["repeated"]
+    )
     return _Session(result, arrays["roi"], arrays["roi_centre"], arrays["roi_number"], meta)
 
 
@@ -287,15 +322,23 @@ def _harmonise(run: RunSource, settings: SessionSettings, parcels: Parcels) -> _
 
 
 def _converted(run: RunSource, session: _Session, settings: SessionSettings, ranker: Ranker) -> Converted:
-    data = layout.pack(_ranked(run, session, settings, ranker))
-    kept = min(settings.windows.keep, session.meta["n_windows"])
-    meta = session.meta | {"zarr_size": len(data), "n_kept": kept}
+    arrays = _ranked(run, session, settings, ranker)
+    data = layout.pack(arrays)
+    meta = session.meta | {"zarr_size": len(data), "n_kept": len(arrays["start"])}
     return Converted(meta, data, settings.grid.grid())
 
 
 def _ranked(run: RunSource, session: _Session, settings: SessionSettings, ranker: Ranker) -> dict[str, np.ndarray]:
-    """The arrays of a sample: the K most salient windows in rank order; of equal scores the earlier comes first."""
+    """The arrays of a sample: the K most salient windows in rank order; of equal scores the earlier comes first.
+
+    Windows with volumes that repeat an earlier one are never kept; they get the lowest score of the others.
+    """
     frames, result, n_windows = settings.windows.frames, session.result, session.meta["n_windows"]
+    measured_W = ~result.repeated_T[: n_windows * frames].reshape(n_windows, frames).any(axis=1)
+    if (count := np.count_nonzero(measured_W)) < settings.windows.minimum:
+        got = f"{count} windows without volumes that repeat an earlier one, of {n_windows}"
+        hint = "The scanner may have stopped, or censored volumes were filled in: leave the run out"
+        raise RunRefused(run.source, "data", got, f"at least {settings.windows.minimum}", hint)
     try:
         parts = ranker.parts(session.roi_RT, session.centre_R3, frames)
     except RunRefused as refused:  # the ranker does not know which run it scores
@@ -303,8 +346,9 @@ def _ranked(run: RunSource, session: _Session, settings: SessionSettings, ranker
     for name, values_W in parts.items():
         if values_W.shape != (n_windows,) or not np.isfinite(values_W).all():
             raise RunRefused(run.source, name, f"values that are not {n_windows} finite numbers", "one per window")
+    parts = {name: np.where(measured_W, values_W, values_W[measured_W].min()) for name, values_W in parts.items()}
     scores_W = parts["scores"].astype(np.float32)
-    rank_K = np.lexsort((np.arange(n_windows), -scores_W))[: settings.windows.keep]
+    rank_K = np.lexsort((np.arange(n_windows), -scores_W, ~measured_W))[: min(settings.windows.keep, count)]
     start_K = rank_K * frames
     return {
         "baseline": result.baseline_PV,

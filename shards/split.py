@@ -220,12 +220,12 @@ def read_table(folder: Path) -> dict[Person, str]:
     if not path.is_file():
         return {}
     try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+        header, *rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
         raise DatasetError(path, "", f"unreadable ({error})", f"columns {', '.join(_COLUMNS)}", "Restore it") from None
-    if list(table.columns) != _COLUMNS or not table["split"].isin(SPLITS).all():
+    if header != _COLUMNS or any(len(row) != len(_COLUMNS) or row[2] not in SPLITS for row in rows):
         raise DatasetError(path, "", "other columns or splits", f"columns {', '.join(_COLUMNS)}", "Restore it")
-    return {(row.people, row.subject): row.split for row in table.itertuples()}
+    return {(people, subject): split for people, subject, split in rows}
 
 
 def write_table(folder: Path, splits: Mapping[Person, str]) -> None:

@@ -13,7 +13,8 @@ from shards.cohort import RunSource
 from shards.console import progress
 from shards.convert import Conversion
 from shards.errors import RunRefused
-from shards.session import survey
+from shards.files import printable
+from shards.session import assumptions, survey
 
 Facts = dict[str, Any]
 
@@ -46,10 +47,10 @@ def line(run: RunSource, facts: Facts, split: str) -> str:
     """A run on one line."""
     size = " x ".join(f"{edge:g}" for edge in facts["voxel_mm"])
     moved = f", moved by {facts['centred_by_mm']} mm" if "centred_by_mm" in facts else ""
-    assumed = f", orientation assumed: {facts['orientation_assumed']}" if "orientation_assumed" in facts else ""
+    notes = "".join(f"; {words}" for words in assumptions(facts))
     return (
-        f"{split:<5} {run.key}  {run.source}  {facts['frames']} frames, TR {facts['tr']:g} s, {size} mm, "
-        f"mask {'computed' if run.mask is None else 'given'}{moved}{assumed}"
+        f"{split:<5} {run.key}  {run.source}  {facts['frames']} frames, TR {facts['tr']:g} s ({facts['tr_source']}), "
+        f"{size} mm, mask {'computed' if run.mask is None else 'given'}{moved}{notes}"
     )
 
 
@@ -80,7 +81,8 @@ def cohorts(conversion: Conversion, found: list[tuple[RunSource, Facts]]) -> dic
             "masks": _counts("computed" if run.mask is None else "given" for run in runs),
             "confounds": sum(run.confounds is not None for run in runs),
             "labels": dict(sorted(labelled.items())),
-            "passed_over": [str(path) for path in cohort.passed_over],
+            "passed_over": [printable(path) for path in cohort.passed_over],
+            "notes": cohort.notes,
         }
     return result
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, field_validator
 
+from shards import tables
 from shards.errors import ConfigError
 from shards.settings import Settings
 
@@ -47,25 +48,22 @@ def read(settings: EventSettings, root: Path, session: dict[str, Any], where: st
     Raises
     ------
     ConfigError
-        If the table is missing, or lacks a column.
+        If the table is missing, or lacks a column, or an onset or duration is no number.
     """
     path = root / settings.path.format(**{name: session[name] for name in FIELDS})
-    if not path.is_file():
+    if not (path.is_file() or path.is_symlink()):
         raise ConfigError(
             where, "events.path", f"no file {path}", f"the events of {session['key']}", "Give --events FOLDER"
         )
-    try:
-        table = pd.read_csv(path, sep="\t", na_values="n/a")
-    except (OSError, ValueError) as error:
-        raise ConfigError(path, "", f"an unreadable table ({error})", "a BIDS table of events") from None
+    table = tables.read(path, "a BIDS table of events")
     for column in ("onset", "duration", settings.column):
         if column not in table:
-            raise ConfigError(path, column, f"columns {', '.join(map(str, table.columns))}", f"a column {column}")
-    table = table.dropna(subset=["onset", settings.column])
+            raise ConfigError(path, column, f"columns {', '.join(table.columns)}", f"a column {column}")
     dropped_s = session.get("dropped_frames", 0) * session["source_tr"]
-    onset = table["onset"].astype(float) - dropped_s
-    end = onset + table["duration"].fillna(0).astype(float)
-    found = pd.DataFrame({"onset": onset, "end": end, "state": table[settings.column].astype(str)})
+    onset_E = table.numbers("onset") - dropped_s
+    length_E = np.nan_to_num(table.numbers("duration"))
+    found = pd.DataFrame({"onset": onset_E, "end": onset_E + length_E, "state": table.texts(settings.column)})
+    found = found.dropna(subset=["onset", "state"])
     return found[found["state"].isin(settings.keep)] if settings.keep else found
 
 

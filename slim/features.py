@@ -26,8 +26,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted, check_memory
 
-from shards.bold import sidecar
-from shards.cohort import files_beside
+from shards.bids import files_beside, sidecars
 from shards.errors import ConfigError, DatasetError
 from slim import __version__, pooling
 from slim.attentive import Attentive, attend
@@ -211,7 +210,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             known = {"version": __version__, **{name: _content(value) for name, value in arguments.items()}}
             if isinstance(arguments["image"], str | Path):  # what is found beside it counts as well
                 bold = Path(arguments["image"])
-                known["beside"] = [_content(path) for path in (*files_beside(bold), sidecar(bold)) if path]
+                known["beside"] = [_content(path) for path in (*files_beside(bold), *sidecars(bold)) if path]
             found.append(encode(self.model_, self.model_.checksum, arguments, known, self.stage))
         return found
 

@@ -9,14 +9,13 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
 from shards.errors import ConfigError
 from shards.grid import Grid
+from shards.nifti import affine_mm, code_of, open_image
 from shards.session import ParcelSettings
 
 
@@ -78,13 +77,11 @@ def read_labels(path: Path, grid: Grid) -> np.ndarray:
     ConfigError
         If it is no such image, its header tells no position, or fewer than two of its parcels lie on the grid.
     """
+    image = open_image(path, path, error=ConfigError)
     try:
-        image: Any = nib.load(path)
         value_XYZ = np.asarray(image.dataobj)
-    except Exception as error:  # nibabel, gzip and zlib raise many types for files that are no image
+    except Exception as error:  # gzip and zlib raise many types for damaged files
         raise ConfigError(path, "", f"unreadable ({type(error).__name__})", "a NIfTI label image") from None
-    if not isinstance(image, nib.Nifti1Image):
-        raise ConfigError(path, "format", type(image).__name__, "NIfTI-1 or NIfTI-2")
     if value_XYZ.ndim == 4 and value_XYZ.shape[3] == 1:
         value_XYZ = value_XYZ[..., 0]
     if value_XYZ.ndim != 3:
@@ -98,12 +95,13 @@ def read_labels(path: Path, grid: Grid) -> np.ndarray:
     if wrong_XYZ.any():
         got, hint = f"{value_XYZ[wrong_XYZ][0]:g}", "Resample label images by nearest neighbour only"
         raise ConfigError(path, "values", got, "0 for no parcel, and whole numbers from 1 on", hint)
-    if not int(image.header["qform_code"]) and not int(image.header["sform_code"]):
+    affine = affine_mm(image)
+    if not code_of(image):
         got, hint = "0, 0: position unknown", "Restore the header from the original image"
         raise ConfigError(path, "qform_code, sform_code", got, "a code above 0", hint)
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-6:
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         raise ConfigError(path, "affine", "singular or not finite", "an invertible affine")
-    matrix = np.linalg.inv(image.affine) @ grid.affine
+    matrix = np.linalg.inv(affine) @ grid.affine
     labels_XYZ = ndimage.affine_transform(
         label_XYZ, matrix[:3, :3], matrix[:3, 3], output_shape=grid.shape, order=0, mode="grid-constant"
     )

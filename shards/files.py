@@ -1,0 +1,103 @@
+"""What a file is, when it is not what its name says: told before a reader fails on it with an error of its own."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+_HEAD = 512  # bytes looked at
+_GZIP, _ZSTD, _ZIP, _BZIP2, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"BZh", b"\xfd7zXZ"
+_PACKED = ((_ZSTD, "zstd"), (_ZIP, "zip"), (_BZIP2, "bzip2"), (_XZ, "xz"))
+_LFS = b"version https://git-lfs.github.com/spec/"
+PARTIAL = (".part", ".partial", ".crdownload", ".tmp", ".filepart", ".download", "~")  # of downloads and editors
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a file cannot be read: what it is, what was expected, what to do."""
+
+    got: str
+    expected: str
+    hint: str
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    r"""A name as text that any file and terminal takes: bytes that are no UTF-8 become \x.., line breaks \n."""
+    text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a name is that of a hidden file (`._*` of macOS among them) or of a download that has not ended."""
+    return name.startswith(".") or name.lower().endswith(PARTIAL)
+
+
+def trouble(path: Path, image: bool = False) -> Trouble | None:
+    """Why a file cannot be read, as far as its kind and its first bytes tell; None where nothing is wrong.
+
+    Parameters
+    ----------
+    path : Path
+    image : bool
+        Whether it is read as NIfTI: its compression must then agree with its name.
+    """
+    what = "a NIfTI image" if image else "a file with content"
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+            return Trouble(kind, what, "Give a file")
+        with open(path, "rb") as file:
+            head = file.read(_HEAD)
+    except FileNotFoundError:
+        return _missing(path, what)
+    except OSError as error:  # no permission, a loop of links, a name that is too long, a disk that fails
+        return Trouble(f"a file that cannot be opened ({error.strerror})", what, "Check its permissions and its disk")
+    return _pointer(path, head, what) or (_packing(path, head) if image else None)
+
+
+def _missing(path: Path, what: str) -> Trouble:
+    if not path.is_symlink():
+        return Trouble("no such file", what, "Check the path")
+    target = os.readlink(path)
+    if "annex/objects" in target:
+        got = "a link to content that is not on this machine (git-annex, datalad)"
+        return Trouble(got, what, f"Run `datalad get {printable(path)}`")
+    return Trouble(f"a link to {printable(target)}, which does not exist", what, "Restore the file, or remove the link")
+
+
+def _pointer(path: Path, head: bytes, what: str) -> Trouble | None:
+    """What stands in for the content of a file that was never fetched."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return Trouble("an empty file (0 bytes)", what, "Copy or download it again")
+    if head.startswith(b"/annex/objects/"):
+        got = "a pointer of git-annex: its content is not on this machine"
+        return Trouble(got, what, f"Run `datalad get {printable(path)}`")
+    if head.startswith(_LFS):
+        return Trouble("a pointer of Git LFS: its content is not on this machine", what, "Run `git lfs pull`")
+    if start.startswith((b"<!doctype html", b"<html")):
+        hint = "Download it again: the server answered with a page, such as a login or an error"
+        return Trouble("an HTML page", what, hint)
+    if start.startswith(b"<?xml") and b"error" in start:  # storage servers answer so
+        return Trouble("an XML message of a server", what, "Download it again, with the access it needs")
+    return None
+
+
+def _packing(path: Path, head: bytes) -> Trouble | None:
+    what, name = "a NIfTI image", path.name.lower()
+    for mark, kind in _PACKED:
+        if head.startswith(mark):
+            return Trouble(f"a file packed by {kind}", what, "Unpack it to .nii, or pack it by gzip as .nii.gz")
+    if name.endswith((".zst", ".bz2", ".xz", ".zip")):
+        ending = name.rsplit(".", 1)[1]
+        return Trouble(f"a name that ends with .{ending}", ".nii or .nii.gz", "Unpack it, or correct its name")
+    if head.startswith(_GZIP) and not name.endswith(".gz"):
+        return Trouble("a file packed by gzip whose name does not say so", ".nii.gz", "Rename it to .nii.gz")
+    if name.endswith(".gz") and not head.startswith(_GZIP):
+        got = "a file that is not packed by gzip, as its name says"
+        hint = "Rename it to .nii if it is an image, or download it again"
+        return Trouble(got, what, hint)
+    return None
