@@ -32,7 +32,8 @@ _GRACE = 10.0  # seconds the other processes get to say why they cannot go on, o
 
 
 def prepare_run(settings: TrainSettings) -> Path:
-    """Make the run folder; write the merged configuration (with versions and the git commit) and what the data are.
+    """Make the run folder; write the merged configuration (with versions and the git commit), what the data are and who
+    is seen in them.
 
     The temporal extractor of the data is copied: with it NIfTI runs are ranked as they were, wherever the data go.
 
@@ -70,6 +71,10 @@ def prepare_run(settings: TrainSettings) -> Path:
     write_atomically(
         folder / "dataset.json", dump({name: value for name, value in manifest.items() if name != "shards"})
     )
+    if (seen := course.seen()) is not None:
+        seen.write(folder)
+    for line in course.too_short():
+        print(f"warning: {line}", flush=True)
     _keep_extractor(course.datasets[0], folder)
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
     write_atomically(folder / "config.yaml", f"# merged configuration\n# commit {git_commit()}\n{note}{text}")

@@ -43,18 +43,40 @@ class Stream:
         How often a session of each dataset appears in an epoch, on average: 2 is twice, 0.5 every second epoch.
     split : str
     seed : int
+    least_windows : int, optional
+        Windows a session must have kept; shorter ones are left out.
+
+    Attributes
+    ----------
+    sessions : list of list of dict
+        The sessions of each dataset that are streamed.
+    short : list of int
+        How many of each dataset were left out, because they have fewer windows.
 
     Raises
     ------
     ConfigError
-        If the split holds no session.
+        If the split holds no session, or none that is long enough.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float], split: str, seed: int):
+    def __init__(
+        self, datasets: Sequence[Dataset], weights: Sequence[float], split: str, seed: int, least_windows: int = 0
+    ):
         self.datasets, self.weights, self.seed = list(datasets), list(weights), seed
-        self.sessions = [dataset.of_split(split) for dataset in self.datasets]
-        if not any(self.sessions):
+        found = [dataset.of_split(split) for dataset in self.datasets]
+        if not any(found):
             raise ConfigError(self.datasets[0].folder, split, "no session", "at least one session to train on")
+        self.sessions = [[s for s in part if not least_windows or s["n_kept"] >= least_windows] for part in found]
+        self.short = [len(whole) - len(part) for whole, part in zip(found, self.sessions, strict=True)]
+        if not any(self.sessions):
+            most = max(session["n_kept"] for part in found for session in part)
+            raise ConfigError(
+                self.datasets[0].folder,
+                split,
+                f"{sum(self.short)} sessions, the longest of {most} windows",
+                f"one of {least_windows} or more, as windows.k",
+                "Lower windows.k, or convert with shorter windows",
+            )
         mean = sum(weight * len(part) for weight, part in zip(self.weights, self.sessions, strict=True))
         self.per_epoch = max(1, round(mean))
         self._cache: tuple[int, list[tuple[int, int]]] = (-1, [])

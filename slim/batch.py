@@ -6,10 +6,11 @@ all brain tokens; J joint sequence of context and targets; R, Q, V as in `slim.h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,23 +118,35 @@ class PackedBatch:
         return Batch(self.keys, self.epochs, voxels, brain_QV, whole, context, targets, dict(self.damaged), self.empty)
 
 
+# What all data of a model share: with another one, equal numbers in a sample would mean something else.
+_SHARED = ("grid", "windows.frames", "tr", "tr_range", "normalisation")
+
+
+def unlike(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first in which two datasets differ that one model is to read: field, and both values; None if they fit."""
+
+    def value(of: Mapping[str, Any], field: str) -> Any:
+        name, _, part = field.partition(".")
+        return of[name][part] if part else of[name]
+
+    pairs = ((field, value(manifest, field), value(other, field)) for field in _SHARED)
+    return next((found for found in pairs if found[1] != found[2]), None)
+
+
 def geometry_for(settings: TrainSettings, datasets: Sequence[Dataset]) -> Geometry:
     """The token grid of samples from these datasets, divided as the model says.
 
     Raises
     ------
     ConfigError
-        If the datasets lie on different grids or windows, the model's units do not fit, or its cells are too large.
+        If the datasets differ in what `unlike` compares, the model's units do not fit, or its cells are too large.
     """
     first = datasets[0]
     for other in datasets[1:]:
-        if other.grid != first.grid or other.frames != first.frames:
-            raise ConfigError(
-                other.folder,
-                "grid",
-                f"{other.grid}, {other.frames} frames",
-                f"{first.grid}, {first.frames} frames as in {first.folder}",
-            )
+        if (found := unlike(other.manifest, first.manifest)) is not None:
+            field, got, expected = found
+            hint = "Convert both alike, or train on them in runs of their own"
+            raise ConfigError(other.folder, field, got, f"{expected}, as in {first.folder}", hint)
     tokens = (settings.windows.k * first.frames, *first.grid.patch_shape)
     geometry = settings.model.geometry(tokens)
     if prod(geometry.cells[1:]) < 2:
@@ -204,18 +217,15 @@ def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: Trai
     Raises
     ------
     SampleCorrupt
-        If its bytes are damaged, it has fewer windows than are drawn, or brain to be masked in one cell alone.
+        If its bytes are damaged, or it has brain to be masked in one cell alone.
+    ConfigError
+        If it has fewer windows than are drawn; a `Stream` with `least_windows` has no such session.
     """
     windows, seed, key = settings.windows, settings.run.seed, item.session["key"]
     best = min(windows.best, item.session["n_kept"])
     if best < windows.k:
-        raise SampleCorrupt(
-            f"{dataset.folder} ({key})",
-            "windows",
-            f"{best} windows",
-            f"windows.k = {windows.k}",
-            "Lower windows.k or convert with a larger windows.minimum",
-        )
+        hint = "Lower windows.k or convert with a larger windows.minimum"
+        raise ConfigError(f"{dataset.folder} ({key})", "windows", f"{best} windows", f"windows.k = {windows.k}", hint)
     ranks = generator(seed, item.epoch, key, "windows").permutation(best)[: windows.k]
     sample = read_windows(dataset, item.session, np.sort(ranks), item.epoch)
     if not isinstance(settings, PretrainSettings):

@@ -28,12 +28,13 @@ from shards.niimg import Niimg, as_run
 from shards.reader import Dataset, Samples
 from shards.session import Converted, convert_run
 from shards.settings import digest
-from slim.batch import collate, firsts, read_windows
+from slim.batch import collate, firsts, read_windows, unlike
 from slim.config import FinetuneSettings
 from slim.head import Answerer, Head
 from slim.hiera import Hiera
 from slim.pooling import Features, check_fixed, vectors
 from slim.recipe import Recipe, read_recipe
+from slim.seen import Person, Seen, person
 from slim.weights import Weights, find
 
 
@@ -133,20 +134,12 @@ class SlimBrain:
         Raises
         ------
         ConfigError
-            If grid, patch, window length, TR or normalisation is another one than in training.
+            If grid, patch, window length, TR, the range of TRs or normalisation is another one than in training.
         """
-        for name, part in (("grid", None), ("windows", "frames"), ("tr", None), ("normalisation", None)):
-            got, expected = dataset.manifest[name], self.data[name]
-            if part is not None:
-                got, expected = got[part], expected[part]
-            if got != expected:
-                raise ConfigError(
-                    dataset.folder,
-                    name if part is None else f"{name}.{part}",
-                    got,
-                    f"{expected}, as in pretraining",
-                    "Convert the data as that dataset was",
-                )
+        if (found := unlike(dataset.manifest, self.data)) is not None:
+            field, got, expected = found
+            hint = "Convert the data as that dataset was"
+            raise ConfigError(dataset.folder, field, got, f"{expected}, as in pretraining", hint)
 
     def check_unseen(self, dataset: Dataset) -> None:
         """Refuse a dataset whose labels the encoder may have been shown: scores on it would be too good.
@@ -166,8 +159,29 @@ class SlimBrain:
                 "finetune.py has tested them on the subjects it left out; for another task take the pretrained weights",
             )
 
+    @property
+    def seen(self) -> Seen | None:
+        """Who was seen in pretraining, person by person; None where that was not written down (version 0.1)."""
+        return self._about.seen
+
+    def seen_people(self, dataset: Dataset) -> set[Person] | None:
+        """People of a dataset who were seen in pretraining, without labels, in this dataset or in another.
+
+        Returns
+        -------
+        set of (people, subject), or None
+            None where it is not known: the run is of version 0.1, and of other data.
+        """
+        if self.seen is not None:
+            return {who for who in map(person, dataset.sessions) if self.seen.has(who)}
+        if isinstance(self.settings, FinetuneSettings):
+            return set() if self.settings.start is None else None
+        if len(self.settings.data) == 1 and self.was_trained_on(dataset):
+            return {person(session) for session in dataset.of_split("train")}
+        return None
+
     def was_trained_on(self, dataset: Dataset) -> bool:
-        """Whether this is the dataset of the pretraining, which then saw its training subjects unlabelled."""
+        """Whether this is the dataset of the pretraining, the first where there are several, as it was then."""
         manifest = read_manifest(dataset.folder)
         return {name: value for name, value in manifest.items() if name != "shards"} == self.data
 

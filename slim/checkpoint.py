@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000100/   ZeRO shards of every process (DeepSpeed's own files)
                                      weights.safetensors   online encoder, target encoder, running means: fp32, whole
-                                     config.yaml, dataset.json   as in RUN
+                                     config.yaml, dataset.json, seen.json   as in RUN
                                      COMPLETE              written last: step, world size, versions, what the run began
                                                            with, bytes and SHA-256 of all files, and its own
     RUN/checkpoints/latest           name of the newest complete one
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from shards.errors import Stopped, UserError, is_full
 from shards.layout import dump, sync_folder, write_atomically
+from slim.seen import SEEN
 
 COMPLETE, LATEST, WEIGHTS = "COMPLETE", "latest", "weights.safetensors"
 BEST = "best."  # of a fine-tuning, before the tensors of its best epoch
@@ -152,6 +153,8 @@ def save(
             save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, folder / WEIGHTS)
             for name in ABOUT_RUN:
                 shutil.copyfile(checkpoints.parent / name, folder / name)
+            if (checkpoints.parent / SEEN).is_file():  # fine-tunings of weights of version 0.1 have none
+                shutil.copyfile(checkpoints.parent / SEEN, folder / SEEN)
         # Each process flushes what it wrote: on a network file system nobody else's fsync would.
         names = list(_written_by(rank, folder))
         mine = dict(zip(names, _measured(folder, names, flush=True), strict=True))

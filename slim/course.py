@@ -22,6 +22,7 @@ from slim.config import PretrainSettings, TrainSettings
 from slim.learner import Group, Learner
 from slim.objective import Losses, Objective
 from slim.origin import Origin
+from slim.seen import Seen
 
 Steps = Callable[[int], Iterable[Batch]]  # this process's micro-batches of the first so many optimizer steps
 Forward = Callable[..., Any]
@@ -99,11 +100,25 @@ class Course(ABC):
         self.settings, self.datasets = settings, list(datasets)
         self.geometry = geometry_for(settings, self.datasets)
         weights = [item.weight for item in settings.data]
-        self.stream = Stream(self.datasets, weights, "train", settings.run.seed)
+        self.stream = Stream(self.datasets, weights, "train", settings.run.seed, settings.windows.k)
 
     def origin(self, processes: int) -> Origin:
         """What checkpoints of this course must share, with so many processes."""
         return Origin.of(self.settings, self.learned, self.datasets, self.stream, processes)
+
+    def seen(self) -> Seen | None:
+        """Who is seen in training, without labels; None where that is not known."""
+        return Seen.of(self.stream.sessions)
+
+    def too_short(self) -> list[str]:
+        """A line for each dataset with training sessions of fewer windows than pass through the model together."""
+        least = self.settings.windows.k
+        return [
+            f"{short} of {short + len(part)} training sessions of {dataset.folder} are left out: they have fewer than "
+            f"{least} windows (windows.k)"
+            for dataset, part, short in zip(self.datasets, self.stream.sessions, self.stream.short, strict=True)
+            if short
+        ]
 
     def load(self) -> Callable[[list[Item]], PackedBatch]:
         """Makes micro-batches in the loading processes; picklable."""

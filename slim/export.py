@@ -62,6 +62,8 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
         "settings": _anywhere(model.settings),
         "data": model.data,
     }
+    if model.seen is not None:
+        about["seen"] = model.seen.hashed(model.checksum[:16]).tree()
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -169,6 +171,8 @@ or `python tools/embed.py THIS_FOLDER run.nii.gz --out vectors.npz`. Every file 
 
 {_trained(made)}
 
+{_seen(about)}
+
 ## How
 
 {_how(settings, made)}
@@ -222,6 +226,18 @@ def _trained(made: dict[str, Any]) -> str:
             "by people of these cohorts: their vectors tell what was learned."
         )
     return "\n\n".join(parts)
+
+
+def _seen(about: dict[str, Any]) -> str:
+    """Whether the people of the pretraining are known, and how they are written down."""
+    if "seen" not in about:
+        return "Version 0.1 did not write down who was seen in pretraining: compare cohorts before you test on people."
+    count = len(about["seen"]["people"])
+    return (
+        f"`{CONFIG}` holds a salted hash of each of the {count} people seen in pretraining, and no names. "
+        "`tools/probe.py` counts them among the people it tests. Whoever has a list of names, or guesses one, can "
+        "test it against the hashes."
+    )
 
 
 _KIND = {"encoder": "one that was trained", "target": "moving average"}

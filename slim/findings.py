@@ -229,8 +229,11 @@ def _about(task: Found) -> str:
         found.append(f"split: {split['kind']}")
     if isinstance(facts.get("seeds"), list):
         found.append(html.count(len(facts["seeds"]), "seed"))
-    if facts.get("subjects_seen_in_pretraining"):
-        found.append(f"{facts['subjects_seen_in_pretraining']} of them seen in pretraining, without labels")
+    seen = facts.get("subjects_seen_in_pretraining", 0)
+    if seen is None:
+        found.append("who was seen in pretraining is not known (version 0.1)")
+    elif seen:
+        found.append(f"{seen} of {facts.get('subjects', 'the')} subjects seen in pretraining, without labels")
     words = "; ".join(found)
     return html.text(words[0].upper() + words[1:] + ".") if words else ""
 

@@ -1,9 +1,10 @@
 """Fine-tuning: the encoder trained on, with a head, towards the answers of a task, by the trainer of pretraining.
 
-The run folder is that of a pretraining run, and two files more, which `tools/finetune.py` writes before it starts:
+The run folder is that of a pretraining run, with files that `tools/finetune.py` writes before it starts:
 
     RUN/answers.json         what training and validation subjects answer (`slim.answers`)
     RUN/start.safetensors    the encoder it begins with; absent: random weights from the seed
+    RUN/seen.json            who was seen in the pretraining before it; absent where that is not known
 
 Once in an epoch the validation subjects are predicted; weights of the best validation are kept in every checkpoint,
 as `best.encoder...` and `best.head...`. Nothing here ever sees a test subject.
@@ -40,6 +41,7 @@ from slim.head import Answerer, Head
 from slim.hiera import Hiera
 from slim.learner import Group, decays
 from slim.objective import Losses
+from slim.seen import Seen
 
 START = "start.safetensors"
 LAYER_DECAY = 0.75
@@ -56,6 +58,10 @@ class Finetuning(Course):
         self.folder = Path(settings.run.out)
         self.answers = Answers.read(self.folder)
         super().__init__(settings, [self.answers.open(item.path) for item in settings.data])
+
+    def seen(self) -> Seen | None:
+        """Who was seen in the pretraining before it, as tools/finetune.py has left it."""
+        return Seen.read(self.folder)
 
     @property
     def learned(self) -> Any:

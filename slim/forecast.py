@@ -112,7 +112,8 @@ def forecast(
         )
     if datasets:
         geometry = geometry_for(settings, datasets)
-        per_epoch = Stream(datasets, [item.weight for item in settings.data], "train", run.seed).per_epoch
+        weights = [item.weight for item in settings.data]
+        per_epoch = Stream(datasets, weights, "train", run.seed, settings.windows.k).per_epoch
         grid, frames = datasets[0].grid, datasets[0].frames
         brain_XYZ, basis = largest_brain(datasets)
     else:

@@ -1,6 +1,6 @@
 """A second folder for a run: checkpoints are copied there while training goes on, and fetched when the first is lost.
 
-    MIRROR/   config.yaml, dataset.json, metrics.jsonl, skipped.jsonl   as in RUN when the copy was made
+    MIRROR/   config.yaml, dataset.json, seen.json, metrics.jsonl, skipped.jsonl   as in RUN when the copy was made
               checkpoints/step-00000100/ ...   checkpoints/latest
 
 It can be used in place of RUN. A copy is read back and compared before it counts, and complete or absent like the
@@ -18,10 +18,11 @@ from shards.errors import UserError
 from shards.layout import write_atomically
 from slim import checkpoint
 from slim.monitor import METRICS, WANDB_ID
+from slim.seen import SEEN
 from slim.skipping import SKIPPED
 
 CHECKPOINTS = "checkpoints"
-_SMALL = (*checkpoint.ABOUT_RUN, METRICS, SKIPPED, WANDB_ID)
+_SMALL = (*checkpoint.ABOUT_RUN, SEEN, METRICS, SKIPPED, WANDB_ID)
 
 
 class Mirror:

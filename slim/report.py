@@ -24,6 +24,7 @@ from slim.answers import Answers
 from slim.checkpoint import facts, is_complete
 from slim.config import FinetuneSettings, PretrainSettings, load_run
 from slim.monitor import METRICS, RECENT, read_metrics, warnings_of
+from slim.seen import Seen
 
 Line = dict[str, Any]
 Note = tuple[str, str]  # `good`, `look` or `bad`, and a sentence
@@ -89,6 +90,9 @@ def total_steps(settings: PretrainSettings | FinetuneSettings, folder: Path, lin
     per_step = max(1, round(lines[-1]["samples_per_s"] * lines[-1]["seconds"]))
     if isinstance(settings, FinetuneSettings):
         return max(1, math.ceil(settings.run.epochs * len(Answers.read(folder).train) / per_step))
+    seen = Seen.read(folder)
+    if seen is not None and len(seen.sessions) == len(settings.data):
+        return _steps(settings, seen.sessions, per_step)
     try:
         manifests = [layout.read_manifest(item.path) for item in settings.data]
     except UserError:
@@ -96,9 +100,12 @@ def total_steps(settings: PretrainSettings | FinetuneSettings, folder: Path, lin
         if len(settings.data) > 1 or not note.is_file():
             return None
         manifests = [json.loads(note.read_text())]
-    per_epoch = sum(
-        item.weight * manifest["sessions"]["train"] for item, manifest in zip(settings.data, manifests, strict=True)
-    )
+    return _steps(settings, [manifest["sessions"]["train"] for manifest in manifests], per_step)
+
+
+def _steps(settings: PretrainSettings, sessions: Sequence[int], per_step: int) -> int:
+    """Optimizer steps of the epochs asked for, where the datasets have so many training sessions."""
+    per_epoch = sum(item.weight * count for item, count in zip(settings.data, sessions, strict=True))
     return max(1, math.ceil(settings.run.epochs * max(1, round(per_epoch)) / per_step))
 
 

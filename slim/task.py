@@ -19,6 +19,7 @@ from shards.settings import Settings, load
 from slim import events
 from slim.events import EventSettings
 from slim.labels import is_missing, number, refuse_lookalikes, word
+from slim.seen import person
 from slim.splits import Fold, Split, SplitSettings, divide
 
 __all__ = ["Cases", "Fold", "Split", "Task", "find_cases", "load_task", "make_splits"]
@@ -116,7 +117,7 @@ class Cases:
     sessions : list of dict
         Line of the dataset of each row.
     subject_N : subject of each row, int, a row of `subjects`
-    subjects : (cohort, subject) of each subject
+    subjects : (people, subject) of each subject: the same person in cohorts that share their people
     truth_S : class number or value of each subject (the mean over sessions where a value differs); 0 for
         a fingerprint, and where windows answer
     classes : names of the classes, in order of their numbers
@@ -188,9 +189,9 @@ def find_cases(
         else:
             kept.append(session)
     if task.type == "fingerprint":
-        count = Counter(_subject(session) for session in kept)
-        left_out["only session of its subject"] = sum(count[_subject(session)] == 1 for session in kept)
-        kept = [session for session in kept if count[_subject(session)] > 1]
+        count = Counter(person(session) for session in kept)
+        left_out["only session of its subject"] = sum(count[person(session)] == 1 for session in kept)
+        kept = [session for session in kept if count[person(session)] > 1]
     windows: list[tuple[float, str]] = []
     if task.events is not None:
         root = event_root or Path(where).parent / (task.events.root or ".")
@@ -198,9 +199,9 @@ def find_cases(
     if not kept:
         _nothing(task, dataset, left_out, where)
 
-    subjects = sorted({_subject(session) for session in kept})
+    subjects = sorted({person(session) for session in kept})
     place_of = {subject: index for index, subject in enumerate(subjects)}
-    subject_N = np.array([place_of[_subject(session)] for session in kept])
+    subject_N = np.array([place_of[person(session)] for session in kept])
     cases = Cases(kept, subject_N, subjects, np.zeros(len(subjects)))
     cases.left_out = {reason: count for reason, count in left_out.items() if count}
     cases.family_S = _families(task, cases, where)
@@ -301,10 +302,6 @@ def _families(task: Task, cases: Cases, where: str | Path) -> np.ndarray:
         raise ConfigError(where, "split.family", got, "a column of the participants table")
     refuse_lookalikes(first, column, where, "split.family")
     return family_S
-
-
-def _subject(session: dict[str, Any]) -> tuple[str, str]:
-    return session["cohort"], session["subject"]
 
 
 def _class(value: Any, task: Task, where: str | Path) -> str | None:

@@ -23,6 +23,7 @@ from slim.brain import SlimBrain
 from slim.checkpoint import BEST, CheckpointError
 from slim.config import AnswerSettings, FinetuneSettings
 from slim.finetune import make_model, predict, write_start
+from slim.seen import Seen
 from slim.splits import Fold, Split
 from slim.task import Cases, Task
 
@@ -130,6 +131,11 @@ class Finetuned:
     device: torch.device | str = "cpu"
     runs: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def seen(self) -> Seen | None:
+        """Who was seen in the pretraining; None where that is not known."""
+        return Seen(frozenset()) if self.name == SCRATCH else self.ours.seen
+
     def settings(self, number: int) -> FinetuneSettings:
         """Those of one fine-tuning, without the weights it starts with."""
         (split,) = self.splits[number]
@@ -147,6 +153,8 @@ class Finetuned:
         out = Path(settings.run.out)
         out.mkdir(parents=True, exist_ok=True)
         self._answers(fold).write(out)
+        if self.seen is not None:
+            self.seen.write(out)
         settings = settings.model_copy(update={"answer": self._answer(fold)})
         if self.name == SCRATCH:
             return settings

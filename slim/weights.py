@@ -4,7 +4,7 @@ An exported folder (written by `slim.export`)::
 
     model.safetensors   the encoder, fp32
     head.safetensors    of a fine-tuned encoder, the head
-    config.json         settings of the run, manifest of its data, what was exported
+    config.json         settings of the run, manifest of its data, what was exported, who was seen (as hashes)
     extractor/          the temporal extractor, if windows were ranked by one
     parcels/            the label image of the parcels, if there was one
     SHA256SUMS          of all files above, compared whenever it is loaded (and by `sha256sum -c SHA256SUMS`)
@@ -27,6 +27,7 @@ from shards.errors import ConfigError
 from slim import checkpoint
 from slim.checkpoint import CheckpointError
 from slim.config import FinetuneSettings, TrainSettings, check_run, load_run
+from slim.seen import SEEN, Seen
 
 FORMAT = 1
 MODEL, HEAD, CONFIG, SUMS, CARD = "model.safetensors", "head.safetensors", "config.json", "SHA256SUMS", "README.md"
@@ -54,6 +55,7 @@ class Weights:
     folder : Path, the run or the exported folder
     results : Path, where tools put what they find by default: the run; of an export, which is shared as it is,
         `NAME-results` in the working folder
+    seen : Seen or None, who was seen in pretraining; None where that is not known
     extractor, parcels : Path or None, where the temporal extractor and the label image of its data are expected
     """
 
@@ -67,6 +69,7 @@ class Weights:
     results: Path
     extractor: Path | None
     parcels: Path | None
+    seen: Seen | None = None
 
     def load_into(self, encoder: nn.Module) -> None:
         """Copy the tensors of the encoder: every one must be there with its shape, and none besides.
@@ -140,6 +143,11 @@ def _of_run(folder: Path, kind: str) -> Weights:
     if fault is not None:
         raise fault
     settings, facts = load_run(found / _RUN_CONFIG), checkpoint.facts(found)
+    own = SEEN in facts["files"]
+    fault = checkpoint.fault(found, [SEEN]) if own else None
+    if fault is not None:
+        raise fault
+    seen = Seen.read(found if own else run)
     # what the launcher wrote above the configuration: `# commit HASH`, `# numpy 2.4.6`, ...
     notes = dict(re.findall(r"^# (commit|\w+(?= \d+\.)) (\S+)$", (found / _RUN_CONFIG).read_text(), re.MULTILINE))
     made = {
@@ -157,7 +165,7 @@ def _of_run(folder: Path, kind: str) -> Weights:
     dataset, extractor = remote.place(settings.data[0].path), run / layout.EXTRACTOR
     if not extractor.is_dir() and isinstance(dataset, Path):
         extractor = dataset / layout.EXTRACTOR
-    return Weights(settings, data, made, path, prefix, head, run, run, extractor, None)
+    return Weights(settings, data, made, path, prefix, head, run, run, extractor, None, seen)
 
 
 def _name(run: Path, settings: TrainSettings) -> str:
@@ -205,7 +213,8 @@ def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
     if head and HEAD not in listed:
         raise CheckpointError(folder / SUMS, "", f"no checksum of {HEAD}", "that of a fine-tuned export", _AGAIN)
     paths = (head, folder, Path(f"{name}-results"), folder / EXTRACTOR, image)
-    return Weights(settings, about["data"], made, folder / MODEL, "", *paths)
+    seen = Seen.from_tree(about["seen"], folder / CONFIG) if "seen" in about else None
+    return Weights(settings, about["data"], made, folder / MODEL, "", *paths, seen)
 
 
 def _compared(folder: Path) -> list[str]:

@@ -28,15 +28,18 @@ def main() -> int:
     method = finetuning.open_call(args, train)  # what is wrong with the call is told before anything is trained
 
     from slim import probe
+    from slim.seen import Person
     from slim.tuned import SCRATCH
 
     task, name, step = method.task, method.name, method.ours.step
     report = finetuning.report_of(method, args)
+    seen = set[Person]() if name == SCRATCH else method.ours.seen_people(method.dataset)
     found, _ = probe.run_task(task, method.cases, {name: method}, args.task)
     facts = {
         "run": str(args.run),
         "data": args.data,
         "step": 0 if name == SCRATCH else step,
+        "subjects_seen_in_pretraining": None if seen is None else len(seen.intersection(method.cases.subjects)),
         "runs": method.runs,
         "settings": method.settings(0).model_dump(
             mode="json", include={"head", "optimizer", "run", "zero", "precision"}

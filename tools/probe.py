@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shards.console import DONE, Parser, progress, run, summary
 from shards.errors import ConfigError
 from shards.reader import Dataset
+from slim.seen import Person
 from slim.splits import Split
 from slim.task import Cases, Task, find_cases, load_task, make_splits
 
@@ -111,7 +112,7 @@ def main() -> int:
 
     results: dict[str, Any] = {}
     facts: dict[str, Any] = {}
-    seen = ours.was_trained_on(dataset)
+    seen = _seen(trained, dataset)
     for task, case, split in asked:
         results[task.name], facts[task.name] = probe.summarise(task, case, split, scored[task.name])
         facts[task.name] |= {
@@ -121,7 +122,7 @@ def main() -> int:
             "data": str(args.data),
             "step": ours.step,
             "weights": ours.made["weights"],
-            "subjects_seen_in_pretraining": _in_train(case) if seen else 0,
+            "subjects_seen_in_pretraining": None if seen is None else len(seen.intersection(case.subjects)),
         }
     out = args.out or ours.results / "report"
     report = probe.write_report(out, results, facts)
@@ -146,9 +147,15 @@ def _check_recipe(model: SlimBrain, first: SlimBrain, path: str, first_path: str
         raise ConfigError(path, "weights", f"those of {first_path}", "a run with another seed")
 
 
-def _in_train(case: Cases) -> int:
-    """Subjects of the dataset's training split."""
-    return len({(s["cohort"], s["subject"]) for s in case.sessions if s["split"] == "train"})
+def _seen(models: list[SlimBrain], dataset: Dataset) -> set[Person] | None:
+    """People of the dataset whom any of the models has seen in pretraining; None where that is not known of one."""
+    everybody: set[Person] = set()
+    for model in models:
+        found = model.seen_people(dataset)
+        if found is None:
+            return None
+        everybody |= found
+    return everybody
 
 
 def _table(name: str, results: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -181,11 +188,11 @@ def _table(name: str, results: dict[str, Any], facts: dict[str, Any]) -> None:
     console.print(table)
     for reason, count in facts["left_out"].items():
         print(f"  {count} sessions left out: {reason}")
-    if facts["subjects_seen_in_pretraining"]:
-        print(
-            f"  {facts['subjects_seen_in_pretraining']} of {facts['subjects']} subjects were seen in "
-            "pretraining, without labels"
-        )
+    seen = facts["subjects_seen_in_pretraining"]
+    if seen is None:
+        print("  it is not known who was seen in pretraining: version 0.1 did not write it down")
+    else:
+        print(f"  {seen} of {facts['subjects']} subjects were seen in pretraining, without labels")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def bare_steps(settings: PretrainSettings) -> dict[str, list[float]]:
     """
     datasets = [Dataset(item.path) for item in settings.data]
     geometry = geometry_for(settings, datasets)
-    stream = Stream(datasets, [item.weight for item in settings.data], "train", settings.run.seed)
+    stream = Stream(datasets, [item.weight for item in settings.data], "train", settings.run.seed, settings.windows.k)
     steps, accumulate, optimizer = settings.run.steps, settings.run.accumulate, settings.optimizer
     assert steps is not None
     load = partial(load_batch, datasets=datasets, geometry=geometry, settings=settings)

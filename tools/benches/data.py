@@ -73,7 +73,7 @@ class Loading:
         self.settings = load_config(words[0], words[1:])
         self.dataset = Dataset(self.settings.data[0].path)
         self.geometry = geometry_for(self.settings, [self.dataset])
-        self.stream = Stream([self.dataset], [1.0], "train", self.settings.run.seed)
+        self.stream = Stream([self.dataset], [1.0], "train", self.settings.run.seed, self.settings.windows.k)
         self.items = [self.stream.at(position) for position in range(self.settings.run.batch)]
         self.load = partial(load_batch, datasets=[self.dataset], geometry=self.geometry, settings=self.settings)
 
