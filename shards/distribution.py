@@ -62,7 +62,6 @@ MEASURES = (
     Measure("brain_ml", "Brain volume", "ml", "both", 50),
     Measure("mask_outside_grid", "Brain mask outside the grid", "%", "high", 0.5),
     Measure("mni_dice", "Dice with the MNI152 brain", "", "low", 0.03),
-    Measure("dead_share", "Mask without signal", "%", "high", 0.5),
 )
 
 

@@ -94,7 +94,7 @@ def _packing(path: Path, head: bytes) -> Trouble | None:
     if name.endswith((".zst", ".bz2", ".xz", ".zip")):
         ending = name.rsplit(".", 1)[1]
         return Trouble(f"a name that ends with .{ending}", ".nii or .nii.gz", "Unpack it, or correct its name")
-    if head.startswith(_GZIP) and not name.endswith(".gz"):
+    if head.startswith(_GZIP) and name.endswith((".nii", ".hdr", ".img")):
         return Trouble("a file packed by gzip whose name does not say so", ".nii.gz", "Rename it to .nii.gz")
     if name.endswith(".gz") and not head.startswith(_GZIP):
         got = "a file that is not packed by gzip, as its name says"

@@ -178,7 +178,7 @@ def place(run: RunSource, settings: GridSettings, mask_settings: MaskSettings, c
     affine, mask_affine = move @ bold.affine, move @ mask.affine
     outside = _outside(mask_mm + moved_mm, grid.affine, grid.shape)
     if outside > mask_settings.outside:
-        hint = f"If the run is not in MNI space, state `space` native {run.stated}; else enlarge grid.shape"
+        hint = f"If the run is not in MNI space, state `space: native` {run.stated}; else enlarge grid.shape"
         got, limit = f"{outside:.0%} of the brain outside the grid", f"at most {mask_settings.outside:.0%}"
         raise RunRefused(run.source, "mask", got, limit, hint)
     unscanned = _outside(mask_mm + moved_mm, affine, bold.shape)

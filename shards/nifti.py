@@ -87,8 +87,11 @@ def _size(image: nib.Nifti1Pair) -> tuple[str, str, str] | None:
     packed = path.name.lower().endswith((".gz", ".bz2"))
     if needed <= there * (_MOST_PACKED if packed else 1):
         return None
-    size = "x".join(map(str, image.shape))
-    return "data", f"an incomplete file: {there} bytes for {size} voxels of {proxy.dtype}", f"{needed} bytes"
+    size, volume = "x".join(map(str, image.shape)), math.prod(map(int, image.shape[:3])) * proxy.dtype.itemsize
+    frame = max(there - int(proxy.offset), 0) // volume
+    ends = f"it ends in frame {frame} of {math.prod(image.shape[3:])}, " if len(image.shape) > 3 and not packed else ""
+    got = f"an incomplete file: {ends}{there} bytes for {size} voxels of {proxy.dtype}"
+    return "data", got, f"a complete file of {needed} bytes"
 
 
 def _field_at_fault(path: Path) -> tuple[str, str, str] | None:

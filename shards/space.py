@@ -77,7 +77,7 @@ def check_space(bold: Bold, brain_XYZ: np.ndarray, grid: Grid, least: float) -> 
             "space",
             f"{header}, and a brain that overlaps the MNI152 brain by Dice {dice:.2f}",
             f"a run in MNI space: Dice of {least:g} or more",
-            f"State `space` {run.stated}: native moves the brain to the middle of the grid, MNI takes it where it is",
+            f"State `space` {run.stated}: `native` moves the brain to the middle of the grid, `MNI` takes it as it is",
         )
     taken = f"taken as MNI: {header}, but its brain overlaps the MNI152 brain by Dice {dice:.2f}"
     return dice, taken if code != _MNI else ""

@@ -48,8 +48,9 @@ def line(run: RunSource, facts: Facts, split: str) -> str:
     size = " x ".join(f"{edge:g}" for edge in facts["voxel_mm"])
     moved = f", moved by {facts['centred_by_mm']} mm" if "centred_by_mm" in facts else ""
     notes = "".join(f"; {words}" for words in assumptions(facts))
+    tr_source = "sidecar" if facts["tr_source"].endswith(".json") else facts["tr_source"]
     return (
-        f"{split:<5} {run.key}  {run.source}  {facts['frames']} frames, TR {facts['tr']:g} s ({facts['tr_source']}), "
+        f"{split:<5} {run.key}  {run.source}  {facts['frames']} frames, TR {facts['tr']:g} s ({tr_source}), "
         f"{size} mm, mask {'computed' if run.mask is None else 'given'}{moved}{notes}"
     )
 

@@ -1,7 +1,7 @@
 """One reader for all tables: participants, confounds, events.
 
 A line is a row. Fields are parted by tabs, commas or semicolons, whichever the header has first in this order, or by
-blanks where it has none of them. Only `n/a` (BIDS) and an empty field are missing: `None`, `NA` and `null` are text.
+blanks where it has none of them. Only `n/a` (BIDS; `N/A` too) and an empty field are missing: `None`, `NA` and `null` are text.
 A row with more or fewer fields than the header is refused by its line, because its values could stand under the wrong
 names; empty fields at the end of a row, beyond the header, are ignored.
 """
@@ -22,7 +22,7 @@ from shards.files import printable, trouble
 
 Value = int | float | str | None
 _SEPARATORS = ("\t", ",", ";")
-_MISSING = ("", "n/a")
+_MISSING = ("", "n/a")  # in any case
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
 _NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 _NAN = re.compile(r"[+-]?nan", re.IGNORECASE)  # as Matlab and R write a missing number
@@ -56,7 +56,7 @@ class Table:
     def texts(self, column: str) -> list[str | None]:
         """A column as text; None where it is missing."""
         place = self.columns.index(column)
-        return [None if row[place] in _MISSING else row[place] for row in self.rows]
+        return [None if row[place].lower() in _MISSING else row[place] for row in self.rows]
 
     def numbers(self, column: str) -> np.ndarray:
         """A column as float64; NaN where it is missing.

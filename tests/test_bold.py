@@ -44,7 +44,7 @@ def test_tr_is_the_cohorts_then_the_sidecars_then_the_headers(tmp_path, plain):
         1,
         2,
     ]
-    with pytest.raises(RunRefused, match=r"TR: got 1 of no unit.*Set `tr`"):
+    with pytest.raises(RunRefused, match=r"TR: got 1 of no unit.*State `tr` in the cohort file"):
         tr(1, "unknown")
     assert tr(1, "unknown", tr=1.3) == 1.3
     (tmp_path / "b.json").write_text(json.dumps({"RepetitionTime": 1.44}))
@@ -203,10 +203,10 @@ REFUSALS = {
     "truncated plain": ("data", "it ends in frame 14 of 24", "a complete file"),
     "last byte of gzip lost": ("data", "unreadable", "a complete file"),
     "a flipped bit of the checksum": ("data", "CRC", "a complete file"),
-    "no NIfTI": ("", "no readable image", "a NIfTI run"),
-    "no file": ("", "no such file", "a NIfTI run"),
+    "no NIfTI": ("", "a file that is not packed by gzip", "a NIfTI image"),
+    "no file": ("", "no such file", "a NIfTI image"),
     "colour": ("datatype", "colour", "real numbers"),
-    "no mask file": ("mask", "no file", "mask"),
+    "no mask file": ("mask", "sub-01_mask.nii.gz: no such file", "a NIfTI image"),
     "empty mask": ("mask", "an empty mask", "brain voxels"),
     "a mask without position": ("mask", "position unknown", "a code above 0"),
     "a mask of four dimensions": ("mask", "4 dimensions", "three dimensions"),

@@ -37,8 +37,8 @@ def test_mean_framewise_displacement_is_the_tables(tmp_path, plain):
     confounds_table(table, framewise_displacement=moved[1:])
     with pytest.raises(RunRefused, match=r"confounds\.tsv: rows: got 23, expected 24"):
         harmonise(run, SMALL)
-    table.write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(RunRefused, match="unreadable table"):
+    table.write_bytes(b"trans_x\n0\n\xff\n")
+    with pytest.raises(RunRefused, match="unreadable table .*in line 3"):
         harmonise(run, SMALL)
     with open(table, "w") as file:  # parted by blanks
         file.write("trans_x framewise_displacement\n" + "0.5  0.25\n" * FRAMES)
@@ -95,7 +95,7 @@ def test_cleaning_that_cannot_be_is_refused(tmp_path, plain):
     run = source(bold_path, mask_path, confounds=table)
     for run_, clean, message in (
         (run, {"confounds": ["white_matter"]}, "no column white_matter among csf, hole"),
-        (run, {"confounds": ["hole"]}, r"c\.tsv: hole: got no number in row 11"),
+        (run, {"confounds": ["hole"]}, r"c\.tsv: hole: got no number in line 12"),
         (run, {"low_pass": 0.7}, r"clean\.low_pass: got 0.7 Hz at TR 0.72 s, expected less than 0.6944 Hz"),
         (replace(run, confounds=None), {"confounds": ["csf"]}, r"clean\.confounds: got no confounds table"),
     ):

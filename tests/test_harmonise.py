@@ -18,11 +18,14 @@ from nilearn.image import resample_img
 from runs import SMALL, brain, fluctuation, grid_image, oblique, save, saved, signal, source, whole, zscored
 from scipy import ndimage
 from scipy.interpolate import CubicSpline
+from scipy.ndimage import convolve1d
+from scipy.signal import firwin, kaiserord
 
 from shards import quality
-from shards.bold import MaskSettings
 from shards.errors import RunRefused
-from shards.harmonise import GridSettings, _spline_weights, harmonise
+from shards.harmonise import GridSettings, harmonise
+from shards.masks import MaskSettings
+from shards.resample import spline_weights
 
 
 @pytest.mark.filterwarnings("ignore:Resampling binary images")
@@ -98,11 +101,11 @@ def test_spline_weights_equal_scipys_up_to_the_border(shape, seed):
     place_3N = rng.uniform(0, 1, (3, 50)) * (np.array(shape)[:, None] - 1)
     place_3N[:, :10] = np.rint(place_3N[:, :10])
     coefficients = ndimage.spline_filter(volume, 3, np.float64, "mirror")
-    got = _spline_weights(place_3N, shape) @ coefficients.ravel()
+    got = spline_weights(place_3N, shape) @ coefficients.ravel()
     np.testing.assert_allclose(got, ndimage.map_coordinates(volume, place_3N, np.float64, 3, mode="mirror"), atol=2e-5)
     np.testing.assert_allclose(got[:10], volume[tuple(place_3N[:, :10].astype(int))], atol=2e-5)
     beyond_3N = place_3N + np.where(place_3N == 0, -0.5, 0)
-    np.testing.assert_allclose(_spline_weights(beyond_3N, shape) @ coefficients.ravel(), got, atol=2e-5)
+    np.testing.assert_allclose(spline_weights(beyond_3N, shape) @ coefficients.ravel(), got, atol=2e-5)
 
 
 ORIENTATIONS = ["LAS", "LPS", "LSP", "PIR"]
@@ -213,7 +216,29 @@ def test_in_time_equals_scipy_and_invents_nothing(tmp_path, plain, source_tr):
     seconds = np.arange(30) * result.source_tr
     wanted = np.arange(len(result.raw_TN)) * 0.72
     assert wanted[-1] <= seconds[-1] + 1e-6 < wanted[-1] + 0.72 + 2e-6  # inside the span, and all of it
-    np.testing.assert_allclose(result.raw_TN, CubicSpline(seconds, kept.raw_TN)(wanted), rtol=2e-6)
+    series_TN = kept.raw_TN.astype(np.float64)
+    if source_tr < 0.72:  # what 0.72 s would alias is filtered away first
+        nyquist = 0.5 / 0.72
+        taps, beta = kaiserord(50, 0.2 * nyquist * 2 * source_tr)
+        kernel = firwin(taps // 2 * 2 + 1, 0.9 * nyquist, window=("kaiser", beta), fs=1 / source_tr)
+        series_TN = convolve1d(series_TN, kernel, axis=0, mode="mirror")
+    np.testing.assert_allclose(result.raw_TN, CubicSpline(seconds, series_TN)(wanted), rtol=2e-6)
+
+
+def test_what_a_longer_tr_would_alias_is_gone_and_the_rest_stays(tmp_path, plain):
+    """At TR 0.35 s a pulse of 1.1 Hz is measured; at 0.72 s it would look like 0.29 Hz."""
+    _, mask_path, affine = plain
+    brain_XYZ = nib.load(mask_path).get_fdata() > 0
+    seconds = 0.35 * np.arange(400)
+    for hertz, least, most in ((1.1, 0, 0.04), (0.75, 0, 0.04), (0.5, 9.5, 10.5), (0.05, 9.9, 10.1)):
+        wave_T = 10 * np.sin(2 * np.pi * hertz * seconds)
+        data = (1000 + np.where(brain_XYZ[..., None], wave_T, 0)).astype(np.float32)
+        bold = save(tmp_path / f"{hertz}.nii", data, affine, tr=0.35)
+        raw_TN = harmonise(source(bold, mask_path), SMALL).raw_TN
+        inner_T = slice(20, -20)  # the ends see mirrored frames
+        middle_N = raw_TN.std(axis=0) >= np.median(raw_TN.std(axis=0))
+        amplitude = np.sqrt(2) * raw_TN[inner_T, middle_N].std(axis=0).max()
+        assert least <= amplitude <= most, hertz
 
 
 @pytest.mark.parametrize("source_tr", [0.7, 0.72, 0.8])

@@ -111,6 +111,7 @@ def session(key: str, cohort: str, subject: str, split: str, **changes) -> dict:
         "dvars_outliers": 2,
         "brain_ml": 1500.0,
         "mask_outside_grid": 0.0,
+        "mni_dice": 0.9,
         "mean_fd_mm": 0.1,
         "fingerprint": "0",
         "zarr_size": 0,

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
-from shards.bold import MaskSettings, open_bold
+from shards.bold import open_bold
 from shards.cohort import RunSource
 from shards.errors import RunRefused
 from shards.grid import Grid
 from shards.harmonise import GridSettings, harmonise
+from shards.masks import MaskSettings
 from shards.reader import Dataset
 
 pytestmark = pytest.mark.real

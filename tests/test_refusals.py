@@ -134,7 +134,7 @@ def test_broken_runs_are_refused_by_name_and_the_rest_goes_on(cohort, dataset, m
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (facts["sessions"], facts["refused"]) == (4, 2)
     failed = layout.read_lines(out / layout.FAILED)
-    for line, path, why in zip(failed, (first, second), ("a NIfTI run", "a complete file"), strict=True):
+    for line, path, why in zip(failed, (first, second), ("a NIfTI image", "a complete file"), strict=True):
         assert line["source"] == path.relative_to(tmp_path / "cohort").as_posix() and why in line["reason"]
         assert line["source"] in line["reason"] and "\n" not in line["reason"] and line["key"] in line["key"]
     kept = {session["key"] for session in Dataset(out).sessions}
@@ -142,7 +142,7 @@ def test_broken_runs_are_refused_by_name_and_the_rest_goes_on(cohort, dataset, m
 
     before = times(out)
     assert make_shards(*words) == REFUSED  # told again, and nothing written anew
-    assert "a NIfTI run" in capsys.readouterr().out
+    assert "a NIfTI image" in capsys.readouterr().out
     after = times(out)
     assert {path: at for path, at in after.items() if f"/{layout.WORK}" not in path} == {
         path: at for path, at in before.items() if f"/{layout.WORK}" not in path
@@ -195,6 +195,10 @@ def test_dry_run_writes_nothing_and_lists_what_was_found(cohort, make_shards, tm
         "confounds": 6,
         "labels": {"group": 6, "score": 6},
         "passed_over": [],
+        "notes": [],
     }
-    assert sum("sub-0" in line and "60 frames, TR 0.72 s, 16 x 16 x 16 mm, mask given" in line for line in lines) == 6
+    assert (
+        sum("sub-0" in line and "60 frames, TR 0.72 s (sidecar), 16 x 16 x 16 mm, mask given" in line for line in lines)
+        == 6
+    )
     assert not (tmp_path / "out").exists() and times(cohort) == before
