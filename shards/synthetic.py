@@ -13,7 +13,7 @@ What is planted where, so that a method can be scored by what it finds:
 Every random number is drawn from (seed, purpose, subject, session) alone, so a run's files do not depend on
 how many other subjects there are. `cohort.yaml` is written last: where it exists, the cohort is complete.
 
-    DIR/dataset_description.json  participants.tsv  truth.json  cohort.yaml
+    DIR/README  dataset_description.json  participants.tsv (and .json)  truth.json  cohort.yaml  .bidsignore
     DIR/sub-01/ses-1/func/
         sub-01_ses-1_task-rest_space-MNI152NLin2009cAsym_desc-preproc_bold.nii.gz (and .json)
         sub-01_ses-1_task-rest_space-MNI152NLin2009cAsym_desc-brain_mask.nii.gz
@@ -54,6 +54,13 @@ from shards.errors import ConfigError
 SPACE = "MNI152NLin2009cAsym"
 GENERATOR = "SLIM-Brain synthetic cohort"
 RECIPE = 2  # raise it when the same parameters no longer give the same bytes
+_README = "A synthetic cohort of SLIM-Brain (tools/make_cohort.py): nobody was scanned. See truth.json.\n"
+_COLUMNS = {
+    "group": {"Description": "trait of the subject, in its connectivity", "Levels": {"A": "group A", "B": "group B"}},
+    "score": {"Description": "trait of the subject, in its connectivity", "Units": "arbitrary"},
+}
+# What BIDS has no name for; fMRIPrep's .bidsignore names its confounds, too.
+_NOT_BIDS = ("cohort.yaml", "truth.json", "*_timeseries.tsv")
 
 
 def _both(x: int, y: int, z: int) -> list[tuple[int, int, int]]:
@@ -579,6 +586,9 @@ def write_cohort(
         "GeneratedBy": [{"Name": GENERATOR, "Version": str(RECIPE)}],
     }
     layout.write_atomically(root / "dataset_description.json", _pretty(description))
+    layout.write_atomically(root / "README", _README)
+    layout.write_atomically(root / ".bidsignore", "".join(f"{name}\n" for name in _NOT_BIDS))
+    layout.write_atomically(root / "participants.json", _pretty(_COLUMNS))
     people = pd.DataFrame.from_dict(facts["subjects"], orient="index")[["group", "score"]]
     _write_table(root / "participants.tsv", people.rename_axis("participant_id").reset_index())
     for subject, session in cohort.runs():
