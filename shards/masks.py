@@ -22,7 +22,7 @@ from shards.settings import Settings
 _MEAN_OF = 100  # frames: enough for a stable mean image
 _EDGE = 0.05  # share of the largest value below which a voxel belongs to a soft edge
 _LEVEL, _NEAR, _PLATEAU = 0.75, 0.98, 0.25
-_FEW = 10  # labels of tissues or levels of a drawing
+_FEW = 10  # largest label of tissues; masks in per cent and of 0 to 255 have larger values
 
 
 class MaskSettings(Settings):
@@ -111,8 +111,8 @@ def threshold(values: np.ndarray) -> tuple[np.ndarray, str]:
     most = float(inside.max())
     if inside.min() == most:
         return values > 0, "" if most == 1 else f"all of its values above 0 are {most:g}"
-    levels = np.unique(inside[: 10**6])
-    labels = len(levels) <= _FEW and (levels == np.rint(levels)).all()
+    levels = np.unique(inside) if most <= _FEW else np.zeros(0)
+    labels = len(levels) > 0 and bool((levels == np.rint(levels)).all())
     body = inside[inside > _EDGE * most]
     flat = np.median(body) >= _LEVEL * most and np.mean(body >= _NEAR * most) >= _PLATEAU
     if flat and not labels:

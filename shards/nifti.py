@@ -16,6 +16,7 @@ from shards.files import printable, trouble
 _MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}  # mm per unit of length: unknown, metre, mm, micron
 _SECONDS = {0: 1.0, 8: 1.0, 16: 1e-3, 24: 1e-6}  # s per unit of time: unknown, s, ms, us
 CODES = {0: "unknown", 1: "scanner", 2: "aligned", 3: "Talairach", 4: "MNI152"}  # of qform and sform
+_PAIR = {".hdr": ".img", ".img": ".hdr"}
 _MOST_PACKED = 1100  # gzip packs no more than 1032 to 1
 _HINT = "Write the image again with the software it came from, or leave it out"
 
@@ -39,13 +40,13 @@ def open_image(path: Path, where: str | Path, field: str = "", error: type[UserE
     what = f"{printable(path)}: " if field else ""
     if found := trouble(path, image=True):
         raise error(where, field, what + found.got, found.expected, found.hint)
+    if (other := _PAIR.get(path.suffix)) and not path.with_suffix(other).is_file():
+        raise error(where, field, f"{what}no {path.stem}{other} beside it", "both files of the pair, .hdr and .img")
     try:
         image: Any = nib.load(path)
         header_at_fault = _unsound(image) if isinstance(image, nib.Nifti1Pair) else None
     except ImageFileError:
         raise error(where, field, f"{what}a file that is no NIfTI image", "a NIfTI image", _HINT) from None
-    except FileNotFoundError as missing:  # of a pair, one file is there
-        raise error(where, field, f"{what}{missing.filename}, which is no file", "both .hdr and .img") from None
     except Exception as fault:  # nibabel raises many types for headers without meaning
         header_at_fault = _field_at_fault(path) or ("header", f"{fault}", "a sound NIfTI header")
     else:
