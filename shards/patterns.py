@@ -76,8 +76,8 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
 
 def glob_regex(text: str) -> re.Pattern[str]:
     """`*` and `?` as globs, all else as text; for `fullmatch`."""
-    parts = (re.escape(part) if part not in "*?" else {"*": ".*", "?": "."}[part] for part in re.split(r"([*?])", text))
-    return re.compile("".join(parts), re.DOTALL)
+    parts = re.split(r"([*?])", text)
+    return re.compile("".join({"*": ".*", "?": "."}.get(part, re.escape(part)) for part in parts), re.DOTALL)
 
 
 def find(path: Path, pattern: str, root: Path) -> Found:
@@ -197,10 +197,10 @@ class Search:
 
     def folders(self, folder: Path) -> list[Path]:
         """Folders in a folder, and links to some, without hidden ones."""
-        return [Path(entry.path) for entry in self._entries(folder) if entry.is_dir() and entry.name[0] != "."]
+        return [Path(entry.path) for entry in self._entries(folder) if _is_folder(entry) and entry.name[0] != "."]
 
     def _files(self, folder: Path) -> list[Path]:
-        return [Path(entry.path) for entry in self._entries(folder) if not entry.is_dir()]
+        return [Path(entry.path) for entry in self._entries(folder) if not _is_folder(entry)]
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
         try:
@@ -210,6 +210,13 @@ class Search:
             note = f"a folder cannot be read: {printable(folder)} ({error.strerror})"
             self.notes += [note] if note not in self.notes else []
             return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 class _Part:
