@@ -166,8 +166,7 @@ def place(run: RunSource, settings: GridSettings, mask_settings: MaskSettings, c
         its brain lies outside the grid or the scan.
     """
     bold = open_bold(run)
-    table = None if run.confounds is None else confounds.read(run.confounds, bold.frames)
-    _check_clean(bold, table, clean)
+    table = read_confounds(bold, clean)
     mask = find_mask(bold, mask_settings)
     grid = settings.grid()
     mask_mm = nib.affines.apply_affine(mask.affine, np.argwhere(mask.brain))
@@ -276,6 +275,14 @@ def harmonise(
     if clean.words:
         result.facts["cleaned"] = clean.words
     return result
+
+
+def read_confounds(bold: Bold, clean: CleanSettings) -> Any:
+    """The confounds table of a run, None where it has none; refused if it does not fit the run, or the cleaning it."""
+    path = bold.run.confounds
+    table = None if path is None else confounds.read(path, bold.frames)
+    _check_clean(bold, table, clean)
+    return table
 
 
 def _check_clean(bold: Bold, table: Any, clean: CleanSettings) -> None:

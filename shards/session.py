@@ -25,7 +25,7 @@ from shards.cohort import RunSource
 from shards.confounds import CleanSettings
 from shards.errors import RunRefused
 from shards.grid import Grid
-from shards.harmonise import GridSettings, Harmonised, frames_at, harmonise, place
+from shards.harmonise import GridSettings, Harmonised, frames_at, harmonise, place, read_confounds
 from shards.masks import MaskSettings
 from shards.patches import gather, parcel_means
 from shards.settings import Settings, digest
@@ -153,8 +153,10 @@ def survey(run: RunSource, settings: SessionSettings) -> dict[str, Any]:
     bold = _open(run, settings)
     facts: dict[str, Any] = {"frames": bold.frames, "tr": bold.tr, "tr_source": bold.tr_source}
     facts |= {"shape": list(bold.shape), "voxel_mm": list(bold.voxel_mm)}
-    if run.mask is not None:  # else it is computed from the frames
+    if run.mask is not None:
         facts |= place(run, settings.grid, settings.mask, settings.clean).facts
+    else:  # it is computed from the frames
+        read_confounds(bold, settings.clean)
     return facts
 
 

@@ -1,9 +1,9 @@
 """One reader for all tables: participants, confounds, events.
 
 A line is a row. Fields are parted by tabs, commas or semicolons, whichever the header has first in this order, or by
-blanks where it has none of them. Only `n/a` (BIDS; `N/A` too) and an empty field are missing: `None`, `NA` and `null` are text.
-A row with more or fewer fields than the header is refused by its line, because its values could stand under the wrong
-names; empty fields at the end of a row, beyond the header, are ignored.
+blanks where it has none of them. Only `n/a` (in any case) and an empty field are missing: `None`, `NA` and `null` are
+text. A row with more or fewer fields than the header is refused by its line, because its values could stand under the
+wrong names; empty fields at the end of a row, beyond the header, are ignored.
 """
 
 from __future__ import annotations

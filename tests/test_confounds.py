@@ -38,7 +38,7 @@ def test_mean_framewise_displacement_is_the_tables(tmp_path, plain):
     with pytest.raises(RunRefused, match=r"confounds\.tsv: rows: got 23, expected 24"):
         harmonise(run, SMALL)
     table.write_bytes(b"trans_x\n0\n\xff\n")
-    with pytest.raises(RunRefused, match="unreadable table .*in line 3"):
+    with pytest.raises(RunRefused, match=r"unreadable table .*in line 3"):
         harmonise(run, SMALL)
     with open(table, "w") as file:  # parted by blanks
         file.write("trans_x framewise_displacement\n" + "0.5  0.25\n" * FRAMES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import given
@@ -167,7 +166,7 @@ def test_the_space_is_what_was_stated_or_what_header_and_brain_say(tmp_path):
 
 def test_the_overlap_is_that_of_dice(tmp_path):
     """Against the masks themselves, on the grid of the template."""
-    mask, affine = template()
+    mask, _ = template()
     shifted = np.zeros_like(mask)
     shifted[6:] = mask[:-6]  # 12 mm to the right
     expected = 2 * ((mask > 0) & (shifted > 0)).sum() / ((mask > 0).sum() + (shifted > 0).sum())
