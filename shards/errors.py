@@ -1,7 +1,8 @@
 """The user's mistakes, each told in one line.
 
-Everything that a user can mend is a subclass of `UserError`; the commands print it without a traceback and exit with
-status 2. Any other exception is a defect of this software and keeps its traceback.
+Everything that a user can correct is a subclass of `UserError`; the commands print it without a traceback and exit with
+status 2. Any other exception is a defect of this software and keeps its traceback. Wrong values are also `ValueError`s,
+and wrong types `TypeError`s, as callers of a Python library expect.
 """
 
 from __future__ import annotations
@@ -39,15 +40,19 @@ class UserError(Exception):
         return type(self), (self.where, self.field, self.got, self.expected, self.hint)
 
 
-class ConfigError(UserError):
-    """A configuration or command line that cannot be meant."""
+class ConfigError(UserError, ValueError):
+    """A wrong value in a configuration, on the command line or in a call."""
 
 
-class RunRefused(UserError):
-    """One run of a cohort that cannot be converted; the rest of the cohort goes on."""
+class ArgumentError(ConfigError, TypeError):
+    """An argument of the wrong type."""
 
 
-class DatasetError(UserError):
+class RunRefused(UserError, ValueError):
+    """One run that cannot be converted; the rest of its cohort is converted without it."""
+
+
+class DatasetError(UserError, ValueError):
     """A dataset folder that is missing, incomplete, damaged, or of another configuration."""
 
 
