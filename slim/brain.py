@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import warnings
 from dataclasses import replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,15 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from shards.errors import ConfigError, DatasetError
+from shards.errors import ArgumentError, ConfigError, DatasetError
 from shards.layout import read_manifest
-from shards.niimg import Niimg, as_run
+from shards.niimg import Scan, as_run
 from shards.reader import Dataset, Samples
-from shards.session import Converted, convert_run
+from shards.session import Converted, assumptions, convert_run
 from shards.settings import digest
-from slim.batch import collate, firsts, read_windows, unlike
+from slim.batch import Sample, collate, firsts, read_windows, unlike
 from slim.config import FinetuneSettings
+from slim.cores import cores, spread, threads_inside
 from slim.head import Answerer, Head
 from slim.hiera import Hiera
 from slim.pooling import Features, check_fixed, vectors
@@ -95,6 +99,10 @@ class SlimBrain:
         ConfigError
             If the run's configuration cannot be read.
         """
+        for name, path in (("source", source), ("extractor", extractor), ("parcels", parcels)):
+            if not isinstance(path, str | os.PathLike) and not (path is None and name != "source"):
+                expected = "a path, or OWNER/NAME on the hub" if name == "source" else "a path"
+                raise ArgumentError("from_pretrained", name, f"a {type(path).__name__}", expected)
         about = find(source, weights)
         about = replace(
             about,
@@ -209,14 +217,20 @@ class SlimBrain:
         return read_recipe(self.data, self.run_folder, self._about.extractor, self._about.parcels)
 
     def encode(
-        self, image: Niimg, per: str = "window", pooling: str = "mean", stage: int | None = None, **stated: Any
+        self, image: Scan, per: str = "window", pooling: str = "mean", stage: int | None = None, **stated: Any
     ) -> np.ndarray:
         """Vectors of a run, straight from NIfTI.
 
+        However the run is given, the vectors are the same, bit for bit: a path, `nib.load(path)`, or the list of its
+        3-D images; and for every number of threads. A list has no files beside it: give it the `mask` and `confounds`
+        that are found beside a path.
+
         Parameters
         ----------
-        image : path or Nifti1Image
-            Preprocessed 4-D BOLD.
+        image : path, Nifti1Image, or list of them
+            Preprocessed 4-D BOLD. A list holds the 3-D images of one scan in time order and needs `tr`; many scans are
+            for `slim.features.SlimBrainTransformer`. Mask, confounds and sidecar that lie beside the file are used,
+            those of an image beside the file that it was loaded from.
         per : "window" or "run"
         pooling : "mean", "mean+sd" or "location"
             See `slim.pooling.vectors`; poolings that are fitted on a set of runs are for
@@ -224,39 +238,49 @@ class SlimBrain:
         stage : int, optional
             Of the encoder, from 1; by default the last. Of an earlier one each cell has the mean of its tokens.
         **stated
-            `mask`, `confounds`, `space`, `tr`, `dummy`, `orientation`, as a cohort file has them, of this run; see
+            `mask`, `confounds`, `space`, `tr` (s), `dummy`, `orientation`, as a cohort file has them, of this run; see
             `shards.niimg.as_run`.
 
         Returns
         -------
         ndarray, float32
             (W, P), the windows the ranker keeps (at most `windows.keep` of the training data), in time order; or (P,).
-            `encode_run` tells when each window begins.
+            `encode_run` tells when each window begins, and which TR was used.
 
         Raises
         ------
         RunRefused
-            If the run cannot be converted.
+            If the run cannot be converted (a ValueError).
         ConfigError
-            If an argument cannot be meant, or what the training data were made with is missing.
+            If an argument has a wrong value (a ValueError) or type (a TypeError), or what the training data were made
+            with is missing.
         DatasetError
-            If the run has fewer windows than pass through the encoder together.
+            If the run has fewer windows than pass through the encoder together (a ValueError).
+
+        Warns
+        -----
+        UserWarning
+            Of what was assumed about the run, such as its space or orientation.
         """
         check_fixed(per, pooling)
-        features = self.encode_run(image, stage, **stated)
+        self._check_stage(stage)
+        features = self.encode_converted(_told(self.convert(image, **stated)), stage)
         return vectors(features, per, pooling, features.place_L)
 
-    def encode_run(self, image: Niimg, stage: int | None = None, **stated: Any) -> Features:
+    def encode_run(self, image: Scan, stage: int | None = None, **stated: Any) -> Features:
         """All tokens of a run, straight from NIfTI: harmonised and ranked as the training data were, then encoded.
 
         They are those that `encode_session` makes of the run once it is converted. Arguments and errors as in
         `encode`.
         """
         self._check_stage(stage)
-        return self.encode_converted(self.convert(image, **stated), stage)
+        return self.encode_converted(_told(self.convert(image, **stated)), stage)
 
-    def convert(self, image: Niimg, **stated: Any) -> Converted:
-        """A run as the training data hold theirs, for `encode_converted` and `answer_converted`; see `encode`."""
+    def convert(self, image: Scan, **stated: Any) -> Converted:
+        """A run as the training data hold theirs, for `encode_converted` and `answer_converted`; see `encode`.
+
+        What was assumed about it is in its `meta`, and not told: `shards.session.assumptions` has it in words.
+        """
         recipe = self.recipe
         # One thread, as in the worker processes of a conversion: sums come out the same.
         with as_run(image, **stated) as run, threadpool_limits(1):
@@ -267,7 +291,7 @@ class SlimBrain:
         self._check_stage(stage)
         return self._encode(made, made.meta | {"key": made.meta["subject"]}, made.meta["source"], stage)
 
-    def answer(self, image: Niimg, **stated: Any) -> np.ndarray:
+    def answer(self, image: Scan, **stated: Any) -> np.ndarray:
         """What a fine-tuned encoder and its head say of a run, straight from NIfTI.
 
         The mean over its windows, k by k, as `tools/finetune.py` predicts test subjects. Arguments and errors as in
@@ -278,7 +302,7 @@ class SlimBrain:
         ndarray, float64
             (K,), the probability of each of `settings.answer.classes`; or (1,), in the unit of the label.
         """
-        return self.answer_converted(self.convert(image, **stated))
+        return self.answer_converted(_told(self.convert(image, **stated)))
 
     @torch.no_grad()
     def answer_converted(self, made: Converted) -> np.ndarray:
@@ -294,7 +318,8 @@ class SlimBrain:
         self._check_windows(made.meta["n_kept"], made.meta["source"])
         model, classes = Answerer(self.encoder, self.head, settings.precision == "bf16"), len(settings.answer.classes)
         session = made.meta | {"key": made.meta["subject"]}
-        guess_K = predict(model, classes, made, [session], self.geometry, settings, self.device)[0]
+        with threads_inside(cores()):
+            guess_K = predict(model, classes, made, [session], self.geometry, settings, self.device)[0]
         return guess_K if classes else guess_K * settings.answer.sd + settings.answer.mean
 
     def encode_session(
@@ -312,7 +337,8 @@ class SlimBrain:
         session : dict
             A line of `dataset.sessions`.
         batch : int
-            Groups that pass through the encoder together; it does not change the features.
+            Groups in memory together: on a GPU they pass through the encoder as one batch, on a CPU each has a core.
+            It does not change the features.
         stage : int, optional
             As in `encode`.
 
@@ -321,6 +347,13 @@ class SlimBrain:
         ConfigError, DatasetError
             See `check_data`; or if the session has fewer than k windows, or its bytes are damaged.
         """
+        if not isinstance(dataset, Dataset):
+            expected = "a shards.reader.Dataset, such as Dataset('shards/')"
+            raise ArgumentError("encode_session", "dataset", f"a {type(dataset).__name__}", expected)
+        if not isinstance(session, dict):
+            raise ArgumentError("encode_session", "session", repr(session), "a line of dataset.sessions")
+        if not _is_count(batch) or batch < 1:
+            raise ConfigError("encode_session", "batch", repr(batch), "a whole number of 1 or more")
         self.check_data(dataset)
         self._check_stage(stage)
         return self._encode(dataset, session, f"{dataset.folder} ({session['key']})", stage, batch)
@@ -331,10 +364,12 @@ class SlimBrain:
 
     def _check_stage(self, stage: int | None) -> None:
         stages = len(self.encoder.ends)
+        expected = f"1 to {stages}, the stages of this encoder"
+        if stage is not None and not _is_count(stage):
+            raise ArgumentError("stage", "", repr(stage), expected)
         if stage is not None and not 1 <= stage <= stages:
-            raise ConfigError("stage", "", stage, f"1 to {stages}, the stages of this encoder")
+            raise ConfigError("stage", "", stage, expected)
 
-    @torch.inference_mode()
     def _encode(
         self, samples: Samples, session: dict[str, Any], where: str, stage: int | None, batch: int = 4
     ) -> Features:
@@ -344,26 +379,57 @@ class SlimBrain:
         in_time = np.argsort(start_K, kind="stable")
         first_G = firsts(count, k)
         groups = [read_windows(samples, session, in_time[first : first + k].tolist()) for first in first_G]
-        tokens, seconds, starts = [], [], []
-        slots, places = self.geometry.cells[0], math.prod(self.geometry.cells[1:])
+        size = 1 if self.device.type == "cpu" else batch
+        parts = [groups[at : at + size] for at in range(0, len(groups), size)]
+        passed = spread(lambda part: self._pass(part, stage), parts, batch // size)
+        place_L = passed[0][1]
         window_S = self.geometry.window_of_slot(self.frames)
+        tokens, seconds, starts = [], [], []
         read = 0
-        for at in range(0, len(groups), batch):
-            here = groups[at : at + batch]
-            together = collate(here, self.geometry, self.settings.stream).to(self.device)
-            encoded_MC = self.encoder.stage(together.voxels, together.whole, stage or len(self.encoder.ends))
-            x_MC = encoded_MC.float().cpu().numpy()
-            cell_M, sample_M = together.whole.cell_M.cpu().numpy(), together.whole.sample_M.cpu().numpy()
-            # Every frame of a session has the same brain patches, so every slot has the same places.
-            by = np.lexsort((cell_M, sample_M))
-            x_GSLC = x_MC[by].reshape(len(here), slots, -1, x_MC.shape[1])
-            place_L = cell_M[by][: x_GSLC.shape[2]] % places
-            for sample, x_SLC, first in zip(here, x_GSLC, first_G[at : at + batch], strict=True):
-                fresh_S = first + window_S >= read
-                read = first + k
-                tokens.append(x_SLC[fresh_S])
-                seconds.append(sample.second.reshape(slots, -1).mean(axis=1)[fresh_S])
-                starts.append(start_K[in_time[first + window_S]][fresh_S] * float(session["tr"]))
+        for sample, x_SLC, first in zip(groups, (x for x_GSLC, _ in passed for x in x_GSLC), first_G, strict=True):
+            fresh_S = first + window_S >= read
+            read = first + k
+            tokens.append(x_SLC[fresh_S])
+            seconds.append(sample.second.reshape(len(window_S), -1).mean(axis=1)[fresh_S])
+            starts.append(start_K[in_time[first + window_S]][fresh_S] * float(session["tr"]))
         return Features(
-            session["key"], np.concatenate(tokens), place_L, np.concatenate(seconds), np.concatenate(starts)
+            session["key"],
+            np.concatenate(tokens),
+            place_L,
+            np.concatenate(seconds),
+            np.concatenate(starts),
+            float(session["tr"]),
+            float(session["source_tr"]),
+            tuple(_assumed(session)),
         )
+
+    @torch.inference_mode()
+    def _pass(self, groups: list[Sample], stage: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of groups of windows, (G, S, L, C), and the places, (L,)."""
+        slots, places = self.geometry.cells[0], math.prod(self.geometry.cells[1:])
+        together = collate(groups, self.geometry, self.settings.stream).to(self.device)
+        encoded_MC = self.encoder.stage(together.voxels, together.whole, stage or len(self.encoder.ends))
+        x_MC = encoded_MC.float().cpu().numpy()
+        cell_M, sample_M = together.whole.cell_M.cpu().numpy(), together.whole.sample_M.cpu().numpy()
+        # Every frame of a session has the same brain patches, so every slot has the same places.
+        by = np.lexsort((cell_M, sample_M))
+        x_GSLC = x_MC[by].reshape(len(groups), slots, -1, x_MC.shape[1])
+        return x_GSLC, cell_M[by][: x_GSLC.shape[2]] % places
+
+
+def _assumed(meta: dict[str, Any]) -> list[str]:
+    """What was assumed about a run; voxels without signal at the rim of a mask, which most runs have, are left out."""
+    return assumptions({**meta, "dead_share": 0})
+
+
+def _told(made: Converted) -> Converted:
+    """A converted run, having warned of what was assumed about it."""
+    for words in _assumed(made.meta):
+        warnings.warn(
+            f"{made.meta['source']}: {words}", stacklevel=3
+        )  # the line that called `encode`, `encode_run` or `answer`
+    return made
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

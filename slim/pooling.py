@@ -29,6 +29,9 @@ class Features:
     place_L : flat place of each cell in the grid of cells, int64
     second_S : middle of each slot, s from the start of the run
     window_S : start of the window that holds each slot, s from the start of the run; float64
+    tr : TR of the frames that were encoded, s; None where nobody said
+    source_tr : TR of the scan, as it was read or stated, s; where it differs the scan was brought to `tr`
+    assumed : what was assumed about the scan (its space, orientation, TR, mask), a sentence each
     """
 
     key: str
@@ -36,6 +39,9 @@ class Features:
     place_L: np.ndarray
     second_S: np.ndarray
     window_S: np.ndarray
+    tr: float | None = None
+    source_tr: float | None = None
+    assumed: tuple[str, ...] = ()
 
     @property
     def start_W(self) -> np.ndarray:
@@ -185,6 +191,6 @@ def check_fixed(per: str, pooling: str) -> None:
     """Raise what `vectors` raises."""
     if per not in ("window", "run"):
         raise ConfigError("per", "", per, "window or run")
-    if pooling not in FIXED:
+    if pooling not in tuple(FIXED):
         hint = "Others are fitted on a set of runs: slim.features.SlimBrainTransformer does that"
         raise ConfigError("pooling", "", pooling, ", ".join(FIXED), hint)

@@ -168,7 +168,7 @@ def test_straight_from_nifti_gives_the_very_numbers_of_the_shards(run: Path, ope
     found = model.encode_run(source.bold)
     same(found, model.encode_session(opened, session))
     assert found.key == source.bold.name.split(".nii")[0]
-    same(found, model.encode_run(nib.load(source.bold), mask=nib.load(source.mask), confounds=source.confounds))
+    assert (found.tr, found.source_tr) == (session["tr"], session["source_tr"]) == (0.72, 0.72)
 
     z_WC = model.encode(str(source.bold))
     assert z_WC.dtype == np.float32 and z_WC.shape == (session["n_kept"], ALIGNED["embed"] * 2)
@@ -238,7 +238,7 @@ def test_what_cannot_be_encoded_is_told(run: Path, cohort: Path, tmp_path: Path)
     model, bold = SlimBrain.from_pretrained(run), find_runs(cohort / "cohort.yaml")[0].bold
     for error, match, arguments in (
         (RunRefused, "no such file", {"image": tmp_path / "none.nii.gz"}),
-        (RunRefused, "mask: got no file", {"image": bold, "mask": tmp_path / "none.nii.gz"}),
+        (RunRefused, "mask: got .*no such file", {"image": bold, "mask": tmp_path / "none.nii.gz"}),
         (ConfigError, "tr: got", {"image": bold, "tr": -1}),
         (ConfigError, "orientation: got 'XYZ'", {"image": bold, "orientation": "XYZ"}),
         (ConfigError, "smooth: got an unknown argument", {"image": bold, "smooth": 6}),
