@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from pretrained import ALIGNED, tool, write_run
@@ -38,7 +39,36 @@ def test_runs_become_vectors_and_a_refused_one_is_named(run: Path, cohort: Path,
             np.testing.assert_array_equal(found["vectors"][mine], model.encode(path))
             np.testing.assert_array_equal(found["start"][mine], model.encode_run(path).start_W)
         about = json.loads(str(found["about"]))
+        assert found["tr"].tolist() == found["source_tr"].tolist() == [0.72, 0.72]
     assert (about["checksum"], about["step"], about["pooling"]) == (model.checksum, 7, "mean")
+    assert facts["tr"] == facts["source_tr"] == [0.72, 0.72] and facts["TR"] == "0.72 s"
+
+
+def test_the_tr_that_was_used_and_what_was_assumed_are_told(run: Path, cohort: Path, tmp_path: Path):
+    """Two scans of scanner space, of which one has another TR."""
+    sources, given = find_runs(cohort / "cohort.yaml")[:2], []
+    for number, (source, tr) in enumerate(zip(sources, (0.72, 0.9), strict=True)):
+        image = nib.load(source.bold)
+        image.set_sform(image.affine, 1)
+        image.set_qform(image.affine, 1)
+        image.header.set_zooms((*image.header.get_zooms()[:3], tr))
+        nib.save(image, tmp_path / f"sub-{number}.nii.gz")
+        given.append(tmp_path / f"sub-{number}.nii.gz")
+    masks = [word for source in sources for word in ("--mask", source.mask)]
+    out = tmp_path / "z.npz"
+    done = tool("embed.py", run, *given, *masks, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["TR"] == "0.72 s, 0.9 s brought to 0.72 s" and "0.9 s brought to" in done.stdout
+    for path in given:
+        (line,) = [text for text in done.stdout.splitlines() if text.startswith(f"assumed: {path}: space")]
+        assert (
+            "taken as MNI: header code 1 (scanner)" in line
+            and line.split(f"{path}: ")[1] in facts["assumed"][str(path)]
+        )
+    with np.load(out) as found:
+        assert found["tr"].tolist() == [0.72, 0.72] and found["source_tr"].tolist() == [0.72, 0.9]
+        assert json.loads(str(found["about"]))["assumed"] == facts["assumed"]
 
 
 def test_per_run_at_the_places_all_of_them_have(run: Path, cohort: Path, tmp_path: Path):

@@ -8,10 +8,14 @@ named and the rest goes on (exit status 1). The file, for `numpy.load`, holds
     vectors    float32, a row for each window (each run, with --per run), run after run, windows in time order
     run        number of the run that each row is of, into `keys` and `sources`
     start      s from the start of the run, of each row's window (--per window)
+    tr         s, of each run: TR of the frames that were encoded
+    source_tr  s, of each run: TR of the scan, as it was read or stated with --tr
     places     flat places of the cells, with --pooling location: those that hold brain in all runs given here
     answers    of fine-tuned weights, a row for each run: the probability of each of `classes`, or the value
     classes    their names
-    about      JSON: weights, their checksum, step, stage, pooling, versions
+    about      JSON: weights, their checksum, step, stage, pooling, versions, what was assumed about each run
+
+What was assumed about a run (its space, its orientation ...) is printed, a line each: `assumed: FILE: ...`.
 """
 
 from __future__ import annotations
@@ -55,6 +59,7 @@ def main() -> int:
     import torch
 
     from shards.layout import atomically, dump
+    from shards.session import assumptions
     from slim.brain import SlimBrain
     from slim.config import FinetuneSettings
     from slim.pooling import check_fixed, common_places, vectors
@@ -63,6 +68,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SlimBrain.from_pretrained(args.weights).to(device)
     sources, found, refused = [], [], []
+    assumed: dict[str, list[str]] = {}
     answers: list[Any] | None = None if model.head is None else []
     with progress("encode", len(args.runs), "runs") as advance:
         for source, mask, table in zip(args.runs, masks, tables, strict=True):
@@ -70,6 +76,7 @@ def main() -> int:
                 made = model.convert(source, mask=mask, confounds=table, **stated)
                 found.append(model.encode_converted(made, args.stage))
                 sources.append(source)
+                assumed[source] = assumptions(made.meta)
                 if answers is not None:
                     answers.append(model.answer_converted(made))
             except (RunRefused, DatasetError) as error:
@@ -77,11 +84,17 @@ def main() -> int:
             advance(1, source)
     for line in refused:
         print(f"refused: {line}")
+    for source, lines in assumed.items():
+        for line in lines:
+            print(f"assumed: {source}: {line}")
     facts: dict[str, Any] = {"runs": len(found), "refused": len(refused), "reasons": refused}
     if not found:
-        summary(facts, "mend the runs above: nothing was written", args.json)
+        summary(facts, "nothing was written: correct the runs above, or give others", args.json)
         return REFUSED
     arrays: dict[str, Any] = {"keys": [item.key for item in found], "sources": sources}
+    arrays |= {name: np.array([getattr(item, name) for item in found]) for name in ("tr", "source_tr")}
+    facts |= {"TR": _trs(arrays["tr"], arrays["source_tr"]), "assumed": assumed}
+    facts |= {name: arrays[name].tolist() for name in ("tr", "source_tr")}
     places = [item.place_L for item in found]
     if args.pooling == "location":
         arrays["places"] = common_places(found)
@@ -106,6 +119,7 @@ def main() -> int:
         "per": args.per,
         "pooling": args.pooling,
         "stated": stated,
+        "assumed": assumed,
         "versions": {"slim-brain": __version__, **{name: version(name) for name in ("torch", "numpy")}},
     }
     with atomically(args.out) as file:
@@ -114,6 +128,12 @@ def main() -> int:
     facts |= {"out": str(args.out), "vectors": count, "length": length, "per": args.per, "step": model.step}
     summary(facts, f"numpy.load('{args.out}')['vectors'], float32 {count} x {length}", args.json)
     return REFUSED if refused else DONE
+
+
+def _trs(tr: Any, source_tr: Any) -> str:
+    """TRs in words: each that occurs once, and what it was brought to."""
+    pairs = sorted(set(zip(source_tr.tolist(), tr.tolist(), strict=True)))
+    return ", ".join(f"{old:g} s" if old == new else f"{old:g} s brought to {new:g} s" for old, new in pairs)
 
 
 def _each(given: list[str] | None, option: str, runs: int, shared: bool) -> list[str | None]:
