@@ -372,6 +372,19 @@ def test_chance_is_named_where_it_is_drawn(monkeypatch, tmp_path, facts, names, 
     assert titles[0].endswith(told.lower().replace("auroc", "AUROC").replace("dashed", "; dotted").rstrip("."))
 
 
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"subjects_seen_in_pretraining": None}, "Who was seen in pretraining is not known (version 0.1)."),
+        ({"subjects_seen_in_pretraining": 7, "subjects": 12}, "7 of 12 subjects seen in pretraining, without labels."),
+        ({"subjects_seen_in_pretraining": 0}, ""),
+    ],
+)
+def test_who_was_seen_in_pretraining_is_told(facts, said):
+    page = findings._about(findings.Found("t", {}, {}, facts))
+    assert said in page and ("pretraining" in page) == bool(said)
+
+
 def test_explanations_are_shown(healthy):
     from matplotlib.figure import Figure
 
