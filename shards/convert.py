@@ -134,7 +134,9 @@ class Conversion:
         if (self.folder / layout.MANIFEST).exists():
             self.previous = Dataset(self.folder)
             self.before = {line["key"]: line for line in self.previous.sessions}
-            self._same_configuration(self.previous.manifest["configuration_hash"])
+            self._same_configuration(
+                self.previous.manifest["configuration_hash"], self.previous.manifest.get("configuration")
+            )
         self.refused_before = {line["key"]: line for line in layout.read_lines(self.folder / layout.FAILED)}
         stamp = self.work / "configuration"
         if stamp.exists():
@@ -220,8 +222,17 @@ class Conversion:
         """A conversion that was begun goes to other processes by pickle; the lock stays with the one that holds it."""
         return {**self.__dict__, "_lock": None}
 
-    def _same_configuration(self, found: str) -> None:
+    def _same_configuration(self, found: str, before: dict[str, Any] | None = None) -> None:
         if found != self.hash:
+            if before and (differing := _first_difference(self.configuration, before)):
+                name, mine, theirs = differing
+                hint = "Use the settings it was made with (manifest.json), or another --out"
+                expected = f"{theirs}, as for the sessions already there"
+                if theirs is None:
+                    expected = "no such setting: an earlier version made the sessions already there"
+                    hint = "Convert into another --out"
+                field = f"configuration.{name.removeprefix('settings.')}"
+                raise DatasetError(self.folder, field, mine, expected, hint)
             raise DatasetError(
                 self.folder,
                 "configuration",
@@ -470,6 +481,17 @@ class Conversion:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+
+
+def _first_difference(mine: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting in which two configurations differ: its dotted name, and both values; None for one not there."""
+    if not (isinstance(mine, dict) and isinstance(theirs, dict)):
+        return None if mine == theirs else (name, mine, theirs)
+    for key in [*mine, *(key for key in theirs if key not in mine)]:
+        found = _first_difference(mine.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))
+        if found:
+            return found
+    return None
 
 
 def _once_each(runs: list[RunSource]) -> list[RunSource]:

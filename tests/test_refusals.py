@@ -14,6 +14,7 @@ from shards import layout
 from shards.console import DONE, REFUSED
 from shards.errors import ConfigError, DatasetError
 from shards.reader import Dataset
+from shards.settings import digest
 from shards.split import read_table, write_table
 from slim.saliency import make_ranker
 
@@ -202,3 +203,20 @@ def test_dry_run_writes_nothing_and_lists_what_was_found(cohort, make_shards, tm
         == 6
     )
     assert not (tmp_path / "out").exists() and times(cohort) == before
+
+
+def test_a_dataset_of_other_settings_names_the_setting(opened, tmp_path):
+    source, dataset = opened
+    out = Path(shutil.copytree(dataset, tmp_path / "out"))
+    other = SETTINGS.mask.model_copy(update={"dead": 0.5})
+    told = r"configuration\.mask\.dead: got 0\.5, expected 0\.25, as for the sessions"
+    with conversion([source], out, mask=other) as wrong, pytest.raises(DatasetError, match=told):
+        wrong.open()
+    # as a version wrote it that had no such setting
+    manifest = layout.read_manifest(out)
+    del manifest["configuration"]["settings"]["mask"]["dead"]
+    manifest["configuration_hash"] = digest(manifest["configuration"])
+    layout.write_atomically(out / layout.MANIFEST, layout.dump(manifest))
+    told = r"mask\.dead: got 0\.25, expected no such setting.*into another --out"
+    with conversion([source], out) as later, pytest.raises(DatasetError, match=told):
+        later.open()

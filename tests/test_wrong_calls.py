@@ -207,7 +207,8 @@ def test_a_run_that_is_no_nifti_is_named_and_the_others_are_converted(command, t
     assert json.loads(done.stdout.splitlines()[-1])["refused"] == 1
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("refused: ")]
     source = broken.relative_to(tmp_path / "bids").as_posix()
-    assert re.fullmatch(rf"refused: {re.escape(source)}: got no readable image .*, expected a NIfTI run", line)
+    told = r"got a file that is not packed by gzip, as its name says, expected a NIfTI image\. Rename it .*"
+    assert re.fullmatch(rf"refused: {re.escape(source)}: {told}", line)
     for path in (tmp_path / "bids").rglob("*_bold.nii.gz"):
         path.write_bytes(b"no image")
     done = command(
