@@ -191,6 +191,8 @@ def _voxels(image: Any) -> np.ndarray:
 def _take(image: Any, field: str, folder: Path, accepted: str) -> _Given:
     """An image as a file: its own, or a temporary one that is called like it."""
     if isinstance(image, str | os.PathLike):
+        if not os.fspath(image):
+            raise ConfigError(_WHERE, field, "an empty text", accepted)
         return _Given(Path(image).expanduser(), str(image), Path(image).expanduser())
     if not isinstance(image, SpatialImage):
         raise _wrong_type(field, image, accepted)
@@ -200,7 +202,8 @@ def _take(image: Any, field: str, folder: Path, accepted: str) -> _Given:
     if (same := unchanged(image)) is not None:
         return _Given(same, source, same)
     if not isinstance(image, nib.Nifti1Pair):
-        raise _wrong_type(field, image, "a Nifti1Image")
+        hint = "Make a NIfTI image of it: nib.Nifti1Image(image.dataobj, image.affine)"
+        raise ArgumentError(_WHERE, field, type(image).__name__, "a Nifti1Image", hint)
     if file is None:
         return _Given(_write(image, folder / field / f"{field}.nii", source), source)
     top = top_folder(file)

@@ -121,14 +121,15 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             As `SlimBrain.from_pretrained` and `SlimBrain.encode`; what is wrong with one image is raised with its
             number and path. Wrong types are TypeErrors, other wrong arguments ValueErrors.
         """
-        self._fit(self._begin(X, y, groups), y, groups)
+        self._fit(self._begin(_images(X), y, groups), y, groups)
         return self
 
     def fit_transform(self, X: Sequence[Any], y: Any = None, groups: Any = None) -> np.ndarray:
         """`fit`, then `transform`, encoding each image once."""
-        features = self._begin(X, y, groups)
+        images = _images(X)
+        features = self._begin(images, y, groups)
         self._fit(features, y, groups)
-        return self._vectors(features, X)
+        return self._vectors(features, images)
 
     def transform(self, X: Sequence[Any]) -> np.ndarray:
         """Vectors of images, float32 (N, P).
@@ -143,14 +144,14 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             If an image has less than half of the places, unless `on_error` is "skip".
         """
         check_is_fitted(self)
-        return self._vectors(self._encoded(_images(X)), X)
+        images = _images(X)
+        return self._vectors(self._encoded(images), images)
 
-    def _begin(self, X: Sequence[Any], y: Any, groups: Any) -> list[Features | None]:
+    def _begin(self, images: list[Any], y: Any, groups: Any) -> list[Features | None]:
         """Everything that is not images is checked before the first one is encoded."""
         self._check_parameters()
         if self.pooling == "attentive" and y is None:
             raise ConfigError(_HERE, "y", "none", "labels, which attentive pooling is trained for")
-        images = _images(X)
         for name, values in (("y", y), ("groups", groups)):
             if values is not None and (found := np.shape(values)[:1]) != (len(images),):
                 got = f"{found[0]} values" if found else f"a {type(values).__name__}"
@@ -216,10 +217,10 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             return int(self.random_state)
         return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
 
-    def _vectors(self, features: list[Features | None], X: Sequence[Any]) -> np.ndarray:
+    def _vectors(self, features: list[Features | None], images: list[Any]) -> np.ndarray:
         found_NP = np.full((len(features), self._n_features_out), np.nan, np.float32)
         left_out = []
-        for number, (image, item) in enumerate(zip(X, features, strict=True)):
+        for number, (image, item) in enumerate(zip(images, features, strict=True)):
             if item is None:
                 continue  # it was named when it could not be encoded
             try:

@@ -35,6 +35,8 @@ ARRAY = np.zeros((4, 4, 4, 9))
     [
         ({"image": None}, TypeError, "image: got None, expected a path or a nibabel image, or a list of 3-D images"),
         ({"image": ARRAY}, TypeError, r"image: got ndarray of float64.*nib.Nifti1Image\(array, affine\)"),
+        ({"image": ""}, ValueError, "image: got an empty text, expected a path"),
+        ({"image": nib.MGHImage(ARRAY.astype("f4"), np.eye(4))}, TypeError, "image: got MGHImage.*nib.Nifti1Image"),
         ({"image": b"a.nii"}, TypeError, "image: got bytes, expected a path"),
         ({"image": {"image": "a.nii"}}, TypeError, "image: got dict"),
         ({"mask": ARRAY[..., 0]}, TypeError, r"mask: got ndarray of float64 and shape .*nib.Nifti1Image"),

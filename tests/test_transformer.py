@@ -8,6 +8,7 @@ from pathlib import Path
 import joblib
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from pretrained import ALIGNED, write_run
 from sklearn.base import clone
@@ -218,6 +219,8 @@ def test_images_in_memory_and_with_arguments(model, images, memory):
     found = made.fit_transform(given)
     np.testing.assert_array_equal(found[0], found[1])
     assert not np.array_equal(found[0], found[2])
+    for paths in (tuple(images[:2]), iter(images[:2]), np.array(images[:2]), pd.Series(images[:2])):
+        np.testing.assert_array_equal(made.fit_transform(paths)[0], found[0])
 
 
 def test_a_bad_image_is_named_or_skipped(model, images, memory, tmp_path):
