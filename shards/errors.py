@@ -10,6 +10,10 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from shards.files import printable
+
+_LONGEST = 1000  # characters of each part of a message: files can hold anything
+
 
 class UserError(Exception):
     """A mistake of the call or its input: where, which field, what was got, what was expected, what to do.
@@ -31,13 +35,19 @@ class UserError(Exception):
         super().__init__(self.line())
 
     def line(self) -> str:
-        """The whole message on one line."""
-        place = f"{self.where}: {self.field}" if self.field else self.where
-        text = f"{place}: got {self.got}, expected {self.expected}"
-        return " ".join(f"{text}. {self.hint}".split()) if self.hint else " ".join(text.split())
+        """The whole message on one line, without control characters; what is very long is cut."""
+        field, got, expected, hint = (_cut(part) for part in (self.field, self.got, self.expected, self.hint))
+        place = f"{self.where}: {field}" if field else self.where
+        text = f"{place}: got {got}, expected {expected}"
+        return printable(" ".join(f"{text}. {hint}".split() if hint else text.split()))
 
     def __reduce__(self):  # worker processes send these back by pickle
         return type(self), (self.where, self.field, self.got, self.expected, self.hint)
+
+
+def _cut(part: object) -> str:
+    text = str(part)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 class ConfigError(UserError, ValueError):

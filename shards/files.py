@@ -25,7 +25,12 @@ class Trouble:
 
 def printable(name: str | os.PathLike[str]) -> str:
     r"""A name as text that any file and terminal takes: bytes that are no UTF-8 become \x.., line breaks \n."""
-    text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = os.fspath(name)
+    try:
+        content = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a pair, as JSON and UTF-16 can hold it, stands for no byte
+        content = text.encode("utf-8", "surrogatepass")
+    text = content.decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 

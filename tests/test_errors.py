@@ -1,17 +1,17 @@
-"""Errors are what callers of a Python library expect, and survive the way back from a worker process."""
+"""Messages: one line that any terminal takes."""
 
 from __future__ import annotations
 
-import pickle
-
-import pytest
-
-from shards.errors import ArgumentError, ConfigError, DatasetError, RunRefused, SampleCorrupt, UserError
+from shards.errors import ConfigError
+from shards.files import printable
 
 
-@pytest.mark.parametrize("kind", [ConfigError, ArgumentError, RunRefused, DatasetError, SampleCorrupt])
-def test_wrong_values_are_value_errors(kind: type[UserError]):
-    assert issubclass(kind, ValueError)
-    assert issubclass(kind, TypeError) == (kind is ArgumentError)
-    error = pickle.loads(pickle.dumps(kind("file", "field", 1, 2, "Do that")))
-    assert type(error) is kind and str(error) == error.line() == "file: field: got 1, expected 2. Do that"
+def test_a_message_is_printable_and_short() -> None:
+    told = ConfigError("a.yaml", "x\x1b[31m", "y" * 10**6, "one\u2028line", "Do\nit").line()
+    assert told.isprintable() and len(told) < 1200
+    assert told.startswith(r"a.yaml: x\x1b[31m: got yyy") and told.endswith("..., expected one line. Do it")
+
+
+def test_half_of_a_pair_is_printable() -> None:
+    """JSON and UTF-16 hold some: such a name stopped the message about it."""
+    assert printable("\ud800") == r"\xed\xa0\x80" and printable("a\udcff") == r"a\xff"
