@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shards.errors import Stopped, UserError, is_full
+from shards.files import printable
 from shards.layout import dump, sync_folder, write_atomically
 from slim.seen import SEEN
 
@@ -310,10 +311,31 @@ def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Returns its state and whole weights.
     """
-    path, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    from slim import states
+
+    with states.read_by(engine):
+        path, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise CheckpointError(folder, "", "nothing DeepSpeed could load", "its ZeRO shards")
-    return state, read_weights(folder / WEIGHTS)
+    return checked_state(folder, state), read_weights(folder / WEIGHTS)
+
+
+def checked_state(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """What `STATE` names, of a checkpoint that anybody may have written.
+
+    Raises
+    ------
+    CheckpointError
+        If a number is missing, or is none.
+    """
+    for name in ("step", "consumed"):
+        value = state.get(name)
+        if type(value) is not int or value < 0:
+            raise CheckpointError(folder, name, printable(repr(value))[:60], "a whole number of 0 or more")
+    skipped = state.get("skipped")
+    if not isinstance(skipped, dict) or type(skipped.get("row")) is not int or "keys" not in skipped:
+        raise CheckpointError(folder, "skipped", printable(repr(skipped))[:60], "keys and row of what was left out")
+    return {name: state[name] for name in STATE}
 
 
 def read_weights(path: Path, prefix: str = "") -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slim import checkpoint
+from slim import checkpoint, states
 from slim.checkpoint import CheckpointError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,11 +68,15 @@ def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     stage, former = engine.zero_optimization_stage(), checkpoint.facts(folder)["world_size"]
     if stage == 0 or former == dist.get_world_size():
         return checkpoint.load(engine, folder)
-    shards = Shards(folder, stage, former)
+    try:
+        shards = Shards(folder, stage, former)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        got = f"ZeRO shards that do not fit together ({type(error).__name__}: {error})"
+        raise CheckpointError(folder, "", got, "those of a run of this version", "Copy the checkpoint again") from error
     (_deal_parts if stage == 3 else _deal_stretches)(engine, shards)
     engine.global_steps = shards.model["global_steps"]
     dist.barrier()
-    return {name: shards.model[name] for name in checkpoint.STATE}, checkpoint.read_weights(folder / checkpoint.WEIGHTS)
+    return checkpoint.checked_state(folder, shards.model), checkpoint.read_weights(folder / checkpoint.WEIGHTS)
 
 
 class Shards:
@@ -96,11 +100,12 @@ class Shards:
 
     def __init__(self, folder: Path, stage: int, world: int):
         prefix = "zero_pp_rank_0_" if stage == 3 else ""
-        self.model = _mapped(folder / f"{prefix}mp_rank_00_model_states.pt")
+        self.model = states.read(folder / f"{prefix}mp_rank_00_model_states.pt", mmap=True)
         # name: (tensors by key, start, numbers) of each piece, in order
         self._pieces: dict[str, list[tuple[dict[str, Tensor], int, int]]] = defaultdict(list)
         for rank in range(world):
-            shard = _mapped(folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+            path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+            shard = states.read(path, mmap=True)["optimizer_state_dict"]
             adam = shard["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["state"]
             fp32 = shard["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
             for number, values in enumerate(fp32):
@@ -120,10 +125,6 @@ class Shards:
     def whole(self, name: str, key: str) -> Tensor:
         """All numbers of a parameter (`fp32`) or of a moment of it (`exp_avg`, `exp_avg_sq`), flat."""
         return torch.cat([flat[key].narrow(0, start, count) for flat, start, count in self._pieces[name]])
-
-
-def _mapped(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
 def _part(numbers: int, world: int) -> int:

@@ -68,6 +68,8 @@ def test_every_sample_is_consumed_once_whatever_the_processes(phases, data):
 @given(st.integers(1, 5), st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=3))
 def test_parameters_are_put_together_from_shards(tmp_path_factory, world, shapes):
     """Groups of vectors, cut as ZeRO 1 and 2 cut them (a group in stretches) and as ZeRO 3 does (every vector)."""
+    from deepspeed.utils.tensor_fragment import fragment_address
+
     folder = tmp_path_factory.mktemp("shards")
     keys = ("fp32", "exp_avg", "exp_avg_sq")
     whole = {f"{g}.{i}": {k: torch.rand(n) for k in keys} for g, ns in enumerate(shapes) for i, n in enumerate(ns)}
@@ -84,7 +86,7 @@ def test_parameters_are_put_together_from_shards(tmp_path_factory, world, shapes
                     for name, size in zip(names, sizes, strict=True):
                         low, high = max(at, first), min(at + size, first + part)
                         if low < high:
-                            mine[name] = SimpleNamespace(start=low - first, numel=high - low)
+                            mine[name] = fragment_address(start=low - first, numel=high - low)
                         at += size
                     places.append(mine)
                 fp32.append(flat.pop("fp32"))
