@@ -484,7 +484,7 @@ class Conversion:
 
 
 def _first_difference(mine: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first setting in which two configurations differ: its dotted name, and both values; None for one not there."""
+    """The first setting in which two configurations differ: its dotted name and both values, None where it is not there."""
     if not (isinstance(mine, dict) and isinstance(theirs, dict)):
         return None if mine == theirs else (name, mine, theirs)
     for key in [*mine, *(key for key in theirs if key not in mine)]:

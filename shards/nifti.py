@@ -16,6 +16,7 @@ from shards.files import printable, trouble
 _MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}  # mm per unit of length: unknown, metre, mm, micron
 _SECONDS = {0: 1.0, 8: 1.0, 16: 1e-3, 24: 1e-6}  # s per unit of time: unknown, s, ms, us
 CODES = {0: "unknown", 1: "scanner", 2: "aligned", 3: "Talairach", 4: "MNI152"}  # of qform and sform
+MNI = 4
 _PAIR = {".hdr": ".img", ".img": ".hdr"}
 _MOST_PACKED = 1100  # gzip packs no more than 1032 to 1
 _HINT = "Write the image again with the software it came from, or leave it out"
@@ -145,6 +146,12 @@ def affine_mm(image: nib.Nifti1Pair) -> np.ndarray:
 def code_of(image: nib.Nifti1Pair) -> int:
     """Code of the form that the affine comes from: the sform's, else the qform's; 0 where there is neither."""
     return int(image.header["sform_code"]) or int(image.header["qform_code"])
+
+
+def code_words(image: nib.Nifti1Pair) -> str:
+    """The same in words."""
+    code = code_of(image)
+    return f"header code {code} ({CODES.get(code, 'unknown')})"
 
 
 def forms_disagree(image: nib.Nifti1Pair) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import Field, field_serializer, field_validator
 
-from shards import layout, quality, writer
+from shards import layout, nifti, quality, writer
 from shards.bids import sidecars
 from shards.bold import Bold, open_bold
 from shards.cohort import RunSource
@@ -157,6 +157,9 @@ def survey(run: RunSource, settings: SessionSettings) -> dict[str, Any]:
         facts |= place(run, settings.grid, settings.mask, settings.clean).facts
     else:  # it is computed from the frames
         read_confounds(bold, settings.clean)
+        if not bold.centred and not run.says_mni:
+            words = f"not stated, {nifti.code_words(bold.image)}: the overlap of the brain with MNI152 will decide"
+            facts["space_assumed"] = words
     return facts
 
 

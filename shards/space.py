@@ -12,10 +12,8 @@ import numpy as np
 from shards.bold import Bold
 from shards.errors import RunRefused
 from shards.grid import Grid
-from shards.nifti import CODES, code_of
+from shards.nifti import MNI, code_of, code_words
 from shards.resample import resample_mask
-
-_MNI = 4  # of qform_code and sform_code
 
 
 def template() -> tuple[np.ndarray, np.ndarray]:
@@ -66,8 +64,7 @@ def check_space(bold: Bold, brain_XYZ: np.ndarray, grid: Grid, least: float) -> 
     if bold.centred:
         return None, ""
     dice = round(mni_dice(brain_XYZ, grid), 4)
-    code = code_of(bold.image)
-    header = f"header code {code} ({CODES.get(code, 'unknown')})"
+    header = code_words(bold.image)
     if run.says_mni:
         low = f"stated as MNI, but its brain overlaps the MNI152 brain by Dice {dice:.2f} only: check the registration"
         return dice, low if dice < least else ""
@@ -80,4 +77,4 @@ def check_space(bold: Bold, brain_XYZ: np.ndarray, grid: Grid, least: float) -> 
             f"State `space` {run.stated}: `native` moves the brain to the middle of the grid, `MNI` takes it as it is",
         )
     taken = f"taken as MNI: {header}, but its brain overlaps the MNI152 brain by Dice {dice:.2f}"
-    return dice, taken if code != _MNI else ""
+    return dice, taken if code_of(bold.image) != MNI else ""
