@@ -14,7 +14,7 @@ from shards.console import DONE, REFUSED, progress, summary
 from shards.convert import Conversion, ConvertSettings
 from shards.errors import ConfigError
 from shards.files import printable
-from shards.session import Ranker, assumptions, is_harmonised
+from shards.session import Parcels, Ranker, assumptions, is_harmonised
 from shards.settings import check, override
 from slim.parcels import make_parcels
 from slim.saliency import make_ranker
@@ -56,8 +56,13 @@ def conversion_of(args: argparse.Namespace, workers: int) -> tuple[Conversion, E
         raise ConfigError("command line", "--extractor", f"one with --ranker {args.ranker}", "--ranker mutual")
     else:
         make_ranker(args.ranker)  # an unknown name is told before anything is read
-    parcels = make_parcels(settings.grid.grid(), settings.parcels)
+    parcels = parcels_of(settings)
     return Conversion(cohorts, args.out, settings, ranking, parcels, workers, args.retry_refused), given
+
+
+def parcels_of(settings: ConvertSettings) -> Parcels:
+    """What the temporal extractor and the ranker see of a volume, as the settings say."""
+    return make_parcels(settings.grid.grid(), settings.parcels)
 
 
 def one_thread() -> None:
@@ -204,7 +209,12 @@ def _tell_losses(conversion: Conversion, refused: list[dict[str, Any]]) -> None:
         if "centred_by_mm" in line
     ]
     _tell(moved, layout.SESSIONS)
-    _tell([f"{line['key']}: {words}" for line in lines for words in assumptions(line)], layout.SESSIONS)
+    of_words: dict[str, list[str]] = {}
+    for line in lines:
+        for words in assumptions(line):
+            of_words.setdefault(words, []).append(line["key"])
+    told = [f"{keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}: {words}" for words, keys in of_words.items()]
+    _tell(told, layout.SESSIONS)
 
 
 def _tell_passed_over(conversion: Conversion) -> None:

@@ -130,17 +130,29 @@ class Conversion:
         if any(self.folder.iterdir()) and not self.work.exists() and not (self.folder / layout.MANIFEST).exists():
             raise DatasetError(self.folder, "--out", "a folder with other files", "a new folder or a dataset")
         self.hold()
-        writer.finish_commit(self.folder)
+        self.resume(alone=True)
+        stamp = self.work / "configuration"
+        if stamp.exists():
+            self._same_configuration(stamp.read_text().strip())
+
+    def resume(self, alone: bool) -> None:
+        """Read what the folder holds of an earlier conversion; `hold` comes first.
+
+        Parameters
+        ----------
+        alone : bool
+            No other process holds the folder: what a killed one left half done is finished.
+        """
+        if alone:
+            writer.finish_commit(self.folder)
         if (self.folder / layout.MANIFEST).exists():
             self.previous = Dataset(self.folder)
             self.before = {line["key"]: line for line in self.previous.sessions}
             self._same_configuration(
                 self.previous.manifest["configuration_hash"], self.previous.manifest.get("configuration")
             )
-        self.refused_before = {line["key"]: line for line in layout.read_lines(self.folder / layout.FAILED)}
-        stamp = self.work / "configuration"
-        if stamp.exists():
-            self._same_configuration(stamp.read_text().strip())
+        if not self.retry or alone:
+            self.refused_before = {line["key"]: line for line in layout.read_lines(self.folder / layout.FAILED)}
 
     def begin(self) -> None:
         """Make the folder; write down which configuration it is for and who is in which split.
@@ -484,7 +496,7 @@ class Conversion:
 
 
 def _first_difference(mine: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first setting in which two configurations differ: its dotted name and both values, None where it is not there."""
+    """The first setting in which two configurations differ: its dotted name, and both values (None: not there)."""
     if not (isinstance(mine, dict) and isinstance(theirs, dict)):
         return None if mine == theirs else (name, mine, theirs)
     for key in [*mine, *(key for key in theirs if key not in mine)]:
