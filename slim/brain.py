@@ -109,8 +109,9 @@ class SlimBrain:
             extractor=about.extractor if extractor is None else Path(extractor),
             parcels=about.parcels if parcels is None else Path(parcels),
         )
-        model = cls(about, about.made["step"])
-        about.load_into(model.encoder)
+        with threads_inside(1):  # copies of small tensors: more threads would wait for one another
+            model = cls(about, about.made["step"])
+            about.load_into(model.encoder)
         if isinstance(settings := model.settings, FinetuneSettings):
             outputs = max(1, len(settings.answer.classes))
             model.head = Head(settings.head, model.encoder.dim, outputs, model.geometry.cells).requires_grad_(False)
