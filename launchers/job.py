@@ -59,9 +59,12 @@ def work(config: Path) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
+    from slim import lock
     from slim.config import load_run
 
     settings = load_run(config)
+    if os.environ["RANK"] == "0":
+        lock.take(config.parent)
     gpus = torch.cuda.device_count()
     if settings.run.device == "cuda" and not gpus:
         raise ConfigError(config, "run.device", "cuda, but no GPU is seen here", "auto or cpu, or a machine with a GPU")
@@ -199,6 +202,9 @@ class Told(UserError):
 
     def line(self) -> str:
         return self._line
+
+    def __reduce__(self):
+        return type(self), (self._line,)
 
 
 def leave(status: int) -> NoReturn:

@@ -22,7 +22,7 @@ from shards.console import RESUME, STOPPING
 from shards.errors import ConfigError
 from shards.layout import EXTRACTOR, dump, write_atomically
 from shards.reader import Dataset
-from slim import checkpoint, elastic
+from slim import checkpoint, lock, resuming
 from slim.config import TrainSettings
 from slim.mirror import at_a_glance
 from slim.temporal import CONFIG_FILE, WEIGHTS_FILE
@@ -37,6 +37,8 @@ def prepare_run(settings: TrainSettings) -> Path:
 
     The temporal extractor of the data is copied: with it NIfTI runs are ranked as they were, wherever the data go.
 
+    `slim.resuming` decides what a run may be resumed with; each configuration it was trained with stays in RUN/configs.
+
     Returns
     -------
     Path
@@ -45,8 +47,8 @@ def prepare_run(settings: TrainSettings) -> Path:
     Raises
     ------
     UserError
-        If the folder holds a run that these settings cannot go on with, or any run where `run.resume` is `never`.
-        The run is then left as it is.
+        If the folder holds a run that these settings cannot go on with, or any run where `run.resume` is `never`, or
+        another process trains in it. The run is then left as it is.
     """
     folder = Path(settings.run.out)
     for place, name in ((settings.run.out, "run.out"), (settings.run.mirror, "run.mirror")):
@@ -58,13 +60,23 @@ def prepare_run(settings: TrainSettings) -> Path:
                 "an empty folder",
                 f"Use run.resume=auto to go on, or another {name}",
             )
+    with lock.holding(folder):
+        return _prepare(folder, settings)
+
+
+def _prepare(folder: Path, settings: TrainSettings) -> Path:
     begun = at_a_glance(folder, None if settings.run.mirror is None else Path(settings.run.mirror))
-    if begun is not None:
-        settings = _keep_global_batch(begun, settings)
+    settings = resuming.begin(settings) if begun is None else _adopt(begun, settings)
+    changes = [] if begun is None else [str(change) for change in resuming.changes(begun, settings)]
     course = job.open_course(settings)
     if begun is not None:
-        course.origin(settings.run.processes).check(begun)
-    folder.mkdir(parents=True, exist_ok=True)
+        origin = course.origin(settings.run.processes)
+        origin.check(begun)
+        resuming.extended(begun, settings, course.stream.per_epoch, settings.run.processes)
+        for line in origin.unknown(begun):
+            print(f"warning: {line}", flush=True)
+        for change in changes:
+            print(f"changed: {change}", flush=True)
     versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "zarr")}
     note = "".join(f"# {name} {number}\n" for name, number in sorted(versions.items()))
     manifest = course.datasets[0].manifest
@@ -77,7 +89,9 @@ def prepare_run(settings: TrainSettings) -> Path:
         print(f"warning: {line}", flush=True)
     _keep_extractor(course.datasets[0], folder)
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
-    write_atomically(folder / "config.yaml", f"# merged configuration\n# commit {git_commit()}\n{note}{text}")
+    text = f"# merged configuration\n# commit {git_commit()}\n{note}{text}"
+    resuming.keep(folder, text, begun, changes)
+    write_atomically(folder / "config.yaml", text)
     return folder / "config.yaml"
 
 
@@ -89,17 +103,17 @@ def _keep_extractor(dataset: Dataset, folder: Path) -> None:
             write_atomically(folder / EXTRACTOR / name, source.read_bytes())
 
 
-def _keep_global_batch(begun: Path, settings: S) -> S:
-    """The settings with as many micro-batches per step as keep the run's global batch, saying so where they change."""
-    run, needed = settings.run, elastic.accumulate_for(begun, settings.run.batch, settings.run.processes)
-    if needed == run.accumulate:
-        return settings
-    total = checkpoint.facts(begun)["global_batch"]
-    print(
-        f"run.accumulate={needed} instead of {run.accumulate}: the run goes on with {total} samples per step",
-        flush=True,
-    )
-    return settings.model_copy(update={"run": run.model_copy(update={"accumulate": needed})})
+def _adopt(begun: Path, settings: S) -> S:
+    """`resuming.adopt`, saying so where the micro-batches of a step change."""
+    adopted = resuming.adopt(begun, settings)
+    if adopted.run.accumulate != settings.run.accumulate:
+        total = checkpoint.facts(begun)["global_batch"]
+        print(
+            f"run.accumulate={adopted.run.accumulate} instead of {settings.run.accumulate}: "
+            f"the run goes on with {total} samples per step",
+            flush=True,
+        )
+    return adopted
 
 
 def git_commit(source: Path = Path(__file__)) -> str:
@@ -131,6 +145,15 @@ def git_commit(source: Path = Path(__file__)) -> str:
         return "unknown"
 
 
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Make the run folder and run all processes of the run; no other process trains in it meanwhile.
+
+    Returns and raises as `prepare_run` and `run`.
+    """
+    with lock.holding(settings.run.out):
+        return run(prepare_run(settings), settings.run.processes)
+
+
 def run(config: Path, processes: int) -> dict[str, Any]:
     """Run all processes of a job on this machine and wait for them.
 
@@ -139,7 +162,7 @@ def run(config: Path, processes: int) -> dict[str, Any]:
 
     Returns and raises as `launchers.job.judge`.
     """
-    with tempfile.TemporaryDirectory() as outcome:
+    with lock.holding(config.parent) as held, tempfile.TemporaryDirectory() as outcome:
         cores = len(os.sched_getaffinity(0))
         common = {
             "WORLD_SIZE": str(processes),
@@ -149,11 +172,14 @@ def run(config: Path, processes: int) -> dict[str, Any]:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
         }
         common |= {name: value for name, value in job.KEEP_FREED.items() if name not in os.environ}
+        # Rank 0 holds the lock, too: it may outlive this process.
+        handed_on = {lock.HANDED_ON: "" if held is None else str(held)}
         children = [
             subprocess.Popen(
                 [sys.executable, "-m", "launchers.job", str(config)],
                 start_new_session=True,
-                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), **({} if rank else handed_on)},
+                pass_fds=() if rank or held is None else (held,),
             )
             for rank in range(processes)
         ]

@@ -125,7 +125,7 @@ class LossSettings(Settings):
     jepa: float | None = Field(None, ge=0)
     sig: float | None = Field(None, ge=0)
     mae: float | None = Field(None, ge=0)
-    sig_samples: int | None = Field(None, ge=1, description="samples that share one SIG test; null: the batch")
+    sig_samples: int | None = Field(None, ge=1, description="samples that share one SIG test; null: a first run.batch")
 
 
 OBJECTIVES: dict[str, tuple[float, float, float]] = {
@@ -187,6 +187,10 @@ class RunSettings(Settings):
     not_finite: int = Field(10, ge=0, description="steps in a row that may be skipped for a loss that is not finite")
     max_seconds: float | None = Field(None, gt=0, description="stop and save after this many seconds")
     resume: Literal["auto", "never"] = "auto"
+    extend: Literal["constant", "rewarm"] | None = Field(
+        None, description="how steps beyond the planned ones are trained: at the last learning rate, or warmed up again"
+    )
+    change: tuple[str, ...] = Field((), description="settings that may change on resume, such as optimizer.lr")
     log_every: int = Field(1, ge=1, description="optimizer steps per line of metrics.jsonl")
     wandb: Literal["offline", "online", "disabled"] = "offline"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -7,7 +7,7 @@ A `Course` opens the data and makes the learner; a learner (`Learns`) has the mo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from slim.config import PretrainSettings, TrainSettings
 from slim.learner import Group, Learner
 from slim.objective import Losses, Objective
 from slim.origin import Origin
+from slim.schedule import Plan
 from slim.seen import Seen
 
 Steps = Callable[[int], Iterable[Batch]]  # this process's micro-batches of the first so many optimizer steps
@@ -58,7 +59,7 @@ class Learns(Protocol):
         """Those of one micro-batch; `forward` is the engine around the model."""
         ...
 
-    def commit(self, step: int, steps: int, forward: Forward, full: Full | None) -> dict[str, Any]:
+    def commit(self, step: int, steps: int | Plan, forward: Forward, full: Full | None) -> dict[str, Any]:
         """End optimizer step `step` (from 0) of `steps`; what else its line of metrics.jsonl holds."""
         ...
 
@@ -81,6 +82,7 @@ class Course(ABC):
     Attributes
     ----------
     name : what the progress bar calls it
+    splits : splits of the datasets that are trained on; None: any
 
     Parameters
     ----------
@@ -95,6 +97,7 @@ class Course(ABC):
     """
 
     name: str
+    splits: Collection[str] | None = None
 
     def __init__(self, settings: TrainSettings, datasets: Sequence[Dataset]):
         self.settings, self.datasets = settings, list(datasets)
@@ -104,7 +107,7 @@ class Course(ABC):
 
     def origin(self, processes: int) -> Origin:
         """What checkpoints of this course must share, with so many processes."""
-        return Origin.of(self.settings, self.learned, self.datasets, self.stream, processes)
+        return Origin.of(self.settings, self.learned, self.datasets, self.stream, processes, self.splits)
 
     def seen(self) -> Seen | None:
         """Who is seen in training, without labels; None where that is not known."""
@@ -142,6 +145,7 @@ class Pretraining(Course):
     """JEPA, SIG and MAE on all training sessions."""
 
     name = "pretrain"
+    splits = ("train",)
     settings: PretrainSettings
 
     def __init__(self, settings: PretrainSettings):

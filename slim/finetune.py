@@ -41,6 +41,7 @@ from slim.head import Answerer, Head
 from slim.hiera import Hiera
 from slim.learner import Group, decays
 from slim.objective import Losses
+from slim.schedule import Plan
 from slim.seen import Seen
 
 START = "start.safetensors"
@@ -150,10 +151,10 @@ class Finetuner:
             loss_B = (guess_BK[:, 0] - answer_B) ** 2
         return Losses(loss_B.mean(), {"loss": loss_B.mean().detach()})
 
-    def commit(self, step: int, steps: int, forward: Forward, full: Full | None) -> dict[str, Any]:
+    def commit(self, step: int, steps: int | Plan, forward: Forward, full: Full | None) -> dict[str, Any]:
         """After the last step of an epoch, and of the run: validate, and keep the weights if none were better."""
         done = step + 1
-        if done % self.every and done != steps:
+        if done % self.every and done != (steps if isinstance(steps, int) else steps.end):
             return {}
         loss = self.validate(forward)
         if loss < self.best_loss:

@@ -19,6 +19,7 @@ from slim.config import PretrainSettings
 from slim.ema import PlaceMean, Target
 from slim.monitor import AVERAGED
 from slim.objective import Losses, Objective
+from slim.schedule import Plan
 
 _NO_DECAY = ("space", "time", "mask_token", "seconds.linear.weight")
 
@@ -164,13 +165,13 @@ class Learner:
             mean.discard()
 
     def commit(
-        self, step: int, steps: int, forward: Any = None, full: Callable[[Tensor], Tensor] | None = None
+        self, step: int, steps: int | Plan, forward: Any = None, full: Callable[[Tensor], Tensor] | None = None
     ) -> dict[str, float]:
         """End step `step` of `steps`: running means take in what was collected, the target moves (`Target.update`).
 
         Returns the momentum of the target, `ema`.
         """
-        momentum = schedule.ema_momentum(step, steps, self.ema)
+        momentum = schedule.ema_momentum(*schedule.place(step, steps), self.ema)
         self._commit_means()
         self.target.update(self.model.encoder, momentum, full)
         return {"ema": momentum}

@@ -26,7 +26,7 @@ from shards.console import STOPPING, progress
 from shards.errors import UserError
 from shards.stream import MicroBatches
 from shards.workers import end_with_parent
-from slim import checkpoint, elastic, loading, schedule, speed
+from slim import checkpoint, elastic, loading, resuming, schedule, speed
 from slim.batch import Batch
 from slim.config import TrainSettings
 from slim.course import Course
@@ -95,7 +95,7 @@ class Trainer:
 
         self.stream = course.stream
         self.global_batch = settings.run.batch * settings.run.accumulate * self.world
-        self.steps = settings.run.steps_in_all(self.stream.per_epoch, self.world)
+        self.plan = schedule.Plan(settings.run.steps_in_all(self.stream.per_epoch, self.world))
         self.origin = course.origin(self.world)
 
         self.learner = course.learner(device)
@@ -172,6 +172,11 @@ class Trainer:
             "warnings": warnings,
         }
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run in all."""
+        return self.plan.end
+
     def _at_peak(self) -> float | None:
         """Seconds a token of brain would take at the GPU's peak; None where its speed or the work is not known."""
         peak, work = speed.peak_flops(torch.cuda.get_device_name(self.device), self.settings.precision), None
@@ -225,8 +230,9 @@ class Trainer:
         """One optimizer step; returns its line of metrics.jsonl."""
         settings = self.settings
         begun, waited = time.perf_counter(), 0.0
-        lr = schedule.learning_rate(self.step, self.steps, settings.optimizer)
-        wd = schedule.weight_decay(self.step, self.steps, settings.optimizer)
+        at, of = self.plan.place(self.step)
+        lr = schedule.learning_rate(at, of, settings.optimizer)
+        wd = schedule.weight_decay(at, of, settings.optimizer)
         for group, about in zip(self.engine.optimizer.param_groups, self._groups, strict=True):
             group["lr"], group["weight_decay"] = lr * about.scale, wd if about.decays else 0.0
         logs: list[dict[str, Tensor]] = []
@@ -256,7 +262,7 @@ class Trainer:
             self.learner.discard()
             more = {}
         else:
-            more = self.learner.commit(self.step - 1, self.steps, self.engine, self._full)
+            more = self.learner.commit(self.step - 1, self.plan, self.engine, self._full)
         self._note(damaged, skipped, keys)
         more = {"lr": lr, "wd": wd, **more}
         return self._line(logs, tokens, losses.features, epoch, more, begun, waited)
@@ -323,7 +329,8 @@ class Trainer:
         self._watch.now(SAVE)
         state = {"step": self.step, "consumed": self.consumed, "skipped": self.skipped.state()}
         weights = self.learner.state(self._full)
-        saved = checkpoint.save(self.engine, self.checkpoints, self.step, state, weights, self.origin.facts())
+        about = self.origin.facts() | {"plan": self.plan.facts()}
+        saved = checkpoint.save(self.engine, self.checkpoints, self.step, state, weights, about)
         if self.rank == 0:
             needed: set[Path] = set()
             if self._mirror is not None:
@@ -347,7 +354,9 @@ class Trainer:
         found = self._find()
         if found is None:
             return None
+        resuming.changes(found, self.settings)  # again: the one to go on from may be an older one than was looked at
         self.origin.check(found)
+        self.plan = resuming.extended(found, self.settings, self.stream.per_epoch, self.world)
         state, weights = elastic.load(self.engine, found)
         self.step, self.consumed = state["step"], state["consumed"]
         self.skipped.load(state["skipped"], self.step)

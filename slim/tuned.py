@@ -17,7 +17,7 @@ import torch
 from shards.errors import ConfigError
 from shards.reader import Dataset
 from shards.settings import check, override
-from slim import checkpoint, export, probe
+from slim import checkpoint, export, lock, probe
 from slim.answers import Answers
 from slim.brain import SlimBrain
 from slim.checkpoint import BEST, CheckpointError
@@ -151,21 +151,23 @@ class Finetuned:
     def _prepare(self, number: int, fold: Fold) -> FinetuneSettings:
         settings = self.settings(number)
         out = Path(settings.run.out)
-        out.mkdir(parents=True, exist_ok=True)
-        self._answers(fold).write(out)
-        if self.seen is not None:
-            self.seen.write(out)
         settings = settings.model_copy(update={"answer": self._answer(fold)})
-        if self.name == SCRATCH:
-            return settings
-        start = write_start(out, self.ours.encoder.state_dict())
+        with lock.holding(out):
+            out.mkdir(parents=True, exist_ok=True)
+            self._answers(fold).write(out)
+            if self.seen is not None:
+                self.seen.write(out)
+            if self.name == SCRATCH:
+                return settings
+            start = write_start(out, self.ours.encoder.state_dict())
         return settings.model_copy(update={"start": start, "before": export.history(self.ours)})
 
     def predict(self, fold: Fold) -> np.ndarray:
         """Probabilities (m, K) or values (m, 1) of the test sessions; trains first, or goes on, or finds it done."""
-        settings, answers = self._prepare(fold.repeat, fold), self._answers(fold)
-        self.train(settings)
-        out = Path(settings.run.out)
+        answers, out = self._answers(fold), Path(self.settings(fold.repeat).run.out)
+        with lock.holding(out):
+            settings = self._prepare(fold.repeat, fold)
+            self.train(settings)
         model, step, loss = self._best(out, settings, answers)
         sessions = [self.cases.sessions[row] for row in fold.test]
         geometry = self.ours.geometry

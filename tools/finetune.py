@@ -65,9 +65,8 @@ def main() -> int:
 
 def train(settings: Any) -> None:
     """Run a fine-tuning to its end, in `run.processes` processes."""
-    config = local.prepare_run(settings)
     print(f"fine-tune in {settings.run.out}", file=sys.stderr)
-    result = local.run(config, settings.run.processes)
+    result = local.train(settings)
     for text in result["warnings"]:
         print(f"warning: {text}")
     if not result["finished"]:

@@ -20,8 +20,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     settings = load_config(args.config, args.overrides)
-    # What can be wrong is told by `prepare_run`, in one line, before processes are started.
-    result = local.run(local.prepare_run(settings), settings.run.processes)
+    result = local.train(settings)  # what can be wrong is told in one line, before processes are started
     status = int(result.pop("status"))
     out = settings.run.out
     facts = {"run": out, **{name: value for name, value in result.items() if value is not None}}
