@@ -14,7 +14,7 @@ from shards.console import DONE, REFUSED, progress, summary
 from shards.convert import Conversion, ConvertSettings
 from shards.errors import ConfigError
 from shards.files import printable
-from shards.session import Parcels, Ranker, assumptions, is_harmonised
+from shards.session import Parcels, Ranker, by_assumption, is_harmonised
 from shards.settings import check, override
 from slim.parcels import make_parcels
 from slim.saliency import make_ranker
@@ -149,7 +149,7 @@ def finish(conversion: Conversion) -> Ended:
     report = conversion.folder / layout.REPORT / "index.html"
     if conversion.previous is None or manifest is not conversion.previous.manifest or not report.is_file():
         report = page.write(conversion.folder)
-    _tell_losses(conversion, refused)
+    _tell_losses(conversion, refused, str(report))
     facts = {
         "dataset": str(conversion.folder),
         "sessions": sum(manifest["sessions"].values()),
@@ -196,7 +196,7 @@ def dry_run(conversion: Conversion, as_json: bool) -> int:
     return REFUSED if refused else DONE
 
 
-def _tell_losses(conversion: Conversion, refused: list[dict[str, Any]]) -> None:
+def _tell_losses(conversion: Conversion, refused: list[dict[str, Any]], report: str) -> None:
     """What was refused, left out, passed over, or taken on an assumption."""
     _tell([f"refused: {line['reason']}" for line in refused], layout.FAILED)
     lines = layout.read_lines(conversion.folder / layout.SESSIONS)
@@ -209,12 +209,8 @@ def _tell_losses(conversion: Conversion, refused: list[dict[str, Any]]) -> None:
         if "centred_by_mm" in line
     ]
     _tell(moved, layout.SESSIONS)
-    of_words: dict[str, list[str]] = {}
-    for line in lines:
-        for words in assumptions(line):
-            of_words.setdefault(words, []).append(line["key"])
-    told = [f"{keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}: {words}" for words, keys in of_words.items()]
-    _tell(told, layout.SESSIONS)
+    to_check = by_assumption(lines).items()
+    _tell([f"{keys[0]}{f' and {len(keys) - 1} more' * (len(keys) > 1)}: {words}" for words, keys in to_check], report)
 
 
 def _tell_passed_over(conversion: Conversion) -> None:

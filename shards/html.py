@@ -109,6 +109,12 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def first(names: Sequence[str], count: int) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
 def heading(title: str) -> str:
     """A heading inside a section."""
     return f"<h3>{escape(title)}</h3>"

@@ -20,7 +20,7 @@ from shards import html, layout, picture, space
 from shards.distribution import MEASURES, Outlying, Session, describe, find_outlying
 from shards.grid import Grid
 from shards.reader import Dataset
-from shards.session import assumptions
+from shards.session import assumptions, by_assumption
 from shards.split import SPLITS
 
 _ROWS = 100  # refused or moved sessions listed one by one
@@ -57,6 +57,7 @@ def write(folder: str | Path) -> Path:
             html.facts(_facts(dataset)),
             html.section("Cohorts and splits", *_cohorts(dataset, failed)),
             html.section("Refused runs", *_refused(failed)),
+            html.section("To check", *_to_check(dataset.sessions)),
             html.section("Quality", *describe(dataset.sessions, outlying)),
             html.section("Native-space sessions", *_native(dataset.sessions)),
             html.section("Sessions to look at", *_examples(dataset, outlying)),
@@ -125,7 +126,7 @@ def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> 
         ("repeated_frames", "with volumes that repeat an earlier one; windows that hold them were not kept"),
     ):
         if number := sum(bool(session.get(field)) for session in sessions):
-            found.append(("look", f"{html.count(number, 'session')} {words}: see the treatments below."))
+            found.append(("look", f'{html.count(number, "session")} {words}: see "To check" below.'))
     assumed = Counter(session["orientation_assumed"] for session in sessions if session.get("orientation_assumed"))
     for orientation, number in sorted(assumed.items()):
         found.append(
@@ -268,6 +269,15 @@ def _refused(failed: list[Session]) -> list[str]:
         )
         parts.append(html.text(f"The first {_ROWS} of {len(failed)}; all are in {layout.FAILED}."))
     return [*parts, html.table(["Run", "Reason", "What to do"], rows[:_ROWS])]
+
+
+def _to_check(sessions: Sequence[Session]) -> list[str]:
+    """What was assumed or left out, and of which sessions."""
+    rows = [[words, len(keys), html.first(keys, 8)] for words, keys in by_assumption(sessions).items()]
+    if not rows:
+        return []
+    intro = "What was assumed of sessions, or left out of them: correct the cohort file or the scans if it is wrong."
+    return [html.text(intro), html.table(["What", "Sessions", "Which"], rows[:_ROWS])]
 
 
 def _native(sessions: Sequence[Session]) -> list[str]:

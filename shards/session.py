@@ -142,6 +142,15 @@ def assumptions(facts: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def by_assumption(sessions: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Every sentence of `assumptions`, with the keys of the sessions that it is about."""
+    found: dict[str, list[str]] = {}
+    for session in sessions:
+        for words in assumptions(session):
+            found.setdefault(words, []).append(session["key"])
+    return found
+
+
 def survey(run: RunSource, settings: SessionSettings) -> dict[str, Any]:
     """What is known of a run before its frames are read: frames, TR, voxel size (mm), shape, mask.
 

@@ -267,6 +267,23 @@ def test_says_what_was_done_to_a_run_and_what_was_taken_for_granted(content):
         assert text.count(words) == 1, words
 
 
+def test_names_what_was_assumed_and_of_which_sessions(tmp_path):
+    rule = "soft values from 0 to 255: brain above half of it"
+    sessions = [session(f"one_{n}", "one", str(n), "train", mask_rule=rule) for n in range(11)]
+    sessions[3] |= {"dead_share": 0.084, "repeated_frames": 15}
+    sessions[4] |= {"forms_disagree": "sform LAS, qform RAS", "space_assumed": "taken as MNI: header code 1 (scanner)"}
+    text = Reader(page.write(make_dataset(tmp_path, sessions, [])).read_text()).text
+    for words in (
+        'Look: 1 session with volumes that repeat an earlier one; windows that hold them were not kept: see "To check"',
+        f"mask of {rule} 11 one_0, one_1, one_10, one_2, one_3, one_4, one_5, one_6 and 3 more",
+        "8.4% of the mask is without signal and was left out 1 one_3",
+        "15 volumes repeat an earlier one; windows that hold them were not kept 1 one_3",
+        "sform LAS, qform RAS: they disagree on left and right; the sform was used 1 one_4",
+        "space taken as MNI: header code 1 (scanner) 1 one_4",
+    ):
+        assert text.count(words) == 1, words
+
+
 def test_parts_of_scores_are_drawn_where_a_sample_has_them(tmp_path, monkeypatch):
     drawn = []
     draw = picture.Shown.draw
