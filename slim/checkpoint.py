@@ -21,7 +21,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import time
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,6 +47,7 @@ ABOUT_RUN = ("config.yaml", "dataset.json")  # of the run's folder
 # What a run keeps beside the ZeRO shards: optimizer steps, samples of the stream, what was left out.
 STATE = ("step", "consumed", "skipped")
 _SEAL = "seal"
+_NAME = re.compile(r"step-[0-9]{8}")
 _READERS = 4  # files hashed at a time
 
 
@@ -58,8 +61,17 @@ def tag(step: int) -> str:
 
 
 def folders(checkpoints: Path) -> list[Path]:
-    """All of them, finished or not, newest first."""
-    return sorted(checkpoints.glob("step-*"), reverse=True)
+    """All of them, finished or not, newest first. Other names, such as those of copies, are no checkpoints."""
+    found = (path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, reverse=True)
+
+
+def _is_copy(folder: Path) -> bool:
+    """Whether a folder holds the checkpoint of another step than its name says: somebody has copied it."""
+    try:
+        return bool(_NAME.fullmatch(folder.name)) and facts(folder)["step"] != int(folder.name[len("step-") :])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def fault(folder: Path, files: Collection[str] | None = None) -> CheckpointError | None:
@@ -82,6 +94,9 @@ def fault(folder: Path, files: Collection[str] | None = None) -> CheckpointError
         sealed = False
     if not sealed:
         return CheckpointError(path, "", "other bytes than were written (or an earlier version's)", "an intact file")
+    if _is_copy(folder):
+        hint = "It is a copy of another checkpoint: give it another name"
+        return CheckpointError(path, "step", about.get("step"), f"the step in the name of {folder.name}", hint)
     for name, size in sorted(sizes.items()):
         try:
             found = (folder / name).stat().st_size
@@ -145,6 +160,8 @@ def save(
     """
     folder, rank = checkpoints / tag(step), dist.get_rank()
     if rank == 0:
+        if _is_copy(folder):
+            folder.rename(folder.with_name(f"{folder.name}-copy-{time.time_ns()}"))
         remove(folder)
         folder.mkdir(parents=True)
     dist.barrier()
@@ -246,8 +263,8 @@ def remove(folder: Path) -> None:
 def prune(checkpoints: Path, keep: int, every: int | None, spared: Collection[Path] = ()) -> None:
     """Remove all but the newest `keep` complete checkpoints and those of every `every`-th step.
 
-    Incomplete and damaged ones go, too; `spared` ones stay. The newest complete one is that which `latest` names: what
-    is newer was refused when the run went on.
+    Incomplete and damaged ones go, too; `spared` ones stay, and so do copies and links that somebody made. The newest
+    complete one is that which `latest` names: what is newer was refused when the run went on.
     """
     latest = (checkpoints / LATEST).read_text().strip()
     complete = [folder for folder in folders(checkpoints) if folder.name <= latest and is_complete(folder)]
@@ -255,7 +272,7 @@ def prune(checkpoints: Path, keep: int, every: int | None, spared: Collection[Pa
     if every:
         kept |= {folder for folder in complete if facts(folder)["step"] % every == 0}
     for folder in folders(checkpoints):
-        if folder not in kept:
+        if folder not in kept and not folder.is_symlink() and not _is_copy(folder):
             remove(folder)
 
 

@@ -21,7 +21,7 @@ from shards import html, layout
 from shards.errors import ConfigError, UserError
 from slim import curves, findings
 from slim.answers import Answers
-from slim.checkpoint import facts, is_complete
+from slim.checkpoint import facts, folders, is_complete
 from slim.config import FinetuneSettings, PretrainSettings, load_run
 from slim.monitor import METRICS, RECENT, read_metrics, warnings_of
 from slim.seen import Seen
@@ -302,7 +302,7 @@ def _aim(settings: PretrainSettings | FinetuneSettings) -> dict[str, object]:
 
 def _checkpoints(folder: Path) -> list[str]:
     rows: list[list[object]] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in folders(folder):
         if is_complete(path):
             about = facts(path)
             size = sum(about["files"].values())

@@ -159,6 +159,52 @@ def test_the_last_ones_and_every_so_many_steps_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == [tag(5), tag(6)]
 
 
+COPIES = (
+    "step-00000002-copy",
+    "step-00000002.bak",
+    "step-00000002 (copy)",
+    "step-000000020",
+    "step-2",
+    "old-step-00000002",
+)
+
+
+def test_copies_that_somebody_made_stay_and_are_no_checkpoints(tmp_path: Path) -> None:
+    """Of the second of nine checkpoints, under names that are other ones and under that of a later step."""
+    own, kept = tmp_path / "checkpoints", [*COPIES, tag(9)]
+    for step in (1, 2):
+        save(tmp_path, step)
+    for name in kept:
+        shutil.copytree(own / tag(2), own / name)
+    shutil.copyfile(own / LATEST, own / "latest.old")
+    (own / tag(7)).write_text("a note")
+    shutil.copytree(own / tag(1), tmp_path / "archive" / tag(1))
+    shutil.rmtree(own / tag(1))
+    (own / tag(1)).symlink_to(tmp_path / "archive" / tag(1))
+    before = {name: contents(own / name) for name in kept}
+
+    found, (line,) = recover(tmp_path, None)
+    assert found == own / tag(2) and f"{tag(9)}/{COMPLETE}: step: got 2, expected the step in the name" in line
+    assert at_a_glance(tmp_path, None) == own / tag(2) and checkpoint.newest(own) == own / tag(2)
+    for step in (3, 4):
+        save(tmp_path, step)
+        checkpoint.prune(own, 1, None)
+    assert {path.name for path in own.iterdir()} == {*kept, tag(1), tag(4), tag(7), LATEST, "latest.old"}
+    assert {name: contents(own / name) for name in kept} == before
+    assert checkpoint.fault(own / tag(1)) is None
+    assert checkpoint.fault(own / COPIES[0]) is None  # it can be read where it is named
+
+    save(tmp_path, 9)
+    (aside,) = own.glob(f"{tag(9)}-copy-*")
+    assert contents(aside) == before[tag(9)] and checkpoint.newest(own) == own / tag(9)
+
+    mirror = Mirror(tmp_path, tmp_path / "mirror", 1, None)
+    shutil.copytree(own / COPIES[0], tmp_path / "mirror" / "checkpoints" / COPIES[0])
+    mirror.offer(own / tag(9))
+    mirror.close()
+    assert mirror.trouble is None and names(tmp_path / "mirror") == [COPIES[0], tag(9)]
+
+
 def test_a_mirror_holds_what_the_run_saved(tmp_path: Path) -> None:
     run, folder = tmp_path / "run", tmp_path / "mirror"
     mirror = Mirror(run, folder, 2, 2)
