@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,11 @@ class CohortSettings(Settings):
     dummy: Literal["auto"] | int = Field("auto", description="volumes to drop at the start; auto: brighter ones")
     participants: str | None = None
     subject_column: str | None = Field(None, description="the participants column that names the subjects")
+    labels: tuple[str, ...] | None = Field(
+        None,
+        description="columns of participants that travel with the scans, globs allowed; absent: all but those that "
+        "look like names, dates of birth, addresses and the like; empty: none",
+    )
     people: str | None = Field(None, description="cohorts of the same people share this name; absent: name")
     filters: dict[str, Filter] = Field(
         default_factory=dict,
@@ -148,8 +153,14 @@ def find_runs(path: str | Path) -> list[RunSource]:
     return find_cohort(path).runs
 
 
-def find_cohort(path: str | Path) -> Cohort:
+def find_cohort(path: str | Path, needed: Collection[str] = ()) -> Cohort:
     """Everything a cohort file finds. Files that claim the same key become one run with a `problem`.
+
+    Parameters
+    ----------
+    path : str or Path
+    needed : collection of str
+        Columns of the participants table that are taken whatever `labels` says: a split needs them.
 
     Raises
     ------
@@ -165,7 +176,7 @@ def find_cohort(path: str | Path) -> Cohort:
     found = (
         bids.find(path, cohort, root) if cohort.layout == "bids" else patterns.find(path, cohort.pattern or "", root)
     )
-    people = Participants(path, cohort, root, {(item.subject, item.session) for item in found.items})
+    people = Participants(path, cohort, root, {(item.subject, item.session) for item in found.items}, needed)
     runs: dict[str, list[RunSource]] = defaultdict(list)
     for item in found.items:
         run = _source(path, cohort, root, item, people.labels(item.subject, item.session))

@@ -151,7 +151,7 @@ class Conversion:
             self._same_configuration(
                 self.previous.manifest["configuration_hash"], self.previous.manifest.get("configuration")
             )
-        if not self.retry or alone:
+        if not self.retry:
             self.refused_before = {line["key"]: line for line in layout.read_lines(self.folder / layout.FAILED)}
 
     def begin(self) -> None:
@@ -255,7 +255,9 @@ class Conversion:
 
     def find(self) -> list[RunSource]:
         """List the runs of all cohorts and assign everybody to a split; reads no image."""
-        self.found = [find_cohort(path) for path in self.cohorts]
+        split = self.settings.split
+        needed = {column for column in (split.stratify, split.family, split.column) if column}
+        self.found = [find_cohort(path, needed) for path in self.cohorts]
         names = [cohort.settings.name for cohort in self.found]
         for number, name in enumerate(names):
             if name in names[:number]:

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards import tables
 from shards.errors import ConfigError
 from shards.files import printable
-from shards.patterns import listed
+from shards.patterns import glob_regex, listed
 
 if TYPE_CHECKING:
     from shards.cohort import CohortSettings
 
 SUBJECT_COLUMNS = ("participant_id", "subject", "Subject", "SUB_ID", "subject_id")
 SESSION_COLUMNS = ("session_id", "session", "ses")
+# Names of columns, without case and marks, that tell who somebody is: direct identifiers of HIPAA's safe harbor rule.
+_PRIVATE = re.compile(
+    r"(first|last|sur|fore|full|given|family|maiden|middle|patient|subject|participant)?names?|initials"
+    r"|.*(birthdate|birthday|birthplace|dateofbirth)|dob|(home|street|postal|mailing)?address(line)?\d*|street"
+    r"|(zip|post|postal)(code)?|(tele|home|mobile|cell)?phone(number|no)?|mobile|fax(number)?|e?mail(address)?"
+    r"|mrn|ssn|.*(medicalrecord|socialsecurity|passport|insurance)(number|no|id)?"
+)
 _NUMBER = re.compile(r"(\d+)(\.0*)?")
 
 
@@ -36,6 +43,8 @@ class Participants:
     root : Path
     scanned : iterable of (subject, session)
         Who was scanned: a number decides only where it is one subject's.
+    needed : collection of str
+        Columns that are taken whatever `labels` of the cohort file says.
 
     Raises
     ------
@@ -43,10 +52,18 @@ class Participants:
         If the table is missing, unreadable, names no subjects, or has different rows for one subject (and session).
     """
 
-    def __init__(self, path: Path, cohort: CohortSettings, root: Path, scanned: Iterable[tuple[str, str]]):
+    def __init__(
+        self,
+        path: Path,
+        cohort: CohortSettings,
+        root: Path,
+        scanned: Iterable[tuple[str, str]],
+        needed: Collection[str] = (),
+    ):
         self._rows: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)  # by subject, by session
         self._scanned = sorted(set(scanned))
         self._table: tables.Table | None = None
+        self._private: list[str] = []
         if cohort.participants is None:
             return
         places = (path.parent / cohort.participants, root / cohort.participants)
@@ -57,14 +74,16 @@ class Participants:
         self._table = table = tables.read(table_path, "columns parted by tabs or commas")
         column = _subject_column(table, path, cohort)
         sessions = next((name for name in SESSION_COLUMNS if name in table and name != column), None)
-        names = [name for name in table.columns if name and name != column]
+        columns = [name for name in table.columns if name and name != column]
+        names = self._chosen(columns, cohort.labels, needed)
         values = {name: table.texts(name) if name == sessions else table.values(name) for name in names}
+        session_of = table.texts(sessions) if sessions else [None] * len(table)
         for row, text in enumerate(table.texts(column)):
             if text is None:
                 got = f"no subject in line {table.lines[row]}"
                 raise ConfigError(table_path, column, got, "a subject in every line", "Complete the table")
             subject = text.removeprefix("sub-")
-            session = (values[sessions][row] or "").removeprefix("ses-") if sessions else ""  # type: ignore[union-attr]
+            session = (session_of[row] or "").removeprefix("ses-")
             labels = {name: values[name][row] for name in names}
             if self._rows[subject].setdefault(session, labels) != labels:
                 who = f"{subject}, session {session}" if session else subject
@@ -72,6 +91,19 @@ class Participants:
                 raise ConfigError(table_path, column, got, "one row per subject", "Keep one of them")
         subjects = {subject for subject, _ in self._scanned}
         self._named = {subject: _match(subject, subjects, self._rows) for subject in subjects}
+
+    def _chosen(self, columns: list[str], wanted: tuple[str, ...] | None, needed: Collection[str]) -> list[str]:
+        """The columns that become labels."""
+        assert self._table is not None
+        if wanted is None:
+            self._private = [name for name in columns if _is_private(name) and name not in needed]
+            return [name for name in columns if name not in self._private]
+        patterns = [glob_regex(text) for text in wanted]
+        for text, pattern in zip(wanted, patterns, strict=True):
+            if not any(pattern.fullmatch(name) for name in columns):
+                got = f"no column {printable(text)} among {listed(columns)}"
+                raise ConfigError(self._table.path, "header", got, "every column of `labels`", "Correct `labels`")
+        return [name for name in columns if name in needed or any(p.fullmatch(name) for p in patterns)]
 
     def labels(self, subject: str, session: str) -> dict[str, Any]:
         """The row of a subject's session; empty where there is none.
@@ -96,6 +128,9 @@ class Participants:
         ]
         unused = sorted(self._rows.keys() - {found for found in self._named.values() if found is not None})
         found = []
+        if self._private:
+            hint = "name them in `labels` if they are meant to be in the dataset"
+            found.append(f"columns of {name} that look personal are left out: {listed(self._private)}; {hint}")
         if without:
             found.append(f"no row in {name}, so no labels, for {len(without)} subjects: {listed(without)}")
         if no_session:
@@ -126,6 +161,11 @@ class Participants:
             return next(iter(rows)) if len(rows) == 1 else None
         others = {own for who, own in self._scanned if who == subject}
         return _match(session, others, rows)
+
+
+def _is_private(column: str) -> bool:
+    """Whether the name of a column says that it tells who somebody is."""
+    return _PRIVATE.fullmatch(re.sub(r"[\W_]", "", column).lower()) is not None
 
 
 def _match(name: str, names: set[str], rows: Mapping[str, Any]) -> str | None:

@@ -286,3 +286,26 @@ def test_text_of_a_table_is_only_text(tmp_path):
     assert found.runs[0].labels == {"note": note, "site": "None"}
     (tmp_path / "lines.jsonl").write_text(layout.dump_lines([found.runs[0].labels] * 2), encoding="utf-8")
     assert layout.read_lines(tmp_path / "lines.jsonl") == [found.runs[0].labels] * 2
+
+
+TABLE = "participant_id\tage\tSurname\tdate_of_birth\tzipCode\temail\tsite_name\tbirth_order\tDOB\tmailing\n"
+
+
+def test_personal_columns_stay_behind_and_labels_are_chosen(tmp_path):
+    touch(tmp_path / "d" / "a" / "b.nii.gz")
+    (tmp_path / "p.tsv").write_text(TABLE + "a\t20\tDoe\t2000-01-01\t12345\ta@b.c\tX\t2\t1.1.2000\t1\n")
+
+    def labels(**settings) -> tuple[dict, str]:
+        found = pattern(tmp_path, "{subject}/b.nii.gz", participants="p.tsv", **settings)
+        return found.runs[0].labels, told(found)
+
+    default, words = labels()
+    assert default == {"age": 20, "site_name": "X", "birth_order": 2, "mailing": 1}
+    assert "look personal are left out: Surname, date_of_birth, zipCode, email, DOB; name them in `labels`" in words
+    assert labels(labels=["age", "birth_*"]) == ({"age": 20, "birth_order": 2}, "")
+    assert labels(labels=[]) == ({}, "")
+    with pytest.raises(ConfigError, match=r"p\.tsv: header: got no column sex among age, Surname"):
+        labels(labels=["sex"])
+    labels(labels=["age"])  # a split needs more
+    needed = find_cohort(tmp_path / "cohort.yaml", needed={"DOB", "elsewhere"})
+    assert needed.runs[0].labels == {"age": 20, "DOB": "1.1.2000"}
