@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import job
-from shards.console import DONE, RESUME, WRONG
+from shards.console import DONE, RESUME, WRONG, status_of
 from shards.errors import ConfigError, Stopped, UserError
 
 AGAIN = 75  # sysexits' EX_TEMPFAIL: the job is to be requeued
@@ -149,13 +149,9 @@ def main() -> int:
     if what == "end":
         print(end(Path(run), int(rest[0])))
         return DONE
-    try:
-        begin(Path(run))
-    except UserError as error:
-        print(f"error: {error.line()}", file=sys.stderr)
-        return WRONG
+    begin(Path(run))
     return DONE
 
 
 if __name__ == "__main__":
-    job.leave(main())
+    job.leave(status_of(main))

@@ -6,7 +6,7 @@
 
 The command that submitted them has found the runs; they are handed on in DATASET/work/slurm:
 
-    conversion.pickle         what there is to convert, and how
+    conversion.json           what there is to convert, and how
     job.json                  the jobs that were submitted
     tasks.json                keys of the runs of each task
     outcome/3.json            how a task ended; without it, it was killed or has not ended
@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -29,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from launchers.cluster import last_error
 from shards import layout
-from shards.console import DONE, RESUME, WRONG, summary
+from shards.console import CRASHED, DONE, RESUME, WRONG, crashed, summary
 from shards.errors import Stopped, UserError
 
 if TYPE_CHECKING:  # it imports torch
@@ -37,18 +35,19 @@ if TYPE_CHECKING:  # it imports torch
 
 PLACE = Path(layout.WORK) / "slurm"  # in the dataset
 JOB = "job.json"
-_PLAN, _TASKS, _OUTCOME = "conversion.pickle", "tasks.json", "outcome"
-_CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
+_PLAN, _TASKS, _OUTCOME = "conversion.json", "tasks.json", "outcome"
 _PATIENCE = 120.0  # seconds for whoever submitted the job, or converted here before, to let go of the folder
 
 
 def hand_on(conversion: Conversion, tasks: int) -> list[list[str]]:
     """Leave a conversion that was begun for its jobs; the runs (keys) of each task, of as many as there is work for."""
+    from launchers import handover
+
     keys = [run.key for run in conversion.unsettled()]
     parts = [part for task in range(tasks) if (part := keys[task::tasks])]
     place = conversion.folder / PLACE
     shutil.rmtree(place / _OUTCOME, ignore_errors=True)
-    layout.write_atomically(place / _PLAN, pickle.dumps(conversion))
+    layout.write_atomically(place / _PLAN, handover.dump(conversion) + "\n")
     layout.write_atomically(place / _TASKS, json.dumps(parts) + "\n")
     return parts
 
@@ -82,12 +81,14 @@ def counts(dataset: Path) -> dict[str, int]:
 def work(name: str, dataset: Path, task: int) -> dict[str, Any]:
     """Do what a job is there for; its outcome."""
     from launchers import conversion as steps
+    from launchers import handover
 
     steps.one_thread()
-    conversion: Conversion = pickle.loads((dataset / PLACE / _PLAN).read_bytes())
+    conversion = handover.load(dataset / PLACE / _PLAN, dataset, steps.parcels_of)
     job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
     with closing(conversion):
         conversion.hold(f"job {job} of a cluster", together=name != "pack", patience=_PATIENCE)
+        conversion.resume(alone=name == "pack")
         if name == "extractor":
             steps.prepare_extractor(conversion, None, may_train=True)
             return {"status": DONE}
@@ -161,8 +162,7 @@ def main() -> int:
     except Stopped as stop:
         found = {"status": RESUME, "error": str(stop)}
     except Exception as error:
-        traceback.print_exc()
-        found = {"status": _CRASHED, "error": f"{type(error).__name__}: {error}"}
+        found = {"status": CRASHED, "error": crashed(error, dataset / PLACE)}
     if "error" in found:
         print(f"error: {found['error']}", file=sys.stderr)
     layout.write_atomically(own, json.dumps(found, default=str) + "\n")

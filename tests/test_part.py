@@ -44,6 +44,7 @@ def test_tasks_in_any_order_and_a_pack_write_what_one_process_writes(cohort, dat
     out = tmp_path / "out"
     parts = submit(cohort / "cohort.yaml", out, 4)
     assert [len(keys) for keys in parts] == [2, 2, 1, 1] and part.tasks_of(out) == parts
+    assert not list(out.rglob("*.pickle"))
     assert [job("rank", out, task) for task in (2, 0, 3)] == [DONE] * 3
     assert part.counts(out) == {"runs": 6, "ranked": 4, "refused": 0, "harmonised": 0, "left": 2}
     (out / part.PLACE / "rank-7_1.log").write_text("error: first\n")
@@ -92,10 +93,16 @@ def test_the_processes_of_a_conversion_hold_it_together_and_others_stay_out(coho
         assert "one conversion at a time" in part.outcome(out, "0")["error"]
 
 
-def test_a_defect_is_an_outcome_too(job, tmp_path, capsys):
+def test_a_defect_is_an_outcome_too(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert job("rank", tmp_path, 0) == WRONG
+    assert "conversion.json: got no such file" in part.outcome(tmp_path, "0")["error"]
+    monkeypatch.setattr(part, "work", lambda *_: 1 / 0)
     assert job("rank", tmp_path, 0) == 70
-    assert part.outcome(tmp_path, "0")["error"].startswith("FileNotFoundError: ")
-    assert "Traceback" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: internal error: ZeroDivisionError: ") and said.endswith(")")
+    assert part.outcome(tmp_path, "0")["error"] in said
+    assert "Traceback" in Path(said.rpartition("the traceback is in ")[2][:-1]).read_text()
 
 
 def test_the_last_error_of_a_log_is_found_after_any_label():
