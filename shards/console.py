@@ -1,24 +1,32 @@
 """What every command shares: exit statuses, one-line errors, progress with a rate and time left, a closing summary.
 
 Exit statuses: 0 done; 1 finished, but some inputs were refused; 2 the call or configuration is wrong; 3 stopped, and a
-second run goes on from there.
+second run goes on from there; 70 a fault of this software, told in one line with the file that has the traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from shards.errors import Stopped, UserError
+from shards.errors import Stopped, UserError, is_full
+from shards.files import printable
 
 DONE, REFUSED, WRONG, RESUME = 0, 1, 2, 3
+CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
+_LONGEST = 500  # characters of the message of an exception
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # long work saves and ends
 
 
@@ -41,22 +49,33 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str):
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"error: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(WRONG)
 
 
 def run(main: Callable[[], int]) -> None:
-    """Run a command and exit with its status: a `UserError` is one line and status 2, an interrupt status 3."""
+    """Run a command and exit with its status; see `status_of`."""
+    sys.exit(status_of(main))
+
+
+def status_of(main: Callable[[], int]) -> int:
+    """The exit status of a command. What stopped it is one line: only 1 is given by the command alone.
+
+    A `UserError`, and a file that may not be read or written, is status 2; an interrupt and a full file system are
+    status 3; any other exception is `CRASHED`. SystemExit passes.
+    """
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is printed with escapes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
+        if sys.stdout is not None:  # it was closed by whoever started the command
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         status = WRONG
     except Stopped as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
+        print(f"stopped: {printable(str(stop))}", file=sys.stderr)
         status = RESUME
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -64,8 +83,50 @@ def run(main: Callable[[], int]) -> None:
     except BrokenPipeError:  # `command | head`: nobody reads on, which is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = DONE
-    sys.stdout.flush()
-    sys.exit(status)
+    except Exception as error:
+        status = _failed(error)
+    return status
+
+
+def _failed(error: Exception) -> int:
+    """Tell of an exception that nothing has put into words; the exit status."""
+    named = getattr(error, "filename", None)
+    place = printable(os.fsdecode(named)) if isinstance(named, str | bytes | os.PathLike) else "a file"
+    if is_full(error):
+        print(f"stopped: no space left for {place}; make room, then call the same command again", file=sys.stderr)
+        return RESUME
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN and named is not None:
+        expected = "a file that can be read, or a folder that can be written. Check its permissions"
+        print(f"error: {place}: got {error.strerror}, expected {expected}", file=sys.stderr)
+        return WRONG
+    print(f"error: {crashed(error)}", file=sys.stderr)
+    return CRASHED
+
+
+def crashed(error: BaseException, folder: Path | None = None) -> str:
+    """One line for an exception that is a fault of this software; its traceback goes into a file that the line names.
+
+    Parameters
+    ----------
+    error : exception
+    folder : Path, optional
+        Where the file is written; by default the working folder. Where that is not possible, the folder of temporary
+        files.
+    """
+    message = " ".join(printable(str(error)).split())
+    message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ..."
+    text = "".join(traceback.format_exception(error))
+    found = "no file could be written for the traceback"
+    for place in (folder or Path(), Path(tempfile.gettempdir())):
+        try:
+            path = place.absolute() / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+            with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:  # "x" follows no link
+                file.write(text)
+        except OSError:
+            continue
+        found = f"the traceback is in {printable(path)}"
+        break
+    return f"internal error: {type(error).__name__}: {message} ({found})"
 
 
 def summary(facts: dict[str, Any], next_step: str, as_json: bool, titles: Mapping[str, str] | None = None) -> None:
@@ -80,9 +141,9 @@ def summary(facts: dict[str, Any], next_step: str, as_json: bool, titles: Mappin
     }
     width = max((len(name) for name in shown), default=0)
     for name, value in shown.items():
-        print(f"  {name:<{width}}  {value}")
+        print(f"  {name:<{width}}  {printable(str(value))}")
     if next_step:
-        print(f"next: {next_step}")
+        print(f"next: {printable(next_step)}")
     if as_json:
         print(json.dumps(facts, default=str))
 
@@ -107,19 +168,21 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], 
     """A progress bar on a terminal, plain lines elsewhere, both with a rate and time left.
 
     Yields a function `advance(count, note)`. Plain lines come at most every five seconds, so a log file stays
-    readable. It writes to stderr: stdout belongs to the summary.
+    readable. It writes to stderr: stdout belongs to the summary. Text is shown as it is: brackets are no markup, and
+    control characters are escaped.
     """
+    what = printable(what)
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         with Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=Console(stderr=True),
         ) as bar:
             task = bar.add_task(what, total=total, rate="", note="")
@@ -129,7 +192,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], 
                 nonlocal done
                 done += count
                 rate = done / max(time.monotonic() - begun, 1e-9)
-                bar.update(task, advance=count, rate=_speed(rate, unit), note=note)
+                bar.update(task, advance=count, rate=_speed(rate, unit), note=printable(note))
 
             yield advance
         return
@@ -146,7 +209,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], 
             rate = done / max(now - begun, 1e-9)
             left = duration((total - done) / rate) if rate else "unknown"
             print(
-                f"{what}: {done}/{total} {unit}, {_speed(rate, unit)}, {left} left {note}".rstrip(),
+                f"{what}: {done}/{total} {unit}, {_speed(rate, unit)}, {left} left {printable(note)}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )

@@ -43,6 +43,7 @@ _DRAWING = {
     "legend.fontsize": 8,
     "legend.frameon": False,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # names of people's files may hold $
 }
 _CSS = """
 :root { color-scheme: light; }
@@ -89,7 +90,8 @@ def drawing() -> AbstractContextManager[None]:
 
 def page(title: str, lead: str, *parts: str) -> str:
     """The whole page. Its content policy forbids the browser to fetch or to run anything."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    # neither is covered by default-src: a form that sends, and a <base> that turns links elsewhere
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
