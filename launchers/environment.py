@@ -1,0 +1,53 @@
+"""What processes inherit: the variables of another job or launcher that this shell runs in do not reach a run.
+
+A shell inside `salloc`, `srun`, `mpirun` or `torchrun` is full of variables that describe that job. `sbatch` hands them
+on to the job that it queues, and `srun` takes them for its own options: a job fails because two of them exclude each
+other, or gets the CPUs of another one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+
+# Where the cluster is, who asks, and how times are printed: not part of a job.
+_SITE = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_DEBUG_FLAGS", "SLURM_TIME_FORMAT"}
+_OF_SLURM = re.compile(r"(SLURM|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SCONTROL|SLURMD|SUBMITIT)_.*")
+_OF_LAUNCHERS = re.compile(
+    r"(OMPI|PMI|PMIX|PRTE|HYDI|MPIR|PALS|TORCHELASTIC)_.*|(I_MPI_HYDRA|MPI_LOCAL|MV2_COMM_WORLD|FLUX_JOB|FLUX_TASK)_?.*"
+    r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|LOCAL_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)"
+)
+# Options of sbatch that a user or a site sets for every job.
+_DEFAULTS = {"account": "SBATCH_ACCOUNT", "partition": "SBATCH_PARTITION", "qos": "SBATCH_QOS"}
+
+
+def without_launchers(given: Iterable[tuple[str, str]] | None = None) -> dict[str, str]:
+    """The environment without the ranks, addresses and options that another launcher gave to this process."""
+    pairs = os.environ.items() if given is None else given
+    return {name: value for name, value in pairs if not _OF_LAUNCHERS.fullmatch(name)}
+
+
+def for_slurm() -> dict[str, str]:
+    """The environment of SLURM's commands and of the jobs they queue: nothing of an enclosing job is left in it.
+
+    A cluster that `SLURM_CLUSTERS` names is left out, too: `cluster_of` reads it, and commands are told it by name.
+    """
+    pairs = without_launchers().items()
+    return {name: value for name, value in pairs if name in _SITE or not _OF_SLURM.fullmatch(name)}
+
+
+def ignored() -> list[str]:
+    """Options of sbatch in the environment that a submission leaves out."""
+    known = {"SBATCH_CLUSTERS", *_DEFAULTS.values()}
+    return sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in known)
+
+
+def default_of(option: str) -> str | None:
+    """What the environment says for an option of sbatch, such as account, where nothing else does."""
+    return os.environ.get(_DEFAULTS[option]) or None
+
+
+def clusters() -> str | None:
+    """The clusters that the environment names, as sbatch reads them."""
+    return os.environ.get("SBATCH_CLUSTERS") or os.environ.get("SLURM_CLUSTERS") or None
