@@ -27,6 +27,7 @@ from launchers.cluster import (
     ClusterError,
     SlurmSettings,
     ask,
+    at,
     check_array,
     check_cluster,
     last_error,
@@ -150,10 +151,11 @@ class Chain:
             if self._given is not None and lacks_extractor(conversion):
                 self._given.save(conversion.folder / layout.EXTRACTOR)
             parts = part.hand_on(conversion, self._tasks)
-            jobs = _submit(self._scripts(len(parts), bool(parts) and lacks_extractor(conversion)))
+            jobs, cluster = _submit(self._scripts(len(parts), bool(parts) and lacks_extractor(conversion)))
             about = {
                 "dataset": str(self._folder),
                 "jobs": jobs,
+                **({} if cluster is None else {"cluster": cluster}),
                 "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
                 "command": command,
             }
@@ -168,7 +170,7 @@ class Chain:
     def _check(self) -> None:
         require_slurm()
         check_cluster(self._settings, 1, 0, self._folder, "--out")
-        check_array(self._tasks)
+        check_array(self._tasks, self._settings.clusters)
 
     def _scripts(self, tasks: int, learns: bool) -> dict[str, Script]:
         """The scripts by stage, in order; an array of no tasks is left out."""
@@ -200,32 +202,40 @@ class Chain:
         return scripts
 
 
-def _submit(scripts: dict[str, Script]) -> dict[str, str]:
-    """Submit the jobs; number by name. Where one is refused those before it are taken back."""
+def _submit(scripts: dict[str, Script]) -> tuple[dict[str, str], str | None]:
+    """Submit the jobs, all to the cluster that took the first one; number by name, and the cluster.
+
+    Where one is refused those before it are taken back.
+    """
     jobs: dict[str, str] = {}
+    cluster: str | None = None
     ready = ""  # once the stage before has been done, by its first job or by its second
     try:
         for stage, script in scripts.items():
+            same = {} if cluster is None else {"clusters": cluster}
             if stage == "pack":
                 others = ":".join(jobs.values())
-                jobs[stage] = script.submit(**{"dependency": f"afterany:{others}"} if jobs else {})
+                jobs[stage] = script.submit(**same, **({"dependency": f"afterany:{others}"} if jobs else {}))
+                cluster = script.cluster
                 break
-            first = jobs[stage] = script.submit(**{"dependency": ready} if ready else {})
-            second = jobs[part.again(stage)] = script.submit(dependency=f"afternotok:{first}")
+            first = jobs[stage] = script.submit(**same, **({"dependency": ready} if ready else {}))
+            cluster = script.cluster
+            same = {} if cluster is None else {"clusters": cluster}
+            second = jobs[part.again(stage)] = script.submit(**same, dependency=f"afternotok:{first}")
             ready = f"afterok:{first}?afterok:{second}"
     except ClusterError:
         if jobs:
-            ask("scancel", *jobs.values())
+            ask("scancel", *at(cluster), *jobs.values())
         raise
-    return jobs
+    return jobs, cluster
 
 
 def refuse_another(folder: Path) -> None:
     """ConfigError if jobs of an earlier command have not ended; where there is no SLURM they cannot be asked for."""
     if not (folder / part.PLACE / part.JOB).exists() or shutil.which("squeue") is None:
         return
-    jobs = part.submitted(folder)["jobs"]
-    going = [job for job, found in states(jobs.values()).items() if not _are_over(found)]
+    about = part.submitted(folder)
+    going = [job for job, found in states(about["jobs"].values(), about.get("cluster")).items() if not _are_over(found)]
     if going:
         raise ConfigError(
             folder,
@@ -244,7 +254,7 @@ def status(folder: Path) -> tuple[dict[str, Any], str]:
     """What the jobs of a dataset are doing and how far it is: facts for a summary, and what to do next."""
     about = part.submitted(folder)
     jobs: dict[str, str] = about["jobs"]
-    found = states(jobs.values())
+    found = states(jobs.values(), about.get("cluster"))
     facts: dict[str, Any] = {"dataset": str(folder), "jobs": jobs, "states": {n: found[job] for n, job in jobs.items()}}
     facts |= {name: f"{_words(found[job])} (job {job})" for name, job in jobs.items()}
     ended = part.outcome(folder, "pack")
@@ -269,26 +279,28 @@ def _words(found: Counter[str]) -> str:
 
 def cancel(folder: Path) -> dict[str, str]:
     """Cancel the jobs of a dataset that have not ended; what became of each."""
-    jobs: dict[str, str] = part.submitted(folder)["jobs"]
-    going = {job for job, found in states(jobs.values()).items() if not _are_over(found)}
+    about = part.submitted(folder)
+    jobs: dict[str, str] = about["jobs"]
+    cluster: str | None = about.get("cluster")
+    going = {job for job, found in states(jobs.values(), cluster).items() if not _are_over(found)}
     # The last one first: none may start because one that it waits for has ended.
     for job in reversed(jobs.values()):
         if job in going:
-            ask("scancel", job)
-    while not all(map(_are_over, states(jobs.values()).values())):
+            ask("scancel", *at(cluster), job)
+    while not all(map(_are_over, states(jobs.values(), cluster).values())):
         time.sleep(_POLL / 4)
     return {name: "CANCELLED" if job in going else "had ended" for name, job in jobs.items()}
 
 
 def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
     """Show how far the jobs are until all have ended; the exit status of the conversion."""
-    jobs = facts["jobs"]
+    jobs, cluster = facts["jobs"], part.submitted(folder).get("cluster")
     print(f"jobs {facts['submitted']}; Ctrl-C leaves them running", file=sys.stderr, flush=True)
     said, at, over = "", 0, 0
     try:
         with progress("convert", facts["runs"], "runs") as advance:
             while over < _SURE:
-                found = states(jobs.values())
+                found = states(jobs.values(), cluster)
                 over = over + 1 if all(map(_are_over, found.values())) else 0
                 now = "; ".join(f"{name}: {_words(found[job])}" for name, job in jobs.items())
                 if now != said:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from launchers import environment, plain
 from shards.errors import ConfigError, UserError
 from shards.settings import Settings
 
@@ -51,12 +52,17 @@ class SlurmSettings(Settings):
     modules: tuple[str, ...] = Field((), description="environment modules, loaded in this order")
     setup: tuple[str, ...] = Field((), description="lines of bash, run on the first node before anything else")
     srun: tuple[str, ...] = Field((), description="arguments of srun, such as those of a container")
-    sbatch: dict[str, str] = Field({}, description="any other option of sbatch")
+    sbatch: dict[str, str | bool] = Field({}, description="any other option of sbatch; one without a value is true")
     python: str | None = Field(None, description="Python on the nodes; null: the one that submits")
     signal: int = Field(
         120, ge=1, validate_default=True, description="seconds before the time limit at which the run saves and ends"
     )
     max_failures: int = Field(3, ge=1, description="failures in a row, without a new checkpoint, that end the job")
+
+    @field_validator("*")
+    @classmethod
+    def _are_plain(cls, value: object, about: ValidationInfo) -> object:
+        return plain.checked(value, lines=about.field_name == "setup")  # lines of bash may be many
 
     @field_validator("time", mode="before")
     @classmethod
@@ -73,6 +79,20 @@ class SlurmSettings(Settings):
             raise ValueError("a time such as 12:00:00 or 2-00:00:00")
         return value
 
+    @field_validator("sbatch", mode="before")
+    @classmethod
+    def _are_options(cls, value: object) -> object:
+        """Numbers as text; `exclusive:` and `exclusive: true` are the option without a value, false leaves it out."""
+        if not isinstance(value, dict):
+            return value
+        found = {}
+        for name, given in value.items():
+            if isinstance(given, int | float) and not isinstance(given, bool):
+                given = str(given)
+            if given is not False:
+                found[name] = True if given is None or given == "" else given
+        return found
+
     @field_validator("signal")
     @classmethod
     def _comes_before_the_end(cls, value: int, others: ValidationInfo) -> int:
@@ -80,6 +100,14 @@ class SlurmSettings(Settings):
         if time is not None and value >= seconds(time):
             raise ValueError(f"less than time, {seconds(time)} seconds")
         return value
+
+    @property
+    def clusters(self) -> str | None:
+        """The clusters the job may be sent to, separated by commas; None: that of this machine."""
+        for option in ("clusters", "cluster"):
+            if isinstance(named := self.sbatch.get(option), str):
+                return named
+        return environment.clusters()
 
 
 def seconds(time: str) -> int:
@@ -112,7 +140,9 @@ def nodes_of(text: str) -> tuple[int, int]:
 
 
 def ask(*words: object, stdin: str = "", timeout: float = 60) -> str:
-    """What one of SLURM's commands prints.
+    """What one of SLURM's commands prints, called without the variables of an enclosing job.
+
+    The lines `CLUSTER: NAME` that stand above what each cluster says are left out.
 
     Raises
     ------
@@ -121,14 +151,28 @@ def ask(*words: object, stdin: str = "", timeout: float = 60) -> str:
     """
     name = str(words[0])
     try:
-        done = subprocess.run([*map(str, words)], input=stdin, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            [*map(str, words)],
+            input=stdin,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout,
+            env=environment.for_slurm(),
+        )
     except FileNotFoundError:
         raise ClusterError(name, "", "no such command", "SLURM's commands on PATH") from None
     except subprocess.TimeoutExpired:
         raise ClusterError(name, "", f"no answer in {timeout:.0f} s", "an answer of the controller") from None
     if done.returncode:
         raise ClusterError(name, "", _first_reason(done.stderr) or f"status {done.returncode}", "an answer")
-    return done.stdout.strip() or done.stderr.strip()
+    said = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("CLUSTER: "))
+    return said.strip() or done.stderr.strip()
+
+
+def at(cluster: str | None) -> list[str]:
+    """The option of SLURM's commands that names a cluster."""
+    return [] if cluster is None else [f"--clusters={cluster}"]
 
 
 def _first_reason(text: str) -> str:
@@ -168,8 +212,13 @@ def check_cluster(settings: SlurmSettings, nodes: int, gpus: int, folder: Path, 
         If there is no such partition, it has fewer nodes, a shorter time limit or fewer GPUs in a node than asked
         for, or other machines cannot see the folder.
     """
-    known = dict(_partition(line) for line in ask("sinfo", "-h", "-a", "-o", "%P").splitlines())
-    name = settings.partition or next((name for name, default in known.items() if default), None)
+    there = at(settings.clusters)
+    known = dict(_partition(line) for line in ask("sinfo", *there, "-h", "-a", "-o", "%P").splitlines())
+    name = (
+        settings.partition
+        or environment.default_of("partition")
+        or next((name for name, default in known.items() if default), None)
+    )
     if name is None:
         raise ConfigError("command line", "--partition", "nothing", f"one of {', '.join(known)}: there is no default")
     for one in name.split(","):
@@ -177,7 +226,8 @@ def check_cluster(settings: SlurmSettings, nodes: int, gpus: int, folder: Path, 
             near = difflib.get_close_matches(one, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else ""
             raise ConfigError("command line", "--partition", one, f"one of {', '.join(known)}", hint)
-    lines = [line.split("|") for line in ask("sinfo", "-h", "-N", "-p", name, "-o", "%N|%G|%o|%l").splitlines()]
+    asked = ("-h", "-N", "-p", name, "-o", "%N|%G|%o|%l")
+    lines = [line.split("|") for line in ask("sinfo", *there, *asked).splitlines()]
     names = {node for node, *_ in lines}
     if nodes > len(names):
         raise ConfigError("command line", "--nodes", nodes, f"at most {len(names)}, as partition {name} has")
@@ -199,8 +249,13 @@ def _partition(text: str) -> tuple[str, bool]:
 
 
 def gpus_of(gres: str) -> int:
-    """GPUs of a node, from its generic resources: `gpu:a100:4(S:0-1),shard:8` has 4."""
-    return sum(int(number or 1) for number in re.findall(r"(?:^|,)gpu(?::[^:,()]*[^\d:,()][^:,()]*)?(?::(\d+))?", gres))
+    """GPUs of a node, from its generic resources, `NAME[:TYPE][:NUMBER]`: `gpu:a100:4(S:0-1),shard:8` has 4."""
+    count = 0
+    for resource in re.sub(r"\([^()]*\)", "", gres).split(","):
+        name, *rest = resource.split(":")
+        if name == "gpu":  # a type may be a number, too: gpu:3090:4
+            count += int(rest[-1]) if rest and rest[-1].isdecimal() else 1
+    return count
 
 
 def _is_here(node: str, address: str) -> bool:
@@ -214,18 +269,19 @@ def is_local(folder: Path) -> bool:
     return not places.isdisjoint(folder.parents)
 
 
-def check_array(tasks: int) -> None:
-    """ConfigError if the cluster takes no array of so many tasks."""
-    match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
+def check_array(tasks: int, cluster: str | None = None) -> None:
+    """ConfigError if a cluster takes no array of so many tasks."""
+    there = at(None if cluster is None or "," in cluster else cluster)  # scontrol asks one of them
+    match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", *there, "show", "config"))
     if match is not None and tasks > (most := int(match[1])):
         raise ConfigError("command line", "--tasks", tasks, f"at most {most}, as this cluster's MaxArraySize allows")
 
 
-def states(jobs: Iterable[str]) -> dict[str, Counter[str]]:
+def states(jobs: Iterable[str], cluster: str | None = None) -> dict[str, Counter[str]]:
     """How many tasks of each job are in which state, as far as SLURM remembers; a job that is no array has one."""
     found: dict[str, Counter[str]] = {job: Counter() for job in jobs}
     try:
-        text = ask("squeue", "-h", "-r", "-t", "all", "-j", ",".join(found), "-o", "%F %T")
+        text = ask("squeue", *at(cluster), "-h", "-r", "-t", "all", "-j", ",".join(found), "-o", "%F %T")
     except ClusterError as error:
         if "Invalid job id" not in str(error.got):
             raise
@@ -235,10 +291,10 @@ def states(jobs: Iterable[str]) -> dict[str, Counter[str]]:
     return found
 
 
-def job_facts(job: str) -> dict[str, str] | None:
+def job_facts(job: str, cluster: str | None = None) -> dict[str, str] | None:
     """What `scontrol` says of a job (JobState, Reason, Restarts, ExitCode, ...); None once it is forgotten."""
     try:
-        text = ask("scontrol", "show", "job", "-o", job)
+        text = ask("scontrol", *at(cluster), "show", "job", "-o", job)
     except ClusterError as error:
         if "Invalid job id" in str(error.got):
             return None

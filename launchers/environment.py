@@ -11,6 +11,8 @@ import os
 import re
 from collections.abc import Iterable
 
+from shards.errors import ConfigError
+
 # Where the cluster is, who asks, and how times are printed: not part of a job.
 _SITE = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_DEBUG_FLAGS", "SLURM_TIME_FORMAT"}
 _OF_SLURM = re.compile(r"(SLURM|SBATCH|SRUN|SALLOC|SQUEUE|SINFO|SCANCEL|SCONTROL|SLURMD|SUBMITIT)_.*")
@@ -45,9 +47,16 @@ def ignored() -> list[str]:
 
 def default_of(option: str) -> str | None:
     """What the environment says for an option of sbatch, such as account, where nothing else does."""
-    return os.environ.get(_DEFAULTS[option]) or None
+    return _value(_DEFAULTS[option])
 
 
 def clusters() -> str | None:
     """The clusters that the environment names, as sbatch reads them."""
-    return os.environ.get("SBATCH_CLUSTERS") or os.environ.get("SLURM_CLUSTERS") or None
+    return _value("SBATCH_CLUSTERS") or _value("SLURM_CLUSTERS")
+
+
+def _value(name: str) -> str | None:
+    value = os.environ.get(name, "").strip()
+    if not value.isprintable():  # it would become a line of a script
+        raise ConfigError("environment", name, repr(value), "a name on one line", f"Correct it, or unset {name}")
+    return value or None

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from submitit import SlurmExecutor
-from submitit.core.utils import FailedJobError
 
 import launchers
+from launchers import environment
 from launchers.cluster import ClusterError, SlurmSettings, ask
 from launchers.job import Told
+from launchers.plain import refuse_folder
 from shards.console import WRONG
 
 ROOT = Path(launchers.__file__).parent.parent  # of this software
@@ -56,6 +57,11 @@ class Script:
         What of a node it asks for, as submitit's parameters.
     sbatch : dict
         Other options of `sbatch`.
+
+    Attributes
+    ----------
+    cluster : str or None
+        The one that took the job that was submitted last; None: that of this machine.
     """
 
     def __init__(
@@ -69,11 +75,13 @@ class Script:
         share: dict[str, Any],
         sbatch: dict[str, Any],
     ):
+        for place in (folder, about, Path.cwd(), ROOT):
+            refuse_folder(place)
         self.folder = folder
         root = shlex.quote(str(ROOT))
         self._command = f"""
 export FOLDER={shlex.quote(str(about))} PYTHON={shlex.quote(settings.python or sys.executable)}
-export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}
+export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUTF8=1
 {command.strip()}
 """
         self._sbatch = {
@@ -81,16 +89,18 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}
             "output": str(folder / log),
             "requeue": True,
             **({} if settings.mem is None else {"mem": settings.mem}),
-            **settings.sbatch,
+            **({} if settings.clusters is None else {"clusters": settings.clusters}),
+            **{name: value for name, value in settings.sbatch.items() if name != "cluster"},
             **sbatch,
         }
+        self._clusters, self.cluster = settings.clusters, settings.clusters
         self._executor = _Writer(folder)
         self._executor.update_parameters(
             **share,
             job_name=name,
-            partition=settings.partition,
-            account=settings.account,
-            qos=settings.qos,
+            partition=settings.partition or environment.default_of("partition"),
+            account=settings.account or environment.default_of("account"),
+            qos=settings.qos or environment.default_of("qos"),
             time=settings.time,
             constraint=settings.constraint,
             signal_delay_s=settings.signal,
@@ -123,12 +133,22 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}
         ClusterError
             If the cluster refuses.
         """
-        self.text(**sbatch)
+        if left := environment.ignored():
+            print(f"note: {', '.join(left)} of the environment do not count: give options to --slurm", file=sys.stderr)
+        text = self.text(**sbatch)
+        path = self.folder / f".submission-{os.getpid()}.sh"
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            return self._executor._submit_command(self._command).job_id
-        except FailedJobError as error:
-            reason = " ".join(str(error).split())
-            raise ClusterError("sbatch", "", reason, "a job that the cluster accepts") from None
+            path.write_text(text, encoding="utf-8", errors="surrogateescape")
+            said = ask("sbatch", path)
+            found = re.search(r"[Ss]ubmitted .*?job (\d+)(?: on cluster (\S+))?", said)
+            if found is None:
+                raise ClusterError("sbatch", "", f"the answer {said!r}", "the number of a job")
+            path.rename(self.folder / f"{found[1]}_submission.sh")
+        finally:
+            path.unlink(missing_ok=True)
+        self.cluster = found[2] or (self._clusters if self._clusters and "," not in self._clusters else None)
+        return found[1]
 
 
 def arguments(settings: SlurmSettings) -> str:
@@ -160,7 +180,10 @@ def probe(settings: SlurmSettings, nodes: int, folder: Path) -> None:
         With the words of a node that does not.
     """
     parent = next(path for path in (folder, *folder.parents) if path.is_dir())
-    asked = {name: getattr(settings, name) for name in ("partition", "account", "qos", "constraint")}
+    if settings.clusters is not None:  # srun asks the cluster of this machine, the job may go to another one
+        return
+    asked = {name: getattr(settings, name) or environment.default_of(name) for name in ("partition", "account", "qos")}
+    asked["constraint"] = settings.constraint
     words = [f"--{name}={value}" for name, value in asked.items() if value is not None]
     words += ["--immediate=3", "--time=1", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     path = f"{ROOT}:{os.environ['PYTHONPATH']}" if "PYTHONPATH" in os.environ else str(ROOT)
@@ -169,7 +192,12 @@ def probe(settings: SlurmSettings, nodes: int, folder: Path) -> None:
             there = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".seen-"))
             done = subprocess.run(
                 ["srun", *words, *settings.srun, "bash", "-c", "\n".join([*_setup(settings), CHECK])],
-                env={**os.environ, "FOLDER": there, "PYTHON": settings.python or sys.executable, "PYTHONPATH": path},
+                env={
+                    **environment.for_slurm(),
+                    "FOLDER": there,
+                    "PYTHON": settings.python or sys.executable,
+                    "PYTHONPATH": path,
+                },
                 capture_output=True,
                 text=True,
                 timeout=60,

@@ -73,7 +73,7 @@ def pretrain(words: list[str]) -> int:
     facts = asked.submit(settings, ["launchers/slurm.py", "pretrain", *words], then)
     ended = DONE
     if args.follow:
-        ended = submitted.follow(facts["job"], Path(facts["log"]))
+        ended = submitted.follow(facts["job"], Path(facts["log"]), facts.get("cluster"))
         facts |= {"status": ended, **submitted.progress(Path(facts["run"]))}
     following = f"python launchers/slurm.py status {facts['run']}"
     if args.follow and ended == DONE:
@@ -108,7 +108,7 @@ def finetune(words: list[str]) -> int:
     facts["processes"] = jobs[0]["processes"]
     ended, following = DONE, f"once they have ended: {then}"
     if args.follow:
-        ends = [submitted.follow(job["job"], Path(job["log"])) for job in jobs]
+        ends = [submitted.follow(job["job"], Path(job["log"]), job.get("cluster")) for job in jobs]
         ended, facts["status"] = max(ends), ends
         following = then
         if ended != DONE:
@@ -177,10 +177,13 @@ class Asked:
         """Make the folder of a run and queue its job; facts for the summary. `then` is what to call afterwards."""
         out = Path(settings.run.out)
         commit, steps = _prepare(settings)
-        number = self.script(settings).submit()
+        script = self.script(settings)
+        number = script.submit()
+        cluster = {} if script.cluster is None else {"cluster": script.cluster}
         log = out / SLURM / f"{number}.log"
         about = {
             "job": number,
+            **cluster,
             "run": str(out),
             "log": str(log),
             "steps": steps,
@@ -190,7 +193,7 @@ class Asked:
             "then": then,
         }
         write_atomically(out / SLURM / submitted.JOB, json.dumps(about, indent=1) + "\n")
-        return {"job": number, "run": str(out), "processes": settings.run.processes, "log": str(log)}
+        return {"job": number, **cluster, "run": str(out), "processes": settings.run.processes, "log": str(log)}
 
 
 def shards(words: list[str]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from launchers import attempt
 from launchers.batch import SLURM
-from launchers.cluster import ask, is_over, job_facts, last_error
+from launchers.cluster import ask, at, is_over, job_facts, last_error
 from shards.console import DONE, RESUME, WRONG
 from shards.errors import ConfigError
 
@@ -22,7 +22,7 @@ _SURE = 3  # times in a row that a job must look ended: a lost node is requeued 
 def refuse_another(out: Path) -> None:
     """A run is trained by one job at a time."""
     about = about_job(out)
-    if about is not None and not is_over(job_facts(about["job"])):
+    if about is not None and not is_over(job_facts(about["job"], about.get("cluster"))):
         raise ConfigError(
             out,
             "run.out",
@@ -32,14 +32,14 @@ def refuse_another(out: Path) -> None:
         )
 
 
-def follow(number: str, log: Path) -> int:
+def follow(number: str, log: Path, cluster: str | None = None) -> int:
     """Print a job's log as it grows, until the job has ended; its exit status (0, 2 or 3)."""
     print(f"job {number}: its log follows; Ctrl-C leaves it running", flush=True)
     at, said, ended = 0, "", 0
     facts: dict[str, str] | None = None
     try:
         while ended < _SURE:
-            facts = job_facts(number)
+            facts = job_facts(number, cluster)
             ended = ended + 1 if is_over(facts) else 0
             at = _print_from(log, at)
             state = "forgotten" if facts is None else facts["JobState"]
@@ -79,7 +79,7 @@ def _status(number: str, log: Path, facts: dict[str, str] | None) -> int:
 
 def about_job(out: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((out / SLURM / JOB).read_text())
+        return json.loads((out / SLURM / JOB).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
 
@@ -88,7 +88,7 @@ def progress(out: Path) -> dict[str, Any]:
     """How far a run is."""
     about = about_job(out)
     try:
-        line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        line = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     except (FileNotFoundError, IndexError, json.JSONDecodeError):
         line = {}
     found = {"step": line.get("step", 0), "steps": None if about is None else about["steps"], "loss": line.get("loss")}
@@ -97,13 +97,14 @@ def progress(out: Path) -> dict[str, Any]:
 
 def status(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """What the job of a run is doing and how far it is; what to do next."""
-    number, log = about["job"], Path(about["log"])
-    facts = job_facts(number)
+    number, log, cluster = about["job"], Path(about["log"]), about.get("cluster")
+    facts = job_facts(number, cluster)
     own = attempt.attempts(out, number)
     ended = [line for line in own if line["event"] == "ended"]
     found: dict[str, Any] = {
         "run": str(out),
         "job": number,
+        "cluster": cluster,
         "state": "forgotten" if facts is None else facts["JobState"],
     }
     if facts is not None:
@@ -130,11 +131,11 @@ def status(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def cancel(out: Path, about: dict[str, Any]) -> dict[str, Any]:
-    number = about["job"]
-    was = job_facts(number)
+    number, cluster = about["job"], about.get("cluster")
+    was = job_facts(number, cluster)
     if not is_over(was):
-        ask("scancel", number)
-        while not is_over(job_facts(number)):
+        ask("scancel", *at(cluster), number)
+        while not is_over(job_facts(number, cluster)):
             time.sleep(_POLL / 4)
     state = "CANCELLED" if not is_over(was) else "had ended"
     facts = {"run": str(out), "job": number, "state": state, **progress(out)}
