@@ -70,10 +70,29 @@ ARRAYS: dict[str, tuple[str, bool]] = {
     "windows": ("float16", True),  # (K, F, P, V) fluctuation around the run mean, global-SD units
 }
 OPTIONAL = {"scale", "scores_space", "scores_time"}  # a sample may be without them
+# The letters of the legend: axes of one letter have one size in all arrays of a sample. A digit is a size.
+_AXES = {
+    "baseline": "PV",
+    "spread": "PV",
+    "patch": "P3",
+    "brain": "PV",
+    "start": "K",
+    "saliency": "K",
+    "scores": "W",
+    "scores_space": "W",
+    "scores_time": "W",
+    "roi": "RT",
+    "roi_number": "R",
+    "roi_centre": "R3",
+    "carpet": "MT",
+    "scale": "PV",
+    "windows": "KFPV",
+}
 CARPET_STEPS = 20  # a carpet value of 20 is one SD of the voxel
 _PRECISION = 1e-3  # largest RMS error of a stored voxel, in units of its own SD
 # Large blocks at zstd's fastest level: smaller, and several times faster to write, than small blocks at a higher level.
 _BLOCK_BYTES = 1 << 20
+_MOST_BLOCK_BYTES = 16 << 20  # of blocks that are read: what a damaged or hostile chunk can claim stays near its size
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 DAMAGED = "Copy the dataset again, or convert it anew into another folder"
 
@@ -170,10 +189,11 @@ def unpack(
             found = {member.split("/")[0] for member in archive.namelist()}
             present = [name for name in ARRAYS if name in found]
             load = [name for name in present if name in wanted or (name == "scale" and "windows" in wanted)]
-            if json.loads(archive.read("zarr.json"))["zarr_format"] != 3:
+            if json.loads(_member(archive, "zarr.json"))["zarr_format"] != 3:
                 raise ValueError("no Zarr v3 group")
             rows = None if windows is None else [int(row) for row in windows]
-            out = {name: _decode(archive, name, rows, where) for name in load}
+            shapes = _shapes(archive, load)
+            out = {name: _decode(archive, name, *shapes[name], rows, where) for name in load}
     except SampleCorrupt:
         raise
     except Exception as error:  # zipfile, zarr and blosc raise many types for damaged bytes
@@ -195,28 +215,83 @@ def unpack(
     return out
 
 
-def _decode(archive: zipfile.ZipFile, name: str, rows: list[int] | None, where: str) -> np.ndarray:
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member of the zip. It is stored as it is, so it is no longer than the zip."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.compress_size > archive.start_dir:
+        raise ValueError(f"{name} is packed, or longer than the zip it lies in")
+    return archive.read(info)
+
+
+def _shapes(archive: zipfile.ZipFile, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shapes and dtypes of arrays of an open sample, compared with the contract before any of it is made.
+
+    Raises
+    ------
+    ValueError
+        If an array has another dtype, number of axes, chunks or codecs than this format has, or two arrays have
+        different sizes of one axis.
+    """
+    found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    sizes: dict[str, int] = {}
+    for name in names:
+        meta = json.loads(_member(archive, f"{name}/zarr.json"))
+        shape, axes, chunked = meta["shape"], _AXES[name], ARRAYS[name][1]
+        dtypes = ("float16", "int16") if name == "windows" else (ARRAYS[name][0],)
+        if meta["data_type"] not in dtypes:
+            raise ValueError(f"{name} of another dtype than {' or '.join(dtypes)}")
+        if len(shape) != len(axes) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"{name} without {len(axes)} axes")
+        for axis, size in zip(axes, shape, strict=True):
+            if sizes.setdefault(axis, int(axis) if axis.isdigit() else size) != size:
+                raise ValueError(f"{name} with {size} along {axis}, where other arrays have {sizes[axis]}")
+        codecs = [codec["name"] for codec in meta["codecs"]]
+        order = meta["codecs"][0].get("configuration", {}).get("endian", "little")
+        chunk_shape = meta["chunk_grid"]["configuration"]["chunk_shape"]
+        if codecs != ["bytes", "blosc"] or order != "little" or chunk_shape != ([1, *shape[1:]] if chunked else shape):
+            raise ValueError(f"{name} in other chunks or codecs than this format has")
+        found[name] = tuple(shape), np.dtype(meta["data_type"]).newbyteorder("<")
+    return found
+
+
+def _decode(
+    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype, rows: list[int] | None, where: str
+) -> np.ndarray:
     """An array of an open sample; of one that is chunked along its first axis, these rows (all with `None`).
 
     Chunks are decompressed straight into the result. Zarr would read the same bytes, but through an event loop,
     threads and copies that cost more than the decompression.
     """
-    meta = json.loads(archive.read(f"{name}/zarr.json"))
-    shape, chunked = meta["shape"], ARRAYS[name][1]
-    part_shape = [1, *shape[1:]] if chunked else shape
-    codecs = [codec["name"] for codec in meta["codecs"]]
-    if codecs != ["bytes", "blosc"] or meta["chunk_grid"]["configuration"]["chunk_shape"] != part_shape:
-        raise ValueError(f"{name} in other chunks or codecs than this format has")
+    chunked = ARRAYS[name][1]
+    part_shape = (1, *shape[1:]) if chunked else shape
     chunks = [0] if not chunked else range(shape[0]) if rows is None else rows
-    out = np.empty((len(chunks), *part_shape), np.dtype(meta["data_type"]).newbyteorder("<"))
-    for part, chunk in zip(out, chunks, strict=True):
+    part_bytes = math.prod(part_shape) * dtype.itemsize
+    out: np.ndarray | None = None
+    for place, chunk in enumerate(chunks):
         if chunked and not 0 <= chunk < shape[0]:
             raise SampleCorrupt(where, name, f"{shape[0]} windows", f"window {chunk} among them")
-        data = archive.read("/".join([name, "c", str(chunk), *["0"] * (part.ndim - 1)]))
-        if int.from_bytes(data[4:8], "little") != part.nbytes:  # the size a Blosc chunk says it has
-            raise ValueError(f"{name} with a chunk of another size")
-        blosc.decompress(data, part)
+        data = _member(archive, "/".join([name, "c", str(chunk), *["0"] * (len(shape) - 1)]))
+        _check_chunk(name, data, part_bytes)
+        if out is None:  # the first chunk is sound: memory is taken
+            out = np.empty((len(chunks), *part_shape), dtype)
+        blosc.decompress(data, out[place])
+    if out is None:
+        out = np.empty((0, *part_shape), dtype)
     return out[:, 0] if chunked else out[0]
+
+
+def _check_chunk(name: str, data: bytes, part_bytes: int) -> None:
+    """Refuse a Blosc chunk whose header claims other sizes than the array has, or more than the chunk can hold."""
+    unpacked, block, packed = (int.from_bytes(data[at : at + 4], "little") for at in (4, 8, 12))
+    if unpacked != part_bytes or packed != len(data):
+        raise ValueError(f"{name} with a chunk of another size")
+    is_copy = len(data) > 2 and data[2] & 2
+    if is_copy:
+        sound = packed == unpacked + 16
+    else:  # 16 bytes of header, then 4 bytes for the place of each block
+        sound = 0 < block <= _MOST_BLOCK_BYTES and 16 + 4 * -(-unpacked // block) <= packed
+    if unpacked and not sound:
+        raise ValueError(f"{name} with a chunk that cannot hold what it claims")
 
 
 @contextmanager
@@ -280,13 +355,39 @@ def members_read(members: Iterable[str], names: Collection[str] | None, windows:
     return [member for member in members if is_read(member)]
 
 
-def read_lines(path: Path | UPath) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; an absent file is an empty list."""
-    text = remote.read_text(path) or ""
+def read_json(text: str, where: str, expected: str, hint: str = "") -> dict[str, Any]:
+    """The JSON object in a text.
+
+    Raises
+    ------
+    DatasetError
+        If it is no JSON, JSON without limits (nesting, digits), or no object.
+    """
     try:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise DatasetError(str(path), "", f"a line that is no JSON ({error})", "one JSON object per line") from None
+        tree = json.loads(text)
+    except RecursionError:
+        raise DatasetError(where, "", "JSON that is nested too deeply", expected, hint) from None
+    except ValueError as error:  # of a JSONDecodeError, and of numbers with thousands of digits
+        raise DatasetError(where, "", f"no JSON ({error})", expected, hint) from None
+    if not isinstance(tree, dict):
+        raise DatasetError(where, "", f"JSON that is a {type(tree).__name__}", expected, hint)
+    return tree
+
+
+def read_lines(path: Path | UPath) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; an absent file is an empty list.
+
+    Raises
+    ------
+    DatasetError
+        If a line is no JSON object.
+    """
+    text = remote.read_text(path) or ""
+    return [
+        read_json(line, f"{path}: line {number}", "one JSON object per line")
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
 
 
 def read_manifest(folder: str | Path | UPath) -> dict[str, Any]:
@@ -303,10 +404,7 @@ def read_manifest(folder: str | Path | UPath) -> dict[str, Any]:
     if text is None:
         got = "no such folder" if isinstance(root, Path) and not root.is_dir() else "no manifest.json"
         raise DatasetError(str(root), "", got, "a dataset written by make_shards.py", "Convert a cohort first")
-    try:
-        manifest = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DatasetError(str(path), "", f"no JSON ({error})", "a manifest", "Run make_shards.py again") from None
+    manifest = read_json(text, str(path), "a manifest", "Run make_shards.py again")
     if manifest.get("format") != FORMAT:
         raise DatasetError(str(path), "format", manifest.get("format"), FORMAT, "Convert the cohort with this version")
     return manifest

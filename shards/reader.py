@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from upath import UPath
 
-from shards import layout, remote
+from shards import contents, layout, remote
 from shards.errors import DatasetError, SampleCorrupt
 from shards.grid import Grid
 from shards.span import LocalSpan
@@ -55,11 +55,9 @@ class Dataset:
         # What is done with it, joining and naming, a UPath does as a Path, though it is not derived from it.
         self.folder = cast(Path, remote.place(folder))
         self.manifest = layout.read_manifest(self.folder)
+        contents.check_manifest(self.manifest, self.folder / layout.MANIFEST)
         self.sessions = layout.read_lines(self.folder / layout.SESSIONS)
-        expected = sum(self.manifest["sessions"].values())
-        if len(self.sessions) != expected:
-            where = self.folder / layout.SESSIONS
-            raise DatasetError(where, "", f"{len(self.sessions)} sessions", f"{expected}", layout.DAMAGED)
+        contents.check_sessions(self.sessions, self.manifest, self.folder / layout.SESSIONS)
         shards = self.manifest["shards"]
         paths = [self.folder / layout.SHARDS / shard["name"] for shard in shards]
         for path, shard, size in zip(paths, shards, remote.sizes(paths), strict=True):

@@ -56,7 +56,11 @@ def place(folder: str | Path | UPath) -> Path | UPath:
 def read_text(path: Path | UPath) -> str | None:
     """Content of a file; None where there is none."""
     if isinstance(path, Path):
-        return path.read_text() if path.is_file() else None
+        try:
+            return path.read_text(encoding="utf-8") if path.is_file() else None
+        except (OSError, UnicodeDecodeError) as error:
+            got = error.strerror if isinstance(error, OSError) else "bytes that are no UTF-8"
+            raise DatasetError(str(path), "", got, "a readable file", "Copy the dataset again") from None
     try:
         return path.fs.cat_file(path.path).decode()
     except Exception as error:

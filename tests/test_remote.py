@@ -194,12 +194,19 @@ def test_errors_are_those_of_the_folder(web: Web, dataset: Path) -> None:
         assert told[0] == told[1]
 
 
+ON_A_GRID = {
+    "grid": {"mm": 2.0, "shape": [96, 96, 96], "patch": 4, "centre_mm": [-1, -17, 5]},
+    "windows": {"frames": 5},
+}
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of one sample of several MB: 64 windows of about 37 kB that cannot be compressed."""
     rng = np.random.default_rng(0)
     windows = rng.standard_normal((64, 5, 60, 64)).astype(np.float32) * np.float32(1e-6)  # int16, with a scale
-    small = {name: rng.random((1, 1)) for name in ("saliency", "scores", "roi", "roi_number", "roi_centre", "carpet")}
+    shapes = {"saliency": 64, "scores": 1, "roi": (1, 1), "roi_number": 1, "roi_centre": (1, 3), "carpet": (1, 1)}
+    small = {name: rng.random(shape) for name, shape in shapes.items()}
     arrays = {
         **small,
         "baseline": rng.standard_normal((60, 64)),
@@ -211,8 +218,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     content = layout.pack(arrays)
     session = {"key": "a", "split": "train", "cohort": "c", "subject": "s", "zarr_size": len(content)}
+    session |= {"labels": {}, "tr": 0.72, "n_kept": 64}
     folder = tmp_path_factory.mktemp("large") / "ds"
-    writer.pack(folder, [session], [], {"format": 1}, 1, lambda _: (b"{}", content), lambda *_: None)
+    writer.pack(folder, [session], [], {"format": 1, **ON_A_GRID}, 1, lambda _: (b"{}", content), lambda *_: None)
     return folder
 
 
@@ -270,7 +278,7 @@ def test_a_server_without_byte_ranges_is_refused_before_it_sends_shards(tmp_path
     (tmp_path / "shards").mkdir()
     with open(tmp_path / "shards" / name, "wb") as file:
         file.truncate(size)
-    manifest = {"format": 1, "sessions": {}, "shards": [{"name": name, "bytes": size}]}
+    manifest = {"format": 1, "sessions": {}, "shards": [{"name": name, "bytes": size}], **ON_A_GRID}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     Dataset(tmp_path)
     with serve(tmp_path, ranges=False, tells=tells) as web:
