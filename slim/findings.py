@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from shards import html
 from shards.errors import ConfigError
-from slim import metrics
+from slim import metrics, reported
 
 PROBE, EXPLAIN = "report.json", "explain"
 Cell = dict[str, Any]  # value, low, high and p, as far as they are there
@@ -95,18 +95,8 @@ def read_tasks(path: Path) -> list[Found]:
     """
     if not path.is_file():
         return []
-    try:
-        report = json.loads(path.read_text())
-        about = report.get("facts", {})
-        found = [_found(name, report["tasks"][name], about.get(name, {})) for name in sorted(report["tasks"])]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            path,
-            "tasks",
-            f"what cannot be read ({type(error).__name__}: {error})",
-            "the report of tools/probe.py",
-            "Run the probe again",
-        ) from None
+    report = reported.read(path)
+    found = [_found(name, report["tasks"][name], report["facts"].get(name, {})) for name in sorted(report["tasks"])]
     return [task for task in found if task.metrics]
 
 
@@ -121,7 +111,7 @@ def _found(name: str, task: dict[str, Any], facts: dict[str, Any]) -> Found:
         }
         if kept:
             cells[method] = kept
-    return Found(name, cells, facts.get("differences", {}), facts)
+    return Found(name, cells, facts.get("differences") or {}, facts)
 
 
 def verdict(tasks: Sequence[Found]) -> list[tuple[str, str]]:

@@ -16,7 +16,6 @@ classes or 1; D the score and its draws.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,10 +24,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from shards.errors import ConfigError
 from shards.layout import dump, write_atomically
 from shards.reader import Dataset
-from slim import baseline, metrics
+from slim import baseline, metrics, reported
 from slim.attentive import Attentive
 from slim.brain import Features
 from slim.linear import Linear
@@ -335,7 +333,7 @@ def write_report(folder: Path, tasks: dict[str, Any], facts: dict[str, Any]) -> 
     report = read_report(folder)
     for name, results in tasks.items():
         before = report["facts"].get(name)
-        if before is not None and differs(before, facts[name]) is None:
+        if before is not None and name in report["tasks"] and differs(before, facts[name]) is None:
             results, about = report["tasks"][name] | results, before | facts[name]
         else:
             about = facts[name]
@@ -351,12 +349,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
     if not path.exists():
         return {"tasks": {}, "facts": {}}
-    try:
-        found = json.loads(path.read_text())
-        return {part: dict(found[part]) for part in ("tasks", "facts")}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-        hint = "Move it away, or give another --out"
-        raise ConfigError(path, "", "no report of probes", "a report.json that probe.py wrote", hint) from None
+    return reported.read(path)
 
 
 def differs(one: dict[str, Any], other: dict[str, Any]) -> str | None:
