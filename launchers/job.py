@@ -2,9 +2,9 @@
 
     python -m launchers.job RUN/config.yaml
 
-The launcher sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and OUTCOME: a folder where each process
-leaves how it ended. That file is what counts: a process that did its work may still be aborted by a library while it
-exits.
+The launcher sets RANK, LOCAL_RANK and WORLD_SIZE, how processes meet (SLIM_STORE, a file, on one machine; MASTER_ADDR
+and MASTER_PORT on a cluster), and OUTCOME: a folder where each process leaves how it ended. That file is what counts: a
+process that did its work may still be aborted by a library while it exits.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shards.console import DONE, RESUME, STOPPING, WRONG
+from shards.console import CRASHED, DONE, RESUME, STOPPING, WRONG, crashed
 from shards.errors import ConfigError, Stopped, UserError, is_full
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from slim.course import Course
 
 _GOES_ON = "the same command goes on from the last complete checkpoint"
-CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
+STORE = "SLIM_STORE"  # variable that names the file by which processes of one machine meet
 # glibc gives freed memory back to the system and asks for it anew, thousands of times a step; keeping it
 # made a CPU step of the published geometry 14 times faster on a virtual machine with slow page faults (batch 4).
 KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
@@ -82,7 +81,12 @@ def work(config: Path) -> dict[str, Any]:
             raise ConfigError(config, "run.processes", f"more than the {gpus} GPUs here", "one process per GPU")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if STORE in os.environ:
+        world = int(os.environ["WORLD_SIZE"])
+        store = dist.FileStore(os.environ[STORE], world)
+        dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     result = Trainer(course, device).run()
     dist.barrier()
@@ -129,7 +133,7 @@ def main(config: Path) -> int:
     except Stopped as stop:
         result = {"status": CRASHED, "stopped": str(stop)}
     except Exception as error:
-        result = {"status": CRASHED, "error": traceback.format_exc()}
+        result = {"status": CRASHED, "error": f"error: {crashed(error, config.parent)}"}
         if is_full(error):
             result["stopped"] = f"no space left for {getattr(error, 'filename', None) or config}; make room"
     result["ended"] = time.time()

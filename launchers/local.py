@@ -166,8 +166,11 @@ def run(config: Path, processes: int) -> dict[str, Any]:
         cores = len(os.sched_getaffinity(0))
         common = {
             "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            # They meet by a file in a folder of this user alone, so nothing listens for them, and speak by loopback.
+            job.STORE: str(Path(outcome) / "store"),
+            "MASTER_ADDR": "127.0.0.1",  # for DeepSpeed, which looks for an MPI launcher where it is not set
+            "MASTER_PORT": "0",
+            **_loopback(),
             "OUTCOME": outcome,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
         }
@@ -224,7 +227,8 @@ def _wait(children: list[subprocess.Popen], outcome: Path) -> None:
         time.sleep(0.1)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _loopback() -> dict[str, str]:
+    """What has gloo and NCCL exchange by the loopback interface; nothing where it has another name."""
+    if "lo" not in (name for _, name in socket.if_nameindex()):
+        return {}
+    return {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
