@@ -32,18 +32,19 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from shards.errors import Stopped, UserError, is_full
-from shards.files import printable
+from shards.files import has_room, printable
 from shards.layout import dump, sync_folder, write_atomically
 from slim.seen import SEEN
 
 COMPLETE, LATEST, WEIGHTS = "COMPLETE", "latest", "weights.safetensors"
 BEST = "best."  # of a fine-tuning, before the tensors of its best epoch
 ABOUT_RUN = ("config.yaml", "dataset.json")  # of the run's folder
+CONFIGS = "configs"  # of the run's folder: every configuration it was trained with, see `slim.resuming`
 # What a run keeps beside the ZeRO shards: optimizer steps, samples of the stream, what was left out.
 STATE = ("step", "consumed", "skipped")
 _SEAL = "seal"
@@ -165,7 +166,8 @@ def save(
         remove(folder)
         folder.mkdir(parents=True)
     dist.barrier()
-    with _room_for(folder):
+    size = sum(value.numel() * value.element_size() for value in weights.values()) if rank == 0 else 0
+    with _room_for(folder, size):
         engine.save_checkpoint(str(checkpoints), tag=folder.name, client_state=state, save_latest=False)
         if rank == 0:
             save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, folder / WEIGHTS)
@@ -188,21 +190,26 @@ def save(
 
 
 @contextmanager
-def _room_for(folder: Path) -> Iterator[None]:
-    """Stop with a word, and without what was written, where a file system is full."""
+def _room_for(folder: Path, size: int = 0) -> Iterator[None]:
+    """Stop with a word, and without what was written, where a file system has no room for so many bytes.
+
+    Any other exception passes, and leaves the folder as it is.
+    """
     try:
         yield
     except Exception as error:
-        # torch and safetensors tell of it in exceptions of their own
-        if not is_full(error) and not any(
-            word in str(error) for word in ("No space left", "quota", "inline_container")
-        ):
+        if not is_full(error) and not (_keeps_no_errno(error) and not has_room(folder, size)):
             raise
         remove(folder)
         raise Stopped(
             f"no space left for {folder}; make room, or set run.keep lower: the same command goes on from the last "
             "complete checkpoint"
         ) from error
+
+
+def _keeps_no_errno(error: Exception) -> bool:
+    """Whether an error is of torch's or safetensors' writers, which tell of a full file system in words alone."""
+    return type(error) is RuntimeError or isinstance(error, SafetensorError)
 
 
 def _written_by(rank: int, folder: Path) -> Iterator[str]:

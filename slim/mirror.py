@@ -1,6 +1,7 @@
 """A second folder for a run: checkpoints are copied there while training goes on, and fetched when the first is lost.
 
     MIRROR/   config.yaml, dataset.json, seen.json, metrics.jsonl, skipped.jsonl   as in RUN when the copy was made
+              configs/step-00000000.yaml ...   likewise
               checkpoints/step-00000100/ ...   checkpoints/latest
 
 It can be used in place of RUN. A copy is read back and compared before it counts, and complete or absent like the
@@ -83,7 +84,7 @@ class Mirror:
             trouble = None
             try:
                 target = self.folder / CHECKPOINTS
-                _copy_small(self.run, self.folder, _SMALL)
+                _copy_small(self.run, self.folder, _small(self.run))
                 checkpoint.copy(saved, target)
                 checkpoint.prune(target, self.keep, self.every)
             except UserError as error:
@@ -92,6 +93,11 @@ class Mirror:
                 trouble = f"{saved.name} was not copied to {self.folder}: {error.strerror or error}"
             with self._changed:
                 self.trouble, self._busy = trouble, None
+
+
+def _small(run: Path) -> list[str]:
+    """Files of a run beside its checkpoints, whether they are there or not."""
+    return [*_SMALL, *(f"{checkpoint.CONFIGS}/{path.name}" for path in (run / checkpoint.CONFIGS).glob("step-*.yaml"))]
 
 
 def _copy_small(source: Path, target: Path, names: Iterable[str]) -> None:
@@ -122,7 +128,7 @@ def recover(run: Path, mirror: Path | None) -> tuple[Path | None, list[str]]:
         copy, others = checkpoint.newest_intact(mirror / CHECKPOINTS)
         refused += others
         if copy is not None and (found is None or copy.name > found.name):
-            _copy_small(mirror, run, [name for name in _SMALL if not (run / name).exists()])
+            _copy_small(mirror, run, [name for name in _small(mirror) if not (run / name).exists()])
             found = checkpoint.copy(copy, own)
             return found, [*_refusals(refused, found), f"{found.name} is fetched from {mirror}"]
     if found is None and refused:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from shards.errors import ConfigError
 from shards.layout import write_atomically
 from slim import elastic
-from slim.checkpoint import CheckpointError, facts, tag
+from slim.checkpoint import CONFIGS, CheckpointError, facts, tag
 from slim.config import PretrainSettings, TrainSettings, load_run
 from slim.schedule import Plan
 
@@ -90,7 +90,6 @@ RULES: dict[str, Rule] = {
 }
 _WEIGHTS = ("objective", "loss.jepa", "loss.sig", "loss.mae")
 _OUT = "use another run.out"
-CONFIGS = "configs"
 _KEPT = re.compile(r"step-([0-9]{8})\.yaml")
 _NOTE = "# resumed: "  # before lines that only a kept configuration has
 

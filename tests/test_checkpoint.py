@@ -216,9 +216,12 @@ def test_a_mirror_holds_what_the_run_saved(tmp_path: Path) -> None:
     for name in names(folder):
         assert contents(folder / "checkpoints" / name) == contents(run / "checkpoints" / name)
     (run / "metrics.jsonl").write_text("lines")
+    (run / "configs").mkdir()
+    (run / "configs/step-00000000.yaml").write_text("the first configuration")
     mirror.offer(save(run, 6))
     mirror.close()
     assert (folder / "metrics.jsonl").read_text() == "lines"
+    assert (folder / "configs/step-00000000.yaml").read_text() == "the first configuration"
 
     (run / "checkpoints" / tag(6) / "weights.safetensors").write_bytes(b"")
     (run / "metrics.jsonl").write_text("more lines")
@@ -229,6 +232,7 @@ def test_a_mirror_holds_what_the_run_saved(tmp_path: Path) -> None:
     assert (run / "metrics.jsonl").read_text() == "more lines"
     shutil.rmtree(run)
     assert recover(run, folder)[0] == found and (run / "metrics.jsonl").read_text() == "lines"
+    assert (run / "configs/step-00000000.yaml").read_text() == "the first configuration"
 
 
 def test_training_does_not_wait_for_the_mirror_and_the_newest_goes_first(monkeypatch, tmp_path: Path) -> None:
