@@ -14,10 +14,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save as save_tensors
 
 from shards.confounds import CleanSettings
 from shards.errors import ConfigError, DatasetError, Stopped, is_full
+from shards.files import has_room
 from shards.layout import read_manifest, sha256, sync_folder
 from slim import __version__
 from slim.config import FinetuneSettings, PretrainSettings, TrainSettings, check_run
@@ -89,8 +91,10 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
         temporary.rename(out)
         sync_folder(out.parent)
     except Exception as error:
+        size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        full = is_full(error) or (isinstance(error, SafetensorError) and not has_room(out.parent, size))
         shutil.rmtree(temporary, ignore_errors=True)
-        if is_full(error) or "No space left" in str(error):
+        if full:
             raise Stopped(f"no space left for {out}; make room, then call it again") from None
         if isinstance(error, OSError):
             raise ConfigError(out, "--out", error.strerror, "a folder that can be written") from None
