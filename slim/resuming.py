@@ -4,7 +4,7 @@
 
     RUN/configs/step-00000000.yaml   the configuration it was begun with
                 step-00000006.yaml   the one it was resumed with from step 6 on, if anything in it was new
-                step-00000006.1.yaml one that was used from step 6 on before, but for which nothing was saved
+                step-00000006.1.yaml an earlier one from step 6 on, of whose steps nothing is left
 """
 
 from __future__ import annotations
@@ -351,19 +351,23 @@ def keep(folder: Path, text: str, begun: Path | None, told: list[str]) -> None:
     """
     step = 0 if begun is None else int(facts(begun)["step"])
     own = kept(folder)
-    if begun is not None and not own:  # by an earlier version, which kept the last one only
-        note = f"{_NOTE}kept at step {step}; the first step it was used in is not known\n"
-        write_atomically(folder / CONFIGS / f"{tag(0)}.yaml", note + (begun / "config.yaml").read_text())
+    if begun is not None and not own:
+        for path in kept(begun.parents[1]).values():  # of the mirror
+            write_atomically(folder / CONFIGS / path.name, path.read_text())
+        if not kept(folder):  # an earlier version kept the last one only
+            note = f"{_NOTE}kept at step {step}; the first step it was used in is not known\n"
+            write_atomically(folder / CONFIGS / f"{tag(0)}.yaml", note + (begun / "config.yaml").read_text())
         own = kept(folder)
     before = [path for first, path in own.items() if first <= step]
-    if before and _without_notes(before[-1].read_text()) == text:
+    is_new = not before or _without_notes(before[-1].read_text()) != text
+    for first, path in own.items():
+        if first > step or (first == step and is_new):  # the steps it was used for are done again now
+            numbers = [int(one.name.split(".")[1]) for one in path.parent.glob(f"{path.stem}.[0-9]*.yaml")]
+            path.rename(path.with_name(f"{path.stem}.{max(numbers, default=0) + 1}.yaml"))
+    if not is_new:
         return
-    path = folder / CONFIGS / f"{tag(step)}.yaml"
-    if path.exists():
-        numbers = [int(one.name.split(".")[1]) for one in path.parent.glob(f"{tag(step)}.[0-9]*.yaml")]
-        path.rename(path.with_name(f"{tag(step)}.{max(numbers, default=0) + 1}.yaml"))
     notes = [f"from step {step} on", *told] if begun is not None else []
-    write_atomically(path, "".join(f"{_NOTE}{note}\n" for note in notes) + text)
+    write_atomically(folder / CONFIGS / f"{tag(step)}.yaml", "".join(f"{_NOTE}{note}\n" for note in notes) + text)
 
 
 def _without_notes(text: str) -> str:

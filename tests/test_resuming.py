@@ -192,6 +192,22 @@ def test_a_configuration_of_which_nothing_was_saved_is_kept_too(begun: Path, dat
     assert found == [2, 3, 4] and load_run(begun / "configs/step-00000000.yaml").run.workers == 1
 
 
+def test_going_on_from_an_earlier_checkpoint_or_from_the_mirror(begun: Path, dataset: Path, tmp_path: Path) -> None:
+    save(settings_of(dataset, begun), 4)
+    prepare_run(settings_of(dataset, begun, "run.workers=2"))
+    later = (begun / "configs/step-00000006.yaml").read_text()
+    shutil.copytree(begun, tmp_path / "mirror")
+    shutil.rmtree(begun / "checkpoints/step-00000006")
+    prepare_run(settings_of(dataset, begun, "run.workers=3"))
+    assert [load_run(path).run.workers for path in resuming.kept(begun).values()] == [1, 3]
+    assert (begun / "configs/step-00000006.1.yaml").read_text() == later
+
+    shutil.rmtree(begun)
+    prepare_run(settings_of(dataset, begun, "run.workers=4", f"run.mirror={tmp_path / 'mirror'}"))
+    assert [load_run(path).run.workers for path in resuming.kept(begun).values()] == [1, 4]
+    assert (begun / "configs/step-00000006.1.yaml").read_text() == later
+
+
 # steps beyond the planned ones, and fewer
 
 
