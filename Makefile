@@ -2,6 +2,7 @@
 # make test         set-up from nothing, then the tests
 # make test-slurm   those on a real SLURM of two nodes, which needs its packages
 # make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills
+# make test-oldest  the tests with the oldest dependencies that pyproject.toml admits; make test-newest: with the newest
 # make slurm        as root: the SLURM packages of Debian
 # make experiments  does pretraining learn? many hours of two cores: runs/experiments/tables.md
 # make lint         ruff and mypy
@@ -14,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test test-slurm test-slow slurm lint experiments clean
+.PHONY: quickstart test test-slurm test-slow test-oldest test-newest slurm lint experiments clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -43,6 +44,13 @@ test-slurm: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m slow
 
+# torch stays: another build of it is several gigabytes, and DeepSpeed is bound to versions of torch
+test-oldest test-newest:
+	$(PYTHON) -m venv $(VENV)-$@
+	$(VENV)-$@/bin/python -m pip install --quiet --upgrade $(if $(filter test-oldest,$@),-c tests/oldest.txt,torch==2.13.0) -e '.[test]'
+	$(VENV)-$@/bin/python -m pip install --quiet --no-deps hiera-transformer==0.1.4
+	OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' --ignore=tests/slurm $(TESTS)
+
 slurm:
 	sh tests/slurm/install.sh
 
@@ -55,4 +63,4 @@ lint: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-test-* runs build dist *.egg-info

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from launchers.cluster import SlurmSettings
 from shards.cohort import CohortSettings
@@ -94,3 +97,15 @@ def test_the_custom_model_example_is_the_lean_preset() -> None:
     from slim.config import PRESETS, ModelSettings
 
     assert load(ModelSettings, ROOT / "configs" / "model" / "custom.yaml") == PRESETS["lean"]
+
+
+def test_the_oldest_versions_that_are_tested_are_the_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (ROOT / "tests" / "oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    tested = {name: Version(version) for name, version in (line.split("==") for line in lines)}
+    bounds = {}
+    for text in project["dependencies"]:
+        requirement = Requirement(text)
+        bounds[requirement.name] = min(Version(part.version) for part in requirement.specifier if part.operator == ">=")
+    torch = bounds.pop("torch")  # other builds of it are large: the tested one stands for all
+    assert torch <= tested.pop("torch") and tested == bounds
