@@ -20,12 +20,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from shards.console import STOPPING, progress
 from shards.errors import UserError
 from shards.stream import MicroBatches
-from shards.workers import end_with_parent
 from slim import checkpoint, elastic, loading, resuming, schedule, speed
 from slim.batch import Batch
 from slim.config import TrainSettings
@@ -35,8 +33,6 @@ from slim.monitor import Monitor, averages, peak_memory_bytes, spread_of
 from slim.skipping import NOT_FINITE, GuardedAdamW, Skipped
 from slim.watch import COMPUTE, DATA, SAVE, Watch
 from slim.zero import BUCKET
-
-_PATIENCE = 1800  # seconds a loading process may take for a batch before it counts as lost
 
 
 def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
@@ -140,7 +136,7 @@ class Trainer:
                 stack.enter_context(self._watch)
                 advance = stack.enter_context(progress(self.course.name, self.steps - self.step, "steps"))
             micro_batches = (self.steps - self.step) * self.settings.run.accumulate
-            batches = iter(self._loader(self.consumed, micro_batches)) if self.step < self.steps else iter(())
+            batches = self._loader(self.consumed, micro_batches) if self.step < self.steps else iter(())
             while self.step < self.steps and stopped is None:
                 line = self._one_step(batches)
                 if monitor is not None:
@@ -208,18 +204,11 @@ class Trainer:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return (None, "time limit", "signal")[int(flag)]
 
-    def _loader(self, consumed: int, count: int) -> DataLoader:
+    def _loader(self, consumed: int, count: int) -> loading.Loader:
         """This process's next `count` micro-batches after so many samples of the stream."""
         run = self.settings.run
-        workers = run.workers
-        return DataLoader(
-            MicroBatches(self.stream, self.course.load(), run.batch, self.rank, self.world, count, consumed),
-            batch_size=None,
-            num_workers=workers,
-            multiprocessing_context=loading.context() if workers else None,
-            worker_init_fn=end_with_parent if workers else None,
-            timeout=_PATIENCE if workers else 0,
-        )
+        stream = MicroBatches(self.stream, self.course.load(), run.batch, self.rank, self.world, count, consumed)
+        return loading.Loader(stream, run.workers, lambda: self._stop, self._warn if self.rank == 0 else lambda _: None)
 
     def _first_steps(self, steps: int) -> Iterator[Batch]:
         """This process's micro-batches of so many steps, from the first."""

@@ -1,0 +1,36 @@
+"""What loading processes of the tests load. They import this file, which imports little."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+
+from shards.errors import DatasetError, Stopped
+
+
+class Numbers:
+    """A stream whose sample at a position is the position."""
+
+    def at(self, position: int) -> int:
+        return position
+
+
+def as_tensor(items: list[int]) -> torch.Tensor:
+    return torch.tensor(items)
+
+
+def refuses(items: list[int]) -> torch.Tensor:
+    raise DatasetError("data", "field", "this", "that", "Do it") if items[0] else Stopped("the dataset is away")
+
+
+def dies(items: list[int]) -> torch.Tensor:
+    os.kill(os.getpid(), signal.SIGBUS)
+    raise AssertionError
+
+
+def waits(items: list[int]) -> torch.Tensor:
+    time.sleep(600)
+    raise AssertionError
