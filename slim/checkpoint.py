@@ -62,17 +62,29 @@ def tag(step: int) -> str:
 
 
 def folders(checkpoints: Path) -> list[Path]:
-    """All of them, finished or not, newest first. Other names, such as those of copies, are no checkpoints."""
-    found = (path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
-    return sorted(found, reverse=True)
+    """All of them, finished or not, newest first. Other names, such as those of copies, are no checkpoints.
+
+    Where somebody has given a copy the name of another step, the step that was saved counts.
+    """
+    found = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda folder: (step_of(folder), not _is_copy(folder), folder.name), reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step that COMPLETE says, or the name where there is none."""
+    try:
+        return int(facts(folder)["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return _named_step(folder)
+
+
+def _named_step(folder: Path) -> int:
+    return int(folder.name[len("step-") :])
 
 
 def _is_copy(folder: Path) -> bool:
     """Whether a folder holds the checkpoint of another step than its name says: somebody has copied it."""
-    try:
-        return bool(_NAME.fullmatch(folder.name)) and facts(folder)["step"] != int(folder.name[len("step-") :])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return folder.is_dir() and step_of(folder) != _named_step(folder)
 
 
 def fault(folder: Path, files: Collection[str] | None = None) -> CheckpointError | None:
@@ -95,9 +107,6 @@ def fault(folder: Path, files: Collection[str] | None = None) -> CheckpointError
         sealed = False
     if not sealed:
         return CheckpointError(path, "", "other bytes than were written (or an earlier version's)", "an intact file")
-    if _is_copy(folder):
-        hint = "It is a copy of another checkpoint: give it another name"
-        return CheckpointError(path, "step", about.get("step"), f"the step in the name of {folder.name}", hint)
     for name, size in sorted(sizes.items()):
         try:
             found = (folder / name).stat().st_size
@@ -274,12 +283,13 @@ def prune(checkpoints: Path, keep: int, every: int | None, spared: Collection[Pa
     complete one is that which `latest` names: what is newer was refused when the run went on.
     """
     latest = (checkpoints / LATEST).read_text().strip()
-    complete = [folder for folder in folders(checkpoints) if folder.name <= latest and is_complete(folder)]
+    own = [folder for folder in folders(checkpoints) if not folder.is_symlink() and not _is_copy(folder)]
+    complete = [folder for folder in own if folder.name <= latest and is_complete(folder)]
     kept = {*complete[:keep], *spared}
     if every:
         kept |= {folder for folder in complete if facts(folder)["step"] % every == 0}
-    for folder in folders(checkpoints):
-        if folder not in kept and not folder.is_symlink() and not _is_copy(folder):
+    for folder in own:
+        if folder not in kept:
             remove(folder)
 
 

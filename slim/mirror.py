@@ -127,7 +127,7 @@ def recover(run: Path, mirror: Path | None) -> tuple[Path | None, list[str]]:
     if mirror is not None:
         copy, others = checkpoint.newest_intact(mirror / CHECKPOINTS)
         refused += others
-        if copy is not None and (found is None or copy.name > found.name):
+        if copy is not None and (found is None or checkpoint.step_of(copy) > checkpoint.step_of(found)):
             _copy_small(mirror, run, [name for name in _small(mirror) if not (run / name).exists()])
             found = checkpoint.copy(copy, own)
             return found, [*_refusals(refused, found), f"{found.name} is fetched from {mirror}"]
@@ -152,7 +152,7 @@ def at_a_glance(run: Path, mirror: Path | None) -> Path | None:
     refused = [error for _, errors in looked for error in errors]
     if refused and not found:
         raise _none_left(refused)
-    return max(found, key=lambda folder: folder.name, default=None)
+    return max(found, key=checkpoint.step_of, default=None)
 
 
 def _none_left(refused: list[checkpoint.CheckpointError]) -> checkpoint.CheckpointError:

@@ -183,12 +183,12 @@ def test_copies_that_somebody_made_stay_and_are_no_checkpoints(tmp_path: Path) -
     (own / tag(1)).symlink_to(tmp_path / "archive" / tag(1))
     before = {name: contents(own / name) for name in kept}
 
-    found, (line,) = recover(tmp_path, None)
-    assert found == own / tag(2) and f"{tag(9)}/{COMPLETE}: step: got 2, expected the step in the name" in line
+    assert recover(tmp_path, None) == (own / tag(2), [])
     assert at_a_glance(tmp_path, None) == own / tag(2) and checkpoint.newest(own) == own / tag(2)
     for step in (3, 4):
         save(tmp_path, step)
         checkpoint.prune(own, 1, None)
+        assert checkpoint.newest(own) == own / tag(step)
     assert {path.name for path in own.iterdir()} == {*kept, tag(1), tag(4), tag(7), LATEST, "latest.old"}
     assert {name: contents(own / name) for name in kept} == before
     assert checkpoint.fault(own / tag(1)) is None
