@@ -21,7 +21,7 @@ from shards.errors import ConfigError, RunRefused
 from shards.files import printable
 from shards.participants import Participants
 from shards.patterns import FIELDS, pattern_regex
-from shards.settings import Settings, load
+from shards.settings import PathText, Settings, load
 
 __all__ = ["FIELDS", "Cohort", "CohortSettings", "RunSource", "find_cohort", "find_runs", "pattern_regex"]
 
@@ -36,18 +36,20 @@ class CohortSettings(Settings):
     """A cohort file. Relative paths are relative to it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9-]+$", description="short name, part of every sample's key")
-    root: str
+    root: PathText
     layout: Literal["bids", "pattern"] = "bids"
-    pattern: str | None = Field(None, description="layout: pattern; {subject} is required, globs allowed")
-    mask: str | None = Field(None, description="a pattern or one file; absent: found beside a BIDS run, else computed")
-    confounds: str | None = Field(None, description="a pattern; absent: found beside a BIDS run")
+    pattern: PathText | None = Field(None, description="layout: pattern; {subject} is required, globs allowed")
+    mask: PathText | None = Field(
+        None, description="a pattern or one file; absent: found beside a BIDS run, else computed"
+    )
+    confounds: PathText | None = Field(None, description="a pattern; absent: found beside a BIDS run")
     space: Literal["MNI", "native"] | None = Field(
         None, description="absent: MNI, if header and brain agree; native: centred by the mask"
     )
     orientation: str | None = Field(None, description="axis codes (LAS, RPI ...) of files whose header has none")
     tr: float | None = Field(None, gt=0.05, le=20, description="seconds; overrides the header")
     dummy: Literal["auto"] | int = Field("auto", description="volumes to drop at the start; auto: brighter ones")
-    participants: str | None = None
+    participants: PathText | None = None
     subject_column: str | None = Field(None, description="the participants column that names the subjects")
     labels: tuple[str, ...] | None = Field(
         None,

@@ -7,7 +7,7 @@ its number, if no other subject of table or scans has that number. Whoever is no
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,9 @@ class Participants:
     ):
         self._rows: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)  # by subject, by session
         self._scanned = sorted(set(scanned))
+        self._sessions: dict[str, set[str]] = defaultdict(set)  # that were scanned, by subject
+        for subject, session in self._scanned:
+            self._sessions[subject].add(session)
         self._table: tables.Table | None = None
         self._private: list[str] = []
         if cohort.participants is None:
@@ -90,7 +93,7 @@ class Participants:
                 got = f"two different rows for {who} (the second is line {table.lines[row]})"
                 raise ConfigError(table_path, column, got, "one row per subject", "Keep one of them")
         subjects = {subject for subject, _ in self._scanned}
-        self._named = {subject: _match(subject, subjects, self._rows) for subject in subjects}
+        self._named = _matched(subjects, self._rows)
 
     def _chosen(self, columns: list[str], wanted: tuple[str, ...] | None, needed: Collection[str]) -> list[str]:
         """The columns that become labels."""
@@ -159,8 +162,7 @@ class Participants:
             return ""
         if not session:
             return next(iter(rows)) if len(rows) == 1 else None
-        others = {own for who, own in self._scanned if who == subject}
-        return _match(session, others, rows)
+        return _matched({session, *self._sessions[subject]}, rows)[session]
 
 
 def _is_private(column: str) -> bool:
@@ -168,15 +170,18 @@ def _is_private(column: str) -> bool:
     return _PRIVATE.fullmatch(re.sub(r"[\W_]", "", column).lower()) is not None
 
 
-def _match(name: str, names: set[str], rows: Mapping[str, Any]) -> str | None:
-    """The row of a name: its own, or the one of the same number where nobody else has that number."""
-    if name in rows:
-        return name
-    number = _number(name)
-    if number is None or sum(_number(other) == number for other in names) > 1:
-        return None
-    same = [row for row in rows if _number(row) == number]
-    return same[0] if len(same) == 1 else None
+def _matched(names: set[str], rows: Mapping[str, Any]) -> dict[str, str | None]:
+    """The row of each name: its own, or the one of the same number where nobody else has that number."""
+    same = Counter(map(_number, names))
+    rows_of: dict[int | None, list[str]] = defaultdict(list)
+    for row in rows:
+        rows_of[_number(row)].append(row)
+    found: dict[str, str | None] = {}
+    for name in names:
+        number = _number(name)
+        alone = number is not None and same[number] == 1 and len(rows_of[number]) == 1
+        found[name] = name if name in rows else rows_of[number][0] if alone else None
+    return found
 
 
 def _number(name: str) -> int | None:

@@ -7,9 +7,10 @@ are left out.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
     matches anything. A field that occurs again must match the same text. `*`, `?` and `**` are globs.
     """
     out, seen, at = "", set(), 0
+    star = -1  # where the last `*` stands in `out`, if only text came after it
     for token in _TOKEN.finditer(pattern):
         out += re.escape(pattern[at : token.start()])
         at = token.end()
@@ -69,15 +71,39 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
             whole = whole and (pattern[at : at + 1] == "/")
             out += f"(?P={name})" if name in seen else f"(?P<{name}>{'[^/]+' if whole else '[^/_.]+'})"
             seen.add(name)
+        elif token.group() == "*":
+            if star >= 0:  # text between two `*`: its first place will do, so no other is tried
+                out = f"{out[:star]}(?>[^/]*?{out[star + len('[^/]*') :]})"
+            star = len(out)
+            out += "[^/]*"
+            continue
         else:
-            out += {"*": "[^/]*", "?": "[^/]", "**": ".*", "**/": "(?:.*/)?"}[token.group()]
+            out += {"?": "[^/]", "**": ".*", "**/": "(?:.*/)?"}[token.group()]
+            if token.group() == "?":
+                continue
+        star = -1
     return re.compile(out + re.escape(pattern[at:]) + r"\Z", re.DOTALL)
 
 
 def glob_regex(text: str) -> re.Pattern[str]:
     """`*` and `?` as globs, all else as text; for `fullmatch`."""
-    parts = re.split(r"([*?])", text)
-    return re.compile("".join({"*": ".*", "?": "."}.get(part, re.escape(part)) for part in parts), re.DOTALL)
+    return _glob((piece, piece) for piece in re.split(r"([*?])", text))
+
+
+def _glob(pieces: Iterable[tuple[str, str]]) -> re.Pattern[str]:
+    """Pieces of a glob, each with what it stands for: `*`, `?`, or text.
+
+    Of text between two `*` the first place will do, so no other is tried: many `*` cost no more than one.
+    """
+    parts = [""]
+    for piece, text in pieces:
+        if piece == "*":
+            parts.append("")
+        else:
+            parts[-1] += "." if piece == "?" else re.escape(text)
+    first, *between = parts
+    last = f".*{between.pop()}" if between else ""
+    return re.compile(first + "".join(f"(?>.*?{part})" for part in between if part) + last, re.DOTALL)
 
 
 def find(path: Path, pattern: str, root: Path) -> Found:
@@ -159,6 +185,7 @@ class Search:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
+        self._seen: set[tuple[str, int]] = set()
 
     def files(self, folder: Path, pattern: str, names: Mapping[str, str] | None = None) -> Iterator[Path]:
         """Files (links to nothing among them) below a folder that match a pattern, in the order of their names.
@@ -171,10 +198,19 @@ class Search:
         names : mapping of field to text, optional
             Fills the fields of the pattern.
         """
-        parts = [_Part(part, names or {}) for part in pattern.split("/") if part not in ("", ".")]
+        words = [part for part in pattern.split("/") if part not in ("", ".")]
+        words = [word for word, after in itertools.pairwise([*words, ""]) if (word, after) != ("**", "**")]
+        parts = [_Part(word, names or {}) for word in words]
+        if not parts:
+            return iter(())
+        self._seen = set()
         return iter(sorted(set(self._match(folder, parts, (os.path.realpath(folder),)))))
 
     def _match(self, folder: Path, parts: list[_Part], above: tuple[str, ...]) -> Iterator[Path]:
+        state = str(folder), len(parts)
+        if state in self._seen:  # several `**` reach a folder on several ways
+            return
+        self._seen.add(state)
         part, rest = parts[0], parts[1:]
         if part.any_depth:
             yield from self._match(folder, rest, above) if rest else self._files(folder)
@@ -229,11 +265,7 @@ class _Part:
         filled = [names.get(piece[1:-1], piece) if piece[:1] == "{" else piece for piece in pieces]
         globs = any(piece in ("*", "?") for piece in pieces)
         self.literal = None if globs or self.any_depth else "".join(filled)
-        regex = (
-            {"*": ".*", "?": "."}[piece] if piece in ("*", "?") else re.escape(text)
-            for piece, text in zip(pieces, filled, strict=True)
-        )
-        self._regex = re.compile("".join(regex), re.DOTALL)
+        self._regex = _glob(zip(pieces, filled, strict=True))
 
     def matches(self, name: str) -> bool:
         return (self.hidden or not name.startswith(".")) and self._regex.fullmatch(name) is not None

@@ -9,15 +9,16 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from shards import tree as yaml_tree
 from shards.errors import ConfigError, UserError
 from shards.files import printable, trouble
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
+_LONGEST_PATH = 2000
 _SHOWN = 200  # characters of a value in an error
 
 
@@ -26,6 +27,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+
+def _is_path(text: str) -> str:
+    if "\0" in text or len(text) > _LONGEST_PATH or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise ValueError(f"a path of at most {_LONGEST_PATH} characters, 255 bytes in a name, none of them NUL")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_is_path)]  # a path, or a pattern of paths, that no system refuses to look up
 
 S = TypeVar("S", bound=BaseModel)
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +53,16 @@ class Table:
         return len(self.rows)
 
     def __contains__(self, column: object) -> bool:
-        return column in self.columns
+        return column in self._places
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """Where each column stands; of unnamed ones the first."""
+        return {name: place for place, name in reversed([*enumerate(self.columns)])}
 
     def texts(self, column: str) -> list[str | None]:
         """A column as text; None where it is missing."""
-        place = self.columns.index(column)
+        place = self._places[column]
         return [None if row[place].lower() in _MISSING else row[place] for row in self.rows]
 
     def numbers(self, column: str) -> np.ndarray:
@@ -120,8 +127,7 @@ def read(path: Path, what: str, error: type[UserError] = ConfigError) -> Table:
     columns = [name.strip() for name in _fields(header, separator)]
     while len(columns) > 1 and not columns[-1]:  # separators at the end of each line
         columns.pop()
-    named = [name for name in columns if name]
-    if twice := next((name for name in named if named.count(name) > 1), None):
+    if twice := next((name for name, count in Counter(columns).items() if name and count > 1), None):
         raise error(path, "header", f"column {printable(twice)} twice", "columns of different names", "Rename one")
     rows, where = [], []
     for number, line in lines:

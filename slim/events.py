@@ -10,6 +10,7 @@ Legend: W windows; E events.
 from __future__ import annotations
 
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from pydantic import Field, field_validator
 
 from shards import tables
 from shards.errors import ConfigError
-from shards.settings import Settings
+from shards.settings import PathText, Settings
 
 FIELDS = ("subject", "session", "task", "run")
 
@@ -26,8 +27,10 @@ FIELDS = ("subject", "session", "task", "run")
 class EventSettings(Settings):
     """Where the tables lie and how they are read."""
 
-    path: str = Field(description="of a run's table below the folder of events; {subject}, {session}, {task}, {run}")
-    root: str | None = Field(None, description="folder of events, relative to the task's file; or --events FOLDER")
+    path: PathText = Field(
+        description="of a run's table below the folder of events; {subject}, {session}, {task}, {run}"
+    )
+    root: PathText | None = Field(None, description="folder of events, relative to the task's file; or --events FOLDER")
     column: str = Field("trial_type", description="column that names the states")
     keep: tuple[str, ...] = Field((), description="states that are decoded; all by default")
     delay: float = Field(5.0, ge=0, le=15, description="s from an event to the peak of its response")
@@ -36,9 +39,12 @@ class EventSettings(Settings):
     @classmethod
     def _has_known_fields(cls, value: str) -> str:
         try:
-            value.format(**dict.fromkeys(FIELDS, "x"))
-        except (KeyError, IndexError, ValueError):
-            raise ValueError(f"a path with {{{'}, {'.join(FIELDS)}}} and no other fields") from None
+            fields = [field for field in Formatter().parse(value) if field[1] is not None]
+        except ValueError:  # braces that do not match
+            fields = [("", "", "", "")]
+        # a width, as in {subject:>9}, could make a path of any length
+        if any(name not in FIELDS or width or conversion for _, name, width, conversion in fields):
+            raise ValueError(f"a path with {{{'}, {'.join(FIELDS)}}} and no other fields")
         return value
 
 

@@ -10,6 +10,7 @@ proportion to the input is a fault.
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import json
 import os
@@ -156,11 +157,11 @@ def trees(draw: st.DrawFn, seeds: Sequence[Any]) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(tree))
         if not places:
-            return draw(strange)
+            return copy.deepcopy(draw(strange))
         holder, at = draw(st.sampled_from(places))
         kind = draw(st.sampled_from(("value", "value", "value", "delete", "key", "wrap", "move")))
         if kind == "value":
-            holder[at] = draw(strange)
+            holder[at] = copy.deepcopy(draw(strange))  # a list of VALUES must not change with the tree
         elif kind == "delete":
             del holder[at]
         elif kind == "wrap":
@@ -169,7 +170,7 @@ def trees(draw: st.DrawFn, seeds: Sequence[Any]) -> Any:
             other, there = draw(st.sampled_from(places))
             holder[at] = json.loads(json.dumps(other[there]))
         elif isinstance(holder, dict):
-            holder[draw(st.sampled_from(TEXTS))] = draw(strange)
+            holder[draw(st.sampled_from(TEXTS))] = copy.deepcopy(draw(strange))
     return tree
 
 

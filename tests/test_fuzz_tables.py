@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 
@@ -120,3 +121,19 @@ def test_confounds(inputs: int, tmp_path: Path) -> None:
 @counts
 def test_events(inputs: int, tmp_path: Path) -> None:
     hold(inputs, texts(EVENTS), partial(read_events, tmp_path / "events.tsv"))
+
+
+def test_many_columns_and_many_names_take_no_time(tmp_path: Path) -> None:
+    """Each was compared with all others."""
+    path = tmp_path / "wide.tsv"
+    names = [f"c{number}" for number in range(30_000)]
+    path.write_text("\t".join(["participant_id", *names]) + "\n" + "\t".join(["sub-1", *["1"] * len(names)]) + "\n")
+    cohort = check(CohortSettings, {"name": "c", "root": ".", "participants": path.name}, "test")
+    scanned = {("1", "")}
+    began = time.process_time()
+    assert len(Participants(tmp_path / "cohort.yaml", cohort, tmp_path, scanned).labels("1", "")) == 30_000
+    path.write_text("participant_id\tage\n" + "".join(f"{number:06d}\t1\n" for number in range(20_000)))
+    scanned = {(str(number), session) for number in range(20_000) for session in "12"}
+    people = Participants(tmp_path / "cohort.yaml", cohort, tmp_path, scanned)
+    assert people.labels("7", "1") == {"age": 1} and len(people.notes()) == 1
+    assert time.process_time() - began < 15
