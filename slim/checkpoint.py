@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import time
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ from torch import Tensor
 from shards.errors import Stopped, UserError, is_full
 from shards.files import has_room, printable
 from shards.layout import dump, sync_folder, write_atomically
+from shards.settings import shown
 from slim.seen import SEEN
 
 COMPLETE, LATEST, WEIGHTS = "COMPLETE", "latest", "weights.safetensors"
@@ -50,6 +52,10 @@ STATE = ("step", "consumed", "skipped")
 _SEAL = "seal"
 _NAME = re.compile(r"step-[0-9]{8}")
 _READERS = 4  # files hashed at a time
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}")  # of a file in a checkpoint
+_MOST = {"step": 2**53, "world_size": 10**6, "global_batch": 10**7}
+_MOST_BYTES = 1 << 26  # of COMPLETE
+_FOREIGN = "Copy the checkpoint again from where it was written"
 
 
 class CheckpointError(UserError):
@@ -98,18 +104,25 @@ def fault(folder: Path, files: Collection[str] | None = None) -> CheckpointError
     """
     path = folder / COMPLETE
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            return CheckpointError(path, "", "a file that is too large", f"at most {_MOST_BYTES} bytes")
         about = json.loads(path.read_text())
         sealed = about.pop(_SEAL) == _seal(about)
         sizes, hashes = about["files"], about["sha256"]
+        if sealed and (wrong := _wrong_facts(about)):
+            return CheckpointError(path, wrong, "a value that no run writes", "facts of a checkpoint", _FOREIGN)
     except FileNotFoundError:
         return CheckpointError(path, "", "no such file", "the file that is written last: the checkpoint is incomplete")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sealed = False
     if not sealed:
         return CheckpointError(path, "", "other bytes than were written (or an earlier version's)", "an intact file")
     for name, size in sorted(sizes.items()):
         try:
-            found = (folder / name).stat().st_size
+            about_file = (folder / name).stat()
+            found = about_file.st_size
+            if not stat.S_ISREG(about_file.st_mode):
+                return CheckpointError(folder / name, "", "no regular file", f"a file of {size} bytes", _FOREIGN)
         except OSError as error:
             return CheckpointError(folder / name, "", error.strerror, f"a file of {size} bytes")
         if found != size:
@@ -121,6 +134,24 @@ def fault(folder: Path, files: Collection[str] | None = None) -> CheckpointError
                 return CheckpointError(folder / name, "SHA-256", found_hash, hashes[name])
     except OSError as error:
         return CheckpointError(error.filename or folder, "", error.strerror, "a readable file")
+    return None
+
+
+def _wrong_facts(about: dict[str, Any]) -> str | None:
+    """The first field of COMPLETE that no run writes. Its seal needs no key, so anybody may have made it."""
+    sizes, hashes = about["files"], about["sha256"]
+    if not (isinstance(sizes, dict) and isinstance(hashes, dict) and sizes.keys() == hashes.keys()):
+        return "files"
+    for name, size in sizes.items():  # a name with a folder in it would lead a copy to another place
+        if not _FILE.fullmatch(name) or type(size) is not int or size < 0 or not isinstance(hashes[name], str):
+            return f"files: {shown(name)}"
+    for field in ("step", "world_size", "global_batch"):
+        least = 0 if field == "step" else 1
+        if field in about and not (type(about[field]) is int and least <= about[field] <= _MOST[field]):
+            return field
+    versions = about.get("versions", {})
+    if not (isinstance(versions, dict) and all(isinstance(number, str) for number in versions.values())):
+        return "versions"
     return None
 
 

@@ -16,12 +16,13 @@ from slim.geometry import Geometry
 View = Literal["global", "voxel", "both"]
 Kind = Literal["cross_time", "cross_location", "double_cross"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+MOST_CHANNELS, MOST_BLOCKS = 16384, 1024  # far beyond any model: sizes in a file that somebody was given
 
 
 class PredictorSettings(Settings):
-    width: int = Field(192, ge=8, description="channels")
-    depth: int = Field(4, ge=1, description="blocks")
-    heads: int = Field(6, ge=1)
+    width: int = Field(192, ge=8, le=MOST_CHANNELS, description="channels")
+    depth: int = Field(4, ge=1, le=MOST_BLOCKS, description="blocks")
+    heads: int = Field(6, ge=1, le=MOST_CHANNELS)
 
     @model_validator(mode="after")
     def _divides(self) -> PredictorSettings:
@@ -33,19 +34,21 @@ class PredictorSettings(Settings):
 class ModelSettings(Settings):
     """Sizes of the encoder and the predictor; axes are (time, x, y, z) in tokens of one frame and one patch."""
 
-    embed: int = Field(ge=8, description="channels of the first stage; doubled at each stage")
-    heads: int = Field(ge=1, description="heads of the first stage; doubled at each stage")
-    depths: tuple[int, ...] = Field(min_length=1, description="blocks of each stage")
+    embed: int = Field(ge=8, le=MOST_CHANNELS, description="channels of the first stage; doubled at each stage")
+    heads: int = Field(ge=1, le=MOST_CHANNELS, description="heads of the first stage; doubled at each stage")
+    depths: tuple[int, ...] = Field(min_length=1, max_length=8, description="blocks of each stage")
     unit: tuple[int, int, int, int] = Field(description="tokens of a mask unit")
     strides: tuple[tuple[int, int, int, int], ...] = Field(description="pooling at the start of stages 2, 3, ...")
     local_stages: int = Field(2, ge=1, description="stages whose attention stays inside mask units")
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(4.0, gt=0, le=64)
     predictor: PredictorSettings = PredictorSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSettings:
         if min(self.depths) < 1:
             raise ValueError(f"depths of 1 or more, not {min(self.depths)}")
+        if sum(self.depths) > MOST_BLOCKS:
+            raise ValueError(f"depths of at most {MOST_BLOCKS} blocks in all, not {sum(self.depths)}")
         if self.embed % self.heads:
             raise ValueError(f"heads that divide embed: {self.heads} does not divide {self.embed}")
         if self.local_stages > len(self.depths):
@@ -99,8 +102,8 @@ class DataItem(Settings):
 
 
 class WindowSettings(Settings):
-    k: int = Field(8, ge=2, description="windows of a sample")
-    best: int = Field(32, ge=2, description="they are drawn from this many most salient ones")
+    k: int = Field(8, ge=2, le=100_000, description="windows of a sample")
+    best: int = Field(32, ge=2, le=10**6, description="they are drawn from this many most salient ones")
 
     @model_validator(mode="after")
     def _enough(self) -> WindowSettings:
@@ -273,8 +276,8 @@ class HeadSettings(Settings):
     pooling: Literal["cov", "mean", "attentive"] = Field(
         "cov", description="of the tokens of a sample, before a linear map"
     )
-    components: int = Field(3, ge=1, description="principal axes of `cov`")
-    queries: int = Field(4, ge=1, description="learned queries of attentive pooling")
+    components: int = Field(3, ge=1, le=MOST_CHANNELS, description="principal axes of `cov`")
+    queries: int = Field(4, ge=1, le=MOST_CHANNELS, description="learned queries of attentive pooling")
     layer_decay: float | None = Field(
         None, gt=0, le=1, description="learning rate of a block over that of the next; null: 0.75, from scratch 1"
     )

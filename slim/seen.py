@@ -76,9 +76,13 @@ class Seen:
         """From `tree`; ConfigError names `where`."""
         try:
             people, salt, sessions = tree["people"], tree["salt"], tree["sessions"]
-            if not (isinstance(salt, str | None) and all(isinstance(name, str) for name in people)):
+            if not (isinstance(salt, str | None) and isinstance(people, list)):
+                raise TypeError("people that are no list")
+            if not all(isinstance(name, str) for name in people):
                 raise TypeError("people that are no text")
-            return cls(frozenset(people), salt, tuple(int(count) for count in sessions))
+            if not all(type(count) is int and 0 <= count < 2**53 for count in sessions):
+                raise TypeError("sessions that are no counts")
+            return cls(frozenset(people), salt, tuple(sessions))
         except (KeyError, TypeError, ValueError) as error:
             got = f"no list of people ({error!r})"
             raise ConfigError(where, "people", got, "who was seen in training", "Copy the folder again") from None
@@ -95,7 +99,7 @@ class Seen:
             return None
         try:
             tree = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise ConfigError(path, "", f"no JSON ({error})", "who was seen in training") from None
         return cls.from_tree(tree, path)
 

@@ -17,13 +17,18 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 from torch import nn
 
-from shards import layout, remote
-from shards.errors import ConfigError
+from shards import layout
+from shards.contents import check_manifest
+from shards.errors import ConfigError, DatasetError
+from shards.files import printable
+from shards.settings import check
 from slim import checkpoint
 from slim.checkpoint import CheckpointError
 from slim.config import FinetuneSettings, TrainSettings, check_run, load_run
@@ -36,6 +41,48 @@ KINDS = ("encoder", "target")
 _RUN_CONFIG, _RUN_DATA = checkpoint.ABOUT_RUN
 _WHAT = "a run, one of its checkpoints, an exported folder, or OWNER/NAME[@REVISION] on the Hugging Face hub"
 _AGAIN = "Copy or download the folder again"
+_MOST_BYTES = 1 << 28  # of config.json and dataset.json, which hold a hash for everybody seen
+
+
+class _Facts(BaseModel):
+    """What is read of a file that anybody may have written; it may hold more."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class _Tuned(_Facts):
+    task: StrictStr
+    cohorts: tuple[StrictStr, ...]
+    head: StrictStr
+    from_scratch: StrictBool
+
+
+class _Made(_Facts):
+    run: StrictStr
+    step: StrictInt = Field(ge=0)
+    weights: Literal["encoder", "target"]
+    commit: StrictStr
+    versions: dict[StrictStr, StrictStr]
+    training: tuple[dict[StrictStr, Any], ...] = ()
+    finetuned: _Tuned | None = None
+
+
+class _Configuration(_Facts):
+    settings: dict[StrictStr, Any]
+
+
+class _Ranker(_Facts):
+    name: StrictStr
+    extractor: StrictStr | None = None
+    seed: StrictInt = 0
+
+
+class _Data(_Facts):
+    """A manifest, beyond what `shards.contents` asks for."""
+
+    configuration: _Configuration
+    ranker: _Ranker
+    cohorts: tuple[StrictStr, ...]
 
 
 @dataclass(frozen=True)
@@ -94,6 +141,9 @@ def _load(module: nn.Module, path: Path, prefix: str) -> None:
         expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
         if got != expected:
             raise CheckpointError(path, f"{prefix}{name}", got, expected, "These weights are of another configuration")
+        if not bool(torch.isfinite(given[name]).all()):
+            hint = "Do not use these weights: train again with a lower optimizer.lr, or take an earlier checkpoint"
+            raise CheckpointError(path, f"{prefix}{name}", "numbers that are not finite", "finite ones", hint)
     module.load_state_dict(given, strict=True)
 
 
@@ -158,13 +208,14 @@ def _of_run(folder: Path, kind: str) -> Weights:
         "versions": notes | facts["versions"],
     }
     path, prefix, head = found / checkpoint.WEIGHTS, f"{kind}.", None
-    data = json.loads((found / _RUN_DATA).read_text())
+    data = _manifest(_tree(found / _RUN_DATA), found / _RUN_DATA)
+    _check_size(settings, data, path)
     if isinstance(settings, FinetuneSettings):
         made |= _finetuned(path, kind, settings, data)
         prefix, head = f"{checkpoint.BEST}{prefix}", (path, f"{checkpoint.BEST}head.")
-    dataset, extractor = remote.place(settings.data[0].path), run / layout.EXTRACTOR
-    if not extractor.is_dir() and isinstance(dataset, Path):
-        extractor = dataset / layout.EXTRACTOR
+    dataset, extractor = settings.data[0].path, run / layout.EXTRACTOR
+    if not extractor.is_dir() and "://" not in dataset:  # of a run that somebody sent, nothing opens a URL
+        extractor = Path(dataset) / layout.EXTRACTOR
     return Weights(settings, data, made, path, prefix, head, run, run, extractor, None, seen)
 
 
@@ -197,14 +248,16 @@ def _finetuned(path: Path, kind: str, settings: FinetuneSettings, data: dict[str
 
 def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
     listed = _compared(folder)
-    try:
-        about = json.loads((folder / CONFIG).read_text())
-        form = about["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(folder / CONFIG, "", f"unreadable ({error!r})", "an export's config", _AGAIN) from None
-    if form != FORMAT:
-        raise CheckpointError(folder / CONFIG, "format", form, FORMAT, "Export the run with this version")
+    about = _tree(folder / CONFIG)
+    for field in ("format", "made", "settings", "data"):
+        if field not in about:
+            raise CheckpointError(folder / CONFIG, field, "nothing", "an export's config", _AGAIN)
+    if about["format"] != FORMAT:
+        raise CheckpointError(folder / CONFIG, "format", about["format"], FORMAT, "Export the run with this version")
     made = about["made"]
+    check(_Made, made, folder / CONFIG, CheckpointError)
+    if not isinstance(about["settings"], dict):
+        raise CheckpointError(folder / CONFIG, "settings", type(about["settings"]).__name__, "a mapping", _AGAIN)
     if kind not in (None, made["weights"]):
         raise CheckpointError(folder, "weights", made["weights"], kind, f"Export the run with --weights {kind}")
     settings = check_run(about["settings"], folder / CONFIG)
@@ -214,7 +267,71 @@ def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
         raise CheckpointError(folder / SUMS, "", f"no checksum of {HEAD}", "that of a fine-tuned export", _AGAIN)
     paths = (head, folder, Path(f"{name}-results"), folder / EXTRACTOR, image)
     seen = Seen.from_tree(about["seen"], folder / CONFIG) if "seen" in about else None
+    _check_size(settings, _manifest(about["data"], folder / CONFIG), folder / MODEL)
     return Weights(settings, about["data"], made, folder / MODEL, "", *paths, seen)
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is too large, or holds something else.
+    """
+    try:
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise CheckpointError(path, "", f"a file of {size} bytes", f"at most {_MOST_BYTES}", _AGAIN)
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(path, "", f"unreadable ({error!r})", "a JSON object", _AGAIN) from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(path, "", f"unreadable (a {type(tree).__name__})", "a JSON object", _AGAIN)
+    return tree
+
+
+def _manifest(data: Any, where: Path) -> dict[str, Any]:
+    """The manifest (without shards) of the training data, if it is one; else CheckpointError."""
+    if not isinstance(data, dict):
+        raise CheckpointError(where, "data", type(data).__name__, "a manifest without shards", _AGAIN)
+    try:
+        check_manifest({**data, "shards": []}, where)
+    except DatasetError as error:
+        raise CheckpointError(error.where, error.field, error.got, error.expected, _AGAIN) from None
+    check(_Data, data, where, CheckpointError)
+    return data
+
+
+def _check_size(settings: TrainSettings, data: dict[str, Any], path: Path) -> None:
+    """Refuse a model whose weights cannot be in the file: it is found before anything is allocated.
+
+    Raises
+    ------
+    CheckpointError
+        With bytes at least needed and bytes there.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(path, "", error.strerror, "a safetensors file", _AGAIN) from None
+    if (needed := 4 * fewest_parameters(settings, data)) > size:
+        got = f"{size} bytes"
+        raise CheckpointError(
+            path, "", got, f"at least {needed} for the sizes in its settings (model, windows)", _AGAIN
+        )
+
+
+def fewest_parameters(settings: TrainSettings, data: dict[str, Any]) -> int:
+    """Numbers that the encoder of these settings has at the least: its matrices and positions."""
+    model, grid = settings.model, data["grid"]
+    places = math.prod(size // grid["patch"] for size in grid["shape"])
+    count = (places + settings.windows.k * data["windows"]["frames"] + grid["patch"] ** 3) * model.embed
+    for stage, depth in enumerate(model.depths):
+        dim = model.embed * 2**stage
+        count += depth * (2 * dim**2 + 2 * dim * int(dim * model.mlp_ratio))
+    return count
 
 
 def _compared(folder: Path) -> list[str]:
@@ -225,6 +342,8 @@ def _compared(folder: Path) -> list[str]:
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in (MODEL, CONFIG, *listed):
         path = folder / name
+        if "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(folder / SUMS, "", printable(name)[:100], "names inside the folder", _AGAIN)
         if name not in listed:
             raise CheckpointError(folder / SUMS, "", f"no checksum of {name}", "one of every file", _AGAIN)
         if not path.is_file():
