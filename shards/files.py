@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -52,6 +53,17 @@ def has_room(folder: str | os.PathLike[str], size: int = 0) -> bool:
     except (OSError, AttributeError) as error:  # some systems have no such call
         return getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT)
     return True
+
+
+_FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^/\s\"',\]}]+/)+(?=[^/\s\"',\]}])")
+
+
+def without_folders(text: str) -> str:
+    """A text in which of every absolute path only the last part is left: folders name people and machines.
+
+    URLs and relative paths stay.
+    """
+    return _FOLDERS.sub("", text)
 
 
 def is_partial(name: str) -> bool:

@@ -23,6 +23,7 @@ RECENT = 50  # logged steps a warning looks back on
 # Loss of the mean of each place below which targets are that mean up to rounding, and there is no gain to speak of:
 # with one sample a step, the first step's, whose means were taken from itself.
 NOTHING_TO_GAIN = 1e-9
+_LONGEST = 1 << 16  # characters of a line of metrics.jsonl
 _RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
 AVERAGED = (
     "loss",
@@ -129,7 +130,9 @@ class Monitor:
         self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
         self._wandb = None
         if mode != "disabled":
-            os.environ.setdefault("WANDB_SILENT", "true")
+            # neither the machine's name nor the address of a repository, unless these variables ask for them
+            for name, value in (("SILENT", "true"), ("HOST", "-"), ("DISABLE_GIT", "true")):
+                os.environ.setdefault(f"WANDB_{name}", value)
             import wandb
 
             note = folder / WANDB_ID
@@ -202,10 +205,17 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     lines, unreadable = [], 0
     if path.is_file():
         with open(path, errors="replace") as file:
-            for text in file:
+            while text := file.readline(_LONGEST):
                 try:
                     line = json.loads(text)
+                    if not all(map(_is_number, line.values())):
+                        raise ValueError("other values than numbers")
                     lines.append({**line, "step": int(line["step"])})
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                     unreadable += bool(text.strip())
     return lines, unreadable
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is what `Monitor.log` writes: a number a float can hold, or none."""
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)

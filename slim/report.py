@@ -19,6 +19,7 @@ import numpy as np
 
 from shards import html, layout
 from shards.errors import ConfigError, UserError
+from shards.files import without_folders
 from slim import curves, findings
 from slim.answers import Answers
 from slim.checkpoint import facts, folders, is_complete
@@ -32,12 +33,17 @@ Note = tuple[str, str]  # `good`, `look` or `bad`, and a sentence
 _CLEAR = 0.01  # a gain above this is called one
 
 
-def write(run_folder: str | Path) -> Path:
+def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> Path:
     """Write `RUN/report/index.html`.
 
     Parameters
     ----------
     run_folder : str or Path
+    paths : bool
+        Whether the page holds absolute paths whole. Else their last part alone: a page is sent to others.
+    remote : bool
+        Open datasets of the configuration that lie elsewhere (URLs), where the number of steps depends on them. Of a
+        run that somebody sent, they are what its sender chose.
 
     Returns
     -------
@@ -54,8 +60,10 @@ def write(run_folder: str | Path) -> Path:
     if not config.is_file():
         raise ConfigError(folder, "", "no config.yaml", "the folder of a run", "Give the run.out of a pretraining run")
     settings = load_run(config)
+    merged = config.read_text(encoding="utf-8")
+    merged = merged if paths else without_folders(merged)
     lines, unreadable = read_metrics(folder / METRICS)
-    steps = total_steps(settings, folder, lines)
+    steps = total_steps(settings, folder, lines, remote)
     tasks = findings.read_tasks(folder / layout.REPORT / findings.PROBE)
     name, guess, judged = folder.resolve().name, None, learned(lines, is_over(lines, steps))
     if isinstance(settings, FinetuneSettings):
@@ -71,15 +79,19 @@ def write(run_folder: str | Path) -> Path:
             html.section("Looking inside", *findings.explanations(folder / layout.REPORT / findings.EXPLAIN)),
             *curves.sections(settings, lines, guess),
             html.section("Checkpoints", *_checkpoints(folder / "checkpoints")),
-            html.section("Configuration", html.folded("config.yaml, as merged", config.read_text())),
+            html.section("Configuration", html.folded("config.yaml, as merged", merged)),
         )
     path = folder / layout.REPORT / "index.html"
     layout.write_atomically(path, content)
     return path
 
 
-def total_steps(settings: PretrainSettings | FinetuneSettings, folder: Path, lines: Sequence[Line]) -> int | None:
+def total_steps(
+    settings: PretrainSettings | FinetuneSettings, folder: Path, lines: Sequence[Line], remote: bool = False
+) -> int | None:
     """Optimizer steps of the whole run; None where epochs were asked for and the data are out of reach.
+
+    Datasets that lie elsewhere are out of reach, but with `remote`.
 
     The samples of a step are taken from the log: only it knows how many processes there were.
     """
@@ -87,19 +99,27 @@ def total_steps(settings: PretrainSettings | FinetuneSettings, folder: Path, lin
         return settings.run.steps
     if not lines:
         return None
-    per_step = max(1, round(lines[-1]["samples_per_s"] * lines[-1]["seconds"]))
+    product = (lines[-1].get("samples_per_s") or 0) * (lines[-1].get("seconds") or 0)
+    per_step = max(1, round(product)) if math.isfinite(product) else 1
     if isinstance(settings, FinetuneSettings):
         return max(1, math.ceil(settings.run.epochs * len(Answers.read(folder).train) / per_step))
     seen = Seen.read(folder)
     if seen is not None and len(seen.sessions) == len(settings.data):
         return _steps(settings, seen.sessions, per_step)
     try:
+        if not remote and (elsewhere := [item.path for item in settings.data if "://" in item.path]):
+            raise ConfigError(folder, "data", elsewhere[0], "a folder of this machine")
         manifests = [layout.read_manifest(item.path) for item in settings.data]
     except UserError:
         note = folder / "dataset.json"  # written at the start of a run: what its first dataset was
         if len(settings.data) > 1 or not note.is_file():
             return None
-        manifests = [json.loads(note.read_text())]
+        try:
+            manifests = [json.loads(note.read_text())]
+            if not 0 <= int(manifests[0]["sessions"]["train"]) < 2**53:
+                return None
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
     return _steps(settings, [manifest["sessions"]["train"] for manifest in manifests], per_step)
 
 

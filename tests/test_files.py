@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from shards.files import has_room, is_partial, printable, trouble
+from shards.files import has_room, is_partial, printable, trouble, without_folders
 
 RAW = b"\x5c\x01\x00\x00" + bytes(400)  # begins as a NIfTI-1 header does
 CONTENT = {
@@ -80,3 +80,12 @@ def test_room_is_measured_and_leaves_nothing(tmp_path):
     assert not has_room(tmp_path, 2**50)
     assert has_room(tmp_path / "nowhere"), "what is not known is no full disk"
     assert not list(tmp_path.iterdir())
+
+
+def test_of_absolute_paths_the_last_part_is_left():
+    text = (
+        'data: /home/jane/study/shards\nout: runs/a\nurl: https://host/a/b, "/x/y z", /d/d.tsv: ~/k/l ./m/n [/a/b,/c/d]'
+    )
+    assert without_folders(text) == (
+        'data: shards\nout: runs/a\nurl: https://host/a/b, "y z", d.tsv: ~/k/l ./m/n [b,d]'
+    )

@@ -10,6 +10,8 @@ named and the rest goes on (exit status 1). The file, for `numpy.load`, holds
     start      s from the start of the run, of each row's window (--per window)
     tr         s, of each run: TR of the frames that were encoded
     source_tr  s, of each run: TR of the scan, as it was read or stated with --tr
+    keys       names of the runs
+    sources    their files: of an absolute path the last part, all of it with --paths
     places     flat places of the cells, with --pooling location: those that hold brain in all runs given here
     answers    of fine-tuned weights, a row for each run: the probability of each of `classes`, or the value
     classes    their names
@@ -47,6 +49,7 @@ def main() -> int:
     parser.add_argument("--tr", type=float, metavar="S", help="where the header is wrong")
     parser.add_argument("--dummy", metavar="N", default="auto", help="volumes dropped at the start (default: found)")
     parser.add_argument("--orientation", metavar="LAS", help="of files whose header has none")
+    parser.add_argument("--paths", action="store_true", help="keep absolute paths whole in the file")
     args = parser.parse_args()
     masks = _each(args.mask, "--mask", len(args.runs), shared=True)
     tables = _each(args.confounds, "--confounds", len(args.runs), shared=False)
@@ -58,6 +61,7 @@ def main() -> int:
     import numpy as np
     import torch
 
+    from shards.files import without_folders
     from shards.layout import atomically, dump
     from shards.session import assumptions
     from slim.brain import SlimBrain
@@ -65,6 +69,7 @@ def main() -> int:
     from slim.pooling import check_fixed, common_places, vectors
 
     check_fixed(args.per, args.pooling)
+    shown = str if args.paths else without_folders  # the file is sent to others
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SlimBrain.from_pretrained(args.weights).to(device)
     sources, found, refused = [], [], []
@@ -91,7 +96,7 @@ def main() -> int:
     if not found:
         summary(facts, "nothing was written: correct the runs above, or give others", args.json)
         return REFUSED
-    arrays: dict[str, Any] = {"keys": [item.key for item in found], "sources": sources}
+    arrays: dict[str, Any] = {"keys": [item.key for item in found], "sources": [*map(shown, sources)]}
     arrays |= {name: np.array([getattr(item, name) for item in found]) for name in ("tr", "source_tr")}
     facts |= {"TR": _trs(arrays["tr"], arrays["source_tr"]), "assumed": assumed}
     facts |= {name: arrays[name].tolist() for name in ("tr", "source_tr")}
@@ -123,7 +128,7 @@ def main() -> int:
         "versions": {"slim-brain": __version__, **{name: version(name) for name in ("torch", "numpy")}},
     }
     with atomically(args.out) as file:
-        np.savez(file, **arrays, about=dump(about))
+        np.savez(file, **arrays, about=shown(dump(about)))
     count, length = arrays["vectors"].shape
     facts |= {"out": str(args.out), "vectors": count, "length": length, "per": args.per, "step": model.step}
     summary(facts, f"numpy.load('{args.out}')['vectors'], float32 {count} x {length}", args.json)

@@ -2,7 +2,8 @@
 
     python tools/report.py DATASET_OR_RUN
 
-A dataset is told by its manifest.json, a run by its config.yaml. It may be called while a run goes on.
+A dataset is told by its manifest.json, a run by its config.yaml. It may be called while a run goes on. A run's page
+opens no URL of its configuration, which somebody else may have written, unless --data asks for it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from shards.errors import ConfigError
 def main() -> int:
     parser = Parser(__doc__.splitlines()[0], "python tools/report.py runs/quickstart/pretrain")
     parser.add_argument("folder", type=Path, metavar="DATASET_OR_RUN", help="a dataset's folder, or a run's")
+    parser.add_argument("--paths", action="store_true", help="the page of a run holds absolute paths whole")
+    parser.add_argument(
+        "--data",
+        action="store_true",
+        help="open the URLs of a run's configuration, to count its steps",
+    )
     args = parser.parse_args()
     folder = args.folder
     if (folder / layout.MANIFEST).is_file():
@@ -26,7 +33,7 @@ def main() -> int:
         from slim import report  # imports torch, which a dataset's page does without
         from slim.config import FinetuneSettings, load_run
 
-        kind, path = "run", report.write(folder)
+        kind, path = "run", report.write(folder, args.paths, remote=args.data)
         following = f"open {path}, then python tools/probe.py {folder} --data DATASET --task TASK.yaml"
         if isinstance(load_run(folder / "config.yaml"), FinetuneSettings):
             following = f"open {path}; its scores stand in the report of finetune.py"
