@@ -18,6 +18,7 @@ _SECONDS = {0: 1.0, 8: 1.0, 16: 1e-3, 24: 1e-6}  # s per unit of time: unknown, 
 CODES = {0: "unknown", 1: "scanner", 2: "aligned", 3: "Talairach", 4: "MNI152"}  # of qform and sform
 MNI = 4
 _PAIR = {".hdr": ".img", ".img": ".hdr"}
+_COUNTED = 32 << 20  # bytes: before more are taken for one volume, the packed ones are counted
 _MOST_PACKED = 1100  # gzip packs no more than 1032 to 1
 _HINT = "Write the image again with the software it came from, or leave it out"
 
@@ -88,12 +89,26 @@ def _size(image: nib.Nifti1Pair) -> tuple[str, str, str] | None:
     there = path.stat().st_size
     packed = path.name.lower().endswith((".gz", ".bz2"))
     if needed <= there * (_MOST_PACKED if packed else 1):
-        return None
+        single = math.prod(map(int, image.shape[3:])) == 1  # masks and labels, which are read at once
+        if not (packed and single and needed > _COUNTED) or (there := _unpacked(path, needed)) >= needed:
+            return None
     size, volume = "x".join(map(str, image.shape)), math.prod(map(int, image.shape[:3])) * proxy.dtype.itemsize
     frame = max(there - int(proxy.offset), 0) // volume
     ends = f"it ends in frame {frame} of {math.prod(image.shape[3:])}, " if len(image.shape) > 3 and not packed else ""
     got = f"an incomplete file: {ends}{there} bytes for {size} voxels of {proxy.dtype}"
     return "data", got, f"a complete file of {needed} bytes"
+
+
+def _unpacked(path: Path, most: int) -> int:
+    """Bytes that a packed file holds, counted up to `most`."""
+    count = 0
+    try:
+        with nib.openers.ImageOpener(str(path)) as file:
+            while count < most and (piece := file.read(1 << 20)):
+                count += len(piece)
+    except Exception:  # a damaged stream: what came before it
+        pass
+    return count
 
 
 def _field_at_fault(path: Path) -> tuple[str, str, str] | None:

@@ -195,3 +195,20 @@ def test_computed_masks(inputs: int, tmp_path: Path) -> None:
 @counts
 def test_labels(inputs: int, tmp_path: Path) -> None:
     hold(inputs, images(labels()), partial(read_parcels, tmp_path))
+
+
+def test_a_header_that_promises_more_than_the_file_unpacks_to_takes_no_memory(sound: Bold, tmp_path: Path) -> None:
+    """Half a megabyte of noise whose header promises 400."""
+    header = nib.Nifti1Header()
+    header.set_data_shape((1000, 1000, 400))
+    header.set_data_dtype(np.uint8)
+    header.set_sform(AFFINE, 4)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    path = tmp_path / "mask.nii.gz"
+    noise = np.random.default_rng(0).bytes(500_000)
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(4) + noise))
+    run = replace(sound, run=replace(sound.run, mask=path))
+    for call in (partial(find_mask, run, SETTINGS), partial(read_labels, path, GRID)):
+        told = answer(call, path.stat().st_size)
+        assert isinstance(told, RunRefused | ConfigError)
+        assert "an incomplete file" in told.line() and "500352 bytes for 1000x1000x400" in told.line()
