@@ -1,7 +1,7 @@
 # make quickstart   set-up from nothing, then the whole pipeline on a small synthetic cohort: runs/quickstart/
 # make test         set-up from nothing, then the tests
 # make test-slurm   those on a real SLURM of two nodes, which needs its packages
-# make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills
+# make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills, 10 000 damaged inputs
 # make test-oldest  the tests with the oldest dependencies that pyproject.toml admits; make test-newest: with the newest
 # make slurm        as root: the SLURM packages of Debian
 # make experiments  does pretraining learn? many hours of two cores: runs/experiments/tables.md
