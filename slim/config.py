@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shards.errors import ConfigError
+from shards.passwords import keep
 from shards.settings import Settings, check, override, read_yaml
 from slim.geometry import Geometry
 
@@ -99,6 +100,11 @@ PRESETS: dict[str, ModelSettings] = {
 class DataItem(Settings):
     path: str = Field(description="folder of a dataset, or its URL (https://..., s3://...)")
     weight: float = Field(1.0, gt=0, description="times a session appears in an epoch, on average")
+
+    @field_validator("path")
+    @classmethod
+    def _without_password(cls, value: str) -> str:
+        return keep(value)  # settings are written into runs, checkpoints and pages
 
 
 class WindowSettings(Settings):
@@ -202,6 +208,11 @@ class RunSettings(Settings):
         """Optimizer steps of the run, where an epoch has so many samples and so many processes share them."""
         samples = self.batch * self.accumulate * processes
         return self.steps or max(1, math.ceil(self.epochs * per_epoch / samples))
+
+    @field_validator("change", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("keep_every")
     @classmethod
