@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 import signal
@@ -16,17 +17,19 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from shards.errors import Stopped, UserError, is_full
 from shards.files import printable
+from shards.passwords import hidden
 
 DONE, REFUSED, WRONG, RESUME = 0, 1, 2, 3
 CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
 _LONGEST = 500  # characters of the message of an exception
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_AWAY = (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)  # of network file systems
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # long work saves and ends
 
 
@@ -55,7 +58,76 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], int]) -> None:
     """Run a command and exit with its status; see `status_of`."""
-    sys.exit(status_of(main))
+    _in_utf8()
+    with lasting_output():
+        status = status_of(main)
+    sys.exit(status)
+
+
+def _in_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode where the locale is another one, such as ASCII.
+
+    Names of files and arguments keep their bytes; files of text, and what other programs print, are UTF-8.
+    """
+    if sys.flags.utf8_mode or sys.getfilesystemencoding().lower() in ("utf-8", "utf8"):
+        return
+    os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+class _Lasting:
+    """A stream that drops what nobody reads any more: the work goes on when `| head` or the terminal has gone."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF):
+            raise error
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Have prints succeed where stdout or stderr is closed, its reader gone, or its encoding lacks a character."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file that is opened would be taken for this stream
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    former = sys.stdout, sys.stderr
+    for name, stream in zip(("stdout", "stderr"), former, strict=True):
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Lasting(stream))
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # told by `status_of`
+                stream.flush()
+        if None not in former:
+            sys.stdout, sys.stderr = former
 
 
 def status_of(main: Callable[[], int]) -> int:
@@ -95,6 +167,13 @@ def _failed(error: Exception) -> int:
     if is_full(error):
         print(f"stopped: no space left for {place}; make room, then call the same command again", file=sys.stderr)
         return RESUME
+    if isinstance(error, OSError) and error.errno in _AWAY:
+        print(f"stopped: {place}: {error.strerror}; call the same command again when it is back", file=sys.stderr)
+        return RESUME
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        expected = "names of at most 255 bytes, and a path of at most 4095. Choose a shorter name"
+        print(f"error: {place[:_LONGEST]}: got a name that is too long, expected {expected}", file=sys.stderr)
+        return WRONG
     if isinstance(error, OSError) and error.errno in _FORBIDDEN and named is not None:
         expected = "a file that can be read, or a folder that can be written. Check its permissions"
         print(f"error: {place}: got {error.strerror}, expected {expected}", file=sys.stderr)
@@ -113,9 +192,9 @@ def crashed(error: BaseException, folder: Path | None = None) -> str:
         Where the file is written; by default the working folder. Where that is not possible, the folder of temporary
         files.
     """
-    message = " ".join(printable(str(error)).split())
+    message = hidden(" ".join(printable(str(error)).split()))
     message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ..."
-    text = "".join(traceback.format_exception(error))
+    text = hidden("".join(traceback.format_exception(error)))
     found = "no file could be written for the traceback"
     for place in (folder or Path(), Path(tempfile.gettempdir())):
         try:
@@ -141,11 +220,11 @@ def summary(facts: dict[str, Any], next_step: str, as_json: bool, titles: Mappin
     }
     width = max((len(name) for name in shown), default=0)
     for name, value in shown.items():
-        print(f"  {name:<{width}}  {printable(str(value))}")
+        print(f"  {name:<{width}}  {hidden(printable(str(value)))}")
     if next_step:
-        print(f"next: {printable(next_step)}")
+        print(f"next: {hidden(printable(next_step))}")
     if as_json:
-        print(json.dumps(facts, default=str))
+        print(hidden(json.dumps(facts, default=str)))
 
 
 def duration(seconds: float) -> str:
