@@ -18,6 +18,7 @@ from shards.errors import ConfigError, UserError
 from shards.files import printable, trouble
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
+_ZEROS = re.compile(r"0[0-9_]+", re.ASCII)
 _LONGEST_PATH = 2000
 _SHOWN = 200  # characters of a value in an error
 
@@ -102,6 +103,9 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             parsed = yaml_tree.parse(value)
         except yaml_tree.TreeError as error:
             raise ConfigError("command line", shown(key), f"{shown(value)} ({error})", "a YAML value") from None
+        # YAML 1.1 reads 001 as a number; people mean a name, and a field that is a number takes its text, too.
+        if isinstance(parsed, int | float) and _ZEROS.fullmatch(value.strip()):
+            parsed = value.strip()
         # YAML 1.1 reads 1e-3 as text; people mean the number.
         if isinstance(parsed, str) and _NUMBER.fullmatch(parsed):
             parsed = float(parsed)

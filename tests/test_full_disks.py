@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from shards.layout import atomically, write_atomically
+from slim.config import load_config
 
 _MOUNT = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
 mounts = pytest.mark.skipif(
@@ -102,3 +103,9 @@ def test_a_locale_of_ascii_takes_all_names(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == b"line 0 \\xe4\\xf6\\xfc\n1 file\n"
     assert (tmp_path / "größer" / "ö").exists()
+
+
+def test_a_run_may_be_called_001() -> None:
+    words = ["data=data", "run.out=001", "run.steps=0012", "optimizer.lr=0.001"]
+    settings = load_config(ROOT / "configs" / "pretrain" / "tiny.yaml", words)
+    assert (settings.run.out, settings.run.steps, settings.optimizer.lr) == ("001", 12, 0.001)
