@@ -58,12 +58,12 @@ def read_recipe(data: dict[str, Any], where: str | Path, extractor: Path | None,
     try:
         tree = {name: tree[name] for name in SessionSettings.model_fields}
         image_of = tree["parcels"]["image"]
-        ranker = {name: data["ranker"][name] for name in ("name", "extractor", "seed")}
+        stated = {name: data["ranker"][name] for name in ("name", "extractor", "seed")}
         named = image_of is None or all(isinstance(image_of[name], str) for name in ("name", "sha256"))
     except (KeyError, TypeError) as error:
         got = f"no recipe ({type(error).__name__}: {error})"
         raise ConfigError(where, "data", got, "the settings of a conversion") from None
-    if not named or not all(isinstance(ranker[name], str | None) for name in ("name", "extractor")):
+    if not named or not all(isinstance(stated[name], str | None) for name in ("name", "extractor")):
         raise ConfigError(where, "data", "names that are no text", "the settings of a conversion")
     if tree["parcels"]["image"] is not None:
         labels = _image(tree["parcels"]["image"], where, image)
