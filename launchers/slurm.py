@@ -35,6 +35,7 @@ from launchers.script import probe
 from shards.console import DONE, RESUME, WRONG, Parser, run, summary
 from shards.errors import ConfigError
 from shards.layout import write_atomically
+from shards.passwords import hidden
 from shards.settings import check, read_yaml
 from slim.config import TrainSettings, load_config
 
@@ -192,7 +193,7 @@ class Asked:
             "command": command,
             "then": then,
         }
-        write_atomically(out / SLURM / submitted.JOB, json.dumps(about, indent=1) + "\n")
+        write_atomically(out / SLURM / submitted.JOB, hidden(json.dumps(about, indent=1)) + "\n")
         return {"job": number, **cluster, "run": str(out), "processes": settings.run.processes, "log": str(log)}
 
 

@@ -11,6 +11,7 @@ import errno
 from pathlib import Path
 
 from shards.files import printable
+from shards.passwords import hidden
 
 _LONGEST = 1000  # characters of each part of a message: files can hold anything
 
@@ -39,7 +40,7 @@ class UserError(Exception):
         field, got, expected, hint = (_cut(part) for part in (self.field, self.got, self.expected, self.hint))
         place = f"{self.where}: {field}" if field else self.where
         text = f"{place}: got {got}, expected {expected}"
-        return printable(" ".join(f"{text}. {hint}".split() if hint else text.split()))
+        return hidden(printable(" ".join(f"{text}. {hint}".split() if hint else text.split())))
 
     def __reduce__(self):  # worker processes send these back by pickle
         return type(self), (self.where, self.field, self.got, self.expected, self.hint)

@@ -17,6 +17,7 @@ from fsspec.utils import merge_offset_ranges
 from upath import UPath
 
 from shards.errors import DatasetError, SampleCorrupt
+from shards.passwords import keep, options
 from shards.span import Span
 
 _TOGETHER = 16  # requests for sizes at the same time
@@ -35,10 +36,12 @@ def place(folder: str | Path | UPath) -> Path | UPath:
     """
     if "://" not in str(folder):
         return Path(str(folder))
+    if not isinstance(folder, UPath):
+        folder = keep(str(folder))
     if "::" in str(folder):
         raise DatasetError(str(folder), "protocol", "a chain (::)", "a single one, such as https or s3")
     try:
-        found = folder if isinstance(folder, UPath) else UPath(folder)
+        found = folder if isinstance(folder, UPath) else UPath(folder, **options(str(folder)))
         found.fs  # noqa: B018 (imports the package of the protocol)
     except ImportError as error:
         raise DatasetError(
