@@ -266,7 +266,7 @@ def status(folder: Path) -> tuple[dict[str, Any], str]:
     if "error" in ended:
         return facts | {"error": ended["error"], "failed": ended.get("failed", [])}, f"look at {log}; {going_on}"
     if all(map(_are_over, found.values())):
-        said = last_error(log.read_text(errors="replace").splitlines()) if log.exists() else ""
+        said = last_error(log.read_text(encoding="utf-8", errors="replace").splitlines()) if log.exists() else ""
         return facts | {"error": said or "the jobs ended without a word"}, going_on
     return facts, f"python launchers/slurm.py cancel {folder} stops it; what is finished stays"
 
@@ -316,7 +316,7 @@ def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
         return DONE
     log, ended = folder / part.PLACE / f"pack-{jobs['pack']}.log", part.outcome(folder, "pack")
     if log.exists():
-        sys.stderr.write(log.read_text(errors="replace"))
+        sys.stderr.write(log.read_text(encoding="utf-8", errors="replace"))
     facts |= {"status": ended.get("status", RESUME), "failed": ended.get("failed", []), **ended.get("facts", {})}
     following = ended.get("next") or f"look at {folder / part.PLACE}; the same command goes on"
     summary(facts, following, as_json)

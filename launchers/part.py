@@ -54,13 +54,13 @@ def hand_on(conversion: Conversion, tasks: int) -> list[list[str]]:
 
 def tasks_of(dataset: Path) -> list[list[str]]:
     """Keys of the runs of each task."""
-    return json.loads((dataset / PLACE / _TASKS).read_text())
+    return json.loads((dataset / PLACE / _TASKS).read_text(encoding="utf-8"))
 
 
 def outcome(dataset: Path, name: str) -> dict[str, Any]:
     """How a job, `extractor`, `pack` or the number of a task, ended; empty where it has not, or could not say."""
     try:
-        return json.loads((dataset / PLACE / _OUTCOME / f"{name}.json").read_text())
+        return json.loads((dataset / PLACE / _OUTCOME / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return {}
 
@@ -128,7 +128,7 @@ def _why(dataset: Path, name: str, stage: str, suffix: str) -> str:
     jobs = submitted(dataset)["jobs"]
     logs = [dataset / PLACE / f"{stage}-{jobs[job]}{suffix}.log" for job in (stage, again(stage))]
     logs = [log for log in logs if log.exists()]
-    said = last_error(logs[-1].read_text(errors="replace").splitlines()) if logs else ""
+    said = last_error(logs[-1].read_text(encoding="utf-8", errors="replace").splitlines()) if logs else ""
     why = outcome(dataset, name).get("error") or said or "it ended without a word"
     return f"{why} (see {logs[-1]})" if logs else why
 
@@ -146,7 +146,7 @@ def submitted(dataset: Path) -> dict[str, Any]:
     FileNotFoundError
         Where no job was submitted.
     """
-    return json.loads((dataset / PLACE / JOB).read_text())
+    return json.loads((dataset / PLACE / JOB).read_text(encoding="utf-8"))
 
 
 def main() -> int:

@@ -124,7 +124,7 @@ def status(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
         if code == DONE:
             following = about["then"]
         else:
-            wrong = last_error(log.read_text(errors="replace").splitlines()) if log.exists() else ""
+            wrong = last_error(log.read_text(encoding="utf-8", errors="replace").splitlines()) if log.exists() else ""
             found["error"] = wrong or found["last_end"] or "the job ended without a word"
             following = f"look at {log}; `{' '.join(['python', *about['command']])}` goes on"
     return {name: value for name, value in found.items() if value is not None}, following

@@ -192,7 +192,7 @@ def _not_ignored(root: Path, files: list[Name]) -> tuple[list[Name], list[str]]:
     path = root / ".bidsignore"
     if not path.is_file():
         return files, []
-    spec = GitIgnoreSpec.from_lines(path.read_text(errors="replace").split("\n"))
+    spec = GitIgnoreSpec.from_lines(path.read_text(encoding="utf-8", errors="replace").split("\n"))
     kept = [name for name in files if not spec.match_file(name.path.relative_to(root).as_posix())]
     ignored = len(files) - len(kept)
     return kept, [f"{ignored} images are left out by .bidsignore"] if ignored else []

@@ -133,7 +133,7 @@ class Conversion:
         self.resume(alone=True)
         stamp = self.work / "configuration"
         if stamp.exists():
-            self._same_configuration(stamp.read_text().strip())
+            self._same_configuration(stamp.read_text(encoding="utf-8").strip())
 
     def resume(self, alone: bool) -> None:
         """Read what the folder holds of an earlier conversion; `hold` comes first.

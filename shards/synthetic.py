@@ -535,7 +535,7 @@ def _check_folder(root: Path, cohort: SyntheticCohort) -> None:
     if all(path.name.endswith(".tmp") for path in root.iterdir()):
         return
     try:
-        old = json.loads((root / "truth.json").read_text())
+        old = json.loads((root / "truth.json").read_text(encoding="utf-8"))
         was = old["parameters"] | {"recipe": old["recipe"]} if old["generator"] == GENERATOR else None
     except (OSError, ValueError, KeyError, TypeError):
         was = None

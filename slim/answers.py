@@ -46,7 +46,7 @@ class Answers:
         """Raises ConfigError where tools/finetune.py has left none."""
         path = folder / ANSWERS
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(path, "", error, "the answers that tools/finetune.py writes", "Start it again") from None
 

@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shards.errors import Stopped, UserError, is_full
-from shards.files import has_room, printable
+from shards.files import has_room, printable, share
 from shards.layout import dump, sync_folder, write_atomically
 from shards.settings import shown
 from slim.seen import SEEN
@@ -106,7 +106,7 @@ def fault(folder: Path, files: Collection[str] | None = None) -> CheckpointError
     try:
         if path.stat().st_size > _MOST_BYTES:
             return CheckpointError(path, "", "a file that is too large", f"at most {_MOST_BYTES} bytes")
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text(encoding="utf-8"))
         sealed = about.pop(_SEAL) == _seal(about)
         sizes, hashes = about["files"], about["sha256"]
         if sealed and (wrong := _wrong_facts(about)):
@@ -167,7 +167,7 @@ def newest(checkpoints: Path) -> Path | None:
 
 def facts(folder: Path) -> dict[str, Any]:
     """What COMPLETE says."""
-    return json.loads((folder / COMPLETE).read_text())
+    return json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
 
 
 def save(
@@ -211,6 +211,7 @@ def save(
         engine.save_checkpoint(str(checkpoints), tag=folder.name, client_state=state, save_latest=False)
         if rank == 0:
             save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+            share(folder / WEIGHTS)
             for name in ABOUT_RUN:
                 shutil.copyfile(checkpoints.parent / name, folder / name)
             if (checkpoints.parent / SEEN).is_file():  # fine-tunings of weights of version 0.1 have none
@@ -313,7 +314,7 @@ def prune(checkpoints: Path, keep: int, every: int | None, spared: Collection[Pa
     Incomplete and damaged ones go, too; `spared` ones stay, and so do copies and links that somebody made. The newest
     complete one is that which `latest` names: what is newer was refused when the run went on.
     """
-    latest = (checkpoints / LATEST).read_text().strip()
+    latest = (checkpoints / LATEST).read_text(encoding="utf-8").strip()
     own = [folder for folder in folders(checkpoints) if not folder.is_symlink() and not _is_copy(folder)]
     complete = [folder for folder in own if folder.name <= latest and is_complete(folder)]
     kept = {*complete[:keep], *spared}

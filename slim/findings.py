@@ -279,7 +279,7 @@ def explanations(folder: Path) -> list[str]:
     parts = []
     for path in sorted(folder.glob("*.json")):
         try:
-            facts = json.loads(path.read_text())
+            facts = json.loads(path.read_text(encoding="utf-8"))
             drawn = [path.with_name(f"{path.stem}{ending}.png").read_bytes() for ending in ("", "_windows")]
             parts += _explanation(path.stem, facts, *drawn)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -115,7 +115,7 @@ def total_steps(
         if len(settings.data) > 1 or not note.is_file():
             return None
         try:
-            manifests = [json.loads(note.read_text())]
+            manifests = [json.loads(note.read_text(encoding="utf-8"))]
             if not 0 <= int(manifests[0]["sessions"]["train"]) < 2**53:
                 return None
         except (ValueError, TypeError, KeyError, RecursionError):

@@ -353,13 +353,15 @@ def keep(folder: Path, text: str, begun: Path | None, told: list[str]) -> None:
     own = kept(folder)
     if begun is not None and not own:
         for path in kept(begun.parents[1]).values():  # of the mirror
-            write_atomically(folder / CONFIGS / path.name, path.read_text())
+            write_atomically(folder / CONFIGS / path.name, path.read_text(encoding="utf-8"))
         if not kept(folder):  # an earlier version kept the last one only
             note = f"{_NOTE}kept at step {step}; the first step it was used in is not known\n"
-            write_atomically(folder / CONFIGS / f"{tag(0)}.yaml", note + (begun / "config.yaml").read_text())
+            write_atomically(
+                folder / CONFIGS / f"{tag(0)}.yaml", note + (begun / "config.yaml").read_text(encoding="utf-8")
+            )
         own = kept(folder)
     before = [path for first, path in own.items() if first <= step]
-    is_new = not before or _without_notes(before[-1].read_text()) != text
+    is_new = not before or _without_notes(before[-1].read_text(encoding="utf-8")) != text
     for first, path in own.items():
         if first > step or (first == step and is_new):  # the steps it was used for are done again now
             numbers = [int(one.name.split(".")[1]) for one in path.parent.glob(f"{path.stem}.[0-9]*.yaml")]

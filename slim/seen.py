@@ -98,7 +98,7 @@ class Seen:
         if not path.is_file():
             return None
         try:
-            tree = json.loads(path.read_text())
+            tree = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError, OSError) as error:
             raise ConfigError(path, "", f"no JSON ({error})", "who was seen in training") from None
         return cls.from_tree(tree, path)

@@ -115,7 +115,7 @@ class Skipped:
 
     def _write(self, step: int, lines: list[tuple[str, str]]) -> None:
         if dist.get_rank() == 0:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 for key, reason in lines:
                     file.write(json.dumps({"step": step, "key": key, "reason": reason}) + "\n")
 

@@ -192,7 +192,7 @@ class Extractor:
                 hint = "Give a folder written by Extractor.save, or leave it out to train a new extractor"
                 raise ConfigError(folder / name, "", "no such file", "a trained extractor", hint)
         try:
-            stored = json.loads((folder / CONFIG_FILE).read_text())
+            stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             checksum = stored.pop("checksum")
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             got = f"unreadable ({error!r})"

@@ -199,7 +199,9 @@ def _of_run(folder: Path, kind: str) -> Weights:
         raise fault
     seen = Seen.read(found if own else run)
     # what the launcher wrote above the configuration: `# commit HASH`, `# numpy 2.4.6`, ...
-    notes = dict(re.findall(r"^# (commit|\w+(?= \d+\.)) (\S+)$", (found / _RUN_CONFIG).read_text(), re.MULTILINE))
+    notes = dict(
+        re.findall(r"^# (commit|\w+(?= \d+\.)) (\S+)$", (found / _RUN_CONFIG).read_text(encoding="utf-8"), re.MULTILINE)
+    )
     made = {
         "run": _name(run.resolve(), settings),
         "step": facts["step"],
@@ -338,7 +340,7 @@ def _compared(folder: Path) -> list[str]:
     """Names of the files of an export, after the bytes of each were compared with its checksum."""
     if not (folder / SUMS).is_file():
         raise CheckpointError(folder / SUMS, "", "no such file", "the checksums of an export", _AGAIN)
-    lines = (folder / SUMS).read_text(errors="replace").splitlines()
+    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in (MODEL, CONFIG, *listed):
         path = folder / name

@@ -109,3 +109,22 @@ def test_the_oldest_versions_that_are_tested_are_the_lower_bounds() -> None:
         bounds[requirement.name] = min(Version(part.version) for part in requirement.specifier if part.operator == ">=")
     torch = bounds.pop("torch")  # other builds of it are large: the tested one stands for all
     assert torch <= tested.pop("torch") and tested == bounds
+
+
+def test_files_of_text_are_utf8_whatever_the_locale() -> None:
+    """Without an encoding Python takes that of the locale, which in a job or a container may be ASCII."""
+    for package in sorted(MAY_IMPORT):
+        for path in (ROOT / package).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(call, ast.Call) and not any(word.arg == "encoding" for word in call.keywords):
+                    assert not opens_text(call), f"{path}:{call.lineno}"
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call is `open` of a file of text, `Path.read_text` or `Path.write_text`."""
+    if isinstance(call.func, ast.Name):
+        mode = call.args[1] if len(call.args) > 1 else None
+        return call.func.id == "open" and not (isinstance(mode, ast.Constant) and "b" in mode.value)
+    # `remote.read_text` is this project's own.
+    owner = getattr(getattr(call.func, "value", None), "id", "")
+    return getattr(call.func, "attr", "") in ("read_text", "write_text") and owner != "remote"

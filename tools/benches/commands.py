@@ -134,7 +134,7 @@ def pretrain(words: list[str], folder: Path) -> Pretraining:
             command("tools/pretrain.py", *words, f"run.out={folder}", **KEEP_FREED)
         finally:
             ended.set()
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     used = watching.result()
     if len(used) != len(lines):
         raise CommandFailed(
@@ -143,7 +143,7 @@ def pretrain(words: list[str], folder: Path) -> Pretraining:
     for line, before, after in zip(lines[1:], used, used[1:], strict=False):
         line["cpu"] = after - before
     latest = checkpoints / "latest"
-    files = (checkpoints / latest.read_text().strip()).rglob("*")
+    files = (checkpoints / latest.read_text(encoding="utf-8").strip()).rglob("*")
     found = Pretraining(
         lines,
         (latest.stat().st_mtime_ns - metrics.stat().st_mtime_ns) / 1e9,
@@ -162,7 +162,7 @@ def _cpu_at_lines(metrics: Path, ended: threading.Event) -> list[float]:
             new = metrics.read_bytes().count(b"\n") - len(used)
             if new:
                 stat = stat or _writer(metrics) / "stat"
-                user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+                user, system = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
                 used += [(int(user) + int(system)) / os.sysconf("SC_CLK_TCK")] * new
     return used
 

@@ -203,7 +203,7 @@ class Experiments:
 
     def rank(self, trial: Trial) -> float:
         """Effective rank of the context's features over the last tenth of the logged steps."""
-        lines = (self.out / "runs" / trial.name / "metrics.jsonl").read_text().splitlines()
+        lines = (self.out / "runs" / trial.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         values = [json.loads(line)["context_rank"] for line in lines]
         return float(np.mean(values[-max(1, len(values) // 10) :]))
 
