@@ -66,6 +66,17 @@ def without_folders(text: str) -> str:
     return _FOLDERS.sub("", text)
 
 
+def share(path: str | os.PathLike[str]) -> None:
+    """Give a file the mode that any new file gets (umask), where a library made it for this user alone."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            umask = next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
+    except (OSError, StopIteration):  # elsewhere it can be read by setting it only
+        umask = os.umask(0o077)
+        os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
 def is_partial(name: str) -> bool:
     """Whether a name is that of a hidden file (`._*` of macOS among them) or of a download that has not ended."""
     return name.startswith(".") or name.lower().endswith(PARTIAL)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shards.files import share
 from shards.layout import atomically
 from shards.reader import Samples
 from slim import checkpoint
@@ -216,6 +217,7 @@ def write_start(folder: Path, tensors: dict[str, Tensor]) -> str:
     """Write RUN/start.safetensors; its hash."""
     with atomically(folder / START) as file:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file.name)
+        share(file.name)
     return file_hash(folder / START)
 
 

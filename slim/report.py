@@ -145,7 +145,7 @@ def _lead(lines: Sequence[Line], steps: int | None) -> str:
     over = min(len(lines), RECENT)
     of = f" of {steps}" if steps else ""
     learned = "" if gain is None else f"; gain {gain:+.4f} (mean of the last {over} logged steps)"
-    return f"Step {last['step']}{of}, epoch {last['epoch']}; last loss {loss}{learned}."
+    return f"Step {last['step']}{of}, epoch {last.get('epoch', 'unknown')}; last loss {loss}{learned}."
 
 
 def is_over(lines: Sequence[Line], steps: int | None) -> bool:

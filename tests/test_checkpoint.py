@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -58,6 +59,9 @@ def test_complete_lists_everything(saved: Path) -> None:
     assert {*about["files"], COMPLETE} == {path.name for path in saved.iterdir()}
     assert (saved.parent / LATEST).read_text() == "step-00000007\n"
     assert checkpoint.fault(saved) is None and checkpoint.newest(saved.parent) == saved
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in saved.iterdir()} == {0o666 & ~umask}
 
 
 @settings(deadline=None, max_examples=60)
