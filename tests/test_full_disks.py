@@ -109,3 +109,25 @@ def test_a_run_may_be_called_001() -> None:
     words = ["data=data", "run.out=001", "run.steps=0012", "optimizer.lr=0.001"]
     settings = load_config(ROOT / "configs" / "pretrain" / "tiny.yaml", words)
     assert (settings.run.out, settings.run.steps, settings.optimizer.lr) == ("001", 12, 0.001)
+
+
+@mounts
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        ("-o ro", 2, "error: /mnt/new: --out: got a folder that cannot be written (Read-only file system)"),
+        ("-o size=64k", 3, "stopped: no space left for /mnt/new; make room, then call the same command again"),
+    ],
+)
+def test_where_results_cannot_go_is_told_before_the_work(options: str, status: int, said: str) -> None:
+    words = [sys.executable, "tools/embed.py", "WEIGHTS", "run.nii.gz", "--out", "/mnt/new/vectors.npz"]
+    shell = f'mount -t tmpfs {options} none /mnt && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", shell, "bash", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == status
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == 1

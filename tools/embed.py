@@ -28,6 +28,7 @@ from typing import Any
 
 from shards.console import DONE, REFUSED, Parser, progress, run, summary
 from shards.errors import ConfigError, DatasetError, RunRefused
+from shards.room import require_room
 from slim import __version__
 
 
@@ -57,6 +58,8 @@ def main() -> int:
     stated = {"space": args.space, "tr": args.tr, "dummy": dummy, "orientation": args.orientation}
     if args.out.suffix != ".npz":
         raise ConfigError("command line", "--out", args.out, "a name that ends with .npz")
+
+    require_room(args.out.parent, "--out")
 
     import numpy as np
     import torch

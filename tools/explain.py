@@ -15,6 +15,7 @@ from pathlib import Path
 from shards.console import DONE, Parser, progress, run, summary
 from shards.errors import ConfigError
 from shards.reader import Dataset
+from shards.room import require_room
 from slim.events import read as read_events
 from slim.task import find_cases, load_task
 
@@ -99,6 +100,7 @@ def main() -> int:
         "weights": model.made["weights"],
     }
     out = args.out or model.results / "report" / explanation.FOLDER
+    require_room(out, "--out")
     explained = explanation.explain(model, dataset, task, cases, asked, features, output, args.start)
     events = None
     if states is not None and states.events is not None:

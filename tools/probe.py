@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shards.console import DONE, Parser, progress, run, summary
 from shards.errors import ConfigError
 from shards.reader import Dataset
+from shards.room import require_room
 from slim.seen import Person
 from slim.splits import Split
 from slim.task import Cases, Task, find_cases, load_task, make_splits
@@ -94,6 +95,8 @@ def main() -> int:
     def score(task: Task, case: Cases, split: list[list[Split]], name: str, method: probe.Method) -> None:
         scored[task.name].setdefault(name, []).append(probe.score_and_permute(task, case, split, method))
 
+    out = args.out or ours.results / "report"
+    require_room(out, "--out")
     for name, model in models:  # one after another: features of all sessions are large
         features = {}
         with progress(f"encode, {name}", len(sessions), "sessions") as advance:
@@ -124,7 +127,6 @@ def main() -> int:
             "weights": ours.made["weights"],
             "subjects_seen_in_pretraining": None if seen is None else len(seen.intersection(case.subjects)),
         }
-    out = args.out or ours.results / "report"
     report = probe.write_report(out, results, facts)
     for task in tasks:
         _table(task.name, results[task.name], facts[task.name])

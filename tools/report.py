@@ -13,6 +13,7 @@ from pathlib import Path
 from shards import layout, page
 from shards.console import DONE, Parser, run, summary
 from shards.errors import ConfigError
+from shards.room import require_room
 
 
 def main() -> int:
@@ -26,6 +27,8 @@ def main() -> int:
     )
     args = parser.parse_args()
     folder = args.folder
+    if folder.is_dir():
+        require_room(folder / "report", "report")
     if (folder / layout.MANIFEST).is_file():
         kind, path = "dataset", page.write(folder)
         following = f"open {path}, then python tools/pretrain.py CONFIG.yaml data={folder}"
