@@ -18,6 +18,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as functional
+from pydantic import Field
 from torch import Tensor, nn
 
 from shards.settings import Settings
@@ -88,15 +89,21 @@ class ExtractorConfig(Settings):
     `frames` of a window, parcels of a `group`, `crop`: the longest stretch of windows seen at once.
     """
 
-    frames: int
-    group: int = 9
-    width: int = 64
-    depth: int = 3
-    heads: int = 4
-    crop: int = 30
+    frames: int = Field(ge=1, le=10_000)
+    group: int = Field(9, ge=1, le=10_000)
+    width: int = Field(64, ge=1, le=16384)
+    depth: int = Field(3, ge=1, le=1024)
+    heads: int = Field(4, ge=1, le=1024)
+    crop: int = Field(30, ge=1, le=100_000)
     steps: int
     seed: int
     runs: int
+
+    @property
+    def fewest_parameters(self) -> int:
+        """Numbers of the extractor at the least: its matrices, and the reach of its heads."""
+        values = self.group * self.frames
+        return self.depth * (16 * self.width**2 + self.heads * (2 * self.crop - 1)) + 2 * values * self.width
 
 
 def _attend(qkv_NLC: Tensor, heads: int, bias: Tensor | None) -> Tensor:

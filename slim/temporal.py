@@ -198,6 +198,12 @@ class Extractor:
             got = f"unreadable ({error!r})"
             raise ConfigError(folder / CONFIG_FILE, "", got, "an extractor's config") from None
         config = check(ExtractorConfig, stored, folder / CONFIG_FILE)
+        size, needed = (folder / WEIGHTS_FILE).stat().st_size, 4 * config.fewest_parameters
+        if size < needed:  # before a model of these sizes is made
+            expected = f"the weights that {CONFIG_FILE} describes, at least {needed} bytes"
+            raise ConfigError(folder / WEIGHTS_FILE, "", f"{size} bytes", expected)
+        if config.width % config.heads:
+            raise ConfigError(folder / CONFIG_FILE, "heads", config.heads, f"a divisor of width, {config.width}")
         try:
             extractor = cls(config)
             extractor.model.load_state_dict(load_tensors((folder / WEIGHTS_FILE).read_bytes()))

@@ -259,6 +259,13 @@ def test_files_that_do_not_belong_together_are_refused_in_one_line(extractor, tm
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "width": 32}))
     refused("expected the weights that")
+    for sizes in ({"depth": 1000000}, {"width": 10**9}, {"frames": 0}, {"crop": 10**9}):
+        (folder / "config.json").write_text(json.dumps({**config, **sizes}))
+        refused(f"{next(iter(sizes))}: got")
+    (folder / "config.json").write_text(json.dumps({**config, "depth": 1000, "width": 16384}))
+    refused(r"got \d+ bytes, expected the weights that config.json describes, at least \d+ bytes")
+    (folder / "config.json").write_text(json.dumps({**config, "heads": 3}))
+    refused("heads: got 3, expected a divisor")
     (folder / "config.json").write_text(json.dumps({**config, "seed": 12}))
     refused("checksum")
     (folder / "config.json").write_text(json.dumps({**config, "colour": "red"}))
