@@ -75,15 +75,17 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
         if model.head is not None:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in model.head.state_dict().items()}
             (temporary / HEAD).write_bytes(save_tensors(tensors, {"format": "pt"}))
-        (temporary / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        (temporary / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if recipe.ranker.extractor is not None:
             recipe.ranker.extractor.save(temporary / EXTRACTOR)
         if (image := recipe.settings.parcels.image) is not None:
             (temporary / PARCELS).mkdir()
             shutil.copyfile(image, temporary / PARCELS / image.name)
         names = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
-        (temporary / SUMS).write_text("".join(f"{sha256(temporary / name)}  {name}\n" for name in names))
-        (temporary / CARD).write_text(card(about))
+        (temporary / SUMS).write_text(
+            "".join(f"{sha256(temporary / name)}  {name}\n" for name in names), encoding="utf-8"
+        )
+        (temporary / CARD).write_text(card(about), encoding="utf-8")
         for path in temporary.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as file:
