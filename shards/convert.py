@@ -42,7 +42,7 @@ from shards.session import (
 )
 from shards.settings import Settings, digest
 from shards.split import Person, SplitSettings, assign, read_table, write_table
-from shards.workers import end_with_parent
+from shards.workers import end_with_parent, why_no_workers
 
 S = TypeVar("S")
 
@@ -458,6 +458,8 @@ class Conversion:
         """Run `convert` over runs in worker processes; a refused run is written down and the rest goes on."""
         if not runs:
             return
+        if (why := why_no_workers()) is not None:
+            raise ConfigError("/dev/shm", "", why, "shared memory", "In a container: docker run --shm-size=1g")
         context = multiprocessing.get_context("spawn")
         # One thread per process: the processes are the parallelism, and sums come out the same at any worker count.
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

@@ -66,5 +66,5 @@ def why_no_workers() -> str | None:
     try:
         multiprocessing.get_context("spawn").Lock()
     except (OSError, ImportError) as error:
-        return f"no semaphores ({getattr(error, 'strerror', None) or error}): is there a /dev/shm that can be written?"
+        return f"no semaphores ({getattr(error, 'strerror', None) or error}), which lie in it"
     return None

@@ -68,7 +68,7 @@ class Loader:
     ):
         self._stopped = stopped
         if workers and (why := why_no_workers()):
-            warn(f"{why} Batches are loaded by the training process itself, which takes longer")
+            warn(f"{_SHARED}: {why}: batches are loaded by the training process itself, which takes longer")
             workers = 0
         if not workers:
             stream.load = Sent(stream.load)
@@ -104,7 +104,7 @@ class Loader:
             if (name := self._stopped()) is not None:
                 told = now if told is None else told
                 if now - told >= _GRACE.get(name, _LONG_GRACE):
-                    raise Stopped(f"{name} came while waiting for data; resume from the last complete checkpoint")
+                    raise Stopped(f"{name} came while waiting for data")
             if now - asked > _PATIENCE:
                 why = "a loading process is stuck, or the file system of the dataset does not answer"
                 raise Stopped(f"no batch came in {_PATIENCE / 60:.0f} minutes: {why}")
