@@ -18,9 +18,10 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.layout import write_atomically
 from slim import checkpoint
-from slim.monitor import METRICS, WANDB_ID
+from slim.monitor import METRICS
 from slim.seen import SEEN
 from slim.skipping import SKIPPED
+from slim.tracking import WANDB_ID
 
 CHECKPOINTS = "checkpoints"
 _SMALL = (*checkpoint.ABOUT_RUN, SEEN, METRICS, SKIPPED, WANDB_ID)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import uuid
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.layout import write_atomically
+from slim.tracking import Tracking
 
 METRICS = "metrics.jsonl"
-WANDB_ID = "wandb/id"
 RECENT = 50  # logged steps a warning looks back on
 # Loss of the mean of each place below which targets are that mean up to rounding, and there is no gain to speak of:
 # with one sample a step, the first step's, whose means were taken from itself.
@@ -127,35 +125,16 @@ class Monitor:
             lines = [line for line in read_metrics(self.path)[0] if line["step"] <= start_step]
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
             self.recent.extend(lines[-RECENT:])
-        self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
-        self._wandb = None
-        if mode != "disabled":
-            # neither the machine's name nor the address of a repository, unless these variables ask for them
-            for name, value in (("SILENT", "true"), ("HOST", "-"), ("DISABLE_GIT", "true")):
-                os.environ.setdefault(f"WANDB_{name}", value)
-            import wandb
-
-            note = folder / WANDB_ID
-            note.parent.mkdir(exist_ok=True)
-            if not note.exists():
-                note.write_text(uuid.uuid4().hex[:12])
-            self._wandb = wandb.init(
-                project="slim-brain",
-                name=folder.name,
-                id=note.read_text().strip(),
-                resume="allow",
-                dir=str(folder),
-                mode=mode,
-                config=config,
-            )
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._tracking = None if mode == "disabled" else Tracking(folder, mode, config)
 
     def log(self, line: dict[str, Any]) -> None:
         """Write one step."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self.recent.append(line)
-        if self._wandb is not None:
-            self._wandb.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+        if self._tracking is not None:
+            self._tracking.log(line)
 
     def warnings(self) -> dict[str, str]:
         """See `warnings_of`, on the most recent lines."""
@@ -164,8 +143,8 @@ class Monitor:
     def close(self) -> None:
         """Close file and wandb run."""
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._tracking is not None:
+            self._tracking.close()
 
 
 def warnings_of(lines: list[dict[str, Any]]) -> dict[str, str]:
@@ -204,7 +183,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Lines of a metrics file, and how many could not be read: a kill may cut the last one in two."""
     lines, unreadable = [], 0
     if path.is_file():
-        with open(path, errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             while text := file.readline(_LONGEST):
                 try:
                     line = json.loads(text)
