@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shards.errors import ConfigError
 from shards.passwords import keep
-from shards.settings import Settings, check, override, read_yaml
+from shards.settings import PathText, Settings, check, override, read_yaml
 from slim.geometry import Geometry
 
 View = Literal["global", "voxel", "both"]
@@ -180,7 +181,7 @@ class ZeroSettings(Settings):
 
 
 class RunSettings(Settings):
-    out: str
+    out: PathText
     seed: int = Field(0, ge=0)
     steps: int | None = Field(None, ge=1, description="optimizer steps; null: `epochs`")
     epochs: float = Field(40, gt=0)
@@ -191,7 +192,7 @@ class RunSettings(Settings):
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps")
     keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
     keep_every: int | None = Field(None, ge=1, description="steps: checkpoints of every so many are kept, too")
-    mirror: str | None = Field(None, description="second folder, to which checkpoints are copied meanwhile")
+    mirror: PathText | None = Field(None, description="second folder, to which checkpoints are copied meanwhile")
     damaged: float = Field(0.01, ge=0, le=1, description="share of the training sessions that may be damaged")
     not_finite: int = Field(10, ge=0, description="steps in a row that may be skipped for a loss that is not finite")
     max_seconds: float | None = Field(None, gt=0, description="stop and save after this many seconds")
@@ -345,6 +346,6 @@ def _model(name: str, path: str | Path) -> ModelSettings:
     if name in PRESETS:
         return PRESETS[name]
     for candidate in (Path(name), Path(path).parent / name):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # also of names that no system looks up
             return check(ModelSettings, read_yaml(candidate), candidate)
     raise ConfigError(path, "model", name, f"{', '.join(PRESETS)}, or a YAML file")

@@ -220,3 +220,14 @@ def test_paths_of_events_have_plain_fields(text: str, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({**TASKS[4], "events": {"path": text}}))
     told = answer(lambda: load_task(path), 1000)
     assert isinstance(told, ConfigError) and "and no other fields" in told.line()
+
+
+def test_a_model_whose_name_no_system_looks_up(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for name in ("9" * 5000, "a\0b"):
+        path.write_text(yaml.safe_dump({**PRETRAIN[1], "model": name}))
+        with pytest.raises(ConfigError, match=r"model: got .*, expected published, lean, large, tiny, or a YAML file"):
+            load_config(path, ["data=d", "run.out=o"])
+    path.write_text(yaml.safe_dump(PRETRAIN[1]))
+    with pytest.raises(ConfigError, match=r"run\.out: got .*, expected a path of at most"):
+        load_config(path, ["data=d", "run.out=" + "x" * 300])
