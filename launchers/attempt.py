@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import job
-from shards.console import DONE, RESUME, WRONG, status_of
+from shards.console import DONE, RESUME, WRONG, lasting_output, status_of
 from shards.errors import ConfigError, Stopped, UserError
 
 AGAIN = 75  # sysexits' EX_TEMPFAIL: the job is to be requeued
@@ -50,7 +50,8 @@ def begin(run: Path) -> None:
             "Ask for other numbers of nodes, or another run.batch",
         )
     changes = {"processes": processes, "accumulate": accumulate}
-    prepare_run(settings.model_copy(update={"run": settings.run.model_copy(update=changes)}))
+    with job.while_away(settings):  # a mount that is gone for a moment does not end a job for good
+        prepare_run(settings.model_copy(update={"run": settings.run.model_copy(update=changes)}))
     shutil.rmtree(_outcomes(), ignore_errors=True)
     _outcomes().mkdir()
     _note(run, event="began", nodes=os.environ["SLURM_JOB_NODELIST"], processes=processes)
@@ -103,14 +104,14 @@ def end(run: Path, most: int) -> int:
 def attempts(run: Path, number: str | None = None) -> list[dict[str, Any]]:
     """What has been noted of the attempts of a job, oldest first; of all jobs of the run without a number."""
     path = run / ATTEMPTS
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     return [line for line in lines if number in (None, line["job"])]
 
 
 def newest_checkpoint(run: Path) -> str | None:
     """Name of the newest complete checkpoint of a run."""
     try:
-        return (run / "checkpoints" / "latest").read_text().strip()
+        return (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
 
@@ -134,7 +135,7 @@ def _note(run: Path, **facts: Any) -> None:
         "checkpoint": newest_checkpoint(run),
         **facts,
     }
-    with open(run / ATTEMPTS, "a") as file:
+    with open(run / ATTEMPTS, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -154,4 +155,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    job.leave(status_of(main))
+    with lasting_output():
+        job.leave(status_of(main))

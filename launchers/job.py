@@ -17,19 +17,22 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shards.console import CRASHED, DONE, RESUME, STOPPING, WRONG, crashed
-from shards.errors import ConfigError, Stopped, UserError, is_full
+from shards.console import CRASHED, DONE, RESUME, STOPPING, WRONG, crashed, lasting_output
+from shards.errors import ConfigError, DatasetError, Stopped, UserError, is_full
+from shards.reader import away
+from shards.workers import remove_sockets
 
 if TYPE_CHECKING:
     from slim.config import TrainSettings
     from slim.course import Course
 
-_GOES_ON = "the same command goes on from the last complete checkpoint"
 STORE = "SLIM_STORE"  # variable that names the file by which processes of one machine meet
+_LAST = 600.0  # seconds to end a step and save without a launcher
 # glibc gives freed memory back to the system and asks for it anew, thousands of times a step; keeping it
 # made a CPU step of the published geometry 14 times faster on a virtual machine with slow page faults (batch 4).
 KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
@@ -73,7 +76,8 @@ def work(config: Path) -> dict[str, Any]:
 
     from slim.trainer import Trainer
 
-    course = open_course(settings)
+    with while_away(settings):
+        course = open_course(settings)
     device = torch.device("cpu")
     if on_gpu:
         local = int(os.environ["LOCAL_RANK"])
@@ -106,14 +110,32 @@ def open_course(settings: TrainSettings) -> Course:
     return Pretraining(settings)
 
 
+@contextmanager
+def while_away(settings: TrainSettings) -> Iterator[None]:
+    """Stopped, in place of a `DatasetError`, where a dataset of a run that was started cannot be reached at present."""
+    try:
+        yield
+    except DatasetError:
+        for data in settings.data:
+            if (why := away(data.path)) is not None:
+                raise Stopped(f"{why}; when it is back, call the same command again") from None
+        raise
+
+
 def stop_with_parent() -> None:
-    """Ask this process to stop, as a signal would, once the launcher is gone (killed, perhaps)."""
+    """Ask this process to stop, as a signal would, once the launcher is gone (killed, perhaps).
+
+    It ends at once while nothing listens for signals yet, and after a while if it cannot come to an end by itself.
+    """
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_LAST)
+        os._exit(RESUME)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -138,19 +160,33 @@ def main(config: Path) -> int:
             result["stopped"] = f"no space left for {getattr(error, 'filename', None) or config}; make room"
     result["ended"] = time.time()
     if mine.parent.is_dir():  # it went with the launcher
-        mine.write_text(json.dumps(result))
+        mine.write_text(json.dumps(result), encoding="utf-8")
     return int(result["status"])
 
 
 def outcome(folder: Path, rank: int) -> dict[str, Any]:
     """How a process ended; empty where it has not, or could not say."""
     try:
-        return json.loads((folder / f"{rank}.json").read_text())
+        return json.loads((folder / f"{rank}.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return {}
 
 
-def judge(folder: Path, processes: int, codes: Mapping[int, int] | None = None) -> dict[str, Any]:
+def what_next(run: Path | None) -> str:
+    """What the same command would do after a failure, by the checkpoints and the configuration of a run."""
+    if run is None or (run / "checkpoints" / "latest").exists():
+        with suppress(UserError):
+            from slim.config import load_run
+
+            if run is not None and load_run(run / "config.yaml").run.resume == "never":
+                return "with run.resume=auto the same command goes on from the last complete checkpoint"
+        return "the same command goes on from the last complete checkpoint"
+    return "no checkpoint was complete yet: the same command begins at step 0, with run.resume=auto"
+
+
+def judge(
+    folder: Path, processes: int, codes: Mapping[int, int] | None = None, run: Path | None = None
+) -> dict[str, Any]:
     """What has become of a job whose processes have all ended.
 
     Parameters
@@ -160,6 +196,8 @@ def judge(folder: Path, processes: int, codes: Mapping[int, int] | None = None) 
     processes : int
     codes : mapping of int to int, optional
         By rank, exit status (negative: signal) of those that ended by themselves, or by somebody else's hand.
+    run : Path, optional
+        Whose checkpoints say what the same command would do.
 
     Returns
     -------
@@ -182,17 +220,18 @@ def judge(folder: Path, processes: int, codes: Mapping[int, int] | None = None) 
         if not results[rank]:
             how = f"status {code}" if code >= 0 else signal.Signals(-code).name
             hint = ": was the machine out of memory?" if code == -signal.SIGKILL else ""
-            raise Stopped(f"process {rank} died ({how}{hint}); {_GOES_ON}")
+            raise Stopped(f"process {rank} died ({how}{hint}); {what_next(run)}")
     crashed = sorted((result["ended"], rank) for rank, result in enumerate(results) if result.get("status") == CRASHED)
     for _, rank in crashed:
         if "stopped" in results[rank]:
-            raise Stopped(f"process {rank}: {results[rank]['stopped']}")
+            why = results[rank]["stopped"]
+            raise Stopped(f"process {rank}: {why}{'' if 'same command' in why else f'; {what_next(run)}'}")
     for _, rank in crashed:
         print(results[rank]["error"], file=sys.stderr)
-        raise Stopped(f"process {rank} failed (above); {_GOES_ON}")
+        raise Stopped(f"process {rank} failed (above); {what_next(run)}")
     for rank, result in enumerate(results):
         if not result:
-            raise Stopped(f"process {rank} died; {_GOES_ON}")
+            raise Stopped(f"process {rank} died; {what_next(run)}")
     del results[0]["ended"]
     return {**results[0], "status": max(result["status"] for result in results)}
 
@@ -213,10 +252,13 @@ class Told(UserError):
 
 def leave(status: int) -> NoReturn:
     """Exit at once: threads of gloo and wandb can abort an ordinary exit after all work is done."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    remove_sockets()
     os._exit(status)
 
 
 if __name__ == "__main__":
-    leave(main(Path(sys.argv[1])))
+    with lasting_output():
+        leave(main(Path(sys.argv[1])))

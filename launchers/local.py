@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from launchers import job
+from launchers import environment, job
 from shards.console import RESUME, STOPPING
 from shards.errors import ConfigError
 from shards.layout import EXTRACTOR, dump, write_atomically
@@ -129,12 +129,12 @@ def git_commit(source: Path = Path(__file__)) -> str:
     """
     source = source.resolve()
     # Git would otherwise look at the repository that these name, as they do while one of its hooks runs.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    without_git = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(source.parent), *words]
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=True, env=environment
+            command, capture_output=True, text=True, timeout=20, check=True, env=without_git
         ).stdout.strip()
 
     try:
@@ -181,7 +181,13 @@ def run(config: Path, processes: int) -> dict[str, Any]:
             subprocess.Popen(
                 [sys.executable, "-m", "launchers.job", str(config)],
                 start_new_session=True,
-                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), **({} if rank else handed_on)},
+                env={
+                    **environment.without_launchers(),
+                    **common,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    **({} if rank else handed_on),
+                },
                 pass_fds=() if rank or held is None else (held,),
             )
             for rank in range(processes)
@@ -199,7 +205,7 @@ def run(config: Path, processes: int) -> dict[str, Any]:
                 if child.poll() != 0:
                     _end_group(child)
         ended = {rank: code for rank, code in codes.items() if code is not None}
-        return job.judge(Path(outcome), processes, ended)
+        return job.judge(Path(outcome), processes, ended, config.parent)
 
 
 def _pass_on(children: list[subprocess.Popen], number: int) -> None:

@@ -150,7 +150,7 @@ def status_of(main: Callable[[], int]) -> int:
         print(f"stopped: {printable(str(stop))}", file=sys.stderr)
         status = RESUME
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; call the same command again", file=sys.stderr)
         status = RESUME
     except BrokenPipeError:  # `command | head`: nobody reads on, which is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

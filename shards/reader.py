@@ -15,7 +15,7 @@ import numpy as np
 from upath import UPath
 
 from shards import contents, layout, remote
-from shards.errors import DatasetError, SampleCorrupt
+from shards.errors import DatasetError, SampleCorrupt, Stopped
 from shards.grid import Grid
 from shards.span import LocalSpan
 
@@ -91,7 +91,19 @@ class Dataset:
         ------
         SampleCorrupt
             If its bytes cannot be read; the message names shard and key.
+        Stopped
+            If the whole dataset cannot be reached any more.
         """
+        try:
+            return self._read(session, names, windows)
+        except SampleCorrupt:
+            if (why := away(self.folder)) is not None:
+                raise Stopped(f"{why}; call the same command again when it is back") from None
+            raise
+
+    def _read(
+        self, session: dict[str, Any], names: Iterable[str] | None, windows: Iterable[int] | None
+    ) -> dict[str, np.ndarray]:
         path = self.folder / layout.SHARDS / session["shard"]
         where = f"{path} ({session['key']})"
         if isinstance(path, UPath):
@@ -106,3 +118,14 @@ class Dataset:
             raise SampleCorrupt(where, "", error.strerror or "unreadable", "a shard") from None
         with io.BufferedReader(span, 1 << 16) as file:
             return layout.unpack(file, where, names, windows)
+
+
+def away(folder: str | Path | UPath) -> str | None:
+    """Why a dataset cannot be reached at present, as its mount or its server is away; None where it can."""
+    try:
+        with (remote.place(folder) / layout.MANIFEST).open("rb") as file:
+            file.read(1)
+    except Exception as error:  # of any kind, where it lies elsewhere
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        return f"the dataset {folder} cannot be reached ({reason})"
+    return None

@@ -34,6 +34,8 @@ _PATIENCE = 1800.0  # seconds a loading process may take for a batch before it c
 _POLL = 1.0  # seconds between looks at whether the run is to stop
 _GRACE = {signal.SIGTERM.name: 5.0, signal.SIGINT.name: 5.0}  # seconds for a batch after a signal that ends a process
 _LONG_GRACE = 60.0  # after one that comes well before the end
+_INTERRUPTED = "{} came while waiting for data"
+_waiting = False  # for a batch, in this process
 _WORKERS_HINT = "lower run.workers or run.batch, or give the machine more memory"
 
 
@@ -91,6 +93,14 @@ class Loader:
         return self
 
     def __next__(self) -> Any:
+        global _waiting
+        _waiting = True
+        try:
+            return self._next()
+        finally:
+            _waiting = False
+
+    def _next(self) -> Any:
         asked, told = time.monotonic(), None
         while True:
             try:
@@ -104,10 +114,24 @@ class Loader:
             if (name := self._stopped()) is not None:
                 told = now if told is None else told
                 if now - told >= _GRACE.get(name, _LONG_GRACE):
-                    raise Stopped(f"{name} came while waiting for data")
+                    raise Stopped(_INTERRUPTED.format(name))
             if now - asked > _PATIENCE:
                 why = "a loading process is stuck, or the file system of the dataset does not answer"
                 raise Stopped(f"no batch came in {_PATIENCE / 60:.0f} minutes: {why}")
+
+
+def limit_wait(name: str) -> None:
+    """In the handler of a signal: end a wait for data that does not look for signals by itself.
+
+    A loading process that was stopped in the midst of a batch leaves the one that trains in a read without a limit.
+    """
+
+    def ring(*_: object) -> None:
+        if _waiting:
+            raise Stopped(_INTERRUPTED.format(name))
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, _GRACE.get(name, _LONG_GRACE) + 2 * _POLL, _POLL)
 
 
 def _died(error: str) -> str:

@@ -86,12 +86,14 @@ class Tracking:
 
 def _has_key(wandb: Any) -> bool:
     # Asked for first: at a terminal wandb would wait for one to be typed in.
-    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
         return bool(wandb.login(prompt=False))
     except TypeError:  # before 0.31
         return bool(wandb.api.api_key)
+    except Exception:  # one that the server does not take: told by `init`
+        return True
 
 
 def _reason(error: Exception) -> str:

@@ -190,6 +190,7 @@ class Trainer:
     def _catch_signals(self) -> None:
         def remember(number: int, _frame: Any) -> None:
             self._stop = signal.Signals(number).name
+            loading.limit_wait(self._stop)
 
         for number in STOPPING:
             signal.signal(number, remember)

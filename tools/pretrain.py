@@ -29,9 +29,10 @@ def main() -> int:
     if result["finished"]:
         following = f"python tools/probe.py {out} --data {settings.data[0].path} --task TASK.yaml"
     else:
+        again = "with run.resume=auto " if settings.run.resume == "never" else ""
         following = (
             f"stopped by {result['stopped']} at step {result['step']} of {result['steps']}; "
-            "the same command goes on from there"
+            f"{again}the same command goes on from there"
         )
     summary(facts, following, args.json)
     return status
