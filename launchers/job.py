@@ -174,14 +174,15 @@ def outcome(folder: Path, rank: int) -> dict[str, Any]:
 
 def what_next(run: Path | None) -> str:
     """What the same command would do after a failure, by the checkpoints and the configuration of a run."""
-    if run is None or (run / "checkpoints" / "latest").exists():
-        with suppress(UserError):
-            from slim.config import load_run
+    from slim.config import load_run
 
-            if run is not None and load_run(run / "config.yaml").run.resume == "never":
-                return "with run.resume=auto the same command goes on from the last complete checkpoint"
-        return "the same command goes on from the last complete checkpoint"
-    return "no checkpoint was complete yet: the same command begins at step 0, with run.resume=auto"
+    again = "the same command goes on from the last complete checkpoint"
+    if run is None:
+        return again
+    with suppress(UserError):
+        if load_run(run / "config.yaml").run.resume == "never":
+            again = f"with run.resume=auto {again}"
+    return again if (run / "checkpoints" / "latest").exists() else f"{again}: there is none yet, so from step 0"
 
 
 def judge(
