@@ -216,7 +216,7 @@ def test_a_run_goes_on_with_another_batch_after_the_samples_it_has_consumed(comm
             f"run.steps={steps}",
             f"run.batch={batch}",
             f"run.workers={workers}",
-            *("run.wandb=disabled", "loss.sig_samples=1"),
+            *("run.wandb=disabled", "loss.sig_samples=1", "run.extend=constant"),
         )
         assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
