@@ -29,7 +29,7 @@ from shards.errors import UserError
 
 ALLOWANCE = 64 << 20  # bytes, beside three times the input
 SECONDS = 5  # of this process
-HARD_SECONDS = 300  # of the clock, on a machine that does other work
+HARD_SECONDS = 900  # of the clock, for a hundred inputs, on a machine that does other work
 SLOW = int(os.environ.get("SLIM_FUZZ", "1000"))  # inputs of a target in `make test-slow`
 # SLIM_FUZZ_RAW=1 shows the first input that fails as it is, where making it smaller takes long
 PHASES = [Phase.generate] if os.environ.get("SLIM_FUZZ_RAW") else [Phase.generate, Phase.shrink]
@@ -64,8 +64,7 @@ def bounded(size: int) -> Iterator[None]:
         raise Hung(f"more than {SECONDS} s")
 
     before = signal.signal(signal.SIGPROF, stop)
-    faulthandler.dump_traceback_later(HARD_SECONDS, exit=True)
-    tracing = tracemalloc.is_tracing()
+    tracing = tracemalloc.is_tracing()  # `hold` starts it once: another thread may allocate while it starts or stops
     if not tracing:
         tracemalloc.start()
     tracemalloc.reset_peak()
@@ -76,7 +75,6 @@ def bounded(size: int) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
-        faulthandler.cancel_dump_traceback_later()
         _, peak = tracemalloc.get_traced_memory()
         if not tracing:
             tracemalloc.stop()
@@ -109,9 +107,19 @@ def hold(inputs: int, strategy: st.SearchStrategy[Any], target: Callable[[Any], 
     )
     @given(strategy)
     def run(value: Any) -> None:
+        nonlocal tried
+        if tried % 100 == 0:  # what hangs outside of Python hears no alarm: the process ends
+            faulthandler.dump_traceback_later(HARD_SECONDS, exit=True)
+        tried += 1
         target(value)
 
-    run()
+    tried = 0
+    tracemalloc.start()
+    try:
+        run()
+    finally:
+        tracemalloc.stop()
+        faulthandler.cancel_dump_traceback_later()
 
 
 @st.composite
