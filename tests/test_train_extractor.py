@@ -25,15 +25,19 @@ def parcels_alone(folder: Path, splits: list[str], frames: int = 5, seed: int = 
     """A dataset whose samples hold parcels and nothing else, all of them the same ones."""
     rng = np.random.default_rng(seed)
     data = layout.pack({"roi": rng.standard_normal((12, 60)), "roi_centre": rng.uniform(-60, 60, (12, 3))})
+    same = {"cohort": "lab", "labels": {}, "tr": 0.72, "n_kept": 0, "zarr_size": len(data)}
     sessions = [
-        {"key": f"lab{seed}_sub-{n:04}", "cohort": "lab", "subject": str(n), "split": split, "zarr_size": len(data)}
-        for n, split in enumerate(splits)
+        {"key": f"lab{seed}_sub-{n:04}", "subject": str(n), "split": split, **same} for n, split in enumerate(splits)
     ]
     writer.pack(
         folder,
         sessions,
         [],
-        {"format": layout.FORMAT, "windows": {"frames": frames}},
+        {
+            "format": layout.FORMAT,
+            "windows": {"frames": frames},
+            "grid": {"mm": 16, "shape": [16, 16, 16], "patch": 4, "centre_mm": [0, 0, 0]},
+        },
         10**8,
         lambda line: (b"{}", data),
         lambda count, note: None,
