@@ -57,7 +57,7 @@ class _Manifest(_Facts):
 class _Session(_Facts):
     """A line of `sessions.jsonl`, as far as reading and probing need it."""
 
-    key: StrictStr = Field(min_length=1, max_length=1000)
+    key: StrictStr = Field(max_length=255, pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9._+-]*$")  # names files of results
     cohort: StrictStr
     subject: StrictStr
     split: StrictStr

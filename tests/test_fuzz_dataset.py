@@ -278,3 +278,13 @@ def test_what_is_no_manifest(text: str, small: Path) -> None:
     (small / layout.SESSIONS).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DatasetError, match=r"^[^\n]*$"):
         layout.read_lines(small / layout.SESSIONS)
+
+
+@pytest.mark.parametrize("key", ["../../victim", "/etc/passwd", "..", ".hidden", "a/b", "a\nb", "", "k" * 256])
+def test_a_key_that_would_name_a_file_elsewhere_is_refused(key, dataset, tmp_path):
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    first, *rest = layout.read_lines(copy / layout.SESSIONS)
+    layout.write_atomically(copy / layout.SESSIONS, layout.dump_lines([{**first, "key": key}, *rest]))
+    with pytest.raises(DatasetError, match=r"sessions\.jsonl: line 1: key: got ") as caught:
+        Dataset(copy)
+    assert "\n" not in caught.value.line()
