@@ -7,9 +7,11 @@ A label may hold hyphens, which BIDS forbids and many datasets have. What is lef
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +55,7 @@ _SHORT = (
     "desc",
 )
 _EXTENSION = "extension"
+_SETTLED = 2 * 10**9  # ns after which a change of a folder shows in its time, on coarse file systems too
 _LEAST = ("desc", "res", "den", "space", "cohort")  # entities of derivatives: they make no other scan
 
 
@@ -111,8 +114,8 @@ def sidecars(bold: Path) -> list[Path]:
     found, top = [own], top_folder(bold)
     for folder in bold.parents:
         here = []
-        for path in folder.glob("*bold.json"):
-            other = parse(path)
+        for other in _descriptions(folder):
+            path = other.path
             fits = other.entities.items() <= name.entities.items() and other.suffix == name.suffix
             if fits and path != own and not path.name.startswith("."):
                 here.append((-len(other.entities), path))
@@ -120,6 +123,30 @@ def sidecars(bold: Path) -> list[Path]:
         if folder == top:
             break
     return found
+
+
+def _descriptions(folder: Path) -> tuple[Name, ...]:
+    """The `*bold.json` of a folder.
+
+    The folder of a dataset is asked about for each of its runs, many times over, and may hold thousands of entries: it
+    is listed again only once it has changed.
+    """
+    try:
+        changed = folder.stat().st_mtime_ns
+    except OSError:
+        return ()
+    if time.time_ns() - changed < _SETTLED:  # the next change may get the same time
+        return _listed_descriptions(folder)
+    return _descriptions_since(folder, changed)
+
+
+def _listed_descriptions(folder: Path) -> tuple[Name, ...]:
+    return tuple(parse(path) for path in folder.glob("*bold.json"))
+
+
+@lru_cache(maxsize=1024)
+def _descriptions_since(folder: Path, changed: int) -> tuple[Name, ...]:
+    return _listed_descriptions(folder)
 
 
 def files_beside(bold: Path) -> tuple[Path | None, Path | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from runs import FRAMES, SMALL, save, source, zscored
 
+from shards import bids
 from shards.bold import open_bold
 from shards.errors import RunRefused
 from shards.harmonise import harmonise
@@ -82,6 +84,23 @@ def test_a_tr_is_inherited_as_bids_has_it(tmp_path, scan):
     own.symlink_to("../../../.git/annex/objects/0.json")
     with pytest.raises(RunRefused, match=r"bold\.json: got a link to content.*datalad get"):
         tr()
+
+
+def test_a_folder_that_did_not_change_is_listed_once(tmp_path, monkeypatch):
+    """The folder of a dataset is asked about for each run; a file that is added later is found all the same."""
+    bold = tmp_path / "sub-01" / "func" / "sub-01_task-rest_bold.nii.gz"
+    bold.parent.mkdir(parents=True)
+    for folder in (tmp_path, bold.parent, bold.parent.parent):
+        os.utime(folder, (1e9, 1e9))
+    listed = []
+    listing = bids._listed_descriptions
+    monkeypatch.setattr(bids, "_listed_descriptions", lambda folder: listed.append(folder) or listing(folder))
+    own = bold.with_name("sub-01_task-rest_bold.json")
+    assert [bids.sidecars(bold) for _ in range(3)] == [[own]] * 3 and len(listed) == 3
+    (tmp_path / "task-rest_bold.json").write_text("{}")
+    assert [bids.sidecars(bold) for _ in range(2)] == [[own, tmp_path / "task-rest_bold.json"]] * 2
+    (tmp_path / "bold.json").write_text("{}")
+    assert len(bids.sidecars(bold)) == 3
 
 
 def test_an_affine_in_metres_or_microns_is_read_by_its_unit(tmp_path, scan):
