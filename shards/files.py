@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 _HEAD = 512  # bytes looked at
-_LEAST = 1 << 20  # bytes that a file system with room takes
 _GZIP, _ZSTD, _ZIP, _BZIP2, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"BZh", b"\xfd7zXZ"
 _PACKED = ((_ZSTD, "zstd"), (_ZIP, "zip"), (_BZIP2, "bzip2"), (_XZ, "xz"))
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -36,23 +33,6 @@ def printable(name: str | os.PathLike[str]) -> str:
         content = text.encode("utf-8", "surrogatepass")
     text = content.decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
-def has_room(folder: str | os.PathLike[str], size: int = 0) -> bool:
-    """Whether a folder's file system, and this user's quota there, take so many bytes more (1 MiB at least).
-
-    For errors of libraries that keep no errno. Where it cannot be known, the answer is yes.
-    """
-    size = max(size, _LEAST)
-    try:
-        found = os.statvfs(folder)
-        if found.f_blocks and found.f_bavail * found.f_frsize < size:
-            return False
-        with tempfile.TemporaryFile(dir=folder) as probe:  # asks the quota
-            os.posix_fallocate(probe.fileno(), 0, size)
-    except (OSError, AttributeError) as error:  # some systems have no such call
-        return getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT)
-    return True
 
 
 _FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^/\s\"',\]}]+/)+(?=[^/\s\"',\]}])")

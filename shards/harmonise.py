@@ -224,7 +224,8 @@ def harmonise(
         If the run cannot be placed (see `place`), or its values are not finite or do not vary.
     """
     clean = clean or CleanSettings()
-    placed = place(run, settings, mask_settings or MaskSettings(), clean)
+    mask_settings = mask_settings or MaskSettings()
+    placed = place(run, settings, mask_settings, clean)
     bold, grid = placed.bold, settings.grid()
     # one array from reading to the end: the frames of the scan, which become those of the grid's TR in place
     length = max(bold.frames, frames_at(settings, bold.tr, bold.frames))
@@ -234,7 +235,7 @@ def harmonise(
         got, expected = "the same volume in every frame", "a signal that varies in time"
         raise RunRefused(run.source, "data", got, expected, "Leave the run out")
     dead_share = 1 - float(varies_N.mean())
-    if dead_share > (limit := (mask_settings or MaskSettings()).dead):
+    if dead_share > (limit := mask_settings.dead):
         got = f"{dead_share:.0%} of its voxels without signal (the same value in every frame)"
         hint = "Give a mask of what was scanned, or raise mask.dead"
         raise RunRefused(run.source, "mask", got, f"at most {limit:.0%}", hint)

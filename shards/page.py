@@ -235,16 +235,6 @@ def _treated(session: Session) -> list[str]:
         found.append(f"orientation {session['orientation_assumed']} assumed")
     if session.get("mask_source") == "computed":
         found.append("brain mask computed from the run")
-    if session.get("mask_rule"):
-        found.append(f"mask of {session['mask_rule']}")
-    if session.get("space_assumed"):
-        found.append("space not stated: MNI for the overlap with the MNI152 brain, or stated against it")
-    if session.get("forms_disagree"):
-        found.append(f"{session['forms_disagree']}: the sform was used")
-    if session.get("dead_share"):
-        found.append("voxels without signal left out of the mask")
-    if session.get("repeated_frames"):
-        found.append("windows with repeated volumes not kept")
     if session.get("cleaned"):
         found.append(f"cleaned: {session['cleaned']}")
     return found

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 from shards.errors import ConfigError, Stopped, is_full
-from shards.files import has_room
+
+_LEAST = 1 << 20  # bytes that a file system with room takes
+
+
+def has_room(folder: str | os.PathLike[str], size: int = 0) -> bool:
+    """Whether a folder's file system, and this user's quota there, take so many bytes more (1 MiB at least).
+
+    For errors of libraries that keep no errno. Where it cannot be known, the answer is yes.
+    """
+    size = max(size, _LEAST)
+    try:
+        found = os.statvfs(folder)
+        if found.f_blocks and found.f_bavail * found.f_frsize < size:
+            return False
+        with tempfile.TemporaryFile(dir=folder) as probe:  # asks the quota
+            os.posix_fallocate(probe.fileno(), 0, size)
+    except (OSError, AttributeError) as error:  # some systems have no such call
+        return not is_full(error)
+    return True
 
 
 def require_room(folder: Path, field: str, size: int = 0) -> None:

@@ -38,8 +38,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shards.errors import Stopped, UserError, is_full
-from shards.files import has_room, printable, share
+from shards.files import printable, share
 from shards.layout import dump, sync_folder, write_atomically
+from shards.room import has_room
 from shards.settings import shown
 from slim.seen import SEEN
 

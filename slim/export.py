@@ -19,8 +19,8 @@ from safetensors.torch import save as save_tensors
 
 from shards.confounds import CleanSettings
 from shards.errors import ConfigError, DatasetError, Stopped, is_full
-from shards.files import has_room
 from shards.layout import read_manifest, sha256, sync_folder
+from shards.room import has_room
 from slim import __version__
 from slim.config import FinetuneSettings, PretrainSettings, TrainSettings, check_run
 from slim.weights import CARD, CONFIG, EXTRACTOR, FORMAT, HEAD, MODEL, PARCELS, SUMS

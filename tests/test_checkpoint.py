@@ -6,12 +6,10 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conversions import contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,13 +19,7 @@ from slim import checkpoint
 from slim.checkpoint import COMPLETE, LATEST, CheckpointError, tag
 from slim.mirror import Mirror, at_a_glance, recover
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A process group of this process only."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 class Engine:

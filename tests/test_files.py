@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from shards.files import has_room, is_partial, printable, trouble, without_folders
+from shards.files import is_partial, printable, trouble, without_folders
 
 RAW = b"\x5c\x01\x00\x00" + bytes(400)  # begins as a NIfTI-1 header does
 CONTENT = {
@@ -73,13 +73,6 @@ def test_names_are_printed_as_any_terminal_takes_them():
 @pytest.mark.parametrize("name", ["._a.nii.gz", ".DS_Store", "a.nii.gz.part", "a.nii.gz.CRDOWNLOAD", "a.nii~"])
 def test_hidden_files_and_unfinished_downloads(name):
     assert is_partial(name) and not is_partial("a_part-mag_bold.nii.gz")
-
-
-def test_room_is_measured_and_leaves_nothing(tmp_path):
-    assert has_room(tmp_path) and has_room(tmp_path, 1000)
-    assert not has_room(tmp_path, 2**50)
-    assert has_room(tmp_path / "nowhere"), "what is not known is no full disk"
-    assert not list(tmp_path.iterdir())
 
 
 def test_of_absolute_paths_the_last_part_is_left():

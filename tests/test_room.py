@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from shards.errors import Stopped
+from shards.room import has_room
 from slim import checkpoint
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A process group of this process only."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 class Engine:
@@ -68,3 +61,10 @@ def test_a_full_disk_stops_the_run_and_leaves_no_half_of_a_checkpoint(error, siz
     with pytest.raises(Stopped, match=r"no space left for .*step-00000003"):
         save(tmp_path, error, size)
     assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_room_is_measured_and_leaves_nothing(tmp_path):
+    assert has_room(tmp_path) and has_room(tmp_path, 1000)
+    assert not has_room(tmp_path, 2**50)
+    assert has_room(tmp_path / "nowhere"), "what is not known is no full disk"
+    assert not list(tmp_path.iterdir())
