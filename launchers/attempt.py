@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,32 @@ def end(run: Path, most: int) -> int:
 
 
 def attempts(run: Path, number: str | None = None) -> list[dict[str, Any]]:
-    """What has been noted of the attempts of a job, oldest first; of all jobs of the run without a number."""
+    """What has been noted of the attempts of a job, oldest first; of all jobs of the run without a number.
+
+    A line that was cut in two, as a node was lost, is left out.
+    """
     path = run / ATTEMPTS
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    return [line for line in lines if number in (None, line["job"])]
+    found = []
+    for text in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if _is_noted(line) and number in (None, line["job"]):
+                found.append(line)
+    return found
+
+
+def _is_noted(line: Any) -> bool:
+    """Whether `_note` may have written a line."""
+    if not (isinstance(line, dict) and isinstance(line.get("job"), str) and "checkpoint" in line):
+        return False
+    kinds = {"status": int, "why": str, "again": bool, "failed": bool} if line.get("event") == "ended" else {}
+    return line.get("event") in ("began", "ended") and all(type(line.get(name)) is kind for name, kind in kinds.items())
 
 
 def newest_checkpoint(run: Path) -> str | None:
     """Name of the newest complete checkpoint of a run."""
     try:
-        return (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+        return (run / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
 

@@ -38,6 +38,7 @@ from launchers.script import CHECK, Script, arguments, probe
 from shards import layout
 from shards.console import DONE, REFUSED, RESUME, WRONG, progress, summary
 from shards.errors import ConfigError
+from shards.files import printable_lines
 
 if TYPE_CHECKING:  # they import torch
     from shards.convert import Conversion
@@ -316,7 +317,7 @@ def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
         return DONE
     log, ended = folder / part.PLACE / f"pack-{jobs['pack']}.log", part.outcome(folder, "pack")
     if log.exists():
-        sys.stderr.write(log.read_text(encoding="utf-8", errors="replace"))
+        sys.stderr.write(printable_lines(log.read_bytes()))
     facts |= {"status": ended.get("status", RESUME), "failed": ended.get("failed", []), **ended.get("facts", {})}
     following = ended.get("next") or f"look at {folder / part.PLACE}; the same command goes on"
     summary(facts, following, as_json)

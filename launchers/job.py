@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shards.console import CRASHED, DONE, RESUME, STOPPING, WRONG, crashed, lasting_output
 from shards.errors import ConfigError, DatasetError, Stopped, UserError, is_full
+from shards.files import printable
 from shards.reader import away
 from shards.workers import remove_sockets
 
@@ -242,7 +243,7 @@ class Told(UserError):
 
     def __init__(self, line: str):
         Exception.__init__(self, line)
-        self._line = line
+        self._line = printable(line)
 
     def line(self) -> str:
         return self._line

@@ -25,6 +25,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers import noted
 from launchers.cluster import last_error
 from shards import layout
 from shards.console import CRASHED, DONE, RESUME, WRONG, crashed, summary
@@ -145,8 +146,10 @@ def submitted(dataset: Path) -> dict[str, Any]:
     ------
     FileNotFoundError
         Where no job was submitted.
+    ConfigError
+        If the file holds something else.
     """
-    return json.loads((dataset / PLACE / JOB).read_text(encoding="utf-8"))
+    return noted.read(dataset / PLACE / JOB, noted.DatasetJobs)
 
 
 def main() -> int:

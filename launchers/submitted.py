@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launchers import attempt
+from launchers import attempt, noted
 from launchers.batch import SLURM
 from launchers.cluster import ask, at, is_over, job_facts, last_error
 from shards.console import DONE, RESUME, WRONG
 from shards.errors import ConfigError
+from shards.files import printable, printable_lines
 
 JOB = "job.json"  # in RUN/slurm: the job that was submitted last
 _POLL = 1.0  # seconds between questions to the controller
@@ -46,23 +48,25 @@ def follow(number: str, log: Path, cluster: str | None = None) -> int:
             reason = "" if facts is None or facts.get("Reason", "None") == "None" else f" ({facts['Reason']})"
             if state + reason != said:
                 said = state + reason
-                print(f"job {number}: {said.lower() if not ended else said}", file=sys.stderr, flush=True)
+                print(f"job {number}: {printable(said.lower() if not ended else said)}", file=sys.stderr, flush=True)
             time.sleep(_POLL)
     except KeyboardInterrupt:
         print(f"job {number} goes on", file=sys.stderr)
         return DONE
-    _print_from(log, at)
+    _print_from(log, at, to_the_end=True)
     return _status(number, log, facts)
 
 
-def _print_from(log: Path, at: int) -> int:
-    """Print what a file has grown by."""
+def _print_from(log: Path, at: int, to_the_end: bool = False) -> int:
+    """Print the whole lines that a file has grown by, at the end also one without a line break; where it goes on."""
     if not log.exists():
         return at
     with open(log, "rb") as file:
         file.seek(at)
         new = file.read()
-    sys.stderr.write(new.decode(errors="replace"))
+    if not to_the_end:
+        new = new[: new.rfind(b"\n") + 1]
+    sys.stderr.write(printable_lines(new))
     sys.stderr.flush()
     return at + len(new)
 
@@ -78,8 +82,9 @@ def _status(number: str, log: Path, facts: dict[str, str] | None) -> int:
 
 
 def about_job(out: Path) -> dict[str, Any] | None:
+    """What is noted of the job that was submitted last, checked; None where none was."""
     try:
-        return json.loads((out / SLURM / JOB).read_text(encoding="utf-8"))
+        return noted.read(out / SLURM / JOB, noted.RunJob)
     except FileNotFoundError:
         return None
 
@@ -87,12 +92,19 @@ def about_job(out: Path) -> dict[str, Any] | None:
 def progress(out: Path) -> dict[str, Any]:
     """How far a run is."""
     about = about_job(out)
-    try:
-        line = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    except (FileNotFoundError, IndexError, json.JSONDecodeError):
-        line = {}
+    line = _last_line(out / "metrics.jsonl")
     found = {"step": line.get("step", 0), "steps": None if about is None else about["steps"], "loss": line.get("loss")}
     return {**found, "checkpoint": attempt.newest_checkpoint(out)}
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The last line of a file of JSON that can be read: a kill may cut one in two."""
+    if path.is_file():
+        for text in reversed(path.read_bytes().splitlines()):
+            with suppress(ValueError, RecursionError):
+                if isinstance(line := json.loads(text), dict):
+                    return line
+    return {}
 
 
 def status(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -35,6 +35,12 @@ def printable(name: str | os.PathLike[str]) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
+def printable_lines(content: bytes) -> str:
+    """The text of a log as any terminal takes it: its lines and tabs stay, escape sequences are shown as text."""
+    text = content.decode("utf-8", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
 _FOLDERS = re.compile(r"(?<![\w.:/~])/(?:[^/\s\"',\]}]+/)+(?=[^/\s\"',\]}])")
 
 

@@ -184,7 +184,7 @@ def test_jobs_of_a_conversion_go_to_one_cluster_which_is_kept(notes: Notes, tmp_
     assert "--clusters=far" in options(notes.script())  # those after the first one
     folder = tmp_path / "data"
     (folder / part.PLACE).mkdir(parents=True)
-    (folder / part.PLACE / part.JOB).write_text(json.dumps({"jobs": {"rank": "12"}, "cluster": name, "command": []}))
+    (folder / part.PLACE / part.JOB).write_text(json.dumps({"jobs": {"pack": "12"}, "cluster": name, "command": []}))
     with pytest.raises(ConfigError, match="a dataset whose jobs 12 have not ended"):
         chain.refuse_another(folder)
 

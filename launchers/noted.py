@@ -1,0 +1,71 @@
+"""What a command that submitted jobs has noted of them, checked when it is read.
+
+SLURM is asked about these numbers, and told to cancel them: in a file that somebody sent, one could be an option.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from shards.errors import ConfigError
+from shards.files import trouble
+from shards.settings import check
+
+Number = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
+Cluster = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,-]{0,250}$")]
+_WHAT = "what launchers/slurm.py notes of the jobs that it submits"
+
+
+class _Noted(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    cluster: Cluster | None = None
+    command: list[str]
+
+
+class RunJob(_Noted):
+    """The job of a run."""
+
+    job: Number
+    log: str
+    steps: int | None
+    then: str
+
+
+class DatasetJobs(_Noted):
+    """The jobs of a conversion."""
+
+    jobs: dict[str, Number]
+
+    @field_validator("jobs")
+    @classmethod
+    def _ends(cls, jobs: dict[str, str]) -> dict[str, str]:
+        if "pack" not in jobs:
+            raise ValueError("the job pack among them")
+        return jobs
+
+
+def read(path: Path, kind: type[RunJob | DatasetJobs]) -> dict[str, Any]:
+    """What is noted in a file.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where no job was submitted.
+    ConfigError
+        If the file holds something else.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    if found := trouble(path):
+        raise ConfigError(path, "", found.got, _WHAT, found.hint)
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(path, "", f"what cannot be read ({type(error).__name__})", _WHAT, "Submit again") from None
+    check(kind, tree, path)
+    return tree
