@@ -47,7 +47,7 @@ if [ "$verdict" = {again} ]; then
     [ "$state" = RUNNING ] && scontrol requeue "$SLURM_JOB_ID" && exec sleep 600  # which SLURM ends
     verdict={resume}
 fi
-exit ${{verdict:-{resume}}}
+exit "${{verdict:-{resume}}}"
 """
 
 

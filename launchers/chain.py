@@ -49,7 +49,7 @@ export OMP_NUM_THREADS=1
 outcome=$FOLDER/{place}/outcome/{outcome}.json
 grep -qs '"status": 0' "$outcome" && exit 0  # done by the first of two tries
 srun --nodes=1 --ntasks=1 --cpus-per-task={cpus}{arguments} sh -c '{check}
-    exec "$PYTHON" -u -m launchers.part "$@"' sh {stage} "$FOLDER" $SLURM_ARRAY_TASK_ID
+    exec "$PYTHON" -u -m launchers.part "$@"' sh {stage} "$FOLDER" ${{SLURM_ARRAY_TASK_ID:+"$SLURM_ARRAY_TASK_ID"}}
 status=$?
 if [ $status -ne {wrong} ] && ! [ -e "$outcome" ]; then
     [ $status -ne 137 ] || killed=' (SIGKILL: was the machine out of memory?)'

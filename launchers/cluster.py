@@ -32,7 +32,7 @@ OVER = {
     "BOOT_FAIL",
     "DEADLINE",
 }
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::([0-5]?\d))?(?::([0-5]?\d))?")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::([0-5]?\d))?(?::([0-5]?\d))?", re.ASCII)
 
 
 class ClusterError(UserError):
@@ -132,7 +132,7 @@ def nodes_of(text: str) -> tuple[int, int]:
     ConfigError
         For anything else.
     """
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
     fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= fewest <= most:
         raise ConfigError("command line", "--nodes", text, "a number such as 4, or a range such as 2-4")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,10 @@ from launchers.cluster import ClusterError, SlurmSettings, ask
 from launchers.job import Told
 from launchers.plain import refuse_folder
 from shards.console import WRONG
+from shards.errors import ConfigError
 
 ROOT = Path(launchers.__file__).parent.parent  # of this software
+_DIRECTIVES = ("#SBATCH", "#PBS", "#BSUB")  # sbatch reads the first comments of a script, also those of other systems
 # Lines of `sh` on a node, in single quotes: does it see the folder, and Python with this software?
 CHECK = f"""
     refuse() {{ echo "error: $(hostname): $1"; exit {WRONG}; }}
@@ -77,6 +80,7 @@ class Script:
     ):
         for place in (folder, about, Path.cwd(), ROOT):
             refuse_folder(place)
+        refuse_setup(settings)
         self.folder = folder
         root = shlex.quote(str(ROOT))
         self._command = f"""
@@ -86,7 +90,7 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUTF8=1
 """
         self._sbatch = {
             "chdir": str(Path.cwd()),
-            "output": str(folder / log),
+            "output": f"{str(folder).replace('%', '%%')}/{log}",  # SLURM replaces %j and the like
             "requeue": True,
             **({} if settings.mem is None else {"mem": settings.mem}),
             **({} if settings.clusters is None else {"clusters": settings.clusters}),
@@ -158,6 +162,25 @@ def arguments(settings: SlurmSettings) -> str:
 
 def _setup(settings: SlurmSettings) -> list[str]:
     return [*(f"module load {shlex.quote(name)}" for name in settings.modules), *settings.setup]
+
+
+def refuse_setup(settings: SlurmSettings) -> None:
+    """ConfigError if the lines of `setup` are options of sbatch, or leave open what would swallow the rest of a script.
+
+    An open quote, `if` or here-document takes the lines behind it in: the job would do nothing.
+    """
+    text = "\n".join(settings.setup)
+    if any(line.startswith(_DIRECTIVES) for line in text.split("\n")):
+        hint = "Give options of sbatch as sbatch: {NAME: VALUE}"
+        raise ConfigError("slurm settings", "setup", "a line that is an option of sbatch", "lines of bash", hint)
+    said = "a line that ends with a backslash" if text.endswith("\\") else ""
+    if text and not said and shutil.which("bash") is not None:
+        read = subprocess.run(
+            ["bash", "-n"], input=text, capture_output=True, encoding="utf-8", errors="surrogateescape"
+        )
+        said = next(iter(read.stderr.splitlines()), "" if read.returncode == 0 else "what bash cannot read")
+    if said:
+        raise ConfigError("slurm settings", "setup", said, "whole lines of bash", "Correct or close them")
 
 
 def probe(settings: SlurmSettings, nodes: int, folder: Path) -> None:

@@ -30,7 +30,7 @@ def test_times_are_read_as_slurm_reads_them(days: int, hours: int, minutes: int,
     assert seconds(f"{minutes}") == minutes * 60
 
 
-@pytest.mark.parametrize("text", ["", "soon", "infinite", "1:99", "1:2:3:4", "12h", "-1", "1-"])
+@pytest.mark.parametrize("text", ["", "soon", "infinite", "1:99", "1:2:3:4", "12h", "-1", "1-", "١٢"])
 def test_what_is_no_time_is_none(text: str) -> None:
     assert seconds(text) == 0
 
@@ -54,7 +54,7 @@ def test_gpus_of_a_node(gres: str, number: int) -> None:
 
 def test_nodes_are_a_number_or_a_range() -> None:
     assert nodes_of("4") == (4, 4) and nodes_of("2-4") == (2, 4)
-    for text in ("0", "4-2", "a", "", "1-", "-3", "1.5"):
+    for text in ("0", "4-2", "a", "", "1-", "-3", "1.5", "٣", "9" * 5000):
         with pytest.raises(ConfigError, match="--nodes: got"):
             nodes_of(text)
 
