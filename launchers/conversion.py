@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 
-from shards import layout, page, survey
-from shards.console import DONE, REFUSED, progress, summary
-from shards.convert import Conversion, ConvertSettings
-from shards.errors import ConfigError
-from shards.files import printable
-from shards.session import Parcels, Ranker, by_assumption, is_harmonised
-from shards.settings import check, override
-from slim.parcels import make_parcels
-from slim.saliency import make_ranker
-from slim.temporal import CONFIG_FILE, Extractor, train_extractor
+from shards.conversion import dry_run as survey
+from shards.conversion.convert import Conversion, ConvertSettings
+from shards.conversion.session import Parcels, Ranker, by_assumption, is_harmonised
+from shards.core.cli import DONE, REFUSED, progress, summary
+from shards.core.errors import ConfigError
+from shards.core.files import printable
+from shards.core.settings import check, override
+from shards.format import layout
+from shards.reporting import dataset_page
+from slim.ranking.extractor import CONFIG_FILE, Extractor, train_extractor
+from slim.ranking.parcels import make_parcels
+from slim.ranking.saliency import make_ranker
 
 STEPS = ("find", "harmonise", "rank", "pack")
 Ended = tuple[int, dict[str, Any], str]  # exit status, facts of the summary, what to do next
@@ -148,7 +150,7 @@ def finish(conversion: Conversion) -> Ended:
     refused = conversion.refused()
     report = conversion.folder / layout.REPORT / "index.html"
     if conversion.previous is None or manifest is not conversion.previous.manifest or not report.is_file():
-        report = page.write(conversion.folder)
+        report = dataset_page.write(conversion.folder)
     _tell_losses(conversion, refused, str(report))
     facts = {
         "dataset": str(conversion.folder),

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from shards.errors import ConfigError
+from shards.core.errors import ConfigError
 
 # Where the cluster is, who asks, and how times are printed: not part of a job.
 _SITE = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_DEBUG_FLAGS", "SLURM_TIME_FORMAT"}

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.reader import Dataset
-from slim.task import find_cases, load_task, make_splits
+from shards.format.reader import Dataset
+from slim.evaluation.task import find_cases, load_task, make_splits
 
 if TYPE_CHECKING:
     from slim.config import FinetuneSettings
-    from slim.tuned import Finetuned
+    from slim.finetune.method import Finetuned
 
 Train = Callable[["FinetuneSettings"], None]
 
@@ -54,18 +54,19 @@ def open_call(args: argparse.Namespace, train: Train) -> Finetuned:
 
     import torch
 
-    from slim import tuned
-    from slim.brain import SlimBrain
+    from slim.finetune.method import FINETUNED, SCRATCH, check_report, refuse
+    from slim.finetune.method import Finetuned as Method
+    from slim.inference.slim_brain import SlimBrain
 
-    tuned.refuse(task, args.task)
+    refuse(task, args.task)
     dataset = Dataset(args.data)
     ours = SlimBrain.from_pretrained(args.run, args.weights)
     ours.check_data(dataset)
     ours.check_unseen(dataset)
     cases = find_cases(task, dataset, ours.settings.windows.k, args.task)
     splits = make_splits(task, cases, args.task)
-    name = tuned.SCRATCH if args.from_scratch else tuned.FINETUNED
-    method = tuned.Finetuned(
+    name = SCRATCH if args.from_scratch else FINETUNED
+    method = Method(
         name=name,
         ours=ours,
         task=task,
@@ -79,5 +80,5 @@ def open_call(args: argparse.Namespace, train: Train) -> Finetuned:
     )
     for number in range(len(splits)):
         method.settings(number)
-    tuned.check_report(report_of(method, args), task, cases, splits)
+    check_report(report_of(method, args), task, cases, splits)
     return method

@@ -22,15 +22,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shards.console import CRASHED, DONE, RESUME, STOPPING, WRONG, crashed, lasting_output
-from shards.errors import ConfigError, DatasetError, Stopped, UserError, is_full
-from shards.files import printable
-from shards.reader import away
-from shards.workers import remove_sockets
+from shards.core.cli import CRASHED, DONE, RESUME, STOPPING, WRONG, crashed, lasting_output
+from shards.core.errors import ConfigError, DatasetError, Stopped, UserError, is_full
+from shards.core.files import printable
+from shards.format.reader import away
+from shards.core.workers import remove_sockets
 
 if TYPE_CHECKING:
     from slim.config import TrainSettings
-    from slim.course import Course
+    from slim.training.task import Course
 
 STORE = "SLIM_STORE"  # variable that names the file by which processes of one machine meet
 _LAST = 600.0  # seconds to end a step and save without a launcher
@@ -62,7 +62,7 @@ def work(config: Path) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from slim import lock
+    from slim.checkpoints import lock
     from slim.config import load_run
 
     settings = load_run(config)
@@ -75,7 +75,7 @@ def work(config: Path) -> dict[str, Any]:
     prepare(on_gpu)
     import deepspeed
 
-    from slim.trainer import Trainer
+    from slim.training.trainer import Trainer
 
     with while_away(settings):
         course = open_course(settings)
@@ -100,10 +100,10 @@ def work(config: Path) -> dict[str, Any]:
 
 
 def open_course(settings: TrainSettings) -> Course:
-    """Data and learner of a run with these settings; see `slim.course.Course`."""
+    """Data and learner of a run with these settings; see `slim.training.task.Course`."""
     from slim.config import FinetuneSettings, PretrainSettings
-    from slim.course import Pretraining
-    from slim.finetune import Finetuning
+    from slim.finetune.task import Finetuning
+    from slim.training.task import Pretraining
 
     if isinstance(settings, FinetuneSettings):
         return Finetuning(settings)

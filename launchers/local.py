@@ -18,14 +18,15 @@ from typing import Any, TypeVar
 import yaml
 
 from launchers import environment, job
-from shards.console import RESUME, STOPPING
-from shards.errors import ConfigError
-from shards.layout import EXTRACTOR, dump, write_atomically
-from shards.reader import Dataset
-from slim import checkpoint, lock, resuming
+from shards.core.cli import RESUME, STOPPING
+from shards.core.errors import ConfigError
+from shards.format.layout import EXTRACTOR, dump, write_atomically
+from shards.format.reader import Dataset
+from slim.checkpoints import checkpoint, lock
+from slim.checkpoints.mirror import at_a_glance
 from slim.config import TrainSettings
-from slim.mirror import at_a_glance
-from slim.temporal import CONFIG_FILE, WEIGHTS_FILE
+from slim.ranking.extractor import CONFIG_FILE, WEIGHTS_FILE
+from slim.training import compatibility
 
 S = TypeVar("S", bound=TrainSettings)
 _GRACE = 10.0  # seconds the other processes get to say why they cannot go on, once one has failed
@@ -37,7 +38,8 @@ def prepare_run(settings: TrainSettings) -> Path:
 
     The temporal extractor of the data is copied: with it NIfTI runs are ranked as they were, wherever the data go.
 
-    `slim.resuming` decides what a run may be resumed with; each configuration it was trained with stays in RUN/configs.
+    `slim.training.compatibility` decides what a run may be resumed with; each configuration it was trained with stays
+    in RUN/configs.
 
     Returns
     -------
@@ -66,13 +68,13 @@ def prepare_run(settings: TrainSettings) -> Path:
 
 def _prepare(folder: Path, settings: TrainSettings) -> Path:
     begun = at_a_glance(folder, None if settings.run.mirror is None else Path(settings.run.mirror))
-    settings = resuming.begin(settings) if begun is None else _adopt(begun, settings)
-    changes = [] if begun is None else [str(change) for change in resuming.changes(begun, settings)]
+    settings = compatibility.begin(settings) if begun is None else _adopt(begun, settings)
+    changes = [] if begun is None else [str(change) for change in compatibility.changes(begun, settings)]
     course = job.open_course(settings)
     if begun is not None:
         origin = course.origin(settings.run.processes)
         origin.check(begun)
-        resuming.extended(begun, settings, course.stream.per_epoch, settings.run.processes)
+        compatibility.extended(begun, settings, course.stream.per_epoch, settings.run.processes)
         for line in origin.unknown(begun):
             print(f"warning: {line}", flush=True)
         for change in changes:
@@ -90,7 +92,7 @@ def _prepare(folder: Path, settings: TrainSettings) -> Path:
     _keep_extractor(course.datasets[0], folder)
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
     text = f"# merged configuration\n# commit {git_commit()}\n{note}{text}"
-    resuming.keep(folder, text, begun, changes)
+    compatibility.keep(folder, text, begun, changes)
     write_atomically(folder / "config.yaml", text)
     return folder / "config.yaml"
 
@@ -104,8 +106,8 @@ def _keep_extractor(dataset: Dataset, folder: Path) -> None:
 
 
 def _adopt(begun: Path, settings: S) -> S:
-    """`resuming.adopt`, saying so where the micro-batches of a step change."""
-    adopted = resuming.adopt(begun, settings)
+    """`compatibility.adopt`, saying so where the micro-batches of a step change."""
+    adopted = compatibility.adopt(begun, settings)
     if adopted.run.accumulate != settings.run.accumulate:
         total = checkpoint.facts(begun)["global_batch"]
         print(

@@ -23,20 +23,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launchers import chain, finetuning, part, submitted
-from launchers.batch import SLURM, Batch
-from launchers.cluster import (
+from launchers import finetuning
+from launchers.cluster import conversion_jobs, conversion_task, tracking
+from launchers.cluster.scheduler import (
     SlurmSettings,
     check_cluster,
     nodes_of,
     require_slurm,
 )
-from launchers.script import probe
-from shards.console import DONE, RESUME, WRONG, Parser, run, summary
-from shards.errors import ConfigError
-from shards.layout import write_atomically
-from shards.passwords import hidden
-from shards.settings import check, read_yaml
+from launchers.cluster.script import probe
+from launchers.cluster.training_job import SLURM, Batch
+from shards.core.cli import DONE, RESUME, WRONG, Parser, run, summary
+from shards.core.errors import ConfigError
+from shards.core.passwords import hidden
+from shards.core.settings import check, read_yaml
+from shards.format.layout import write_atomically
 from slim.config import TrainSettings, load_config
 
 S = TypeVar("S", bound=TrainSettings)
@@ -74,8 +75,8 @@ def pretrain(words: list[str]) -> int:
     facts = asked.submit(settings, ["launchers/slurm.py", "pretrain", *words], then)
     ended = DONE
     if args.follow:
-        ended = submitted.follow(facts["job"], Path(facts["log"]), facts.get("cluster"))
-        facts |= {"status": ended, **submitted.progress(Path(facts["run"]))}
+        ended = tracking.follow(facts["job"], Path(facts["log"]), facts.get("cluster"))
+        facts |= {"status": ended, **tracking.progress(Path(facts["run"]))}
     following = f"python launchers/slurm.py status {facts['run']}"
     if args.follow and ended == DONE:
         following = then
@@ -109,7 +110,7 @@ def finetune(words: list[str]) -> int:
     facts["processes"] = jobs[0]["processes"]
     ended, following = DONE, f"once they have ended: {then}"
     if args.follow:
-        ends = [submitted.follow(job["job"], Path(job["log"]), job.get("cluster")) for job in jobs]
+        ends = [tracking.follow(job["job"], Path(job["log"]), job.get("cluster")) for job in jobs]
         ended, facts["status"] = max(ends), ends
         following = then
         if ended != DONE:
@@ -172,7 +173,7 @@ class Asked:
         require_slurm()
         check_cluster(self.cluster, self.nodes, self.gpus, Path(runs[0].run.out))
         for settings in runs:
-            submitted.refuse_another(Path(settings.run.out))
+            tracking.refuse_another(Path(settings.run.out))
 
     def submit(self, settings: TrainSettings, command: list[str], then: str) -> dict[str, Any]:
         """Make the folder of a run and queue its job; facts for the summary. `then` is what to call afterwards."""
@@ -193,7 +194,7 @@ class Asked:
             "command": command,
             "then": then,
         }
-        write_atomically(out / SLURM / submitted.JOB, hidden(json.dumps(about, indent=1)) + "\n")
+        write_atomically(out / SLURM / tracking.JOB, hidden(json.dumps(about, indent=1)) + "\n")
         return {"job": number, **cluster, "run": str(out), "processes": settings.run.processes, "log": str(log)}
 
 
@@ -214,7 +215,7 @@ def shards(words: list[str]) -> int:
     cluster = _cluster(args)
     args.out = args.out.resolve()
     conversion, given = conversion_of(args, cluster.cpus_per_task or 1)
-    jobs = chain.Chain(conversion, given, cluster, args.tasks, args.throttle)
+    jobs = conversion_jobs.Chain(conversion, given, cluster, args.tasks, args.throttle)
     if args.dry_run:
         return jobs.dry_run()
     return jobs.convert(["launchers/slurm.py", "shards", *words], args.follow, args.json)
@@ -274,9 +275,12 @@ def _folder_of(words: list[str], command: str, does: str) -> tuple[argparse.Name
     parser.add_argument("folder", metavar="DATASET_OR_RUN")
     args = parser.parse_args(words)
     folder = Path(args.folder).resolve()
-    if not (folder / SLURM / submitted.JOB).exists() and not (folder / part.PLACE / part.JOB).exists():
+    if (
+        not (folder / SLURM / tracking.JOB).exists()
+        and not (folder / conversion_task.PLACE / conversion_task.JOB).exists()
+    ):
         expected = "a run or a dataset that was submitted with launchers/slurm.py"
-        raise ConfigError(folder / SLURM / submitted.JOB, "", "no such file", expected)
+        raise ConfigError(folder / SLURM / tracking.JOB, "", "no such file", expected)
     require_slurm()
     return args, folder
 
@@ -284,8 +288,8 @@ def _folder_of(words: list[str], command: str, does: str) -> tuple[argparse.Name
 def status(words: list[str]) -> int:
     """Say what the jobs of a run or of a dataset are doing and how far it is."""
     args, folder = _folder_of(words, "status", "What the jobs of a run or of a dataset are doing, and how far it is.")
-    about = submitted.about_job(folder)
-    facts, following = chain.status(folder) if about is None else submitted.status(folder, about)
+    about = tracking.about_job(folder)
+    facts, following = conversion_jobs.status(folder) if about is None else tracking.status(folder, about)
     summary(facts, following, args.json)
     return DONE
 
@@ -293,12 +297,15 @@ def status(words: list[str]) -> int:
 def cancel(words: list[str]) -> int:
     """Cancel the jobs of a run or of a dataset."""
     args, folder = _folder_of(words, "cancel", "Cancel the jobs of a run or of a dataset. What it has saved stays.")
-    about = submitted.about_job(folder)
+    about = tracking.about_job(folder)
     if about is None:
-        command, facts = part.submitted(folder)["command"], {"dataset": str(folder), **chain.cancel(folder)}
+        command, facts = (
+            conversion_task.submitted(folder)["command"],
+            {"dataset": str(folder), **conversion_jobs.cancel(folder)},
+        )
         following = "goes on with the runs that are left"
     else:
-        command, facts = about["command"], submitted.cancel(folder, about)
+        command, facts = about["command"], tracking.cancel(folder, about)
         following = "goes on from the last complete checkpoint"
     summary(facts, f"`{' '.join(['python', *command])}` {following}", args.json)
     return DONE

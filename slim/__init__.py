@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slim.brain import SlimBrain
+    from slim.inference.slim_brain import SlimBrain
 
 __all__ = ["SlimBrain", "__version__"]
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # looked up on first use: `import slim` alone does not load torch
     if name == "SlimBrain":
-        from slim.brain import SlimBrain
+        from slim.inference.slim_brain import SlimBrain
 
         return SlimBrain
     raise AttributeError(f"module 'slim' has no attribute {name!r}")

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from shards.errors import ConfigError
-from shards.passwords import keep
-from shards.settings import PathText, Settings, check, override, read_yaml
-from slim.geometry import Geometry
+from shards.core.errors import ConfigError
+from shards.core.passwords import keep
+from shards.core.settings import PathText, Settings, check, override, read_yaml
+from slim.model.geometry import Geometry
 
 View = Literal["global", "voxel", "both"]
 Kind = Literal["cross_time", "cross_location", "double_cross"]
@@ -307,7 +307,7 @@ class AnswerSettings(Settings):
 
 
 class FinetuneSettings(TrainSettings):
-    """Training an encoder on, towards the answers of a task (see `slim.answers`)."""
+    """Training an encoder on, towards the answers of a task (see `slim.finetune.labels`)."""
 
     head: HeadSettings = HeadSettings()
     start: str | None = Field(None, description="hash of the weights the encoder begins with; null: random ones")

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 from runs import FRAMES, brain, oblique, save, signal
 
-from shards import layout, page
+from shards.format import layout
+from shards.reporting import dataset_page
 
 ROOT = Path(__file__).parent.parent
 # How long an example takes says how busy the machine is.
@@ -93,7 +94,7 @@ def make_shards(monkeypatch):
         layout.write_atomically(path, "page")
         return path
 
-    monkeypatch.setattr(page, "write", write_page)
+    monkeypatch.setattr(dataset_page, "write", write_page)
 
     def call(*words: object) -> int:
         workers = [] if "--workers" in words else ["--workers", 1]

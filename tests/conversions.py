@@ -11,10 +11,11 @@ from pathlib import Path
 import yaml
 from conftest import GRID
 
-from shards import layout, writer
-from shards.convert import Conversion, ConvertSettings
-from shards.settings import check, override
-from slim.parcels import make_parcels
+from shards.conversion import writer
+from shards.conversion.convert import Conversion, ConvertSettings
+from shards.core.settings import check, override
+from shards.format import layout
+from slim.ranking.parcels import make_parcels
 
 SETTINGS = check(ConvertSettings, override({}, GRID), "test")
 RIDGE = {"name": "ridge", "extractor": None}

@@ -61,10 +61,10 @@ def steps(stage: int, accumulate: int, processes: int) -> None:
     from test_footprint import prepared
     from test_zero import settings
 
-    from slim.learner import Learner, parameter_groups
-    from slim.objective import Objective
-    from slim.skipping import GuardedAdamW
-    from slim.trainer import deepspeed_config
+    from slim.pretrain.learner import Learner, parameter_groups
+    from slim.pretrain.objective import Objective
+    from slim.training.skipped import GuardedAdamW
+    from slim.training.trainer import deepspeed_config
 
     given = settings(stage, accumulate, processes)
     geometry, batch = prepared(given, 8)

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from shards.errors import UserError
+from shards.core.errors import UserError
 
 ALLOWANCE = 64 << 20  # bytes, beside three times the input
 SECONDS = 5  # of this process

@@ -9,7 +9,7 @@ _HOOK = """
 import importlib.abc, importlib.machinery, json, os, sys, time
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "slim.skipping":
+        if name != "slim.training.skipped":
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from shards.errors import DatasetError, Stopped
+from shards.core.errors import DatasetError, Stopped
 
 
 class Numbers:

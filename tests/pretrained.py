@@ -15,11 +15,11 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from shards.reader import Dataset
-from shards.settings import check
-from slim import checkpoint
+from shards.core.settings import check
+from shards.format.reader import Dataset
+from slim.checkpoints import checkpoint
 from slim.config import PretrainSettings
-from slim.objective import Objective
+from slim.pretrain.objective import Objective
 
 ALIGNED = {"embed": 16, "heads": 2, "depths": (1, 1), "unit": (5,), "strides": ((5, 1, 1, 1),), "local_stages": 1}
 STRADDLING = {

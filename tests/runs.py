@@ -8,9 +8,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
 
-from shards.cohort import RunSource
-from shards.harmonise import GridSettings, Harmonised
-from shards.patches import scatter
+from shards.cohorts.cohort_file import RunSource
+from shards.format.patches import scatter
+from shards.preprocessing.harmonise import GridSettings, Harmonised
 
 SMALL = GridSettings(mm=6, shape=(24, 28, 24))
 FRAMES = 24

@@ -23,8 +23,9 @@ def main() -> None:
     prepare(on_gpu=False)
     import deepspeed
 
-    from shards.errors import UserError
-    from slim import checkpoint, elastic
+    from shards.core.errors import UserError
+    from slim.checkpoints import checkpoint
+    from slim.training import reshard
 
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=int(rank), world_size=int(processes))
     deepspeed.init_distributed("gloo", verbose=False)
@@ -57,7 +58,7 @@ def main() -> None:
         checkpoint.save(engine, run / "checkpoints", 2, state, {"a": torch.zeros(2)}, {"zero_stage": int(stage)})
     else:
         try:
-            state, _ = elastic.load(engine, run / "checkpoints" / checkpoint.tag(2))
+            state, _ = reshard.load(engine, run / "checkpoints" / checkpoint.tag(2))
         except UserError as error:
             print("REFUSED", error.line(), flush=True)
             os._exit(2)

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from pretrained import ALIGNED, write_run
 
-from shards.cohort import find_runs
-from shards.errors import UserError
-from shards.reader import Dataset
-from slim.brain import SlimBrain
-from slim.features import SlimBrainTransformer
+from shards.cohorts.cohort_file import find_runs
+from shards.core.errors import UserError
+from shards.format.reader import Dataset
+from slim.evaluation.transformer import SlimBrainTransformer
+from slim.inference.slim_brain import SlimBrain
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from shards.settings import check
-from slim import attentive, pooling, probe
-from slim.attentive import Attentive, attend
-from slim.brain import Features
-from slim.linear import Linear
-from slim.splits import Fold
-from slim.task import Cases, Task, make_splits
+from shards.core.settings import check
+from slim.evaluation import attentive, probe
+from slim.evaluation.attentive import Attentive, attend
+from slim.evaluation.linear import Linear
+from slim.evaluation.splits import Fold
+from slim.evaluation.task import Cases, Task, make_splits
+from slim.inference import vectors
+from slim.inference.slim_brain import Features
 
 PLACES, DIM = 12, 10  # channels 0 to 4 tell the place, 5 tells an event, the rest are noise
 TASK = {"name": "t", "label": "x", "bootstrap": 100, "split": {"folds": 4, "repeats": 1}}
@@ -77,8 +78,8 @@ def first_fold(kind: str, subject_N: np.ndarray) -> Fold:
 
 
 def by_mean(sessions: list[Features]) -> Linear:
-    vectors = pooling.pool(sessions, "mean", 1, np.arange(0))
-    return Linear(lambda train: vectors)
+    pooled = vectors.pool(sessions, "mean", 1, np.arange(0))
+    return Linear(lambda train: pooled)
 
 
 # what it finds

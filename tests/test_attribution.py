@@ -17,19 +17,19 @@ from conftest import ROOT, run_command
 from sklearn.linear_model import LogisticRegression
 from test_brain import ALIGNED, STRADDLING, write_run
 
-from shards.errors import ConfigError
-from shards.patches import scatter
-from shards.reader import Dataset
-from slim import attribution, explanation
-from slim.attentive import Attentive
-from slim.attribution import integrated_gradients
-from slim.brain import SlimBrain
-from slim.linear import Linear
-from slim.pooling import at_places, common_places, pool, principal_axes
-from slim.probe import encoder_method, make_fold
-from slim.score import Score, _weights, cov, fit_score, fit_state_score, location, mean, mean_sd
-from slim.splits import Fold
-from slim.task import find_cases, load_task, make_splits
+from shards.core.errors import ConfigError
+from shards.format.patches import scatter
+from shards.format.reader import Dataset
+from slim.evaluation.attentive import Attentive
+from slim.evaluation.linear import Linear
+from slim.evaluation.probe import encoder_method, make_fold
+from slim.evaluation.splits import Fold
+from slim.evaluation.task import find_cases, load_task, make_splits
+from slim.explain import explain
+from slim.explain.differentiable_probe import Score, _weights, cov, fit_score, fit_state_score, location, mean, mean_sd
+from slim.explain.integrated_gradients import _Groups, check_start, integrated_gradients
+from slim.inference.slim_brain import SlimBrain
+from slim.inference.vectors import at_places, common_places, pool, principal_axes
 
 POOLINGS = ["mean", "mean+sd", "location", "cov", "attentive"]
 
@@ -142,7 +142,7 @@ def test_tokens_that_do_not_vary_have_no_gradient():
 @pytest.mark.parametrize("sizes", [ALIGNED, STRADDLING])
 def test_groups_are_those_of_encode_session(sizes: dict, dataset: Path, opened: Dataset, tmp_path: Path):
     model, session = SlimBrain.from_pretrained(write_run(tmp_path / "run", dataset, sizes)), opened.sessions[0]
-    groups = attribution._Groups(model, opened, session)
+    groups = _Groups(model, opened, session)
     with torch.no_grad():
         token_SLC = torch.cat([groups.tokens(group, 1.0, 1.0) for group in range(len(groups.batches))])
     expected = model.encode_session(opened, session)
@@ -172,7 +172,7 @@ def test_exact_for_a_linear_model(model: SlimBrain, opened: Dataset):
     stand_in = LinearEncoder(model.geometry, 64, 7)
     was, model.encoder = model.encoder, stand_in
     try:
-        groups = attribution._Groups(model, opened, session)
+        groups = _Groups(model, opened, session)
         weight_C = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         score = Score(mean, groups.place_L, weight_C, 3.0, 1.0)
         found = integrated_gradients(model, opened, session, score, "empty")
@@ -208,7 +208,7 @@ def test_slope_at_the_end_of_the_path_is_that_of_finite_differences(model, opene
     """Two passes through the encoder, group by group, are one gradient of the whole session."""
     score = fit_score(features, "cov", 3, fold_of("regression"))
     session = opened.sessions[5]
-    groups = attribution._Groups(model, opened, session)
+    groups = _Groups(model, opened, session)
     at_L = torch.from_numpy(np.searchsorted(groups.place_L, score.place_L))
 
     def value(alpha: float) -> float:
@@ -228,14 +228,14 @@ def test_a_path_that_is_walked_too_coarsely_is_told(model, opened, features):
     found = integrated_gradients(model, opened, opened.sessions[5], score, tolerance=1e-9, most=16)
     assert found.points == 16 and not found.complete
     line = {"key": "k", "score": 1.0, "at_start": 0.0, "gap": found.gap, "complete": found.complete}
-    ((kind, words),) = explanation.remarks({"sessions": [line], "tolerance": 0.02})
+    ((kind, words),) = explain.remarks({"sessions": [line], "tolerance": 0.02})
     assert kind == "look" and "first k" in words
 
 
 def test_anatomy_that_is_not_seen_cannot_be_taken_away(model, opened, features):
     blind = replace_view(model, "voxel")
     with pytest.raises(ConfigError, match="sees no anatomy"):
-        attribution.check_start(blind, "empty")
+        check_start(blind, "empty")
 
 
 def replace_view(model: SlimBrain, view: str) -> SlimBrain:
@@ -303,9 +303,9 @@ def test_test_sessions_alone_are_explained(opened: Dataset, tmp_path: Path):
     path.write_text(TASK)
     task = load_task(path)
     cases = find_cases(task, opened, 8, path)
-    for asked in explanation.choose(task, cases, path, 6):
+    for asked in explain.choose(task, cases, path, 6):
         assert asked.row in asked.fold.test and cases.subject_N[asked.row] not in cases.subject_N[asked.fold.train]
-    assert len(explanation.choose(task, cases, path, 99)) == 6
+    assert len(explain.choose(task, cases, path, 99)) == 6
 
 
 def test_states_are_explained_by_their_own_windows(
@@ -326,7 +326,7 @@ def test_states_are_explained_by_their_own_windows(
 
     task = load_task(path)
     cases = find_cases(task, opened, 8, path, folder)
-    for asked in explanation.choose(task, cases, path, 6, 1):
+    for asked in explain.choose(task, cases, path, 6, 1):
         assert cases.subject_N[asked.row] not in cases.subject_N[asked.fold.train] and len(asked.start_w) == 3
     done = run_command("tools/explain.py", model.run_folder, *words[:6], "--class", "sleep")
     assert done.returncode == 2 and "--class: got sleep" in done.stderr

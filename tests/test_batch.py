@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import ConfigError, SampleCorrupt
-from shards.reader import Dataset
-from shards.settings import check
-from shards.stream import Item
-from slim import batch
+from shards.core.errors import ConfigError, SampleCorrupt
+from shards.core.settings import check
+from shards.format.reader import Dataset
+from shards.format.stream import Item
 from slim.config import PretrainSettings
+from slim.data import collate
 
 
 def settings(dataset: Path, stride: int) -> PretrainSettings:
@@ -24,14 +24,14 @@ def settings(dataset: Path, stride: int) -> PretrainSettings:
 
 def test_a_model_whose_cells_are_as_large_as_the_grid_is_refused(dataset: Path):
     with pytest.raises(ConfigError, match=r"model: strides: got \(1, 1, 1\) cells in space, expected 2 cells or more"):
-        batch.geometry_for(settings(dataset, 4), [Dataset(dataset)])
+        collate.geometry_for(settings(dataset, 4), [Dataset(dataset)])
 
 
 def test_a_session_whose_brain_lies_in_one_cell_is_refused_by_name(dataset: Path, monkeypatch: pytest.MonkeyPatch):
     chosen, opened = settings(dataset, 2), Dataset(dataset)
-    geometry = batch.geometry_for(chosen, [opened])
-    item, read = Item(0, opened.sessions[0], 0), batch.read_windows
-    assert len(batch.draw_sample(item, opened, geometry, chosen).mask.context_K)
+    geometry = collate.geometry_for(chosen, [opened])
+    item, read = Item(0, opened.sessions[0], 0), collate.read_windows
+    assert len(collate.draw_sample(item, opened, geometry, chosen).mask.context_K)
 
     def in_one_cell(*arguments):
         sample = read(*arguments)
@@ -43,8 +43,8 @@ def test_a_session_whose_brain_lies_in_one_cell_is_refused_by_name(dataset: Path
             **{name: getattr(sample, name)[kept] for name in ("baseline", "spread", "brain", "place")},
         )
 
-    monkeypatch.setattr(batch, "read_windows", in_one_cell)
+    monkeypatch.setattr(collate, "read_windows", in_one_cell)
     with pytest.raises(SampleCorrupt) as error:
-        batch.draw_sample(item, opened, geometry, chosen)
+        collate.draw_sample(item, opened, geometry, chosen)
     assert "got brain in 1 cell of the grid" in error.value.line()
     assert opened.sessions[0]["key"] in error.value.line()

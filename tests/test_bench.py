@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from slim.geometry import Geometry
+from slim.model.geometry import Geometry
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))  # as it is for the tools themselves

@@ -20,7 +20,7 @@ from benches import commands, data, train  # noqa: E402
 from benches.bare import bare_steps  # noqa: E402
 from benches.commands import CommandFailed, Pretraining, bare, command, pretrain  # noqa: E402
 
-from shards.stream import Stream  # noqa: E402
+from shards.format.stream import Stream  # noqa: E402
 from slim.config import load_config  # noqa: E402
 
 WORDS = [str(ROOT / "configs" / "pretrain" / "tiny.yaml"), "run.steps=3", "run.wandb=disabled"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from shards.bids import parse
-from shards.cohort import find_cohort
+from shards.cohorts.bids import parse
+from shards.cohorts.cohort_file import find_cohort
 
 
 def errors(folder: Path, tmp_path: Path) -> list[tuple[str, str]]:

@@ -13,11 +13,11 @@ import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from runs import FRAMES, SMALL, save, source, zscored
 
-from shards import bold as bold_module
-from shards.bold import open_bold
-from shards.cohort import RunSource
-from shards.errors import RunRefused
-from shards.harmonise import harmonise
+from shards.cohorts.cohort_file import RunSource
+from shards.core.errors import RunRefused
+from shards.preprocessing import bold as bold_module
+from shards.preprocessing.bold import open_bold
+from shards.preprocessing.harmonise import harmonise
 
 
 def corrupt(path: Path, out: Path, keep: float) -> Path:

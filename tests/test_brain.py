@@ -15,17 +15,18 @@ import torch
 from pretrained import ALIGNED, STRADDLING, write_run, write_weights
 from safetensors.torch import load_file
 
-from shards import layout, writer
-from shards.cohort import find_runs
-from shards.errors import ConfigError, DatasetError, RunRefused, UserError
-from shards.reader import Dataset
-from shards.session import convert
-from slim import checkpoint
-from slim.batch import collate, read_windows
-from slim.brain import SlimBrain
-from slim.pooling import Features
-from slim.saliency import make_ranker
-from slim.temporal import train_extractor
+from shards.cohorts.cohort_file import find_runs
+from shards.conversion import writer
+from shards.conversion.session import convert
+from shards.core.errors import ConfigError, DatasetError, RunRefused, UserError
+from shards.format import layout
+from shards.format.reader import Dataset
+from slim.checkpoints import checkpoint
+from slim.data.collate import collate, read_windows
+from slim.inference.slim_brain import SlimBrain
+from slim.inference.vectors import Features
+from slim.ranking.extractor import train_extractor
+from slim.ranking.saliency import make_ranker
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_killed import Killed, kill_at
 
-from slim import checkpoint
-from slim.checkpoint import COMPLETE, LATEST, CheckpointError, tag
-from slim.mirror import Mirror, at_a_glance, recover
+from slim.checkpoints import checkpoint
+from slim.checkpoints.checkpoint import COMPLETE, LATEST, CheckpointError, tag
+from slim.checkpoints.mirror import Mirror, at_a_glance, recover
 
 pytestmark = pytest.mark.usefixtures("alone")
 

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from conftest import GRID, ROOT
 
-from shards.cohort import CohortSettings, RunSource, find_runs, pattern_regex
-from shards.reader import Dataset
-from shards.settings import load, read_yaml
+from shards.cohorts.cohort_file import CohortSettings, RunSource, find_runs, pattern_regex
+from shards.core.settings import load, read_yaml
+from shards.format.reader import Dataset
 
 COHORTS = ROOT / "configs" / "cohorts"
 FRAMES = 60

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import FRAMES, SMALL, brain, oblique, save, signal, source
 
-from shards import quality
-from shards.confounds import CleanSettings
-from shards.errors import RunRefused
-from shards.harmonise import GridSettings, harmonise
+from shards.core.errors import RunRefused
+from shards.preprocessing import quality
+from shards.preprocessing.confounds import CleanSettings
+from shards.preprocessing.harmonise import GridSettings, harmonise
 
 
 def confounds_table(path: Path, **columns) -> Path:

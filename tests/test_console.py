@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards import console, html
-from shards.errors import ConfigError, Stopped
+from shards.core import cli
+from shards.core.errors import ConfigError, Stopped
+from shards.reporting import html
 
 NASTY = [
     "cost_$5_$x^{",
@@ -32,7 +33,7 @@ NASTY = [
 
 def status(main) -> int:
     with pytest.raises(SystemExit) as ended:
-        console.run(main)
+        cli.run(main)
     return ended.value.code
 
 
@@ -63,23 +64,23 @@ def umask() -> int:
 def test_the_traceback_goes_to_temporary_files_where_the_folder_cannot_be_written(monkeypatch, tmp_path) -> None:
     (tmp_path / "temp").mkdir()
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "temp"))
-    line = console.crashed(KeyError("a"), tmp_path / "nowhere")
+    line = cli.crashed(KeyError("a"), tmp_path / "nowhere")
     (path,) = (tmp_path / "temp").iterdir()
     assert line.endswith(f"(the traceback is in {path})")
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "nowhere"))
-    assert console.crashed(KeyError("a"), tmp_path / "nowhere").endswith("(no file could be written for the traceback)")
+    assert cli.crashed(KeyError("a"), tmp_path / "nowhere").endswith("(no file could be written for the traceback)")
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    assert "internal error: KeyError: 'a'" in console.crashed(KeyError("a"))
+    assert "internal error: KeyError: 'a'" in cli.crashed(KeyError("a"))
 
 
 def test_a_link_that_waits_for_the_traceback_is_not_followed(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr("time.strftime", lambda _: "now")
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "nowhere"))
     (tmp_path / f"error-now-{os.getpid()}.txt").symlink_to(tmp_path / "victim")
-    assert "no file could be written" in console.crashed(KeyError("a"), tmp_path)
+    assert "no file could be written" in cli.crashed(KeyError("a"), tmp_path)
     assert not (tmp_path / "victim").exists()
 
 
@@ -118,7 +119,7 @@ def test_names_are_printed_as_they_are(name: str, terminal: bool, monkeypatch) -
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("NO_COLOR", "1")
-    with console.progress(name, 1, "runs") as advance:
+    with cli.progress(name, 1, "runs") as advance:
         advance(1, name)
     shown = html_free(stream.getvalue())
     escaped = name.encode("unicode_escape").decode()
@@ -139,13 +140,13 @@ def test_a_summary_has_a_line_for_each_fact(name: str) -> None:
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
-        console.summary({"name": name, "other": 1}, f"look at {name}", as_json=False)
+        cli.summary({"name": name, "other": 1}, f"look at {name}", as_json=False)
     assert len(out.getvalue().splitlines()) == 3 and out.getvalue()[:-1].replace("\n", "").isprintable()
 
 
 def test_an_argument_is_printed_without_its_control_characters(capsys) -> None:
     with pytest.raises(SystemExit):
-        console.Parser("x", "y").parse_args(["\x1b[31m"])
+        cli.Parser("x", "y").parse_args(["\x1b[31m"])
     assert "\x1b" not in capsys.readouterr().err
 
 

@@ -13,17 +13,17 @@ from conversions import SETTINGS, bold_files, copy_cohort, make_unreadable, pack
 from runs import save
 from runs import source as run_source
 
-from shards import layout
-from shards.cohort import find_runs
-from shards.console import DONE, REFUSED, WRONG
-from shards.convert import fingerprint
-from shards.errors import RunRefused
-from shards.harmonise import harmonise
-from shards.patches import voxel_slots
-from shards.reader import Dataset
-from shards.session import ParcelSettings, survey
-from shards.split import read_table
-from slim.saliency import make_ranker
+from shards.cohorts.cohort_file import find_runs
+from shards.conversion.convert import fingerprint
+from shards.conversion.session import ParcelSettings, survey
+from shards.conversion.splits import read_table
+from shards.core.cli import DONE, REFUSED, WRONG
+from shards.core.errors import RunRefused
+from shards.format import layout
+from shards.format.patches import voxel_slots
+from shards.format.reader import Dataset
+from shards.preprocessing.harmonise import harmonise
+from slim.ranking.saliency import make_ranker
 
 
 def test_two_workers_write_what_one_writes(cohort, dataset, make_shards, tmp_path):

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pretrain import losses, metrics, pretrain, weights
 
-from shards.stream import MicroBatches
-from slim import checkpoint, elastic
+from shards.format.stream import MicroBatches
+from slim.checkpoints import checkpoint
+from slim.training import reshard
 
 STEPS = 5
 
@@ -33,16 +34,16 @@ def saved_with(folder: Path, global_batch: int) -> Path:
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 8), st.integers(1, 6))
 def test_the_global_batch_is_kept_or_what_would_keep_it_is_named(tmp_path_factory, batch, times, world, now, other):
     folder = saved_with(tmp_path_factory.getbasetemp() / "elastic", batch * times * world)
-    assert elastic.accumulate_for(folder, batch, world) == times
+    assert reshard.accumulate_for(folder, batch, world) == times
     try:
-        assert elastic.accumulate_for(folder, other, now) * other * now == batch * times * world
+        assert reshard.accumulate_for(folder, other, now) * other * now == batch * times * world
     except checkpoint.CheckpointError as error:
         assert batch * times * world % (other * now)
         for fit in map(int, error.hint.split(" one of ")[1].split(", or ")[0].split(", ")):
             if error.field == "run.batch":
-                elastic.accumulate_for(folder, fit, now)
+                reshard.accumulate_for(folder, fit, now)
             else:
-                elastic.accumulate_for(folder, 1, fit)
+                reshard.accumulate_for(folder, 1, fit)
 
 
 @settings(deadline=None)
@@ -101,7 +102,7 @@ def test_parameters_are_put_together_from_shards(tmp_path_factory, world, shapes
             "param_shapes": [{f"{g}.{i}": torch.Size([n]) for i, n in enumerate(ns)} for g, ns in enumerate(shapes)]
         }
         torch.save(model, folder / f"{prefix}mp_rank_00_model_states.pt")
-        shards = elastic.Shards(folder, stage, world)
+        shards = reshard.Shards(folder, stage, world)
         assert shards.step == 7
         for name, values in whole.items():
             for key in keys:

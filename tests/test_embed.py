@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from pretrained import ALIGNED, tool, write_run
 
-from shards.cohort import find_runs
-from slim.brain import SlimBrain
+from shards.cohorts.cohort_file import find_runs
+from slim.inference.slim_brain import SlimBrain
 
 
 @pytest.fixture(scope="module")

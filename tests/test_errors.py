@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shards.errors import ConfigError
-from shards.files import printable
+from shards.core.errors import ConfigError
+from shards.core.files import printable
 
 
 def test_a_message_is_printable_and_short() -> None:

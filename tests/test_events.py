@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import ConfigError
-from shards.settings import check
-from slim import events, metrics, probe
-from slim.events import EventSettings
-from slim.linear import Linear
-from slim.task import Task, find_cases, make_splits
+from shards.core.errors import ConfigError
+from shards.core.settings import check
+from slim.evaluation import events, metrics, probe
+from slim.evaluation.events import EventSettings
+from slim.evaluation.linear import Linear
+from slim.evaluation.task import Task, find_cases, make_splits
 
 SETTINGS = EventSettings(path="sub-{subject}_ses-{session}_events.tsv", delay=5)
 STATE = {

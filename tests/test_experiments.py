@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import Command
 
-from slim import comparison
+from tools.learning import comparison
 
 TASKS = ("group", "score", "fingerprint", "state")
 

@@ -19,16 +19,16 @@ from pretrained import ALIGNED, tool, write_run
 from safetensors.torch import load_file, save_file
 
 from launchers.local import prepare_run
-from shards.cohort import find_runs
-from shards.errors import UserError
-from shards.layout import sha256
-from shards.reader import Dataset
-from slim import export
-from slim.brain import SlimBrain
+from shards.cohorts.cohort_file import find_runs
+from shards.core.errors import UserError
+from shards.format.layout import sha256
+from shards.format.reader import Dataset
+from slim.checkpoints.weights import CONFIG, MODEL, SUMS, Weights
 from slim.config import load_run
-from slim.saliency import make_ranker
-from slim.temporal import train_extractor
-from slim.weights import CONFIG, MODEL, SUMS, Weights
+from slim.inference import export
+from slim.inference.slim_brain import SlimBrain
+from slim.ranking.extractor import train_extractor
+from slim.ranking.saliency import make_ranker
 
 # A process in which what training needs cannot be imported runs the rest of its arguments.
 WITHOUT = """

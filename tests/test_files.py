@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from shards.files import is_partial, printable, trouble, without_folders
+from shards.core.files import is_partial, printable, trouble, without_folders
 
 RAW = b"\x5c\x01\x00\x00" + bytes(400)  # begins as a NIfTI-1 header does
 CONTENT = {

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
-from shards.cohort import Cohort, find_cohort
-from shards.errors import ConfigError, RunRefused
-from shards.session import SessionSettings, survey
+from shards.cohorts.cohort_file import Cohort, find_cohort
+from shards.conversion.session import SessionSettings, survey
+from shards.core.errors import ConfigError, RunRefused
 
 MNI = "_space-MNI152NLin6Asym"
 ANNEX = "../../.git/annex/objects/0F/qk/MD5E-s1--0.nii.gz"
@@ -279,7 +279,7 @@ def test_sessions_are_matched_by_name_then_by_number_and_never_by_chance(tmp_pat
 
 def test_text_of_a_table_is_only_text(tmp_path):
     """Labels go through JSON lines: no character of theirs ends a line there."""
-    from shards import layout
+    from shards.format import layout
 
     note = "fell\u2028asleep\u0085at\x0b the end"
     found = people(tmp_path, f"participant_id\tnote\tsite\na\t{note}\tNone\n", [("a", "1")])

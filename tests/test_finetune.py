@@ -26,21 +26,23 @@ from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
 
 from launchers import local
-from shards import layout
-from shards.cohort import find_runs
-from shards.errors import ConfigError
-from shards.reader import Dataset
-from shards.settings import check
-from slim import checkpoint, export, probe
-from slim.answers import Answers
-from slim.batch import collate, firsts, read_windows
-from slim.brain import SlimBrain
+from shards.cohorts.cohort_file import find_runs
+from shards.core.errors import ConfigError
+from shards.core.settings import check
+from shards.format import layout
+from shards.format.reader import Dataset
+from slim.checkpoints import checkpoint
 from slim.config import FinetuneSettings, load_run
-from slim.finetune import Finetuning, depth_of, make_model, predict, validation_loss, write_start
-from slim.probe import make_fold
-from slim.splits import Split
-from slim.task import Task, find_cases, make_splits
-from slim.tuned import Finetuned, check_report, refuse, settings_for
+from slim.data.collate import collate, firsts, read_windows
+from slim.evaluation import probe
+from slim.evaluation.probe import make_fold
+from slim.evaluation.splits import Split
+from slim.evaluation.task import Task, find_cases, make_splits
+from slim.finetune.labels import Answers
+from slim.finetune.method import Finetuned, check_report, refuse, settings_for
+from slim.finetune.task import Finetuning, depth_of, make_model, predict, validation_loss, write_start
+from slim.inference import export
+from slim.inference.slim_brain import SlimBrain
 
 SCORE = {
     "name": "s",
@@ -271,7 +273,9 @@ def test_two_divisions_with_the_same_test_people_are_two_fine_tunings(
         trained.append((out.name, set(Answers.read(out).val)))
 
     monkeypatch.setattr(Finetuned, "_best", lambda *_: (torch.nn.Identity(), 1, 0.5))
-    monkeypatch.setattr("slim.tuned.predict", lambda model, classes, data, tested, *_: np.ones((len(tested), 1)))
+    monkeypatch.setattr(
+        "slim.finetune.method.predict", lambda model, classes, data, tested, *_: np.ones((len(tested), 1))
+    )
     splits = [[first], [second]]
     method = Finetuned("finetuned", ours, task, opened, cases, splits, tmp_path, QUICK, train)
     probe.score(task, cases, splits, method)

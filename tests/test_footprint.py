@@ -18,14 +18,14 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from slim import footprint
-from slim.batch import Batch
 from slim.config import PRESETS, ModelSettings, PredictorSettings, PretrainSettings
-from slim.footprint import CPU_ATTENTION, Footprint
-from slim.geometry import Geometry
-from slim.learner import Learner, parameter_groups
-from slim.objective import Objective
-from slim.plan import count, make_batch
+from slim.data.collate import Batch
+from slim.model.geometry import Geometry
+from slim.planning import counting
+from slim.planning.counting import CPU_ATTENTION, Footprint
+from slim.planning.step_cost import count, make_batch
+from slim.pretrain.learner import Learner, parameter_groups
+from slim.pretrain.objective import Objective
 
 MIB = 2**20
 V = 64
@@ -116,7 +116,7 @@ def test_any_order_of_making_and_dropping_tensors(steps: list[tuple[int, bool, t
 @pytest.fixture
 def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count bytes as they are asked for, as the allocator of a CPU gives them."""
-    monkeypatch.setattr(footprint, "BLOCK", 1)
+    monkeypatch.setattr(counting, "BLOCK", 1)
 
 
 def asked_for(work: Callable[[], object]) -> int:
@@ -207,7 +207,7 @@ def test_states_are_parameters_moments_target_and_running_means(objective: str) 
     }[objective]  # fmt: skip
     means = [v for mean in learner.means.values() for v in vars(mean).values() if isinstance(v, torch.Tensor)]
     sizes = [*own * 3, *target, *(tensor.numel() for tensor in (*means, *buffers)), *[1] * len(own)]  # Adam's steps
-    assert found.at_peak["states"] == sum(-(-4 * size // footprint.BLOCK) * footprint.BLOCK for size in sizes)
+    assert found.at_peak["states"] == sum(-(-4 * size // counting.BLOCK) * counting.BLOCK for size in sizes)
     assert found.live["gradients"] == 0 and found.peak >= found.at_peak["states"] + 4 * sum(own)
     assert sum(found.at_peak.values()) == found.peak > sum(found.live.values())
 

@@ -12,14 +12,16 @@ import torch
 from pretrained import ALIGNED, tool, write_run
 from safetensors.torch import load_file, save_file
 
-from shards.errors import UserError
-from shards.layout import read_manifest, sha256
-from slim import checkpoint, export, mirror, report
-from slim.brain import SlimBrain
-from slim.checkpoint import COMPLETE, CheckpointError
-from slim.monitor import read_metrics
-from slim.seen import Seen
-from slim.weights import CONFIG, MODEL, SUMS, fewest_parameters, find
+from shards.core.errors import UserError
+from shards.format.layout import read_manifest, sha256
+from slim.checkpoints import checkpoint, mirror
+from slim.checkpoints.checkpoint import COMPLETE, CheckpointError
+from slim.checkpoints.seen import Seen
+from slim.checkpoints.weights import CONFIG, MODEL, SUMS, fewest_parameters, find
+from slim.inference import export
+from slim.inference.slim_brain import SlimBrain
+from slim.reporting import run_page
+from slim.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def changed(folder: Path, path: tuple, value: object) -> Path:
 def test_a_config_that_asks_for_too_much_or_is_none_is_refused_in_one_line(
     copy: Path, path, value, monkeypatch
 ) -> None:
-    monkeypatch.setattr("slim.brain.Hiera", lambda *_: pytest.fail("a model was made"))
+    monkeypatch.setattr("slim.inference.slim_brain.Hiera", lambda *_: pytest.fail("a model was made"))
     with pytest.raises(UserError) as error:
         SlimBrain.from_pretrained(changed(copy, path, value))
     line = error.value.line()
@@ -214,13 +216,13 @@ def test_the_page_of_a_run_opens_no_url_unless_asked(run: Path, tmp_path: Path, 
         asked.append(folder)
         return read_manifest(find(run).settings.data[0].path)
 
-    monkeypatch.setattr(report.layout, "read_manifest", read)
-    assert report.write(sent).is_file() and not asked
-    assert report.write(sent, remote=True).is_file() and asked == ["http://127.0.0.1:9/data"]
+    monkeypatch.setattr(run_page.layout, "read_manifest", read)
+    assert run_page.write(sent).is_file() and not asked
+    assert run_page.write(sent, remote=True).is_file() and asked == ["http://127.0.0.1:9/data"]
     done = tool("report.py", sent)
     assert done.returncode == 0 and len(asked) == 1, done.stderr
     (sent / "dataset.json").write_text("[]")
-    assert report.write(sent).is_file()
+    assert run_page.write(sent).is_file()
 
 
 def test_tensors_of_another_shape_are_refused(copy: Path) -> None:

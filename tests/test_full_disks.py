@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from shards.layout import atomically, write_atomically
+from shards.format.layout import atomically, write_atomically
 from slim.config import load_config
 
 _MOUNT = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
@@ -23,8 +23,8 @@ mounts = pytest.mark.skipif(
 _COMMAND = """
 import sys
 from pathlib import Path
-from shards.console import run
-from shards.layout import write_atomically
+from shards.core.cli import run
+from shards.format.layout import write_atomically
 
 def main():
     _, place, size, lines = sys.argv

@@ -19,11 +19,11 @@ from fuzzing import NESTED, answer, counts, damaged, hold, json_bytes, texts, tr
 from hypothesis import strategies as st
 from test_layout import sample_arrays
 
-from shards import layout
-from shards.errors import DatasetError, SampleCorrupt
-from shards.reader import Dataset
-from slim.findings import probes, read_tasks, verdict
-from slim.probe import read_report
+from shards.core.errors import DatasetError, SampleCorrupt
+from shards.format import layout
+from shards.format.reader import Dataset
+from slim.evaluation.probe import read_report
+from slim.reporting.run_health import probes, read_tasks, verdict
 
 WORDS = [
     text.encode()

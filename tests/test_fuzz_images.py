@@ -15,12 +15,12 @@ from fuzzing import NUMBERS, answer, counts, damaged, hold
 from hypothesis import strategies as st
 from runs import brain, oblique, source
 
-from shards.bold import Bold, open_bold
-from shards.cohort import RunSource
-from shards.errors import ConfigError, RunRefused
-from shards.grid import Grid
-from shards.masks import MaskSettings, find_mask
-from slim.parcels import read_labels
+from shards.cohorts.cohort_file import RunSource
+from shards.core.errors import ConfigError, RunRefused
+from shards.format.grid import Grid
+from shards.preprocessing.bold import Bold, open_bold
+from shards.preprocessing.masks import MaskSettings, find_mask
+from slim.ranking.parcels import read_labels
 
 SHAPE = (9, 11, 9)
 AFFINE = oblique((16, 16, 16), 0, (-1, -17, 5), SHAPE)

@@ -16,14 +16,14 @@ from fuzzing import NESTED, TEXTS, answer, counts, hold, texts, trees
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers.cluster import SlurmSettings
-from shards.cohort import Cohort, find_cohort
-from shards.convert import ConvertSettings
-from shards.errors import ConfigError
-from shards.patterns import glob_regex, pattern_regex
-from shards.settings import check, load, override
+from launchers.cluster.scheduler import SlurmSettings
+from shards.cohorts.cohort_file import Cohort, find_cohort
+from shards.cohorts.patterns import glob_regex, pattern_regex
+from shards.conversion.convert import ConvertSettings
+from shards.core.errors import ConfigError
+from shards.core.settings import check, load, override
 from slim.config import PretrainSettings, load_config
-from slim.task import Task, load_task
+from slim.evaluation.task import Task, load_task
 
 COHORTS = [
     {"name": "c", "root": "bids", "participants": "participants.tsv", "filters": {"desc": "preproc", "run": 1}},

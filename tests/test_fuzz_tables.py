@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 from fuzzing import answer, counts, hold, texts
 
-from shards import confounds, tables
-from shards.cohort import CohortSettings
-from shards.errors import RunRefused, UserError
-from shards.participants import Participants
-from shards.settings import check
-from slim import events
-from slim.events import EventSettings
+from shards.cohorts.cohort_file import CohortSettings
+from shards.cohorts.participants import Participants
+from shards.core import tables
+from shards.core.errors import RunRefused, UserError
+from shards.core.settings import check
+from shards.preprocessing import confounds
+from slim.evaluation import events
+from slim.evaluation.events import EventSettings
 
 PARTICIPANTS = (
     "participant_id\tage\tsex\tscore\nsub-01\t20\tF\t1.5\nsub-02\t30\tM\tn/a\nsub-003\t41\tF\t-2e-3\n",

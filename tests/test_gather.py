@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slim import gather
-from slim.batch import Batch, Sample, cell_sizes, collate
 from slim.config import MaskSettings, ModelSettings
-from slim.gather import attend, children, plan, segment_max, segments
-from slim.geometry import Geometry
-from slim.hiera import Hiera, Voxels
-from slim.masking import draw
-from slim.packed import Packed
+from slim.data.collate import Batch, Sample, cell_sizes, collate
+from slim.data.masking import draw
+from slim.model import ragged
+from slim.model.geometry import Geometry
+from slim.model.hiera import Hiera, Voxels
+from slim.model.packed import Packed
+from slim.model.ragged import attend, children, plan, segment_max, segments
 
 V = 8
 SIZES = ModelSettings(
@@ -324,8 +324,8 @@ def test_both_paths_of_attention_give_the_same_numbers(sizes: ModelSettings, mon
     samples = [make_sample(15), make_sample(16, 0.8)]
     results = []
     for varlen in (False, True):
-        monkeypatch.setattr(gather, "has_varlen", lambda q, answer=varlen: answer)
-        monkeypatch.setattr(gather, "varlen_attn", plain_varlen)
+        monkeypatch.setattr(ragged, "has_varlen", lambda q, answer=varlen: answer)
+        monkeypatch.setattr(ragged, "varlen_attn", plain_varlen)
         model = encoder(sizes=sizes)
         out, _ = run(model, samples, 100, "cpu")
         out.square().sum().backward()
@@ -345,10 +345,10 @@ def test_varlen_attention_of_the_device_gives_the_numbers_of_the_buckets(monkeyp
     results = []
     for varlen in (True, False):
         inputs = [tensor.clone().requires_grad_() for tensor in start]
-        assert gather.has_varlen(inputs[0])
+        assert ragged.has_varlen(inputs[0])
         with monkeypatch.context() as patch:
             if not varlen:
-                patch.setattr(gather, "has_varlen", lambda q: False)
+                patch.setattr(ragged, "has_varlen", lambda q: False)
             out = attend(*inputs, where)
         out.float().square().sum().backward()
         results.append([out.float(), *(tensor.grad.float() for tensor in inputs)])

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from shards.errors import ConfigError
+from shards.core.errors import ConfigError
 from slim.config import PRESETS, ModelSettings
-from slim.gather import plan
-from slim.geometry import Geometry
-from slim.hiera import Hiera
+from slim.model.geometry import Geometry
+from slim.model.hiera import Hiera
+from slim.model.ragged import plan
 
 PUBLISHED = (40, 24, 24, 24)
 

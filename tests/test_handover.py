@@ -11,9 +11,9 @@ from conversions import conversion
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers import handover
+from launchers.cluster import handover
 from launchers.conversion import parcels_of
-from shards.errors import DatasetError, RunRefused
+from shards.core.errors import DatasetError, RunRefused
 
 
 @pytest.fixture

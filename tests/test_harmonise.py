@@ -21,11 +21,11 @@ from scipy.interpolate import CubicSpline
 from scipy.ndimage import convolve1d
 from scipy.signal import firwin, kaiserord
 
-from shards import quality
-from shards.errors import RunRefused
-from shards.harmonise import GridSettings, harmonise
-from shards.masks import MaskSettings
-from shards.resample import spline_weights
+from shards.core.errors import RunRefused
+from shards.preprocessing import quality
+from shards.preprocessing.harmonise import GridSettings, harmonise
+from shards.preprocessing.masks import MaskSettings
+from shards.preprocessing.resampling import spline_weights
 
 
 @pytest.mark.filterwarnings("ignore:Resampling binary images")
@@ -374,8 +374,8 @@ def test_memory_stays_below_three_times_the_run(tmp_path, tr, frames):
 import resource, sys
 from dataclasses import replace
 from pathlib import Path
-from shards.cohort import RunSource
-from shards.harmonise import GridSettings, harmonise
+from shards.cohorts.cohort_file import RunSource
+from shards.preprocessing.harmonise import GridSettings, harmonise
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

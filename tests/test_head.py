@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import ConfigError
-from shards.settings import check
-from slim import pooling
+from shards.core.errors import ConfigError
+from shards.core.settings import check
 from slim.config import HeadSettings
-from slim.head import Head
-from slim.pooling import Features
+from slim.inference import vectors
+from slim.inference.vectors import Features
+from slim.model.head import Head
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 2**16))
@@ -70,7 +70,7 @@ def test_cov_is_that_of_the_probe(brains: list[set[int]], components: int, seed:
         whole_SLC = torch.zeros(slots, places, 5)
         whole_SLC[:, sorted(brain)] = token
         item = Features("a", whole_SLC.numpy(), np.arange(places), np.arange(slots), np.arange(slots))
-        expected = pooling.cov(item, np.arange(places), head.axis_CQ.double().numpy())
+        expected = vectors.cov(item, np.arange(places), head.axis_CQ.double().numpy())
         np.testing.assert_allclose(found_P, expected, atol=2e-3)
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from runs import FRAMES, SMALL, save, source, zscored
 
-from shards import bids
-from shards.bold import open_bold
-from shards.errors import RunRefused
-from shards.harmonise import harmonise
-from shards.session import assumptions
+from shards.cohorts import bids
+from shards.conversion.session import assumptions
+from shards.core.errors import RunRefused
+from shards.preprocessing.bold import open_bold
+from shards.preprocessing.harmonise import harmonise
 
 
 def stored(path: Path, image: nib.Nifti1Pair, tr: float = 0.72, unit: str = "mm") -> Path:

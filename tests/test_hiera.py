@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slim.config import View
-from slim.hiera import PatchEmbed, Voxels
+from slim.model.hiera import PatchEmbed, Voxels
 
 VIEWS = ("global", "voxel", "both")
 Q, T, V, C = 30, 12, 64, 48

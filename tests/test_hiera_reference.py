@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from slim.config import ModelSettings
-from slim.gather import plan
-from slim.hiera import Hiera, Voxels
-from slim.packed import Packed
+from slim.model.hiera import Hiera, Voxels
+from slim.model.packed import Packed
+from slim.model.ragged import plan
 
 
 @pytest.fixture(scope="module")

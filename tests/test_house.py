@@ -12,9 +12,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from launchers.cluster import SlurmSettings
-from shards.cohort import CohortSettings
-from shards.convert import ConvertSettings
+from launchers.cluster.scheduler import SlurmSettings
+from shards.cohorts.cohort_file import CohortSettings
+from shards.conversion.convert import ConvertSettings
 from slim.config import FinetuneSettings, PretrainSettings, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +93,7 @@ def test_every_field_of_the_settings_is_read_somewhere(model: type) -> None:
 
 
 def test_the_custom_model_example_is_the_lean_preset() -> None:
-    from shards.settings import load
+    from shards.core.settings import load
     from slim.config import PRESETS, ModelSettings
 
     assert load(ModelSettings, ROOT / "configs" / "model" / "custom.yaml") == PRESETS["lean"]

@@ -17,8 +17,9 @@ import pytest
 from conftest import GRID, ROOT, run_command
 from conversions import contents, pack_into, same
 
-from shards import layout, writer
-from shards.console import DONE, RESUME, WRONG
+from shards.conversion import writer
+from shards.core.cli import DONE, RESUME, WRONG
+from shards.format import layout
 
 
 def test_a_second_conversion_in_the_same_folder_is_refused(cohort, tmp_path):
@@ -125,7 +126,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(cohort, dataset, 
 LONG_WORK = """
 import multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor
-from shards.workers import end_with_parent
+from shards.core.workers import end_with_parent
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent)
     print(pool.submit(abs, -1).result(), flush=True)

@@ -21,8 +21,8 @@ from conftest import ROOT, Command
 from hooks import at_each_step
 from test_pretrain import QUICK, TINY, losses, metrics, pretrain, ranks_of, weights
 
-from shards.reader import Dataset
-from shards.stream import Stream
+from shards.format.reader import Dataset
+from shards.format.stream import Stream
 
 # Writes down which samples a process has trained on, and in which step.
 RECORDER = """

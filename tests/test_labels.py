@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_probe import GROUP, SCORE, cases_of, sessions, task
 
-from shards.errors import ConfigError
-from slim import baseline
-from slim.labels import is_missing, number, word
-from slim.task import make_splits
+from shards.core.errors import ConfigError
+from slim.evaluation import baselines
+from slim.evaluation.labels import is_missing, number, word
+from slim.evaluation.task import make_splits
 
 HOLDOUT = {"split": {"kind": "holdout", "shares": [0.5, 0.2, 0.3], "repeats": 1}}
 
@@ -108,7 +108,7 @@ def test_confounds_are_read_as_labels_are():
     dataset.sessions[0]["labels"]["age"] = "unknown"
     chosen = task(GROUP | {"confounds": ["age", "site"], "missing": ["unknown"]})
     found = cases_of(chosen, dataset)
-    vector_NF = baseline.confounds(found.sessions, chosen.confounds)
+    vector_NF = baselines.confounds(found.sessions, chosen.confounds)
     assert vector_NF[:, 0].tolist() == list(range(21, 28))
     assert vector_NF[:, 1:].sum(axis=0).tolist() == [3, 2, 2]  # 1, None, x
     assert "confounds: got both '01' and '1' in column site" in told_by(

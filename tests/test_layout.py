@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from zarr.storage import ZipStore
 
-from shards import layout
-from shards.errors import DatasetError, SampleCorrupt
-from shards.patches import gather, parcel_means, patch_places, scatter, voxel_slots
-from shards.reader import Dataset
-from shards.split import SPLITS
+from shards.conversion.splits import SPLITS
+from shards.core.errors import DatasetError, SampleCorrupt
+from shards.format import layout
+from shards.format.patches import gather, parcel_means, patch_places, scatter, voxel_slots
+from shards.format.reader import Dataset
 
 DTYPES = {
     "baseline": "float32",

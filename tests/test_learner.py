@@ -10,9 +10,9 @@ import torch
 from test_gather import GEOMETRY, V
 from test_objective import make_batch, settings
 
-from slim.ema import PlaceMean
-from slim.learner import Learner
-from slim.objective import Objective
+from slim.pretrain.ema import PlaceMean
+from slim.pretrain.learner import Learner
+from slim.pretrain.objective import Objective
 
 MEANS = {"default": ["target_mean", "context_mean"], "jepa": ["target_mean"], "mae": []}
 

@@ -18,8 +18,8 @@ _TRAINS = """
 import signal, sys
 from torch.utils.data import DataLoader
 from slim import loading
-from shards.console import STOPPING
-from shards.workers import end_with_parent
+from shards.core.cli import STOPPING
+from shards.core.workers import end_with_parent
 
 for number in STOPPING:
     signal.signal(number, lambda *_: None)

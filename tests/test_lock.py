@@ -19,11 +19,11 @@ from conftest import ROOT, Command
 from test_pretrain import losses, metrics, pretrain, ranks_of, start, wait_for_lines
 from test_resuming import settings_of
 
-from launchers import attempt
+from launchers.cluster import attempt
 from launchers.job import Told
 from launchers.local import prepare_run
-from shards.errors import ConfigError, Stopped
-from slim import lock
+from shards.core.errors import ConfigError, Stopped
+from slim.checkpoints import lock
 
 HOLD = """
 import sys, time
@@ -168,7 +168,7 @@ def test_tasks_of_a_cluster_hold_it_and_are_refused(dataset: Path, tmp_path: Pat
     (run / "slurm").mkdir()
 
     def call(*words: str) -> subprocess.CompletedProcess:
-        words = (sys.executable, "-m", "launchers.attempt", *words)
+        words = (sys.executable, "-m", "launchers.cluster.attempt", *words)
         return subprocess.run(words, cwd=ROOT, env={**os.environ, **slurm}, capture_output=True, text=True, timeout=120)
 
     assert call("begin", str(run)).returncode == 0

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slim.config import KINDS, MaskSettings
-from slim.masking import choose, draw
+from slim.data.masking import choose, draw
 
 
 def sizes(seed: int = 0, slots: int = 8, places: int = 60) -> np.ndarray:

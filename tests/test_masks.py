@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from runs import FRAMES, SMALL, brain, oblique, save, saved, signal, source
 from scipy import ndimage
 
-from shards.errors import RunRefused
-from shards.harmonise import GridSettings, harmonise
-from shards.masks import MaskSettings, threshold
-from shards.resample import resample_mask
-from shards.session import SessionSettings, WindowSettings, assumptions, convert_run
-from shards.space import template
-from slim.parcels import make_parcels
-from slim.saliency import make_ranker
+from shards.conversion.session import SessionSettings, WindowSettings, assumptions, convert_run
+from shards.core.errors import RunRefused
+from shards.preprocessing.harmonise import GridSettings, harmonise
+from shards.preprocessing.masks import MaskSettings, threshold
+from shards.preprocessing.resampling import resample_mask
+from shards.preprocessing.space import template
+from slim.ranking.parcels import make_parcels
+from slim.ranking.saliency import make_ranker
 
 SHAPE = 28, 32, 26
 AFFINE = oblique((5, 5, 5), 0, (-1, -17, 5), SHAPE)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from slim import metrics
+from slim.evaluation import metrics
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from scipy import integrate
 from test_gather import GEOMETRY, SIZES, V, make_sample
 
-from slim import schedule
-from slim.batch import Batch, cell_sizes, collate
 from slim.config import KINDS, EmaSettings, MaskSettings, OptimizerSettings, PretrainSettings
-from slim.ema import PlaceMean, Target
-from slim.learner import Learner, parameter_groups
-from slim.masking import draw
-from slim.monitor import effective_rank
-from slim.objective import Losses, Objective, jepa_loss, mae_loss, sig_loss
+from slim.data.collate import Batch, cell_sizes, collate
+from slim.data.masking import draw
+from slim.pretrain.ema import PlaceMean, Target
+from slim.pretrain.learner import Learner, parameter_groups
+from slim.pretrain.objective import Losses, Objective, jepa_loss, mae_loss, sig_loss
+from slim.training import schedule
+from slim.training.metrics import effective_rank
 
 
 def settings(**other: object) -> PretrainSettings:

@@ -11,7 +11,7 @@ import pytest
 from conftest import Command
 from pretrained import tool
 
-from shards.reader import Dataset
+from shards.format.reader import Dataset
 from slim import SlimBrain
 
 ARCHIVE = Path(__file__).parent / "artefacts" / "version_0_1.tar.xz"

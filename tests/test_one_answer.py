@@ -13,11 +13,11 @@ import pytest
 import torch
 from pretrained import ALIGNED, write_run
 
-from shards.cohort import RunSource, find_runs
-from shards.errors import ConfigError, RunRefused
-from shards.niimg import as_run
-from slim.brain import SlimBrain
-from slim.cores import cores
+from shards.cohorts.cohort_file import RunSource, find_runs
+from shards.cohorts.niimg import as_run
+from shards.core.errors import ConfigError, RunRefused
+from slim.inference.cores import cores
+from slim.inference.slim_brain import SlimBrain
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from conftest import GRID, ROOT
 from loads import Numbers, as_tensor, dies, refuses, waits
 from test_pretrain import QUICK, TINY, losses, ranks_of, start, wait_for_lines
 
-from shards.errors import DatasetError, Stopped
-from shards.stream import MicroBatches
-from slim import loading
-from slim.tracking import Tracking
+from shards.core.errors import DatasetError, Stopped
+from shards.format.stream import MicroBatches
+from slim.data import loader
+from slim.training.tracking import Tracking
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 mounts = pytest.mark.skipif(
@@ -58,15 +58,15 @@ def micro_batches(load: Callable, consumed: int = 0) -> MicroBatches:
 @pytest.mark.parametrize("count", [0, 2])
 @pytest.mark.parametrize("free", [0, 1 << 40])
 def test_batches_are_the_same_whichever_way_they_come(count: int, free: int, monkeypatch) -> None:
-    monkeypatch.setattr(loading, "free_shared_memory", lambda: free)
-    found = [batch.tolist() for batch in loading.Loader(micro_batches(as_tensor), count)]
+    monkeypatch.setattr(loader, "free_shared_memory", lambda: free)
+    found = [batch.tolist() for batch in loader.Loader(micro_batches(as_tensor), count)]
     assert found == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int32, torch.float32, torch.bool])
 def test_bytes_give_back_tensors(dtype: torch.dtype) -> None:
     x = torch.arange(6).to(dtype).reshape(2, 3).T
-    (back,) = loading.received(loading.Sent(lambda items: [x], "bytes")([]))
+    (back,) = loader.received(loader.Sent(lambda items: [x], "bytes")([]))
     assert back.dtype == dtype and torch.equal(back, x)
     back[0] = 0  # writable, without a warning
 
@@ -74,33 +74,33 @@ def test_bytes_give_back_tensors(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_what_a_loading_process_refuses_arrives_as_it_was(count: int) -> None:
     with pytest.raises(DatasetError, match=r"^data: field: got this, expected that. Do it$"):
-        next(loading.Loader(micro_batches(refuses, consumed=2), count))
+        next(loader.Loader(micro_batches(refuses, consumed=2), count))
     with pytest.raises(Stopped, match=r"^the dataset is away$"):
-        next(loading.Loader(micro_batches(refuses), count))
+        next(loader.Loader(micro_batches(refuses), count))
 
 
 def test_a_loading_process_that_dies_before_its_first_batch_is_told_in_words() -> None:
     with pytest.raises(Stopped, match=r"^a loading process died .*out of memory.*lower run.workers"):
-        next(loading.Loader(micro_batches(dies), 1))
+        next(loader.Loader(micro_batches(dies), 1))
 
 
 def test_a_signal_is_heard_while_waiting_for_data(monkeypatch) -> None:
-    monkeypatch.setitem(loading._GRACE, "SIGTERM", 0.1)
+    monkeypatch.setitem(loader._GRACE, "SIGTERM", 0.1)
     begun, said = time.monotonic(), None
-    loader = loading.Loader(micro_batches(waits), 1, lambda: said)
-    monkeypatch.setattr(loading, "_PATIENCE", 4.0)
+    waiting = loader.Loader(micro_batches(waits), 1, lambda: said)
+    monkeypatch.setattr(loader, "_PATIENCE", 4.0)
     with pytest.raises(Stopped, match="no batch came in"):
-        next(loader)
+        next(waiting)
     said = "SIGTERM"
     with pytest.raises(Stopped, match="SIGTERM came while waiting for data"):
-        next(loader)
+        next(waiting)
     assert time.monotonic() - begun < 60
 
 
 def test_without_semaphores_batches_are_loaded_all_the_same(monkeypatch) -> None:
-    monkeypatch.setattr(loading, "why_no_workers", lambda: "no semaphores")
+    monkeypatch.setattr(loader, "why_no_workers", lambda: "no semaphores")
     told: list[str] = []
-    found = [batch.tolist() for batch in loading.Loader(micro_batches(as_tensor), 2, warn=told.append)]
+    found = [batch.tolist() for batch in loader.Loader(micro_batches(as_tensor), 2, warn=told.append)]
     assert found[3] == [6, 7]
     assert told == ["/dev/shm: no semaphores: batches are loaded by the training process itself, which takes longer"]
 

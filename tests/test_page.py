@@ -18,10 +18,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from shards import distribution, html, layout, page, picture, writer
-from shards.grid import Grid
-from shards.patches import gather, patch_places
-from shards.split import SPLITS
+from shards.conversion import writer
+from shards.conversion.splits import SPLITS
+from shards.format import layout
+from shards.format.grid import Grid
+from shards.format.patches import gather, patch_places
+from shards.reporting import dataset_page, distribution, html, quality_figures
 
 ROOT = Path(__file__).parent.parent
 GRID = Grid(mm=12.0, shape=(16, 16, 16))
@@ -204,14 +206,14 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def content(dataset) -> str:
-    path = page.write(dataset)
+    path = dataset_page.write(dataset)
     assert path == dataset / "report" / "index.html"
     return path.read_text()
 
 
 def test_is_self_contained_and_has_a_picture_of_each_example(content):
     reader = check_self_contained(content)
-    assert len(reader.pictures()) == 1 + page._EXAMPLES
+    assert len(reader.pictures()) == 1 + dataset_page._EXAMPLES
     assert len(content) < 1e6
 
 
@@ -272,7 +274,7 @@ def test_names_what_was_assumed_and_of_which_sessions(tmp_path):
     sessions = [session(f"one_{n}", "one", str(n), "train", mask_rule=rule) for n in range(11)]
     sessions[3] |= {"dead_share": 0.084, "repeated_frames": 15}
     sessions[4] |= {"forms_disagree": "sform LAS, qform RAS", "space_assumed": "taken as MNI: header code 1 (scanner)"}
-    text = Reader(page.write(make_dataset(tmp_path, sessions, [])).read_text()).text
+    text = Reader(dataset_page.write(make_dataset(tmp_path, sessions, [])).read_text()).text
     for words in (
         'Look: 1 session with volumes that repeat an earlier one; windows that hold them were not kept: see "To check"',
         f"mask of {rule} 11 one_0, one_1, one_10, one_2, one_3, one_4, one_5, one_6 and 3 more",
@@ -286,16 +288,16 @@ def test_names_what_was_assumed_and_of_which_sessions(tmp_path):
 
 def test_parts_of_scores_are_drawn_where_a_sample_has_them(tmp_path, monkeypatch):
     drawn = []
-    draw = picture.Shown.draw
+    draw = quality_figures.Shown.draw
 
-    def watched(shown: picture.Shown, outline) -> Figure:
+    def watched(shown: quality_figures.Shown, outline) -> Figure:
         drawn.append([title for _, _, title in shown.parts])
         return draw(shown, outline)
 
-    monkeypatch.setattr(picture.Shown, "draw", watched)
+    monkeypatch.setattr(quality_figures.Shown, "draw", watched)
     parts = {"scores_space": np.full(WINDOWS, 2.0), "scores_time": np.full(WINDOWS, 1.0)}
     for number, more in enumerate(({}, parts)):
-        page.write(make_dataset(tmp_path / str(number), [session("one_a", "one", "a", "train")], [], **more))
+        dataset_page.write(make_dataset(tmp_path / str(number), [session("one_a", "one", "a", "train")], [], **more))
     assert drawn == [[], ["space part", "time part"]]
 
 
@@ -307,7 +309,7 @@ def test_says_which_parcels_the_ranker_saw():
         ({"image": image}, "98–100 parcels: atlas.nii.gz, c0ffeec0ffee"),
     ):
         manifest = {"configuration": {"settings": {"parcels": stated}}}
-        assert page._parcels(SimpleNamespace(manifest=manifest, sessions=sessions)) == expected
+        assert dataset_page._parcels(SimpleNamespace(manifest=manifest, sessions=sessions)) == expected
 
 
 def test_another_tr_inside_a_cohort_is_pointed_out():
@@ -328,14 +330,14 @@ def test_another_tr_inside_a_cohort_is_pointed_out():
     assert [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "D"] == [[2.5], []]
     low, high = axes.get_xlim()
     assert low < 0.8 and high > 2.5
-    assert page._trs(sessions) == "2 (19), 0.8 (3), 2.5 (1)"
+    assert dataset_page._trs(sessions) == "2 (19), 0.8 (3), 2.5 (1)"
     for number, line in enumerate(sessions[:8]):
         line["source_tr"] = 1 + number / 10
-    assert page._trs(sessions) == "0.8–2"
+    assert dataset_page._trs(sessions) == "0.8–2"
 
 
 def test_equal_datasets_give_equal_bytes(content, dataset):
-    assert page.write(dataset).read_text() == content
+    assert dataset_page.write(dataset).read_text() == content
     assert not list((dataset / "report").glob("*tmp*"))
 
 
@@ -345,9 +347,9 @@ def test_thousands_of_sessions_stay_one_page():
     sessions = [session(f"c{n % 20}_sub-{n:04}", f"c{n % 20}", f"{n:04}", "train", tsnr=tsnr[n]) for n in range(4000)]
     outlying = distribution.find_outlying(sessions)
     assert 10 < len(outlying) < 200
-    chosen = page.choose_examples(sessions, outlying)
+    chosen = dataset_page.choose_examples(sessions, outlying)
     assert [line["key"] for line in chosen[:2]] == list(outlying)[:2]
-    assert len(chosen) == page._MOST_EXAMPLES
+    assert len(chosen) == dataset_page._MOST_EXAMPLES
     assert len({line["cohort"] for line in chosen[2:]}) == len(chosen) - 2
     with html.drawing():
         shown = "".join(distribution.describe(sessions, outlying))
@@ -358,7 +360,7 @@ def test_many_refused_runs_are_grouped():
     failed = [
         {"key": f"k{n}", "cohort": "c", "reason": f"file {n}: bad. Mend it", "hint": "Mend it"} for n in range(500)
     ]
-    text = Reader("".join(page._refused(failed))).text
+    text = Reader("".join(dataset_page._refused(failed))).text
     assert "c Mend it 500" in text and "k99" in text and "k100" not in text
     assert "The first 100 of 500" in text
 
@@ -383,7 +385,7 @@ def test_fewer_colours_look_the_same():
 
 
 def test_damaged_sample_is_told(tmp_path):
-    from shards.errors import SampleCorrupt
+    from shards.core.errors import SampleCorrupt
 
     folder = make_dataset(tmp_path / "d", [session("one_a", "one", "a", "train")], [])
     shard = folder / "shards" / "train-000000.tar"
@@ -392,7 +394,7 @@ def test_damaged_sample_is_told(tmp_path):
     data[at : at + 4] = b"XXXX"
     shard.write_bytes(data)
     with pytest.raises(SampleCorrupt, match="one_a"):
-        page.write(folder)
+        dataset_page.write(folder)
 
 
 def command(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:

@@ -15,10 +15,10 @@ from hypothesis.extra import numpy as hnp
 from nibabel.affines import apply_affine
 from runs import oblique, save
 
-from shards.errors import ConfigError
-from shards.grid import Grid
-from shards.session import ParcelSettings
-from slim.parcels import make_parcels, parcels_from_labels, parcels_from_mask, read_labels
+from shards.conversion.session import ParcelSettings
+from shards.core.errors import ConfigError
+from shards.format.grid import Grid
+from slim.ranking.parcels import make_parcels, parcels_from_labels, parcels_from_mask, read_labels
 
 
 @settings(deadline=None, max_examples=40)

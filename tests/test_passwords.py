@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_command
 
-from shards import layout, passwords
-from shards.errors import DatasetError, UserError
-from shards.settings import check
+from shards.core import passwords
+from shards.core.errors import DatasetError, UserError
+from shards.core.settings import check
+from shards.format import layout
 from slim.config import PretrainSettings, load_run
 
 SECRET = "s3cr%20et-word"
@@ -61,7 +62,7 @@ def test_a_password_is_used_and_not_written(web: str, form: str) -> None:
     path = settings.data[0].path
     assert secret_free(settings.model_dump_json()) and web in path
     assert layout.read_manifest(path)["format"] == layout.FORMAT  # by what was kept
-    child = "import sys; from shards.layout import read_manifest; print(read_manifest(sys.argv[1])['format'])"
+    child = "import sys; from shards.format.layout import read_manifest; print(read_manifest(sys.argv[1])['format'])"
     done = subprocess.run([sys.executable, "-c", child, path], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == str(layout.FORMAT), done.stderr
     os.environ["SLIM_URLS"] = ""

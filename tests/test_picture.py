@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 from matplotlib.text import Text
 
-from shards import html, layout, picture
-from shards.grid import Grid
-from shards.patches import gather, patch_places
+from shards.format import layout
+from shards.format.grid import Grid
+from shards.format.patches import gather, patch_places
+from shards.reporting import html, quality_figures
 
 GRID = Grid(mm=12.0, shape=(16, 16, 16))
 FRAMES, WINDOWS, KEEP = 5, 12, 8
@@ -40,7 +41,7 @@ def test_the_left_of_the_picture_is_the_left_of_the_brain():
     bright = {0: "R", 1: "A", 2: "S"}
     for axis in range(3):
         volume = np.where(mask, (place[axis] > 7).astype(float), np.nan)
-        for seen, (title, drawn, extent, ends) in enumerate(picture.slices(volume, GRID, (8, 8, 8))):
+        for seen, (title, drawn, extent, ends) in enumerate(quality_figures.slices(volume, GRID, (8, 8, 8))):
             if seen == axis:
                 continue
             assert title.startswith(("Sagittal", "Coronal", "Axial")[seen])
@@ -63,9 +64,9 @@ def test_the_drawn_figure_is_the_right_way_round():
     with html.drawing():
         figure = Figure(figsize=(4, 4))
         axes = figure.subplots()
-        view = picture.slices(volume, GRID, (8, 8, 8))[2]
-        edges = picture.patch_edges(patch_places(mask, GRID.patch), GRID, 2, 8)
-        picture.draw_slice(axes, view, mask[:, :, 8].T, edges, np.array([0.0, 1.0]))
+        view = quality_figures.slices(volume, GRID, (8, 8, 8))[2]
+        edges = quality_figures.patch_edges(patch_places(mask, GRID.patch), GRID, 2, 8)
+        quality_figures.draw_slice(axes, view, mask[:, :, 8].T, edges, np.array([0.0, 1.0]))
         pixels = render(figure)[..., 0]
         place = {text.get_text(): text.get_window_extent() for text in axes.texts}
     middle_mm = GRID.affine[:2, 3] + GRID.mm * 7.5
@@ -98,7 +99,7 @@ def test_grid_lines_are_the_edges_of_the_kept_patches(seed, edge, axis, share):
             expected.add((a - 1, b - 1, a - 1, b))
         if b and (around[a, b] or around[a, b - 1]):
             expected.add((a - 1, b - 1, a, b - 1))
-    found = (picture.patch_edges(patch, grid, axis, index) - corner_mm) / side
+    found = (quality_figures.patch_edges(patch, grid, axis, index) - corner_mm) / side
     np.testing.assert_allclose(found, found.round(), atol=1e-9)
     found_set = {tuple(int(value) for value in line) for line in found.round().reshape(-1, 4)}
     assert found_set == expected and len(found) == len(expected)
@@ -112,8 +113,10 @@ def test_the_drawn_grid_encloses_the_kept_patches_only():
     with html.drawing():
         figure = Figure(figsize=(4, 4))
         axes = figure.subplots()
-        view = picture.slices(np.where(mask, 1.0, np.nan), GRID, (5, 9, 5))[2]
-        picture.draw_slice(axes, view, mask[:, :, 5].T, picture.patch_edges(patch, GRID, 2, 5), np.array([0.0, 1.0]))
+        view = quality_figures.slices(np.where(mask, 1.0, np.nan), GRID, (5, 9, 5))[2]
+        quality_figures.draw_slice(
+            axes, view, mask[:, :, 5].T, quality_figures.patch_edges(patch, GRID, 2, 5), np.array([0.0, 1.0])
+        )
         pixels = render(figure)
 
     def blue(x: float, y: float) -> bool:
@@ -131,7 +134,7 @@ def test_the_drawn_grid_encloses_the_kept_patches_only():
         assert not blue(free, 5.5) and not blue(free, 9.5)
 
 
-def shown(scores: np.ndarray, keep: int = KEEP, **changes) -> picture.Shown:
+def shown(scores: np.ndarray, keep: int = KEEP, **changes) -> quality_figures.Shown:
     """A session of few voxels; `changes` are those of its line, or arrays of its sample."""
     mask = brain()
     patch = patch_places(mask, GRID.patch)
@@ -147,7 +150,7 @@ def shown(scores: np.ndarray, keep: int = KEEP, **changes) -> picture.Shown:
     }
     given = (*arrays, "scores_space", "scores_time")
     arrays |= {name: changes.pop(name) for name in [*changes] if name in given}
-    return picture.Shown(GRID, FRAMES, {"tr": 0.72, "space": "MNI", **changes}, arrays)
+    return quality_figures.Shown(GRID, FRAMES, {"tr": 0.72, "space": "MNI", **changes}, arrays)
 
 
 def panel(figure: Figure, title: str) -> Axes:

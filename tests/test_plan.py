@@ -12,13 +12,13 @@ import pytest
 from conftest import Command
 from einops import reduce
 
-from shards.errors import ConfigError
-from shards.grid import Grid
-from shards.reader import Dataset
+from shards.core.errors import ConfigError
+from shards.format.grid import Grid
+from shards.format.reader import Dataset
 from slim.config import PRESETS, PretrainSettings
-from slim.forecast import Counted, extrapolate, forecast, largest, largest_brain
-from slim.plan import Cost, cost, detailed, mni_brain
-from slim.zero import Zero
+from slim.planning.forecast import Counted, extrapolate, forecast, largest, largest_brain
+from slim.planning.step_cost import Cost, cost, detailed, mni_brain
+from slim.planning.zero_memory import Zero
 
 COARSE = Grid(mm=8.0, shape=(24, 24, 24))
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slim.config import PRESETS
-from slim.hiera import Hiera, sinusoids
+from slim.model.hiera import Hiera, sinusoids
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(8, 70))

@@ -347,7 +347,7 @@ def test_the_cpu_is_meant_where_deepspeed_would_take_a_gpu(
 
 
 def test_incomplete_checkpoints_do_not_exist(tmp_path: Path, whole: Path) -> None:
-    from slim import checkpoint
+    from slim.checkpoints import checkpoint
 
     folder = tmp_path / "checkpoints" / "step-00000009"
     folder.mkdir(parents=True)

@@ -15,13 +15,13 @@ from nilearn.connectome import ConnectivityMeasure
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from shards.errors import ConfigError
-from shards.reader import Dataset
-from shards.settings import check
-from slim import baseline, linear, probe
-from slim.linear import Linear
-from slim.splits import Fold, deal
-from slim.task import Cases, Task, find_cases, load_task, make_splits
+from shards.core.errors import ConfigError
+from shards.core.settings import check
+from shards.format.reader import Dataset
+from slim.evaluation import baselines, linear, probe
+from slim.evaluation.linear import Linear
+from slim.evaluation.splits import Fold, deal
+from slim.evaluation.task import Cases, Task, find_cases, load_task, make_splits
 
 ROOT = Path(__file__).parent.parent
 GROUP = {
@@ -315,7 +315,7 @@ def test_a_report_keeps_other_tasks(tmp_path: Path):
 
 def test_baselines_are_what_their_names_say(dataset: Path):
     opened = Dataset(dataset)
-    found = baseline.connectomes(opened, opened.sessions)[0]
+    found = baselines.connectomes(opened, opened.sessions)[0]
     arrays = [opened.read(session, ("roi", "roi_number")) for session in opened.sessions]
     common = set.intersection(*[set(item["roi_number"].tolist()) for item in arrays])
     assert found.shape == (len(opened.sessions), len(common) * (len(common) - 1) // 2)
@@ -332,11 +332,11 @@ def test_baselines_are_what_their_names_say(dataset: Path):
     series_TR = StandardScaler().fit_transform(arrays[0]["roi"][rows][:, frames].T.astype(np.float64))
     measure = ConnectivityMeasure(kind="correlation", vectorize=True, discard_diagonal=True, standardize=False)
     fewer: Any = SimpleNamespace(read=five, frames=opened.frames, folder=opened.folder)
-    whole, kept = baseline.connectomes(fewer, opened.sessions[:2])
+    whole, kept = baselines.connectomes(fewer, opened.sessions[:2])
     np.testing.assert_allclose(kept[0], measure.fit_transform([series_TR])[0], atol=1e-5)
     assert not np.allclose(kept, whole, atol=1e-2)
 
-    image = baseline.mean_image(opened, opened.sessions)
+    image = baselines.mean_image(opened, opened.sessions)
     patches, insides = [], []
     for session in opened.sessions:
         item = opened.read(session, ("baseline", "brain", "patch"))

@@ -15,19 +15,20 @@ from pretrained import ALIGNED, tool, write_run, write_weights
 from safetensors.torch import load_file
 
 from launchers.local import git_commit, prepare_run
-from shards import layout
-from shards.errors import ConfigError, UserError
-from shards.reader import Dataset
-from shards.settings import check
-from slim import checkpoint, export
-from slim.batch import geometry_for
-from slim.brain import SlimBrain
+from shards.core.errors import ConfigError, UserError
+from shards.core.settings import check
+from shards.format import layout
+from shards.format.reader import Dataset
+from slim.checkpoints import checkpoint
+from slim.checkpoints.seen import SEEN, Seen, person
 from slim.config import PretrainSettings, load_run
-from slim.course import Pretraining
-from slim.report import total_steps
-from slim.seen import SEEN, Seen, person
-from slim.task import Task, find_cases, make_splits
-from slim.tuned import Finetuned
+from slim.data.collate import geometry_for
+from slim.evaluation.task import Task, find_cases, make_splits
+from slim.finetune.method import Finetuned
+from slim.inference import export
+from slim.inference.slim_brain import SlimBrain
+from slim.reporting.run_page import total_steps
+from slim.training.task import Pretraining
 
 
 def git(folder: Path, *words: str) -> str:
@@ -49,12 +50,12 @@ def repository(folder: Path, *tracked: str) -> str:
 
 def test_the_commit_is_that_of_this_software(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of the repository of a study that it happens to be installed in, nor of one that the environment names."""
-    commit = repository(tmp_path / "slim-brain", "launchers/local.py", "slim/probe.py")
+    commit = repository(tmp_path / "slim-brain", "launchers/local.py", "slim/evaluation/probe.py")
     source = tmp_path / "slim-brain/launchers/local.py"
     assert git_commit(source) == commit
     (tmp_path / "slim-brain/note.txt").write_text("of no commit")
     assert git_commit(source) == commit
-    (tmp_path / "slim-brain/slim/probe.py").write_text("changed")
+    (tmp_path / "slim-brain/slim/evaluation/probe.py").write_text("changed")
     assert git_commit(source) == f"{commit}+"
 
     repository(tmp_path / "study", "paper.tex")

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import yaml
 
-from shards.bold import open_bold
-from shards.cohort import RunSource
-from shards.errors import RunRefused
-from shards.grid import Grid
-from shards.harmonise import GridSettings, harmonise
-from shards.masks import MaskSettings
-from shards.reader import Dataset
+from shards.cohorts.cohort_file import RunSource
+from shards.core.errors import RunRefused
+from shards.format.grid import Grid
+from shards.format.reader import Dataset
+from shards.preprocessing.bold import open_bold
+from shards.preprocessing.harmonise import GridSettings, harmonise
+from shards.preprocessing.masks import MaskSettings
 
 pytestmark = pytest.mark.real
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from conversions import SETTINGS, bold_files, contents, conversion, copy_cohort, renamed, same, times
 
-from shards import layout
-from shards.console import DONE, REFUSED
-from shards.errors import ConfigError, DatasetError
-from shards.reader import Dataset
-from shards.settings import digest
-from shards.split import read_table, write_table
-from slim.saliency import make_ranker
+from shards.conversion.splits import read_table, write_table
+from shards.core.cli import DONE, REFUSED
+from shards.core.errors import ConfigError, DatasetError
+from shards.core.settings import digest
+from shards.format import layout
+from shards.format.reader import Dataset
+from slim.ranking.saliency import make_ranker
 
 
 def test_splits_that_were_written_down_are_kept_whatever_is_found(opened, tmp_path):

@@ -28,10 +28,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from shards import layout, writer
-from shards.errors import DatasetError, SampleCorrupt
-from shards.reader import Dataset
-from shards.stream import Item, MicroBatches, Stream
+from shards.conversion import writer
+from shards.core.errors import DatasetError, SampleCorrupt
+from shards.format import layout
+from shards.format.reader import Dataset
+from shards.format.stream import Item, MicroBatches, Stream
 from slim.config import load_config
 
 
@@ -401,7 +402,7 @@ def test_damaged_bytes_are_told_as_in_a_folder(copy: Path) -> None:
 def test_a_missing_package_is_named(url: str, package: str) -> None:
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from shards.reader import Dataset\nfrom shards.errors import DatasetError\n"
+        "from shards.format.reader import Dataset\nfrom shards.core.errors import DatasetError\n"
         f"try: Dataset({url!r})\nexcept DatasetError as error: print(error.line())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

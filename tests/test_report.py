@@ -12,14 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from test_page import NASTY, Reader, check_self_contained, command
 
-from shards.errors import ConfigError
-from slim import curves, findings, metrics, probe, report
-from slim.answers import Answers
-from slim.checkpoint import seal, tag
-from slim.comparison import Question
+from shards.core.errors import ConfigError
+from slim.checkpoints.checkpoint import seal, tag
 from slim.config import PRESETS, check_run, load_run
-from slim.finetune import validation_loss
-from slim.task import Task
+from slim.evaluation import metrics, probe
+from slim.evaluation.task import Task
+from slim.finetune.labels import Answers
+from slim.finetune.task import validation_loss
+from slim.reporting import curves, run_health, run_page
+from tools.learning.comparison import Question
 
 
 def line(step: int, **changes) -> dict:
@@ -86,15 +87,15 @@ def make_finetuning(folder: Path, losses: list[float | None], classes: int = 3) 
 
 
 def text_of(folder: Path) -> str:
-    path = report.write(folder)
+    path = run_page.write(folder)
     assert path == folder / "report" / "index.html"
     return check_self_contained(path.read_text()).text
 
 
 def words_of(lines: list[dict], steps: int = 120) -> str:
     """The verdict alone."""
-    judged = report.learned(lines, report.is_over(lines, steps))
-    return " ".join(f"{kind}: {words}" for kind, words in report.verdict(lines, steps, judged))
+    judged = run_page.learned(lines, run_page.is_over(lines, steps))
+    return " ".join(f"{kind}: {words}" for kind, words in run_page.verdict(lines, steps, judged))
 
 
 @pytest.fixture
@@ -125,8 +126,8 @@ def test_healthy_run(healthy):
 
 def test_writes_nothing_but_the_page_and_equal_bytes_again(healthy):
     before = {path: path.read_bytes() for path in healthy.rglob("*") if path.is_file()}
-    page = report.write(healthy).read_bytes()
-    assert report.write(healthy).read_bytes() == page
+    page = run_page.write(healthy).read_bytes()
+    assert run_page.write(healthy).read_bytes() == page
     after = {path: path.read_bytes() for path in healthy.rglob("*") if path.is_file()}
     assert after.pop(healthy / "report" / "index.html") and after == before
 
@@ -211,7 +212,7 @@ def test_a_fine_tuning_is_judged_by_its_validation(tmp_path):
 )
 def test_what_a_finished_validation_tells(losses, said):
     lines = [{"step": step, "val_loss": loss} for step, loss in enumerate(losses, 1)]
-    words = " ".join(f"{kind}: {words}" for kind, words in report.answered(lines, True, math.log(3)))
+    words = " ".join(f"{kind}: {words}" for kind, words in run_page.answered(lines, True, math.log(3)))
     assert said in words
 
 
@@ -243,7 +244,7 @@ def test_steps_from_epochs_use_the_logged_batch(tmp_path):
     assert "Not finished: step 5 of an unknown number" in text_of(folder)
     (folder / "dataset.json").write_text(json.dumps({"sessions": {"train": 34}}))
     settings = load_run(folder / "config.yaml")
-    assert report.total_steps(settings, folder, [line(5)]) == 43  # ceil(10 epochs * 34 sessions / 8 samples)
+    assert run_page.total_steps(settings, folder, [line(5)]) == 43  # ceil(10 epochs * 34 sessions / 8 samples)
 
 
 def test_probe_results_are_shown(healthy):
@@ -267,7 +268,7 @@ def test_probe_results_are_shown(healthy):
     assert "<script" not in (healthy / "report" / "index.html").read_text()
     (healthy / "report" / "report.json").write_text('{"tasks": 3')
     with pytest.raises(ConfigError, match=r"report\.json"):
-        report.write(healthy)
+        run_page.write(healthy)
 
 
 def cell(value: float, half: float = 0.05, **more) -> dict:
@@ -278,7 +279,7 @@ def said(folder: Path, tasks: dict, facts: dict | None = None) -> str:
     """The verdict on a probe's report."""
     path = folder / "report.json"
     path.write_text(json.dumps({"tasks": tasks, "facts": facts or {}}))
-    return " ".join(f"{kind}: {words}" for kind, words in findings.verdict(findings.read_tasks(path)))
+    return " ".join(f"{kind}: {words}" for kind, words in run_health.verdict(run_health.read_tasks(path)))
 
 
 def test_findings_in_words(tmp_path):
@@ -330,7 +331,7 @@ def test_a_state_task_is_judged_as_the_tables_judge_it(tmp_path):
     assert "on 1 of 1 task: s" in said(tmp_path, tasks, {"s": {"type": "classification"}})
     sessions = {kind: Question(Task.model_construct(type=kind), None, "") for kind in metrics.HEADLINE}
     for kind, question in sessions.items():
-        found = findings.Found(
+        found = run_health.Found(
             "s", {"ours": {name: cell(0.5) for name in metrics.HEADLINE.values()}}, {}, {"type": kind}
         )
         assert found.judged_by == question.metric
@@ -362,7 +363,7 @@ def test_chance_is_named_where_it_is_drawn(monkeypatch, tmp_path, facts, names, 
 
     monkeypatch.setattr(Axes, "axvline", spy)
     scores = {"ours": {name: cell(0.5) for name in names}}
-    page = findings._drawn(findings.Found("t", scores, {}, facts))
+    page = run_health._drawn(run_health.Found("t", scores, {}, facts))
     assert ("Dashed" in page) == bool(told) and told in page
     drawn, lines[:] = list(lines), []
     titles: list[str] = []
@@ -381,14 +382,14 @@ def test_chance_is_named_where_it_is_drawn(monkeypatch, tmp_path, facts, names, 
     ],
 )
 def test_who_was_seen_in_pretraining_is_told(facts, said):
-    page = findings._about(findings.Found("t", {}, {}, facts))
+    page = run_health._about(run_health.Found("t", {}, {}, facts))
     assert said in page and ("pretraining" in page) == bool(said)
 
 
 def test_explanations_are_shown(healthy):
     from matplotlib.figure import Figure
 
-    from shards import html
+    from shards.reporting import html
 
     folder = healthy / "report" / "explain"
     folder.mkdir(parents=True)
@@ -397,7 +398,7 @@ def test_explanations_are_shown(healthy):
     place = {"mm": [-24.0, 8.0, 31.0], "value": 0.0123}
     (folder / "sex.json").write_text(json.dumps({**about, "places": [place]}))
     with pytest.raises(ConfigError, match="explain"):
-        report.write(healthy)  # a picture is missing
+        run_page.write(healthy)  # a picture is missing
     for name in ("sex.png", "sex_windows.png"):
         (folder / name).write_bytes(html.png(Figure(figsize=(2, 1))))
     text = text_of(healthy)

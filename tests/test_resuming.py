@@ -16,16 +16,17 @@ from test_pretrain import losses, metrics, pretrain
 from test_provenance import edited
 
 from launchers.local import prepare_run
-from shards import layout
-from shards.errors import UserError
-from shards.reader import Dataset
-from shards.settings import check
-from slim import checkpoint, resuming, schedule
-from slim.checkpoint import COMPLETE, CheckpointError
+from shards.core.errors import UserError
+from shards.core.settings import check
+from shards.format import layout
+from shards.format.reader import Dataset
+from slim.checkpoints import checkpoint
+from slim.checkpoints.checkpoint import COMPLETE, CheckpointError
 from slim.config import EmaSettings, FinetuneSettings, OptimizerSettings, PretrainSettings, load_config, load_run
-from slim.course import Pretraining
-from slim.resuming import Rule, rule_of
-from slim.schedule import Plan
+from slim.training import compatibility, schedule
+from slim.training.compatibility import Rule, rule_of
+from slim.training.schedule import Plan
+from slim.training.task import Pretraining
 
 QUICK = ("run.batch=2", "run.workers=1", "run.wandb=disabled")
 
@@ -47,7 +48,7 @@ def save(settings: PretrainSettings, step: int) -> Path:
     before = checkpoint.newest(run / "checkpoints")
     plan = Plan(written.run.steps_in_all(course.stream.per_epoch, written.run.processes))
     if before is not None:
-        plan = resuming.extended(before, written, course.stream.per_epoch, written.run.processes)
+        plan = compatibility.extended(before, written, course.stream.per_epoch, written.run.processes)
     origin = course.origin(written.run.processes)
     checkpoint.seal(folder, {"step": step, **origin.facts(), "plan": plan.facts()})
     (folder.parent / "latest").write_text(f"{folder.name}\n")
@@ -78,10 +79,12 @@ def earlier(folder: Path, **facts: Any) -> None:
 @pytest.mark.parametrize("kind", [PretrainSettings, FinetuneSettings])
 def test_every_setting_has_a_rule(kind: type) -> None:
     tree: dict[str, Any] = {"data": "DATASET", "model": load_config("configs/pretrain/tiny.yaml").model.model_dump()}
-    keys = resuming.flat(check(kind, tree | {"run": {"out": "run"}}, "test"))
-    missing = [key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in {*resuming.RULES, "data"})]
+    keys = compatibility.flat(check(kind, tree | {"run": {"out": "run"}}, "test"))
+    missing = [
+        key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in {*compatibility.RULES, "data"})
+    ]
     assert missing == []
-    assert "run" not in resuming.RULES and "zero" not in resuming.RULES  # a new setting has to be decided on
+    assert "run" not in compatibility.RULES and "zero" not in compatibility.RULES  # a new setting has to be decided on
 
 
 def test_the_longest_name_decides() -> None:
@@ -109,9 +112,9 @@ def test_what_may_change_is_told_and_kept(begun: Path, dataset: Path, word: str,
     assert (begun / "config.yaml").read_text() == first
     prepare_run(settings_of(dataset, begun, word))
     key, _, value = word.partition("=")
-    old = resuming.flat(load_run(begun / "configs/step-00000000.yaml"))[key]
+    old = compatibility.flat(load_run(begun / "configs/step-00000000.yaml"))[key]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed: ")]
-    assert line.startswith(f"changed: {key}: {resuming._word(old)} -> {value}")
+    assert line.startswith(f"changed: {key}: {compatibility._word(old)} -> {value}")
     kept = (begun / "configs/step-00000006.yaml").read_text()
     assert f"# resumed: {line.removeprefix('changed: ')}\n" in kept and "# resumed: from step 6 on\n" in kept
     assert kept.endswith((begun / "config.yaml").read_text())
@@ -139,7 +142,7 @@ def test_what_may_change_is_told_and_kept(begun: Path, dataset: Path, word: str,
 def test_what_may_change_by_its_name_is_refused_without(begun: Path, dataset: Path, word: str, capsys) -> None:
     before = (begun / "config.yaml").read_text()
     key, _, new = word.partition("=")
-    old = resuming._word(resuming.flat(load_run(begun / "config.yaml"))[key])
+    old = compatibility._word(compatibility.flat(load_run(begun / "config.yaml"))[key])
     with pytest.raises(CheckpointError) as told:
         prepare_run(settings_of(dataset, begun, word))
     line = told.value.line()
@@ -202,12 +205,12 @@ def test_going_on_from_an_earlier_checkpoint_or_from_the_mirror(begun: Path, dat
     shutil.copytree(begun, tmp_path / "mirror")
     shutil.rmtree(begun / "checkpoints/step-00000006")
     prepare_run(settings_of(dataset, begun, "run.workers=3"))
-    assert [load_run(path).run.workers for path in resuming.kept(begun).values()] == [1, 3]
+    assert [load_run(path).run.workers for path in compatibility.kept(begun).values()] == [1, 3]
     assert (begun / "configs/step-00000006.1.yaml").read_text() == later
 
     shutil.rmtree(begun)
     prepare_run(settings_of(dataset, begun, "run.workers=4", f"run.mirror={tmp_path / 'mirror'}"))
-    assert [load_run(path).run.workers for path in resuming.kept(begun).values()] == [1, 4]
+    assert [load_run(path).run.workers for path in compatibility.kept(begun).values()] == [1, 4]
     assert (begun / "configs/step-00000006.1.yaml").read_text() == later
 
 
@@ -284,7 +287,7 @@ def test_more_steps_than_planned_need_a_word(begun: Path, dataset: Path, capsys)
         prepare_run(settings_of(dataset, begun, "run.steps=12", "run.extend=rewarm"))
     again = settings_of(dataset, begun, "run.steps=20", "run.extend=rewarm")
     prepare_run(again)
-    plan = resuming.plan_of(save(again, 15), 4)
+    plan = compatibility.plan_of(save(again, 15), 4)
     assert plan == Plan(6, ((12, "constant"), (20, "rewarm")))
 
 
@@ -404,7 +407,7 @@ def test_sig_groups_are_those_of_the_start_however_a_step_is_divided(dataset: Pa
             else:
                 prepare_run(settings_of(dataset, tmp_path / "run", *words))
                 assert load_run(tmp_path / "run/config.yaml").loss.sig_samples == group
-    assert resuming.adopt(folder, first).loss.sig_samples == group
+    assert compatibility.adopt(folder, first).loss.sig_samples == group
 
 
 def test_another_division_of_a_step_has_the_same_losses(command: Command, dataset: Path, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from shards.errors import Stopped
-from shards.room import has_room
-from slim import checkpoint
+from shards.core.errors import Stopped
+from shards.core.room import has_room
+from slim.checkpoints import checkpoint
 
 pytestmark = pytest.mark.usefixtures("alone")
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from scipy.stats import iqr
 from sklearn.linear_model import Ridge
 
-from shards.errors import ConfigError, RunRefused
-from slim.saliency import (
+from shards.core.errors import ConfigError, RunRefused
+from slim.ranking.extractor import Extractor, standardise, train_extractor
+from slim.ranking.saliency import (
     calmness,
     folds,
     frame_weights,
@@ -28,7 +29,6 @@ from slim.saliency import (
     standing,
     time_energy,
 )
-from slim.temporal import Extractor, standardise, train_extractor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))  # as it is for the tools themselves
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers.batch import Batch
-from launchers.cluster import SlurmSettings
-from launchers.script import Script
-from shards.errors import ConfigError
-from shards.settings import check
+from launchers.cluster.scheduler import SlurmSettings
+from launchers.cluster.script import Script
+from launchers.cluster.training_job import Batch
+from shards.core.errors import ConfigError
+from shards.core.settings import check
 
 BREAKS = ["a\nid", "a\r\nb", "a\x1b[2J", "a\x00", "a\x85b", "a\u2028b", "a\x7f", "\udcff"]
 TEXT = ("partition", "account", "qos", "mem", "constraint", "python")

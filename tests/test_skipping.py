@@ -17,14 +17,14 @@ from conftest import ROOT, Command
 from test_pretrain import metrics, pretrain, weights
 
 from launchers.local import prepare_run
-from shards.reader import Dataset
-from shards.settings import check
-from shards.stream import Item
-from slim.batch import geometry_for, load_batch
+from shards.core.settings import check
+from shards.format.reader import Dataset
+from shards.format.stream import Item
 from slim.config import PRESETS, PretrainSettings, load_config
-from slim.learner import Learner
-from slim.objective import Objective
-from slim.skipping import NOT_FINITE, GuardedAdamW
+from slim.data.collate import geometry_for, load_batch
+from slim.pretrain.learner import Learner
+from slim.pretrain.objective import Objective
+from slim.training.skipped import NOT_FINITE, GuardedAdamW
 
 
 def damage(dataset: Path, copy: Path, count: int) -> list[str]:
@@ -114,9 +114,9 @@ prepare(on_gpu=False)
 import deepspeed
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 from slim.config import load_config
-from slim.course import Pretraining
-from slim.trainer import Trainer
-from shards.errors import UserError
+from slim.training.task import Pretraining
+from slim.training.trainer import Trainer
+from shards.core.errors import UserError
 bad = set(map(int, sys.argv[2].split(",")))
 trainer = Trainer(Pretraining(load_config(sys.argv[1])), torch.device("cpu"))
 plain, seen = trainer.learner.losses, []

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from launchers import chain, cluster, environment, part, submitted
-from launchers.batch import SLURM, Batch
-from launchers.cluster import SlurmSettings, check_cluster, gpus_of
-from shards.errors import ConfigError
-from shards.settings import load
+from launchers import environment
+from launchers.cluster import conversion_jobs, conversion_task, scheduler, tracking
+from launchers.cluster.scheduler import SlurmSettings, check_cluster, gpus_of
+from launchers.cluster.training_job import SLURM, Batch
+from shards.core.errors import ConfigError
+from shards.core.settings import load
 
 # Knows job 12 of cluster far, and no other; every answer stands below the name of the cluster that was asked.
 _ANSWERS = """#!/bin/bash
@@ -84,7 +85,7 @@ class Notes:
 def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Notes:
     commands = tmp_path / "commands"
     commands.mkdir()
-    for name in cluster.COMMANDS:
+    for name in scheduler.COMMANDS:
         (commands / name).write_text(_ANSWERS)
         (commands / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
@@ -108,7 +109,7 @@ def submit(settings: SlurmSettings, run: Path) -> Batch:
     batch = script(settings, run)
     about = {"job": batch.submit(), "log": str(run / "log"), "steps": 9, "command": ["x"], "then": "y"}
     about |= {} if batch.cluster is None else {"cluster": batch.cluster}
-    (run / SLURM / submitted.JOB).write_text(json.dumps(about))
+    (run / SLURM / tracking.JOB).write_text(json.dumps(about))
     return batch
 
 
@@ -119,8 +120,8 @@ def test_variables_of_an_enclosing_job_reach_no_command(notes: Notes, tmp_path, 
     batch = script(SlurmSettings(), tmp_path / "run")
     assert batch.submit() == "12"
     assert batch.test().startswith("sbatch: Job 13")
-    cluster.job_facts("12")
-    cluster.states(["12"])
+    scheduler.job_facts("12")
+    scheduler.states(["12"])
     given = notes.names()
     assert not given.intersection(_ENCLOSING) and given.issuperset(kept)
     assert (tmp_path / "run" / SLURM / "12_submission.sh").read_text() == notes.script()
@@ -160,14 +161,14 @@ def test_a_named_cluster_is_kept_for_what_follows(how: str, notes: Notes, tmp_pa
     assert f"--clusters={'near,far' if how == 'answer' else 'far'}" in options(notes.script())
     monkeypatch.delenv("SLURM_CLUSTERS", raising=False)  # another shell, later
     with pytest.raises(ConfigError, match="a run whose job 12 has not ended"):
-        submitted.refuse_another(run)
-    about = submitted.about_job(run)
+        tracking.refuse_another(run)
+    about = tracking.about_job(run)
     assert about is not None
-    facts, _ = submitted.status(run, about)
+    facts, _ = tracking.status(run, about)
     assert (facts["state"], facts["cluster"]) == ("RUNNING", "far")
-    assert submitted.cancel(run, about)["state"] == "CANCELLED"
+    assert tracking.cancel(run, about)["state"] == "CANCELLED"
     assert notes.calls("scancel") == ["scancel --clusters=far 12"]
-    submitted.refuse_another(run)
+    tracking.refuse_another(run)
 
 
 def test_without_a_named_cluster_nothing_is_asked_for_one(notes: Notes, tmp_path) -> None:
@@ -179,14 +180,14 @@ def test_without_a_named_cluster_nothing_is_asked_for_one(notes: Notes, tmp_path
 def test_jobs_of_a_conversion_go_to_one_cluster_which_is_kept(notes: Notes, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("FAR_ANSWERS", "yes")
     settings = SlurmSettings(sbatch={"clusters": "near,far"})
-    jobs, name = chain._submit({stage: script(settings, tmp_path / "data") for stage in ("rank", "pack")})
+    jobs, name = conversion_jobs._submit({stage: script(settings, tmp_path / "data") for stage in ("rank", "pack")})
     assert name == "far" and set(jobs) == {"rank", "rank again", "pack"}
     assert "--clusters=far" in options(notes.script())  # those after the first one
     folder = tmp_path / "data"
-    (folder / part.PLACE).mkdir(parents=True)
-    (folder / part.PLACE / part.JOB).write_text(json.dumps({"jobs": {"pack": "12"}, "cluster": name, "command": []}))
+    (folder / conversion_task.PLACE).mkdir(parents=True)
+    (folder / conversion_task.PLACE / conversion_task.JOB).write_text(json.dumps({"jobs": {"pack": "12"}, "cluster": name, "command": []}))
     with pytest.raises(ConfigError, match="a dataset whose jobs 12 have not ended"):
-        chain.refuse_another(folder)
+        conversion_jobs.refuse_another(folder)
 
 
 def test_options_without_a_value(tmp_path: Path) -> None:

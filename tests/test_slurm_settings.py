@@ -10,11 +10,11 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers import cluster
-from launchers.attempt import attempts
-from launchers.cluster import SlurmSettings, check_cluster, gpus_of, is_local, nodes_of, seconds
-from shards.errors import ConfigError
-from shards.settings import load
+from launchers.cluster import scheduler
+from launchers.cluster.attempt import attempts
+from launchers.cluster.scheduler import SlurmSettings, check_cluster, gpus_of, is_local, nodes_of, seconds
+from shards.core.errors import ConfigError
+from shards.core.settings import load
 
 numbers = st.integers(0, 59)
 
@@ -66,7 +66,7 @@ def test_a_folder_of_this_machine_alone_is_refused_before_a_submission(monkeypat
     def ask(*words: str) -> str:
         return "work*" if "%P" in words else f"n7|gpu:4|{address}|1-00:00:00"
 
-    monkeypatch.setattr(cluster, "ask", ask)
+    monkeypatch.setattr(scheduler, "ask", ask)
     settings = SlurmSettings(time="12:00:00")
     check_cluster(settings, 1, 4, Path("/shared/runs/lean"))
     with pytest.raises(ConfigError, match=r"/tmp/run: run.out: got .*, expected one that n7 sees, too"):

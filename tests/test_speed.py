@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from shards.reader import Dataset
-from shards.settings import check
-from shards.stream import Item
-from slim.batch import geometry_for, load_batch
+from shards.core.settings import check
+from shards.format.reader import Dataset
+from shards.format.stream import Item
 from slim.config import PRESETS, PretrainSettings
-from slim.plan import count
-from slim.speed import flops_per_token, peak_flops
+from slim.data.collate import geometry_for, load_batch
+from slim.planning.step_cost import count
+from slim.training.mfu import flops_per_token, peak_flops
 
 
 @pytest.mark.parametrize(

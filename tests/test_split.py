@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.cohort import RunSource
-from shards.errors import ConfigError, DatasetError
-from shards.split import SPLITS, SplitSettings, assign, read_table, split_people, write_table
+from shards.cohorts.cohort_file import RunSource
+from shards.conversion.splits import SPLITS, SplitSettings, assign, read_table, split_people, write_table
+from shards.core.errors import ConfigError, DatasetError
 
 NAMES = st.lists(st.text("abc0123", min_size=1, max_size=6), min_size=1, max_size=80, unique=True)
 SHARES = st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9)).map(

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_probe import GROUP, SCORE, WHO, cases_of, sessions, task
 
-from shards.errors import ConfigError
-from slim import baseline, linear, metrics, probe
-from slim.linear import PENALTIES, Linear
-from slim.splits import SplitSettings, divide
-from slim.task import make_splits
+from shards.core.errors import ConfigError
+from slim.evaluation import baselines, linear, metrics, probe
+from slim.evaluation.linear import PENALTIES, Linear
+from slim.evaluation.splits import SplitSettings, divide
+from slim.evaluation.task import make_splits
 
 HOLDOUT = {"kind": "holdout", "repeats": 3}
 
@@ -123,7 +123,7 @@ def test_confounds_are_numbers_or_one_hot_and_missing_ones_leave_a_session_out()
         line["mean_fd_mm"] = 0.1 * number
     found = cases_of(task(GROUP | {"confounds": ["age", "site", "mean_fd_mm"]}), dataset)
     assert found.left_out == {"without age": 1}
-    vector_NF = baseline.confounds(found.sessions, ("age", "site", "mean_fd_mm"))
+    vector_NF = baselines.confounds(found.sessions, ("age", "site", "mean_fd_mm"))
     assert vector_NF.shape == (7, 1 + 3 + 1) and vector_NF[1].tolist() == pytest.approx([0.5, 0, 1, 0, 0.1])
 
 

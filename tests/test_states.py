@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT
 from pretrained import STRADDLING, write_run
 
-from slim import checkpoint, states, weights
-from slim.checkpoint import CheckpointError
+from slim.checkpoints import checkpoint, weights, zero_states
+from slim.checkpoints.checkpoint import CheckpointError
 
 
 class Payload:
@@ -27,11 +27,11 @@ class Payload:
 
 
 def processes(count: int, folder: Path, stage: int, what: str) -> list[str]:
-    """What so many processes of `tests/states.py` print."""
+    """What so many processes of `tests/zero_states.py` print."""
     store = folder / f"store-{what}-{count}"
     store.unlink(missing_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "tests/states.py"]
+    words = [sys.executable, "tests/zero_states.py"]
     started = [
         subprocess.Popen(
             [*words, *map(str, (rank, count, store, folder, stage, what))],
@@ -89,20 +89,20 @@ def test_a_payload_in_a_checkpoint_is_refused_by_as_many_processes_and_by_others
 def test_what_torch_cannot_read_is_one_line_with_the_files_name(tmp_path: Path) -> None:
     path, marker = tmp_path / "a.pt", tmp_path / "executed"
     torch.save({"a": torch.arange(3), "b": [1, "two", None]}, path)
-    assert states.read(path)["b"] == [1, "two", None]
+    assert zero_states.read(path)["b"] == [1, "two", None]
     torch.save({"a": Payload(marker)}, path, _use_new_zipfile_serialization=False)
     for mmap in (False, True):
         with pytest.raises(CheckpointError, match=r"a\.pt: got .*, expected tensors, numbers and text"):
-            states.read(path, mmap=mmap)
+            zero_states.read(path, mmap=mmap)
     for content in (b"", b"PK\x03\x04", b"\x80\x04.", bytes(100)):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"a\.pt: got a"):
-            states.read(path)
+            zero_states.read(path)
     torch.save([1], path)
     with pytest.raises(CheckpointError, match="an object of type list"):
-        states.read(path)
+        zero_states.read(path)
     with pytest.raises(CheckpointError, match="No such file"):
-        states.read(tmp_path / "nothing.pt")
+        zero_states.read(tmp_path / "nothing.pt")
     assert not marker.exists()
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from shards.errors import ConfigError
-from shards.reader import Dataset
-from shards.stream import Item, MicroBatches, Stream
+from shards.core.errors import ConfigError
+from shards.format.reader import Dataset
+from shards.format.stream import Item, MicroBatches, Stream
 
 
 @dataclass
@@ -142,7 +142,7 @@ def loaded(batches: MicroBatches, workers: int, monkeypatch: pytest.MonkeyPatch)
     parts = []
     for number in range(workers):
         with monkeypatch.context() as patch:
-            patch.setattr("shards.stream.get_worker_info", lambda number=number: Worker(number, workers))
+            patch.setattr("shards.format.stream.get_worker_info", lambda number=number: Worker(number, workers))
             parts.append(iter(list(batches)))
     taken = []
     for part in itertools.cycle(parts):

@@ -29,9 +29,9 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from shards import synthetic
-from shards.errors import ConfigError
-from shards.synthetic import NETWORKS, SyntheticCohort, anatomy, run_frames, traits, write_cohort
+from shards.core.errors import ConfigError
+from shards.synthetic import write
+from shards.synthetic.write import NETWORKS, SyntheticCohort, anatomy, run_frames, traits, write_cohort
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = SyntheticCohort(subjects=2, sessions=2, frames=40, voxel_mm=10, tr=0.8)
@@ -136,14 +136,14 @@ def test_seed_and_session_change_the_run(small, tmp_path):
 
 
 def test_killed_run_is_completed_and_shows_as_incomplete_before(small, tmp_path, monkeypatch):
-    write, written = synthetic.write_run, []
+    original, written = write.write_run, []
 
     def killed_at_third(*arguments):
         if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(write(*arguments))
+        written.append(original(*arguments))
 
-    monkeypatch.setattr(synthetic, "write_run", killed_at_third)
+    monkeypatch.setattr(write, "write_run", killed_at_third)
     with pytest.raises(KeyboardInterrupt):
         write_cohort(tmp_path, SMALL)
     assert not (tmp_path / "cohort.yaml").exists()
@@ -157,7 +157,7 @@ def test_interrupted_file_never_has_its_final_name(tmp_path, monkeypatch):
         yield from list(run_frames(SMALL, 1, 1))[:2]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(synthetic, "run_frames", two_frames_then_stop)
+    monkeypatch.setattr(write, "run_frames", two_frames_then_stop)
     with pytest.raises(KeyboardInterrupt):
         write_cohort(tmp_path, SMALL)
     assert not list(tmp_path.rglob("*_bold.nii.gz"))
@@ -257,9 +257,9 @@ def test_snr_is_what_was_asked_for(snr):
     """Two runs that differ in their noise level only: its size follows, and nothing else changes."""
     loud, soft = (SyntheticCohort(frames=100, snr=value) for value in (snr, 1e6))
     noise_TV, signal_TV = (np.stack(list(run_frames(cohort, 1, 1))) for cohort in (loud, soft))
-    baseline_V = synthetic.baseline(loud, 1, 1)
+    baseline_V = write.baseline(loud, 1, 1)
     noise_percent = 100 * ((noise_TV - signal_TV) / baseline_V).std()
-    assert synthetic.NETWORK_PERCENT / noise_percent == pytest.approx(snr, rel=0.05)
+    assert write.NETWORK_PERCENT / noise_percent == pytest.approx(snr, rel=0.05)
 
 
 def test_events_raise_their_network_at_their_time(simulated):
@@ -267,7 +267,7 @@ def test_events_raise_their_network_at_their_time(simulated):
     cohort = SyntheticCohort()
     planted_, others = [], []
     for (subject, session), course_TN in zip(cohort.runs(), simulated["networks"], strict=True):
-        for event in synthetic.planted(cohort, subject, session)["events"]:
+        for event in write.planted(cohort, subject, session)["events"]:
             first = round(event["onset_s"] / cohort.tr)
             course = course_TN[first : first + 20] - course_TN[first]
             if len(course) == 20:
@@ -286,9 +286,9 @@ def test_events_stand_in_a_bids_table(small):
     assert list(table.columns) == ["onset", "duration", "trial_type"]
     for row, event in zip(table.itertuples(), facts["events"], strict=True):
         assert (row.onset, row.duration, row.trial_type) == (event["onset_s"], event["length_s"], event["state"])
-        assert tuple(event["networks"]) == synthetic.STATES[event["state"]]
-    pairs = {frozenset((a, b)) for pairs in synthetic.TRAIT_PAIRS.values() for a, b, _ in pairs}
-    assert pairs.isdisjoint(map(frozenset, synthetic.STATES.values()))
+        assert tuple(event["networks"]) == write.STATES[event["state"]]
+    pairs = {frozenset((a, b)) for pairs in write.TRAIT_PAIRS.values() for a, b, _ in pairs}
+    assert pairs.isdisjoint(map(frozenset, write.STATES.values()))
 
 
 def test_artefacts_show_in_the_data_and_in_framewise_displacement(small):
@@ -320,7 +320,7 @@ def test_traits_are_balanced_and_of_the_subject_alone():
 
 @pytest.mark.parametrize("subject", range(1, 9))
 def test_connectivity_is_a_correlation_matrix(subject):
-    corr_NN = synthetic.connectivity(0, subject)
+    corr_NN = write.connectivity(0, subject)
     assert np.allclose(np.diag(corr_NN), 1) and np.allclose(corr_NN, corr_NN.T)
     assert np.linalg.eigvalsh(corr_NN).min() > 0.01
 
@@ -342,7 +342,7 @@ def test_pairs_that_carry_traits_do_not_overlap():
     map_NV = anatomy(8.0).map_NV
     unit_NV = map_NV / np.linalg.norm(map_NV, axis=1, keepdims=True)
     index = {name: i for i, name in enumerate(NETWORKS)}
-    for pairs in synthetic.TRAIT_PAIRS.values():
+    for pairs in write.TRAIT_PAIRS.values():
         assert all(unit_NV[index[a]] @ unit_NV[index[b]] < 0.05 for a, b, _ in pairs)
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards import tables
-from shards.errors import ConfigError, RunRefused
+from shards.core import tables
+from shards.core.errors import ConfigError, RunRefused
 
 
 def write(folder: Path, content: str | bytes, name: str = "t.tsv") -> Path:

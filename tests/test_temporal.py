@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.errors import ConfigError, RunRefused
-from slim.axial import ExtractorConfig, Layout, MaskedAutoencoder, group_parcels
-from slim.temporal import (
+from shards.core.errors import ConfigError, RunRefused
+from slim.ranking.autoencoder import ExtractorConfig, Layout, MaskedAutoencoder, group_parcels
+from slim.ranking.extractor import (
     Extractor,
     standardise,
     train_extractor,

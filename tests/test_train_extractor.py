@@ -12,11 +12,12 @@ import pytest
 from conftest import ROOT
 from conversions import copy_cohort
 
-from shards import layout, writer
-from shards.console import DONE, WRONG
-from shards.convert import ExtractorSettings
-from shards.reader import Dataset
-from slim.temporal import Extractor
+from shards.conversion import writer
+from shards.conversion.convert import ExtractorSettings
+from shards.core.cli import DONE, WRONG
+from shards.format import layout
+from shards.format.reader import Dataset
+from slim.ranking.extractor import Extractor
 
 FILES = ("config.json", "extractor.safetensors")
 

@@ -19,14 +19,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
 
-from shards.cohort import find_runs
-from shards.errors import ConfigError, DatasetError, RunRefused
-from slim import pooling
-from slim.attentive import Attentive
-from slim.brain import SlimBrain
-from slim.features import POOLINGS, SlimBrainTransformer
-from slim.pooling import Features
-from slim.task import Fold
+from shards.cohorts.cohort_file import find_runs
+from shards.core.errors import ConfigError, DatasetError, RunRefused
+from slim.evaluation.attentive import Attentive
+from slim.evaluation.task import Fold
+from slim.evaluation.transformer import POOLINGS, SlimBrainTransformer
+from slim.inference import vectors
+from slim.inference.slim_brain import SlimBrain
+from slim.inference.vectors import Features
 
 LABELS = np.array(["a", "b"] * 3)
 
@@ -134,12 +134,12 @@ def test_vectors_are_those_of_the_pooling_at_the_training_places(name, model, im
     found = made.fit(images[:4], LABELS[:4]).transform(images)
     np.testing.assert_array_equal(made.fit_transform(images[:4], LABELS[:4]), found[:4])
     assert found.dtype == np.float32 and len(made.get_feature_names_out()) == found.shape[1]
-    place_L = pooling.common_places(features[:4])
+    place_L = vectors.common_places(features[:4])
     np.testing.assert_array_equal(made.place_L_, place_L)
     whole = [item for item in features if np.isin(place_L, item.place_L).all()]
     if name == "cov":
-        axes = pooling.principal_axes(features[:4], place_L, 2)
-        expected = [pooling.cov(item, place_L, axes) for item in whole]
+        axes = vectors.principal_axes(features[:4], place_L, 2)
+        expected = [vectors.cov(item, place_L, axes) for item in whole]
     elif name == "attentive":
         everyone = np.arange(4)
         fold = Fold("classification", 2, everyone, everyone[:0], np.array([0, 1, 0, 1]), everyone, 0)
@@ -147,7 +147,7 @@ def test_vectors_are_those_of_the_pooling_at_the_training_places(name, model, im
         expected = list(attentive.pool(attentive.choose(fold)[0], everyone)[:, 0])
         whole = features[:4]
     else:
-        expected = [pooling.FIXED[name](item, place_L) for item in whole]
+        expected = [vectors.FIXED[name](item, place_L) for item in whole]
     rows = [features.index(item) for item in whole]
     np.testing.assert_allclose(found[rows], expected, rtol=1e-5, atol=1e-5)
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from shards.errors import ConfigError
-from shards.settings import Settings, check, load, override, read_yaml
-from shards.tree import MOST_DEPTH, TreeError, parse
+from shards.core.errors import ConfigError
+from shards.core.settings import Settings, check, load, override, read_yaml
+from shards.core.tree import MOST_DEPTH, TreeError, parse
 
 
 class Example(Settings):

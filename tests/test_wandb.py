@@ -12,7 +12,7 @@ from conftest import ROOT
 SCRIPT = """
 import sys
 from pathlib import Path
-from slim.monitor import Monitor
+from slim.training.metrics import Monitor
 monitor = Monitor(Path(sys.argv[1]), 0, "offline", {"lr": 0.1})
 monitor.log({"step": 1, "loss": 2.0})
 monitor.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from slim.watch import DATA, SAVE, Watch
+from slim.training.stall import DATA, SAVE, Watch
 
 
 def wait_for(told: list[str], count: int) -> None:

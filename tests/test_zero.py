@@ -13,11 +13,11 @@ from engine import BUCKET
 from test_footprint import MIDDLE, prepared
 from test_footprint import settings as plain
 
-from slim import footprint
 from slim.config import PRESETS, ModelSettings, PretrainSettings
-from slim.footprint import Footprint
-from slim.plan import count
-from slim.zero import Zero
+from slim.planning import counting
+from slim.planning.counting import Footprint
+from slim.planning.step_cost import count
+from slim.planning.zero_memory import Zero
 
 STAGES = (0, 1, 2, 3)
 
@@ -57,7 +57,7 @@ def measured(command: Command, store: Path, processes: int, engines: list[tuple[
 def test_the_peak_is_that_of_real_engines(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: int, engines: list[tuple[int, int]]
 ) -> None:
-    monkeypatch.setattr(footprint, "BLOCK", 1)
+    monkeypatch.setattr(counting, "BLOCK", 1)
     held = measured(command, tmp_path / "store", processes, engines)
     peaks = []
     for stage, accumulate in engines:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from benches import BENCHES
 
-from shards.console import DONE, Parser, duration, run, summary
-from shards.errors import ConfigError
-from shards.settings import check, override
+from shards.core.cli import DONE, Parser, duration, run, summary
+from shards.core.errors import ConfigError
+from shards.core.settings import check, override
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -40,7 +40,7 @@ def main() -> int:
     os.environ.update(dict.fromkeys(THREADS, "1"))  # before numpy is imported, and for the processes started here
     from benches import common
 
-    from shards import layout
+    from shards.format import layout
 
     module = importlib.import_module(f"benches.{args.bench}")
     settings = check(module.Bench, override(module.SMALL if args.small else {}, args.settings), "command line")

@@ -26,9 +26,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shards.console import DONE, REFUSED, Parser, progress, run, summary
-from shards.errors import ConfigError, DatasetError, RunRefused
-from shards.room import require_room
+from shards.core.cli import DONE, REFUSED, Parser, progress, run, summary
+from shards.core.errors import ConfigError, DatasetError, RunRefused
+from shards.core.room import require_room
 from slim import __version__
 
 
@@ -64,12 +64,12 @@ def main() -> int:
     import numpy as np
     import torch
 
-    from shards.files import without_folders
-    from shards.layout import atomically, dump
-    from shards.session import assumptions
-    from slim.brain import SlimBrain
+    from shards.conversion.session import assumptions
+    from shards.core.files import without_folders
+    from shards.format.layout import atomically, dump
     from slim.config import FinetuneSettings
-    from slim.pooling import check_fixed, common_places, vectors
+    from slim.inference.slim_brain import SlimBrain
+    from slim.inference.vectors import check_fixed, common_places, vectors
 
     check_fixed(args.per, args.pooling)
     shown = str if args.paths else without_folders  # the file is sent to others

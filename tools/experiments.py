@@ -14,9 +14,9 @@ from pathlib import Path
 from learning.tables import Tables
 from learning.trials import LENGTHS, PARTS, RANKERS, TARGETS, VIEWS, Experiments, answer_all
 
-from shards.console import DONE, Parser, run, summary
-from shards.errors import ConfigError
-from shards.layout import dump, write_atomically
+from shards.core.cli import DONE, Parser, run, summary
+from shards.core.errors import ConfigError
+from shards.format.layout import dump, write_atomically
 
 
 def main() -> int:

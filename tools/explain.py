@@ -12,12 +12,12 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from shards.console import DONE, Parser, progress, run, summary
-from shards.errors import ConfigError
-from shards.reader import Dataset
-from shards.room import require_room
-from slim.events import read as read_events
-from slim.task import find_cases, load_task
+from shards.core.cli import DONE, Parser, progress, run, summary
+from shards.core.errors import ConfigError
+from shards.core.room import require_room
+from shards.format.reader import Dataset
+from slim.evaluation.events import read as read_events
+from slim.evaluation.task import find_cases, load_task
 
 
 def main() -> int:
@@ -59,11 +59,11 @@ def main() -> int:
 
     import torch
 
-    from slim import explanation
-    from slim.attribution import TOLERANCE, check_start
-    from slim.brain import SlimBrain
+    from slim.explain import explain
+    from slim.explain.integrated_gradients import TOLERANCE, check_start
+    from slim.inference.slim_brain import SlimBrain
 
-    explanation.check_task(task, args.task)
+    explain.check_task(task, args.task)
     model = SlimBrain.from_pretrained(args.run, args.weights).to("cuda" if torch.cuda.is_available() else "cpu")
     model.check_data(dataset)
     model.check_unseen(dataset)
@@ -78,7 +78,7 @@ def main() -> int:
         unit += ", mean over the windows of a session in that state" if task.type == "state" else ""
     elif args.label:
         raise ConfigError("command line", "--class", args.label, "nothing, as a regression has no classes")
-    asked = explanation.choose(task, cases, args.task, args.subjects, output)
+    asked = explain.choose(task, cases, args.task, args.subjects, output)
 
     features, sessions = {}, cases.distinct()
     with progress("encode", len(sessions), "sessions") as advance:
@@ -99,16 +99,16 @@ def main() -> int:
         "step": model.step,
         "weights": model.made["weights"],
     }
-    out = args.out or model.results / "report" / explanation.FOLDER
+    out = args.out or model.results / "report" / explain.FOLDER
     require_room(out, "--out")
-    explained = explanation.explain(model, dataset, task, cases, asked, features, output, args.start)
+    explained = explain.explain(model, dataset, task, cases, asked, features, output, args.start)
     events = None
     if states is not None and states.events is not None:
         root = args.events or told.parent / (states.events.root or ".")
         events = partial(read_events, states.events, root, where=told)
     with progress("explain", len(asked), "sessions") as advance:
-        facts = explanation.write(out, dataset, task, cases, explained, args.start, facts, advance, events)
-    for _, words in explanation.remarks(facts):
+        facts = explain.write(out, dataset, task, cases, explained, args.start, facts, advance, events)
+    for _, words in explain.remarks(facts):
         print(words)
     page = f", then python tools/report.py {model.run_folder}" if model.results == model.run_folder else ""
     summary(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shards.console import DONE, Parser, run, summary
+from shards.core.cli import DONE, Parser, run, summary
 
 
 def main() -> int:
@@ -29,8 +29,8 @@ def main() -> int:
     )
     args = parser.parse_args()
 
-    from slim import export
-    from slim.brain import SlimBrain
+    from slim.inference import export
+    from slim.inference.slim_brain import SlimBrain
 
     model = SlimBrain.from_pretrained(args.run, args.weights, args.extractor, args.parcels)
     about = export.write(model, args.out)

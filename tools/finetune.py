@@ -14,8 +14,8 @@ import sys
 from typing import Any
 
 from launchers import finetuning, local
-from shards.console import DONE, Parser, run, summary
-from shards.errors import Stopped
+from shards.core.cli import DONE, Parser, run, summary
+from shards.core.errors import Stopped
 
 
 def main() -> int:
@@ -27,9 +27,9 @@ def main() -> int:
     args = parser.parse_args()
     method = finetuning.open_call(args, train)  # what is wrong with the call is told before anything is trained
 
-    from slim import probe
-    from slim.seen import Person
-    from slim.tuned import SCRATCH
+    from slim.checkpoints.seen import Person
+    from slim.evaluation import probe
+    from slim.finetune.method import SCRATCH
 
     task, name, step = method.task, method.name, method.ours.step
     report = finetuning.report_of(method, args)

@@ -3,7 +3,7 @@
     python tools/make_cohort.py --out cohort
     python tools/make_cohort.py --out cohort --subjects 8 --frames 200 --voxel-mm 2 --seed 1
 
-The files, and what is planted in them, are described in `shards/synthetic.py`. The same call over the same
+The files, and what is planted in them, are described in `shards/synthetic/write.py`. The same call over the same
 folder writes the same bytes again, so a call that was stopped is finished by repeating it.
 """
 
@@ -14,8 +14,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from shards.console import DONE, Parser, duration, progress, run, summary
-from shards.synthetic import SyntheticCohort, write_cohort
+from shards.core.cli import DONE, Parser, duration, progress, run, summary
+from shards.synthetic.write import SyntheticCohort, write_cohort
 
 
 def main() -> int:

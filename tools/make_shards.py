@@ -15,12 +15,12 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from launchers import chain
-from launchers.cluster import SlurmSettings
+from launchers.cluster import conversion_jobs
+from launchers.cluster.scheduler import SlurmSettings
 from launchers.conversion import STEPS, add_arguments, conversion_of, dry_run, make
-from shards.console import Parser, run, summary
-from shards.errors import ConfigError
-from shards.settings import load
+from shards.core.cli import Parser, run, summary
+from shards.core.errors import ConfigError
+from shards.core.settings import load
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ def main() -> int:
     conversion, given = conversion_of(args, args.workers)
     if args.dry_run:
         return dry_run(conversion, args.json)
-    chain.refuse_another(conversion.folder)
+    conversion_jobs.refuse_another(conversion.folder)
     with closing(conversion):
         status, facts, following = make(conversion, steps, given)
     summary(facts, following, args.json)
@@ -56,7 +56,7 @@ def on_a_cluster(args: argparse.Namespace, steps: list[str]) -> int:
     settings = load(SlurmSettings, args.slurm)
     args.out = args.out.resolve()
     conversion, given = conversion_of(args, settings.cpus_per_task or 1)
-    jobs = chain.Chain(conversion, given, settings, args.workers, None)
+    jobs = conversion_jobs.Chain(conversion, given, settings, args.workers, None)
     if args.dry_run:
         return jobs.dry_run()
     return jobs.convert(["tools/make_shards.py", *sys.argv[1:]], follow=True, as_json=args.json)

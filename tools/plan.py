@@ -16,11 +16,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from shards.console import DONE, Parser, run
-from shards.errors import ConfigError
-from shards.settings import read_yaml
+from shards.core.cli import DONE, Parser, run
+from shards.core.errors import ConfigError
+from shards.core.settings import read_yaml
 from slim.config import load_config
-from slim.forecast import ASSUMED_TFLOPS, forecast, present
+from slim.planning.forecast import ASSUMED_TFLOPS, forecast, present
 
 PARTS = {
     "states": "weights, moments, EMA target, running means",

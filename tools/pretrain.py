@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from launchers import local
-from shards.console import Parser, run, summary
+from shards.core.cli import Parser, run, summary
 from slim.config import load_config
 
 

@@ -12,16 +12,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shards.console import DONE, Parser, progress, run, summary
-from shards.errors import ConfigError
-from shards.reader import Dataset
-from shards.room import require_room
-from slim.seen import Person
-from slim.splits import Split
-from slim.task import Cases, Task, find_cases, load_task, make_splits
+from shards.core.cli import DONE, Parser, progress, run, summary
+from shards.core.errors import ConfigError
+from shards.core.room import require_room
+from shards.format.reader import Dataset
+from slim.checkpoints.seen import Person
+from slim.evaluation.splits import Split
+from slim.evaluation.task import Cases, Task, find_cases, load_task, make_splits
 
 if TYPE_CHECKING:
-    from slim.brain import SlimBrain
+    from slim.inference.slim_brain import SlimBrain
 
 
 def main() -> int:
@@ -65,8 +65,8 @@ def main() -> int:
 
     import torch
 
-    from slim import probe
-    from slim.brain import SlimBrain
+    from slim.evaluation import probe
+    from slim.inference.slim_brain import SlimBrain
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = [SlimBrain.from_pretrained(path, args.weights).to(device) for path in args.runs]

@@ -1,6 +1,6 @@
 """Write the page of a dataset or of a run: one self-contained HTML file.
 
-    python tools/report.py DATASET_OR_RUN
+    python tools/run_page.py DATASET_OR_RUN
 
 A dataset is told by its manifest.json, a run by its config.yaml. It may be called while a run goes on. A run's page
 opens no URL of its configuration, which somebody else may have written, unless --data asks for it.
@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shards import layout, page
-from shards.console import DONE, Parser, run, summary
-from shards.errors import ConfigError
-from shards.room import require_room
+from shards.core.cli import DONE, Parser, run, summary
+from shards.core.errors import ConfigError
+from shards.core.room import require_room
+from shards.format import layout
+from shards.reporting import dataset_page
 
 
 def main() -> int:
-    parser = Parser(__doc__.splitlines()[0], "python tools/report.py runs/quickstart/pretrain")
+    parser = Parser(__doc__.splitlines()[0], "python tools/run_page.py runs/quickstart/pretrain")
     parser.add_argument("folder", type=Path, metavar="DATASET_OR_RUN", help="a dataset's folder, or a run's")
     parser.add_argument("--paths", action="store_true", help="the page of a run holds absolute paths whole")
     parser.add_argument(
@@ -30,13 +31,13 @@ def main() -> int:
     if folder.is_dir():
         require_room(folder / "report", "report")
     if (folder / layout.MANIFEST).is_file():
-        kind, path = "dataset", page.write(folder)
+        kind, path = "dataset", dataset_page.write(folder)
         following = f"open {path}, then python tools/pretrain.py CONFIG.yaml data={folder}"
     elif (folder / "config.yaml").is_file():
-        from slim import report  # imports torch, which a dataset's page does without
         from slim.config import FinetuneSettings, load_run
+        from slim.reporting import run_page
 
-        kind, path = "run", report.write(folder, args.paths, remote=args.data)
+        kind, path = "run", run_page.write(folder, args.paths, remote=args.data)
         following = f"open {path}, then python tools/probe.py {folder} --data DATASET --task TASK.yaml"
         if isinstance(load_run(folder / "config.yaml"), FinetuneSettings):
             following = f"open {path}; its scores stand in the report of finetune.py"

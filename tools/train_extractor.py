@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from shards.console import DONE, Parser, progress, run, summary
-from shards.convert import ExtractorSettings
-from shards.errors import ConfigError
-from shards.reader import Dataset
-from shards.settings import check
-from slim.temporal import WEIGHTS_FILE, train_extractor
+from shards.conversion.convert import ExtractorSettings
+from shards.core.cli import DONE, Parser, progress, run, summary
+from shards.core.errors import ConfigError
+from shards.core.settings import check
+from shards.format.reader import Dataset
+from slim.ranking.extractor import WEIGHTS_FILE, train_extractor
 
 
 def main() -> int:

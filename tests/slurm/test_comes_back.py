@@ -115,6 +115,6 @@ def test_when_a_node_is_set_down_the_other_one_finishes_alone(
 
 def tasks(out: Path) -> list[psutil.Process]:
     """Processes of a run that are still there, on either node."""
-    wanted = ["launchers.attempt", "task", str(out)]
+    wanted = ["launchers.cluster.attempt", "task", str(out)]
     found = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-3:] == wanted]
     return [process for process in found if os.path.basename(process.info["cmdline"][0]).startswith("python")]

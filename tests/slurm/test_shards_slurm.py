@@ -11,8 +11,8 @@ import pytest
 from conftest import GRID, ROOT, Command
 from conversions import bold_files, copy_cohort, same
 
-from launchers import part
-from shards import layout
+from launchers.cluster import conversion_task
+from shards.format import layout
 from slurm.cluster import Cluster
 from slurm.jobs import slurm
 
@@ -21,7 +21,7 @@ QUICK = (*GRID, "extractor.steps=3", "extractor.sessions=2")
 # it is the second try.
 _BEFORE = """
 import os, sys
-if "launchers.part" in sys.orig_argv:
+if "launchers.cluster.conversion_task" in sys.orig_argv:
     name, task = os.environ["SLURM_JOB_NAME"][4:], os.environ.get("SLURM_ARRAY_TASK_ID")
     log = f"{os.environ['FOLDER']}/work/log"
     second = os.path.exists(log) and f"{name} {task}" in open(log).read().splitlines()
@@ -47,7 +47,7 @@ def facts_of(done: subprocess.CompletedProcess) -> dict:
 
 
 def log_of(out: Path, name: str) -> str:
-    return (out / part.PLACE / f"{name}.log").read_text()
+    return (out / conversion_task.PLACE / f"{name}.log").read_text()
 
 
 def tries(out: Path) -> list[str]:
@@ -88,7 +88,7 @@ if not second and f"{name} {task}" == "rank 0":
     expected = ["extractor None"] * 2 + ["pack None"] + ["rank 0"] * 2 + ["rank 1"] * 2 + ["rank 2"]
     assert tries(out) == expected
     assert facts_of(done)["status"] == 0 and facts_of(done)["sessions"] == 6
-    jobs = part.submitted(out)["jobs"]
+    jobs = conversion_task.submitted(out)["jobs"]
     assert ": ended with status 137 (SIGKILL" in log_of(out, f"extractor-{jobs['extractor']}")
     facts = facts_of(slurm(cluster, "status", out, "--json"))
     assert facts["states"]["rank"] == {"COMPLETED": 1, "FAILED": 2} and facts["sessions"] == 6
@@ -177,7 +177,7 @@ def test_a_time_limit_is_a_failure_like_any_other(cluster: Cluster, cohort: Path
     done = slurm(cluster, *asked, timeout=600, **environment)
     assert done.returncode == 0, done.stderr
     assert tries(out).count("rank 0") == 2
-    assert "TIME LIMIT" in log_of(out, f"rank-{part.submitted(out)['jobs']['rank']}_0")
+    assert "TIME LIMIT" in log_of(out, f"rank-{conversion_task.submitted(out)['jobs']['rank']}_0")
 
 
 def test_a_dry_run_prints_the_scripts_and_leaves_nothing(cluster: Cluster, cohort: Path, tmp_path: Path) -> None:
@@ -225,4 +225,4 @@ def test_a_node_without_python_is_told_at_submission(cluster: Cluster, cohort: P
     done = slurm(cluster, *words(cohort / "cohort.yaml", out, "--ranker", "ridge", "--python", "/nowhere/python"))
     assert done.returncode == 2, done.stderr
     assert "/nowhere/python: got no such command, expected Python" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not (out / part.PLACE).exists()
+    assert len(done.stderr.splitlines()) == 1 and not (out / conversion_task.PLACE).exists()

@@ -2,8 +2,8 @@
 
     PYTHONPATH=tools python -m benches.bare CONFIG.yaml [key=value ...]
 
-What one process of `slim.trainer` computes, on the same samples in the same order from the same start: schedules,
-losses, backward, clipping, AdamW, then running means and EMA target. No DeepSpeed, no loading process (all
+What one process of `slim.training.trainer` computes, on the same samples in the same order from the same start:
+schedules, losses, backward, clipping, AdamW, then running means and EMA target. No DeepSpeed, no loading process (all
 micro-batches are loaded before), no log, no checkpoint. The last line of stdout is a JSON object: `seconds` and `loss`
 of each step, and `cpu`: those seconds that this process was at work.
 """
@@ -17,13 +17,13 @@ from functools import partial
 
 import torch
 
-from shards.reader import Dataset
-from shards.stream import MicroBatches, Stream
-from slim import schedule
-from slim.batch import geometry_for, load_batch
+from shards.format.reader import Dataset
+from shards.format.stream import MicroBatches, Stream
 from slim.config import PretrainSettings, load_config
-from slim.learner import Learner, parameter_groups
-from slim.objective import Objective
+from slim.data.collate import geometry_for, load_batch
+from slim.pretrain.learner import Learner, parameter_groups
+from slim.pretrain.objective import Objective
+from slim.training import schedule
 
 
 def bare_steps(settings: PretrainSettings) -> dict[str, list[float]]:

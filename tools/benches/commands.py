@@ -18,10 +18,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from launchers.job import KEEP_FREED
-from shards.errors import UserError
-from shards.grid import Grid
-from shards.settings import Settings
-from shards.synthetic import SyntheticCohort, write_cohort
+from shards.core.errors import UserError
+from shards.core.settings import Settings
+from shards.format.grid import Grid
+from shards.synthetic.write import SyntheticCohort, write_cohort
 from slim.config import load_config
 
 ROOT = Path(__file__).parents[2]

@@ -1,10 +1,11 @@
 """Loading of training samples, beside what training takes of them and beside webdataset and zarr alone, on a CPU.
 
-- *One core*: `slim.batch.load_batch`, all that a loading process does for a micro-batch (here one sample of each run),
-  and its parts: reading and decompressing the windows, drawing the mask, plans with tables and packing.
+- *One core*: `slim.data.collate.load_batch`, all that a loading process does for a micro-batch (here one sample of each
+  run), and its parts: reading and decompressing the windows, drawing the mask, plans with tables and packing.
 - *Reference*: the same arrays of the same sessions by webdataset and zarr alone, as anybody can read a dataset without
   this package: tars from front to end, members unzipped in memory. No masks, no plans.
-- *The loader*: the DataLoader of `slim.trainer` with one and with two loading processes, once all have started.
+- *The loader*: the DataLoader of `slim.training.trainer` with one and with two loading processes, once all have
+  started.
 - *Training*: `tools/pretrain.py` with two processes of one thread each, as configured, one sample per process and step.
 
 Shards come from the page cache: a disk or a network has to give the bytes of each sample besides. A GPU that trains N
@@ -40,14 +41,14 @@ from benches.commands import SMALL as SMALL_DATA
 from benches.commands import Trained, pretrain
 from benches.common import Figure, Ratio, Result, interleave
 from launchers.job import KEEP_FREED
-from shards import layout
-from shards.reader import Dataset
-from shards.span import LocalSpan
-from shards.stream import MicroBatches, Stream
-from slim.batch import cell_sizes, collate, draw_sample, geometry_for, load_batch, read_windows
+from shards.format import layout
+from shards.format.byte_range import LocalSpan
+from shards.format.reader import Dataset
+from shards.format.stream import MicroBatches, Stream
 from slim.config import load_config
-from slim.loading import context
-from slim.masking import draw
+from slim.data.collate import cell_sizes, collate, draw_sample, geometry_for, load_batch, read_windows
+from slim.data.loader import context
+from slim.data.masking import draw
 
 READS = 5  # micro-batches in a round
 READING, REFERENCE, CORE = "read", "webdataset and zarr", "one core"
@@ -78,7 +79,7 @@ class Loading:
         self.load = partial(load_batch, datasets=[self.dataset], geometry=self.geometry, settings=self.settings)
 
     def read(self, ranks: Sequence[int]) -> dict[str, dict[str, np.ndarray]]:
-        """Arrays of each session by our reader: what `slim.batch.read_windows` asks for."""
+        """Arrays of each session by our reader: what `slim.data.collate.read_windows` asks for."""
         return {item.session["key"]: self.dataset.read(item.session, (*NAMES, "windows"), ranks) for item in self.items}
 
     def read_plainly(self, ranks: Sequence[int]) -> dict[str, dict[str, np.ndarray]]:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slim.geometry import Geometry
-from slim.hiera import Block, Hiera
+from slim.model.geometry import Geometry
+from slim.model.hiera import Block, Hiera
 
 
 def unroll(x_LC: Tensor, geometry: Geometry) -> Tensor:

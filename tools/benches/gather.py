@@ -13,7 +13,8 @@ noise. Compared are, forward (without gradients) and forward and backward:
   context of a default mask.
 
 Nothing is timed before outputs and gradients of both agree wherever they are to be the same. Ratios are of CPU times.
-Memory is the peak of forward and backward as `slim.footprint` counts it: what they make, not what they are given.
+Memory is the peak of forward and backward as `slim.planning.counting` counts it: what they make, not what they are
+given.
 
 Legend: T frames; X, Y, Z voxels of the grid; P patches; V voxels of a patch; R rows of the table of values; L tokens
 of the dense grid; N kept tokens; M tokens after the first pooling; U units; E tokens of a unit; H heads; D channels of
@@ -37,18 +38,18 @@ from torch import Tensor
 
 from benches import dense
 from benches.common import Figure, Ratio, Result, interleave
-from shards.errors import ConfigError
-from shards.grid import Grid
-from shards.patches import gather, patch_places
-from shards.settings import Settings
-from slim.batch import Batch, Sample, cell_sizes, collate
+from shards.core.errors import ConfigError
+from shards.core.settings import Settings
+from shards.format.grid import Grid
+from shards.format.patches import gather, patch_places
 from slim.config import PRESETS, MaskSettings, ModelSettings, PretrainSettings
-from slim.footprint import Footprint
-from slim.gather import Plan, attend, segment_max
-from slim.geometry import Geometry
-from slim.hiera import Hiera
-from slim.masking import draw
-from slim.plan import mni_brain
+from slim.data.collate import Batch, Sample, cell_sizes, collate
+from slim.data.masking import draw
+from slim.model.geometry import Geometry
+from slim.model.hiera import Hiera
+from slim.model.ragged import Plan, attend, segment_max
+from slim.planning.counting import Footprint
+from slim.planning.step_cost import mni_brain
 
 # What rounding may do: to outputs, as the largest difference over the largest value; to gradients, as norm over norm,
 # because where two tokens all but tie the maximum may fall on either, and takes a whole gradient with it.

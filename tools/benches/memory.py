@@ -1,4 +1,4 @@
-"""Peak memory and FLOPs of one training step at full size, counted by `slim.plan` without a GPU and without taking it.
+"""Peak memory and FLOPs of one training step at full size, counted by `slim.planning.step_cost` without a GPU.
 
 What is in a count and what is not is written there. Every case is a preset as configured, in bf16 and with one sample
 unless its name says otherwise (x2: a batch of two); the brain is nilearn's MNI152 mask on the default grid. *dense* is
@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benches.common import Figure, Ratio, Result
-from shards.grid import Grid
-from shards.settings import Settings
+from shards.core.settings import Settings
+from shards.format.grid import Grid
 from slim.config import PRESETS, DataItem, PretrainSettings, RunSettings, WindowSettings
-from slim.plan import Cost, cost, mni_brain
+from slim.planning.step_cost import Cost, cost, mni_brain
 
 GIB, TFLOP = 2**30, 10**12
 ONE = "one, to compare a figure with a number"

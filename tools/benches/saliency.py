@@ -35,12 +35,12 @@ from scipy.stats import spearmanr
 
 from benches.common import Figure, Ratio, Result, interleave
 from benches.simulate import SNR, Run, simulate
-from shards.grid import Grid
-from shards.patches import parcel_means
-from shards.settings import Settings
-from slim.parcels import parcels_from_mask
-from slim.saliency import Ranker, make_ranker
-from slim.temporal import train_extractor
+from shards.core.settings import Settings
+from shards.format.grid import Grid
+from shards.format.patches import parcel_means
+from slim.ranking.extractor import train_extractor
+from slim.ranking.parcels import parcels_from_mask
+from slim.ranking.saliency import Ranker, make_ranker
 
 FRAMES = 5  # of a window
 LENGTHS = (300, 600, 1200, 2400)  # frames of the runs that are timed

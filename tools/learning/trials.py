@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from shards.console import progress
-from shards.errors import Stopped
+from shards.core.cli import progress
+from shards.core.errors import Stopped
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/experiments.yaml"
@@ -152,9 +152,9 @@ class Experiments:
         """
         import torch
 
-        from shards.reader import Dataset
-        from slim import comparison
-        from slim.brain import SlimBrain
+        from shards.format.reader import Dataset
+        from slim.inference.slim_brain import SlimBrain
+        from tools.learning import comparison
 
         torch.set_num_threads(1)
         path = self.draws_path(trial)
@@ -174,8 +174,8 @@ class Experiments:
         comparison.save(path, comparison.encoder_draws(features, questions, poolings))
 
     def questions(self, dataset: Any, snr: float) -> list[Any]:
-        from slim import comparison
-        from slim.task import load_task
+        from slim.evaluation.task import load_task
+        from tools.learning import comparison
 
         tasks = {}
         for name in TASKS:
@@ -189,8 +189,8 @@ class Experiments:
 
     def baselines(self, snr: float) -> None:
         """Score what needs no encoder."""
-        from shards.reader import Dataset
-        from slim import comparison
+        from shards.format.reader import Dataset
+        from tools.learning import comparison
 
         if all(self.baseline_path(snr, name).exists() for name in BASELINES):
             return

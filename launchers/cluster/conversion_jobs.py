@@ -1,0 +1,326 @@
+"""A conversion on a cluster: jobs that wait for each other, submitted at once.
+
+    extractor   one job, where the ranker learns: harmonises the runs it learns from and trains it
+    rank        an array: each task harmonises and ranks its share of the runs
+    pack        one job: writes the dataset, or lists what failed
+
+Each of the first two stands in the queue twice. The second job starts only if the first one failed, and does what that
+left; else SLURM cancels it. So nothing has to be submitted, or requeued, by a node, whatever happens there, and the
+command that submitted them may end. What they do is in `launchers/conversion_task.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launchers.cluster import conversion_task
+from launchers.cluster.scheduler import (
+    OVER,
+    ClusterError,
+    SlurmSettings,
+    ask,
+    at,
+    check_array,
+    check_cluster,
+    last_error,
+    require_slurm,
+    states,
+)
+from launchers.cluster.script import CHECK, Script, arguments, probe
+from shards.format import layout
+from shards.core.cli import DONE, REFUSED, RESUME, WRONG, progress, summary
+from shards.core.errors import ConfigError
+from shards.core.files import printable_lines
+
+if TYPE_CHECKING:  # they import torch
+    from shards.conversion.convert import Conversion
+    from slim.ranking.extractor import Extractor
+
+_COMMAND = r"""
+export OMP_NUM_THREADS=1
+outcome=$FOLDER/{place}/outcome/{outcome}.json
+grep -qs '"status": 0' "$outcome" && exit 0  # done by the first of two tries
+srun --nodes=1 --ntasks=1 --cpus-per-task={cpus}{arguments} sh -c '{check}
+    exec "$PYTHON" -u -m launchers.cluster.conversion_task "$@"' sh {stage} "$FOLDER" ${{SLURM_ARRAY_TASK_ID:+"$SLURM_ARRAY_TASK_ID"}}
+status=$?
+if [ $status -ne {wrong} ] && ! [ -e "$outcome" ]; then
+    [ $status -ne 137 ] || killed=' (SIGKILL: was the machine out of memory?)'
+    echo "error: $SLURMD_NODENAME: ended with status $status$killed"
+fi
+exit $status
+"""
+_WORDS = {
+    "extractor": "one job, and another one if it fails",
+    "rank": "once there is an extractor; and another such array for tasks that fail",
+    "pack": "once all have ended",
+}
+_POLL = 1.0  # seconds between questions to the controller
+_SURE = 3  # times in a row that all jobs must look ended: a lost node's are requeued a moment later
+
+
+class Chain:
+    """The jobs of a conversion.
+
+    Parameters
+    ----------
+    conversion : Conversion
+        Not yet begun; of an absolute folder.
+    given : Extractor, optional
+        The extractor, where it need not be trained.
+    settings : SlurmSettings
+    tasks : int
+        Tasks of the array, at most.
+    throttle : int, optional
+        Tasks that run at the same time, at most.
+    """
+
+    def __init__(
+        self,
+        conversion: Conversion,
+        given: Extractor | None,
+        settings: SlurmSettings,
+        tasks: int,
+        throttle: int | None,
+    ):
+        for flag, value in (("--tasks", tasks), ("--throttle", throttle)):
+            if value is not None and value < 1:
+                raise ConfigError("command line", flag, value, "1 or more")
+        self._conversion, self._given, self._settings = conversion, given, settings
+        self._tasks, self._throttle = tasks, throttle
+        self._folder = conversion.folder
+
+    def dry_run(self) -> int:
+        """Find the runs, print the scripts and what the cluster says to them; submits and writes nothing."""
+        from launchers.conversion import lacks_extractor
+
+        runs = len(self._conversion.find())
+        learns = self._given is None and lacks_extractor(self._conversion)
+        scripts = self._scripts(min(self._tasks, runs), learns)
+        for stage, script in scripts.items():
+            print(f"# {stage}: {_WORDS[stage]}\n{script.text()}")
+        print(f"{runs} runs, {min(self._tasks, runs)} tasks")
+        if shutil.which("sbatch") is None:
+            print("sbatch is not on this machine: no cluster has seen these scripts", file=sys.stderr)
+            return DONE
+        self._check()
+        for stage, script in scripts.items():
+            print(f"{stage}: {script.test()}")
+        return DONE
+
+    def convert(self, command: list[str], follow: bool, as_json: bool) -> int:
+        """Find the runs and submit the jobs.
+
+        Parameters
+        ----------
+        command : list of str
+            How the caller was called: what goes on.
+        follow : bool
+            Show the progress until all has ended.
+        as_json : bool
+            Print the summary as JSON, too.
+
+        Returns
+        -------
+        int
+            Exit status; that of the conversion, where it is followed.
+
+        Raises
+        ------
+        UserError
+            If the call, a cohort, or what is asked of the cluster is wrong.
+        """
+        from launchers.conversion import lacks_extractor
+
+        self._check()
+        refuse_another(self._folder)
+        conversion = self._conversion
+        with closing(conversion):  # the jobs wait until it is let go
+            conversion.open()
+            conversion.find()
+            for script in self._scripts(self._tasks, lacks_extractor(conversion)).values():
+                script.test()
+            probe(self._settings, 1, self._folder)
+            conversion.begin()
+            if self._given is not None and lacks_extractor(conversion):
+                self._given.save(conversion.folder / layout.EXTRACTOR)
+            parts = conversion_task.hand_on(conversion, self._tasks)
+            jobs, cluster = _submit(self._scripts(len(parts), bool(parts) and lacks_extractor(conversion)))
+            about = {
+                "dataset": str(self._folder),
+                "jobs": jobs,
+                **({} if cluster is None else {"cluster": cluster}),
+                "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
+                "command": command,
+            }
+            layout.write_atomically(
+                self._folder / conversion_task.PLACE / conversion_task.JOB, json.dumps(about, indent=1) + "\n"
+            )
+        facts: dict[str, Any] = {"dataset": str(self._folder), "runs": sum(map(len, parts)), "tasks": len(parts)}
+        facts |= {"jobs": jobs, "submitted": " ".join(jobs.values())}
+        if not follow:
+            summary(facts, f"python launchers/slurm.py status {self._folder}", as_json)
+            return DONE
+        return _follow(self._folder, facts, as_json)
+
+    def _check(self) -> None:
+        require_slurm()
+        check_cluster(self._settings, 1, 0, self._folder, "--out")
+        check_array(self._tasks, self._settings.clusters)
+
+    def _scripts(self, tasks: int, learns: bool) -> dict[str, Script]:
+        """The scripts by stage, in order; an array of no tasks is left out."""
+        limit = "" if self._throttle is None else f"%{self._throttle}"
+        stages: dict[str, dict[str, Any]] = {"extractor": {}} if learns else {}
+        stages |= {"rank": {"array": f"0-{tasks - 1}{limit}"}} if tasks else {}
+        cpus = self._settings.cpus_per_task or 1
+        scripts = {}
+        for stage, options in {**stages, "pack": {}}.items():
+            command = _COMMAND.format(
+                place=conversion_task.PLACE,
+                outcome="$SLURM_ARRAY_TASK_ID" if options else stage,
+                cpus=cpus,
+                arguments=arguments(self._settings),
+                check=CHECK,
+                stage=stage,
+                wrong=WRONG,
+            )
+            scripts[stage] = Script(
+                self._settings,
+                self._folder / conversion_task.PLACE,
+                f"{self._folder.name}-{stage}",
+                command,
+                self._folder,
+                f"{stage}-%A_%a.log" if options else f"{stage}-%j.log",
+                {"cpus_per_task": cpus, "ntasks_per_node": 1},
+                {"nodes": 1, "kill-on-invalid-dep": "yes", **options},
+            )
+        return scripts
+
+
+def _submit(scripts: dict[str, Script]) -> tuple[dict[str, str], str | None]:
+    """Submit the jobs, all to the cluster that took the first one; number by name, and the cluster.
+
+    Where one is refused those before it are taken back.
+    """
+    jobs: dict[str, str] = {}
+    cluster: str | None = None
+    ready = ""  # once the stage before has been done, by its first job or by its second
+    try:
+        for stage, script in scripts.items():
+            same = {} if cluster is None else {"clusters": cluster}
+            if stage == "pack":
+                others = ":".join(jobs.values())
+                jobs[stage] = script.submit(**same, **({"dependency": f"afterany:{others}"} if jobs else {}))
+                cluster = script.cluster
+                break
+            first = jobs[stage] = script.submit(**same, **({"dependency": ready} if ready else {}))
+            cluster = script.cluster
+            same = {} if cluster is None else {"clusters": cluster}
+            second = jobs[conversion_task.again(stage)] = script.submit(**same, dependency=f"afternotok:{first}")
+            ready = f"afterok:{first}?afterok:{second}"
+    except ClusterError:
+        if jobs:
+            ask("scancel", *at(cluster), *jobs.values())
+        raise
+    return jobs, cluster
+
+
+def refuse_another(folder: Path) -> None:
+    """ConfigError if jobs of an earlier command have not ended; where there is no SLURM they cannot be asked for."""
+    if not (folder / conversion_task.PLACE / conversion_task.JOB).exists() or shutil.which("squeue") is None:
+        return
+    about = conversion_task.submitted(folder)
+    going = [job for job, found in states(about["jobs"].values(), about.get("cluster")).items() if not _are_over(found)]
+    if going:
+        raise ConfigError(
+            folder,
+            "--out",
+            f"a dataset whose jobs {', '.join(going)} have not ended",
+            "one that no job works on",
+            f"Wait for them, or call: python launchers/slurm.py cancel {folder}",
+        )
+
+
+def _are_over(found: Counter[str]) -> bool:
+    return set(found) <= OVER
+
+
+def status(folder: Path) -> tuple[dict[str, Any], str]:
+    """What the jobs of a dataset are doing and how far it is: facts for a summary, and what to do next."""
+    about = conversion_task.submitted(folder)
+    jobs: dict[str, str] = about["jobs"]
+    found = states(jobs.values(), about.get("cluster"))
+    facts: dict[str, Any] = {"dataset": str(folder), "jobs": jobs, "states": {n: found[job] for n, job in jobs.items()}}
+    facts |= {name: f"{_words(found[job])} (job {job})" for name, job in jobs.items()}
+    ended = conversion_task.outcome(folder, "pack")
+    going_on = f"`{' '.join(['python', *about['command']])}` goes on"
+    log = folder / conversion_task.PLACE / f"pack-{jobs['pack']}.log"
+    if ended.get("status") in (DONE, REFUSED):
+        return facts | ended["facts"], ended["next"]
+    facts |= conversion_task.counts(folder)
+    if "error" in ended:
+        return facts | {"error": ended["error"], "failed": ended.get("failed", [])}, f"look at {log}; {going_on}"
+    if all(map(_are_over, found.values())):
+        said = last_error(log.read_text(encoding="utf-8", errors="replace").splitlines()) if log.exists() else ""
+        return facts | {"error": said or "the jobs ended without a word"}, going_on
+    return facts, f"python launchers/slurm.py cancel {folder} stops it; what is finished stays"
+
+
+def _words(found: Counter[str]) -> str:
+    if len(found) == 1 and found.total() == 1:
+        return next(iter(found)).lower()
+    return ", ".join(f"{count} {state.lower()}" for state, count in sorted(found.items())) or "forgotten"
+
+
+def cancel(folder: Path) -> dict[str, str]:
+    """Cancel the jobs of a dataset that have not ended; what became of each."""
+    about = conversion_task.submitted(folder)
+    jobs: dict[str, str] = about["jobs"]
+    cluster: str | None = about.get("cluster")
+    going = {job for job, found in states(jobs.values(), cluster).items() if not _are_over(found)}
+    # The last one first: none may start because one that it waits for has ended.
+    for job in reversed(jobs.values()):
+        if job in going:
+            ask("scancel", *at(cluster), job)
+    while not all(map(_are_over, states(jobs.values(), cluster).values())):
+        time.sleep(_POLL / 4)
+    return {name: "CANCELLED" if job in going else "had ended" for name, job in jobs.items()}
+
+
+def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
+    """Show how far the jobs are until all have ended; the exit status of the conversion."""
+    jobs, cluster = facts["jobs"], conversion_task.submitted(folder).get("cluster")
+    print(f"jobs {facts['submitted']}; Ctrl-C leaves them running", file=sys.stderr, flush=True)
+    said, at, over = "", 0, 0
+    try:
+        with progress("convert", facts["runs"], "runs") as advance:
+            while over < _SURE:
+                found = states(jobs.values(), cluster)
+                over = over + 1 if all(map(_are_over, found.values())) else 0
+                now = "; ".join(f"{name}: {_words(found[job])}" for name, job in jobs.items())
+                if now != said:
+                    said = now
+                    print(now, file=sys.stderr, flush=True)
+                count = facts["runs"] - conversion_task.counts(folder)["left"]
+                if count > at:  # what is packed is no longer counted
+                    advance(count - at, "")
+                    at = count
+                time.sleep(_POLL)
+    except KeyboardInterrupt:
+        print("the jobs go on", file=sys.stderr)
+        return DONE
+    log, ended = folder / conversion_task.PLACE / f"pack-{jobs['pack']}.log", conversion_task.outcome(folder, "pack")
+    if log.exists():
+        sys.stderr.write(printable_lines(log.read_bytes()))
+    facts |= {"status": ended.get("status", RESUME), "failed": ended.get("failed", []), **ended.get("facts", {})}
+    following = ended.get("next") or f"look at {folder / conversion_task.PLACE}; the same command goes on"
+    summary(facts, following, as_json)
+    return facts["status"]

@@ -1,0 +1,176 @@
+"""What a job of a chain does of a conversion (`launchers/cluster/conversion_jobs.py`):
+
+    python -m launchers.cluster.conversion_task extractor DATASET      train the temporal extractor
+    python -m launchers.cluster.conversion_task rank DATASET 3         harmonise and rank the runs of task 3
+    python -m launchers.cluster.conversion_task pack DATASET           write the shards, or say what is missing
+
+The command that submitted them has found the runs; they are handed on in DATASET/work/slurm:
+
+    conversion.json           what there is to convert, and how
+    job.json                  the jobs that were submitted
+    tasks.json                keys of the runs of each task
+    outcome/3.json            how a task ended; without it, it was killed or has not ended
+    outcome/pack.json         how it all ended
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launchers import noted
+from launchers.cluster.scheduler import last_error
+from shards.format import layout
+from shards.core.cli import CRASHED, DONE, RESUME, WRONG, crashed, summary
+from shards.core.errors import Stopped, UserError
+
+if TYPE_CHECKING:  # it imports torch
+    from shards.conversion.convert import Conversion
+
+PLACE = Path(layout.WORK) / "slurm"  # in the dataset
+JOB = "job.json"
+_PLAN, _TASKS, _OUTCOME = "conversion.json", "tasks.json", "outcome"
+_PATIENCE = 120.0  # seconds for whoever submitted the job, or converted here before, to let go of the folder
+
+
+def hand_on(conversion: Conversion, tasks: int) -> list[list[str]]:
+    """Leave a conversion that was begun for its jobs; the runs (keys) of each task, of as many as there is work for."""
+    from launchers.cluster import handover
+
+    keys = [run.key for run in conversion.unsettled()]
+    parts = [part for task in range(tasks) if (part := keys[task::tasks])]
+    place = conversion.folder / PLACE
+    shutil.rmtree(place / _OUTCOME, ignore_errors=True)
+    layout.write_atomically(place / _PLAN, handover.dump(conversion) + "\n")
+    layout.write_atomically(place / _TASKS, json.dumps(parts) + "\n")
+    return parts
+
+
+def tasks_of(dataset: Path) -> list[list[str]]:
+    """Keys of the runs of each task."""
+    return json.loads((dataset / PLACE / _TASKS).read_text(encoding="utf-8"))
+
+
+def outcome(dataset: Path, name: str) -> dict[str, Any]:
+    """How a job, `extractor`, `pack` or the number of a task, ended; empty where it has not, or could not say."""
+    try:
+        return json.loads((dataset / PLACE / _OUTCOME / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def counts(dataset: Path) -> dict[str, int]:
+    """How far the runs of all tasks are."""
+    work = dataset / layout.WORK
+    names = {folder: {path.name for path in (work / folder).glob("[!.]*")} for folder in ("members", "failed")}
+    waiting = {path.stem for path in (work / "harmonised").glob("[!.]*")}
+    keys = [key for part in tasks_of(dataset) for key in part]
+    ranked = {key for key in keys if f"{key}.{layout.JSON_MEMBER}" in names["members"]}
+    refused = {key for key in keys if f"{key}.json" in names["failed"]} - ranked
+    rest = set(keys) - ranked - refused
+    found = {"runs": len(keys), "ranked": len(ranked), "refused": len(refused)}
+    return {**found, "harmonised": len(rest & waiting), "left": len(rest)}
+
+
+def work(name: str, dataset: Path, task: int) -> dict[str, Any]:
+    """Do what a job is there for; its outcome."""
+    from launchers import conversion as steps
+    from launchers.cluster import handover
+
+    steps.one_thread()
+    conversion = handover.load(dataset / PLACE / _PLAN, dataset, steps.parcels_of)
+    job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+    with closing(conversion):
+        conversion.hold(f"job {job} of a cluster", together=name != "pack", patience=_PATIENCE)
+        conversion.resume(alone=name == "pack")
+        if name == "extractor":
+            steps.prepare_extractor(conversion, None, may_train=True)
+            return {"status": DONE}
+        unsettled = conversion.unsettled()
+        if name == "rank":
+            keys = set(tasks_of(dataset)[task])
+            if runs := [run for run in unsettled if run.key in keys]:
+                conversion.rank(steps.ranker_of(conversion), runs)
+            return {"status": DONE}
+        if lines := failures(dataset, [run.key for run in unsettled]):
+            for line in lines:
+                print(f"failed: {line}")
+            error = f"{len(unsettled)} of {len(conversion.runs)} runs are left; the same command goes on with them"
+            return {"status": RESUME, "error": error, "failed": lines}
+        refused_all = steps.lacks_extractor(conversion)  # for want of a run to learn from
+        status, facts, following = steps.all_refused(conversion) if refused_all else steps.finish(conversion)
+        summary(facts, following, as_json=False)
+        return {"status": status, "facts": facts, "next": following}
+
+
+def failures(dataset: Path, left: Sequence[str]) -> list[str]:
+    """A line for each job that did not do what it was there for: which, why, what it left, where its log is."""
+    missing, lines = set(left), []
+    jobs, parts = submitted(dataset)["jobs"], tasks_of(dataset)
+    if missing and "extractor" in jobs and outcome(dataset, "extractor").get("status") != DONE:
+        return [f"extractor: {_why(dataset, 'extractor', 'extractor', '')}"]  # nothing can be ranked without it
+    for number, part in enumerate(parts):
+        if (rest := missing.intersection(part)) and outcome(dataset, str(number)).get("status") != DONE:
+            why = _why(dataset, str(number), "rank", f"_{number}")
+            lines.append(f"task {number}, {len(rest)} of its {len(part)} runs left: {why}")
+            missing -= rest
+    return lines + [f"{key} changed while it was converted" for key in sorted(missing)]
+
+
+def _why(dataset: Path, name: str, stage: str, suffix: str) -> str:
+    """Why the second of two tries failed, from its own word or its log's last."""
+    jobs = submitted(dataset)["jobs"]
+    logs = [dataset / PLACE / f"{stage}-{jobs[job]}{suffix}.log" for job in (stage, again(stage))]
+    logs = [log for log in logs if log.exists()]
+    said = last_error(logs[-1].read_text(encoding="utf-8", errors="replace").splitlines()) if logs else ""
+    why = outcome(dataset, name).get("error") or said or "it ended without a word"
+    return f"{why} (see {logs[-1]})" if logs else why
+
+
+def again(stage: str) -> str:
+    """Name of the job that does what a stage's first one failed at."""
+    return f"{stage} again"
+
+
+def submitted(dataset: Path) -> dict[str, Any]:
+    """What the command that submitted the jobs has noted: `jobs`, number by name, and more.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where no job was submitted.
+    ConfigError
+        If the file holds something else.
+    """
+    return noted.read(dataset / PLACE / JOB, noted.DatasetJobs)
+
+
+def main() -> int:
+    name, dataset, task = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    # SLURM's word that the time is nearly up: finished runs are kept anyway, so the time is used to its end.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    own = dataset / PLACE / _OUTCOME / f"{task if name == 'rank' else name}.json"
+    own.unlink(missing_ok=True)
+    try:
+        found = work(name, dataset, task)
+    except UserError as error:
+        found = {"status": WRONG, "error": error.line()}
+    except Stopped as stop:
+        found = {"status": RESUME, "error": str(stop)}
+    except Exception as error:
+        found = {"status": CRASHED, "error": crashed(error, dataset / PLACE)}
+    if "error" in found:
+        print(f"error: {found['error']}", file=sys.stderr)
+    layout.write_atomically(own, json.dumps(found, default=str) + "\n")
+    return int(found["status"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

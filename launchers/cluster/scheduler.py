@@ -1,0 +1,314 @@
+"""What a job asks of a cluster, typed, and what SLURM says about the cluster and about a job."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from launchers import environment
+from launchers.cluster import plain
+from shards.core.errors import ConfigError, UserError
+from shards.core.settings import Settings
+
+COMMANDS = ("sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
+# States in which a job stays; after NODE_FAIL and PREEMPTED it may be requeued, a moment later.
+OVER = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+}
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::([0-5]?\d))?(?::([0-5]?\d))?", re.ASCII)
+
+
+class ClusterError(UserError):
+    """SLURM is not there, or says no."""
+
+
+class SlurmSettings(Settings):
+    """What `sbatch` and `srun` are told; null leaves it to the cluster's own default."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = Field(None, description="longest time of one attempt, [D-]HH:MM:SS; the job comes back")
+    mem: str | None = Field(None, description="memory per node, such as 64G")
+    constraint: str | None = Field(None, description="features of the nodes")
+    cpus_per_task: int | None = Field(None, ge=1, description="null: loading processes and one more; of a conversion 1")
+    modules: tuple[str, ...] = Field((), description="environment modules, loaded in this order")
+    setup: tuple[str, ...] = Field((), description="lines of bash, run on the first node before anything else")
+    srun: tuple[str, ...] = Field((), description="arguments of srun, such as those of a container")
+    sbatch: dict[str, str | bool] = Field({}, description="any other option of sbatch; one without a value is true")
+    python: str | None = Field(None, description="Python on the nodes; null: the one that submits")
+    signal: int = Field(
+        120, ge=1, validate_default=True, description="seconds before the time limit at which the run saves and ends"
+    )
+    max_failures: int = Field(3, ge=1, description="failures in a row, without a new checkpoint, that end the job")
+
+    @field_validator("*")
+    @classmethod
+    def _are_plain(cls, value: object, about: ValidationInfo) -> object:
+        return plain.checked(value, lines=about.field_name == "setup")  # lines of bash may be many
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        # YAML 1.1 reads 12:00:00 as the number 43200.
+        if value is not None and not isinstance(value, str):
+            raise ValueError('text in quotes, such as "12:00:00"')
+        return value
+
+    @field_validator("time")
+    @classmethod
+    def _is_time(cls, value: str | None) -> str | None:
+        if value is not None and not seconds(value):
+            raise ValueError("a time such as 12:00:00 or 2-00:00:00")
+        return value
+
+    @field_validator("sbatch", mode="before")
+    @classmethod
+    def _are_options(cls, value: object) -> object:
+        """Numbers as text; `exclusive:` and `exclusive: true` are the option without a value, false leaves it out."""
+        if not isinstance(value, dict):
+            return value
+        found = {}
+        for name, given in value.items():
+            if isinstance(given, int | float) and not isinstance(given, bool):
+                given = str(given)
+            if given is not False:
+                found[name] = True if given is None or given == "" else given
+        return found
+
+    @field_validator("signal")
+    @classmethod
+    def _comes_before_the_end(cls, value: int, others: ValidationInfo) -> int:
+        time = others.data.get("time")
+        if time is not None and value >= seconds(time):
+            raise ValueError(f"less than time, {seconds(time)} seconds")
+        return value
+
+    @property
+    def clusters(self) -> str | None:
+        """The clusters the job may be sent to, separated by commas; None: that of this machine."""
+        for option in ("clusters", "cluster"):
+            if isinstance(named := self.sbatch.get(option), str):
+                return named
+        return environment.clusters()
+
+
+def seconds(time: str) -> int:
+    """Seconds of a time in SLURM's words: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; 0 for anything else."""
+    match = _TIME.fullmatch(time)
+    if match is None:
+        return 0
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None:  # the last one is seconds, but a single one is minutes
+        hours, minutes, rest = {1: [0, *numbers, 0], 2: [0, *numbers], 3: numbers}[len(numbers)]
+    else:
+        hours, minutes, rest = [*numbers, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def nodes_of(text: str) -> tuple[int, int]:
+    """Fewest and most nodes: `4` or `2-4`.
+
+    Raises
+    ------
+    ConfigError
+        For anything else.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
+    fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= fewest <= most:
+        raise ConfigError("command line", "--nodes", text, "a number such as 4, or a range such as 2-4")
+    return fewest, most
+
+
+def ask(*words: object, stdin: str = "", timeout: float = 60) -> str:
+    """What one of SLURM's commands prints, called without the variables of an enclosing job.
+
+    The lines `CLUSTER: NAME` that stand above what each cluster says are left out.
+
+    Raises
+    ------
+    ClusterError
+        With its own words, if it fails or does not answer.
+    """
+    name = str(words[0])
+    try:
+        done = subprocess.run(
+            [*map(str, words)],
+            input=stdin,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout,
+            env=environment.for_slurm(),
+        )
+    except FileNotFoundError:
+        raise ClusterError(name, "", "no such command", "SLURM's commands on PATH") from None
+    except subprocess.TimeoutExpired:
+        raise ClusterError(name, "", f"no answer in {timeout:.0f} s", "an answer of the controller") from None
+    if done.returncode:
+        raise ClusterError(name, "", _first_reason(done.stderr) or f"status {done.returncode}", "an answer")
+    said = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("CLUSTER: "))
+    return said.strip() or done.stderr.strip()
+
+
+def at(cluster: str | None) -> list[str]:
+    """The option of SLURM's commands that names a cluster."""
+    return [] if cluster is None else [f"--clusters={cluster}"]
+
+
+def _first_reason(text: str) -> str:
+    lines = [line.removeprefix("error: ") for line in (re.sub(r"^\w+: ", "", line) for line in text.splitlines())]
+    return "; ".join(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def require_slurm() -> None:
+    """ClusterError where SLURM's commands are not on PATH."""
+    for name in COMMANDS:
+        if shutil.which(name) is None:
+            raise ClusterError(
+                name,
+                "",
+                "no such command on this machine",
+                "SLURM's commands on PATH",
+                "Call it on a login node of the cluster; tools/pretrain.py runs on one machine",
+            )
+
+
+def check_cluster(settings: SlurmSettings, nodes: int, gpus: int, folder: Path, field: str = "run.out") -> None:
+    """What can be told about a job before it is submitted.
+
+    Parameters
+    ----------
+    settings : SlurmSettings
+    nodes, gpus : int
+        Nodes, and GPUs of each.
+    folder : Path
+        What it works in.
+    field : str
+        How the user named the folder.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such partition, it has fewer nodes, a shorter time limit or fewer GPUs in a node than asked
+        for, or other machines cannot see the folder.
+    """
+    there = at(settings.clusters)
+    known = dict(_partition(line) for line in ask("sinfo", *there, "-h", "-a", "-o", "%P").splitlines())
+    name = (
+        settings.partition
+        or environment.default_of("partition")
+        or next((name for name, default in known.items() if default), None)
+    )
+    if name is None:
+        raise ConfigError("command line", "--partition", "nothing", f"one of {', '.join(known)}: there is no default")
+    for one in name.split(","):
+        if one not in known:
+            near = difflib.get_close_matches(one, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else ""
+            raise ConfigError("command line", "--partition", one, f"one of {', '.join(known)}", hint)
+    asked = ("-h", "-N", "-p", name, "-o", "%N|%G|%o|%l")
+    lines = [line.split("|") for line in ask("sinfo", *there, *asked).splitlines()]
+    names = {node for node, *_ in lines}
+    if nodes > len(names):
+        raise ConfigError("command line", "--nodes", nodes, f"at most {len(names)}, as partition {name} has")
+    most = max(gpus_of(gres) for _, gres, *_ in lines)
+    if gpus > most:
+        raise ConfigError("command line", "--gpus-per-node", gpus, f"at most {most}, as a node of {name} has")
+    limit = max(seconds(longest) or math.inf for *_, longest in lines)  # `infinite` is no time
+    if settings.time is not None and seconds(settings.time) > limit:
+        raise ConfigError("command line", "--time", settings.time, f"at most {limit / 60:.0f} minutes, as {name} has")
+    elsewhere = [node for node, _, address, _ in lines if not _is_here(node, address)]
+    if elsewhere and is_local(folder):
+        raise ConfigError(
+            folder, field, "a folder of this machine alone", f"one that {elsewhere[0]} sees, too", "Use a shared one"
+        )
+
+
+def _partition(text: str) -> tuple[str, bool]:
+    return text.rstrip("*"), text.endswith("*")
+
+
+def gpus_of(gres: str) -> int:
+    """GPUs of a node, from its generic resources, `NAME[:TYPE][:NUMBER]`: `gpu:a100:4(S:0-1),shard:8` has 4."""
+    count = 0
+    for resource in re.sub(r"\([^()]*\)", "", gres).split(","):
+        name, *rest = resource.split(":")
+        if name == "gpu":  # a type may be a number, too: gpu:3090:4
+            count += int(rest[-1]) if rest and rest[-1].isdecimal() else 1
+    return count
+
+
+def _is_here(node: str, address: str) -> bool:
+    return socket.gethostname() in (node, address) or address.startswith("127.")
+
+
+def is_local(folder: Path) -> bool:
+    """Whether a folder certainly lies on this machine alone: in memory, or among temporary files."""
+    folder = folder.resolve()
+    places = {Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path(tempfile.gettempdir()).resolve()}
+    return not places.isdisjoint(folder.parents)
+
+
+def check_array(tasks: int, cluster: str | None = None) -> None:
+    """ConfigError if a cluster takes no array of so many tasks."""
+    there = at(None if cluster is None or "," in cluster else cluster)  # scontrol asks one of them
+    match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", *there, "show", "config"))
+    if match is not None and tasks > (most := int(match[1])):
+        raise ConfigError("command line", "--tasks", tasks, f"at most {most}, as this cluster's MaxArraySize allows")
+
+
+def states(jobs: Iterable[str], cluster: str | None = None) -> dict[str, Counter[str]]:
+    """How many tasks of each job are in which state, as far as SLURM remembers; a job that is no array has one."""
+    found: dict[str, Counter[str]] = {job: Counter() for job in jobs}
+    try:
+        text = ask("squeue", *at(cluster), "-h", "-r", "-t", "all", "-j", ",".join(found), "-o", "%F %T")
+    except ClusterError as error:
+        if "Invalid job id" not in str(error.got):
+            raise
+        text = ""
+    for job, state in map(str.split, text.splitlines()):
+        found[job][state] += 1
+    return found
+
+
+def job_facts(job: str, cluster: str | None = None) -> dict[str, str] | None:
+    """What `scontrol` says of a job (JobState, Reason, Restarts, ExitCode, ...); None once it is forgotten."""
+    try:
+        text = ask("scontrol", *at(cluster), "show", "job", "-o", job)
+    except ClusterError as error:
+        if "Invalid job id" in str(error.got):
+            return None
+        raise
+    return dict(pair for word in text.split() if len(pair := word.split("=", 1)) == 2)
+
+
+def is_over(facts: dict[str, str] | None) -> bool:
+    """Whether a job has ended, as far as SLURM says."""
+    return facts is None or facts["JobState"] in OVER
+
+
+def last_error(lines: Sequence[str]) -> str:
+    """The last line that begins with `error: ` (after the label of srun or of SLURM's daemon), without it."""
+    found = [match[1] for line in lines if (match := re.match(r"(?:\s*\d+: |slurmstepd: )?error: (.*)", line))]
+    return found[-1] if found else ""

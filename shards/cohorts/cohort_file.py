@@ -1,0 +1,255 @@
+"""A cohort file, and the runs it finds: BIDS derivatives, or file patterns with named fields.
+
+A cohort file (YAML) says where the runs lie and what is known about them; `find_runs` lists them. Nothing is read but
+names and the participants table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, StrictInt, StrictStr, field_validator
+
+from shards.cohorts import bids, patterns
+from shards.cohorts.participants import Participants
+from shards.cohorts.patterns import FIELDS, pattern_regex
+from shards.core.errors import ConfigError, RunRefused
+from shards.core.files import printable
+from shards.core.settings import PathText, Settings, load
+
+__all__ = ["FIELDS", "Cohort", "CohortSettings", "RunSource", "find_cohort", "find_runs", "pattern_regex"]
+
+_LONGEST_KEY = 180  # characters: names of files made of a key stay below 255 bytes
+_LISTED = 10  # names in a note
+
+Label = StrictStr | StrictInt
+Filter = Label | tuple[Label, ...] | None
+
+
+class CohortSettings(Settings):
+    """A cohort file. Relative paths are relative to it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9-]+$", description="short name, part of every sample's key")
+    root: PathText
+    layout: Literal["bids", "pattern"] = "bids"
+    pattern: PathText | None = Field(None, description="layout: pattern; {subject} is required, globs allowed")
+    mask: PathText | None = Field(
+        None, description="a pattern or one file; absent: found beside a BIDS run, else computed"
+    )
+    confounds: PathText | None = Field(None, description="a pattern; absent: found beside a BIDS run")
+    space: Literal["MNI", "native"] | None = Field(
+        None, description="absent: MNI, if header and brain agree; native: centred by the mask"
+    )
+    orientation: str | None = Field(None, description="axis codes (LAS, RPI ...) of files whose header has none")
+    tr: float | None = Field(None, gt=0.05, le=20, description="seconds; overrides the header")
+    dummy: Literal["auto"] | int = Field("auto", description="volumes to drop at the start; auto: brighter ones")
+    participants: PathText | None = None
+    subject_column: str | None = Field(None, description="the participants column that names the subjects")
+    labels: tuple[str, ...] | None = Field(
+        None,
+        description="columns of participants that travel with the scans, globs allowed; absent: all but those that "
+        "look like names, dates of birth, addresses and the like; empty: none",
+    )
+    people: str | None = Field(None, description="cohorts of the same people share this name; absent: name")
+    filters: dict[str, Filter] = Field(
+        default_factory=dict,
+        description="layout: bids; entities to keep: a label, a number, a glob, a list of them, or empty for none",
+    )
+
+    @field_validator("filters")
+    @classmethod
+    def _entities(cls, value: Mapping[str, Filter]) -> dict[str, Filter]:
+        return {bids.entity_of(name): wanted for name, wanted in value.items()}
+
+    @field_validator("orientation")
+    @classmethod
+    def _axes(cls, value: str | None) -> str | None:
+        if value is not None and not (
+            len(value) == 3 and all(sum(letter in pair for letter in value) == 1 for pair in ("LR", "AP", "IS"))
+        ):
+            raise ValueError("one letter each of L/R, A/P and I/S, such as LAS")
+        return value
+
+    @field_validator("dummy")
+    @classmethod
+    def _few(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and not 0 <= value <= 100:
+            raise ValueError("auto or a number from 0 to 100")
+        return value
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """One BOLD run as it lies on disk, before anything of it is read."""
+
+    cohort: str
+    subject: str
+    session: str
+    task: str
+    run: str
+    bold: Path
+    source: str  # `bold` relative to the cohort's root
+    space: str | None  # None: not stated
+    variant: str = ""  # what else tells runs apart in BIDS, such as acq-mb3_dir-AP
+    people: str = ""  # whose subjects they are; the cohort's own where empty
+    mask: Path | None = None
+    confounds: Path | None = None
+    orientation: str | None = None
+    tr: float | None = None  # seconds, overrides the header
+    dummy: Literal["auto"] | int = "auto"
+    labels: dict[str, Any] = field(default_factory=dict)
+    stated: str = "in the cohort file"  # where what is said of the run is written, for hints
+    problem: RunRefused | None = None  # why it cannot be converted, where its name alone tells
+
+    @property
+    def key(self) -> str:
+        """The sample's key: unique in a dataset, free of dots and slashes (WebDataset splits names there)."""
+        named = (("ses", self.session), ("task", self.task), ("", self.variant), ("run", self.run))
+        parts = [self.cohort, f"sub-{self.subject}"]
+        parts += [f"{short}-{value}" if short else value for short, value in named if value]
+        name = "_".join(parts)
+        key = re.sub(r"[^A-Za-z0-9_-]", "-", name)
+        if len(key) <= _LONGEST_KEY:
+            return key
+        return f"{key[: _LONGEST_KEY - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+    @property
+    def says_mni(self) -> bool:
+        """Whether the cohort file, or the name of the file as BIDS has it, says that the run is in MNI space."""
+        return self.space == "MNI" or re.search(r"(^|_)space-MNI", self.bold.name) is not None
+
+    @property
+    def person(self) -> tuple[str, str]:
+        """Who was scanned: equal for the same subject of cohorts that share people."""
+        return self.people or self.cohort, self.subject
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """What a cohort file finds.
+
+    Attributes
+    ----------
+    settings : CohortSettings
+    runs : list of RunSource, sorted by key
+    passed_over : list of Path
+        Files that the globs of the pattern reach but its fields do not match.
+    notes : list of str
+        What else a user should know: who has no file in the chosen space, no row in the participants table ...
+    """
+
+    settings: CohortSettings
+    runs: list[RunSource]
+    passed_over: list[Path]
+    notes: list[str] = field(default_factory=list)
+
+
+def find_runs(path: str | Path) -> list[RunSource]:
+    """The runs of a cohort file, sorted by key; see `find_cohort`."""
+    return find_cohort(path).runs
+
+
+def find_cohort(path: str | Path, needed: Collection[str] = ()) -> Cohort:
+    """Everything a cohort file finds. Files that claim the same key become one run with a `problem`.
+
+    Parameters
+    ----------
+    path : str or Path
+    needed : collection of str
+        Columns of the participants table that are taken whatever `labels` says: a split needs them.
+
+    Raises
+    ------
+    ConfigError
+        If the file or what it names is missing or malformed, or nothing matches.
+    """
+    path = Path(path)
+    cohort = load(CohortSettings, path)
+    _check_consistent(path, cohort)
+    root = (path.parent / cohort.root).resolve()
+    if not root.is_dir():
+        raise ConfigError(path, "root", f"{root}, which is no folder", "the folder that holds the runs")
+    found = (
+        bids.find(path, cohort, root) if cohort.layout == "bids" else patterns.find(path, cohort.pattern or "", root)
+    )
+    people = Participants(path, cohort, root, {(item.subject, item.session) for item in found.items}, needed)
+    runs: dict[str, list[RunSource]] = defaultdict(list)
+    for item in found.items:
+        run = _source(path, cohort, root, item, people.labels(item.subject, item.session))
+        runs[run.key].append(run)
+    notes = [*found.notes, *people.notes()]
+    return Cohort(cohort, [_only(runs[key], cohort) for key in sorted(runs)], found.passed_over, notes)
+
+
+def _source(path: Path, cohort: CohortSettings, root: Path, item: patterns.Item, labels: dict[str, Any]) -> RunSource:
+    names = item.names()
+    mask, confounds = bids.files_beside(item.bold) if cohort.layout == "bids" else (None, None)
+    if cohort.confounds:
+        named = patterns.beside(path, "confounds", cohort.confounds, root, names)
+        confounds = named if named.is_symlink() or named.is_file() else None  # some runs have none; dry runs count them
+    # printable: a name that is no UTF-8 is refused by `_problem` and must not stop the others
+    return RunSource(
+        cohort=cohort.name,
+        **{name: printable(value) for name, value in names.items()},
+        variant=printable(item.variant),
+        bold=item.bold,
+        source=printable(item.bold.relative_to(root).as_posix()),
+        space=cohort.space,
+        people=cohort.people or cohort.name,
+        mask=patterns.beside(path, "mask", cohort.mask, root, names) if cohort.mask else mask,
+        confounds=confounds,
+        orientation=cohort.orientation,
+        tr=cohort.tr,
+        dummy=cohort.dummy,
+        labels=labels,
+        problem=_problem(item, root),
+    )
+
+
+def _problem(item: patterns.Item, root: Path) -> RunRefused | None:
+    """Why a run is refused for its name, or for what else was found beside it."""
+    source = item.bold.relative_to(root).as_posix()
+    if printable(source) != source:
+        got, hint = "a name with control characters, or bytes that are no UTF-8", "Rename the file or its folder"
+        return RunRefused(printable(source), "name", got, "printable text in UTF-8", hint)
+    return item.problem
+
+
+def _only(claims: list[RunSource], cohort: CohortSettings) -> RunSource:
+    """The one run of a key; of several, the first, which is refused and names the others."""
+    first = claims[0]
+    names = {run.bold.name.lower() for run in claims}
+    if (
+        len(claims) == 2
+        and len({run.bold.with_suffix("") for run in claims}) == 1
+        and any(name.endswith(".hdr") for name in names)
+    ):  # the two files of a NIfTI pair
+        return next(run for run in claims if not run.bold.name.lower().endswith(".hdr"))
+    if len(claims) == 1:
+        return first
+    others = ", ".join(run.source for run in claims[1:4]) + (" ..." if len(claims) > 4 else "")
+    if len({run.bold.as_posix().removesuffix(".gz") for run in claims}) == 1:
+        hint = "They are one image, packed and unpacked: delete one of the two"
+    elif cohort.pattern:
+        hint = "Narrow the pattern, or name the field in which they differ"
+    else:
+        hint = "Narrow `filters` (space, res, desc ...)"
+    got = f"{first.key} for {len(claims)} files, also {others}"
+    return replace(first, problem=RunRefused(first.source, "key", got, "one file per key", hint))
+
+
+def _check_consistent(path: Path, cohort: CohortSettings) -> None:
+    if cohort.layout == "bids":
+        if cohort.pattern is not None:
+            raise ConfigError(path, "pattern", cohort.pattern, "none with layout: bids", "Set layout: pattern")
+        return
+    if cohort.pattern is None or "{subject}" not in cohort.pattern:
+        raise ConfigError(path, "pattern", cohort.pattern or "nothing", "a pattern with {subject} in it")
+    if cohort.filters:
+        raise ConfigError(path, "filters", ", ".join(cohort.filters), "none with layout: pattern", "Narrow the pattern")

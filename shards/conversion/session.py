@@ -1,0 +1,383 @@
+"""One run into one session: harmonised, ranked, and written as the two members of its sample.
+
+The ranker is handed in: this package does not know how windows are scored.
+
+Legend: T frames of the run, F frames of a window, W windows, K kept windows, N brain voxels, P patches, V voxels,
+R parcels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import Field, field_serializer, field_validator
+
+from shards.cohorts.bids import sidecars
+from shards.cohorts.cohort_file import RunSource
+from shards.conversion import writer
+from shards.core import nifti
+from shards.core.errors import RunRefused
+from shards.core.settings import Settings, digest
+from shards.format import layout
+from shards.format.grid import Grid
+from shards.format.patches import gather, parcel_means
+from shards.preprocessing import quality
+from shards.preprocessing.bold import Bold, open_bold
+from shards.preprocessing.confounds import CleanSettings
+from shards.preprocessing.harmonise import GridSettings, Harmonised, frames_at, harmonise, place, read_confounds
+from shards.preprocessing.masks import MaskSettings
+
+
+class Ranker(Protocol):
+    """Scores the windows of a run; see `slim.ranking.saliency` for those there are."""
+
+    name: str
+
+    def identity(self) -> dict[str, Any]:
+        """What the scores depend on, for the manifest."""
+
+    def parts(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+        """Saliency of each window in time order, float32 (W,), as `scores`; and, of a ranker that joins the two,
+        what it found in space and in time, as `scores_space` and `scores_time`."""
+
+
+Parcels = Callable[[np.ndarray], np.ndarray]  # brain_XYZ to labels_XYZ; worker processes get it by pickle
+
+
+class WindowSettings(Settings):
+    frames: int = Field(5, ge=1, le=100, description="frames of a window")
+    keep: int = Field(32, ge=1, description="most salient windows kept")
+    minimum: int = Field(8, ge=2, description="a run with fewer windows is refused")
+
+
+class ParcelSettings(Settings):
+    """What the temporal extractor and the ranker see of a volume."""
+
+    image: Path | None = Field(None, description="label image in MNI space; without one, cubes of the brain mask")
+    cube_mm: float = Field(24.0, gt=0, le=200, description="edge of a cube, mm")
+    least_brain: float = Field(0.1, ge=0, le=1, description="a parcel with a smaller share of brain is left out")
+
+    @field_validator("image")
+    @classmethod
+    def _is_there(cls, image: Path | None) -> Path | None:
+        if image is not None and not image.is_file():
+            raise ValueError("a file: a NIfTI label image in MNI space")
+        return image
+
+    @field_serializer("image")
+    def _content(self, image: Path | None) -> dict[str, str] | None:
+        """An image is written down by its content: one that was changed makes another configuration."""
+        if image is None:
+            return None
+        return {"name": image.name, "sha256": layout.sha256(image)}
+
+
+class SessionSettings(Settings):
+    """What a session's sample depends on beside its run and the ranker."""
+
+    grid: GridSettings = GridSettings()
+    mask: MaskSettings = MaskSettings()
+    clean: CleanSettings = CleanSettings()
+    parcels: ParcelSettings = ParcelSettings()
+    windows: WindowSettings = WindowSettings()
+
+
+def fingerprint(run: RunSource) -> str:
+    """What a session's sample depends on beside the configuration: its files' sizes and times, labels, TR, space."""
+
+    def stamp(path: Path | None) -> list[Any] | None:
+        if path is None or not path.exists():
+            return None
+        stat = path.stat()
+        return [path.name, stat.st_size, stat.st_mtime_ns]
+
+    pair = [run.bold.with_suffix(".hdr")] if run.bold.suffix == ".img" else []
+    own, *inherited = sidecars(run.bold)
+    files = [stamp(path) for path in (run.bold, run.mask, run.confounds, own)]
+    files += [stamp(path) for path in (*pair, *inherited)]
+    stated = [run.tr, run.space, run.orientation, run.dummy, run.people, run.labels]
+    return digest([run.key, run.source, files, stated, run.problem and run.problem.line()])[:16]
+
+
+def harmonised_path(folder: Path, run: RunSource) -> Path:
+    """Where a harmonised run waits to be ranked."""
+    return folder / layout.WORK / "harmonised" / f"{run.key}.npz"
+
+
+def is_harmonised(folder: Path, run: RunSource) -> bool:
+    """Whether a run waits to be ranked, harmonised from its source as it is now."""
+    path = harmonised_path(folder, run)
+    if not path.exists():
+        return False
+    with np.load(path) as arrays:
+        return str(arrays["fingerprint"]) == fingerprint(run)
+
+
+def assumptions(facts: Mapping[str, Any]) -> list[str]:
+    """What was assumed of a run, and what in it contradicts itself or is missing, in a sentence each.
+
+    Parameters
+    ----------
+    facts : mapping
+        Its line of `sessions.jsonl`, or what `survey` found.
+    """
+    found = []
+    if words := facts.get("space_assumed"):
+        found.append(f"space {words}")
+    if words := facts.get("orientation_assumed"):
+        found.append(f"orientation {words} assumed, its header has none: check left and right")
+    if words := facts.get("forms_disagree"):
+        found.append(f"{words}: they disagree on left and right; the sform was used")
+    if facts.get("tr_source") == "header" and facts.get("source_tr", facts.get("tr")) == 1:
+        found.append("TR 1 s is from the header alone, which often says 1 where nobody filled it in: check it")
+    if words := facts.get("mask_rule"):
+        found.append(f"mask of {words}")
+    if share := facts.get("dead_share"):
+        found.append(f"{share:.1%} of the mask is without signal and was left out")
+    if count := facts.get("repeated_frames"):
+        found.append(f"{count} volumes repeat an earlier one; windows that hold them were not kept")
+    return found
+
+
+def by_assumption(sessions: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Every sentence of `assumptions`, with the keys of the sessions that it is about."""
+    found: dict[str, list[str]] = {}
+    for session in sessions:
+        for words in assumptions(session):
+            found.setdefault(words, []).append(session["key"])
+    return found
+
+
+def survey(run: RunSource, settings: SessionSettings) -> dict[str, Any]:
+    """What is known of a run before its frames are read: frames, TR, voxel size (mm), shape, mask.
+
+    Raises
+    ------
+    RunRefused
+        If it is certain by now that the run will be refused.
+    """
+    bold = _open(run, settings)
+    facts: dict[str, Any] = {"frames": bold.frames, "tr": bold.tr, "tr_source": bold.tr_source}
+    facts |= {"shape": list(bold.shape), "voxel_mm": list(bold.voxel_mm)}
+    if run.mask is not None:
+        facts |= place(run, settings.grid, settings.mask, settings.clean).facts
+    else:  # it is computed from the frames
+        read_confounds(bold, settings.clean)
+        if not bold.centred and not run.says_mni:
+            words = f"not stated, {nifti.code_words(bold.image)}: the overlap of the brain with MNI152 will decide"
+            facts["space_assumed"] = words
+    return facts
+
+
+def convert(
+    run: RunSource, settings: SessionSettings, folder: Path, parcels: Parcels, ranker: Ranker | None
+) -> dict[str, Any] | None:
+    """Harmonise one run and, with a ranker, write its members.
+
+    Returns
+    -------
+    dict or None
+        Its line of `failed.jsonl` if it is refused.
+    """
+    stamp = fingerprint(run)
+    path = harmonised_path(folder, run)
+    try:
+        if is_harmonised(folder, run):
+            session = _load(path)
+        else:
+            session = _harmonise(run, settings, parcels)
+            if ranker is None:
+                session.save(path, stamp)
+        if ranker is None:
+            return None
+        made = _converted(run, session, settings, ranker)
+        meta_path, data_path = writer.member_paths(folder, run.key)
+        layout.write_atomically(data_path, made.data)
+        layout.write_atomically(meta_path, layout.dump(made.meta | {"fingerprint": stamp}) + "\n")
+        path.unlink(missing_ok=True)
+    except RunRefused as refused:
+        return {
+            "key": run.key,
+            "cohort": run.cohort,
+            "source": run.source,
+            "reason": refused.line(),
+            "hint": refused.hint,
+            "fingerprint": stamp,
+        }
+    return None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One run as it would lie in a dataset, in memory.
+
+    Attributes
+    ----------
+    meta : dict, what its line of `sessions.jsonl` would say, without where it lies
+    data : bytes of its Zarr member
+    grid : Grid
+    """
+
+    meta: dict[str, Any]
+    data: bytes
+    grid: Grid
+
+    def read(
+        self, session: dict[str, Any], names: Iterable[str] | None = None, windows: Iterable[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Arrays of its session, the only one; as `shards.format.reader.Dataset.read`."""
+        return layout.unpack(io.BytesIO(self.data), session["source"], names, windows)
+
+
+def convert_run(run: RunSource, settings: SessionSettings, parcels: Parcels, ranker: Ranker) -> Converted:
+    """What `convert` writes of a run, written nowhere.
+
+    Raises
+    ------
+    RunRefused
+        If it cannot be converted.
+    """
+    return _converted(run, _harmonise(run, settings, parcels), settings, ranker)
+
+
+@dataclass
+class _Session:
+    """A harmonised run, its parcels, and what is known about it."""
+
+    result: Harmonised
+    roi_RT: np.ndarray
+    centre_R3: np.ndarray
+    number_R: np.ndarray
+    meta: dict[str, Any]
+
+    def save(self, path: Path, stamp: str) -> None:
+        """Keep it until it is ranked; brain voxels only, uncompressed."""
+        arrays: dict[str, Any] = {
+            "fingerprint": stamp,
+            "meta": layout.dump(self.meta),
+            "roi": self.roi_RT,
+            "roi_centre": self.centre_R3,
+            "roi_number": self.number_R,
+            "brain": self.result.brain_XYZ,
+            "edge": self.result.edge,
+            "raw": self.result.raw_TN,
+            "repeated": self.result.repeated_T,
+        }
+        with layout.atomically(path) as file:
+            np.savez(file, **arrays)
+
+
+def _load(path: Path) -> _Session:
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    meta = json.loads(str(arrays["meta"]))
+    result = Harmonised(
+        arrays["raw"], arrays["brain"], int(arrays["edge"]), meta["tr"], meta["source_tr"], {}, arrays["repeated"]
+    )
+    return _Session(result, arrays["roi"], arrays["roi_centre"], arrays["roi_number"], meta)
+
+
+def _open(run: RunSource, settings: SessionSettings) -> Bold:
+    """A run's header, checked; what cannot be converted is refused before anything of it is read."""
+    bold = open_bold(run)
+    if settings.parcels.image is not None and bold.centred:
+        got = "native" if run.space == "native" else "a header without position"
+        expected = f"MNI space, in which the parcels of {settings.parcels.image.name} lie"
+        hint = "Register the run, or leave parcels.image out: cubes need no registration"
+        raise RunRefused(run.source, "space", got, expected, hint)
+    frames = bold.frames - (run.dummy if isinstance(run.dummy, int) else 0)
+    resampled = frames_at(settings.grid, bold.tr, frames)
+    _check_length(run, resampled, bold.tr if resampled == frames else settings.grid.tr, settings)
+    return bold
+
+
+def _check_length(run: RunSource, frames: int, tr: float, settings: SessionSettings) -> None:
+    windows = settings.windows
+    if frames // windows.frames < windows.minimum:
+        got = f"{frames // windows.frames} windows of {windows.frames} frames at TR {tr:g} s"
+        hint = "The run is too short; leave it out"
+        raise RunRefused(run.source, "frames", got, f"at least {windows.minimum}", hint)
+
+
+def _harmonise(run: RunSource, settings: SessionSettings, parcels: Parcels) -> _Session:
+    grid = settings.grid.grid()
+    _open(run, settings)
+    result = harmonise(run, settings.grid, settings.mask, settings.clean)
+    frames = len(result.raw_TN)  # fewer where dummy volumes were found
+    _check_length(run, frames, result.tr, settings)
+    labels_XYZ = parcels(result.brain_XYZ)
+    roi_RT, centre_R3, number_R = parcel_means(result.raw_TN, labels_XYZ, result.brain_XYZ, grid.affine)
+    if len(number_R) < 2:
+        got, hint = f"{len(number_R)} with enough brain voxels", "Check the brain mask, or choose smaller parcels"
+        raise RunRefused(run.source, "parcels", got, "at least 2", hint)
+    meta = {
+        "key": run.key,
+        "cohort": run.cohort,
+        "people": run.person[0],
+        "subject": run.subject,
+        "session": run.session,
+        "run": run.run,
+        "variant": run.variant,
+        "task": run.task,
+        "source": run.source,
+        "labels": run.labels,
+        "frames": frames,
+        "tr": result.tr,
+        "source_tr": result.source_tr,
+        "n_windows": frames // settings.windows.frames,
+        "n_patches": len(result.patch_P3),
+        "n_parcels": len(number_R),
+        **result.facts,
+    }
+    return _Session(result, roi_RT, centre_R3, number_R, meta)
+
+
+def _converted(run: RunSource, session: _Session, settings: SessionSettings, ranker: Ranker) -> Converted:
+    arrays = _ranked(run, session, settings, ranker)
+    data = layout.pack(arrays)
+    meta = session.meta | {"zarr_size": len(data), "n_kept": len(arrays["start"])}
+    return Converted(meta, data, settings.grid.grid())
+
+
+def _ranked(run: RunSource, session: _Session, settings: SessionSettings, ranker: Ranker) -> dict[str, np.ndarray]:
+    """The arrays of a sample: the K most salient windows in rank order; of equal scores the earlier comes first.
+
+    Windows with volumes that repeat an earlier one are never kept; they get the lowest score of the others.
+    """
+    frames, result, n_windows = settings.windows.frames, session.result, session.meta["n_windows"]
+    measured_W = ~result.repeated_T[: n_windows * frames].reshape(n_windows, frames).any(axis=1)
+    if (count := np.count_nonzero(measured_W)) < settings.windows.minimum:
+        got = f"{count} windows without volumes that repeat an earlier one, of {n_windows}"
+        hint = "The scanner may have stopped, or censored volumes were filled in: leave the run out"
+        raise RunRefused(run.source, "data", got, f"at least {settings.windows.minimum}", hint)
+    try:
+        parts = ranker.parts(session.roi_RT, session.centre_R3, frames)
+    except RunRefused as refused:  # the ranker does not know which run it scores
+        raise RunRefused(run.source, refused.field, refused.got, refused.expected, refused.hint) from None
+    for name, values_W in parts.items():
+        if values_W.shape != (n_windows,) or not np.isfinite(values_W).all():
+            raise RunRefused(run.source, name, f"values that are not {n_windows} finite numbers", "one per window")
+    parts = {name: np.where(measured_W, values_W, values_W[measured_W].min()) for name, values_W in parts.items()}
+    scores_W = parts["scores"].astype(np.float32)
+    rank_K = np.lexsort((np.arange(n_windows), -scores_W, ~measured_W))[: min(settings.windows.keep, count)]
+    start_K = rank_K * frames
+    return {
+        "baseline": result.baseline_PV,
+        "spread": (spread_PV := result.spread_PV),
+        "patch": result.patch_P3,
+        "brain": gather(result.brain_XYZ.astype(np.uint8), result.patch_P3, result.edge),
+        "roi": session.roi_RT,
+        "roi_centre": session.centre_R3,
+        "roi_number": session.number_R,
+        "carpet": quality.carpet(result.raw_TN, result.brain_XYZ),
+        **layout.encode_windows(result.windows(start_K, frames), spread_PV),
+        "start": start_K.astype(np.int32),
+        "saliency": scores_W[rank_K],
+        **parts,
+    }

@@ -1,0 +1,234 @@
+"""Subjects into train, validation and test: never a person, or a family, in two of them.
+
+Who went where is written down (`splits.tsv` in the dataset) and kept: runs or people that are added later move nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import Field, model_validator
+
+from shards.cohorts.cohort_file import RunSource
+from shards.core.errors import ConfigError, DatasetError, RunRefused
+from shards.core.settings import Settings
+from shards.format import layout
+
+SPLITS = ("train", "val", "test")
+_COLUMNS = ["people", "subject", "split"]
+_BINS = 5  # strata of a column of numbers
+_VALUES = 10  # more different numbers than this are divided into bins
+
+Person = tuple[str, str]  # people, subject
+
+
+class SplitSettings(Settings):
+    """Which split a subject goes to. `stratify`, `family` and `column` name columns of the participants table."""
+
+    seed: int = 0
+    shares: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    stratify: str | None = Field(None, description="divide people of each value alike; numbers by their fifths")
+    family: str | None = Field(None, description="people with the same value stay together")
+    column: str | None = Field(None, description="take the split (train, val or test) from there instead")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SplitSettings:
+        if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(f"shares of 0 or more that add up to 1, not to {sum(self.shares):g}")
+        if self.column and (self.stratify or self.family):
+            raise ValueError("either column, or stratify and family")
+        return self
+
+
+def assign(
+    runs: Iterable[RunSource], settings: SplitSettings, settled: Mapping[Person, str]
+) -> tuple[dict[Person, str], dict[Person, RunRefused]]:
+    """The split of everybody who was scanned.
+
+    Parameters
+    ----------
+    runs : iterable of RunSource
+    settings : SplitSettings
+    settled : mapping of person to split
+        What was written down before.
+
+    Returns
+    -------
+    splits : dict of person to "train", "val" or "test"
+        With everybody of `settled`.
+    torn : dict of person to RunRefused
+        People whose sessions have different values where one is needed: they would be in two splits.
+
+    Raises
+    ------
+    ConfigError
+        If a named column is not there.
+    DatasetError
+        If what was written down has a family in two splits, or contradicts `settings.column`.
+    """
+    by_person: dict[Person, list[RunSource]] = defaultdict(list)
+    for run in runs:
+        by_person[run.person].append(run)
+    torn: dict[Person, RunRefused] = {}
+
+    def values(column: str | None, field: str) -> dict[Person, Any]:
+        """The value of a column for everybody, None where it is empty."""
+        result: dict[Person, Any] = {}
+        for person, own in by_person.items():
+            if column is None:
+                continue
+            for run in own:
+                if column not in run.labels:
+                    got = f"no label {column} for subject {run.subject}"
+                    raise ConfigError(run.source, f"split.{field}", got, "a column of the participants table")
+            found = {run.labels[column] for run in own}
+            result[person] = own[0].labels[column]
+            if len(found) > 1:
+                what = " and ".join(sorted(map(str, found)))
+                hint = "Give all sessions of a person the same value"
+                torn[person] = RunRefused(own[0].source, column, f"{what} for subject {person[1]}", "one value", hint)
+        return result
+
+    if settings.column:
+        given = {person: _split_of(value) for person, value in values(settings.column, "column").items()}
+        for person, split in given.items():
+            if split is None and person not in torn:
+                run = by_person[person][0]
+                got = f"{run.labels[settings.column]} for subject {run.subject}"
+                torn[person] = RunRefused(run.source, settings.column, got, "train, val or test", "Mend the table")
+            if person not in torn and settled.get(person, split) != split:
+                raise DatasetError(
+                    layout.SPLITS_TABLE,
+                    settings.column,
+                    f"{split} for subject {person[1]}",
+                    f"{settled[person]}, as when the dataset was begun",
+                    "Restore the table, or give another --out",
+                )
+        return {**settled, **{person: split for person, split in given.items() if split and person not in torn}}, torn
+
+    strata = values(settings.stratify, "stratify")
+    families = values(settings.family, "family")
+    bins = _bins(strata)
+    labels = {person: str(bins.get(person, "")) for person in by_person if person not in torn}
+    return split_people(labels, settings.shares, settings.seed, families, settled), torn
+
+
+def _split_of(value: Any) -> str | None:
+    word = str(value).strip().lower()
+    word = {"validation": "val", "valid": "val", "training": "train", "testing": "test"}.get(word, word)
+    return word if word in SPLITS else None
+
+
+def _bins(values: Mapping[Person, Any]) -> dict[Person, Any]:
+    """The values themselves, or of many different numbers the fifth in which each lies."""
+    numbers = pd.Series({p: v for p, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)})
+    if numbers.nunique() <= _VALUES:
+        return dict(values)
+    fifths = np.ceil(numbers.rank(pct=True, method="max") * _BINS).astype(int)
+    return {**values, **fifths.to_dict()}
+
+
+def split_people(
+    strata: Mapping[Person, str],
+    shares: tuple[float, float, float] = (0.7, 0.1, 0.2),
+    seed: int = 0,
+    families: Mapping[Person, Any] | None = None,
+    settled: Mapping[Person, str] | None = None,
+) -> dict[Person, str]:
+    """Divide people, stratum by stratum, family by family.
+
+    Families (a person without one is their own) come in an order that depends on the seed and their names alone, the
+    largest first, and each goes to the split that is furthest below its share; the train split wins a tie, so it is
+    never empty. What a stratum leaves over or short is handed on to the next of the same people, so the shares hold
+    within strata and in all.
+
+    Parameters
+    ----------
+    strata : mapping of person to str
+        The stratum of each person; a family belongs to that of its first member.
+    shares : three floats
+        Shares of train, validation and test; their sum is 1.
+    seed : int
+    families : mapping of person to anything, optional
+        People of one value (None: no family) stay together.
+    settled : mapping of person to split, optional
+        People who keep their split, whether they are among `strata` or not.
+
+    Returns
+    -------
+    dict of person to "train", "val" or "test"
+
+    Raises
+    ------
+    DatasetError
+        If a family is settled in two splits.
+    """
+    result = dict(settled or {})
+    members: dict[tuple[str, str], list[Person]] = defaultdict(list)
+    for person in sorted(strata):
+        family = (families or {}).get(person)
+        members[(person[0], f"family {family}") if family is not None else person].append(person)
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for name, family_members in members.items():
+        groups[name[0], strata[family_members[0]]].append(name)
+    short_of: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])  # how many each split is behind its share
+    for stratum in sorted(groups):
+        size = sum(len(members[name]) for name in groups[stratum])
+        behind = short_of[stratum[0]]
+        behind[:] = [short + share * size for short, share in zip(behind, shares, strict=True)]
+        waiting = []
+        for name in groups[stratum]:
+            known = {result[person] for person in members[name] if person in result}
+            if len(known) > 1:
+                got = f"{' and '.join(sorted(known))} for {name[1]}"
+                hint = "Restore the participants table, or give another --out"
+                raise DatasetError(layout.SPLITS_TABLE, "split", got, "a family in one split", hint)
+            if known:
+                _put(members[name], known.pop(), result, behind)
+            else:
+                waiting.append(name)
+        for name in sorted(waiting, key=lambda name: (-len(members[name]), _order(seed, *name))):
+            furthest = max(range(3), key=lambda split: (round(behind[split], 9), -split))
+            _put(members[name], SPLITS[furthest], result, behind)
+    return result
+
+
+def _put(people: list[Person], split: str, result: dict[Person, str], behind: list[float]) -> None:
+    behind[SPLITS.index(split)] -= len(people)
+    result.update(dict.fromkeys(people, split))
+
+
+def _order(seed: int, *name: str) -> str:
+    return hashlib.sha256("/".join([str(seed), *name]).encode()).hexdigest()
+
+
+def read_table(folder: Path) -> dict[Person, str]:
+    """Who was put where, from a dataset's `splits.tsv`; empty if there is none.
+
+    Raises
+    ------
+    DatasetError
+        If the table is damaged.
+    """
+    path = folder / layout.SPLITS_TABLE
+    if not path.is_file():
+        return {}
+    try:
+        header, *rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise DatasetError(path, "", f"unreadable ({error})", f"columns {', '.join(_COLUMNS)}", "Restore it") from None
+    if header != _COLUMNS or any(len(row) != len(_COLUMNS) or row[2] not in SPLITS for row in rows):
+        raise DatasetError(path, "", "other columns or splits", f"columns {', '.join(_COLUMNS)}", "Restore it")
+    return {(people, subject): split for people, subject, split in rows}
+
+
+def write_table(folder: Path, splits: Mapping[Person, str]) -> None:
+    """Write down who was put where."""
+    lines = ["\t".join(_COLUMNS), *("\t".join([*person, split]) for person, split in sorted(splits.items()))]
+    layout.write_atomically(folder / layout.SPLITS_TABLE, "".join(f"{line}\n" for line in lines))

@@ -1,0 +1,167 @@
+"""Sessions into tars, and the whole set into place at once.
+
+The new tars, `sessions.jsonl`, `failed.jsonl` and `manifest.json` are first written under `work/next/`. A marker file
+is then written and everything is moved into place; a run that finds the marker finishes the moves. So a kill at any
+moment leaves either the old dataset or the new one, never a mixture that is not noticed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from shards.conversion.splits import SPLITS
+from shards.format import layout
+
+_MARKER = "commit"
+
+
+def member_paths(folder: Path, key: str) -> tuple[Path, Path]:
+    """Where a session's two members wait to be packed."""
+    members = folder / layout.WORK / "members"
+    return members / f"{key}.{layout.JSON_MEMBER}", members / f"{key}.{layout.ZARR_MEMBER}"
+
+
+def pack(
+    folder: Path,
+    sessions: list[dict[str, Any]],
+    failed: list[dict[str, Any]],
+    manifest: dict[str, Any],
+    shard_bytes: int,
+    read_members: Callable[[dict[str, Any]], tuple[bytes, bytes]],
+    advance: Callable[[int, str], None],
+) -> dict[str, Any]:
+    """Write the shards of a dataset and put them in place.
+
+    Parameters
+    ----------
+    folder : Path
+        The dataset.
+    sessions, failed : list of dict
+        Lines of `sessions.jsonl` (without location) and `failed.jsonl`.
+    manifest : dict
+        All of the manifest but shards and counts.
+    shard_bytes : int
+        A shard is closed once it holds this many bytes.
+    read_members : callable
+        Bytes of a session's JSON and Zarr member.
+    advance : callable
+        Progress, called once per session.
+
+    Returns
+    -------
+    dict
+        The manifest as written.
+    """
+    following = folder / layout.WORK / "next"
+    shutil.rmtree(following, ignore_errors=True)
+    (following / layout.SHARDS).mkdir(parents=True)
+    lines: list[dict[str, Any]] = []
+    shards: list[dict[str, Any]] = []
+    for split in SPLITS:
+        ordered = sorted((s for s in sessions if s["split"] == split), key=lambda s: s["key"])
+        for number, part in enumerate(_fill(ordered, shard_bytes)):
+            path = following / layout.SHARDS / f"{split}-{number:06d}.tar"
+            _write_tar(path, part, read_members, advance)
+            shards.append(
+                {
+                    "name": path.name,
+                    "split": split,
+                    "samples": len(part),
+                    "bytes": path.stat().st_size,
+                    "sha256": layout.sha256(path),
+                }
+            )
+            lines += _locate(path, part)
+    layout.sync_folder(following / layout.SHARDS)
+    lines.sort(key=lambda line: line["key"])
+    counts = Counter(line["split"] for line in lines)
+    subjects = {
+        split: len({(line["cohort"], line["subject"]) for line in lines if line["split"] == split}) for split in SPLITS
+    }
+    manifest = {
+        **manifest,
+        "shards": shards,
+        "sessions": {split: counts.get(split, 0) for split in SPLITS},
+        "subjects": subjects,
+        "failed": len(failed),
+    }
+    layout.write_atomically(following / layout.SESSIONS, layout.dump_lines(lines))
+    layout.write_atomically(following / layout.FAILED, layout.dump_lines(failed))
+    layout.write_atomically(following / layout.MANIFEST, layout.dump(manifest) + "\n")
+    layout.write_atomically(folder / layout.WORK / _MARKER, "")
+    finish_commit(folder)
+    return manifest
+
+
+def finish_commit(folder: Path) -> None:
+    """Move a written set into place; does nothing unless a set was completely written."""
+    marker = folder / layout.WORK / _MARKER
+    if not marker.exists():
+        return
+    following, old = folder / layout.WORK / "next", folder / layout.WORK / "old"
+    if (following / layout.SHARDS).exists():
+        if (folder / layout.SHARDS).exists():
+            shutil.rmtree(old, ignore_errors=True)
+            (folder / layout.SHARDS).rename(old)
+        (following / layout.SHARDS).rename(folder / layout.SHARDS)
+    for name in (layout.SESSIONS, layout.FAILED, layout.MANIFEST):
+        if (following / name).exists():
+            (following / name).rename(folder / name)
+    layout.sync_folder(folder)
+    marker.unlink()
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(following, ignore_errors=True)
+
+
+def _fill(sessions: list[dict[str, Any]], shard_bytes: int) -> Iterator[list[dict[str, Any]]]:
+    """Sessions, in order, in shards of about `shard_bytes`."""
+    part: list[dict[str, Any]] = []
+    size = 0
+    for session in sessions:
+        part.append(session)
+        size += session["zarr_size"]
+        if size >= shard_bytes:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _write_tar(
+    path: Path,
+    sessions: list[dict[str, Any]],
+    read_members: Callable[[dict[str, Any]], tuple[bytes, bytes]],
+    advance: Callable[[int, str], None],
+) -> None:
+    import webdataset as wds  # here: who reads weights and runs needs no webdataset
+
+    with open(path, "wb") as file:
+        # fixed owner, mode and time: equal samples give equal bytes
+        with wds.TarWriter(
+            file, encoder=False, mtime=0, user="slim", group="slim", mode=0o644, format="GNU_FORMAT"
+        ) as tar:
+            for session in sessions:
+                meta, data = read_members(session)
+                tar.write({"__key__": session["key"], layout.JSON_MEMBER: meta, layout.ZARR_MEMBER: data})
+                advance(1, "")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _locate(path: Path, sessions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sessions' lines with the byte offset and size of both members."""
+    with tarfile.open(path) as tar:
+        at = {member.name: (member.offset_data, member.size) for member in tar}
+    lines = []
+    for session in sessions:
+        line = {**session, "shard": path.name}
+        for short, suffix in (("json", layout.JSON_MEMBER), ("zarr", layout.ZARR_MEMBER)):
+            line[f"{short}_offset"], line[f"{short}_size"] = at[f"{session['key']}.{suffix}"]
+        lines.append(line)
+    return lines

@@ -1,0 +1,176 @@
+"""YAML files with `key=value` overrides, checked by pydantic, with errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from shards.core import tree as yaml_tree
+from shards.core.errors import ConfigError, UserError
+from shards.core.files import printable, trouble
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
+_ZEROS = re.compile(r"0[0-9_]+", re.ASCII)
+_LONGEST_PATH = 2000
+_SHOWN = 200  # characters of a value in an error
+
+
+class Settings(BaseModel):
+    """Base of every settings model: unknown keys are errors, values do not change after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _is_path(text: str) -> str:
+    if "\0" in text or len(text) > _LONGEST_PATH or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise ValueError(f"a path of at most {_LONGEST_PATH} characters, 255 bytes in a name, none of them NUL")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_is_path)]  # a path, or a pattern of paths, that no system refuses to look up
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, is no YAML, is beyond the limits of `shards.core.tree`, or holds something else than a
+        mapping.
+    """
+    path = Path(path)
+    if "\0" in str(path) or not (os.path.lexists(path) and (path.is_symlink() or path.is_file())):
+        raise ConfigError(printable(path), "", "no such file", "a YAML file", "Check the path")
+    if path.is_file() and not path.stat().st_size:
+        return {}
+    if found := trouble(path):
+        raise ConfigError(path, "", found.got, "a YAML file", found.hint)
+    if (size := path.stat().st_size) > yaml_tree.MOST_BYTES:
+        raise ConfigError(path, "", f"a file of {size} bytes", f"settings of at most {yaml_tree.MOST_BYTES}")
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        tree = yaml_tree.parse(content.decode(encoding))
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        got = f"unreadable YAML (bytes that are no text in UTF-8 in line {line})"
+        raise ConfigError(path, "", got, "a YAML file", "Save it as UTF-8") from None
+    except yaml_tree.TreeError as error:
+        raise ConfigError(path, "", f"unreadable YAML ({error})", "a YAML file") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(path, "", f"a {type(tree).__name__} at the top level", "a mapping of keys to values")
+    return tree
+
+
+def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """A copy of `tree` with `a.b=value` assignments applied; values are parsed as YAML.
+
+    Raises
+    ------
+    ConfigError
+        If one is no `key=value`, its value is no YAML, or its key leads through a value.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
+    for assignment in assignments:
+        key, sign, value = assignment.partition("=")
+        if not sign or not key:
+            raise ConfigError("command line", shown(assignment), "no key=value", "an override such as run.steps=100")
+        *parents, last = key.split(".")
+        if len(parents) >= yaml_tree.MOST_DEPTH:
+            expected = f"at most {yaml_tree.MOST_DEPTH}, as run.steps=100 has two"
+            raise ConfigError("command line", shown(key), f"{len(parents) + 1} parts", expected)
+        node = result
+        for depth, parent in enumerate(parents):
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                got = f"{'.'.join(parents[: depth + 1])} is a value"
+                raise ConfigError("command line", shown(key), got, "a section")
+            node = child
+        try:
+            parsed = yaml_tree.parse(value)
+        except yaml_tree.TreeError as error:
+            raise ConfigError("command line", shown(key), f"{shown(value)} ({error})", "a YAML value") from None
+        # YAML 1.1 reads 001 as a number; people mean a name, and a field that is a number takes its text, too.
+        if isinstance(parsed, int | float) and _ZEROS.fullmatch(value.strip()):
+            parsed = value.strip()
+        # YAML 1.1 reads 1e-3 as text; people mean the number.
+        if isinstance(parsed, str) and _NUMBER.fullmatch(parsed):
+            parsed = float(parsed)
+        node[last] = parsed
+    return result
+
+
+def shown(text: str) -> str:
+    """Text of the user as it is shown in an error: printable, and not too long for a line."""
+    text = printable(text[: _SHOWN + 1])
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
+
+
+def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Names a key at `location` could have had."""
+    current: Any = model
+    for part in location[:-1]:
+        if isinstance(part, str):  # the number of an item leaves the model of the items
+            field = getattr(current, "model_fields", {}).get(part)
+            current = getattr(field, "annotation", None)
+        while get_args(current):  # tuple[Item, ...], Item | None
+            current = get_args(current)[0]
+    return list(getattr(current, "model_fields", {}))
+
+
+def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = ConfigError) -> S:
+    """`tree` as a checked settings object.
+
+    Parameters
+    ----------
+    model : kind of BaseModel
+    tree : mapping
+    where : str or Path
+        The file, for errors.
+    kind : kind of UserError
+        Of the errors.
+
+    Raises
+    ------
+    UserError
+        Of that kind, for the first unknown key, missing key or value out of range, with file, field, got and expected.
+    """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = first["loc"]
+        field = shown(".".join(str(part) for part in location))
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(model, location)
+            near = difflib.get_close_matches(str(location[-1])[:_SHOWN], known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else "Remove it or correct its name"
+            expected = f"one of {', '.join(known)}" if known else "no such key"
+            raise kind(where, field, "an unknown key", expected, hint) from None
+        if first["type"] == "missing":
+            raise kind(where, field, "nothing", "a value", "Add this key") from None
+        expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        raise kind(where, field or "settings", shown(repr(first["input"])), expected) from None
+
+
+def load(model: type[S], path: str | Path, assignments: Sequence[str] = ()) -> S:
+    """A settings object from a YAML file and `key=value` overrides."""
+    return check(model, override(read_yaml(path), assignments), path)
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 (hex) of a JSON-able tree, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()

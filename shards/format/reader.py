@@ -1,0 +1,131 @@
+"""Reading a dataset: any sample by its byte offset, and of it only the windows that are wanted.
+
+dataset = Dataset("DATASET")  # a folder, or where it lies elsewhere: https://..., s3://..., any protocol of fsspec
+sample = dataset.read(dataset.sessions[0], names=("windows", "start"), windows=range(8))
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from upath import UPath
+
+from shards.core.errors import DatasetError, SampleCorrupt, Stopped
+from shards.format import layout, manifest, remote
+from shards.format.byte_range import LocalSpan
+from shards.format.grid import Grid
+
+
+class Samples(Protocol):
+    """Where samples are read from: a `Dataset`, or a `shards.conversion.session.Converted` scan in memory."""
+
+    @property
+    def grid(self) -> Grid: ...
+
+    def read(
+        self, session: dict[str, Any], names: Iterable[str] | None = None, windows: Iterable[int] | None = None
+    ) -> dict[str, np.ndarray]: ...
+
+
+class Dataset:
+    """A dataset, on this machine or elsewhere.
+
+    Parameters
+    ----------
+    folder : str, Path or UPath
+        A path, or a URL of any protocol of fsspec.
+
+    Attributes
+    ----------
+    folder : Path, or elsewhere UPath
+    manifest : dict
+    sessions : list of dict, sorted by key, a line of `sessions.jsonl` each
+
+    Raises
+    ------
+    DatasetError
+        If the folder is no finished dataset, or a shard is missing or of another size than the manifest says.
+    """
+
+    def __init__(self, folder: str | Path | UPath):
+        # What is done with it, joining and naming, a UPath does as a Path, though it is not derived from it.
+        self.folder = cast(Path, remote.place(folder))
+        self.manifest = layout.read_manifest(self.folder)
+        manifest.check_manifest(self.manifest, self.folder / layout.MANIFEST)
+        self.sessions = layout.read_lines(self.folder / layout.SESSIONS)
+        manifest.check_sessions(self.sessions, self.manifest, self.folder / layout.SESSIONS)
+        shards = self.manifest["shards"]
+        paths = [self.folder / layout.SHARDS / shard["name"] for shard in shards]
+        for path, shard, size in zip(paths, shards, remote.sizes(paths), strict=True):
+            if size != shard["bytes"]:
+                got = "no such file" if size is None else f"{size} bytes"
+                raise DatasetError(path, "", got, f"{shard['bytes']} bytes", layout.DAMAGED)
+        if paths and isinstance(paths[0], UPath):
+            remote.require_ranges(paths[0], shards[0]["bytes"])
+
+    @property
+    def grid(self) -> Grid:
+        """The grid the samples lie on."""
+        grid = self.manifest["grid"]
+        return Grid(grid["mm"], tuple(grid["shape"]), grid["patch"], tuple(grid["centre_mm"]))
+
+    @property
+    def frames(self) -> int:
+        """F, frames of a window."""
+        return self.manifest["windows"]["frames"]
+
+    def of_split(self, split: str) -> list[dict[str, Any]]:
+        """Sessions of `train`, `val` or `test`; `all` for every session."""
+        return [session for session in self.sessions if split in ("all", session["split"])]
+
+    def read(
+        self, session: dict[str, Any], names: Iterable[str] | None = None, windows: Iterable[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Arrays of one session; see `shards.format.layout.unpack`.
+
+        Raises
+        ------
+        SampleCorrupt
+            If its bytes cannot be read; the message names shard and key.
+        Stopped
+            If the whole dataset cannot be reached any more.
+        """
+        try:
+            return self._read(session, names, windows)
+        except SampleCorrupt:
+            if (why := away(self.folder)) is not None:
+                raise Stopped(f"{why}; call the same command again when it is back") from None
+            raise
+
+    def _read(
+        self, session: dict[str, Any], names: Iterable[str] | None, windows: Iterable[int] | None
+    ) -> dict[str, np.ndarray]:
+        path = self.folder / layout.SHARDS / session["shard"]
+        where = f"{path} ({session['key']})"
+        if isinstance(path, UPath):
+            names, windows = (None if wanted is None else [*wanted] for wanted in (names, windows))
+            far = remote.RemoteSpan(path, session["zarr_offset"], session["zarr_size"], where)
+            far.fetch_members(lambda members: layout.members_read(members, names, windows))
+            with io.BufferedReader(far, 1 << 16) as file:
+                return layout.unpack(file, where, names, windows)
+        try:
+            span = LocalSpan(path, session["zarr_offset"], session["zarr_size"])
+        except OSError as error:
+            raise SampleCorrupt(where, "", error.strerror or "unreadable", "a shard") from None
+        with io.BufferedReader(span, 1 << 16) as file:
+            return layout.unpack(file, where, names, windows)
+
+
+def away(folder: str | Path | UPath) -> str | None:
+    """Why a dataset cannot be reached at present, as its mount or its server is away; None where it can."""
+    try:
+        with (remote.place(folder) / layout.MANIFEST).open("rb") as file:
+            file.read(1)
+    except Exception as error:  # of any kind, where it lies elsewhere
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        return f"the dataset {folder} cannot be reached ({reason})"
+    return None

@@ -1,0 +1,167 @@
+"""The deterministic stream of samples: position n of it is the same sample whoever reads it.
+
+The stream is one epoch after another, each a permutation of the sessions that depends on (seed, epoch) alone. A run
+consumes it from the front; how many samples were consumed is all a checkpoint needs to hold, whatever the number of
+processes and of loading processes that share them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from shards.core.errors import ConfigError
+from shards.core.settings import digest
+from shards.format.reader import Dataset
+
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A session of one of the datasets, at an epoch."""
+
+    dataset: int
+    session: dict[str, Any]
+    epoch: int
+
+
+class Stream:
+    """The order of samples over epochs.
+
+    Parameters
+    ----------
+    datasets : sequence of Dataset
+    weights : sequence of float
+        How often a session of each dataset appears in an epoch, on average: 2 is twice, 0.5 every second epoch.
+    split : str
+    seed : int
+    least_windows : int, optional
+        Windows a session must have kept; shorter ones are left out.
+
+    Attributes
+    ----------
+    sessions : list of list of dict
+        The sessions of each dataset that are streamed.
+    short : list of int
+        How many of each dataset were left out, because they have fewer windows.
+
+    Raises
+    ------
+    ConfigError
+        If the split holds no session, or none that is long enough.
+    """
+
+    def __init__(
+        self, datasets: Sequence[Dataset], weights: Sequence[float], split: str, seed: int, least_windows: int = 0
+    ):
+        self.datasets, self.weights, self.seed = list(datasets), list(weights), seed
+        found = [dataset.of_split(split) for dataset in self.datasets]
+        if not any(found):
+            raise ConfigError(self.datasets[0].folder, split, "no session", "at least one session to train on")
+        self.sessions = [[s for s in part if not least_windows or s["n_kept"] >= least_windows] for part in found]
+        self.short = [len(whole) - len(part) for whole, part in zip(found, self.sessions, strict=True)]
+        if not any(self.sessions):
+            most = max(session["n_kept"] for part in found for session in part)
+            raise ConfigError(
+                self.datasets[0].folder,
+                split,
+                f"{sum(self.short)} sessions, the longest of {most} windows",
+                f"one of {least_windows} or more, as windows.k",
+                "Lower windows.k, or convert with shorter windows",
+            )
+        mean = sum(weight * len(part) for weight, part in zip(self.weights, self.sessions, strict=True))
+        self.per_epoch = max(1, round(mean))
+        self._cache: tuple[int, list[tuple[int, int]]] = (-1, [])
+        self._ends: list[int] = []  # position after the last one of each epoch, as far as it was asked for
+
+    def digest(self) -> str:
+        """Hash of all that decides which sample lies at which position."""
+        keys = [[session["key"] for session in part] for part in self.sessions]
+        return digest([self.seed, self.weights, keys])
+
+    def _epoch(self, epoch: int) -> list[tuple[int, int]]:
+        """(dataset, session) of every position of an epoch."""
+        if self._cache[0] != epoch:
+            picks: list[tuple[int, int]] = []
+            for number, (weight, part) in enumerate(zip(self.weights, self.sessions, strict=True)):
+                rng = generator(self.seed, number, "weight")
+                # A session's share of fractional appearances is spread over epochs, starting at its own offset.
+                offset = rng.random(len(part))
+                times = np.floor(offset + weight * (epoch + 1)) - np.floor(offset + weight * epoch)
+                picks += [(number, index) for index, count in enumerate(times.astype(int)) for _ in range(count)]
+            order = generator(self.seed, epoch, "order").permutation(len(picks))
+            self._cache = (epoch, [picks[i] for i in order])
+        return self._cache[1]
+
+    def at(self, position: int) -> Item:
+        """The sample at a position of the stream, from 0."""
+        while not self._ends or self._ends[-1] <= position:
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(self._epoch(len(self._ends))))
+        epoch = bisect.bisect_right(self._ends, position)
+        inside = position - (self._ends[epoch - 1] if epoch else 0)
+        dataset, index = self._epoch(epoch)[inside]
+        return Item(dataset, self.sessions[dataset][index], epoch)
+
+
+def generator(*names: object) -> np.random.Generator:
+    """Random numbers that depend on their names alone: seed, epoch, sample key, purpose."""
+    name = hashlib.sha256("/".join(map(str, names)).encode()).digest()
+    return np.random.default_rng(np.frombuffer(name, np.uint32))
+
+
+class MicroBatches(IterableDataset[B]):
+    """The stream as one process of a run consumes it, micro-batch by micro-batch.
+
+    Every micro-batch takes `batch * world` samples from the front of the stream, and process r the r-th `batch` of
+    them: all processes get equally many, and together every sample once. Of the W workers of a
+    `DataLoader(..., batch_size=None)` the w-th makes the micro-batches w, w + W, w + 2 W ..., and the loader takes from
+    them in turn, so it returns the same sequence for any number of workers.
+
+    The state is one number, the samples that all processes have consumed. Whoever trains on the batches counts them
+    (workers are ahead of that); from it a run goes on with any batch, world or number of workers.
+
+    Parameters
+    ----------
+    stream : Stream
+    load : callable
+        Makes the micro-batch of a list of `batch` items, in the worker; it has to be picklable.
+    batch : int
+        Samples of a micro-batch.
+    rank, world : int
+        This process, of how many.
+    count : int, optional
+        Micro-batches of this process until its end; None: the stream has no end.
+    consumed : int
+        Samples of the stream that all processes together have consumed before.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        load: Callable[[list[Item]], B],
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        count: int | None = None,
+        consumed: int = 0,
+    ):
+        self.stream, self.load, self.batch = stream, load, batch
+        self.rank, self.world, self.count, self.consumed = rank, world, count, consumed
+
+    def __iter__(self) -> Iterator[B]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        numbers = itertools.count(first, step) if self.count is None else range(first, self.count, step)
+        mine = self.consumed + self.rank * self.batch
+        return (self._load(mine + number * self.batch * self.world) for number in numbers)
+
+    def _load(self, first: int) -> B:
+        return self.load([self.stream.at(position) for position in range(first, first + self.batch)])

@@ -1,0 +1,123 @@
+"""What is known of a run beside its signal: the confounds table, and cleaning the signal with it.
+
+Legend: T frames; N brain voxels; C confounds.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+from nilearn.signal import clean as nilearn_clean
+from pydantic import Field, model_validator
+
+from shards.core import tables
+from shards.core.errors import RunRefused
+from shards.core.settings import Settings
+from shards.core.tables import Table
+
+VOXEL_BLOCK = 8192  # voxels cleaned at once
+
+
+class CleanSettings(Settings):
+    """Cleaning of every voxel's series at the TR of the scan, by `nilearn.signal.clean`; nothing by default."""
+
+    confounds: tuple[str, ...] = Field((), description="columns of the confounds table to regress out; globs allowed")
+    detrend: bool = Field(False, description="remove a linear trend")
+    high_pass: float | None = Field(None, gt=0, description="Hz, Butterworth")
+    low_pass: float | None = Field(None, gt=0, description="Hz, Butterworth")
+
+    @model_validator(mode="after")
+    def _band(self) -> CleanSettings:
+        if self.high_pass and self.low_pass and self.high_pass >= self.low_pass:
+            raise ValueError(f"high_pass below low_pass: {self.high_pass} < {self.low_pass} does not hold")
+        return self
+
+    @property
+    def words(self) -> str:
+        """What is done, in words; empty where nothing is."""
+        parts = [f"regressed out {', '.join(self.confounds)}"] if self.confounds else []
+        parts += ["detrended"] if self.detrend else []
+        parts += [f"high-pass {self.high_pass:g} Hz"] if self.high_pass else []
+        parts += [f"low-pass {self.low_pass:g} Hz"] if self.low_pass else []
+        return "; ".join(parts)
+
+
+def read(path: Path, frames: int) -> Table:
+    """A confounds table with a header line (parted by tabs, commas or blanks), a row per frame.
+
+    Raises
+    ------
+    RunRefused
+        If it cannot be read or has another number of rows.
+    """
+    table = tables.read(path, "columns with names, a row per frame", RunRefused)
+    if len(table) != frames:
+        raise RunRefused(path, "rows", len(table), f"{frames}, the frames of the run", "Find the run's own table")
+    return table
+
+
+def mean_framewise_displacement(table: Table) -> float | None:
+    """Mean of fMRIPrep's framewise displacement (mm); None where the table has none."""
+    if "framewise_displacement" not in table:
+        return None
+    values = table.numbers("framewise_displacement")
+    known = values[np.isfinite(values)]
+    return round(float(known.mean()), 4) if len(known) else None
+
+
+def non_steady_state(table: Table) -> int:
+    """How many leading volumes fMRIPrep found outside the steady state (columns `non_steady_state_outlier*`)."""
+    names = [name for name in table.columns if name.startswith("non_steady_state_outlier")]
+    marked = [np.flatnonzero(np.nan_to_num(table.numbers(name))) for name in names]
+    return max((int(frames[-1]) + 1 for frames in marked if len(frames)), default=0)
+
+
+def columns(path: Path, table: Table, patterns: tuple[str, ...]) -> np.ndarray:
+    """The columns that any of the patterns names, float64 (T, C), in the table's order.
+
+    Derivatives have no first value (n/a): the second stands in, as in nilearn's `load_confounds`.
+
+    Raises
+    ------
+    RunRefused
+        If a pattern names no column, or a value is missing elsewhere.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in table.columns):
+            known = ", ".join(table.columns[:8]) + (" ..." if len(table.columns) > 8 else "")
+            raise RunRefused(path, "header", f"no column {pattern} among {known}", "every column of clean.confounds")
+    chosen = [name for name in table.columns if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    values_TC = np.stack([table.numbers(name) for name in chosen], axis=1)
+    values_TC[0] = np.where(np.isnan(values_TC[0]), values_TC[1], values_TC[0])
+    rows, places = np.nonzero(~np.isfinite(values_TC))
+    if len(rows):
+        got = f"no number in line {table.lines[rows[0]]}"
+        raise RunRefused(path, chosen[places[0]], got, "a number in every row after the first")
+    return values_TC
+
+
+def clean(series_TN: np.ndarray, tr: float, settings: CleanSettings, confounds_TC: np.ndarray | None) -> None:
+    """Clean every voxel's series in place; its mean stays.
+
+    Parameters
+    ----------
+    series_TN : float32 (T, N), changed
+    tr : float, s
+    settings : CleanSettings
+    confounds_TC : float64 (T, C), or None
+    """
+    for first in range(0, series_TN.shape[1], VOXEL_BLOCK):
+        block_TN = series_TN[:, first : first + VOXEL_BLOCK].astype(np.float64)
+        mean_N = block_TN.mean(axis=0)
+        cleaned_TN = nilearn_clean(
+            block_TN - mean_N,
+            confounds=confounds_TC,
+            detrend=settings.detrend,
+            standardize=False,
+            high_pass=settings.high_pass,
+            low_pass=settings.low_pass,
+            t_r=tr,
+        )
+        series_TN[:, first : first + VOXEL_BLOCK] = cleaned_TN + mean_N

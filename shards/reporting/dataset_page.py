@@ -1,0 +1,381 @@
+"""The page people look at before they train: what is in a dataset, what was refused, and what it looks like.
+
+    python tools/report.py DATASET        # also written at the end of make_shards.py
+
+Numbers of all sessions are summarised; pictures are drawn of a handful, chosen by quality and by key, so the
+page of thousands of sessions is as long as that of fifty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from shards.conversion.session import assumptions, by_assumption
+from shards.conversion.splits import SPLITS
+from shards.format import layout
+from shards.format.grid import Grid
+from shards.format.reader import Dataset
+from shards.preprocessing import space
+from shards.reporting import html, quality_figures
+from shards.reporting.distribution import MEASURES, Outlying, Session, describe, find_outlying
+
+_ROWS = 100  # refused or moved sessions listed one by one
+_TRS = 4  # more of them in a cohort are told as a range
+_EXAMPLES, _MOST_EXAMPLES = 6, 12  # sessions drawn; more than six only where there are more than five cohorts
+
+
+def write(folder: str | Path) -> Path:
+    """Write `DATASET/report/index.html`.
+
+    Parameters
+    ----------
+    folder : str or Path
+        A dataset.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    DatasetError
+        If the folder is no whole dataset, or a sample that is to be drawn is damaged.
+    """
+    dataset = Dataset(folder)
+    failed = layout.read_lines(dataset.folder / layout.FAILED)
+    outlying = find_outlying(dataset.sessions)
+    with html.drawing():
+        content = html.page(
+            f"Dataset {dataset.folder.resolve().name}",
+            _lead(dataset, failed),
+            html.notes(_first_look(dataset, failed, outlying)),
+            html.facts(_facts(dataset)),
+            html.section("Cohorts and splits", *_cohorts(dataset, failed)),
+            html.section("Refused runs", *_refused(failed)),
+            html.section("To check", *_to_check(dataset.sessions)),
+            html.section("Quality", *describe(dataset.sessions, outlying)),
+            html.section("Native-space sessions", *_native(dataset.sessions)),
+            html.section("Sessions to look at", *_examples(dataset, outlying)),
+        )
+    path = dataset.folder / layout.REPORT / "index.html"
+    layout.write_atomically(path, content)
+    return path
+
+
+def _subjects(sessions: Sequence[Session]) -> int:
+    return len({(session["cohort"], session["subject"]) for session in sessions})
+
+
+def _lead(dataset: Dataset, failed: list[Session]) -> str:
+    sessions = dataset.sessions
+    hours = sum(session["frames"] * session["tr"] for session in sessions) / 3600
+    cohorts = html.count(len(dataset.manifest["cohorts"]), "cohort")
+    return (
+        f"{html.count(len(sessions), 'session')} of {html.count(_subjects(sessions), 'subject')} from {cohorts}, "
+        f"{hours:.1f} hours; {html.count(len(failed), 'run')} refused."
+    )
+
+
+def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> list[tuple[str, str]]:
+    """What a reader should know before anything else."""
+    sessions, found = dataset.sessions, []
+    homes: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for session in sessions:
+        homes[session["cohort"], session["subject"]].add(session["split"])
+    torn = sorted("/".join(subject) for subject, splits in homes.items() if len(splits) > 1)
+    if torn:
+        found.append(
+            (
+                "bad",
+                f"{html.count(len(torn), 'subject')} in more than one split, first {torn[0]}: "
+                "scores will be too good. Make the dataset anew.",
+            )
+        )
+    empty = [split for split in SPLITS if not dataset.manifest["sessions"].get(split)]
+    if empty:
+        found.append(("look", f"No session in {' and '.join(empty)}: too few subjects for the shares."))
+    if failed:
+        found.append(
+            (
+                "look",
+                f"{len(failed)} of {html.count(len(failed) + len(sessions), 'run')} refused; "
+                "reasons and remedies are below.",
+            )
+        )
+    if outlying:
+        found.append(("look", f"{html.count(len(outlying), 'session')} of outlying quality, named below."))
+    moved = sum("centred_by_mm" in session for session in sessions)
+    if moved:
+        found.append(
+            (
+                "look",
+                f"{html.count(moved, 'native-space session')} moved to the middle of the grid; "
+                "nothing was registered, so a place does not mean the same structure in all "
+                "of them.",
+            )
+        )
+    for field, words in (
+        ("space_assumed", "whose space was not stated, or does not fit what was stated"),
+        ("forms_disagree", "whose sform and qform disagree on left and right; the sform was used"),
+        ("dead_share", "with a mask that takes in voxels without signal, which were left out"),
+        ("repeated_frames", "with volumes that repeat an earlier one; windows that hold them were not kept"),
+    ):
+        if number := sum(bool(session.get(field)) for session in sessions):
+            found.append(("look", f'{html.count(number, "session")} {words}: see "To check" below.'))
+    assumed = Counter(session["orientation_assumed"] for session in sessions if session.get("orientation_assumed"))
+    for orientation, number in sorted(assumed.items()):
+        found.append(
+            (
+                "look",
+                f"{html.count(number, 'session')} whose header does not tell the orientation; {orientation} was "
+                "assumed. Left and right cannot be verified; their letters carry a question mark.",
+            )
+        )
+    whole = sum(session["n_kept"] == session["n_windows"] for session in sessions)
+    if whole:
+        found.append(
+            (
+                "look",
+                f"In {whole} of {html.count(len(sessions), 'session')} every window was kept, as "
+                f"there are no more than {dataset.manifest['windows']['keep']}: the ranking "
+                "orders them but drops none.",
+            )
+        )
+    if not torn:
+        found.append(("good", "No subject is in more than one split."))
+    return found
+
+
+def _facts(dataset: Dataset) -> dict[str, object]:
+    manifest, grid, windows = dataset.manifest, dataset.grid, dataset.manifest["windows"]
+    source_trs = sorted({round(session["source_tr"], 4) for session in dataset.sessions})
+    trs = sorted({round(session["tr"], 4) for session in dataset.sessions})
+    ranker = manifest["ranker"]["name"]
+    learned = manifest["ranker"].get("extractor")
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    return {
+        **{
+            f"{split}: sessions (subjects)": f"{manifest['sessions'][split]} ({manifest['subjects'][split]})"
+            for split in SPLITS
+        },
+        "Grid": f"{' × '.join(map(str, grid.shape))} voxels of {grid.mm:g} mm, RAS+",
+        "Patch": f"{grid.patch} × {grid.patch} × {grid.patch} voxels",
+        "TR": _range(trs, "s") + ("" if source_trs == trs else f", scanned at {_range(source_trs, 's')}"),
+        "Windows": f"{windows['frames']} frames; the {windows['keep']} most salient kept",
+        "Parcels": _parcels(dataset),
+        "Ranker": f"{ranker}, extractor {learned[:12]}" if learned else ranker,
+        "Normalisation": manifest["normalisation"],
+        "Shards": f"{html.count(len(manifest['shards']), 'file')}, {size / 1e9:.3g} GB"
+        if size >= 1e9
+        else f"{html.count(len(manifest['shards']), 'file')}, {size / 1e6:.3g} MB",
+        "Format, configuration": f"{manifest['format']}, {manifest['configuration_hash'][:12]}",
+    }
+
+
+def _parcels(dataset: Dataset) -> str:
+    image = dataset.manifest["configuration"].get("settings", {}).get("parcels", {}).get("image")
+    kind = f"{image['name']}, {image['sha256'][:12]}" if image else "cubes of the brain mask"
+    numbers = sorted({session["n_parcels"] for session in dataset.sessions if "n_parcels" in session})
+    return f"{_range(numbers, 'parcels')}: {kind}" if numbers else kind
+
+
+def _range(values: Sequence[float], unit: str) -> str:
+    return f"{values[0]:g} {unit}" if len(values) == 1 else f"{values[0]:g}–{values[-1]:g} {unit}"
+
+
+def _cohorts(dataset: Dataset, failed: list[Session]) -> list[str]:
+    refused = Counter(line["cohort"] for line in failed)
+    of_cohort: dict[str, list[Session]] = defaultdict(list)
+    for session in dataset.sessions:
+        of_cohort[session["cohort"]].append(session)
+
+    def row(name: str, sessions: list[Session], refused: int) -> list[object]:
+        parts = [[s for s in sessions if s["split"] == split] for split in SPLITS]
+        return [
+            name,
+            *[f"{len(part)} ({_subjects(part)})" for part in parts],
+            f"{len(sessions)} ({_subjects(sessions)})",
+            refused,
+            _trs(sessions),
+        ]
+
+    rows = [row(name, of_cohort[name], refused[name]) for name in dataset.manifest["cohorts"]]
+    if len(rows) > 1:
+        rows.append(row("all", dataset.sessions, len(failed)))
+    parts = [
+        html.text("Sessions, and in brackets the subjects they come from. Splits are by subject."),
+        html.table(["Cohort", *SPLITS, "all", "refused", "TR of the scan, s"], rows, numbers=True),
+    ]
+    treated = Counter((session["cohort"], words) for session in dataset.sessions for words in _treated(session))
+    if treated:
+        parts.append(html.text("What was done to runs, or taken for granted, before the harmonising:"))
+        parts.append(html.table(["Cohort", "Treatment", "Sessions"], [[*key, treated[key]] for key in sorted(treated)]))
+    return parts
+
+
+def _trs(sessions: Sequence[Session]) -> str:
+    """TRs with the number of sessions, the most frequent first; no number where all share one."""
+    found = Counter(round(session["source_tr"], 4) for session in sessions).most_common()
+    if len(found) > _TRS:
+        return f"{min(found)[0]:g}–{max(found)[0]:g}"
+    return ", ".join(f"{tr:g} ({number})" if len(found) > 1 else f"{tr:g}" for tr, number in found)
+
+
+def _treated(session: Session) -> list[str]:
+    """What was done to a run beyond the usual, in words that sessions share."""
+    found = []
+    if session.get("dropped_frames"):
+        found.append(f"{html.count(session['dropped_frames'], 'leading frame')} dropped")
+    if session.get("orientation_assumed"):
+        found.append(f"orientation {session['orientation_assumed']} assumed")
+    if session.get("mask_source") == "computed":
+        found.append("brain mask computed from the run")
+    if session.get("cleaned"):
+        found.append(f"cleaned: {session['cleaned']}")
+    return found
+
+
+def _refused(failed: list[Session]) -> list[str]:
+    if not failed:
+        return [html.text("None: every run that was found was converted.")]
+    parts = []
+    advice = [line["hint"] or "Look at the file: mend it, or leave it out of the cohort" for line in failed]
+    # The reason repeats the hint at its end; in the table it has a column of its own.
+    rows = [
+        [line["key"], " ".join(line["reason"].removesuffix(line["hint"]).split()), what]
+        for line, what in zip(failed, advice, strict=True)
+    ]
+    if len(failed) > _ROWS:
+        groups = Counter((line["cohort"], what) for line, what in zip(failed, advice, strict=True))
+        parts.append(
+            html.table(
+                ["Cohort", "What to do", "Runs"], [[*group, count] for group, count in groups.most_common(_ROWS)]
+            )
+        )
+        parts.append(html.text(f"The first {_ROWS} of {len(failed)}; all are in {layout.FAILED}."))
+    return [*parts, html.table(["Run", "Reason", "What to do"], rows[:_ROWS])]
+
+
+def _to_check(sessions: Sequence[Session]) -> list[str]:
+    """What was assumed or left out, and of which sessions."""
+    rows = [[words, len(keys), html.first(keys, 8)] for words, keys in by_assumption(sessions).items()]
+    if not rows:
+        return []
+    intro = "What was assumed of sessions, or left out of them: correct the cohort file or the scans if it is wrong."
+    return [html.text(intro), html.table(["What", "Sessions", "Which"], rows[:_ROWS])]
+
+
+def _native(sessions: Sequence[Session]) -> list[str]:
+    moved = [session for session in sessions if "centred_by_mm" in session]
+    if not moved:
+        return []
+    moved.sort(key=lambda session: (-np.linalg.norm(session["centred_by_mm"]), session["key"]))
+    rows = []
+    for session in moved[:_ROWS]:
+        by_mm = session["centred_by_mm"]
+        rows.append([session["key"], *[f"{mm:+g}" for mm in by_mm], f"{np.linalg.norm(by_mm):.1f}"])
+    more = f" The {_ROWS} of {len(moved)} moved farthest:" if len(moved) > _ROWS else ""
+    return [
+        html.text(
+            "The middle of each brain mask was moved to the middle of the grid. Nothing was "
+            f"registered, turned or scaled.{more}"
+        ),
+        html.table(["Session", "right, mm", "front, mm", "up, mm", "distance, mm"], rows, numbers=True),
+    ]
+
+
+def choose_examples(sessions: Sequence[Session], outlying: Outlying) -> list[Session]:
+    """The sessions that are drawn: the two of worst quality, then one cohort after the other.
+
+    Within a cohort the order is that of a hash of the key: arbitrary, but the same every time.
+    """
+    of_key = {session["key"]: session for session in sessions}
+    chosen = list(outlying)[:2]
+    queues: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(of_key, key=lambda key: hashlib.sha256(key.encode()).digest()):
+        if key not in chosen:
+            queues[of_key[key]["cohort"]].append(key)
+    total = min(max(_EXAMPLES, len(queues) + len(chosen)), _MOST_EXAMPLES)
+    turn = 0
+    while len(chosen) < total and any(len(queue) > turn for queue in queues.values()):
+        chosen += [queues[cohort][turn] for cohort in sorted(queues) if len(queues[cohort]) > turn]
+        turn += 1
+    return [of_key[key] for key in chosen[:total]]
+
+
+def _examples(dataset: Dataset, outlying: Outlying) -> list[str]:
+    parts = [
+        html.text(
+            "Top: the mean image in three planes of the grid. Thin blue lines are the edges of the patches that are "
+            "kept; the brain mask is outlined in orange, the MNI152 brain in white dashes (only in MNI space, where "
+            "the two should agree). The left of the picture is the left of the brain."
+        ),
+        html.text(
+            "Below, on one time axis: the parcels' signal, each z-scored; the saliency of every window; a carpet of "
+            "single voxels, each z-scored, from the rim of the brain to its depth; DVARS and global signal of the "
+            "parcels' means. The strip above the carpet repeats which windows are kept, the faint bands below it the "
+            "most salient ones. In the carpet, a stripe from rim to depth is global; one at the rim alone is mostly "
+            "motion. A good ranking avoids spikes of DVARS and does not simply follow the global signal."
+        ),
+        html.text(
+            "Where the ranker asks for both, thin lines show the two parts of a score: how much of a window the other "
+            "parcels predict (space) and how much the windows before and after it do (time). A window scores no higher "
+            "than the lower of the two: a line that stands above the curve is the part that did not decide. Noise is "
+            "low in both; a spike is high in space at most, since nothing before it announces it."
+        ),
+    ]
+    outline = space.template()
+    names = ("baseline", "brain", "carpet", "patch", "roi", "scores", "scores_space", "scores_time", "start")
+    for session in choose_examples(dataset.sessions, outlying):
+        arrays = dataset.read(session, names)
+        shown = quality_figures.Shown(dataset.grid, dataset.frames, session, arrays)
+        caption = shown.words()
+        if session["key"] in outlying:
+            caption += f" Outlying: {'; '.join(outlying[session['key']].values())}."
+        alt = (
+            "Three planes of the mean image with mask and patch grid; parcels, saliency, carpet, DVARS and global "
+            f"signal over time; {session['key']}"
+        )
+        parts += [
+            html.heading(session["key"]),
+            html.facts(_session_facts(session, dataset.grid), small=True),
+            html.picture(shown.draw(outline), alt, caption),
+        ]
+    return parts
+
+
+def _session_facts(session: Session, grid: Grid) -> dict[str, object]:
+    """What is known of a session, where it is known."""
+    facts: dict[str, object] = {
+        "Cohort, subject, split": f"{session['cohort']}, {session['subject']}, {session['split']}",
+        "Frames": f"{session['frames']} of {session['tr']:g} s, scanned at {session['source_tr']:.4g} s",
+        "Kept": f"{session['n_kept']} of {html.count(session['n_windows'], 'window')}, "
+        f"{session['n_patches']} of {math.prod(grid.patch_shape)} patches",
+    }
+    for measure in MEASURES:
+        value = measure.of(session)
+        if np.isfinite(value) and measure.field != "source_tr":
+            facts[measure.title] = measure.words(value)
+    if "mask_source" in session:
+        facts["Brain mask"] = (
+            "computed from the run" if session["mask_source"] == "computed" else session["mask_source"]
+        )
+    if "centred_by_mm" in session:
+        moved = ", ".join(f"{mm:+g}" for mm in session["centred_by_mm"])
+        facts["Native space"] = f"moved by ({moved}) mm to the grid's middle; nothing was registered"
+    if session.get("orientation_assumed"):
+        facts["Orientation"] = f"{session['orientation_assumed']} assumed; left and right cannot be verified"
+    if words := assumptions(session):
+        facts["To check"] = "; ".join(words)
+    if "dropped_frames" in session:
+        facts["Leading frames dropped"] = session["dropped_frames"]
+    if session.get("cleaned"):
+        facts["Cleaned"] = session["cleaned"]
+    return facts

@@ -1,0 +1,190 @@
+"""The quality numbers of a dataset's sessions: how they are distributed, and which sessions lie outside.
+
+Legend: S sessions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from shards.reporting import html
+
+Session = dict[str, Any]
+Outlying = dict[str, dict[str, str]]  # key: field: words
+
+_OUTLYING = 30  # outlying sessions named
+_DOTS = 150  # sessions drawn as dots per cohort
+_LANES = 12  # cohorts with a lane of their own
+_FEW = 8  # a cohort of fewer sessions is judged by the quartiles of the whole dataset
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A quality number: field of the session, title, unit, bad side, and the least spread taken as real.
+
+    With `own`, cohorts differ in it by right: even a small one is judged by itself, and a session that differs is
+    named, but not counted as bad.
+    """
+
+    field: str
+    title: str
+    unit: str
+    bad: str
+    least: float
+    own: bool = False
+
+    def of(self, session: Session) -> float:
+        """Its value in `unit`; NaN where the session has none."""
+        value = session.get(self.field)
+        if value is None:
+            return np.nan
+        if self.field == "dvars_outliers":
+            return 100 * value / max(session["frames"] - 1, 1)
+        return 100 * value if self.unit == "%" else value
+
+    def words(self, value: float) -> str:
+        """A value with its unit."""
+        return f"{value:.4g} {self.unit}".rstrip()
+
+
+MEASURES = (
+    Measure("source_tr", "TR of the scan", "s", "both", 0.005, own=True),
+    Measure("tsnr", "Temporal signal-to-noise ratio", "", "low", 2),
+    Measure("dvars_outliers", "Frames with an outlying DVARS", "%", "high", 2),
+    Measure("mean_fd_mm", "Mean framewise displacement", "mm", "high", 0.05),
+    Measure("brain_ml", "Brain volume", "ml", "both", 50),
+    Measure("mask_outside_grid", "Brain mask outside the grid", "%", "high", 0.5),
+    Measure("mni_dice", "Dice with the MNI152 brain", "", "low", 0.03),
+)
+
+
+def find_outlying(sessions: Sequence[Session]) -> Outlying:
+    """Sessions whose quality lies outside that of their cohort, worst first; those whose TR alone differs, last.
+
+    A number is outlying if it lies beyond the quartiles by more than 1.5 interquartile ranges (the box-plot
+    rule), on its bad side. Quartiles are those of the cohort, or of all sessions for a cohort with fewer than
+    eight (but for the TR, which belongs to a cohort).
+
+    Returns
+    -------
+    dict of str to dict of str to str
+        Key of the session to the fields that are outlying, each in words.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for number, session in enumerate(sessions):
+        members[session["cohort"]].append(number)
+    worst = np.zeros(len(sessions))
+    words: dict[int, dict[str, str]] = defaultdict(dict)
+    for measure in MEASURES:
+        value_S = np.array([measure.of(session) for session in sessions])
+        for part in members.values():
+            judged_by = value_S[part] if measure.own or len(part) >= _FEW else value_S
+            judged_by = judged_by[np.isfinite(judged_by)]
+            if not len(judged_by):
+                continue
+            low, high = np.percentile(judged_by, [25, 75])
+            spread = max(high - low, measure.least)
+            for number in part:
+                value = value_S[number]
+                below = (low - value) / spread if measure.bad != "high" else 0.0
+                above = (value - high) / spread if measure.bad != "low" else 0.0
+                beyond = max(below, above)
+                if beyond > 1.5:
+                    worst[number] = max(worst[number], 0.0 if measure.own else beyond)
+                    words[number][measure.field] = (
+                        f"{measure.title} {measure.words(value)} (middle half "
+                        f"{measure.words(low)} to {measure.words(high)})"
+                    )
+    order = sorted(words, key=lambda number: (-worst[number], sessions[number]["key"]))
+    return {sessions[number]["key"]: words[number] for number in order}
+
+
+def describe(sessions: Sequence[Session], outlying: Outlying) -> list[str]:
+    """Parts of the page: a table of the numbers, a picture of their distributions, the outlying sessions by name."""
+    present = [measure for measure in MEASURES if any(np.isfinite(measure.of(s)) for s in sessions)]
+    rows = []
+    for measure in present:
+        value_S = np.array([measure.of(session) for session in sessions])
+        value_S = value_S[np.isfinite(value_S)]
+        mark_5 = np.percentile(value_S, [0, 5, 50, 95, 100], method="nearest")  # values that a session has
+        marks = [measure.words(mark) for mark in mark_5]
+        rows.append([measure.title, len(value_S), *marks])
+    parts = [
+        html.table(["Number", "Sessions", "Lowest", "5 %", "Median", "95 %", "Highest"], rows, numbers=True),
+        html.picture(
+            _draw(sessions, present, outlying),
+            "Quality numbers of the sessions, a lane per cohort",
+            "TR is that of the scan, before resampling. A dot per session (of large cohorts a selection), a lane per "
+            "cohort; the line marks the median, the box the middle half. Orange diamonds are outlying sessions. "
+            "Cohorts may differ in level (scanner, smoothing, voxel size); look at a session that is far from its own "
+            "cohort.",
+        ),
+    ]
+    if not outlying:
+        return [*parts, html.text("No session lies outside its cohort by the box-plot rule.")]
+    where = {session["key"]: session["split"] for session in sessions}
+    named = [[key, where[key], "; ".join(outlying[key].values())] for key in list(outlying)[:_OUTLYING]]
+    parts.append(
+        html.text(
+            f"{html.count(len(outlying), 'session')} beyond the quartiles of the cohort by more than 1.5 "
+            "interquartile ranges, worst first"
+            + (f" (the first {_OUTLYING})." if len(outlying) > _OUTLYING else ".")
+            + " They are in the dataset: decide whether to leave them out of the cohort."
+        )
+    )
+    return [*parts, html.table(["Session", "Split", "What is outlying"], named)]
+
+
+def _draw(sessions: Sequence[Session], measures: Sequence[Measure], outlying: Outlying) -> Figure:
+    sizes = Counter(session["cohort"] for session in sessions)
+    names = [name for name, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:_LANES]]
+    rest = "other cohorts"
+    lanes = [*sorted(names), *([rest] if len(sizes) > len(names) else [])]
+    figure = Figure(figsize=(11, 0.75 + 0.42 * len(lanes) + 0.9 * (len(lanes) == 1)), layout="constrained")
+    row = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(row, measures, strict=True):
+        for lane, name in enumerate(lanes):
+            mine = [s for s in sessions if s["cohort"] == name or (name == rest and s["cohort"] not in names)]
+            mine = [s for s in mine if np.isfinite(measure.of(s))]
+            if not mine:
+                continue
+            mine.sort(key=lambda s: (measure.of(s), s["key"]))
+            value_S = np.array([measure.of(s) for s in mine])
+            far_S = np.array([measure.field in outlying.get(s["key"], ()) for s in mine])
+            low, middle, high = np.percentile(value_S, [25, 50, 75])
+            axes.fill_betweenx([lane - 0.34, lane + 0.34], low, high, color=html.PALE, alpha=0.6, lw=0)
+            axes.plot([middle, middle], [lane - 0.34, lane + 0.34], color=html.INK, lw=1.5, zorder=5)
+            shown = np.flatnonzero(~far_S)
+            shown = shown[np.linspace(0, len(shown) - 1, min(len(shown), _DOTS)).astype(int)]
+            # golden-ratio steps spread the dots evenly without a random number
+            height_S = lane + 0.6 * ((np.arange(len(value_S)) * 0.618034) % 1 - 0.5)
+            axes.plot(value_S[shown], height_S[shown], ".", ms=7, color=html.SKY, alpha=0.9, mew=0, zorder=4)
+            axes.plot(value_S[far_S], height_S[far_S], "D", ms=4.5, color=html.ORANGE, mec=html.INK, mew=0.5, zorder=6)
+        lowest, highest = axes.dataLim.intervalx
+        # tiny differences are not blown up
+        margin = max(0.06 * (highest - lowest), measure.least / 4, 0.02 * highest)
+        axes.set_xlim(max(lowest - margin, -margin / 4), highest + margin)  # none of the numbers is negative
+        axes.set_title(_wrapped(measure.title), fontsize=9)
+        axes.set_xlabel(measure.unit or "ratio")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(axis="x")
+        axes.set_yticks(range(len(lanes)), [name if len(name) < 24 else name[:22] + "…" for name in lanes])
+        axes.set_ylim(len(lanes) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def _wrapped(words: str) -> str:
+    """Broken in two lines at the space nearest to the middle."""
+    spaces = [place for place, letter in enumerate(words) if letter == " "]
+    if len(words) < 20 or not spaces:
+        return words
+    place = min(spaces, key=lambda space: abs(space - len(words) / 2))
+    return f"{words[:place]}\n{words[place + 1 :]}"

@@ -1,0 +1,166 @@
+"""A second folder for a run: checkpoints are copied there while training goes on, and fetched when the first is lost.
+
+    MIRROR/   config.yaml, dataset.json, seen.json, metrics.jsonl, skipped.jsonl   as in RUN when the copy was made
+              configs/step-00000000.yaml ...   likewise
+              checkpoints/step-00000100/ ...   checkpoints/latest
+
+It can be used in place of RUN. A copy is read back and compared before it counts, and complete or absent like the
+checkpoint itself. A mirror that cannot be written does not stop the run; it is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from shards.core.errors import UserError
+from shards.format.layout import write_atomically
+from slim.checkpoints import checkpoint
+from slim.checkpoints.seen import SEEN
+from slim.training.metrics import METRICS
+from slim.training.skipped import SKIPPED
+from slim.training.tracking import WANDB_ID
+
+CHECKPOINTS = "checkpoints"
+_SMALL = (*checkpoint.ABOUT_RUN, SEEN, METRICS, SKIPPED, WANDB_ID)
+
+
+class Mirror:
+    """Copies the newest checkpoint in a thread of its own; rank 0 only.
+
+    Parameters
+    ----------
+    run, folder : Path
+        The run's folder, and the one that mirrors it.
+    keep : int
+        Newest checkpoints that stay there.
+    every : int, optional
+        Those of every `every`-th step stay, too.
+
+    Attributes
+    ----------
+    trouble : str or None
+        Why the last copy failed.
+    """
+
+    def __init__(self, run: Path, folder: Path, keep: int, every: int | None):
+        self.run, self.folder, self.keep, self.every = run, folder, keep, every
+        self.trouble: str | None = None
+        self._waiting: Path | None = None
+        self._busy: Path | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def offer(self, saved: Path) -> None:
+        """Copy this checkpoint, once the copy under way is done; one that was still waiting is passed over."""
+        with self._changed:
+            self._waiting = saved
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread.start()
+
+    @property
+    def needed(self) -> set[Path]:
+        """Checkpoints of the run that have yet to be copied."""
+        with self._changed:
+            return {folder for folder in (self._waiting, self._busy) if folder is not None}
+
+    def close(self) -> None:
+        """Wait until the last checkpoint offered is copied, or has failed to be."""
+        with self._changed:
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._busy, self._waiting = self._waiting, None
+                if self._busy is None:
+                    self._thread = None
+                    return
+                saved = self._busy
+            trouble = None
+            try:
+                target = self.folder / CHECKPOINTS
+                _copy_small(self.run, self.folder, _small(self.run))
+                checkpoint.copy(saved, target)
+                checkpoint.prune(target, self.keep, self.every)
+            except UserError as error:
+                trouble = error.line()
+            except OSError as error:
+                trouble = f"{saved.name} was not copied to {self.folder}: {error.strerror or error}"
+            with self._changed:
+                self.trouble, self._busy = trouble, None
+
+
+def _small(run: Path) -> list[str]:
+    """Files of a run beside its checkpoints, whether they are there or not."""
+    return [*_SMALL, *(f"{checkpoint.CONFIGS}/{path.name}" for path in (run / checkpoint.CONFIGS).glob("step-*.yaml"))]
+
+
+def _copy_small(source: Path, target: Path, names: Iterable[str]) -> None:
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # a run without a damaged sample has no list of them
+            content = (source / name).read_bytes()
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target / name, content)
+
+
+def recover(run: Path, mirror: Path | None) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint of a run, fetched from its mirror where only that has it, and what to tell the user.
+
+    Returns
+    -------
+    tuple
+        A folder in RUN/checkpoints, None if the run has saved nothing yet; and lines: checkpoints that were refused,
+        and where the one to use was fetched from.
+
+    Raises
+    ------
+    CheckpointError
+        If there are checkpoints, but no intact one: to begin anew would be to lose them.
+    """
+    own = run / CHECKPOINTS
+    found, refused = checkpoint.newest_intact(own)
+    if mirror is not None:
+        copy, others = checkpoint.newest_intact(mirror / CHECKPOINTS)
+        refused += others
+        if copy is not None and (found is None or checkpoint.step_of(copy) > checkpoint.step_of(found)):
+            _copy_small(mirror, run, [name for name in _small(mirror) if not (run / name).exists()])
+            found = checkpoint.copy(copy, own)
+            return found, [*_refusals(refused, found), f"{found.name} is fetched from {mirror}"]
+    if found is None and refused:
+        raise _none_left(refused)
+    if found is not None:
+        write_atomically(own / checkpoint.LATEST, found.name + "\n")
+    return found, _refusals(refused, found)
+
+
+def at_a_glance(run: Path, mirror: Path | None) -> Path | None:
+    """What `recover` will find, where it is now, as far as can be told without reading and copying it.
+
+    Raises
+    ------
+    CheckpointError
+        As from `recover`.
+    """
+    places = [run, *([] if mirror is None else [mirror])]
+    looked = [checkpoint.newest_intact(place / CHECKPOINTS, ()) for place in places]
+    found = [folder for folder, _ in looked if folder is not None]
+    refused = [error for _, errors in looked for error in errors]
+    if refused and not found:
+        raise _none_left(refused)
+    return max(found, key=checkpoint.step_of, default=None)
+
+
+def _none_left(refused: list[checkpoint.CheckpointError]) -> checkpoint.CheckpointError:
+    first = refused[0]
+    hint = "No checkpoint of the run is intact: copy one back from a backup, or use another run.out to begin anew"
+    return checkpoint.CheckpointError(first.where, first.field, first.got, first.expected, hint)
+
+
+def _refusals(refused: list[checkpoint.CheckpointError], found: Path | None) -> list[str]:
+    return [f"{error.line()}; the run goes on from {found.name}" for error in refused] if found else []

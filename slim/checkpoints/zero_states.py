@@ -1,0 +1,92 @@
+"""Files of `torch.save` in a checkpoint, read without running what they hold.
+
+A pickle can call any function while it is read. `torch.load(..., weights_only=True)` builds tensors, containers,
+numbers and text, and the classes named here; it refuses everything else. DeepSpeed reads its files with
+`weights_only=False`, so its reader is replaced while it loads.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shards.core.files import printable
+from slim.checkpoints.checkpoint import CheckpointError
+
+_WHAT = "tensors, numbers and text, as training writes them"
+_HINT = "Do not use this file: copy the checkpoint again from where it was written"
+_NAMED = 3  # objects that an error names
+
+
+def _allowed() -> list[Any]:
+    """Classes of DeepSpeed in files that it writes: none of them runs code when it is built."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
+
+
+def read(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """The content of a file of `torch.save`.
+
+    Parameters
+    ----------
+    path : str or Path
+    map_location
+        As for `torch.load`.
+    mmap : bool
+        Map tensors into memory; they are read when they are used.
+
+    Raises
+    ------
+    CheckpointError
+        If the file holds other objects than a checkpoint has, or cannot be read.
+    """
+    try:
+        with torch.serialization.safe_globals(_allowed()):
+            found = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except OSError as error:
+        raise CheckpointError(path, "", error.strerror or error, "a readable file") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise CheckpointError(path, "", _got(path, error), _WHAT, _HINT) from None
+    if not isinstance(found, dict):
+        raise CheckpointError(path, "", f"an object of type {type(found).__name__}", _WHAT, _HINT)
+    return found
+
+
+def _got(path: str | Path, error: Exception) -> str:
+    """Which objects are not allowed, where that is the fault; they are listed without being built."""
+    if isinstance(error, pickle.UnpicklingError):
+        try:
+            with torch.serialization.safe_globals(_allowed()):
+                names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except Exception:  # of another format, which torch does not list
+            names = []
+        shown = ", ".join(printable(name)[:60] for name in names[:_NAMED]) or "an object that is not allowed"
+        return f"a pickle that asks for {shown}"
+    return f"a file that torch cannot read ({type(error).__name__})"
+
+
+@contextmanager
+def read_by(engine: Any) -> Iterator[None]:
+    """Within it, an engine of DeepSpeed reads files with `read`."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    class Reader(TorchCheckpointEngine):
+        def load(self, path: str, map_location: Any = None) -> Any:
+            return read(path, map_location)
+
+    before = engine.checkpoint_engine
+    engine.checkpoint_engine = Reader()
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = before

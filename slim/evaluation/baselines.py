@@ -1,0 +1,152 @@
+"""What the field had before: functional connectivity, the mean image, parcel means of a window, confounds alone.
+
+They come from the same samples the model reads, so they see the same runs on the same grid.
+
+Legend: N sessions, or rows of windows; R parcels; T frames; P patches; V voxels of a patch; E edges; W voxels that are
+brain in all sessions; F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from nilearn.connectome import ConnectivityMeasure
+
+from shards.core.errors import DatasetError
+from shards.format.reader import Dataset
+from slim.evaluation.labels import number, word
+from slim.evaluation.task import fact
+
+
+def connectomes(
+    dataset: Dataset, sessions: list[dict[str, Any]], advance: Callable[[int], None] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Functional connectivity: correlations (Ledoit-Wolf) between parcels, float32 (N, E).
+
+    Of whole runs, and of the frames of kept windows alone, which are all that an encoder reads. Only parcels that every
+    session has are used. Nothing is estimated across sessions.
+
+    Raises
+    ------
+    DatasetError
+        If fewer than two parcels are common to all sessions.
+    """
+    series, labels, kept = [], [], []
+    for session in sessions:
+        arrays = dataset.read(session, ("roi", "roi_number", "start"))
+        series.append(arrays["roi"])
+        labels.append(arrays["roi_number"])
+        kept.append(np.unique(arrays["start"][:, None] + np.arange(dataset.frames)))
+        if advance:
+            advance(1)
+    common = reduce(np.intersect1d, labels)
+    if len(common) < 2:
+        raise DatasetError(dataset.folder, "roi", f"{len(common)} parcels all sessions have", "at least 2")
+    whole = [roi_RT[_rows(label_R, common)].T for roi_RT, label_R in zip(series, labels, strict=True)]
+    return _correlations(whole), _correlations([x_TR[rows] for x_TR, rows in zip(whole, kept, strict=True)])
+
+
+def _correlations(series: list[np.ndarray]) -> np.ndarray:
+    """Of the columns of each (T, R)."""
+    # Parcels are z-scored first: the shrinkage of the covariance would otherwise favour the brightest ones.
+    runs = []
+    for series_TR in series:
+        x_TR = series_TR.astype(np.float64)
+        x_TR -= x_TR.mean(axis=0)
+        runs.append(x_TR / np.maximum(x_TR.std(axis=0), 1e-12))
+    measure = ConnectivityMeasure(kind="correlation", vectorize=True, discard_diagonal=True, standardize=False)
+    return np.asarray(measure.fit_transform(runs), np.float32)
+
+
+def mean_image(
+    dataset: Dataset, sessions: list[dict[str, Any]], advance: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """Each run's mean image (global z) on the voxels that are brain in all sessions, float32 (N, W).
+
+    Raises
+    ------
+    DatasetError
+        If no voxel is brain in all sessions.
+    """
+    values, numbers = [], []
+    for session in sessions:
+        arrays = dataset.read(session, ("baseline", "brain", "patch"))
+        place_P = np.ravel_multi_index(tuple(arrays["patch"].T.astype(np.intp)), dataset.grid.patch_shape)
+        number_PV = place_P[:, None] * dataset.grid.voxels + np.arange(dataset.grid.voxels)
+        inside = arrays["brain"] > 0
+        values.append(arrays["baseline"][inside])
+        numbers.append(number_PV[inside])
+        if advance:
+            advance(1)
+    common = reduce(np.intersect1d, numbers)
+    if not len(common):
+        raise DatasetError(dataset.folder, "brain", "no voxel that all sessions have", "masks that overlap")
+    return np.stack([value[_rows(number, common)] for value, number in zip(values, numbers, strict=True)])
+
+
+def parcel_means(
+    dataset: Dataset, sessions: list[dict[str, Any]], window_N: np.ndarray, advance: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """Mean of each parcel's z-scored series over a window, float32 (N, R), on the parcels all sessions have.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    sessions : list of dict
+        Session of each window.
+    window_N : float array
+        Start of each window, s.
+
+    Raises
+    ------
+    DatasetError
+        If no parcel is common to all sessions.
+    """
+    series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for session in sessions:
+        if session["key"] not in series:
+            arrays = dataset.read(session, ("roi", "roi_number"))
+            series[session["key"]] = arrays["roi"], arrays["roi_number"]
+            if advance:
+                advance(1)
+    common = reduce(np.intersect1d, [label for _, label in series.values()])
+    if not len(common):
+        raise DatasetError(dataset.folder, "roi", "no parcel that all sessions have", "at least 1")
+    rows = []
+    for session, start in zip(sessions, window_N, strict=True):
+        roi_RT, label_R = series[session["key"]]
+        x_RT = roi_RT[_rows(label_R, common)].astype(np.float64)
+        first = round(start / session["tr"])
+        z_RT = (x_RT - x_RT.mean(axis=1, keepdims=True)) / np.maximum(x_RT.std(axis=1, keepdims=True), 1e-12)
+        rows.append(z_RT[:, first : first + dataset.frames].mean(axis=1))
+    return np.stack(rows).astype(np.float32)
+
+
+def confounds(sessions: list[dict[str, Any]], names: Sequence[str]) -> np.ndarray:
+    """Columns such as age, sex or site as features, float32 (N, F): numbers as they are, words one-hot.
+
+    Parameters
+    ----------
+    sessions : list of dict
+    names : sequence of str
+        Columns of the participants table, or facts of a session; none is missing.
+    """
+    columns: list[np.ndarray] = []
+    for name in names:
+        values = [fact(session, name) for session in sessions]
+        numbers = [number(value) for value in values]
+        if None not in numbers:
+            columns.append(np.array(numbers, np.float32)[:, None])
+        else:
+            word_N = np.array([word(value) for value in values])
+            columns.append((word_N[:, None] == np.unique(word_N)).astype(np.float32))
+    return np.concatenate(columns, axis=1)
+
+
+def _rows(label: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Rows of `label` that hold `wanted`, in the order of `wanted`; every one is there."""
+    order = np.argsort(label, kind="stable")
+    return order[np.searchsorted(label[order], wanted)]

@@ -1,0 +1,103 @@
+"""What a subject was doing: the states of a run's windows, from BIDS tables of events.
+
+A window belongs to the trial type whose events, moved by the delay of the haemodynamic response, overlap it most, if
+they cover half of the window or lie in it with half of their own length. A window that two types claim alike, or none,
+belongs to no state.
+
+Legend: W windows; E events.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import Field, field_validator
+
+from shards.core import tables
+from shards.core.errors import ConfigError
+from shards.core.settings import PathText, Settings
+
+FIELDS = ("subject", "session", "task", "run")
+
+
+class EventSettings(Settings):
+    """Where the tables lie and how they are read."""
+
+    path: PathText = Field(
+        description="of a run's table below the folder of events; {subject}, {session}, {task}, {run}"
+    )
+    root: PathText | None = Field(None, description="folder of events, relative to the task's file; or --events FOLDER")
+    column: str = Field("trial_type", description="column that names the states")
+    keep: tuple[str, ...] = Field((), description="states that are decoded; all by default")
+    delay: float = Field(5.0, ge=0, le=15, description="s from an event to the peak of its response")
+
+    @field_validator("path")
+    @classmethod
+    def _has_known_fields(cls, value: str) -> str:
+        try:
+            fields = [field for field in Formatter().parse(value) if field[1] is not None]
+        except ValueError:  # braces that do not match
+            fields = [("", "", "", "")]
+        # a width, as in {subject:>9}, could make a path of any length
+        if any(name not in FIELDS or width or conversion for _, name, width, conversion in fields):
+            raise ValueError(f"a path with {{{'}, {'.join(FIELDS)}}} and no other fields")
+        return value
+
+
+def read(settings: EventSettings, root: Path, session: dict[str, Any], where: str | Path) -> pd.DataFrame:
+    """The events of a session: onset and end (s from the start of the harmonised run), and state.
+
+    Raises
+    ------
+    ConfigError
+        If the table is missing, or lacks a column, or an onset or duration is no number.
+    """
+    path = root / settings.path.format(**{name: session[name] for name in FIELDS})
+    if not (path.is_file() or path.is_symlink()):
+        raise ConfigError(
+            where, "events.path", f"no file {path}", f"the events of {session['key']}", "Give --events FOLDER"
+        )
+    table = tables.read(path, "a BIDS table of events")
+    for column in ("onset", "duration", settings.column):
+        if column not in table:
+            raise ConfigError(path, column, f"columns {', '.join(table.columns)}", f"a column {column}")
+    dropped_s = session.get("dropped_frames", 0) * session["source_tr"]
+    onset_E = table.numbers("onset") - dropped_s
+    length_E = np.nan_to_num(table.numbers("duration"))
+    found = pd.DataFrame({"onset": onset_E, "end": onset_E + length_E, "state": table.texts(settings.column)})
+    found = found.dropna(subset=["onset", "state"])
+    return found[found["state"].isin(settings.keep)] if settings.keep else found
+
+
+def states(events: pd.DataFrame, start_W: np.ndarray, seconds: float, delay: float) -> list[str | None]:
+    """State of each window.
+
+    Parameters
+    ----------
+    events : DataFrame
+        From `read`.
+    start_W : float array
+        Start of each window, s.
+    seconds : float
+        Length of a window, s.
+    delay : float
+        s.
+    """
+    onset_E, end_E = events["onset"].to_numpy() + delay, events["end"].to_numpy() + delay
+    state_E = events["state"].to_numpy()
+    names = np.unique(state_E)
+    found: list[str | None] = []
+    for start in start_W:
+        # An event without length is a moment: it counts as a tenth of a second.
+        length_E = np.maximum(end_E - onset_E, 0.1)
+        overlap_E = np.minimum(onset_E + length_E, start + seconds) - np.maximum(onset_E, start)
+        covers_E = overlap_E >= 0.5 * np.minimum(length_E, seconds) - 1e-9
+        share = [overlap_E[(state_E == name) & covers_E].sum() for name in names]
+        best = int(np.argmax(share)) if len(names) else 0
+        clear = len(names) > 0 and share[best] > 0 and sum(value == share[best] for value in share) == 1
+        found.append(str(names[best]) if clear else None)
+    return found

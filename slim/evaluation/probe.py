@@ -1,0 +1,396 @@
+"""Linear probes of frozen features beside the baselines, with intervals that a reviewer accepts.
+
+Every method (our weights, random weights with the same pooling, functional connectivity of the whole run and of the
+windows that were kept, the mean image; where states are decoded the parcel means of a window; where confounds are
+named those alone) goes through the same lines with the same splits: standardise, ridge or logistic regression whose
+penalty was chosen on the validation subjects, or by a cross-validation inside the training subjects
+(`slim.evaluation.linear`; attentive pooling is itself fitted there), one prediction for each test subject (the mean
+over its sessions) or window.
+
+Intervals resample subjects, never sessions or windows, and are paired: all methods are scored on the same draws. They
+carry the chance of which subjects were tested, not that of training on other ones. p is by permutation: the answers of
+the tested are dealt out anew (those of windows inside their subject), the predictions stay.
+
+Legend: N rows, sessions or windows (m of test); S subjects; U what is scored, subjects or windows; P features; K
+classes or 1; D the score and its draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from shards.format.layout import dump, write_atomically
+from shards.format.reader import Dataset
+from slim.evaluation import baselines as baseline
+from slim.evaluation import metrics, results
+from slim.evaluation.attentive import Attentive
+from slim.evaluation.linear import Linear
+from slim.evaluation.splits import Fold, Split
+from slim.evaluation.task import Cases, Task, make_splits
+from slim.inference.slim_brain import Features
+from slim.inference.vectors import common_places, pool, windows
+
+OURS = "ours"
+REPORT = "report.json"
+_QUESTION = ("type", "label", "split", "subjects", "test_subjects")  # facts that say what was asked of whom
+# Methods whose paired difference to ours is reported.
+COMPARED = ("random", "connectome", "connectome_kept", "parcel_means")
+
+
+class Method(Protocol):
+    """From the sessions of a task to predictions: a pooling and a linear model, fitted on training rows alone."""
+
+    def predict(self, fold: Fold) -> np.ndarray:
+        """Probabilities (m, K) or values (m, 1) of the test rows."""
+        ...
+
+
+def predict(
+    task: Task, cases: Cases, splits: list[Split], method: Method, repeat: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predictions of one repeat for all that is in a test side.
+
+    Parameters
+    ----------
+    task, cases
+    splits : list of Split
+        Of the repeat.
+    method : Method
+    repeat : int
+        Which of the task's repeats it is, from 0; for methods that keep something of each.
+
+    Returns
+    -------
+    subject_U, truth_U, guess_UK
+        The subject, a row of `cases.subjects`; the truth, in a regression z-scored by the mean and SD of the subjects
+        it was trained on; and the prediction: of a subject the mean over its sessions, of a window its own.
+    """
+    subject_U, truth_U, guess_UK = [], [], []
+    for number, split in enumerate(splits):
+        fold, answer_N = make_fold(task, cases, split, number, repeat)
+        guess_mK = method.predict(fold)
+        if cases.window_N is not None:
+            subject_U.append(cases.subject_N[split.test])
+            truth_U.append(answer_N[split.test])
+            guess_UK.append(guess_mK)
+            continue
+        of_m = cases.subject_N[split.test]
+        tested, first = np.unique(of_m, return_index=True)
+        subject_U.append(tested)
+        truth_U.append(answer_N[split.test][first])
+        guess_UK.append(np.stack([guess_mK[of_m == subject].mean(axis=0) for subject in tested]))
+    order = np.argsort(np.concatenate(subject_U), kind="stable")
+    joined = [np.concatenate(part)[order] for part in (subject_U, truth_U, guess_UK)]
+    return joined[0], joined[1], joined[2]
+
+
+def make_fold(task: Task, cases: Cases, split: Split, number: int = 0, repeat: int = 0) -> tuple[Fold, np.ndarray]:
+    """A split as a method sees it, and what all rows answer: values z-scored by the subjects it is fitted on.
+
+    Parameters
+    ----------
+    task, cases, split
+    number : int
+        Of the split in its repeat; draws of its own.
+    repeat : int
+        Of the repeat in the task.
+    """
+    fitted, answer_N = split.fitted, cases.answer_N
+    if task.type == "regression":
+        mean, sd = scale_of(cases, fitted)
+        answer_N = (answer_N - mean) / sd
+    fold = Fold(
+        "regression" if task.type == "regression" else "classification",
+        len(cases.classes),
+        fitted,
+        split.test,
+        answer_N[fitted],
+        cases.family_S[cases.subject_N[fitted]],
+        task.split.seed + number,
+        np.isin(fitted, split.val) if len(split.val) else None,
+        repeat,
+    )
+    return fold, answer_N
+
+
+def scale_of(cases: Cases, rows: np.ndarray) -> tuple[float, float]:
+    """Mean and SD of the values of these rows' subjects, each counted once."""
+    truth_S = cases.truth_S[np.unique(cases.subject_N[rows])]
+    return float(truth_S.mean()), float(max(truth_S.std(), 1e-12))
+
+
+Scores = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+def score(task: Task, cases: Cases, splits: list[list[Split]], method: Method) -> dict[str, np.ndarray]:
+    """Each metric of one method, (D,): the score, then its bootstrap draws. See `score_and_permute`."""
+    return score_and_permute(task.model_copy(update={"permutations": 0}), cases, splits, method)[0]
+
+
+def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], method: Method) -> Scores:
+    """Each metric of one method, (D,): the score, then its bootstrap draws; and under shuffled answers.
+
+    A metric is taken for each repeat over all that was tested, then averaged over repeats: predictions of
+    repeats are never averaged, which would score an ensemble.
+    """
+    seed = task.split.seed
+    if task.type == "fingerprint":
+        ((split,),) = splits
+        assert isinstance(method, Linear)  # `Task` refuses a pooling that is trained
+        ranked_NN = metrics.ranking(method.vectors(split.fitted)[split.test])
+        who_N = cases.subject_N[split.test]
+        of_subject = metrics.found_again(ranked_NN, who_N)
+        weight_DS = metrics.bootstrap_weights(len(of_subject["top1"]), task.bootstrap, seed)
+        found = {name: weight_DS @ value_S / weight_DS.sum(axis=1) for name, value_S in of_subject.items()}
+        orders = metrics.shuffles(np.zeros_like(who_N), task.permutations, seed)
+
+        def again(shuffled_N: np.ndarray) -> dict[str, np.ndarray]:
+            return {name: value_S.mean()[None] for name, value_S in metrics.found_again(ranked_NN, shuffled_N).items()}
+
+        return found, metrics.permuted(again, who_N, orders)
+    scores: list[dict[str, np.ndarray]] = []
+    shuffled: list[dict[str, np.ndarray]] = []
+    for repeat, parts in enumerate(splits):
+        subject_U, truth_U, guess_UK = predict(task, cases, parts, method, repeat)
+        tested, number_U = np.unique(subject_U, return_inverse=True)
+        weight_DS = metrics.bootstrap_weights(len(tested), task.bootstrap, seed)
+        group_U = np.zeros_like(number_U) if cases.window_N is None else number_U
+        scores.append(_measure(task, guess_UK, weight_DS, number_U)(truth_U))
+        orders = metrics.shuffles(group_U, task.permutations, seed)
+        measure = _measure(task, guess_UK, np.ones((1, len(tested))), number_U)
+        shuffled.append(metrics.permuted(measure, truth_U, orders))
+    return _mean(scores), _mean(shuffled)
+
+
+def _measure(
+    task: Task, guess_UK: np.ndarray, weight_DS: np.ndarray, number_U: np.ndarray
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """From answers (U,) to the metrics of these predictions; `number_U`: whose weight, a column, each one has."""
+    if task.type == "regression":
+        weight_DU = weight_DS[:, number_U]
+        return lambda truth_U: metrics.regression(truth_U, guess_UK[:, 0], weight_DU)
+    return metrics.Classification(guess_UK, weight_DS, number_U)
+
+
+def _mean(scores: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.mean([each[name] for each in scores], axis=0) for name in (scores[0] if scores else ())}
+
+
+def baselines(task: Task, cases: Cases, dataset: Dataset) -> dict[str, Method]:
+    """The methods of a task that need no encoder."""
+    methods: dict[str, Method] = {}
+    sessions = cases.distinct()
+    at = {session["key"]: row for row, session in enumerate(sessions)}
+    row_N = np.array([at[session["key"]] for session in cases.sessions])
+    if cases.window_N is not None:
+        methods["parcel_means"] = _fixed(baseline.parcel_means(dataset, cases.sessions, cases.window_N))
+    else:
+        whole_NE, kept_NE = baseline.connectomes(dataset, sessions)
+        methods["connectome"] = _fixed(whole_NE[row_N])
+        if not np.array_equal(whole_NE, kept_NE):  # where all windows are kept they are the same
+            methods["connectome_kept"] = _fixed(kept_NE[row_N])
+    methods["mean_image"] = _fixed(baseline.mean_image(dataset, sessions)[row_N])
+    if task.confounds:
+        methods["confounds"] = _fixed(baseline.confounds(cases.sessions, task.confounds))
+    return methods
+
+
+def encoder_method(
+    task: Task, cases: Cases, features: Mapping[str, Features], device: torch.device | str = "cpu"
+) -> Method:
+    """The probe of an encoder under the task's pooling, given the features of every session by key."""
+    mine = [features[session["key"]] for session in cases.sessions]
+    if cases.window_N is not None:
+        return _fixed(window_vectors([features[s["key"]] for s in cases.distinct()], cases, task.pooling))
+    if task.pooling == "attentive":
+        return Attentive(mine, device)
+    if task.pooling == "cov":
+        return Linear(partial(pool, mine, "cov", task.components))
+    return _fixed(pool(mine, task.pooling, task.components, np.arange(0)))  # nothing is fitted
+
+
+def window_vectors(features: Sequence[Features], cases: Cases, pooling: str) -> np.ndarray:
+    """A vector for each row's window, float32 (N, P): its tokens, place by place (`location`) or their mean.
+
+    Parameters
+    ----------
+    features : sequence of Features
+        Of the sessions, each once.
+    cases : Cases
+        Of windows.
+    pooling : "location" or "mean"
+    """
+    assert cases.window_N is not None
+    place_L = common_places(features)
+    start_of = {item.key: windows(item, place_L) for item in features}
+    rows = []
+    for session, start in zip(cases.sessions, cases.window_N, strict=True):
+        start_W, x_WLC = start_of[session["key"]]
+        x_LC = x_WLC[int(np.argmin(np.abs(start_W - start)))]
+        rows.append(x_LC.ravel() if pooling == "location" else x_LC.mean(axis=0))
+    return np.stack(rows)
+
+
+def _fixed(vector_NP: np.ndarray) -> Linear:
+    return Linear(lambda train: vector_NP)
+
+
+def run_task(
+    task: Task, cases: Cases, methods: Mapping[str, Method], where: str | Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All methods on one task, `ours` among them: `score_and_permute`, then `summarise`."""
+    splits = make_splits(task, cases, where)
+    each = {name: [score_and_permute(task, cases, splits, method)] for name, method in methods.items()}
+    return summarise(task, cases, splits, each)
+
+
+def summarise(
+    task: Task, cases: Cases, splits: list[list[Split]], scored: Mapping[str, Sequence[Scores]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a report says of one task.
+
+    Parameters
+    ----------
+    task, cases, splits
+    scored : mapping of method to one Scores a training seed
+        Those of several seeds are averaged draw by draw: an interval is then that of the recipe's mean score over
+        which subjects were tested.
+
+    Returns
+    -------
+    results, facts : dict
+        `results[method][metric]` is {"value", "low", "high", "p"}, the 95 % interval over subjects and the p of a
+        permutation test, and of several seeds {"seeds"}, the score of each; `facts` says what was done, with
+        `differences[method][metric]` of ours minus that method, on the same draws.
+    """
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, each in scored.items():
+        scores[name], shuffled = (_mean([found[part] for found in each]) for part in (0, 1))
+        results[name] = {
+            metric: {**metrics.interval(value_D), "p": metrics.p_value(metric, value_D[0], shuffled[metric])}
+            for metric, value_D in scores[name].items()
+        }
+        if len(each) > 1:
+            for metric, result in results[name].items():
+                result["seeds"] = [float(found[metric][0]) for found, _ in each]
+    return results, task_facts(task, cases, splits) | {
+        "differences": {
+            name: {metric: metrics.interval(scores[OURS][metric] - value_D) for metric, value_D in scores[name].items()}
+            for name in COMPARED
+            if name in scores
+        }
+    }
+
+
+def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> dict[str, Any]:
+    """What was asked, of whom and how: the part of a report that all methods share."""
+    tested = np.unique(np.concatenate([cases.subject_N[split.test] for split in splits[0]]))
+    facts: dict[str, Any] = {
+        "type": task.type,
+        "label": task.label,
+        "split": task.split.model_dump(),
+        "pooling": task.pooling,
+        "components": task.components if task.pooling == "cov" else None,
+        "bootstrap": task.bootstrap,
+        "permutations": task.permutations,
+        "confounds": list(task.confounds),
+        "sessions": len(cases.distinct()),
+        "subjects": len(cases.subjects),
+        "test_subjects": len(tested),
+        "left_out": cases.left_out,
+    }
+    if task.type == "state":
+        rows = np.concatenate([split.test for split in splits[0]])
+        facts["windows"] = len(cases.sessions)
+        facts["classes"] = {name: int((cases.answer_N[rows] == k).sum()) for k, name in enumerate(cases.classes)}
+    if task.type == "classification":
+        facts["classes"] = {name: int((cases.truth_S[tested] == k).sum()) for k, name in enumerate(cases.classes)}
+    if task.type == "fingerprint":
+        facts["chance"] = metrics.fingerprint_chance(cases.subject_N[splits[0][0].test])
+    return facts
+
+
+def write_report(folder: Path, tasks: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Put these tasks into `folder/report.json`, beside those that are there, and draw `folder/NAME.png`.
+
+    Methods that answered the same task of the same subjects before stay, unless they are among the new ones.
+
+    Returns
+    -------
+    dict
+        The whole report: {"tasks": {name: results}, "facts": {name: facts}}.
+
+    Raises
+    ------
+    ConfigError
+        If the file there is no such report.
+    """
+    report = read_report(folder)
+    for name, scores in tasks.items():
+        before = report["facts"].get(name)
+        if before is not None and name in report["tasks"] and differs(before, facts[name]) is None:
+            scores, about = report["tasks"][name] | scores, before | facts[name]
+        else:
+            about = facts[name]
+        report["tasks"][name], report["facts"][name] = scores, about
+        folder.mkdir(parents=True, exist_ok=True)
+        plot(name, scores, about, folder / f"{name}.png")
+    write_atomically(folder / REPORT, dump(report) + "\n")
+    return report
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report in a folder, an empty one where there is none; ConfigError if the file is something else."""
+    path = folder / REPORT
+    if not path.exists():
+        return {"tasks": {}, "facts": {}}
+    return results.read(path)
+
+
+def differs(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first fact by which two tasks are not the same question to the same subjects, if there is one."""
+    pairs = ((name, dump(one.get(name)), dump(other.get(name))) for name in _QUESTION)
+    return next((name for name, mine, theirs in pairs if mine != theirs), None)
+
+
+def plot(name: str, results: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
+    """One panel a metric, as a PNG: a point and its interval for each method; dotted, chance where it is known."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    methods, names = list(results), list(next(iter(results.values())))
+    figure = Figure(figsize=(1.4 + 2.5 * len(names), 1.5 + 0.36 * len(methods)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    levels = metrics.levels(facts, names)
+    for axis, metric in zip(panels, names, strict=True):
+        for row, method in enumerate(methods):
+            value = results[method][metric]
+            colour = "tab:blue" if method == OURS else "0.35"
+            if value["low"] is not None:
+                axis.plot([value["low"], value["high"]], [row, row], color=colour, lw=2)
+            if value["value"] is not None:
+                axis.plot(value["value"], row, "o", color=colour, ms=6)
+        if metric in levels:
+            axis.axvline(levels[metric], color="tab:red", ls=":", lw=1)
+        axis.set_title(metrics.words(metric), fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", color="0.9")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    panels[0].set_yticks(range(len(methods)), [method.replace("_", " ") for method in methods])
+    panels[0].set_ylim(len(methods) - 0.5, -0.5)
+    dotted = metrics.caption("dotted", names, levels)
+    figure.suptitle(
+        f"{name}: {facts['test_subjects']} test subjects, {facts['pooling']} pooling, "
+        f"95 % intervals over subjects{'; ' if dotted else ''}{dotted}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,170 @@
+"""Who is trained on and who is tested: a subject, or a family, is never on both sides.
+
+The seed and the people decide alone, so every method is given the same splits.
+
+Legend: N rows (n of training, m of test); S subjects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, ValidationInfo, field_validator
+
+from shards.conversion.splits import SPLITS, split_people
+from shards.core.settings import Settings
+
+_INNER_FOLDS = 5
+
+
+class SplitSettings(Settings):
+    """How subjects are divided."""
+
+    kind: Literal["folds", "holdout", "dataset", "all"] = Field(
+        default="folds",
+        description="repeated k-fold by subject; train, validation and test by subject; the dataset's own test "
+        "subjects; no split",
+    )
+    folds: int = Field(default=5, ge=2, description="of `folds`")
+    shares: tuple[float, float, float] = Field(default=(0.7, 0.1, 0.2), description="of `holdout`")
+    repeats: int = Field(default=5, ge=1, description="times the subjects are divided anew")
+    family: str | None = Field(default=None, description="column of the participants table; families stay together")
+    seed: int = Field(default=0, ge=0, description="of the divisions, the bootstrap and the permutations")
+
+    @field_validator("shares")
+    @classmethod
+    def _is_whole(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(value) <= 0 or abs(sum(value) - 1) > 1e-6:
+            raise ValueError(f"shares above 0 that add up to 1, not to {sum(value):g}")
+        return value
+
+    @field_validator("family")
+    @classmethod
+    def _is_used(cls, value: str | None, others: ValidationInfo) -> str | None:
+        if value is not None and others.data.get("kind") in ("dataset", "all"):
+            raise ValueError(f"split.kind folds or holdout: {others.data['kind']} divides nobody")
+        return value
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of the training, the validation and the test side, int each, ascending.
+
+    `val` is what choices are made on; where it is empty they are made by a cross-validation inside `train`.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+    @property
+    def fitted(self) -> np.ndarray:
+        """All rows that may be fitted on once everything is chosen."""
+        return np.sort(np.concatenate([self.train, self.val]))
+
+
+@dataclass
+class Fold:
+    """One split as a method sees it: what the test rows answer is not in it.
+
+    Attributes
+    ----------
+    kind : "classification" or "regression"
+    classes : K
+    train, test : rows, int (n,) and (m,); training and validation are `train` together
+    answer_n : class number of each training row, or its value, z-scored over the training subjects
+    subject_n : whose each training row is: the subject, or the family where those stay together
+    seed : of all that is drawn
+    val_n : which training rows choices are made on, bool (n,); None: by cross-validation
+    repeat : number of the division of the subjects that it is of, from 0: two repeats may test the same people
+    """
+
+    kind: str
+    classes: int
+    train: np.ndarray
+    test: np.ndarray
+    answer_n: np.ndarray
+    subject_n: np.ndarray
+    seed: int
+    val_n: np.ndarray | None = None
+    repeat: int = 0
+
+    def inner(self) -> np.ndarray:
+        """Inner fold of each training row, int (n,), for whatever is chosen rather than fitted; -1: never held out.
+
+        Rows of one group stay together, and every inner training side holds every class.
+        """
+        if self.val_n is not None:
+            return np.where(self.val_n, 0, -1)
+        is_class = self.kind == "classification"
+        subjects, first, number_n = np.unique(self.subject_n, return_index=True, return_inverse=True)
+        answers_S = np.bincount(np.unique(np.stack([number_n, self.answer_n]), axis=1)[0].astype(int))
+        if is_class and answers_S.max() > 1:  # states: everybody answers in many ways
+            stratum_S = np.zeros(len(subjects), np.int64)
+            rarest = min(len(np.unique(number_n[self.answer_n == k])) for k in np.unique(self.answer_n))
+        else:
+            stratum_S = strata(self.answer_n[first], self.kind)
+            rarest = np.unique(stratum_S, return_counts=True)[1].min() if is_class else len(subjects)
+        fold_S = deal(stratum_S, int(max(2, min(_INNER_FOLDS, rarest))), np.random.default_rng(self.seed))
+        return fold_S[number_n]
+
+
+def deal(stratum_S: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
+    """Fold of each subject, int (S,): strata are shuffled and dealt one after another, like cards.
+
+    Each stratum, and the whole, is spread over the folds as evenly as its size allows.
+    """
+    shuffled = rng.permutation(len(stratum_S))
+    dealt = shuffled[np.argsort(stratum_S[shuffled], kind="stable")]
+    fold_S = np.empty(len(stratum_S), np.int64)
+    fold_S[dealt] = np.arange(len(dealt)) % folds
+    return fold_S
+
+
+def strata(truth_S: np.ndarray, kind: str) -> np.ndarray:
+    """What folds are balanced by, int (S,): the class, or which quarter of the values."""
+    if kind == "classification":
+        return truth_S.astype(np.int64)
+    if kind == "state":
+        return np.zeros(len(truth_S), np.int64)
+    return np.searchsorted(np.quantile(truth_S, (0.25, 0.5, 0.75)), truth_S)
+
+
+def divide(
+    settings: SplitSettings, kind: str, truth_S: np.ndarray, family_S: np.ndarray, subject_N: np.ndarray
+) -> list[list[Split]]:
+    """Subjects divided `settings.repeats` times: a list of repeats, each a list of splits.
+
+    Parameters
+    ----------
+    settings : SplitSettings
+        Of the kinds `folds` or `holdout`.
+    kind : str
+        Type of the task; classes, or quarters of the values, are divided alike.
+    truth_S : array
+        Class or value of each subject.
+    family_S : int array
+        Family of each subject; a subject without one is its own.
+    subject_N : int array
+        Subject of each row.
+    """
+    rows = np.arange(len(subject_N))
+    stratum_S = strata(truth_S, kind)
+    _, first, number_S = np.unique(family_S, return_index=True, return_inverse=True)
+    repeats = []
+    for repeat in range(settings.repeats):
+        if settings.kind == "folds":
+            rng = np.random.default_rng((settings.seed, repeat))
+            fold_N = deal(stratum_S[first], settings.folds, rng)[number_S][subject_N]
+            repeats.append([Split(rows[fold_N != k], rows[:0], rows[fold_N == k]) for k in range(settings.folds)])
+        else:
+            people = [("", f"{subject:09d}") for subject in range(len(truth_S))]
+            of_stratum = {person: str(stratum) for person, stratum in zip(people, stratum_S, strict=True)}
+            of_family = {person: int(number) for person, number in zip(people, number_S, strict=True)}
+            seed = int(np.random.default_rng((settings.seed, repeat)).integers(2**31))
+            side_of = split_people(of_stratum, settings.shares, seed, of_family)
+            side_N = np.array([side_of[person] for person in people])[subject_N]
+            repeats.append([Split(*(rows[side_N == side] for side in SPLITS))])
+    return repeats

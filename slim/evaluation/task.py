@@ -1,0 +1,439 @@
+"""What a probe is asked: a task from YAML, the sessions or windows that can answer it, their splits by subject.
+
+Legend: N rows: sessions, or windows where states are decoded (n of training, m of test); S subjects.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from shards.core.errors import ConfigError, DatasetError
+from shards.core.settings import Settings, load
+from shards.format.reader import Dataset
+from slim.checkpoints.seen import person
+from slim.evaluation import events
+from slim.evaluation.events import EventSettings
+from slim.evaluation.labels import is_missing, number, refuse_lookalikes, word
+from slim.evaluation.splits import Fold, Split, SplitSettings, divide
+
+__all__ = ["Cases", "Fold", "Split", "Task", "find_cases", "load_task", "make_splits"]
+
+Pooling = Literal["mean", "mean+sd", "location", "attentive", "cov"]
+
+# Fewest subjects of a class (or, in a regression, of the whole) on each side of a split: the training side is
+# itself divided once more to choose the penalty where there is no validation side.
+_LEAST = {
+    "training": {"classification": 2, "state": 2, "regression": 4},
+    "validation": {"classification": 1, "state": 1, "regression": 2},
+    "test": {"classification": 1, "state": 1, "regression": 3},
+}
+
+
+class Task(Settings):
+    """One question asked of frozen features."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    type: Literal["classification", "regression", "fingerprint", "state"]
+    label: str | None = Field(default=None, description="column of the participants table")
+    classes: dict[str, tuple[str, ...]] | None = Field(
+        default=None, description="values of the column that make each class; sessions of other values are left out"
+    )
+    edges: tuple[float, ...] = Field(default=(), description="numbers that part the column into classes, ascending")
+    missing: tuple[str, ...] = Field(default=(), description="values that stand for a missing one, such as -9999")
+    events: EventSettings | None = Field(default=None, description="tables of what is decoded; type: state")
+    split: SplitSettings = SplitSettings()
+    pooling: Pooling = "cov"
+    components: int = Field(default=3, ge=1, description="principal components of the tokens, for `cov`")
+    confounds: tuple[str, ...] = Field(
+        default=(), description="columns, or facts of a session such as mean_fd_mm, that are a baseline of their own"
+    )
+    bootstrap: int = Field(default=1000, ge=100, description="draws of subjects behind each interval")
+    permutations: int = Field(default=1000, ge=99, description="shuffles of the answers behind each p")
+    data: str = Field(default="", description="the folder that is expected, and how it is made")
+    description: str = ""
+    source: str = Field(default="", description="where the data come from, and under what licence")
+
+    @field_validator("pooling")
+    @classmethod
+    def _learns_nothing(cls, pooling: Pooling, info: ValidationInfo) -> Pooling:
+        if pooling == "attentive" and info.data.get("type") == "fingerprint":
+            raise ValueError("mean, mean+sd, location or cov: a fingerprint trains nothing, attention is trained")
+        return pooling
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Task:
+        if (self.events is not None) != (self.type == "state"):
+            raise ValueError("events for type: state, which is decoded from them, and for no other")
+        if (self.classes or self.edges) and self.type != "classification":
+            raise ValueError(f"no classes or edges: a {self.type} has none")
+        if self.classes and self.edges:
+            raise ValueError("either classes or edges")
+        if self.classes:
+            taken: dict[str, str] = {}
+            for name, values in self.classes.items():
+                for value in map(word, values):
+                    if taken.setdefault(value, name) != name:
+                        raise ValueError(f"values of one class each: {value} is in {taken[value]} and in {name}")
+        if list(self.edges) != sorted(set(self.edges)):
+            raise ValueError(f"edges that ascend, not {', '.join(map(str, self.edges))}")
+        if self.type == "fingerprint":
+            if self.label is not None:
+                raise ValueError("no label: a fingerprint asks who it is")
+            if self.split.kind not in ("all", "dataset"):
+                raise ValueError("split.kind all or dataset: a fingerprint trains nothing")
+            if self.confounds:
+                raise ValueError("no confounds: they do not tell who somebody is")
+        elif self.type == "state":
+            if self.label is not None:
+                raise ValueError("no label: states come from events")
+            if self.pooling not in ("mean", "location"):
+                raise ValueError(f"pooling: mean or location of a window, not {self.pooling}, which takes whole runs")
+            if self.confounds:
+                raise ValueError("no confounds: they are the same in all windows of a session")
+        elif self.label is None:
+            raise ValueError(f"a label, the column that this {self.type} predicts")
+        if self.type != "fingerprint" and self.split.kind == "all":
+            raise ValueError(f"split.kind folds, holdout or dataset: a {self.type} is fitted")
+        return self
+
+
+def load_task(path: str | Path) -> Task:
+    """A checked task from a YAML file; raises ConfigError with file, field, got and expected."""
+    return load(Task, path)
+
+
+@dataclass
+class Cases:
+    """What can answer a task, and whose it is.
+
+    Attributes
+    ----------
+    sessions : list of dict
+        Line of the dataset of each row.
+    subject_N : subject of each row, int, a row of `subjects`
+    subjects : (people, subject) of each subject: the same person in cohorts that share their people
+    truth_S : class number or value of each subject (the mean over sessions where a value differs); 0 for
+        a fingerprint, and where windows answer
+    classes : names of the classes, in order of their numbers
+    left_out : how many sessions (windows) were left out, by reason
+    family_S : family of each subject, int; a subject without one is its own
+    window_N : start (s) of each row's window; None where sessions answer
+    state_N : class number of each row's window; None where sessions answer
+    """
+
+    sessions: list[dict[str, Any]]
+    subject_N: np.ndarray
+    subjects: list[tuple[str, str]]
+    truth_S: np.ndarray
+    classes: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    family_S: np.ndarray = field(default_factory=lambda: np.arange(0))
+    window_N: np.ndarray | None = None
+    state_N: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.family_S):
+            self.family_S = np.arange(len(self.subjects))
+
+    @property
+    def answer_N(self) -> np.ndarray:
+        """What each row answers."""
+        return self.truth_S[self.subject_N] if self.state_N is None else self.state_N
+
+    def distinct(self) -> list[dict[str, Any]]:
+        """The sessions, each once."""
+        return [*{id(session): session for session in self.sessions}.values()]
+
+
+def find_cases(
+    task: Task, dataset: Dataset, least_windows: int, where: str | Path, event_root: Path | None = None
+) -> Cases:
+    """The sessions of `dataset`, or their windows, that can be used for `task`.
+
+    Parameters
+    ----------
+    task : Task
+    dataset : Dataset
+    least_windows : int
+        Windows a session must have kept for the model to read it.
+    where : str or Path
+        The task's file, named in errors.
+    event_root : Path, optional
+        Folder of events; without it the task's own.
+
+    Raises
+    ------
+    ConfigError
+        If no session carries the label, a value cannot be what the task says, a subject is of two classes or two
+        families, values of a column look alike (1 and 01), a confound is the same for all, or there are no events.
+    """
+    left_out: Counter[str] = Counter()
+    kept = []
+    for session in dataset.sessions:
+        missing = [name for name in task.confounds if is_missing(fact(session, name), task.missing)]
+        value = None if task.label is None else session["labels"].get(task.label)
+        if task.label is not None and is_missing(value, task.missing):
+            left_out["without the label"] += 1
+        elif task.type == "classification" and _class(value, task, where) is None:
+            left_out["of another class"] += 1
+        elif session["n_kept"] < least_windows:
+            left_out[f"fewer than {least_windows} windows"] += 1
+        elif missing:
+            left_out[f"without {missing[0]}"] += 1
+        else:
+            kept.append(session)
+    if task.type == "fingerprint":
+        count = Counter(person(session) for session in kept)
+        left_out["only session of its subject"] = sum(count[person(session)] == 1 for session in kept)
+        kept = [session for session in kept if count[person(session)] > 1]
+    windows: list[tuple[float, str]] = []
+    if task.events is not None:
+        root = event_root or Path(where).parent / (task.events.root or ".")
+        kept, windows = _windows(task.events, dataset, kept, root, where, left_out)
+    if not kept:
+        _nothing(task, dataset, left_out, where)
+
+    subjects = sorted({person(session) for session in kept})
+    place_of = {subject: index for index, subject in enumerate(subjects)}
+    subject_N = np.array([place_of[person(session)] for session in kept])
+    cases = Cases(kept, subject_N, subjects, np.zeros(len(subjects)))
+    cases.left_out = {reason: count for reason, count in left_out.items() if count}
+    cases.family_S = _families(task, cases, where)
+    if task.type == "state":
+        cases.classes = sorted({state for _, state in windows})
+        cases.window_N = np.array([start for start, _ in windows])
+        cases.state_N = np.array([cases.classes.index(state) for _, state in windows])
+    elif task.type == "classification":
+        values = [_class(session["labels"][task.label], task, where) or "" for session in kept]
+        cases.classes = sorted(set(values))
+        if not task.classes and not task.edges:
+            refuse_lookalikes(cases.classes, str(task.label), where, "label")
+        value_N = np.array([cases.classes.index(value) for value in values])
+        for index, subject in enumerate(subjects):
+            found = sorted({cases.classes[value] for value in value_N[subject_N == index]})
+            if len(found) > 1:
+                got = f"{' and '.join(found)} for subject {subject[1]} of {subject[0]}"
+                raise ConfigError(where, "label", got, "one class for each subject")
+        cases.truth_S = np.array([value_N[subject_N == index][0] for index in range(len(subjects))])
+    elif task.type == "regression":
+        value_N = np.array([_number(session["labels"][task.label], task, where) for session in kept])
+        cases.truth_S = np.array([value_N[subject_N == index].mean() for index in range(len(subjects))])
+    _check_confounds(task, cases, where)
+    return cases
+
+
+def _check_confounds(task: Task, cases: Cases, where: str | Path) -> None:
+    """Refuse a confound that is the same for everybody, which predicts nothing, and values that look alike."""
+    for name in task.confounds:
+        values = [fact(session, name) for session in cases.sessions]
+        words = {word(value) for value in values}
+        if len(words) == 1:
+            got = f"the same value {words.pop()} of {name} for all {len(cases.subjects)} people"
+            raise ConfigError(where, "confounds", got, "values that differ", "Take it out of the confounds")
+        if any(number(value) is None for value in values):
+            refuse_lookalikes(words, name, where, "confounds")
+
+
+def fact(session: dict[str, Any], name: str) -> Any:
+    """A label of a session's subject, or else one of the session's own numbers; None where it has neither."""
+    return session["labels"].get(name, session.get(name))
+
+
+def _windows(
+    settings: EventSettings,
+    dataset: Dataset,
+    sessions: list[dict[str, Any]],
+    root: Path,
+    where: str | Path,
+    left_out: Counter[str],
+) -> tuple[list[dict[str, Any]], list[tuple[float, str]]]:
+    """Kept windows with a state: their sessions, and their starts (s) and states, in time order."""
+    rows, found = [], []
+    for session in sessions:
+        start_W = np.sort(dataset.read(session, ("start",))["start"]) * float(session["tr"])
+        table = events.read(settings, root, session, where)
+        names = events.states(table, start_W, dataset.frames * session["tr"], settings.delay)
+        for start, name in zip(start_W.tolist(), names, strict=True):
+            if name is None:
+                left_out["of no state, or of two (windows)"] += 1
+            else:
+                rows.append(session)
+                found.append((start, name))
+    return rows, found
+
+
+def _nothing(task: Task, dataset: Dataset, left_out: Counter[str], where: str | Path) -> NoReturn:
+    """Say why there is nothing to answer the task."""
+    columns = sorted({name for session in dataset.sessions for name in session["labels"]})
+    if task.label is not None and left_out["without the label"]:
+        raise ConfigError(
+            where,
+            "label",
+            f"{task.label}, which no session of {dataset.folder} has",
+            f"one of {', '.join(columns) or 'the labels (the dataset has none)'}",
+        )
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+    raise ConfigError(where, "", f"no session of {dataset.folder} ({reasons})", "sessions of use")
+
+
+def _families(task: Task, cases: Cases, where: str | Path) -> np.ndarray:
+    """Family of each subject, int (S,); a subject without one is its own."""
+    column = task.split.family
+    family_S = np.arange(len(cases.subjects))
+    if column is None:
+        return family_S
+    first: dict[str, int] = {}
+    for index, subject in enumerate(cases.subjects):
+        mine = [cases.sessions[row]["labels"] for row in np.flatnonzero(cases.subject_N == index)]
+        found = {word(labels[column]) for labels in mine if not is_missing(labels.get(column), task.missing)}
+        if len(found) > 1:
+            got = f"{' and '.join(sorted(found))} for subject {subject[1]}"
+            raise ConfigError(where, "split.family", got, "one family for each subject")
+        if found:
+            family_S[index] = first.setdefault(found.pop(), index)
+    if not first:
+        got = f"{column}, which no session has"
+        raise ConfigError(where, "split.family", got, "a column of the participants table")
+    refuse_lookalikes(first, column, where, "split.family")
+    return family_S
+
+
+def _class(value: Any, task: Task, where: str | Path) -> str | None:
+    """The class of a label; None where it belongs to none of those that are asked about."""
+    if task.classes is not None:
+        found = word(value)
+        return next((name for name, values in task.classes.items() if found in map(word, values)), None)
+    if not task.edges:
+        return word(value)
+    position, edges = _number(value, task, where), task.edges
+    place = sum(position >= edge for edge in edges)
+    if place == 0:
+        return f"below {edges[0]:g}"
+    return f"from {edges[place - 1]:g}" + (f" to {edges[place]:g}" if place < len(edges) else "")
+
+
+def _number(value: Any, task: Task, where: str | Path) -> float:
+    found = number(value)
+    if found is None:
+        hint = "Use type: classification, list the value under `missing`, or take another column"
+        raise ConfigError(where, "label", f"{value!r} in column {task.label}", "a number", hint)
+    return found
+
+
+def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[Split]]:
+    """Rows to train on, to choose by and to test: a list of repeats, each a list of splits.
+
+    The seed and the people decide alone, so every method is given the same splits. No subject, or family, is on two
+    sides, except under `all`, where nothing is trained.
+
+    Raises
+    ------
+    ConfigError
+        If a class has one person, a value is the same for all, or a side of a split has too few subjects of a class.
+    DatasetError
+        If the dataset itself has a subject in two splits.
+    """
+    rows = np.arange(len(cases.sessions))
+    if task.type == "fingerprint" and len(cases.subjects) < 2:
+        raise ConfigError(where, "", f"{len(cases.subjects)} subjects with two sessions", "at least 2")
+    if task.split.kind == "all":
+        return [[Split(rows, rows[:0], rows)]]
+    if task.split.kind == "dataset":
+        side_N = np.array([session["split"] for session in cases.sessions])
+        repeats = [[Split(rows[side_N != "test"], rows[:0], rows[side_N == "test"])]]
+    else:
+        families = len(np.unique(cases.family_S))
+        if task.split.kind == "folds" and task.split.folds > families:
+            most = f"at most {families}, the number of {'families' if task.split.family else 'subjects'}"
+            raise ConfigError(where, "split.folds", task.split.folds, most)
+        repeats = divide(task.split, task.type, cases.truth_S, cases.family_S, cases.subject_N)
+    _check_answers(task, cases, where)
+    for splits in repeats:
+        for split in splits:
+            _apart(cases, split, where)
+            if task.type != "fingerprint":
+                _enough(task, cases, split.train, "training", where)
+                _check_spread(task, cases, split.fitted, "training ", where)
+                if len(split.val):
+                    _enough(task, cases, split.val, "validation", where)
+        scored = np.concatenate([split.test for split in splits])
+        if task.type == "fingerprint":
+            if len(np.unique(cases.subject_N[scored])) < 2:
+                raise ConfigError(where, "split", "fewer than 2 test subjects", "2", "Use split.kind: all")
+        else:
+            _enough(task, cases, scored, "test", where)
+    return repeats
+
+
+def _check_answers(task: Task, cases: Cases, where: str | Path) -> None:
+    """Refuse answers that no split of the subjects could make a question of.
+
+    Raises
+    ------
+    ConfigError
+        If there is one class alone, a class of one person, or everybody has the same value.
+    """
+    field = (task.label and "label") or "events"
+    if task.type in ("classification", "state"):
+        if len(cases.classes) < 2:
+            got = f"only {cases.classes[0]} in {task.label or 'the events'}"
+            raise ConfigError(where, field, got, "two or more classes")
+        people = _people(cases, np.arange(len(cases.sessions)))
+        alone = [name for name, count in people.items() if count == 1]
+        if alone:
+            others = ", ".join(f"{name} {count}" for name, count in people.items())
+            got = f"1 person of class {alone[0]} (people of each class: {others})"
+            hint = "Leave that class out, or join classes, by `classes` in the task"
+            raise ConfigError(where, field, got, "several people of every class", hint if task.label else "")
+    _check_spread(task, cases, np.arange(len(cases.sessions)), "", where)
+
+
+def _check_spread(task: Task, cases: Cases, rows: np.ndarray, side: str, where: str | Path) -> None:
+    """Refuse a regression in which all these rows' subjects have the same value."""
+    if task.type != "regression":
+        return
+    value_S = cases.truth_S[np.unique(cases.subject_N[rows])]
+    if len(value_S) and value_S.min() == value_S.max():
+        got = f"the same value {value_S[0]:g} of {task.label} for all {len(value_S)} {side}people"
+        hint = "Take another column" if not side else "Use other folds or shares, or more subjects"
+        raise ConfigError(where, "label", got, "values that differ", hint)
+
+
+def _people(cases: Cases, rows: np.ndarray) -> dict[str, int]:
+    """How many subjects each class has in these rows."""
+    answer, subject = cases.answer_N[rows], cases.subject_N[rows]
+    return {name: len(np.unique(subject[answer == index])) for index, name in enumerate(cases.classes)}
+
+
+def _apart(cases: Cases, split: Split, where: str | Path) -> None:
+    """DatasetError where somebody, or a family, is on two sides."""
+    sides = [np.unique(cases.family_S[cases.subject_N[rows]]) for rows in (split.train, split.val, split.test)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        shared = np.intersect1d(sides[one], sides[other])
+        if len(shared):
+            name = cases.subjects[int(np.flatnonzero(cases.family_S == shared[0])[0])][1]
+            raise DatasetError(where, "split", f"subject {name} on both sides", "each subject on one")
+
+
+def _enough(task: Task, cases: Cases, rows: np.ndarray, side: str, where: str | Path) -> None:
+    """Refuse a side of a split that has too few subjects."""
+    least = _LEAST[side][task.type]
+    counts = {"": len(np.unique(cases.subject_N[rows]))}
+    if cases.classes:
+        whole = _people(cases, np.arange(len(cases.sessions)))
+        counts = {f" of class {name} ({whole[name]} in all)": n for name, n in _people(cases, rows).items()}
+    for what, count in counts.items():
+        if count < least:
+            raise ConfigError(
+                where,
+                "split",
+                f"{count} {side} subjects{what}",
+                f"at least {least}",
+                "Use other folds or shares, or more subjects",
+            )

@@ -1,0 +1,184 @@
+"""A linear probe behind its pooling, as one function of a session's tokens, with gradients.
+
+    score = fit_score(features, task.pooling, task.components, fold, output=1)     # of sessions
+    of = fit_state_score(features, cases, task.pooling, fold, output=2)            # of windows
+    score = of(features_of_a_session, starts_of_its_windows)                       # their mean
+
+    score(token_SLC)                                                               # a logit, or the predicted value
+
+Poolings are those of `slim.inference.vectors`, in torch.
+
+Legend: S time slots, L places, C channels of a session's tokens; W windows of a session; Q principal axes; N sessions,
+or windows (n of training); P pooled features; A axes of the training side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+from slim.evaluation import attentive
+from slim.evaluation.linear import choose_penalty, fit, scaling, standardised_axes
+from slim.evaluation.probe import window_vectors
+from slim.evaluation.splits import Fold
+from slim.evaluation.task import Cases
+from slim.inference.vectors import Features, at_places, common_places, principal_axes
+from slim.model.correlation import correlations
+
+
+@dataclass
+class Score:
+    """A probe as a function of a session's tokens: one class's logit, or the predicted value.
+
+    Attributes
+    ----------
+    pool : callable
+        Tokens (S, L, C) at `place_L` to features (P,), with gradients.
+    place_L : places that all sessions of the task have
+    weight_P : float64 tensor, on features as they are (standardisation included)
+    offset : float
+    sd : SD of the score over the training sessions
+    """
+
+    pool: Callable[[Tensor], Tensor]
+    place_L: np.ndarray
+    weight_P: Tensor
+    offset: float
+    sd: float
+
+    def __call__(self, token_SLC: Tensor) -> Tensor:
+        return self.pool(token_SLC).double() @ self.weight_P.to(token_SLC.device) + self.offset
+
+
+def mean(token_SLC: Tensor) -> Tensor:
+    return token_SLC.mean(dim=(0, 1))
+
+
+def mean_sd(token_SLC: Tensor) -> Tensor:
+    variance_LC = token_SLC.var(dim=0, correction=0)
+    return torch.cat([mean(token_SLC), variance_LC.clamp(min=1e-12).sqrt().mean(dim=0)])
+
+
+def location(token_SLC: Tensor) -> Tensor:
+    return token_SLC.mean(dim=0).flatten()
+
+
+def cov(token_SLC: Tensor, axes_CQ: Tensor) -> Tensor:
+    return correlations((token_SLC @ axes_CQ.to(token_SLC)).flatten(1).double())
+
+
+def fit_score(
+    features: Sequence[Features], pooling: str, components: int, fold: Fold, output: int = 0, unit: float = 1.0
+) -> Score:
+    """The probe that `slim.evaluation.linear.Linear` (or `slim.evaluation.attentive.Attentive`) fits on the training
+    set.
+
+    Parameters
+    ----------
+    features : sequence of Features
+        Of all sessions of the task; only those of training are fitted on.
+    pooling, components : as in a `Task`
+    fold : Fold
+    output : int
+        The class whose logit is the score: against the others with two classes, else as in multinomial logistic
+        regression. Not used in a regression.
+    unit : float
+        What one of the fold's z-scored answers is in the unit of the label, in a regression.
+    """
+    place_L = common_places(features)
+    pool: Callable[[Tensor], Tensor]
+    if pooling == "attentive":
+        query_1AC, penalty, train_nP = attentive.Attentive(features).choose(fold)
+
+        def pool(token_SLC: Tensor) -> Tensor:
+            token_1TC = token_SLC.flatten(0, 1)[None]
+            valid_1T = torch.ones(token_1TC.shape[:2], dtype=torch.bool, device=token_1TC.device)
+            return attentive.attend(query_1AC.to(token_1TC), token_1TC, valid_1T).flatten()
+
+    else:
+        if pooling == "cov":
+            train = [features[row] for row in fold.train]
+            axes_CQ = torch.from_numpy(principal_axes(train, place_L, components).copy())
+
+            def pool(token_SLC: Tensor) -> Tensor:
+                return cov(token_SLC, axes_CQ)
+
+        else:
+            pool = {"mean": mean, "mean+sd": mean_sd, "location": location}[pooling]
+        pooled = [pool(torch.from_numpy(at_places(features[row], place_L))) for row in fold.train]
+        train_nP = torch.stack(pooled).float().numpy()
+        penalty = choose_penalty(fold, train_nP)
+    weight_P, offset = _weights(fold, penalty, train_nP, output)
+    weight_P, offset = weight_P * unit, offset * unit
+    sd = float((train_nP.astype(np.float64) @ weight_P).std())
+    return Score(pool, place_L, torch.from_numpy(weight_P), offset, sd)
+
+
+def fit_state_score(
+    features: Sequence[Features], cases: Cases, pooling: str, fold: Fold, output: int
+) -> Callable[[Features, np.ndarray], Score]:
+    """The probe of windows that `slim.evaluation.probe.encoder_method` fits on the training side.
+
+    Parameters
+    ----------
+    features : sequence of Features
+        Of the sessions, each once.
+    cases : Cases
+        Of windows.
+    pooling : "location" or "mean"
+    fold : Fold
+    output : int
+        The state whose logit is the score.
+
+    Returns
+    -------
+    callable
+        From a session's features and starts of some of its windows (s) to the score of that session: the mean of
+        their logits, which is the logit of their mean.
+    """
+    place_L = common_places(features)
+    train_nP = window_vectors(features, cases, pooling)[fold.train]
+    weight_P, offset = _weights(fold, choose_penalty(fold, train_nP), train_nP, output)
+    sd = float((train_nP.astype(np.float64) @ weight_P).std())
+
+    def of(item: Features, start_w: np.ndarray) -> Score:
+        start_W, number_S = np.unique(item.window_S, return_inverse=True)
+        chosen_w = np.abs(start_W - start_w[:, None]).argmin(axis=1)
+        share_W = np.bincount(chosen_w, minlength=len(start_W)) / len(chosen_w) / np.bincount(number_S)
+        share_S = torch.from_numpy(share_W[number_S]).float()
+
+        def pool(token_SLC: Tensor) -> Tensor:
+            x_LC = torch.tensordot(share_S.to(token_SLC.device), token_SLC, 1)
+            return x_LC.flatten() if pooling == "location" else x_LC.mean(dim=0)
+
+        return Score(pool, place_L, torch.from_numpy(weight_P), offset, sd)
+
+    return of
+
+
+def _weights(fold: Fold, penalty: float, train_nP: np.ndarray, output: int) -> tuple[np.ndarray, float]:
+    """The probe on features as they are: weights float64 (P,) and offset.
+
+    `slim.evaluation.linear` fits on A principal axes of the standardised training side Z = U S V'; coefficients b there
+    are V b on Z's features, and V = Z' (U S) S^-2.
+    """
+    x_nA, _ = standardised_axes(train_nP, train_nP[:0])
+    model = fit(fold, penalty, x_nA, fold.answer_n)
+    if isinstance(model, Ridge):
+        coefficient_A, intercept = model.coef_, float(model.intercept_)
+    else:
+        row = int(np.searchsorted(model.classes_, output))
+        if len(model.classes_) == 2:
+            sign = 1 if row else -1
+            coefficient_A, intercept = sign * model.coef_[0], sign * float(model.intercept_[0])
+        else:
+            coefficient_A, intercept = model.coef_[row], float(model.intercept_[row])
+    mean_P, scale_P = scaling(train_nP)
+    z_nP = (train_nP - mean_P) / scale_P
+    weight_P = z_nP.T @ (x_nA @ (coefficient_A / (x_nA**2).sum(axis=0))) / scale_P
+    return weight_P, float(intercept - mean_P @ weight_P)

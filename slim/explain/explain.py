@@ -1,0 +1,291 @@
+"""Looking inside: where in the brain, and when, the predictions of a task come from; as NIfTI, pictures and facts.
+
+    RUN/report/explain/
+        TASK.nii.gz            mean over the sessions: share of each voxel, signed; its sum is the mean of f(x) - f(x')
+        TASK_absolute.nii.gz   mean over the sessions: mean over frames of the size of the shares
+        TASK_anatomy.nii.gz    with `start: empty`: share of each voxel's run mean, signed
+        TASK/KEY.nii.gz ...    the same of each session
+        TASK.png               both maps on the mean image;  TASK_windows.png  ranking and shares over time
+        TASK.json              facts: scores, gaps, windows, strongest places
+
+Maps lie on the grid of the dataset. A session is explained by the probe of the fold that its subject was not in. Where
+states are decoded, what is explained is the mean over all windows of a session that are in one state.
+
+Legend: N rows of a task; K windows in time order; F frames; M patches; V voxels of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from shards.core.errors import ConfigError
+from shards.format.layout import dump, write_atomically
+from shards.format.patches import scatter
+from shards.format.reader import Dataset
+from shards.reporting import html, quality_figures
+from slim.evaluation.probe import make_fold, scale_of
+from slim.evaluation.splits import Fold
+from slim.evaluation.task import Cases, Task, make_splits
+from slim.explain.differentiable_probe import fit_score, fit_state_score
+from slim.explain.integrated_gradients import TOLERANCE, Attribution, Start, integrated_gradients
+from slim.explain.maps import ABSOLUTE, Maps, Mean, draw_maps, image, places, save
+from slim.inference.slim_brain import SlimBrain
+from slim.inference.vectors import Features
+
+FOLDER = "explain"
+_DRAWN = 3  # sessions whose windows are drawn
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A session to explain, and the probe that has not seen its subject.
+
+    Attributes
+    ----------
+    row : of the task, one of the session
+    fold : Fold
+    unit : what one of the fold's z-scored answers is in the unit of the label
+    start_w : starts (s) of the windows in the state; None where sessions answer
+    """
+
+    row: int
+    fold: Fold
+    unit: float
+    start_w: np.ndarray | None = None
+
+
+def check_task(task: Task, where: str | Path) -> None:
+    """Refuse a task that fits no probe.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if task.type == "fingerprint":
+        expected = "classification, regression or state: the prediction of a probe is what is explained"
+        raise ConfigError(where, "type", task.type, expected)
+
+
+def choose(task: Task, cases: Cases, where: str | Path, subjects: int, output: int = 0) -> list[Asked]:
+    """Test sessions of the first repeat: those of so many subjects, spread evenly over the classes or values.
+
+    Where states are decoded: sessions with windows of the class `output`, of subjects spread evenly over all.
+    """
+    folds = _folds(task, cases, where)
+    if cases.window_N is not None and cases.state_N is not None:
+        in_state_N = cases.state_N == output
+        tested = np.unique(cases.subject_N[np.concatenate([fold.test for fold, _ in folds])])
+        chosen = _spread(tested[np.isin(tested, cases.subject_N[in_state_N])], subjects)
+        asked = []
+        for fold, unit in folds:
+            rows = fold.test[in_state_N[fold.test] & np.isin(cases.subject_N[fold.test], chosen)]
+            keys = np.array([cases.sessions[row]["key"] for row in rows])
+            for key in np.unique(keys):
+                of_session = rows[keys == key]
+                asked.append(Asked(int(of_session[0]), fold, unit, cases.window_N[of_session]))
+        return asked
+    tested = np.unique(np.concatenate([cases.subject_N[fold.test] for fold, _ in folds]))
+    ordered = tested[np.argsort(cases.truth_S[tested], kind="stable")]
+    chosen = _spread(ordered, subjects)
+    return [Asked(int(row), fold, unit) for fold, unit in folds for row in fold.test if cases.subject_N[row] in chosen]
+
+
+def _spread(ordered: np.ndarray, count: int) -> np.ndarray:
+    """So many of them, at even distances."""
+    return ordered[np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))]
+
+
+def _folds(task: Task, cases: Cases, where: str | Path) -> list[tuple[Fold, float]]:
+    """The folds of the first repeat, as a probe has them, each with what one of its z-scored answers is worth."""
+    found = []
+    for number, split in enumerate(make_splits(task, cases, where)[0]):
+        unit = 1.0
+        if task.type == "regression":
+            unit = scale_of(cases, split.fitted)[1]
+        found.append((make_fold(task, cases, split, number)[0], unit))
+    return found
+
+
+def explain(
+    model: SlimBrain,
+    dataset: Dataset,
+    task: Task,
+    cases: Cases,
+    asked: Sequence[Asked],
+    features: Mapping[str, Features],
+    output: int,
+    start: Start,
+    tolerance: float = TOLERANCE,
+) -> Iterator[tuple[dict[str, Any], Attribution]]:
+    """The sessions asked for, one after another, with their shares.
+
+    Parameters
+    ----------
+    features : mapping of str to Features
+        Of all sessions of the task, by key.
+    output : int
+        Class whose logit is explained; not used in a regression.
+    start, tolerance : see `slim.explain.integrated_gradients.integrated_gradients`
+    """
+    once, each = ([features[s["key"]] for s in rows] for rows in (cases.distinct(), cases.sessions))
+    fold = None
+    for item in asked:
+        session = cases.sessions[item.row]
+        if item.start_w is not None:
+            if fold is not item.fold:
+                of_windows = fit_state_score(once, cases, task.pooling, item.fold, output)
+            score = of_windows(features[session["key"]], item.start_w)
+        elif fold is not item.fold:
+            score = fit_score(each, task.pooling, task.components, item.fold, output, item.unit)
+        fold = item.fold
+        yield session, integrated_gradients(model, dataset, session, score, start, tolerance)
+
+
+def window_facts(dataset: Dataset, session: dict[str, Any], found: Attribution) -> list[dict[str, float]]:
+    """Each kept window, in time order: start (s), saliency, mean size of its brain voxels' shares, and their sum."""
+    arrays = dataset.read(session, ("brain", "scores"))
+    inside_MV = arrays["brain"] > 0
+    return [
+        {
+            "start_s": round(float(start * session["tr"]), 3),
+            "saliency": float(arrays["scores"][start // dataset.frames]),
+            "mean_absolute": float(np.abs(value_FMV[:, inside_MV]).mean()),
+            "sum": float(value_FMV.sum(dtype=np.float64)),
+        }
+        for start, value_FMV in zip(found.start_K, found.value_KFMV, strict=True)
+    ]
+
+
+def write(
+    folder: Path,
+    dataset: Dataset,
+    task: Task,
+    cases: Cases,
+    explained: Iterator[tuple[dict[str, Any], Attribution]],
+    start: Start,
+    facts: dict[str, Any],
+    advance: Callable[[int, str], None],
+    events: Callable[[dict[str, Any]], pd.DataFrame] | None = None,
+) -> dict[str, Any]:
+    """Write maps, pictures and facts of a task as the sessions come.
+
+    Parameters
+    ----------
+    folder : Path
+        RUN/report/explain.
+    explained : iterator
+        Of `explain`.
+    facts : dict
+        What is known before; written with the rest.
+    advance : callable
+        Told after each session.
+    events : callable, optional
+        The events of a session, as `slim.evaluation.events.read` gives them, to be drawn with its windows.
+
+    Returns
+    -------
+    dict
+        The facts, as TASK.json holds them.
+    """
+    grid, mean, under, sessions = dataset.grid, Mean(), Mean(), []
+    registered = all(session["space"] != "native" for session in cases.sessions)
+    for session, found in explained:
+        maps = Maps.of(found, grid, start).named()
+        for ending, volume in maps.items():
+            save(folder / task.name / f"{session['key']}{ending}.nii.gz", image(volume, grid, registered))
+        mean.add(maps)
+        arrays = dataset.read(session, ("baseline", "brain", "patch"))
+        baseline_MV = np.where(arrays["brain"] > 0, arrays["baseline"], 0)
+        under.add({"": scatter(baseline_MV, arrays["patch"], grid.shape, grid.patch)})
+        sessions.append(
+            {
+                "key": session["key"],
+                "subject": session["subject"],
+                "score": found.score,
+                "at_start": found.at_start,
+                "sum": found.total,
+                "gap": found.gap,
+                "complete": found.complete,
+                "points": found.points,
+                "windows": window_facts(dataset, session, found),
+            }
+        )
+        advance(1, f"{session['key']}, {found.points} points")
+    images = {ending: image(volume, grid, registered) for ending, volume in mean.named().items()}
+    for ending, made in images.items():
+        save(folder / f"{task.name}{ending}.nii.gz", made)
+    facts = facts | {"space": "MNI" if registered else "native", "places": places(images[ABSOLUTE])}
+    facts["sessions"] = sorted(sessions, key=lambda line: line["key"])
+    with html.drawing():
+        draw_maps(images, image(under.named()[""], grid, registered), folder / f"{task.name}.png")
+        draw_windows(dataset, facts, cases, events, folder / f"{task.name}_windows.png")
+    write_atomically(folder / f"{task.name}.json", dump(facts) + "\n")
+    return facts
+
+
+def draw_windows(
+    dataset: Dataset,
+    facts: dict[str, Any],
+    cases: Cases,
+    events: Callable[[dict[str, Any]], pd.DataFrame] | None,
+    path: Path,
+) -> None:
+    """For a few sessions: the ranker's scores over the run, and below them the size of each kept window's shares."""
+    from matplotlib.figure import Figure
+
+    of_key = {session["key"]: session for session in cases.sessions}
+    spread = np.linspace(0, len(facts["sessions"]) - 1, min(_DRAWN, len(facts["sessions"]))).round().astype(int)
+    drawn = [facts["sessions"][index] for index in spread]
+    figure = Figure(figsize=(11, 3.1 * len(drawn)), layout="constrained")
+    for part, line in zip(figure.subfigures(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
+        session = of_key[line["key"]]
+        above, below = part.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
+        names = ("baseline", "brain", "carpet", "patch", "roi", "scores", "scores_space", "scores_time", "start")
+        quality_figures.Shown(dataset.grid, dataset.frames, session, dataset.read(session, names)).draw_saliency(above)
+        above.set_title(f"{line['key']}: saliency of the windows")
+        width = dataset.frames * session["tr"]
+        at = [window["start_s"] for window in line["windows"]]
+        size = [window["mean_absolute"] for window in line["windows"]]
+        below.bar(at, size, width, align="edge", color=html.GREEN, edgecolor=html.INK, linewidth=0.4)
+        below.set_title("Mean size of a voxel's share in the prediction (kept windows)")
+        below.set(
+            ylabel="mean |share|",
+            xlabel="time, s" if line is drawn[-1] else "",
+            xlim=(0, session["frames"] * session["tr"]),
+        )
+        for event in () if events is None else events(session).itertuples():
+            for axes in (above, below):
+                axes.axvspan(event.onset, event.end, color=html.ORANGE, alpha=0.3, lw=0)
+            place = (event.onset, 0.98)
+            below.annotate(event.state, place, xycoords=("data", "axes fraction"), va="top", fontsize=7, clip_on=True)
+        below.set_ylim(0, 1.3 * max(size))  # room for the names
+        below.ticklabel_format(axis="y", scilimits=(-2, 3))
+        below.grid(axis="y")
+    write_atomically(path, html.png(figure))
+
+
+def remarks(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What to know before the maps are believed: (`good`, `look` or `bad`, words)."""
+    lines = facts["sessions"]
+    off = [line["key"] for line in lines if not line["complete"]]
+    if off:
+        return [
+            (
+                "look",
+                f"In {len(off)} of {html.count(len(lines), 'session')} the shares do not sum to the score within the "
+                f"tolerance, first {off[0]}: read those maps with care.",
+            )
+        ]
+    return [
+        (
+            "good",
+            f"Complete: in {html.count(len(lines), 'session')} the shares of all voxels sum to the score less that at "
+            f"the start, within {facts['tolerance']:.0%} of that difference or of the score's SD over people.",
+        )
+    ]

@@ -1,0 +1,217 @@
+"""Fine-tuning as a method that answers a task, beside the probes of frozen features.
+
+One fine-tuning for each division of the subjects, in a run folder of its own. It is given answers of the training and
+the validation subjects; the test subjects are predicted once, here, after it has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shards.core.errors import ConfigError
+from shards.core.settings import check, override
+from shards.format.reader import Dataset
+from slim.checkpoints import checkpoint, lock
+from slim.checkpoints.checkpoint import BEST, CheckpointError
+from slim.checkpoints.seen import Seen
+from slim.config import AnswerSettings, FinetuneSettings
+from slim.evaluation import probe
+from slim.evaluation.splits import Fold, Split
+from slim.evaluation.task import Cases, Task
+from slim.finetune.labels import Answers
+from slim.finetune.task import make_model, predict, write_start
+from slim.inference import export
+from slim.inference.slim_brain import SlimBrain
+
+FINETUNED, SCRATCH = "finetuned", "scratch"
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "optimizer": {"lr": 1e-4, "betas": [0.9, 0.999], "wd": [0.05, 0.05]},
+    "run": {"epochs": 30, "keep": 1},
+}
+_KEPT = ("precision", "stream", "zero")  # of the pretraining run, unless said otherwise
+_OF_RUN = ("batch", "workers", "wandb")
+# What the weights, and the command, decide.
+_FIXED = ("model", "model_name", "view", "data", "start", "answer", "before")
+
+
+def refuse(task: Task, where: str | Path) -> None:
+    """ConfigError for a task that no fine-tuning answers."""
+    if task.type not in ("classification", "regression"):
+        raise ConfigError(where, "type", task.type, "classification or regression", "Probe the frozen features instead")
+    if task.split.kind != "holdout":
+        hint = "The best epoch is chosen on validation subjects, which only holdout sets apart"
+        raise ConfigError(where, "split.kind", task.split.kind, "holdout", hint)
+
+
+def settings_for(
+    ours: SlimBrain, data: str, out: Path, sessions: int, assignments: Sequence[str], number: int
+) -> FinetuneSettings:
+    """Settings of one fine-tuning: those of the pretraining where they say how to compute, and our own how to learn.
+
+    Parameters
+    ----------
+    ours : SlimBrain
+    data : str
+        The dataset.
+    out : Path
+        Its run folder.
+    sessions : int
+        To be trained on; by default a checkpoint is written once they all were seen.
+    assignments : sequence of str
+        `key=value`.
+    number : int
+        Which of the fine-tunings of a task; added to `run.seed`.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is wrong, or one that the weights decide.
+    """
+    of_ours = ours.settings.model_dump(mode="json")
+    given = {name: of_ours[name] for name in ("model", "model_name", "view", "windows", *_KEPT)}
+    given |= {"data": data, "optimizer": _DEFAULTS["optimizer"]}
+    given["run"] = {name: of_ours["run"][name] for name in _OF_RUN} | _DEFAULTS["run"] | {"out": str(out)}
+    tree = override(given, assignments)
+    for name in _FIXED:
+        if tree.get(name) != given.get(name):
+            raise ConfigError("command line", name, tree[name], "no such override", "The weights, or --data, decide it")
+    if tree["windows"]["k"] != given["windows"]["k"] or tree["run"]["out"] != str(out):
+        name = "run.out" if tree["run"]["out"] != str(out) else "windows.k"
+        raise ConfigError("command line", name, "a value", "no such override", "The weights, or --out, decide it")
+    tree["run"]["seed"] = tree["run"].get("seed", 0) + number
+    if "checkpoint_every" not in tree["run"]:
+        settings = check(FinetuneSettings, tree, "command line").run
+        per_step = settings.batch * settings.accumulate * settings.processes
+        tree["run"]["checkpoint_every"] = max(1, round(sessions / per_step))
+    return check(FinetuneSettings, tree, "command line")
+
+
+@dataclass
+class Finetuned:
+    """A method of `slim.evaluation.probe`.
+
+    Parameters
+    ----------
+    name : `FINETUNED` or `SCRATCH`
+        With the latter they begin with random weights.
+    ours : SlimBrain
+        Whose encoder is trained on.
+    task : Task
+    dataset, cases
+        Of the task.
+    splits : list of list of Split
+        Of the task: a list for each repeat, which is a fine-tuning of its own.
+    folder : Path
+        Each has its run in `folder/seed-K`.
+    assignments : sequence of str
+        `key=value` for the settings of the runs.
+    train : callable
+        Runs a fine-tuning to its end.
+    device : torch.device or str
+        Where test subjects are predicted.
+
+    Attributes
+    ----------
+    runs : list of dict, a line for each fine-tuning done
+    """
+
+    name: str
+    ours: SlimBrain
+    task: Task
+    dataset: Dataset
+    cases: Cases
+    splits: list[list[Split]]
+    folder: Path
+    assignments: Sequence[str]
+    train: Callable[[FinetuneSettings], None]
+    device: torch.device | str = "cpu"
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def seen(self) -> Seen | None:
+        """Who was seen in the pretraining; None where that is not known."""
+        return Seen(frozenset()) if self.name == SCRATCH else self.ours.seen
+
+    def settings(self, number: int) -> FinetuneSettings:
+        """Those of one fine-tuning, without the weights it starts with."""
+        (split,) = self.splits[number]
+        out = self.folder / f"seed-{number}"
+        data, sessions = str(self.dataset.folder), len(split.train)
+        return settings_for(self.ours, data, out, sessions, self.assignments, number)
+
+    def prepare(self, number: int) -> FinetuneSettings:
+        """Make the run folder of a fine-tuning, with what it is given; its settings, complete."""
+        (split,) = self.splits[number]
+        return self._prepare(number, probe.make_fold(self.task, self.cases, split, repeat=number)[0])
+
+    def _prepare(self, number: int, fold: Fold) -> FinetuneSettings:
+        settings = self.settings(number)
+        out = Path(settings.run.out)
+        settings = settings.model_copy(update={"answer": self._answer(fold)})
+        with lock.holding(out):
+            out.mkdir(parents=True, exist_ok=True)
+            self._answers(fold).write(out)
+            if self.seen is not None:
+                self.seen.write(out)
+            if self.name == SCRATCH:
+                return settings
+            start = write_start(out, self.ours.encoder.state_dict())
+        return settings.model_copy(update={"start": start, "before": export.history(self.ours)})
+
+    def predict(self, fold: Fold) -> np.ndarray:
+        """Probabilities (m, K) or values (m, 1) of the test sessions; trains first, or goes on, or finds it done."""
+        answers, out = self._answers(fold), Path(self.settings(fold.repeat).run.out)
+        with lock.holding(out):
+            settings = self._prepare(fold.repeat, fold)
+            self.train(settings)
+        model, step, loss = self._best(out, settings, answers)
+        sessions = [self.cases.sessions[row] for row in fold.test]
+        geometry = self.ours.geometry
+        device = torch.device(self.device)
+        guess_mK = predict(model.to(device), answers.classes, self.dataset, sessions, geometry, settings, device)
+        self.runs.append({"run": str(out), "seed": settings.run.seed, "best_step": step, "val_loss": loss})
+        return guess_mK
+
+    def _answer(self, fold: Fold) -> AnswerSettings:
+        about: dict[str, Any] = {"task": self.task.name, "label": self.task.label or ""}
+        if fold.classes:
+            return AnswerSettings(**about, classes=tuple(self.cases.classes))
+        mean, sd = probe.scale_of(self.cases, fold.train)
+        return AnswerSettings(**about, mean=mean, sd=sd)
+
+    def _answers(self, fold: Fold) -> Answers:
+        assert fold.val_n is not None
+        sides: list[dict[str, tuple[int, float]]] = [{}, {}]
+        for row, answer, is_val in zip(fold.train, fold.answer_n, fold.val_n, strict=True):
+            sides[int(is_val)][self.cases.sessions[row]["key"]] = int(self.cases.subject_N[row]), float(answer)
+        return Answers(fold.classes, *sides)
+
+    def _best(self, out: Path, settings: FinetuneSettings, answers: Answers) -> tuple[torch.nn.Module, int, float]:
+        """The model of the best validation, the step it was at, and its loss."""
+        found = checkpoint.newest(out / "checkpoints")
+        assert found is not None  # `train` has ended
+        tensors = checkpoint.read_weights(found / checkpoint.WEIGHTS, BEST)
+        loss, step = tensors.pop("of").tolist()
+        if not tensors:
+            hint = "Lower optimizer.lr, and give another --out"
+            raise CheckpointError(found, "val_loss", "no finite number in any epoch", "one", hint)
+        model = make_model(settings, self.ours.geometry, self.dataset.grid.voxels, answers.outputs)
+        model.load_state_dict(tensors)
+        return model.eval().requires_grad_(False), int(step), loss
+
+
+def check_report(folder: Path, task: Task, cases: Cases, splits: list[list[Split]]) -> None:
+    """ConfigError where the report in a folder asked the task otherwise: scores would not stand side by side."""
+    before = probe.read_report(folder)["facts"].get(task.name)
+    asked = probe.task_facts(task, cases, splits)
+    name = None if before is None else probe.differs(before, asked)
+    if before is not None and name is not None:
+        hint = "Probe again, so that all methods answer the same task, or give another --out"
+        got = f"{before.get(name)}, as in the report"
+        raise ConfigError(folder / probe.REPORT, f"{task.name}.{name}", asked[name], got, hint)

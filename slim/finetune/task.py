@@ -1,0 +1,290 @@
+"""Fine-tuning: the encoder trained on, with a head, towards the answers of a task, by the trainer of pretraining.
+
+The run folder is that of a pretraining run, with files that `tools/finetune.py` writes before it starts:
+
+    RUN/answers.json         what training and validation subjects answer (`slim.finetune.labels`)
+    RUN/start.safetensors    the encoder it begins with; absent: random weights from the seed
+    RUN/seen.json            who was seen in the pretraining before it; absent where that is not known
+
+Once in an epoch the validation subjects are predicted; weights of the best validation are kept in every checkpoint,
+as `best.encoder...` and `best.head...`. Nothing here ever sees a test subject.
+
+Legend: B samples; P pooled features (3: count, sum, sum of squares); K outputs; N sessions; S subjects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shards.core.files import share
+from shards.format.layout import atomically
+from shards.format.reader import Samples
+from slim.checkpoints import checkpoint
+from slim.checkpoints.checkpoint import BEST, CheckpointError
+from slim.checkpoints.seen import Seen
+from slim.config import FinetuneSettings
+from slim.data.collate import Batch, collate, firsts, read_windows
+from slim.finetune.labels import Answers
+from slim.model.geometry import Geometry
+from slim.model.head import Answerer, Head
+from slim.model.hiera import Hiera
+from slim.pretrain.learner import Group, decays
+from slim.pretrain.objective import Losses
+from slim.training.schedule import Plan
+from slim.training.task import Course, Forward, Full, Steps
+
+START = "start.safetensors"
+LAYER_DECAY = 0.75
+_MEASURED = 64  # samples, at most an epoch, that the pooled features are standardised by
+
+
+class Finetuning(Course):
+    """An encoder and a head on the training subjects of a task."""
+
+    name = "fine-tune"
+    settings: FinetuneSettings
+
+    def __init__(self, settings: FinetuneSettings):
+        self.folder = Path(settings.run.out)
+        self.answers = Answers.read(self.folder)
+        super().__init__(settings, [self.answers.open(item.path) for item in settings.data])
+
+    def seen(self) -> Seen | None:
+        """Who was seen in the pretraining before it, as tools/finetune.py has left it."""
+        return Seen.read(self.folder)
+
+    @property
+    def learned(self) -> Any:
+        return [self.settings.head.model_dump(), self.settings.start, self.answers.digest()]
+
+    def learner(self, device: torch.device) -> Finetuner:
+        torch.manual_seed(self.settings.run.seed)
+        model = make_model(self.settings, self.geometry, self.datasets[0].grid.voxels, self.answers.outputs)
+        if self.settings.start is not None:
+            path = self.folder / START
+            if not path.is_file() or file_hash(path) != self.settings.start:
+                raise CheckpointError(
+                    path, "SHA-256", "another file", self.settings.start, "Start finetune.py again, with another --out"
+                )
+            model.encoder.load_state_dict(checkpoint.read_weights(path))
+        return Finetuner(self, model.to(device))
+
+
+class Finetuner:
+    """What a step of fine-tuning does, and the best weights so far; see `slim.training.task.Learns`.
+
+    Parameters
+    ----------
+    course : Finetuning
+    model : Answerer
+        At its start, on its device.
+    """
+
+    logged = ("loss",)
+
+    def __init__(self, course: Finetuning, model: Answerer):
+        self.course, self.settings, self.model, self.answers = course, course.settings, model, course.answers
+        self.device = next(model.parameters()).device
+        samples = self.settings.run.batch * self.settings.run.accumulate * _world()
+        self.per_step, self.every = samples, max(1, round(course.stream.per_epoch / samples))
+        if self.answers.classes:
+            self._weight_K = torch.tensor(self.answers.class_weights(), dtype=torch.float32, device=self.device)
+        self.best: dict[str, Tensor] = {}
+        self.best_loss, self.best_step = math.inf, 0
+
+    def groups(self) -> list[Group]:
+        """One or two for each depth: embedding, blocks, norm, head; the learning rate falls towards the input."""
+        decay = self.settings.head.layer_decay
+        if decay is None:
+            decay = 1.0 if self.settings.start is None else LAYER_DECAY
+        found: dict[tuple[int, bool], Group] = {}
+        top = self.model.encoder.n + 1
+        for name, parameter in self.model.named_parameters():
+            depth, decayed = depth_of(name, self.model.encoder.n), decays(name, parameter)
+            scale = decay ** (top - depth) if depth <= top else self.settings.head.lr_scale
+            group = found.setdefault((depth, decayed), Group([], decayed, scale))
+            group.parameters.append(parameter)
+        return [found[key] for key in sorted(found)]
+
+    @torch.no_grad()
+    def begin(self, steps: Steps, forward: Forward) -> None:
+        """Measure the axes of `cov`, then the pooled features, of the untrained model over the first samples."""
+        head, count = self.model.head, math.ceil(min(_MEASURED, self.course.stream.per_epoch) / self.per_step)
+        if head.axis_CQ is not None:
+            scatter_CC = torch.zeros(2 * [self.model.encoder.dim], dtype=torch.float64, device=self.device)
+            for batch in steps(count):
+                x_MC = forward(batch, tokens=True)
+                if not batch.empty:
+                    scatter_CC += head.scatter(x_MC, batch.whole)
+            _add_up(scatter_CC)
+            head.set_axes(scatter_CC)
+        sums_3P = torch.zeros(3, head.centre_P.numel(), dtype=torch.float64, device=self.device)
+        for batch in steps(count):
+            _, pooled_BP = forward(batch)
+            if not batch.empty:
+                x_BP = pooled_BP.double()
+                sums_3P += torch.stack([torch.ones_like(x_BP), x_BP, x_BP**2]).sum(dim=1)
+        _add_up(sums_3P)
+        mean_P, square_P = sums_3P[1:] / sums_3P[0].clamp_min(1)
+        head.standardise(mean_P.float(), (square_P - mean_P**2).float())
+
+    def losses(self, batch: Batch, step: int, forward: Forward) -> Losses:
+        """Cross-entropy with all classes counted alike, or squared error; mean over the samples."""
+        guess_BK, _ = forward(batch)
+        if batch.empty:
+            return Losses(guess_BK.sum() * 0, {})
+        answer_B = torch.tensor([self.answers.train[key][1] for key in batch.keys], device=self.device)
+        if self.answers.classes:
+            loss_B = F.cross_entropy(guess_BK, answer_B.long(), reduction="none") * self._weight_K[answer_B.long()]
+        else:
+            loss_B = (guess_BK[:, 0] - answer_B) ** 2
+        return Losses(loss_B.mean(), {"loss": loss_B.mean().detach()})
+
+    def commit(self, step: int, steps: int | Plan, forward: Forward, full: Full | None) -> dict[str, Any]:
+        """After the last step of an epoch, and of the run: validate, and keep the weights if none were better."""
+        done = step + 1
+        if done % self.every and done != (steps if isinstance(steps, int) else steps.end):
+            return {}
+        loss = self.validate(forward)
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, done
+            self.best = {name: value.detach().cpu().clone() for name, value in self._now(full).items()}
+        return {"val_loss": loss, "best_step": self.best_step}
+
+    def discard(self) -> None:
+        """Nothing was collected."""
+
+    def validate(self, forward: Forward) -> float:
+        """Loss of the validation subjects, predicted from all windows of their sessions; alike in all processes."""
+        (dataset,) = self.course.datasets
+        sessions, classes = dataset.of_split("val"), self.answers.classes
+        guess_NK = predict(forward, classes, dataset, sessions, self.course.geometry, self.settings, self.device)
+        subject_N, answer_N = np.array([self.answers.val[session["key"]] for session in sessions]).T
+        return validation_loss(guess_NK, subject_N, answer_N, classes)
+
+    def _now(self, full: Full | None) -> dict[str, Tensor]:
+        """Encoder and head as they are, whole, by name."""
+        tensors = {name: value if full is None else full(value) for name, value in self.model.named_parameters()}
+        return tensors | dict(self.model.head.named_buffers(prefix="head"))
+
+    def state(self, full: Full | None) -> dict[str, Tensor]:
+        """The model, the best one so far, and how good it was."""
+        best = {f"{BEST}{name}": value for name, value in self.best.items()}
+        how = torch.tensor([self.best_loss, self.best_step], dtype=torch.float64)
+        return self._now(full) | best | {f"{BEST}of": how}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Buffers of the model, and the best one; its parameters are left to the engine."""
+        for name, buffer in self.model.head.named_buffers(prefix="head"):
+            buffer.copy_(tensors[name])
+        self.best_loss, best_step = tensors[f"{BEST}of"].tolist()
+        self.best_step = int(best_step)
+        self.best = {
+            name.removeprefix(BEST): value
+            for name, value in tensors.items()
+            if name.startswith((f"{BEST}encoder.", f"{BEST}head."))
+        }
+
+
+def make_model(settings: FinetuneSettings, geometry: Geometry, voxels: int, outputs: int) -> Answerer:
+    """With random weights, by the generator of the caller."""
+    encoder = Hiera(settings.model, geometry, voxels, settings.view)
+    return Answerer(encoder, Head(settings.head, encoder.dim, outputs, geometry.cells), settings.precision == "bf16")
+
+
+def depth_of(name: str, blocks: int) -> int:
+    """Depth of a parameter of `Answerer`: 0 embedding and positions, 1 ... blocks, then the last norm, the head."""
+    if name.startswith("encoder.blocks."):
+        return int(name.split(".")[2]) + 1
+    if name.startswith("head."):
+        return blocks + 2
+    return blocks + 1 if name.startswith("encoder.norm.") else 0
+
+
+def write_start(folder: Path, tensors: dict[str, Tensor]) -> str:
+    """Write RUN/start.safetensors; its hash."""
+    with atomically(folder / START) as file:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file.name)
+        share(file.name)
+    return file_hash(folder / START)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@torch.no_grad()
+def predict(
+    forward: Forward,
+    classes: int,
+    dataset: Samples,
+    sessions: Sequence[dict[str, Any]],
+    geometry: Geometry,
+    settings: FinetuneSettings,
+    device: torch.device,
+) -> np.ndarray:
+    """Probabilities (N, K) or values (N, 1) of sessions: means over all their windows in time order, k by k.
+
+    All processes share the work, and all get the whole of it.
+
+    Raises
+    ------
+    SampleCorrupt
+        If a session's bytes are damaged.
+    """
+    rank, world = (dist.get_rank(), _world()) if dist.is_initialized() else (0, 1)
+    k, size = settings.windows.k, settings.run.batch
+    samples = [(row, first) for row, session in enumerate(sessions) for first in firsts(session["n_kept"], k)]
+    sum_NK = torch.zeros(len(sessions), max(1, classes), dtype=torch.float64, device=device)
+    micro_batches = [samples[at : at + size] for at in range(0, len(samples), size)]
+
+    @lru_cache(maxsize=2)
+    def in_time(row: int) -> np.ndarray:
+        return np.argsort(dataset.read(sessions[row], ("start",))["start"], kind="stable")
+
+    for number in range(rank, math.ceil(len(micro_batches) / world) * world, world):
+        # At ZeRO stage 3 all processes take part in every forward pass: who has nothing left does one for nothing.
+        mine = micro_batches[min(number, len(micro_batches) - 1)]
+        read = [read_windows(dataset, sessions[row], in_time(row)[first : first + k].tolist()) for row, first in mine]
+        guess_BK, _ = forward(collate(read, geometry, settings.stream).to(device))
+        guess_BK = guess_BK.double().softmax(dim=1) if classes else guess_BK.double()
+        if number < len(micro_batches):
+            sum_NK.index_add_(0, torch.tensor([row for row, _ in mine], device=device), guess_BK)
+    _add_up(sum_NK)
+    count_N = np.array([len(firsts(session["n_kept"], k)) for session in sessions])
+    return sum_NK.cpu().numpy() / count_N[:, None]
+
+
+def validation_loss(guess_NK: np.ndarray, subject_N: np.ndarray, answer_N: np.ndarray, classes: int) -> float:
+    """Of subjects, each the mean of its sessions: log loss with all classes counted alike, or squared error."""
+    subjects, first = np.unique(subject_N, return_index=True)
+    guess_SK = np.stack([guess_NK[subject_N == subject].mean(axis=0) for subject in subjects])
+    answer_S = answer_N[first]
+    if not classes:
+        return float(((guess_SK[:, 0] - answer_S) ** 2).mean())
+    loss_S = -np.log(np.maximum(guess_SK[np.arange(len(subjects)), answer_S.astype(int)], 1e-12))
+    return float(np.mean([loss_S[answer_S == answer].mean() for answer in np.unique(answer_S)]))
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _add_up(tensor: Tensor) -> None:
+    """Over all processes, in place."""
+    if _world() > 1:
+        dist.all_reduce(tensor)

@@ -1,0 +1,437 @@
+"""A trained encoder, and what it makes of a whole session.
+
+    model = SlimBrain.from_pretrained("export/")
+    z_WC = model.encode("sub-01_bold.nii.gz")                          # a vector of each window
+    features = model.encode_run("sub-01_bold.nii.gz")                  # (time slots, places, channels)
+    features = model.encode_session(dataset, dataset.sessions[0])      # the same of a session in shards
+
+Legend: S time slots of a session; L places (cells of the last stage that hold brain); C channels; G groups of k
+windows; M cells of a batch; W windows; P features of a vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+from dataclasses import replace
+from functools import cached_property
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+
+from shards.cohorts.niimg import Scan, as_run
+from shards.conversion.session import Converted, assumptions, convert_run
+from shards.core.errors import ArgumentError, ConfigError, DatasetError
+from shards.core.settings import digest
+from shards.format.layout import read_manifest
+from shards.format.reader import Dataset, Samples
+from slim.checkpoints.seen import Person, Seen, person
+from slim.checkpoints.weights import Weights, find
+from slim.config import FinetuneSettings
+from slim.data.collate import Sample, collate, firsts, read_windows, unlike
+from slim.inference.cores import cores, spread, threads_inside
+from slim.inference.preprocessing import Recipe, read_recipe
+from slim.inference.vectors import Features, check_fixed, vectors
+from slim.model.head import Answerer, Head
+from slim.model.hiera import Hiera
+
+
+class SlimBrain:
+    """An encoder and what it needs to know to read data. Made by `from_pretrained` or `random`.
+
+    Attributes
+    ----------
+    encoder : Hiera, in fp32 and evaluation mode, without gradients
+    head : Head or None, of a fine-tuning, for `answer`
+    settings : PretrainSettings or FinetuneSettings of the run
+    data : dict, the manifest (without shards) of the data it was made for
+    made : dict, how the weights came about; see `slim.checkpoints.weights.Weights`
+    step : optimizer steps behind the weights; 0 for random ones
+    run_folder : Path, the run, or the exported folder
+    results : Path, where tools put what they find by default; see `slim.checkpoints.weights.Weights`
+    """
+
+    def __init__(self, about: Weights, step: int):
+        self._about, self.step = about, step
+        self.settings, self.data, self.made = about.settings, about.data, about.made
+        self.run_folder, self.results = about.folder, about.results
+        grid, self.frames = self.data["grid"], int(self.data["windows"]["frames"])
+        patches = (size // grid["patch"] for size in grid["shape"])
+        self.geometry = self.settings.model.geometry((self.settings.windows.k * self.frames, *patches))
+        encoder = Hiera(self.settings.model, self.geometry, grid["patch"] ** 3, self.settings.view)
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.head: Head | None = None
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        weights: str | None = None,
+        extractor: str | Path | None = None,
+        parcels: str | Path | None = None,
+    ) -> SlimBrain:
+        """A pretrained encoder.
+
+        Parameters
+        ----------
+        source : str or Path
+            A run (its newest complete checkpoint is taken), one `checkpoints/step-...` folder of it, a folder that
+            `tools/export.py` wrote, or its name on the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION.
+        weights : "encoder" or "target", optional
+            The online encoder, or its moving average. By default the former of a run, and of an export what it holds.
+        extractor, parcels : path, optional
+            The temporal extractor (a folder) and the label image of the parcels that the training data were made
+            with. An export holds both; of a run the extractor is looked for in its dataset. Only runs that are encoded
+            straight from NIfTI need them.
+
+        Raises
+        ------
+        CheckpointError
+            If there are no weights, or they lack a tensor, or have one too many or of another shape, or a file is
+            damaged or missing.
+        ConfigError
+            If the run's configuration cannot be read.
+        """
+        for name, path in (("source", source), ("extractor", extractor), ("parcels", parcels)):
+            if not isinstance(path, str | os.PathLike) and not (path is None and name != "source"):
+                expected = "a path, or OWNER/NAME on the hub" if name == "source" else "a path"
+                raise ArgumentError("from_pretrained", name, f"a {type(path).__name__}", expected)
+        about = find(source, weights)
+        about = replace(
+            about,
+            extractor=about.extractor if extractor is None else Path(extractor),
+            parcels=about.parcels if parcels is None else Path(parcels),
+        )
+        with threads_inside(1):  # copies of small tensors: more threads would wait for one another
+            model = cls(about, about.made["step"])
+            about.load_into(model.encoder)
+        if isinstance(settings := model.settings, FinetuneSettings):
+            outputs = max(1, len(settings.answer.classes))
+            model.head = Head(settings.head, model.encoder.dim, outputs, model.geometry.cells).requires_grad_(False)
+            about.load_head(model.head)
+        return model
+
+    @classmethod
+    def random(cls, like: SlimBrain, seed: int) -> SlimBrain:
+        """The same architecture with fresh random weights; the generator of the caller is left as it was.
+
+        With the run's own seed these are the weights its training began with.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(like._about, 0)
+        return model.to(like.device)
+
+    def to(self, device: torch.device | str) -> SlimBrain:
+        """Move the encoder; returns self."""
+        self.device = torch.device(device)
+        self.encoder.to(self.device)
+        if self.head is not None:
+            self.head.to(self.device)
+        return self
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Refuse a dataset that the encoder would misread.
+
+        Raises
+        ------
+        ConfigError
+            If grid, patch, window length, TR, the range of TRs or normalisation is another one than in training.
+        """
+        if (found := unlike(dataset.manifest, self.data)) is not None:
+            field, got, expected = found
+            hint = "Convert the data as that dataset was"
+            raise ConfigError(dataset.folder, field, got, f"{expected}, as in pretraining", hint)
+
+    def check_unseen(self, dataset: Dataset) -> None:
+        """Refuse a dataset whose labels the encoder may have been shown: scores on it would be too good.
+
+        Raises
+        ------
+        ConfigError
+            If the encoder was fine-tuned on one of its cohorts.
+        """
+        tuned = self.made.get("finetuned")
+        if tuned and (seen := sorted(set(tuned["cohorts"]) & set(dataset.manifest["cohorts"]))):
+            raise ConfigError(
+                dataset.folder,
+                "cohorts",
+                f"{', '.join(seen)}, whose labels these weights were fine-tuned on ({tuned['task']})",
+                "people they know nothing of",
+                "finetune.py has tested them on the subjects it left out; for another task take the pretrained weights",
+            )
+
+    @property
+    def seen(self) -> Seen | None:
+        """Who was seen in pretraining, person by person; None where that was not written down (version 0.1)."""
+        return self._about.seen
+
+    def seen_people(self, dataset: Dataset) -> set[Person] | None:
+        """People of a dataset who were seen in pretraining, without labels, in this dataset or in another.
+
+        Returns
+        -------
+        set of (people, subject), or None
+            None where it is not known: the run is of version 0.1, and of other data.
+        """
+        if self.seen is not None:
+            return {who for who in map(person, dataset.sessions) if self.seen.has(who)}
+        if isinstance(self.settings, FinetuneSettings):
+            return set() if self.settings.start is None else None
+        if len(self.settings.data) == 1 and self.was_trained_on(dataset):
+            return {person(session) for session in dataset.of_split("train")}
+        return None
+
+    def was_trained_on(self, dataset: Dataset) -> bool:
+        """Whether this is the dataset of the pretraining, the first where there are several, as it was then."""
+        manifest = read_manifest(dataset.folder)
+        return {name: value for name, value in manifest.items() if name != "shards"} == self.data
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 (hex) of the weights and of all that tells what they make of a run; an export has that of its run."""
+        sizes = self.settings.model_dump(mode="json", include={"model", "view", "windows"})
+        found = hashlib.sha256(digest([sizes, self.data]).encode())
+        for name, value in self.encoder.state_dict().items():
+            found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def __sklearn_clone__(self) -> SlimBrain:
+        return self  # as the parameter of an estimator: no fit changes it
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How the training data were made of NIfTI runs.
+
+        Raises
+        ------
+        ConfigError
+            If the temporal extractor, or the label image of the parcels, is not where it is expected.
+        """
+        return read_recipe(self.data, self.run_folder, self._about.extractor, self._about.parcels)
+
+    def encode(
+        self, image: Scan, per: str = "window", pooling: str = "mean", stage: int | None = None, **stated: Any
+    ) -> np.ndarray:
+        """Vectors of a run, straight from NIfTI.
+
+        However the run is given, the vectors are the same, bit for bit: a path, `nib.load(path)`, or the list of its
+        3-D images; and for every number of threads. A list has no files beside it: give it the `mask` and `confounds`
+        that are found beside a path.
+
+        Parameters
+        ----------
+        image : path, Nifti1Image, or list of them
+            Preprocessed 4-D BOLD. A list holds the 3-D images of one scan in time order and needs `tr`; many scans are
+            for `slim.evaluation.transformer.SlimBrainTransformer`. Mask, confounds and sidecar that lie beside the file
+            are used, those of an image beside the file that it was loaded from.
+        per : "window" or "run"
+        pooling : "mean", "mean+sd" or "location"
+            See `slim.inference.vectors.vectors`; poolings that are fitted on a set of runs are for
+            `slim.evaluation.transformer.SlimBrainTransformer`.
+        stage : int, optional
+            Of the encoder, from 1; by default the last. Of an earlier one each cell has the mean of its tokens.
+        **stated
+            `mask`, `confounds`, `space`, `tr` (s), `dummy`, `orientation`, as a cohort file has them, of this run; see
+            `shards.cohorts.niimg.as_run`.
+
+        Returns
+        -------
+        ndarray, float32
+            (W, P), the windows the ranker keeps (at most `windows.keep` of the training data), in time order; or (P,).
+            `encode_run` tells when each window begins, and which TR was used.
+
+        Raises
+        ------
+        RunRefused
+            If the run cannot be converted (a ValueError).
+        ConfigError
+            If an argument has a wrong value (a ValueError) or type (a TypeError), or what the training data were made
+            with is missing.
+        DatasetError
+            If the run has fewer windows than pass through the encoder together (a ValueError).
+
+        Warns
+        -----
+        UserWarning
+            Of what was assumed about the run, such as its space or orientation.
+        """
+        check_fixed(per, pooling)
+        self._check_stage(stage)
+        features = self.encode_converted(_told(self.convert(image, **stated)), stage)
+        return vectors(features, per, pooling, features.place_L)
+
+    def encode_run(self, image: Scan, stage: int | None = None, **stated: Any) -> Features:
+        """All tokens of a run, straight from NIfTI: harmonised and ranked as the training data were, then encoded.
+
+        They are those that `encode_session` makes of the run once it is converted. Arguments and errors as in
+        `encode`.
+        """
+        self._check_stage(stage)
+        return self.encode_converted(_told(self.convert(image, **stated)), stage)
+
+    def convert(self, image: Scan, **stated: Any) -> Converted:
+        """A run as the training data hold theirs, for `encode_converted` and `answer_converted`; see `encode`.
+
+        What was assumed about it is in its `meta`, and not told: `shards.conversion.session.assumptions` has it in
+        words.
+        """
+        recipe = self.recipe
+        # One thread, as in the worker processes of a conversion: sums come out the same.
+        with as_run(image, **stated) as run, threadpool_limits(1):
+            return convert_run(run, recipe.settings, recipe.parcels, recipe.ranker)
+
+    def encode_converted(self, made: Converted, stage: int | None = None) -> Features:
+        """As `encode_run`."""
+        self._check_stage(stage)
+        return self._encode(made, made.meta | {"key": made.meta["subject"]}, made.meta["source"], stage)
+
+    def answer(self, image: Scan, **stated: Any) -> np.ndarray:
+        """What a fine-tuned encoder and its head say of a run, straight from NIfTI.
+
+        The mean over its windows, k by k, as `tools/finetune.py` predicts test subjects. Arguments and errors as in
+        `encode`.
+
+        Returns
+        -------
+        ndarray, float64
+            (K,), the probability of each of `settings.answer.classes`; or (1,), in the unit of the label.
+        """
+        return self.answer_converted(_told(self.convert(image, **stated)))
+
+    @torch.no_grad()
+    def answer_converted(self, made: Converted) -> np.ndarray:
+        """As `answer`."""
+        from slim.finetune.task import predict  # which knows how to train, too
+
+        settings = self.settings
+        if self.head is None or not isinstance(settings, FinetuneSettings):
+            hint = "Give the folder of a fine-tuning, or an export of one"
+            raise ConfigError(
+                self.run_folder, "head", "none: these weights answer nothing", "a fine-tuned encoder", hint
+            )
+        self._check_windows(made.meta["n_kept"], made.meta["source"])
+        model, classes = Answerer(self.encoder, self.head, settings.precision == "bf16"), len(settings.answer.classes)
+        session = made.meta | {"key": made.meta["subject"]}
+        with threads_inside(cores()):
+            guess_K = predict(model, classes, made, [session], self.geometry, settings, self.device)[0]
+        return guess_K if classes else guess_K * settings.answer.sd + settings.answer.mean
+
+    def encode_session(
+        self, dataset: Dataset, session: dict[str, Any], batch: int = 4, stage: int | None = None
+    ) -> Features:
+        """Features of all kept windows of a session, whole brain.
+
+        Windows are read in time order in groups of k, as in training. The last group reaches back over
+        windows that were already read where k does not divide their number; their slots are then used once,
+        from the group before. A slot belongs to the window that holds its middle.
+
+        Parameters
+        ----------
+        dataset : Dataset
+        session : dict
+            A line of `dataset.sessions`.
+        batch : int
+            Groups in memory together: on a GPU they pass through the encoder as one batch, on a CPU each has a core.
+            It does not change the features.
+        stage : int, optional
+            As in `encode`.
+
+        Raises
+        ------
+        ConfigError, DatasetError
+            See `check_data`; or if the session has fewer than k windows, or its bytes are damaged.
+        """
+        if not isinstance(dataset, Dataset):
+            expected = "a shards.format.reader.Dataset, such as Dataset('shards/')"
+            raise ArgumentError("encode_session", "dataset", f"a {type(dataset).__name__}", expected)
+        if not isinstance(session, dict):
+            raise ArgumentError("encode_session", "session", repr(session), "a line of dataset.sessions")
+        if not _is_count(batch) or batch < 1:
+            raise ConfigError("encode_session", "batch", repr(batch), "a whole number of 1 or more")
+        self.check_data(dataset)
+        self._check_stage(stage)
+        return self._encode(dataset, session, f"{dataset.folder} ({session['key']})", stage, batch)
+
+    def _check_windows(self, count: int, where: str) -> None:
+        if count < (k := self.settings.windows.k):
+            raise DatasetError(where, "windows", count, f"{k} or more, as windows.k")
+
+    def _check_stage(self, stage: int | None) -> None:
+        stages = len(self.encoder.ends)
+        expected = f"1 to {stages}, the stages of this encoder"
+        if stage is not None and not _is_count(stage):
+            raise ArgumentError("stage", "", repr(stage), expected)
+        if stage is not None and not 1 <= stage <= stages:
+            raise ConfigError("stage", "", stage, expected)
+
+    def _encode(
+        self, samples: Samples, session: dict[str, Any], where: str, stage: int | None, batch: int = 4
+    ) -> Features:
+        k, count = self.settings.windows.k, session["n_kept"]
+        self._check_windows(count, where)
+        start_K = samples.read(session, ("start",))["start"]
+        in_time = np.argsort(start_K, kind="stable")
+        first_G = firsts(count, k)
+        groups = [read_windows(samples, session, in_time[first : first + k].tolist()) for first in first_G]
+        size = 1 if self.device.type == "cpu" else batch
+        parts = [groups[at : at + size] for at in range(0, len(groups), size)]
+        passed = spread(lambda part: self._pass(part, stage), parts, batch // size)
+        place_L = passed[0][1]
+        window_S = self.geometry.window_of_slot(self.frames)
+        tokens, seconds, starts = [], [], []
+        read = 0
+        for sample, x_SLC, first in zip(groups, (x for x_GSLC, _ in passed for x in x_GSLC), first_G, strict=True):
+            fresh_S = first + window_S >= read
+            read = first + k
+            tokens.append(x_SLC[fresh_S])
+            seconds.append(sample.second.reshape(len(window_S), -1).mean(axis=1)[fresh_S])
+            starts.append(start_K[in_time[first + window_S]][fresh_S] * float(session["tr"]))
+        return Features(
+            session["key"],
+            np.concatenate(tokens),
+            place_L,
+            np.concatenate(seconds),
+            np.concatenate(starts),
+            float(session["tr"]),
+            float(session["source_tr"]),
+            tuple(_assumed(session)),
+        )
+
+    @torch.inference_mode()
+    def _pass(self, groups: list[Sample], stage: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of groups of windows, (G, S, L, C), and the places, (L,)."""
+        slots, places = self.geometry.cells[0], math.prod(self.geometry.cells[1:])
+        together = collate(groups, self.geometry, self.settings.stream).to(self.device)
+        encoded_MC = self.encoder.stage(together.voxels, together.whole, stage or len(self.encoder.ends))
+        x_MC = encoded_MC.float().cpu().numpy()
+        cell_M, sample_M = together.whole.cell_M.cpu().numpy(), together.whole.sample_M.cpu().numpy()
+        # Every frame of a session has the same brain patches, so every slot has the same places.
+        by = np.lexsort((cell_M, sample_M))
+        x_GSLC = x_MC[by].reshape(len(groups), slots, -1, x_MC.shape[1])
+        return x_GSLC, cell_M[by][: x_GSLC.shape[2]] % places
+
+
+def _assumed(meta: dict[str, Any]) -> list[str]:
+    """What was assumed about a run; voxels without signal at the rim of a mask, which most runs have, are left out."""
+    return assumptions({**meta, "dead_share": 0})
+
+
+def _told(made: Converted) -> Converted:
+    """A converted run, having warned of what was assumed about it."""
+    for words in _assumed(made.meta):
+        warnings.warn(
+            f"{made.meta['source']}: {words}", stacklevel=3
+        )  # the line that called `encode`, `encode_run` or `answer`
+    return made
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

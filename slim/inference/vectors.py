@@ -1,0 +1,196 @@
+"""The tokens of a session, and ways to make one vector of them, or one of each window.
+
+    vector = location(features, features.place_L)
+    vector_WP = vectors(features, "window", "mean", features.place_L)
+
+Legend: N sessions; S time slots of a session; W windows; L places (cells of the last stage that hold brain); C
+channels; M tokens of all places and slots; Q principal axes; P features of a session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+
+from shards.core.errors import ConfigError, DatasetError
+
+
+@dataclass
+class Features:
+    """What the encoder made of one session.
+
+    Attributes
+    ----------
+    key : the session's key
+    token_SLC : float32; slots in time order, places in ascending order
+    place_L : flat place of each cell in the grid of cells, int64
+    second_S : middle of each slot, s from the start of the run
+    window_S : start of the window that holds each slot, s from the start of the run; float64
+    tr : TR of the frames that were encoded, s; None where nobody said
+    source_tr : TR of the scan, as it was read or stated, s; where it differs the scan was brought to `tr`
+    assumed : what was assumed about the scan (its space, orientation, TR, mask), a sentence each
+    """
+
+    key: str
+    token_SLC: np.ndarray
+    place_L: np.ndarray
+    second_S: np.ndarray
+    window_S: np.ndarray
+    tr: float | None = None
+    source_tr: float | None = None
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def start_W(self) -> np.ndarray:
+        """Start of each window in time order, s from the start of the run; float64."""
+        return np.unique(self.window_S)
+
+
+def common_places(features: Sequence[Features]) -> np.ndarray:
+    """Places that hold brain in every session, ascending."""
+    place_L = reduce(np.intersect1d, [item.place_L for item in features])
+    if not len(place_L):
+        raise DatasetError("features", "places", "no place that all sessions have", "masks that overlap")
+    return place_L
+
+
+def at_places(features: Features, place_L: np.ndarray) -> np.ndarray:
+    """Tokens at these places, (S, L, C).
+
+    Raises
+    ------
+    DatasetError
+        If it has no tokens at one of them.
+    """
+    missing = np.setdiff1d(place_L, features.place_L)
+    if len(missing):
+        got = f"no brain in {len(missing)} of the {len(place_L)} places"
+        raise DatasetError(features.key, "places", got, "tokens at all of them", "Pool over places that all have")
+    return features.token_SLC[:, np.searchsorted(features.place_L, place_L)]
+
+
+def mean(features: Features, place_L: np.ndarray) -> np.ndarray:
+    """Mean over slots and places, (C,)."""
+    return at_places(features, place_L).mean(axis=(0, 1))
+
+
+def mean_sd(features: Features, place_L: np.ndarray) -> np.ndarray:
+    """Mean over slots and places, then the SD over slots averaged over places, (2 C,)."""
+    x_SLC = at_places(features, place_L)
+    return np.concatenate([x_SLC.mean(axis=(0, 1)), x_SLC.std(axis=0).mean(axis=0)])
+
+
+def location(features: Features, place_L: np.ndarray) -> np.ndarray:
+    """Mean over slots of each place, (L C,)."""
+    return at_places(features, place_L).mean(axis=0).ravel()
+
+
+# Those that nothing is fitted for.
+FIXED: dict[str, Callable[[Features, np.ndarray], np.ndarray]] = {
+    "mean": mean,
+    "mean+sd": mean_sd,
+    "location": location,
+}
+
+
+def principal_axes(features: Sequence[Features], place_L: np.ndarray, count: int) -> np.ndarray:
+    """Axes of largest variance over time, pooled over places and sessions, (C, Q).
+
+    The mean over time of each session's place is taken off first: what differs between places (anatomy,
+    position) would otherwise take the first axes, and it cannot take part in a correlation over time.
+    """
+    dim = features[0].token_SLC.shape[2]
+    if count > dim:
+        raise ConfigError("task", "components", count, f"at most {dim}, the channels of the encoder")
+    scatter_CC = np.zeros((dim, dim))
+    for item in features:
+        x_SLC = at_places(item, place_L)
+        x_MC = (x_SLC - x_SLC.mean(axis=0)).reshape(-1, dim).astype(np.float64)
+        scatter_CC += x_MC.T @ x_MC
+    return np.linalg.eigh(scatter_CC)[1][:, ::-1][:, :count]
+
+
+def cov(features: Features, place_L: np.ndarray, axes_CQ: np.ndarray) -> np.ndarray:
+    """Correlations over slots between all pairs of (place, axis): a learned connectome, (L Q (L Q - 1) / 2,).
+
+    The upper triangle, row by row. A series that does not vary correlates 0 with all others.
+    """
+    x_SLQ = at_places(features, place_L) @ axes_CQ.astype(np.float32)
+    x_SP = x_SLQ.reshape(len(x_SLQ), -1).astype(np.float64)
+    x_SP -= x_SP.mean(axis=0)
+    norm_P = np.sqrt((x_SP**2).sum(axis=0))
+    x_SP = x_SP / np.where(norm_P > 1e-12, norm_P, np.inf)
+    return (x_SP.T @ x_SP)[np.triu_indices(x_SP.shape[1], 1)].astype(np.float32)
+
+
+def pool(features: Sequence[Features], pooling: str, components: int, train: np.ndarray) -> np.ndarray:
+    """One vector for each session, float32 (N, P), on the places that all of them have.
+
+    Without answers: attentive pooling, which needs them, is `slim.evaluation.attentive`.
+
+    Parameters
+    ----------
+    features : sequence of Features
+    pooling : "mean", "mean+sd", "location" or "cov"
+    components : int
+        Axes of `cov`.
+    train : int array
+        Rows of the sessions that the axes of `cov` may be fitted on.
+    """
+    place_L = common_places(features)
+    if pooling == "cov":
+        axes_CQ = principal_axes([features[row] for row in train], place_L, components)
+        return np.stack([cov(item, place_L, axes_CQ) for item in features])
+    return np.stack([FIXED[pooling](item, place_L) for item in features])
+
+
+def windows(features: Features, place_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each window's tokens at these places, the mean over its slots: starts (s), (W,), and (W, L, C), in time order."""
+    start_W, number_S = np.unique(features.window_S, return_inverse=True)
+    x_SLC = at_places(features, place_L)
+    sum_WLC = np.zeros((len(start_W), *x_SLC.shape[1:]), np.float32)
+    np.add.at(sum_WLC, number_S, x_SLC)
+    return start_W, sum_WLC / np.bincount(number_S)[:, None, None].astype(np.float32)
+
+
+def vectors(features: Features, per: str, pooling: str, place_L: np.ndarray) -> np.ndarray:
+    """A vector of each window, or of the whole run, float32.
+
+    Parameters
+    ----------
+    features : Features
+    per : "window" or "run"
+    pooling : "mean", "mean+sd" or "location"
+        For a run see `mean`, `mean_sd` and `location`; `mean+sd` of a window has the SD over places, because a window
+        has too few slots for one over time.
+    place_L : int array
+
+    Returns
+    -------
+    ndarray, (W, P) in the order of `features.start_W`, or (P,)
+
+    Raises
+    ------
+    ConfigError
+        If `per` or `pooling` is none of these; `cov` and `attentive` are fitted on a set of runs.
+    """
+    check_fixed(per, pooling)
+    if per == "run":
+        return FIXED[pooling](features, place_L)
+    _, x_WLC = windows(features, place_L)
+    if pooling == "location":
+        return x_WLC.reshape(len(x_WLC), -1)
+    mean_WC = x_WLC.mean(axis=1)
+    return mean_WC if pooling == "mean" else np.concatenate([mean_WC, x_WLC.std(axis=1)], axis=1)
+
+
+def check_fixed(per: str, pooling: str) -> None:
+    """Raise what `vectors` raises."""
+    if per not in ("window", "run"):
+        raise ConfigError("per", "", per, "window or run")
+    if pooling not in tuple(FIXED):
+        hint = "Others are fitted on a set of runs: slim.evaluation.transformer.SlimBrainTransformer does that"
+        raise ConfigError("pooling", "", pooling, ", ".join(FIXED), hint)

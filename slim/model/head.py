@@ -1,0 +1,156 @@
+"""What is put on the encoder to answer a task: pooling over the tokens of a sample, and a linear map.
+
+Legend: B samples; M cells; C channels; H queries; S time slots; L places; Q principal axes; P pooled features; K
+outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shards.core.errors import ConfigError
+from slim.config import HeadSettings
+from slim.data.collate import Batch
+from slim.model.correlation import correlations
+from slim.model.hiera import Hiera
+from slim.model.ragged import Plan
+
+_MOST = 2_000_000  # features of `cov`
+
+
+class Head(nn.Module):
+    """Correlations of places over time (`cov`), mean or attentive pooling; standardised, then a linear map.
+
+    What differs between people is small beside what their tokens have in common, and a linear map trained from a small
+    start sees the second first. So pooled features are standardised by means and SDs that are measured once, before
+    training (`standardise`). Queries start at zero, where attentive pooling is the mean. `cov` is that of
+    `slim.inference.vectors`: its axes are measured once, too (`set_axes`), and stay; what they see changes with the
+    encoder.
+
+    Parameters
+    ----------
+    settings : HeadSettings
+    dim : int
+        Channels of the encoder.
+    outputs : int
+    cells : sequence of int
+        The grid of cells, (slots, x, y, z).
+
+    Raises
+    ------
+    ConfigError
+        If `cov` has more axes than there are channels, or too many pairs of places.
+    """
+
+    centre_P: Tensor
+    scale_P: Tensor
+    axis_CQ: Tensor | None
+
+    def __init__(self, settings: HeadSettings, dim: int, outputs: int, cells: Sequence[int]):
+        super().__init__()
+        queries = settings.queries if settings.pooling == "attentive" else 0
+        features = dim * max(1, queries)
+        self.slots, self.places = cells[0], math.prod(cells[1:])
+        axis_CQ = None
+        if settings.pooling == "cov":
+            features = _pairs(settings.components, dim, self.places)
+            axis_CQ = torch.zeros(dim, settings.components)
+        self.register_buffer("axis_CQ", axis_CQ)
+        self.query = nn.Parameter(torch.zeros(queries, dim)) if queries else None
+        self.linear = nn.Linear(features, outputs)
+        if axis_CQ is None:
+            nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        else:
+            nn.init.zeros_(self.linear.weight)  # of so many features the sum would not be small
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("centre_P", torch.zeros(features))
+        self.register_buffer("scale_P", torch.ones(features))
+
+    def pool(self, x_MC: Tensor, whole: Plan, samples: int) -> Tensor:
+        """One vector for each sample, (B, P), of tokens at the cells of a plan."""
+        sample_M = whole.sample_M
+        if self.axis_CQ is not None:
+            shape = (samples, self.slots, self.places, self.axis_CQ.shape[1])
+            index_M = sample_M.long() * self.slots * self.places + whole.cell_M
+            series_BSLQ = x_MC.new_zeros(math.prod(shape[:3]), shape[3]).index_copy(0, index_M, x_MC @ self.axis_CQ)
+            return torch.stack([correlations(x_SP) for x_SP in series_BSLQ.view(shape).flatten(2)])
+        if self.query is None:
+            logit_MH = x_MC.new_zeros(len(x_MC), 1)
+        else:
+            logit_MH = x_MC @ self.query.T / x_MC.shape[1] ** 0.5
+        index_M = sample_M.long()
+        index_MH = index_M[:, None].expand(logit_MH.shape)
+        largest_BH = logit_MH.new_full((samples, logit_MH.shape[1]), -torch.inf)
+        largest_BH = largest_BH.scatter_reduce(0, index_MH, logit_MH.detach(), "amax")
+        weight_MH = torch.exp(logit_MH - largest_BH[index_M])
+        total_BH = weight_MH.new_zeros(largest_BH.shape).index_add(0, index_M, weight_MH)
+        share_MH = weight_MH / total_BH[index_M]
+        pooled = [
+            x_MC.new_zeros(samples, x_MC.shape[1]).index_add(0, index_M, x_MC * s_M[:, None]) for s_M in share_MH.T
+        ]
+        return torch.cat(pooled, dim=1)
+
+    def forward(self, pooled_BP: Tensor) -> Tensor:
+        """Logits of the classes, or the value, (B, K)."""
+        return self.linear((pooled_BP - self.centre_P) * self.scale_P)
+
+    def scatter(self, x_MC: Tensor, whole: Plan) -> Tensor:
+        """What samples add to the scatter of tokens around the mean of their sample's place, float64 (C, C)."""
+        place_M = whole.sample_M.long() * self.places + whole.cell_M % self.places
+        x_MC = x_MC.double()
+        sum_NC = x_MC.new_zeros(int(place_M.max()) + 1, x_MC.shape[1]).index_add(0, place_M, x_MC)
+        x_MC = x_MC - sum_NC[place_M] / self.slots
+        return x_MC.T @ x_MC
+
+    def set_axes(self, scatter_CC: Tensor) -> None:
+        """Set the axes of `cov`, of largest variance over time."""
+        assert self.axis_CQ is not None
+        vectors_CC = torch.linalg.eigh(scatter_CC.cpu())[1].flip(1)
+        self.axis_CQ.copy_(vectors_CC[:, : self.axis_CQ.shape[1]])
+
+    def standardise(self, mean_P: Tensor, variance_P: Tensor) -> None:
+        """Set what pooled features are standardised by; those that do not vary are dropped.
+
+        Those of `cov` are divided by the root of their number, too: there are so many that a small step of each weight
+        would be a large one of the output.
+        """
+        sd_P = variance_P.clamp_min(0).sqrt()
+        alive_P = sd_P > 1e-5 * (mean_P.abs() + sd_P + 1e-30)  # as in `slim.evaluation.linear`
+        self.centre_P.copy_(mean_P)
+        self.scale_P.copy_(torch.where(alive_P, 1 / torch.where(alive_P, sd_P, 1.0), 0.0))
+        if self.axis_CQ is not None:
+            self.scale_P /= alive_P.sum().clamp_min(1).sqrt()
+
+
+def _pairs(components: int, dim: int, places: int) -> int:
+    if components > dim:
+        raise ConfigError("head.components", "", components, f"at most {dim}, the channels of the encoder")
+    series = places * components
+    if (count := series * (series - 1) // 2) > _MOST:
+        hint = "Take fewer head.components, or head.pooling=attentive"
+        raise ConfigError("head.pooling", "", f"cov with {count} pairs of {places} places", f"at most {_MOST}", hint)
+    return count
+
+
+class Answerer(nn.Module):
+    """Encoder and head: the module that is fine-tuned."""
+
+    def __init__(self, encoder: Hiera, head: Head, bf16: bool):
+        super().__init__()
+        self.encoder, self.head, self.bf16 = encoder, head, bf16
+
+    def forward(self, batch: Batch, tokens: bool = False) -> tuple[Tensor, Tensor] | Tensor:
+        """Outputs (B, K) and pooled features before they are standardised (B, P), from all brain tokens of a sample.
+
+        With `tokens` these alone, (M, C).
+        """
+        with torch.autocast(batch.brain_QV.device.type, torch.bfloat16, enabled=self.bf16):
+            x_MC = self.encoder(batch.voxels, batch.whole)
+        if tokens:
+            return x_MC.float()
+        pooled_BP = self.head.pool(x_MC.float(), batch.whole, len(batch.keys))
+        return self.head(pooled_BP), pooled_BP

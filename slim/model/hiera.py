@@ -1,0 +1,303 @@
+"""The Hiera encoder over gathered patches, for any number of dimensions.
+
+Blocks follow Hiera (Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles", ICML
+2023): pre-norm attention and MLP, queries max-pooled at the first block of a pooled stage, attention inside mask
+units in the local stages and over all cells of a sample afterwards. What is different: tokens that hold no brain do
+not exist, so units are ragged and a pooled token is the maximum over the children there are.
+
+Legend: B samples; N kept tokens; M tokens of the last level (cells); L places of a grid; A its axes; R rows of voxel
+values; Q rows of patches; V voxels of a patch; C channels; F hidden channels, or frequencies of a position; H heads; D
+channels of a head; T frames of a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from slim.config import ModelSettings, View
+from slim.model.geometry import Geometry
+from slim.model.ragged import Children, Chunk, Plan, Segments, attend, segment_max, segment_sum
+
+# Periods (s) of the sinusoids that carry a window's time in the run: from a frame to a long run.
+_PERIODS = tuple(2.0 * 4.0**i for i in range(6))
+# Shortest period (places) of the sinusoids that positions start as.
+_SHORTEST = 2.5
+# A voxel whose SD (global-SD units) is not above this does not vary: background, or constant.
+STILL = 1e-6
+
+
+@dataclass
+class Voxels:
+    """The values of a batch, as gathered in the shards.
+
+    Attributes
+    ----------
+    value_RV : fluctuation of every kept patch in every frame of every sample, global-SD units
+    baseline_QV, spread_QV : run mean (global z) and SD (global-SD units) of every patch of every sample
+    second_BT : time of every frame in its run, s
+    """
+
+    value_RV: Tensor
+    baseline_QV: Tensor
+    spread_QV: Tensor
+    second_BT: Tensor
+
+    def to(self, device: torch.device | str) -> Voxels:
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+
+def standardise(value_NV: Tensor, spread_NV: Tensor) -> Tensor:
+    """Fluctuation in units of each voxel's own SD; background and constant voxels 0."""
+    alive = spread_NV > STILL
+    return torch.where(alive, value_NV / torch.where(alive, spread_NV, 1.0), 0.0)
+
+
+class PatchEmbed(nn.Module):
+    """Patch embedding as a linear map of the V voxels of a kept patch.
+
+    The map is linear, so the baseline is embedded once per patch and the fluctuation once per frame, and their sum is
+    the embedding of the sum, without the fluctuation being rounded beside the anatomy.
+    """
+
+    def __init__(self, voxels: int, dim: int, view: View):
+        super().__init__()
+        self.view = view
+        self.whole = nn.Linear(voxels, dim, bias=False) if view != "voxel" else None
+        self.own = nn.Linear(voxels, dim, bias=False) if view != "global" else None
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def baseline(self, voxels: Voxels) -> Tensor | None:
+        """Embedding of every patch's baseline, (Q, C); None where the view has none."""
+        return None if self.whole is None else self.whole(voxels.baseline_QV)
+
+    def forward(self, value_NV: Tensor, spread_NV: Tensor, base_NC: Tensor | None) -> Tensor:
+        """Embedding of tokens, (N, C), given the patches' spread and embedded baselines; still voxels count as 0."""
+        x_NC = self.bias
+        if self.whole is not None and base_NC is not None:
+            x_NC = x_NC + self.whole(torch.where(spread_NV > STILL, value_NV, 0.0)) + base_NC
+        if self.own is not None:
+            x_NC = x_NC + self.own(standardise(value_NV, spread_NV))
+        return x_NC
+
+
+class Seconds(nn.Module):
+    """A linear map of sinusoids of time in s; starts at zero."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(2 * len(_PERIODS), dim, bias=False)
+        self.rate: Tensor
+        self.register_buffer("rate", 2 * math.pi / torch.tensor(_PERIODS), persistent=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, second_N: Tensor) -> Tensor:
+        phase = second_N[:, None] * self.rate
+        return self.linear(torch.cat([phase.sin(), phase.cos()], dim=1))
+
+
+class Attention(nn.Module):
+    """Ragged multi-head attention; queries may be max-pooled first."""
+
+    def __init__(self, dim: int, dim_out: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim_out)
+        self.proj = nn.Linear(dim_out, dim_out)
+
+    def forward(self, x_NC: Tensor, where: Segments, children: Children | None) -> Tensor:
+        q_NC, k_NC, v_NC = self.qkv(x_NC).chunk(3, dim=1)
+        if children is not None:
+            q_NC = segment_max(q_NC, children)
+        q, k, v = (rearrange(part, "n (h d) -> n h d", h=self.heads) for part in (q_NC, k_NC, v_NC))
+        return self.proj(rearrange(attend(q, k, v, where), "n h d -> n (h d)"))
+
+
+class Block(nn.Module):
+    """A Hiera block. With `children`, tokens are pooled and the residual is the pooled projection."""
+
+    def __init__(self, dim: int, dim_out: int, heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, dim_out, heads)
+        self.norm2 = nn.LayerNorm(dim_out, eps=1e-6)
+        self.fc1 = nn.Linear(dim_out, int(dim_out * mlp_ratio))
+        self.fc2 = nn.Linear(int(dim_out * mlp_ratio), dim_out)
+        self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
+
+    def forward(self, x_NC: Tensor, where: Segments, children: Children | None = None) -> Tensor:
+        y_NC = self.norm1(x_NC)
+        if self.proj is not None:
+            x_NC = self.proj(y_NC)
+        if children is not None:
+            x_NC = segment_max(x_NC, children)
+        x_NC = x_NC + self.attn(y_NC, where, children)
+        hidden_NF = self.fc1(self.norm2(x_NC))
+        if not torch.is_grad_enabled():
+            return x_NC + self._leave(hidden_NF)
+        # The widest tensor of a block is kept once, not before and behind the activation: that is computed again.
+        return x_NC + checkpoint(self._leave, hidden_NF, use_reentrant=False, preserve_rng_state=False)
+
+    def _leave(self, hidden_NF: Tensor) -> Tensor:
+        return self.fc2(F.gelu(hidden_NF))
+
+
+class Hiera(nn.Module):
+    """Encoder of gathered brain patches.
+
+    Parameters
+    ----------
+    settings : ModelSettings
+    geometry : Geometry
+        Of the samples; time is the first axis.
+    voxels : int
+        V, voxels of a patch.
+    view : "global", "voxel" or "both"
+        Which normalisation of the values the model sees.
+    """
+
+    def __init__(self, settings: ModelSettings, geometry: Geometry, voxels: int, view: View):
+        super().__init__()
+        self.geometry = geometry
+        self.embed = PatchEmbed(voxels, settings.embed, view)
+        places = math.prod(geometry.tokens[1:])
+        self.space = nn.Parameter(torch.empty(places, settings.embed))
+        self.time = nn.Parameter(torch.empty(geometry.tokens[0], settings.embed))
+        self.seconds = Seconds(settings.embed)
+        blocks, local, dim, heads = [], [], settings.embed, settings.heads
+        for stage, depth in enumerate(settings.depths):
+            for index in range(depth):
+                grows = stage > 0 and index == 0
+                dim_out, heads = (dim * 2, heads * 2) if grows else (dim, heads)
+                blocks.append(Block(dim, dim_out, heads, settings.mlp_ratio))
+                # The first block of a stage still attends where the stage before it did: its queries are pooled there.
+                local.append(stage < settings.local_stages or (grows and stage == settings.local_stages))
+                dim = dim_out
+        self.blocks = nn.ModuleList(blocks)
+        ends = [sum(settings.depths[:stage]) for stage in range(1, len(settings.depths) + 1)]
+        self.pooled = set(ends[: len(geometry.strides)])
+        self.ends = ends  # blocks up to the end of each stage
+        self.n, self.n_local = len(blocks), sum(local)
+        self.dim = dim
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(init_linear)
+        init_positions(self.space, self.time, self.seconds, geometry.tokens)
+
+    def forward(self, voxels: Voxels, plan: Plan) -> Tensor:
+        """Features of every cell that holds a kept token, (M, C), in the order of `plan.cell_M`.
+
+        The local stages run chunk by chunk; with more than one chunk their activations are not kept but computed again
+        in the backward pass, so they take the memory of one chunk.
+        """
+        base_QC = self.embed.baseline(voxels)
+        stream = len(plan.chunks) > 1 and torch.is_grad_enabled()
+        parts = []
+        for chunk in plan.chunks:
+            if stream:
+                part = checkpoint(self._local, voxels, base_QC, plan, chunk, self.n_local, use_reentrant=False)
+            else:
+                part = self._local(voxels, base_QC, plan, chunk, self.n_local)
+            parts.append(part)
+        return self.norm(self._climb(torch.cat(parts)[plan.by_sample_L], range(self.n_local, self.n), plan.samples))
+
+    def stage(self, voxels: Voxels, plan: Plan, number: int) -> Tensor:
+        """Features of every cell at the end of a stage, (M, C of that stage), in the order of `plan.cell_M`.
+
+        The last stage (`number` as many as there are) is `forward`. In an earlier one a cell still has several tokens,
+        and its features are their mean, without a norm, which only the last stage has.
+        """
+        if number == len(self.ends):
+            return self(voxels, plan)
+        stop = self.ends[number - 1]
+        pooled = sum(block < stop for block in self.pooled)
+        base_QC = self.embed.baseline(voxels)
+        parts, above = [], plan.samples.children
+        for chunk in plan.chunks:
+            x_NC = self._local(voxels, base_QC, plan, chunk, min(stop, self.n_local))
+            parts.append(x_NC if stop > self.n_local else _add_up(_counted(x_NC), chunk.children[pooled:]))
+        x_LC = torch.cat(parts)[plan.by_sample_L]
+        if stop > self.n_local:
+            x_LC = _counted(self._climb(x_LC, range(self.n_local, stop), plan.samples))
+            above = above[pooled - self.geometry.local_steps :]
+        x_MC = _add_up(x_LC, above)
+        return x_MC[:, :-1] / x_MC[:, -1:]
+
+    def _local(self, voxels: Voxels, base_QC: Tensor | None, plan: Plan, chunk: Chunk, stop: int) -> Tensor:
+        """Embedding and the blocks before `stop` of one chunk of mask units."""
+        here = slice(chunk.first, chunk.stop)
+        patch_N = plan.patch_N[here]
+        value_NV = voxels.value_RV[plan.row_N[here]].to(self.space.dtype)
+        base_NC = None if base_QC is None else base_QC[patch_N]
+        x_NC = self.embed(value_NV, voxels.spread_QV[patch_N], base_NC)
+        frame_N = plan.frame_N[here]
+        x_NC = x_NC + self.space[plan.space_N[here]] + self.time[frame_N % len(self.time)]
+        x_NC = x_NC + self.seconds(voxels.second_BT.flatten()[frame_N])
+        return self._climb(x_NC, range(stop), chunk)
+
+    def _climb(self, x_NC: Tensor, indices: range, chunk: Chunk) -> Tensor:
+        """Blocks over one chunk of segments, pooling on the way."""
+        level = 0
+        for index in indices:
+            if index in self.pooled:
+                x_NC = self.blocks[index](x_NC, chunk.pools[level], chunk.children[level])
+                level += 1
+            else:
+                x_NC = self.blocks[index](x_NC, chunk.levels[level])
+        return x_NC
+
+
+def _counted(x_NC: Tensor) -> Tensor:
+    """With a channel of ones behind the others: in a sum over tokens, it tells how many they are."""
+    return torch.cat([x_NC, x_NC.new_ones(len(x_NC), 1)], dim=1)
+
+
+def _add_up(x_NC: Tensor, levels: list[Children]) -> Tensor:
+    """Sums over the tokens below those at the top of some levels."""
+    for where in levels:
+        x_NC = segment_sum(x_NC, where)
+    return x_NC
+
+
+def sinusoids(shape: Sequence[int], dim: int) -> Tensor:
+    """Sines and cosines of every place of a grid, (places, dim), each axis with an equal share of the channels.
+
+    Periods fall geometrically from twice the length of the axis to `_SHORTEST` places; channels that are left over
+    are 0.
+    """
+    at_LA = torch.cartesian_prod(*[torch.arange(size, dtype=torch.float64) for size in shape]).view(-1, len(shape))
+    count = dim // (2 * len(shape))
+    table_LC = torch.zeros(len(at_LA), dim)
+    for axis, size in enumerate(shape):
+        longest = max(2.0 * size, _SHORTEST)
+        period = torch.logspace(math.log2(longest), math.log2(_SHORTEST), count, base=2, dtype=torch.float64)
+        phase_LF = 2 * math.pi * at_LA[:, axis, None] / period
+        first = 2 * count * axis
+        table_LC[:, first : first + 2 * count] = torch.stack([phase_LF.sin(), phase_LF.cos()], dim=2).flatten(1)
+    return table_LC
+
+
+@torch.no_grad()
+def init_positions(space_LC: Tensor, time_LC: Tensor, seconds: Seconds, shape: Sequence[int]) -> None:
+    """Start learned positions on a grid (time first) as sinusoids, and those in s at 0.
+
+    They are as large as an embedded patch. Attention has to find the places that tell of one another, and to it
+    neighbours have to look alike from the first step: from small random numbers that takes longer than most runs last.
+    """
+    space_LC.copy_(sinusoids(shape[1:], space_LC.shape[1]))
+    time_LC.copy_(sinusoids(shape[:1], time_LC.shape[1]))
+    nn.init.zeros_(seconds.linear.weight)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier weights, zero biases. A fixed SD of 0.02 would all but silence the narrow layers of the small presets."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,195 @@
+"""What a configuration costs before it is run: parameters, tokens, peak memory and FLOPs of a training step.
+
+One process's step is counted by `slim.planning.counting`, without a GPU and without being carried out: targets by the
+EMA encoder on all tokens of the brain, losses, backward, clipping, AdamW, running means, EMA. It is the step of
+`slim.training.trainer`, with weights, gradients, Adam's moments, target encoder, running means, voxel values and plans.
+In place of DeepSpeed it is driven by plain AdamW, tensor by tensor, or by `slim.planning.zero_memory.Zero`, which takes
+the memory DeepSpeed takes. Autocast is that of a CPU: layer norms stay in bf16, which a GPU computes in fp32 (up to 2 %
+of a peak, as far as was tried).
+
+Legend: T frames of a sample; P patches that hold brain; V voxels of a patch; X, Y, Z voxels of the grid.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from shards.format.grid import Grid
+from slim.config import PretrainSettings
+from slim.data.collate import Batch, Sample, cell_sizes, collate
+from slim.data.masking import draw
+from slim.model.geometry import Geometry
+from slim.planning.counting import Footprint
+from slim.planning.zero_memory import Plain
+from slim.pretrain.learner import Learner
+from slim.pretrain.objective import Objective
+
+Drive = Callable[[PretrainSettings, torch.nn.Module, Footprint], Plain]
+_APART = 20.0  # seconds from window to window
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process holds and computes.
+
+    Attributes
+    ----------
+    parameters : of `encoder`, `predictor` and `target` (the EMA encoder)
+    tokens : of a sample: of the dense `grid`, with `brain`, in the `context`; of samples that differ, the mean
+    peak_memory_bytes, memory_parts : at the peak of an optimizer step, and which part of the step made them
+    step_flops, flops_parts : of an optimizer step with all its micro-batches, and of each of its parts
+
+    Parts are `states` (weights, moments, target, running means), `gradients`, `batch` (values and plans), `targets`,
+    `encoder` (of the context), `predictor` (and losses), `backward` (with what it computes again), `optimizer`, `means`
+    (and the EMA).
+    """
+
+    parameters: dict[str, int]
+    tokens: dict[str, int]
+    peak_memory_bytes: int
+    memory_parts: dict[str, int]
+    step_flops: int
+    flops_parts: dict[str, int]
+
+
+def cost(
+    settings: PretrainSettings,
+    grid: Grid | None = None,
+    frames: int = 5,
+    brain_XYZ: np.ndarray | None = None,
+    dense: bool = False,
+    drive: Drive = Plain,
+) -> Cost:
+    """Count a step of a configuration; its data are not read.
+
+    Parameters
+    ----------
+    settings : PretrainSettings
+    grid : Grid, optional
+        Of the data; the default grid if it is not given.
+    frames : int
+        Of a window.
+    brain_XYZ : bool (X, Y, Z), optional
+        Brain mask on the grid; the MNI152 mask if it is not given.
+    dense : bool
+        Drop nothing, for comparison: all of the grid is brain, and all of it is context.
+    drive : callable
+        Makes what updates the weights: `slim.planning.zero_memory.Plain` or `Zero`.
+
+    Raises
+    ------
+    ConfigError
+        If the model's units do not fit the grid.
+    """
+    return detailed(settings, grid, frames, brain_XYZ, dense, drive)[0]
+
+
+def detailed(
+    settings: PretrainSettings,
+    grid: Grid | None = None,
+    frames: int = 5,
+    brain_XYZ: np.ndarray | None = None,
+    dense: bool = False,
+    drive: Drive = Plain,
+) -> tuple[Cost, Footprint]:
+    """As `cost`, together with all that was counted."""
+    grid = grid or Grid()
+    geometry = settings.model.geometry((settings.windows.k * frames, *grid.patch_shape))
+    if dense:
+        brain_XYZ = np.ones(grid.shape, bool)
+    elif brain_XYZ is None:
+        brain_XYZ = mni_brain(grid)
+    batch = make_batch(settings, geometry, brain_XYZ, dense)
+    found, learner = count(settings, geometry, batch, drive)
+
+    def parameters(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    assert batch.context is not None
+    model, samples = learner.model, len(batch.keys)
+    told = Cost(
+        {"encoder": parameters(model.encoder), "predictor": parameters(model.predictor)}
+        | {"target": parameters(learner.target.encoder)},
+        {"grid": prod(geometry.tokens)}
+        | {"brain": len(batch.whole.row_N) // samples, "context": len(batch.context.row_N) // samples},
+        found.peak,
+        dict(+found.at_peak),
+        found.flops.total(),
+        dict(+found.flops),
+    )
+    return told, found
+
+
+def mni_brain(grid: Grid) -> np.ndarray:
+    """The MNI152 brain mask on a grid, bool (X, Y, Z)."""
+    import nibabel as nib  # takes seconds with nilearn; a mask that is given needs neither
+    from nilearn.datasets import load_mni152_brain_mask
+    from nilearn.image import resample_to_img
+
+    space = nib.Nifti1Image(np.zeros(grid.shape, np.uint8), grid.affine)
+    mask = resample_to_img(load_mni152_brain_mask(), space, "nearest", force_resample=True, copy_header=True)
+    return np.asarray(mask.dataobj).astype(bool)
+
+
+def make_batch(settings: PretrainSettings, geometry: Geometry, brain_XYZ: np.ndarray, dense: bool = False) -> Batch:
+    """A micro-batch as a loading process would make it, of samples that differ in their masks; its values are zeros."""
+    frames, *patches = geometry.tokens
+    edges = dict(zip("abc", np.divide(brain_XYZ.shape, patches).astype(int).tolist(), strict=True))
+    brain_PV = rearrange(brain_XYZ, "(x a) (y b) (z c) -> (x y z) (a b c)", **edges)
+    place = np.flatnonzero(brain_PV.any(axis=1))
+    brain_PV = brain_PV[place].astype(np.uint8)
+    value_TPV, still_PV = np.zeros((frames, *brain_PV.shape), np.float16), np.zeros(brain_PV.shape, np.float32)
+    window, frame = np.divmod(np.arange(frames), frames // settings.windows.k)
+    second = (window * _APART + frame).astype(np.float32)
+    samples = []
+    for number in range(settings.run.batch):
+        key = f"sample {number}"
+        mask = draw(cell_sizes(geometry, place), settings.mask, settings.run.seed, 0, key)
+        if dense:
+            mask = replace(mask, context_K=np.arange(prod(geometry.cells)))
+        samples.append(Sample(key, 0, value_TPV, still_PV, still_PV, brain_PV, place, second, mask))
+    return collate(samples, geometry, settings.stream)
+
+
+def count(
+    settings: PretrainSettings, geometry: Geometry, batch: Batch, drive: Drive = Plain
+) -> tuple[Footprint, Learner]:
+    """Count a step on a micro-batch; the learner is returned with it, its floats fake."""
+    packed = batch.pack()  # as it comes from a loading process
+    with torch.device("meta"):
+        model = Objective(settings, geometry, batch.brain_QV.shape[1])
+    with Footprint() as found:
+        model.to_empty(device="cpu")
+        with warnings.catch_warnings():  # copying a fake module asks for the address of its data
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
+            learner = Learner(settings, model)
+        driver = drive(settings, model, found)
+        with found.called("batch"):
+            batch = packed.to("cpu")
+            batch.brain_QV = found.add(batch.brain_QV)
+            batch.voxels = replace(batch.voxels, **{name: found.add(v) for name, v in vars(batch.voxels).items()})
+        for part, module in (("targets", learner.target.encoder), ("encoder", model), ("predictor", model.predictor)):
+            module.register_forward_pre_hook(lambda *_, part=part: setattr(found, "part", part))
+        found.restart()
+
+        micro_batches = min(settings.run.accumulate, 2)  # a third is as the second: gradients lie there already
+        for number in range(micro_batches):
+            with found.called("targets"):  # and what the hooks say
+                losses = learner.losses(batch, 0)
+            with found.called("backward"):
+                losses.total.backward()
+                driver.reduce(number == micro_batches - 1)
+        with found.called("optimizer"):
+            driver.step()
+        with found.called("means"):
+            learner.commit(0, 2, full=driver.whole)
+    for part in found.flops:
+        found.flops[part] = found.flops[part] * settings.run.accumulate // micro_batches
+    return found, learner

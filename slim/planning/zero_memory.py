@@ -1,0 +1,242 @@
+"""What drives a counted step: plain AdamW, or ZeRO as DeepSpeed lays it out in memory.
+
+`Zero` makes and frees tensors of the sizes of DeepSpeed's, in its order; nothing is communicated. Read from DeepSpeed
+0.19 (`stage_1_and_2.py`, `stage3.py`, `partition_parameters.py`, `coalesced_collectives.py`) for fp32 weights, nothing
+offloaded. N: numbers of the model, g of a group of AdamW; W: processes; B: bucket.
+
+stage  always                          in forward and backward passes               in the step, group by group
+0      weights N, moments 2 N          gradients N, then N flat to reduce them      AdamW's own
+1      weights N, master copy N/W,     gradients N; then B, N/W, a full bucket      gradients N/W, g/W flat, AdamW's own
+       moments 2 N/W
+2      as 1                            B, gradients N/W, a full bucket              as 1
+3      weights, master copy, moments   a full bucket                                g/W flat, AdamW's own
+       2, gradients: N/W each; B
+       W > 1: S gathered               L gathered, and flat in the forward pass     S dropped; each in turn for the EMA
+
+A full bucket is reduced by way of a flat copy (at stages 1 and 2 only if W > 1). A further micro-batch adds N at stage
+1, and N/W at stage 2 while it runs. S and L are the parameters of up to and of more than 100 000 numbers; of L each is
+dropped when its gradient is there. DeepSpeed gathers L ahead, 50 million numbers at once, as soon as it knows the order
+of the layers, and starts over where that changes: a step whose order it knows holds more, and is what is counted.
+AdamW's own is a copy of the second moments (of a whole group where `foreach` is on, as it is on GPUs; where it is off,
+two copies, but of one tensor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slim.config import PretrainSettings
+from slim.planning.counting import Footprint
+from slim.pretrain.learner import parameter_groups
+
+BUCKET = 5_000_000  # numbers that processes exchange at once: 20 MB
+_FLATTENED = 500_000_000  # numbers that stage 0 of DeepSpeed flattens at once
+_SMALL, _AHEAD = 100_000, 50_000_000  # numbers of a parameter that its stage 3 keeps gathered; what it gathers at once
+
+
+class Plain:
+    """AdamW of torch, alone in one process.
+
+    Parameters
+    ----------
+    settings : PretrainSettings
+    model : nn.Module
+        Inside the footprint.
+    found : Footprint
+        What counts.
+
+    Attributes
+    ----------
+    whole : callable, optional
+        The whole value of a parameter, where processes hold parts of it.
+    """
+
+    foreach = False
+    whole: Callable[[Tensor], Tensor] | None = None
+
+    def __init__(self, settings: PretrainSettings, model: nn.Module, found: Footprint):
+        self.settings, self.model, self.found = settings, model, found
+        self.optimizer = torch.optim.AdamW(self.updated(), foreach=self.foreach)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()  # makes the moments
+        self.optimizer.zero_grad()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self.ready)
+
+    def updated(self) -> list[dict[str, Any]]:
+        """What AdamW updates, by group."""
+        return parameter_groups(self.model)
+
+    def ready(self, parameter: Tensor) -> None:
+        """A gradient has been computed."""
+        assert parameter.grad is not None
+        self.found.rename(parameter.grad, "gradients")
+        self.found.moment += 1
+
+    def reduce(self, last: bool) -> None:
+        """The backward pass of a micro-batch has ended, the last of its step or not."""
+
+    def step(self) -> None:
+        """Clip and update."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Zero(Plain):
+    """ZeRO of DeepSpeed at the stage, and among the processes, of the configuration.
+
+    Parameters
+    ----------
+    settings, model, found
+        As in `Plain`.
+    bucket : int
+        Numbers of the buffer through which gradients are reduced.
+    foreach : bool
+        AdamW takes all tensors of a group at once.
+    """
+
+    def __init__(
+        self, settings: PretrainSettings, model: nn.Module, found: Footprint, bucket: int = BUCKET, foreach: bool = True
+    ):
+        self.stage, self.processes = settings.zero.stage, settings.run.processes
+        self.bucket, self.foreach = bucket, foreach
+        self._buffer: Tensor | None = None
+        self._filled = 0  # numbers that wait in the buffer
+        self._larger: Tensor | None = None  # a gradient that waits beside it
+        self._partitions: list[Tensor] = []  # gradients of this process's part: of a step, and of a micro-batch
+        self._begun = False  # whether this micro-batch has its partition
+        super().__init__(settings, model, found)
+        if self.stage == 3:
+            self.whole = lambda parameter: torch.empty(parameter.shape)
+            self._take_buffer()
+            self._take_partition()
+        self._scatters = self.stage == 3 and self.processes > 1
+        if self._scatters:
+            self._small = [parameter for parameter in model.parameters() if parameter.numel() <= _SMALL]
+            self._large = [parameter for parameter in model.parameters() if parameter.numel() > _SMALL]
+            with found.called("states"):
+                self._weights = torch.empty(sum(part.numel() for part in self._parts))
+                self._nothing = torch.empty(1)
+            self._drop(model.parameters())
+            self._gather(self._small)
+            self._flat: Tensor | None = None
+            model.register_forward_pre_hook(self._fetch)
+            model.register_forward_hook(self._fetched)
+
+    def updated(self) -> list[dict[str, Any]]:
+        groups = super().updated()
+        self._numbers = sum(p.numel() for group in groups for p in group["params"])
+        if self.stage == 0:
+            return groups
+        with self.found.called("master copy"):
+            self._parts = [nn.Parameter(torch.empty(self._share(group["params"]))) for group in groups]
+        self._reduced = sum(self._overlap(group["params"]) for group in groups)
+        return [{"params": [part]} for part in self._parts]
+
+    def _share(self, parameters: list[Tensor]) -> int:
+        """Numbers of a group that a process updates: of the whole group, or at stage 3 of each parameter."""
+        sizes = [parameter.numel() for parameter in parameters]
+        return sum(-(-size // self.processes) for size in (sizes if self.stage == 3 else [sum(sizes)]))
+
+    def _overlap(self, parameters: list[Tensor]) -> int:
+        """Numbers of a group whose gradients a process keeps: its share, at stages 1 and 2 in whole parameters."""
+        share = self._share(parameters)
+        if self.stage == 3:
+            return share
+        size_P = np.array([parameter.numel() for parameter in parameters])
+        end_P = np.cumsum(size_P)
+        begun = share * np.arange(self.processes)[:, None]
+        return int(((end_P > begun) & (end_P - size_P < begun + share)).dot(size_P).max())
+
+    def ready(self, parameter: Tensor) -> None:
+        super().ready(parameter)
+        if self.stage in (1, 2) and self._buffer is None:
+            self._take_buffer()
+        if self.stage > 1:
+            self._send(parameter)
+        if self._scatters and parameter.numel() > _SMALL:
+            self._drop([parameter])
+
+    def reduce(self, last: bool) -> None:
+        if self.stage == 0 and last:
+            with self.found.called("flat gradients"):
+                torch.empty(min(self._numbers, _FLATTENED))
+        if self.stage == 1 and last:
+            for parameter in self.model.parameters():
+                self._send(parameter)
+        if self.stage > 1 or (self.stage == 1 and last):
+            self._flush()
+        if self.stage == 2 or (self.stage == 1 and last):
+            del self._partitions[1:]  # added to the first
+            self._buffer, self._begun = None, False
+
+    def step(self) -> None:
+        if self.stage == 0:
+            super().step()
+            return
+        if self._scatters:
+            self._drop(self.model.parameters())
+        groups = self.optimizer.param_groups
+        for group, part in zip(groups, self._parts, strict=True):
+            with self.found.called("flat gradients"):
+                part.grad = torch.empty_like(part)
+            self.optimizer.param_groups = [group]
+            self.optimizer.step()
+            part.grad = None
+        self.optimizer.param_groups = groups
+        if self.stage < 3:
+            self._partitions.clear()
+        if self._scatters:
+            self._gather(self._small)
+
+    def _send(self, parameter: Tensor) -> None:
+        """Through the buffer, which is emptied into the partition when it is full."""
+        size = parameter.numel()
+        if self._filled + size > self.bucket:
+            self._flush()
+        self._filled += size
+        if size > self.bucket:
+            self._larger = parameter.grad
+        parameter.grad = None
+
+    def _flush(self) -> None:
+        if self.stage < 3 and not self._begun:
+            self._take_partition()
+            self._begun = True
+        if self.stage == 3 or self.processes > 1:
+            with self.found.called("bucket"):
+                torch.empty(self._filled)
+        self._filled, self._larger = 0, None
+
+    def _take_buffer(self) -> None:
+        with self.found.called("bucket"):
+            self._buffer = torch.empty(self.bucket)
+
+    def _take_partition(self) -> None:
+        with self.found.called("gradients"):
+            self._partitions.append(torch.empty(self._reduced))
+
+    def _gather(self, parameters: Iterable[Tensor]) -> None:
+        with self.found.called("gathered"):
+            for parameter in parameters:
+                parameter.data = torch.empty(parameter.shape)
+
+    def _drop(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            parameter.data = self._nothing.expand(parameter.shape)
+
+    def _fetch(self, *_: Any) -> None:
+        with self.found.called("gathered"):
+            self._flat = torch.empty(min(_AHEAD, sum(parameter.numel() for parameter in self._large)))
+        self._gather(self._large)
+
+    def _fetched(self, *_: Any) -> None:
+        self._flat = None

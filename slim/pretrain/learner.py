@@ -1,0 +1,198 @@
+"""What a step does to a micro-batch, whatever drives it: an engine of DeepSpeed, plain torch, or a mere count.
+
+Legend: M cells of all brain tokens; K targets; C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slim.config import PretrainSettings
+from slim.data.collate import Batch
+from slim.pretrain.ema import PlaceMean, Target
+from slim.pretrain.objective import Losses, Objective
+from slim.training import schedule
+from slim.training.metrics import AVERAGED
+from slim.training.schedule import Plan
+
+_NO_DECAY = ("space", "time", "mask_token", "seconds.linear.weight")
+
+
+@dataclass
+class Group:
+    """Parameters that the optimizer treats alike.
+
+    Attributes
+    ----------
+    parameters : list of Tensor
+    decays : whether weight decay draws them to 0
+    scale : times the learning rate of the step
+    """
+
+    parameters: list[Tensor]
+    decays: bool
+    scale: float = 1.0
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay is for it: matrices, but no norms, biases, positions or tokens."""
+    return parameter.ndim >= 2 and not name.endswith(_NO_DECAY)
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Matrices (with weight decay) and everything else (without)."""
+    named = list(model.named_parameters())
+    return [{"params": [p for name, p in named if decays(name, p) is wanted]} for wanted in (True, False)]
+
+
+class Learner:
+    """What is pretrained: a model, its EMA target and the running means that the terms of its loss need.
+
+    Parameters
+    ----------
+    settings : PretrainSettings
+    model : Objective
+        At its start, on its device, its parameters still whole.
+
+    Attributes
+    ----------
+    means : dict of str to PlaceMean
+        `target_mean` with the JEPA term, `context_mean` with SIG: their names in a checkpoint.
+    """
+
+    logged = AVERAGED
+
+    def __init__(self, settings: PretrainSettings, model: Objective):
+        self.model, self.ema = model, settings.ema
+        self.target = Target(model.encoder, model.bf16)
+        jepa, sig, _ = settings.weights
+        cells, dim = math.prod(model.encoder.geometry.cells), model.encoder.dim
+        device = next(model.parameters()).device
+        self.means = {
+            name: PlaceMean(cells, dim, settings.ema.mean, device)
+            for name, needed in (("target_mean", jepa), ("context_mean", sig))
+            if needed
+        }
+
+    def groups(self) -> list[Group]:
+        """See `parameter_groups`."""
+        decayed, plain = parameter_groups(self.model)
+        return [Group(decayed["params"], True), Group(plain["params"], False)]
+
+    def losses(self, batch: Batch, step: int, forward: Callable[..., Losses] | None = None) -> Losses:
+        """Losses of one micro-batch; the running means collect its features.
+
+        Parameters
+        ----------
+        batch : Batch
+            With context and targets.
+        step : int
+            Optimizer step.
+        forward : callable, optional
+            Called in place of the model (an engine around it).
+
+        An empty batch counts for nothing: its loss is 0, its features are not collected, nothing is logged.
+
+        Returns
+        -------
+        Losses
+            With the features `target`, centred, (K, C), None without the JEPA term; and `context`, (M, C).
+        """
+        assert batch.context is not None
+        centred_KC, target_KC, cosine = self._targets(batch)
+        context_mean = self.means.get("context_mean")
+        losses = (forward or self.model)(batch, target_KC, None if context_mean is None else context_mean.mean, step)
+        if batch.empty:
+            return Losses(losses.total * 0, {}, {"target": None, **losses.features})
+        if context_mean is not None:
+            context_MC = losses.features["context"]
+            assert context_MC is not None
+            context_mean.observe(context_MC, batch.context.cell_M)
+        if cosine is not None:
+            losses.logs["sample_cosine"] = cosine
+        losses.features = {"target": centred_KC, **losses.features}
+        return losses
+
+    def _targets(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Features at the target cells, (K, C): centred by place and slot, and the same standardised per channel.
+
+        The third is the cosine between samples: of all features with those of other samples at the same place and slot,
+        on average. Features have the norm sqrt(C), so it is a product with their running mean.
+        """
+        mean = self.means.get("target_mean")
+        if mean is None:
+            return None, None, None
+        assert batch.targets is not None
+        feature_MC = self.target.features(batch)
+        centred_KC = feature_MC[batch.targets.row_K] - mean.mean[batch.targets.cell_K]
+        target_KC = centred_KC / mean.variance.sqrt().clamp_min(0.1)
+        other_MC = mean.mean[batch.whole.cell_M]
+        known_M = mean.seen[batch.whole.cell_M]
+        cosine = ((feature_MC * other_MC).mean(dim=1) * known_M).sum() / known_M.sum().clamp_min(1)
+        if not batch.empty:
+            mean.observe(feature_MC, batch.whole.cell_M)
+        return centred_KC, target_KC, cosine
+
+    def begin(self, steps: Callable[[int], Iterable[Batch]], forward: Any = None) -> None:
+        """Running means from the samples of the first step, before anything is trained; the second time, variance."""
+        if self.means:
+            for _ in range(2):
+                self.calibrate(steps(1))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Running means from these batches, before anything is trained; a second call measures the variance, too."""
+        target_mean, context_mean = self.means.get("target_mean"), self.means.get("context_mean")
+        for batch in batches:
+            assert batch.context is not None
+            if batch.empty:
+                continue
+            if target_mean is not None:
+                target_mean.observe(self.target.features(batch), batch.whole.cell_M)
+            if context_mean is not None:
+                context_mean.observe(self.target.encode(batch, batch.context), batch.context.cell_M)
+        self._commit_means()
+
+    def discard(self) -> None:
+        """End an optimizer step that was skipped: what was collected is dropped, the target stays."""
+        for mean in self.means.values():
+            mean.discard()
+
+    def commit(
+        self, step: int, steps: int | Plan, forward: Any = None, full: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, float]:
+        """End step `step` of `steps`: running means take in what was collected, the target moves (`Target.update`).
+
+        Returns the momentum of the target, `ema`.
+        """
+        momentum = schedule.ema_momentum(*schedule.place(step, steps), self.ema)
+        self._commit_means()
+        self.target.update(self.model.encoder, momentum, full)
+        return {"ema": momentum}
+
+    def _commit_means(self) -> None:
+        for mean in self.means.values():
+            mean.commit()
+
+    def state(self, full: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+        """Online encoder, target encoder and running means, whole, by name; `full` as in `Target.update`."""
+        tensors = {f"target.{name}": value for name, value in self.target.encoder.state_dict().items()}
+        for name, value in self.model.encoder.named_parameters():
+            tensors[f"encoder.{name}"] = value if full is None else full(value)
+        for name, mean in self.means.items():
+            tensors |= mean.state(name)
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Target encoder and running means from `state`; the online encoder is left to who drives it."""
+        self.target.encoder.load_state_dict(
+            {name.removeprefix("target."): value for name, value in tensors.items() if name.startswith("target.")}
+        )
+        for name, mean in self.means.items():
+            mean.load(tensors, name)

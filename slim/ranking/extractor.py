@@ -1,0 +1,331 @@
+"""Stage 1: the masked autoencoder over parcels x time.
+
+The volume is compressed to a parcel x time matrix, and a light transformer learns to rebuild what is hidden
+of it (SLIM-Brain, arXiv 2512.21881, stage 1; masking and loss of SimMIM, arXiv 2111.09886: mask tokens enter
+the encoder, L1 on the masked part, linear head). What it can rebuild of a hidden window tells
+`slim.ranking.saliency` how predictable that window is in time. The network itself is in `slim.ranking.autoencoder`.
+
+    extractor = train_extractor([(roi_RT, centre_R3), ...])
+    extractor.save("extractor/")
+    rebuilt_RT = Extractor.load("extractor/").rebuild(z_RT, centre_R3)
+
+Shape suffixes: R parcels; T frames; V views (plain, global signal regressed out);
+W windows; G groups of neighbouring parcels; S slots of a group; B samples; C channels; P position features;
+3 axes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from shards.core.errors import ConfigError, RunRefused
+from shards.core.settings import check, digest
+from shards.format.layout import write_atomically
+from slim.ranking.autoencoder import CLAMP, PLACE_FEATURES, ExtractorConfig, Layout, MaskedAutoencoder
+
+LEARNING_RATE, WEIGHT_DECAY, WARM_UP, BATCH = 4e-3, 0.05, 30, 6
+MOST_RUNS = 256  # rankings from 12 and from 48 training runs already agree; bounds memory for large cohorts
+PASSES = 4  # every 4th window is hidden at once
+MARGIN = PASSES - 1  # windows a chunk sees beyond those it answers for: up to the next hidden one
+WEIGHTS_FILE, CONFIG_FILE = "extractor.safetensors", "config.json"
+
+
+def standardise(roi_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two standardised views of a run's parcel means.
+
+    View 0 is z-scored per parcel over the run. View 1 has the mean parcel signal of view 0 regressed out of
+    each parcel and is z-scored again; a parcel with nothing left is 0 there.
+
+    Parameters
+    ----------
+    roi_RT : float array
+        Raw parcel means in any unit.
+
+    Returns
+    -------
+    z_VRT : float32 array (2, kept parcels, T)
+    kept_R : bool array
+        False for constant parcels, which are left out.
+
+    Raises
+    ------
+    RunRefused
+        For a matrix of other than two dimensions, NaN or infinity, or fewer than two parcels that vary.
+    """
+    roi_RT = np.asarray(roi_RT, dtype=np.float64)
+    if roi_RT.ndim != 2:
+        raise RunRefused("parcel time series", "shape", roi_RT.shape, "parcels x frames")
+    broken_R = ~np.isfinite(roi_RT).all(axis=1)
+    if broken_R.any():
+        got = f"NaN or infinity in {broken_R.sum()} of {len(roi_RT)} parcels (first: {broken_R.argmax()})"
+        raise RunRefused("parcel time series", "values", got, "finite numbers", "Check the run and its mask")
+    # Relative to the parcel's size: float32 means of a constant differ in their last bit, and scale must not
+    # matter.
+    floor_R = 1e-6 * np.abs(roi_RT).max(axis=1, initial=0.0)
+    centred_RT = roi_RT - roi_RT.mean(axis=1, keepdims=True)
+    kept_R = np.abs(centred_RT).max(axis=1, initial=0.0) > floor_R
+    if kept_R.sum() < 2:
+        got = f"{kept_R.sum()} of {len(roi_RT)} parcels vary"
+        raise RunRefused("parcel time series", "parcels", got, "at least 2 that vary", "Check the brain mask")
+    plain_RT = centred_RT[kept_R]
+    # Divide by the peak first: squares of very small or very large units leave the range of floats.
+    plain_RT /= np.abs(plain_RT).max(axis=1, keepdims=True)
+    plain_RT /= plain_RT.std(axis=1, keepdims=True)
+    global_T = plain_RT.mean(axis=0)
+    power = float(global_T @ global_T)
+    slope_R = plain_RT @ global_T / power if power > 1e-12 * global_T.size else np.zeros(len(plain_RT))
+    local_RT = plain_RT - slope_R[:, None] * global_T
+    spread_R1 = local_RT.std(axis=1, keepdims=True)
+    local_RT = np.where(spread_R1 > 1e-6, local_RT / np.maximum(spread_R1, 1e-6), 0.0)
+    return np.stack([plain_RT, local_RT]).astype(np.float32), kept_R
+
+
+class Extractor:
+    """The masked autoencoder with its configuration; untrained unless it comes from training or `load`."""
+
+    def __init__(self, config: ExtractorConfig):
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = MaskedAutoencoder(config)
+        self.model.eval()
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 (hex) of the configuration and every weight."""
+        sha = hashlib.sha256(digest(self.config.model_dump()).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    @torch.no_grad()
+    def rebuild(self, z_RT: np.ndarray, centre_R3: np.ndarray) -> np.ndarray:
+        """Every window rebuilt from the others, each hidden once: every 4th window at a time, in 4 passes.
+
+        Parameters
+        ----------
+        z_RT : float array
+            Standardised parcels; T must be a whole number of windows.
+        centre_R3 : float array
+            Parcel centres in mm.
+
+        Returns
+        -------
+        rebuilt_RT : float32 array
+            In the units of `z_RT`. Long runs are seen in overlapping chunks, so the cost is linear in T.
+
+        Raises
+        ------
+        ConfigError
+            If T is no whole number of the extractor's windows, or the centres are not one per parcel.
+        """
+        frames, crop = self.config.frames, self.config.crop
+        if z_RT.shape[1] % frames or z_RT.shape[1] == 0:
+            raise ConfigError("extractor", "frames", z_RT.shape[1], f"a multiple of {frames}")
+        if np.shape(centre_R3) != (len(z_RT), 3):
+            raise ConfigError("extractor", "centres", np.shape(centre_R3), (len(z_RT), 3))
+        # The network is no odd function: a run and its negative take the same path, so scores ignore the
+        # sign.
+        sign = -1.0 if np.sum(np.asarray(z_RT, dtype=np.float64) ** 3) < 0 else 1.0
+        layout = Layout(centre_R3, self.config.group)
+        x_WGC = layout.tokens(torch.as_tensor(sign * z_RT, dtype=torch.float32), frames)
+        windows, groups = x_WGC.shape[:2]
+        length = min(crop, windows)
+        starts = [*range(0, windows - length, crop - 2 * MARGIN), windows - length]
+        jobs = [(start, turn) for start in starts for turn in range(PASSES)]
+        rebuilt_WGC = torch.zeros_like(x_WGC)
+        at_once = max(1, 2048 // (length * groups))  # tokens that stay in the processor's cache
+        for first in range(0, len(jobs), at_once):
+            batch = jobs[first : first + at_once]
+            x_BWGC = torch.stack([x_WGC[start : start + length] for start, _ in batch])
+            index_BW = torch.tensor([start for start, _ in batch])[:, None] + torch.arange(length)
+            hidden_BW = index_BW % PASSES == torch.tensor([turn for _, turn in batch])[:, None]
+            hidden_BWG = hidden_BW[..., None].expand(-1, -1, groups)
+            place_BGP = layout.place_GP.expand(len(batch), -1, -1)
+            y_BWGC = self.model(x_BWGC, hidden_BWG, place_BGP, None)
+            for (start, _), y_WGC, hidden_W, index_W in zip(batch, y_BWGC, hidden_BW, index_BW, strict=True):
+                # Chunks come in time order: what lies in the next chunk's interior is overwritten by it.
+                answered_W = hidden_W & (index_W >= (start + MARGIN if start else 0))
+                rebuilt_WGC[index_W[answered_W]] = y_WGC[answered_W]
+        return sign * layout.series(rebuilt_WGC, frames).numpy()
+
+    def save(self, folder: str | Path) -> None:
+        """Write `extractor.safetensors` and `config.json`, each atomically (temporary name, fsync, rename).
+
+        `config.json` comes last and carries the checksum, so a half-written pair is recognised by `load`.
+        """
+        folder = Path(folder)
+        weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        config = {**self.config.model_dump(), "checksum": self.checksum}
+        write_atomically(folder / WEIGHTS_FILE, save_tensors(weights))
+        write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Extractor:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        ConfigError
+            If a file is missing, unreadable, or does not belong to the other.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                hint = "Give a folder written by Extractor.save, or leave it out to train a new extractor"
+                raise ConfigError(folder / name, "", "no such file", "a trained extractor", hint)
+        try:
+            stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            checksum = stored.pop("checksum")
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            got = f"unreadable ({error!r})"
+            raise ConfigError(folder / CONFIG_FILE, "", got, "an extractor's config") from None
+        config = check(ExtractorConfig, stored, folder / CONFIG_FILE)
+        size, needed = (folder / WEIGHTS_FILE).stat().st_size, 4 * config.fewest_parameters
+        if size < needed:  # before a model of these sizes is made
+            expected = f"the weights that {CONFIG_FILE} describes, at least {needed} bytes"
+            raise ConfigError(folder / WEIGHTS_FILE, "", f"{size} bytes", expected)
+        if config.width % config.heads:
+            raise ConfigError(folder / CONFIG_FILE, "heads", config.heads, f"a divisor of width, {config.width}")
+        try:
+            extractor = cls(config)
+            extractor.model.load_state_dict(load_tensors((folder / WEIGHTS_FILE).read_bytes()))
+        except (SafetensorError, RuntimeError, ValueError) as error:
+            got = str(error).splitlines()[0]
+            expected = f"the weights that {CONFIG_FILE} describes"
+            raise ConfigError(folder / WEIGHTS_FILE, "", got, expected) from None
+        if extractor.checksum != checksum:
+            got, hint = extractor.checksum[:12], "Train or copy the extractor again"
+            raise ConfigError(folder, "checksum", got, str(checksum)[:12], hint)
+        return extractor
+
+
+class _Crops:
+    """Random crops of the training runs with random masks, as padded batches."""
+
+    def __init__(self, runs: Sequence[tuple[np.ndarray, np.ndarray]], config: ExtractorConfig):
+        self.config = config
+        self.rng = np.random.default_rng(config.seed)
+        chosen = np.arange(len(runs))
+        if len(runs) > MOST_RUNS:
+            chosen = np.sort(self.rng.choice(len(runs), MOST_RUNS, replace=False))
+        self.runs = []
+        for index in chosen.tolist():
+            roi_RT, centre_R3 = runs[index]
+            usable = np.shape(roi_RT)[1] // config.frames * config.frames
+            try:
+                z_VRT, kept_R = standardise(np.asarray(roi_RT)[:, :usable])
+            except RunRefused:  # told when its own ranking is due; the others are enough to learn from
+                continue
+            if usable >= 2 * config.frames:
+                layout = Layout(np.asarray(centre_R3)[kept_R], config.group)
+                self.runs.append((torch.from_numpy(z_VRT), layout))
+        if not self.runs:
+            expected = f"runs of at least {2 * config.frames} frames with 2 parcels that vary"
+            raise ConfigError("extractor", "training runs", f"{len(chosen)} that cannot be used", expected)
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x_BWGC, hidden_BWG, place_BGP, real_BG, and counted_BWGC: the hidden values that enter the loss."""
+        rng, frames = self.rng, self.config.frames
+        picked = [self.runs[i] for i in rng.integers(len(self.runs), size=BATCH)]
+        windows = min(self.config.crop, *(z_VRT.shape[2] // frames for z_VRT, _ in picked))
+        groups = max(len(layout.slot_GS) for _, layout in picked)
+        x_BWGC = torch.zeros(BATCH, windows, groups, self.config.group * frames)
+        place_BGP = torch.zeros(BATCH, groups, PLACE_FEATURES)
+        real_BG = torch.zeros(BATCH, groups, dtype=torch.bool)
+        filled_BGC = torch.zeros(BATCH, groups, self.config.group * frames, dtype=torch.bool)
+        for b, (z_VRT, layout) in enumerate(picked):
+            start = int(rng.integers(z_VRT.shape[2] - windows * frames + 1))
+            crop_RT = z_VRT[int(rng.integers(2)), :, start : start + windows * frames]
+            if rng.integers(2):
+                crop_RT = crop_RT.flip(1)
+            sign = 1.0 - 2.0 * float(rng.integers(2))
+            own = len(layout.slot_GS)
+            x_BWGC[b, :, :own] = sign * layout.tokens(crop_RT, frames)
+            place_BGP[b, :own] = layout.place_GP
+            real_BG[b, :own] = True
+            filled_BGC[b, :own] = layout.filled_GS.repeat_interleave(frames, dim=1)
+        whole_BW1 = rng.random((BATCH, windows, 1)) < rng.uniform(0.0, 0.6, (BATCH, 1, 1))
+        token_BWG = rng.random((BATCH, windows, groups)) < rng.uniform(0.2, 0.8, (BATCH, windows, 1))
+        hidden_BWG = torch.from_numpy(whole_BW1 | token_BWG)
+        return x_BWGC, hidden_BWG, place_BGP, real_BG, hidden_BWG[..., None] & filled_BGC[:, None]
+
+
+def train_extractor(
+    runs: Sequence[tuple[np.ndarray, np.ndarray]],
+    frames: int = 5,
+    steps: int = 1200,
+    seed: int = 0,
+    advance: Callable[[int, str], object] | None = None,
+) -> Extractor:
+    """Train the masked autoencoder on random crops of runs.
+
+    Parameters
+    ----------
+    runs : sequence of (roi_RT, centre_R3)
+        Raw parcel means (any unit) and parcel centres in mm; lengths and numbers of parcels may differ. Of
+        more than 256 runs, 256 are drawn by the seed and only those are read. Runs that no ranker could score
+        (fewer than two windows, NaN, fewer than two parcels that vary) are left out.
+    frames : int
+        Frames of a window.
+    steps : int
+        Optimizer steps.
+    seed : int
+        Fixes weights, crops and masks: the same runs in the same order give the same extractor.
+    advance : callable, optional
+        Called as ``advance(1, note)`` after each step.
+
+    Raises
+    ------
+    ConfigError
+        If no run can be used, or `frames` or `steps` is below 1.
+    """
+    if len(runs) == 0 or frames < 1 or steps < 1:
+        got = f"{len(runs)} runs, {frames} frames, {steps} steps"
+        raise ConfigError("extractor", "training", got, "at least one of each")
+    config = ExtractorConfig(frames=frames, steps=steps, seed=seed, runs=len(runs))
+    crops = _Crops(runs, config)
+    extractor = Extractor(config)
+    model = extractor.model.train()
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    decayed = {id(weight) for weight in matrices}
+    others = [p for p in model.parameters() if id(p) not in decayed]
+    parameters = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+    for step in range(steps):
+        progress = (step + 1 - WARM_UP) / max(1, steps - WARM_UP)
+        factor = (step + 1) / WARM_UP if progress < 0 else 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * factor
+        x_BWGC, hidden_BWG, place_BGP, real_BG, counted_BWGC = crops.draw()
+        y_BWGC = model(x_BWGC, hidden_BWG, place_BGP, None if real_BG.all() else real_BG)
+        error_BWGC = (y_BWGC - x_BWGC.clamp(-CLAMP, CLAMP)).abs()
+        loss = (error_BWGC * counted_BWGC).sum() / counted_BWGC.sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if advance is not None:
+            advance(1, f"masked L1 {loss.item():.3f}")
+    model.eval()
+    return extractor

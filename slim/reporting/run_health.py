@@ -1,0 +1,337 @@
+"""What probes and explanations found, for the page of a run: first in words, then in tables and pictures.
+
+Reads `report/report.json` of `tools/probe.py` and `report/explain/` of `tools/explain.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from shards.core.errors import ConfigError
+from shards.reporting import html
+from slim.evaluation import metrics, results
+
+PROBE, EXPLAIN = "report.json", "explain"
+Cell = dict[str, Any]  # value, low, high and p, as far as they are there
+
+_OURS = "ours"
+_METHODS = {
+    _OURS: "this run",
+    "finetuned": "this run, fine-tuned",
+    "random": "same encoder, random weights",
+    "scratch": "same encoder, trained on the task alone",
+    "connectome": "functional connectivity",
+    "connectome_kept": "connectivity, kept windows",
+    "parcel_means": "parcel means",
+    "mean_image": "mean image",
+    "confounds": "confounds alone",
+}
+# What a task is judged by whose report does not tell its type, or lacks the metric of it: the first that it has.
+_ELSE = ("auroc", "r", "map", "balanced_accuracy", "accuracy")
+
+
+@dataclass
+class Found:
+    """One task of a probe's report.
+
+    Attributes
+    ----------
+    name : of the task
+    cells : method to metric to cell, methods in the order they are shown
+    differences : the same of this run minus a method, on the same draws of subjects
+    facts : what was done
+    """
+
+    name: str
+    cells: dict[str, dict[str, Cell]]
+    differences: dict[str, dict[str, Cell]]
+    facts: dict[str, Any]
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(dict.fromkeys(metric for cells in self.cells.values() for metric in cells))
+
+    @property
+    def judged_by(self) -> str | None:
+        """The metric of the task's type, as in all tables: see `slim.evaluation.metrics.HEADLINE`."""
+        usual = metrics.HEADLINE.get(str(self.facts.get("type")))
+        return next((metric for metric in (usual, *_ELSE) if metric and self.cell(_OURS, metric)), None)
+
+    def cell(self, method: str, metric: str) -> Cell | None:
+        cell = self.cells.get(method, {}).get(metric)
+        return cell if cell and cell["value"] is not None else None
+
+    def compare(self, method: str, mine: str = _OURS) -> int | None:
+        """1 where `mine` is better than a method, -1 where it is worse, 0 where neither is clearly better.
+
+        By the paired difference where there is one, else by intervals that do not overlap. None without an answer.
+        """
+        metric = self.judged_by
+        if metric is None or not self.cell(mine, metric) or not self.cell(method, metric):
+            return None
+        paired = self.differences.get(method, {}).get(metric) if mine == _OURS else None
+        if paired and paired.get("low") is not None:
+            return int(paired["low"] > 0) - int(paired["high"] < 0)
+        first, second = self.cell(mine, metric), self.cell(method, metric)
+        assert first and second
+        if first.get("low") is None or second.get("low") is None:
+            return None
+        return int(first["low"] > second["high"]) - int(first["high"] < second["low"])
+
+
+def read_tasks(path: Path) -> list[Found]:
+    """The tasks of a probe's report, by name; none where it is not there.
+
+    Raises
+    ------
+    ConfigError
+        If the file is no such report.
+    """
+    if not path.is_file():
+        return []
+    report = results.read(path)
+    found = [_found(name, report["tasks"][name], report["facts"].get(name, {})) for name in sorted(report["tasks"])]
+    return [task for task in found if task.metrics]
+
+
+def _found(name: str, task: dict[str, Any], facts: dict[str, Any]) -> Found:
+    cells = {}
+    for method in [*_METHODS, *sorted(set(task) - set(_METHODS))]:
+        mine = task.get(method)
+        kept = {
+            metric: cell
+            for metric, cell in (mine.items() if isinstance(mine, dict) else ())
+            if isinstance(cell, dict) and "value" in cell
+        }
+        if kept:
+            cells[method] = kept
+    return Found(name, cells, facts.get("differences") or {}, facts)
+
+
+def verdict(tasks: Sequence[Found]) -> list[tuple[str, str]]:
+    """Is it of use, in words: (`good`, `look` or `bad`, sentence)."""
+    found = []
+    better, worse, alike = _sorted(tasks, "random")
+    compared = len(better) + len(worse) + len(alike)
+    if compared:
+        most = 2 * len(better) > compared
+        words = f"Beats the same encoder with random weights on {len(better)} of {html.count(compared, 'task')}"
+        found.append(("good" if most and not worse else "look", words + _listed(better, ": {}") + "."))
+    if alike:
+        found.append(
+            ("look", f"No clear difference from random weights on {', '.join(alike)}: more people may show one.")
+        )
+    if worse:
+        found.append(("bad", f"Random weights are better on {', '.join(worse)}."))
+    better, worse, alike = _sorted(tasks, "connectome")
+    if worse:
+        found.append(("look", f"Functional connectivity wins on {', '.join(worse)}."))
+    if better:
+        found.append(("good", f"Beats functional connectivity on {', '.join(better)}."))
+    if alike:
+        found.append(("look", f"No clear difference from functional connectivity on {', '.join(alike)}."))
+    for method, said in (("parcel_means", "Parcel means alone"), ("confounds", "Confounds alone")):
+        _, worse, alike = _sorted(tasks, method)
+        if worse or alike:
+            found.append(("look", f"{said} do as well or better on {', '.join(sorted([*worse, *alike]))}."))
+    better, worse, _ = _sorted(tasks, "scratch", "finetuned")
+    if better:
+        found.append(("good", f"Fine-tuned, it beats training on the task alone on {', '.join(better)}."))
+    if worse:
+        found.append(("bad", f"Training on the task alone beats fine-tuning on {', '.join(worse)}."))
+    unsure = [task.name for task in tasks if _p(task) is not None and (_p(task) or 0) >= 0.05]
+    if unsure:
+        found.append(("look", f"No better than chance on {', '.join(unsure)} (permutation p of .05 or more)."))
+    return found
+
+
+def _p(task: Found) -> float | None:
+    cell = task.cell(_OURS, task.judged_by) if task.judged_by else None
+    return cell.get("p") if cell else None
+
+
+def _sorted(tasks: Sequence[Found], method: str, mine: str = _OURS) -> tuple[list[str], list[str], list[str]]:
+    """Names of the tasks on which `mine` is better than a method, worse, and neither."""
+    signs = {task.name: task.compare(method, mine) for task in tasks}
+    better, worse, alike = ([name for name, sign in signs.items() if sign == wanted] for wanted in (1, -1, 0))
+    return better, worse, alike
+
+
+def _listed(names: Sequence[str], form: str) -> str:
+    return form.format(", ".join(names)) if names else ""
+
+
+def _words(cell: Cell | None, digits: int = 3) -> str:
+    """Value [low, high], p."""
+    if cell is None or cell["value"] is None:
+        return "–"
+    ends = "" if cell.get("low") is None else f" [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
+    p = cell.get("p")
+    chance = "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.3f}"
+    return f"{cell['value']:.{digits}f}{ends}{chance}"
+
+
+def _name(method: str) -> str:
+    return _METHODS.get(method, method.replace("_", " "))
+
+
+def probes(tasks: Sequence[Found]) -> list[str]:
+    """All tasks in one table, then each with its intervals drawn."""
+    if not tasks:
+        return []
+    judged = [(task, metric) for task in tasks if (metric := task.judged_by) is not None]
+    rows = [
+        [_name(method), *[_words(task.cell(method, metric), 2) for task, metric in judged]]
+        for method in _METHODS
+        if any(task.cell(method, metric) for task, metric in judged)
+    ]
+    head = ["Features", *[f"{task.name}, {metrics.words(metric)}" for task, metric in judged]]
+    return [
+        html.text(
+            "Values with 95 % intervals over people; p from shuffled labels, where it was asked for. The weights are "
+            "worth something where this run beats the same encoder with random weights. Functional connectivity is "
+            "what has to be beaten for traits of a person. What the mean image can tell is anatomy, not activity."
+        ),
+        html.table(head, rows, numbers=True) if len(judged) > 1 else "",
+        *[part for task in tasks for part in _probe(task)],
+    ]
+
+
+def _about(task: Found) -> str:
+    """What was done, as far as the report tells."""
+    facts, found = task.facts, []
+    if facts.get("type"):
+        found.append(str(facts["type"]) + (f" of {facts['label']}" if facts.get("label") else ""))
+    if facts.get("test_subjects") is not None:
+        found.append(f"{facts['test_subjects']} people tested")
+    if facts.get("pooling"):
+        found.append(f"{facts['pooling']} pooling")
+    split = facts.get("split") or {}
+    if split.get("kind") == "folds":
+        found.append(f"{split['folds']} folds by person, dealt {split['repeats']} times")
+    elif split.get("kind"):
+        found.append(f"split: {split['kind']}")
+    if isinstance(facts.get("seeds"), list):
+        found.append(html.count(len(facts["seeds"]), "seed"))
+    seen = facts.get("subjects_seen_in_pretraining", 0)
+    if seen is None:
+        found.append("who was seen in pretraining is not known (version 0.1)")
+    elif seen:
+        found.append(f"{seen} of {facts.get('subjects', 'the')} subjects seen in pretraining, without labels")
+    words = "; ".join(found)
+    return html.text(words[0].upper() + words[1:] + ".") if words else ""
+
+
+def _probe(task: Found) -> list[str]:
+    names = task.metrics
+    rows = [[_name(method), *[_words(cells.get(metric)) for metric in names]] for method, cells in task.cells.items()]
+    for method, cells in task.differences.items():
+        rows.append([f"this run minus {_name(method)}", *[_words(cells.get(metric)) for metric in names]])
+    return [
+        html.heading(task.name),
+        _about(task),
+        html.table(["Features", *[metrics.words(metric) for metric in names]], rows, numbers=True),
+        _drawn(task),
+    ]
+
+
+def _drawn(task: Found) -> str:
+    """A panel a metric, a point and its interval a method."""
+    names = task.metrics
+    width = min(11, 2.6 + 2.7 * len(names))
+    figure = Figure(figsize=(width, 0.9 + 0.34 * len(task.cells)))
+    figure.set_layout_engine("constrained", wspace=0.06)
+    grid = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    levels = metrics.levels(task.facts, names)
+    for axes, metric in zip(grid, names, strict=True):
+        for place, method in enumerate(task.cells):
+            cell = task.cell(method, metric)
+            if cell is None:
+                continue
+            colour = html.BLUE if method in (_OURS, "finetuned") else html.GREY
+            if cell.get("low") is not None:
+                axes.plot([cell["low"], cell["high"]], [place, place], color=colour, lw=2.5)
+            axes.plot(cell["value"], place, "o", color=colour, ms=7, mec="white")
+        if metric in levels:
+            axes.axvline(levels[metric], color=html.RED, lw=1, ls="--")
+        axes.set(title=metrics.words(metric), ylim=(len(task.cells) - 0.5, -0.5))
+        axes.set_yticks(range(len(task.cells)), [_name(method) for method in task.cells])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+    caption = metrics.caption("Dashed", names, levels)
+    return html.picture(figure, f"Probe results of {task.name} with 95 % intervals", f"{caption}." if caption else "")
+
+
+def explanations(folder: Path) -> list[str]:
+    """Where and when the predictions come from, of every task that was explained.
+
+    Raises
+    ------
+    ConfigError
+        If what `tools/explain.py` wrote cannot be read.
+    """
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            drawn = [path.with_name(f"{path.stem}{ending}.png").read_bytes() for ending in ("", "_windows")]
+            parts += _explanation(path.stem, facts, *drawn)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                path,
+                "",
+                f"what cannot be read ({type(error).__name__}: {error})",
+                "what tools/explain.py wrote, with its pictures",
+                "Run it again",
+            ) from None
+    if not parts:
+        return []
+    intro = (
+        "Integrated gradients take the score of a probe apart: every voxel of every frame is given a share, and all "
+        "shares together are the score less that at the start of the path. A share tells what the prediction rests on, "
+        "not what causes the trait; where voxels carry the same, the division among them is the model's. The NIfTI "
+        "maps lie beside this page, in explain/."
+    )
+    return [html.text(intro), *parts]
+
+
+def _explanation(name: str, facts: dict[str, Any], maps: bytes, windows: bytes) -> list[str]:
+    start = {
+        "still": "every voxel at its run mean, anatomy kept",
+        "empty": "every voxel at its run mean, and no anatomy",
+    }[facts["start"]]
+    sessions = facts["sessions"]
+    rows = [[" ".join(f"{x:+g}" for x in place["mm"]), f"{place['value']:.2g}"] for place in facts["places"]]
+    where = "MNI" if facts["space"] == "MNI" else "grid, no standard space"
+    about = (
+        f"Explained: {facts['score']}, {facts['pooling']} pooling, in {html.count(len(sessions), 'session')} of "
+        f"{html.count(len({line['subject'] for line in sessions}), 'subject')} that the probe had not seen. "
+        f"Start of the path: {start}."
+    )
+    off = [line["key"] for line in sessions if not line["complete"]]
+    told = f" In {len(off)} of them the shares do not sum to the score, first {off[0]}." if off else ""
+    return [
+        html.heading(name),
+        html.text(about + told),
+        html.embedded(
+            maps,
+            f"Slices of the brain with the shares in {name}",
+            "Mean over the sessions, smoothed for the eye, on their mean image; the largest tenth is coloured. Above: "
+            "how much a voxel takes part, in either direction. Below: red raises the score, blue lowers it. "
+            "Where a cell of the model holds little brain, as at its rim, each of the few voxels has a larger share.",
+        ),
+        html.table([f"Strongest places: x y z, mm ({where})", "mean |share|"], rows),
+        html.embedded(
+            windows,
+            f"Saliency of the windows, and their shares in {name}, over time",
+            "Above, for some of the sessions: the score by which windows were ranked. Below: how much a voxel of each "
+            "kept window takes part in the prediction. The ranking never saw a label; where both rise together, the "
+            "windows it prefers are those the prediction rests on. Orange, where they were given: events.",
+        ),
+    ]

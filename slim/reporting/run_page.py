@@ -1,0 +1,335 @@
+"""The page of a run: is it normal, in words and in curves.
+
+    python tools/report.py RUN
+
+Reads `config.yaml`, `metrics.jsonl`, `checkpoints/` and what `tools/probe.py` and `tools/explain.py` left in `report/`;
+writes `report/index.html`. It can be called while the run goes on. Long runs are thinned before they are drawn. The run
+of a fine-tuning has a page as well, with its training and validation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.core.errors import ConfigError, UserError
+from shards.core.files import without_folders
+from shards.format import layout
+from shards.reporting import html
+from slim.checkpoints.checkpoint import facts, folders, is_complete
+from slim.checkpoints.seen import Seen
+from slim.config import FinetuneSettings, PretrainSettings, load_run
+from slim.finetune.labels import Answers
+from slim.reporting import curves, run_health
+from slim.training.metrics import METRICS, RECENT, read_metrics, warnings_of
+
+Line = dict[str, Any]
+Note = tuple[str, str]  # `good`, `look` or `bad`, and a sentence
+
+_CLEAR = 0.01  # a gain above this is called one
+
+
+def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> Path:
+    """Write `RUN/report/index.html`.
+
+    Parameters
+    ----------
+    run_folder : str or Path
+    paths : bool
+        Whether the page holds absolute paths whole. Else their last part alone: a page is sent to others.
+    remote : bool
+        Open datasets of the configuration that lie elsewhere (URLs), where the number of steps depends on them. Of a
+        run that somebody sent, they are what its sender chose.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    UserError
+        If the folder holds no run, or its configuration or probe report cannot be read.
+    """
+    folder = Path(run_folder)
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(folder, "", "no config.yaml", "the folder of a run", "Give the run.out of a pretraining run")
+    settings = load_run(config)
+    merged = config.read_text(encoding="utf-8")
+    merged = merged if paths else without_folders(merged)
+    lines, unreadable = read_metrics(folder / METRICS)
+    steps = total_steps(settings, folder, lines, remote)
+    tasks = run_health.read_tasks(folder / layout.REPORT / run_health.PROBE)
+    name, guess, judged = folder.resolve().name, None, learned(lines, is_over(lines, steps))
+    if isinstance(settings, FinetuneSettings):
+        name, guess = f"{folder.resolve().parent.name}, {name}", Answers.read(folder).guess
+        judged = answered(lines, is_over(lines, steps), guess)
+    with html.drawing():
+        content = html.page(
+            f"Run {name}",
+            _lead(lines, steps),
+            html.notes([*verdict(lines, steps, judged, unreadable), *run_health.verdict(tasks)]),
+            html.facts(_numbers(settings, lines)),
+            html.section("Probes: is it of use?", *run_health.probes(tasks)),
+            html.section("Looking inside", *run_health.explanations(folder / layout.REPORT / run_health.EXPLAIN)),
+            *curves.sections(settings, lines, guess),
+            html.section("Checkpoints", *_checkpoints(folder / "checkpoints")),
+            html.section("Configuration", html.folded("config.yaml, as merged", merged)),
+        )
+    path = folder / layout.REPORT / "index.html"
+    layout.write_atomically(path, content)
+    return path
+
+
+def total_steps(
+    settings: PretrainSettings | FinetuneSettings, folder: Path, lines: Sequence[Line], remote: bool = False
+) -> int | None:
+    """Optimizer steps of the whole run; None where epochs were asked for and the data are out of reach.
+
+    Datasets that lie elsewhere are out of reach, but with `remote`.
+
+    The samples of a step are taken from the log: only it knows how many processes there were.
+    """
+    if settings.run.steps is not None:
+        return settings.run.steps
+    if not lines:
+        return None
+    product = (lines[-1].get("samples_per_s") or 0) * (lines[-1].get("seconds") or 0)
+    per_step = max(1, round(product)) if math.isfinite(product) else 1
+    if isinstance(settings, FinetuneSettings):
+        return max(1, math.ceil(settings.run.epochs * len(Answers.read(folder).train) / per_step))
+    seen = Seen.read(folder)
+    if seen is not None and len(seen.sessions) == len(settings.data):
+        return _steps(settings, seen.sessions, per_step)
+    try:
+        if not remote and (elsewhere := [item.path for item in settings.data if "://" in item.path]):
+            raise ConfigError(folder, "data", elsewhere[0], "a folder of this machine")
+        manifests = [layout.read_manifest(item.path) for item in settings.data]
+    except UserError:
+        note = folder / "dataset.json"  # written at the start of a run: what its first dataset was
+        if len(settings.data) > 1 or not note.is_file():
+            return None
+        try:
+            manifests = [json.loads(note.read_text(encoding="utf-8"))]
+            if not 0 <= int(manifests[0]["sessions"]["train"]) < 2**53:
+                return None
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+    return _steps(settings, [manifest["sessions"]["train"] for manifest in manifests], per_step)
+
+
+def _steps(settings: PretrainSettings, sessions: Sequence[int], per_step: int) -> int:
+    """Optimizer steps of the epochs asked for, where the datasets have so many training sessions."""
+    per_epoch = sum(item.weight * count for item, count in zip(settings.data, sessions, strict=True))
+    return max(1, math.ceil(settings.run.epochs * max(1, round(per_epoch)) / per_step))
+
+
+def _recent(lines: Sequence[Line], name: str) -> float | None:
+    """Mean of a field over the last logged steps."""
+    values = curves.values(lines[-RECENT:], name)
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def _lead(lines: Sequence[Line], steps: int | None) -> str:
+    if not lines:
+        return "No step was logged yet."
+    last = lines[-1]
+    loss = "none" if last.get("loss") is None else f"{last['loss']:.4g}"
+    gain = _recent(lines, "gain")
+    over = min(len(lines), RECENT)
+    of = f" of {steps}" if steps else ""
+    learned = "" if gain is None else f"; gain {gain:+.4f} (mean of the last {over} logged steps)"
+    return f"Step {last['step']}{of}, epoch {last.get('epoch', 'unknown')}; last loss {loss}{learned}."
+
+
+def is_over(lines: Sequence[Line], steps: int | None) -> bool:
+    """Whether the last of so many steps was logged."""
+    return bool(lines) and steps is not None and lines[-1]["step"] >= steps
+
+
+def verdict(lines: Sequence[Line], steps: int | None, judged: Sequence[Note], unreadable: int = 0) -> list[Note]:
+    """What the run looks like, in words: (`good`, `look` or `bad`, sentence), worst matters included.
+
+    Parameters
+    ----------
+    lines : sequence of dict
+        Of metrics.jsonl.
+    steps : int or None
+        Optimizer steps of the whole run.
+    judged : sequence of tuple
+        What `learned` or `answered` says of them.
+    unreadable : int
+        Lines that could not be read.
+    """
+    if not lines:
+        return [("look", "Nothing was logged yet: the run is at its first step, or stopped before.")]
+    last, found = lines[-1], []
+    if is_over(lines, steps):
+        found.append(("good", f"Finished: {last['step']} of {steps} steps."))
+    else:
+        share = f", {last['step'] / steps:.0%}" if steps else ""
+        found.append(
+            (
+                "look",
+                f"Not finished: step {last['step']} of {steps or 'an unknown number'}{share}. "
+                "If it is not running, the command it was started with goes on from the "
+                "newest checkpoint.",
+            )
+        )
+    if last.get("loss") is None or not math.isfinite(last["loss"]):
+        found.append(
+            (
+                "bad",
+                "The last loss is not a finite number: go back to an earlier checkpoint with a "
+                "lower optimizer.lr, or precision fp32.",
+            )
+        )
+    found += judged
+    found += [
+        ("bad" if "collapse" in words else "look", words[0].upper() + words[1:] + ".")
+        for words in warnings_of(list(lines)).values()
+    ]
+    if unreadable:
+        found.append(
+            (
+                "look",
+                f"{unreadable} unreadable line{'s' * (unreadable > 1)} of {METRICS} left out; "
+                "one at the end is what a kill leaves.",
+            )
+        )
+    return found
+
+
+def answered(lines: Sequence[Line], finished: bool, guess: float) -> list[Note]:
+    """Whether a fine-tuning answers better than whoever guesses, and whether it was long enough.
+
+    Parameters
+    ----------
+    lines : sequence of dict
+        Of metrics.jsonl.
+    finished : bool
+    guess : float
+        Validation loss of guessing.
+    """
+    validated = [line for line in lines if line.get("val_loss") is not None]
+    if not validated:
+        return [("look", "Not validated yet: the first epoch has not ended.")] if lines else []
+    first, last = validated[0]["step"], validated[-1]["step"]
+    best = min(validated, key=lambda line: line["val_loss"])
+    where = f"{best['val_loss']:.4f} at step {best['step']}, where guessing has {guess:.4f}"
+    if best["val_loss"] >= guess:
+        hint = "Lower optimizer.lr, try head.pooling=attentive, and compare with the probe of frozen features"
+        return [("bad", f"Validation was never better than guessing: {where}. {hint}.")]
+    found = [("good", f"Validation was best with {where}; these weights are kept.")]
+    if finished and len(validated) > 2 and best["step"] == last:
+        found.append(("look", "Validation was best at the end: more run.epochs may do better."))
+    if len(validated) > 2 and best["step"] == first:
+        found.append(("look", "Validation was best after the first epoch: a lower optimizer.lr may do better."))
+    return found
+
+
+def learned(lines: Sequence[Line], finished: bool) -> list[Note]:
+    """Whether a pretraining learns, or collapses."""
+    if not lines:
+        return []
+    last, found, gain = lines[-1], [], _recent(lines, "gain")
+    if last.get("gain") is None:
+        found.append(
+            (
+                "look",
+                "No gain: the objective has no JEPA term, so there is no prediction to "
+                "compare with the mean of each place. Judge the run by its MAE loss and by "
+                "probes.",
+            )
+        )
+    elif gain is None:
+        found.append(("bad", "None of the last gains is a finite number."))
+    elif gain > _CLEAR:
+        found.append(("good", f"Predictions beat the mean of each place: gain {gain:+.4f}."))
+    elif gain > 0:
+        found.append(
+            (
+                "look",
+                f"Predictions hardly beat the mean of each place: gain {gain:+.4f}. Let it "
+                "train longer, and see by a probe whether it beats random weights.",
+            )
+        )
+    elif finished:
+        found.append(
+            (
+                "bad",
+                "Collapsed, or never began to learn: the gain over the mean of each place is "
+                f"{gain:+.4f} at the end. Do not use these weights before a probe has beaten "
+                "random weights.",
+            )
+        )
+    best, place = _best_gain(lines)
+    if gain is not None and best - gain > max(0.02, 0.2 * best):
+        found.append(
+            ("look", f"The gain was higher before: {best:+.4f} around step {place}. Probe a checkpoint from there too.")
+        )
+    return found
+
+
+def _best_gain(lines: Sequence[Line]) -> tuple[float, int]:
+    """Highest smoothed gain and its step; (-inf, 0) without gains."""
+    steps, _, mean, _ = curves.thin(curves.values(lines, "step"), curves.values(lines, "gain"))
+    if not len(mean):
+        return -math.inf, 0
+    smooth = curves.smoothed(mean)
+    return float(smooth.max()), int(steps[smooth.argmax()])
+
+
+def _numbers(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line]) -> dict[str, object]:
+    named: dict[str, object] = {
+        "Data": ", ".join(str(item.path) for item in settings.data),
+        "Model": settings.model_name,
+        "View, windows": f"{settings.view}, {settings.windows.k}",
+        **_aim(settings),
+        "Precision, ZeRO stage": f"{settings.precision}, {settings.zero.stage}",
+    }
+    if lines:
+        last = lines[-1]
+        named["Samples seen"] = f"{last['samples']:,}"
+        for name, field, form in (
+            ("Seconds a step", "seconds", "{:.3g}"),
+            ("Samples a second", "samples_per_s", "{:.3g}"),
+            ("Waiting for data", "data_wait", "{:.0%}"),
+            ("Effective rank of the targets", "target_rank", "{:.1f}"),
+        ):
+            value = _recent(lines, field)
+            if value is not None:
+                named[name] = form.format(value)
+        if last.get("peak_memory_bytes") is not None:
+            named["Peak memory of a process"] = f"{last['peak_memory_bytes'] / 2**30:.2f} GiB"
+    return named
+
+
+def _aim(settings: PretrainSettings | FinetuneSettings) -> dict[str, object]:
+    if isinstance(settings, PretrainSettings):
+        return {"Objective": settings.objective}
+    start = "random weights" if settings.start is None else "weights"
+    if settings.before:
+        start = f"{settings.before['run']}, step {settings.before['step']}"
+    return {"Task": settings.answer.task, "Head": f"{settings.head.pooling} pooling", "Begun from": start}
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    rows: list[list[object]] = []
+    for path in folders(folder):
+        if is_complete(path):
+            about = facts(path)
+            size = sum(about["files"].values())
+            rows.append([path.name, about["step"], "complete", about["world_size"], f"{size / 1e6:,.1f}"])
+        else:
+            rows.append([path.name, "", "incomplete: passed over when the run goes on", "", ""])
+    if not rows:
+        return [html.text("None yet: a run that stops now starts again from step 0.")]
+    return [html.table(["Folder", "Step", "State", "Processes", "MB"], rows)]

@@ -1,0 +1,142 @@
+"""Several encoders on several tasks: the same splits, the same draws of subjects, means over training seeds.
+
+A training seed is one more run of the same recipe. Its scores are averaged with those of the others draw by draw, so
+an interval is that of the recipe's mean score over which subjects were tested; how far the seeds lie apart stands
+beside it.
+
+Legend: D the score and its bootstrap draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shards.format.layout import atomically
+from shards.format.reader import Dataset
+from slim.evaluation import metrics, probe
+from slim.evaluation.task import Cases, Task, find_cases, make_splits
+from slim.inference.slim_brain import Features, SlimBrain
+
+
+@dataclass(frozen=True)
+class Question:
+    """A task with the rows of a dataset that can answer it."""
+
+    task: Task
+    cases: Cases
+    where: str
+
+    @property
+    def metric(self) -> str:
+        return metrics.HEADLINE[self.task.type]
+
+    def draws(self, method: probe.Method) -> np.ndarray:
+        """The headline score and its bootstrap draws, (D,)."""
+        splits = make_splits(self.task, self.cases, self.where)
+        return probe.score(self.task, self.cases, splits, method)[self.metric]
+
+
+def ask(tasks: Mapping[str, Task], dataset: Dataset, least_windows: int, event_root: Path) -> list[Question]:
+    """The tasks, by the file that each was read from, with what can answer them."""
+    return [
+        Question(task, find_cases(task, dataset, least_windows, where, event_root), where)
+        for where, task in tasks.items()
+    ]
+
+
+def encode(model: SlimBrain, dataset: Dataset) -> dict[str, Features]:
+    """Features of every session, by key."""
+    return {session["key"]: model.encode_session(dataset, session) for session in dataset.sessions}
+
+
+@torch.no_grad()
+def shrink_positions(model: SlimBrain, seed: int) -> None:
+    """Give an encoder positions of SD 0.02 in place of its own: untrained, it then does much the same to every patch.
+
+    Positions as large as an embedded patch help training; without training they are in the way.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for table in (model.encoder.space, model.encoder.time):
+        table.copy_(torch.randn(table.shape, generator=generator) * 0.02)
+
+
+def encoder_draws(
+    features: Mapping[str, Features], questions: Sequence[Question], poolings: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """Draws of an encoder by task, and by `task/pooling` for other poolings than the task's own.
+
+    A fingerprint is not asked of attentive pooling, which is trained for answers.
+    """
+    found = {}
+    for question in questions:
+        task = question.task
+        barred = {task.pooling, *(["attentive"] if task.type == "fingerprint" else [])}
+        others = [] if task.type == "state" else [name for name in poolings if name not in barred]
+        for pooling in (task.pooling, *others):
+            changed = task.model_copy(update={"pooling": pooling})
+            asked = Question(changed, question.cases, question.where)
+            name = task.name if pooling == task.pooling else f"{task.name}/{pooling}"
+            found[name] = asked.draws(probe.encoder_method(changed, question.cases, features))
+    return found
+
+
+def baseline_draws(dataset: Dataset, questions: Sequence[Question]) -> dict[str, dict[str, np.ndarray]]:
+    """Draws of what needs no encoder, by method and task."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for question in questions:
+        for name, method in probe.baselines(question.task, question.cases, dataset).items():
+            found.setdefault(name, {})[question.task.name] = question.draws(method)
+    return found
+
+
+def save(path: Path, draws: Mapping[str, np.ndarray]) -> None:
+    """Keep draws; atomically, so what is there is whole."""
+    with atomically(path) as file:
+        np.savez(file, allow_pickle=False, **dict(draws))
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def summarise(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
+    """Mean over seeds of each task's score, its 95 % interval over subjects, and the score of every seed.
+
+    What not all seeds were asked is left out.
+    """
+    return {
+        name: {
+            **metrics.interval(np.mean([draws[name] for draws in seeds], axis=0)),
+            "seeds": [float(draws[name][0]) for draws in seeds],
+        }
+        for name in seeds[0]
+        if all(name in draws for draws in seeds)
+    }
+
+
+def differences(
+    ours: Sequence[Mapping[str, np.ndarray]], theirs: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, dict[str, Any]]:
+    """Ours less theirs, each the mean over its seeds, with 95 % intervals: both are scored on the same draws of people.
+
+    Of the tasks that all of them were asked.
+    """
+    everyone = [*ours, *theirs]
+    names = [name for name in everyone[0] if all(name in draws for draws in everyone)]
+
+    def mean(seeds: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndarray:
+        return np.mean([draws[name] for draws in seeds], axis=0)
+
+    return {name: metrics.interval(mean(ours, name) - mean(theirs, name)) for name in names}
+
+
+def apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the first is better and the intervals do not overlap."""
+    return bool(one["low"] > other["high"])
