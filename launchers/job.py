@@ -17,8 +17,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,7 +31,7 @@ from shards.core.workers import remove_sockets
 
 if TYPE_CHECKING:
     from slim.config import TrainSettings
-    from slim.training.task import Course
+    from slim.training.task import TrainingTask
 
 STORE = "SLIM_STORE"  # variable that names the file by which processes of one machine meet
 _LAST = 600.0  # seconds to end a step and save without a launcher
@@ -78,7 +79,7 @@ def work(config: Path) -> dict[str, Any]:
     from slim.training.trainer import Trainer
 
     with while_away(settings):
-        course = open_course(settings)
+        task = open_task(settings)
     device = torch.device("cpu")
     if on_gpu:
         local = int(os.environ["LOCAL_RANK"])
@@ -93,22 +94,32 @@ def work(config: Path) -> dict[str, Any]:
         dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    result = Trainer(course, device).run()
+    result = Trainer(task, device, flops_counter(task)).run()
     dist.barrier()
     dist.destroy_process_group()  # after a failure the others may be in the midst of something, so nothing is awaited
     return result
 
 
-def open_course(settings: TrainSettings) -> Course:
-    """Data and learner of a run with these settings; see `slim.training.task.Course`."""
+def open_task(settings: TrainSettings) -> TrainingTask:
+    """Data and learner of a run with these settings; see `slim.training.task.TrainingTask`."""
     from slim.config import FinetuneSettings, PretrainSettings
-    from slim.finetune.task import Finetuning
-    from slim.training.task import Pretraining
+    from slim.finetune.task import FinetuneTask
+    from slim.pretrain.task import PretrainTask
 
     if isinstance(settings, FinetuneSettings):
-        return Finetuning(settings)
+        return FinetuneTask(settings)
     assert isinstance(settings, PretrainSettings)
-    return Pretraining(settings)
+    return PretrainTask(settings)
+
+
+def flops_counter(task: TrainingTask) -> Callable[[], float] | None:
+    """Counts the FLOPs of a step per token of brain; None for a run whose steps are not counted."""
+    from slim.planning.forecast import flops_per_token
+    from slim.pretrain.task import PretrainTask
+
+    if not isinstance(task, PretrainTask):
+        return None
+    return partial(flops_per_token, task.settings, task.datasets[0])
 
 
 @contextmanager

@@ -70,26 +70,26 @@ def _prepare(folder: Path, settings: TrainSettings) -> Path:
     begun = at_a_glance(folder, None if settings.run.mirror is None else Path(settings.run.mirror))
     settings = compatibility.begin(settings) if begun is None else _adopt(begun, settings)
     changes = [] if begun is None else [str(change) for change in compatibility.changes(begun, settings)]
-    course = job.open_course(settings)
+    task = job.open_task(settings)
     if begun is not None:
-        origin = course.origin(settings.run.processes)
+        origin = task.origin(settings.run.processes)
         origin.check(begun)
-        compatibility.extended(begun, settings, course.stream.per_epoch, settings.run.processes)
+        compatibility.extended(begun, settings, task.stream.per_epoch, settings.run.processes)
         for line in origin.unknown(begun):
             print(f"warning: {line}", flush=True)
         for change in changes:
             print(f"changed: {change}", flush=True)
     versions = {name: version(name) for name in ("torch", "deepspeed", "numpy", "zarr")}
     note = "".join(f"# {name} {number}\n" for name, number in sorted(versions.items()))
-    manifest = course.datasets[0].manifest
+    manifest = task.datasets[0].manifest
     write_atomically(
         folder / "dataset.json", dump({name: value for name, value in manifest.items() if name != "shards"})
     )
-    if (seen := course.seen()) is not None:
+    if (seen := task.seen()) is not None:
         seen.write(folder)
-    for line in course.too_short():
+    for line in task.too_short():
         print(f"warning: {line}", flush=True)
-    _keep_extractor(course.datasets[0], folder)
+    _keep_extractor(task.datasets[0], folder)
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
     text = f"# merged configuration\n# commit {git_commit()}\n{note}{text}"
     compatibility.keep(folder, text, begun, changes)

@@ -261,10 +261,10 @@ def _cluster(args: argparse.Namespace) -> SlurmSettings:
 def _prepare(settings: TrainSettings) -> tuple[str, int]:
     """Make the folder of the run, when its data and model have been looked at; the commit, and steps to the end."""
     # These import torch, which takes seconds: all that can be wrong with the call is told before, and without.
-    from launchers.job import open_course
+    from launchers.job import open_task
     from launchers.local import git_commit, prepare_run
 
-    steps = settings.run.steps_in_all(open_course(settings).stream.per_epoch, settings.run.processes)
+    steps = settings.run.steps_in_all(open_task(settings).stream.per_epoch, settings.run.processes)
     (prepare_run(settings).parent / SLURM).mkdir(exist_ok=True)
     return git_commit(), steps
 

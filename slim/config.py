@@ -13,7 +13,6 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from shards.core.errors import ConfigError
 from shards.core.passwords import keep
 from shards.core.settings import PathText, Settings, check, override, read_yaml
-from slim.model.geometry import Geometry
 
 View = Literal["global", "voxel", "both"]
 Kind = Literal["cross_time", "cross_location", "double_cross"]
@@ -61,11 +60,6 @@ class ModelSettings(Settings):
                 "every stage but the first"
             )
         return self
-
-    def geometry(self, tokens: tuple[int, ...]) -> Geometry:
-        """The token grid, divided as these sizes say; ConfigError where they do not fit."""
-        # The first block of a stage pools, and attends where the stage before it did.
-        return Geometry(tokens, self.unit, self.strides, max(0, len(self.strides) - self.local_stages))
 
 
 PRESETS: dict[str, ModelSettings] = {

@@ -61,15 +61,15 @@ def steps(stage: int, accumulate: int, processes: int) -> None:
     from test_footprint import prepared
     from test_zero import settings
 
-    from slim.pretrain.learner import Learner, parameter_groups
+    from slim.pretrain.learner import PretrainLearner
     from slim.pretrain.objective import Objective
-    from slim.training.skipped import GuardedAdamW
-    from slim.training.trainer import deepspeed_config
+    from slim.training.engine import deepspeed_config
+    from slim.training.optim import GuardedAdamW, parameter_groups
 
     given = settings(stage, accumulate, processes)
     geometry, batch = prepared(given, 8)
     model = Objective(given, geometry, batch.brain_QV.shape[1])
-    learner = Learner(given, model)
+    learner = PretrainLearner(given, model)
     config = deepspeed_config(given)
     config["zero_optimization"] |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     engine, *_ = deepspeed.initialize(model=model, optimizer=GuardedAdamW(parameter_groups(model)), config=config)

@@ -19,6 +19,7 @@ from shards.core.settings import check
 from shards.format.reader import Dataset
 from slim.checkpoints import checkpoint
 from slim.config import PretrainSettings
+from slim.model.geometry import geometry_of
 from slim.pretrain.objective import Objective
 
 ALIGNED = {"embed": 16, "heads": 2, "depths": (1, 1), "unit": (5,), "strides": ((5, 1, 1, 1),), "local_stages": 1}
@@ -42,7 +43,7 @@ def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
         {"data": str(dataset), "model": sizes, "view": "both", "run": {"out": str(folder), "seed": seed}},
         "test",
     )
-    geometry = settings.model.geometry((8 * 5, *patches))
+    geometry = geometry_of(settings.model, (8 * 5, *patches))
     torch.manual_seed(seed)
     encoder = Objective(settings, geometry, 64).encoder
     tensors = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}

@@ -24,7 +24,7 @@ def main() -> None:
     import deepspeed
 
     from shards.core.errors import UserError
-    from slim.checkpoints import checkpoint
+    from slim.checkpoints import checkpoint, run_folder
     from slim.training import reshard
 
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=int(rank), world_size=int(processes))
@@ -50,7 +50,7 @@ def main() -> None:
         return float(loss)
 
     if what == "save":
-        for name in checkpoint.ABOUT_RUN:
+        for name in run_folder.ABOUT_RUN:
             (run / name).write_text("of a run")
         for _ in range(2):
             step()

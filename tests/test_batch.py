@@ -12,7 +12,7 @@ from shards.core.settings import check
 from shards.format.reader import Dataset
 from shards.format.stream import Item
 from slim.config import PretrainSettings
-from slim.data import collate
+from slim.data import samples
 
 
 def settings(dataset: Path, stride: int) -> PretrainSettings:
@@ -24,14 +24,14 @@ def settings(dataset: Path, stride: int) -> PretrainSettings:
 
 def test_a_model_whose_cells_are_as_large_as_the_grid_is_refused(dataset: Path):
     with pytest.raises(ConfigError, match=r"model: strides: got \(1, 1, 1\) cells in space, expected 2 cells or more"):
-        collate.geometry_for(settings(dataset, 4), [Dataset(dataset)])
+        samples.geometry_for(settings(dataset, 4), [Dataset(dataset)])
 
 
 def test_a_session_whose_brain_lies_in_one_cell_is_refused_by_name(dataset: Path, monkeypatch: pytest.MonkeyPatch):
     chosen, opened = settings(dataset, 2), Dataset(dataset)
-    geometry = collate.geometry_for(chosen, [opened])
-    item, read = Item(0, opened.sessions[0], 0), collate.read_windows
-    assert len(collate.draw_sample(item, opened, geometry, chosen).mask.context_K)
+    geometry = samples.geometry_for(chosen, [opened])
+    item, read = Item(0, opened.sessions[0], 0), samples.read_windows
+    assert len(samples.draw_sample(item, opened, geometry, chosen).mask.context_K)
 
     def in_one_cell(*arguments):
         sample = read(*arguments)
@@ -43,8 +43,8 @@ def test_a_session_whose_brain_lies_in_one_cell_is_refused_by_name(dataset: Path
             **{name: getattr(sample, name)[kept] for name in ("baseline", "spread", "brain", "place")},
         )
 
-    monkeypatch.setattr(collate, "read_windows", in_one_cell)
+    monkeypatch.setattr(samples, "read_windows", in_one_cell)
     with pytest.raises(SampleCorrupt) as error:
-        collate.draw_sample(item, opened, geometry, chosen)
+        samples.draw_sample(item, opened, geometry, chosen)
     assert "got brain in 1 cell of the grid" in error.value.line()
     assert opened.sessions[0]["key"] in error.value.line()

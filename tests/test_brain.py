@@ -22,7 +22,8 @@ from shards.core.errors import ConfigError, DatasetError, RunRefused, UserError
 from shards.format import layout
 from shards.format.reader import Dataset
 from slim.checkpoints import checkpoint
-from slim.data.collate import collate, read_windows
+from slim.data.collate import collate
+from slim.data.samples import read_windows
 from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import Features
 from slim.ranking.extractor import train_extractor

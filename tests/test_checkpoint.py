@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_killed import Killed, kill_at
 
-from slim.checkpoints import checkpoint
+from slim.checkpoints import checkpoint, run_folder
 from slim.checkpoints.checkpoint import COMPLETE, LATEST, CheckpointError, tag
 from slim.checkpoints.mirror import Mirror, at_a_glance, recover
 
@@ -33,7 +33,7 @@ class Engine:
 
 def save(run: Path, step: int) -> Path:
     (run / "config.yaml").parent.mkdir(parents=True, exist_ok=True)
-    for name in checkpoint.ABOUT_RUN:
+    for name in run_folder.ABOUT_RUN:
         (run / name).write_text(f"{name} of a run")
     weights = {"encoder.a": torch.full((3, 4), float(step)), "target.a": torch.zeros(2)}
     return checkpoint.save(Engine(), run / "checkpoints", step, {"step": step}, weights, {"zero_stage": 2})

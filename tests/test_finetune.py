@@ -33,15 +33,17 @@ from shards.format import layout
 from shards.format.reader import Dataset
 from slim.checkpoints import checkpoint
 from slim.config import FinetuneSettings, load_run
-from slim.data.collate import collate, firsts, read_windows
+from slim.data.collate import collate
+from slim.data.samples import firsts, read_windows
 from slim.evaluation import probe
 from slim.evaluation.probe import make_fold
 from slim.evaluation.splits import Split
 from slim.evaluation.task import Task, find_cases, make_splits
 from slim.finetune.labels import Answers
 from slim.finetune.method import Finetuned, check_report, refuse, settings_for
-from slim.finetune.task import Finetuning, depth_of, make_model, predict, validation_loss, write_start
+from slim.finetune.task import FinetuneTask, depth_of, make_model, validation_loss, write_start
 from slim.inference import export
+from slim.inference.predict import predict
 from slim.inference.slim_brain import SlimBrain
 
 SCORE = {
@@ -89,12 +91,12 @@ def answers_of(opened: Dataset, classes: int = 0) -> Answers:
     return Answers(classes, dict(zip(keys[:6], rows, strict=False)), dict(zip(keys[6:8], rows[6:8], strict=False)))
 
 
-def course_of(pretrained: Path, people: Path, out: Path, *words: str, classes: int = 0) -> Finetuning:
+def task_of(pretrained: Path, people: Path, out: Path, *words: str, classes: int = 0) -> FinetuneTask:
     ours, opened = SlimBrain.from_pretrained(pretrained), Dataset(people)
     settings = settings_for(ours, str(people), out, 6, [*QUICK, *words], 0)
     out.mkdir(parents=True, exist_ok=True)
     answers_of(opened, classes).write(out)
-    return Finetuning(settings.model_copy(update={"start": write_start(out, ours.encoder.state_dict())}))
+    return FinetuneTask(settings.model_copy(update={"start": write_start(out, ours.encoder.state_dict())}))
 
 
 # layers and heads
@@ -103,7 +105,7 @@ def course_of(pretrained: Path, people: Path, out: Path, *words: str, classes: i
 def test_learning_rates_fall_towards_the_input_and_only_matrices_decay(
     pretrained: Path, people: Path, tmp_path: Path
 ) -> None:
-    learner = course_of(pretrained, people, tmp_path, "head.layer_decay=0.5").learner(torch.device("cpu"))
+    learner = task_of(pretrained, people, tmp_path, "head.layer_decay=0.5").learner(torch.device("cpu"))
     blocks = learner.model.encoder.n
     assert blocks == 2
     names = {id(p): name for name, p in learner.model.named_parameters()}
@@ -123,29 +125,29 @@ def test_learning_rates_fall_towards_the_input_and_only_matrices_decay(
 def test_the_encoder_begins_with_the_pretrained_weights_and_scratch_does_not(
     pretrained: Path, people: Path, tmp_path: Path
 ) -> None:
-    course = course_of(pretrained, people, tmp_path)
+    task = task_of(pretrained, people, tmp_path)
     given = SlimBrain.from_pretrained(pretrained).encoder.state_dict()
-    mine = course.learner(torch.device("cpu"))
+    mine = task.learner(torch.device("cpu"))
     assert all(torch.equal(value, given[name]) for name, value in mine.model.encoder.state_dict().items())
-    course.settings = course.settings.model_copy(update={"start": None})
-    scratch = course.learner(torch.device("cpu"))
+    task.settings = task.settings.model_copy(update={"start": None})
+    scratch = task.learner(torch.device("cpu"))
     assert not torch.equal(scratch.model.encoder.embed.own.weight, mine.model.encoder.embed.own.weight)
     assert {group.scale for group in scratch.groups()} == {1.0, 10.0} and len({g.scale for g in mine.groups()}) == 5
     with open(tmp_path / "start.safetensors", "ab") as file:
         file.write(b"x")
-    course.settings = course.settings.model_copy(update={"start": "0" * 64})
+    task.settings = task.settings.model_copy(update={"start": "0" * 64})
     with pytest.raises(checkpoint.CheckpointError, match=r"start\.safetensors: SHA-256"):
-        course.learner(torch.device("cpu"))
+        task.learner(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("pooling", ["cov", "mean"])
 def test_features_are_standardised_once_by_the_training_samples(
     pretrained: Path, people: Path, tmp_path: Path, pooling: str
 ) -> None:
-    course = course_of(pretrained, people, tmp_path, f"head.pooling={pooling}")
-    learner = course.learner(torch.device("cpu"))
-    items = [course.stream.at(n) for n in range(6)]
-    batches = [course.load()(items[at : at + 2]).to("cpu") for at in (0, 2, 4)]
+    task = task_of(pretrained, people, tmp_path, f"head.pooling={pooling}")
+    learner = task.learner(torch.device("cpu"))
+    items = [task.stream.at(n) for n in range(6)]
+    batches = [task.load()(items[at : at + 2]).to("cpu") for at in (0, 2, 4)]
     learner.begin(lambda steps: batches[:steps], learner.model)
     pooled = torch.cat([learner.model(batch)[1] for batch in batches]).double()
     z = (pooled - learner.model.head.centre_P) * learner.model.head.scale_P
@@ -160,9 +162,9 @@ def test_features_are_standardised_once_by_the_training_samples(
 
 @pytest.mark.parametrize(("pooling", "classes"), [("mean", 0), ("attentive", 3), ("cov", 3), ("cov", 0)])
 def test_it_learns_what_it_is_told(pretrained: Path, people: Path, tmp_path: Path, pooling: str, classes: int) -> None:
-    course = course_of(pretrained, people, tmp_path, f"head.pooling={pooling}", classes=classes)
-    learner = course.learner(torch.device("cpu"))
-    batches = [course.load()([course.stream.at(n) for n in range(3)]).to("cpu")]
+    task = task_of(pretrained, people, tmp_path, f"head.pooling={pooling}", classes=classes)
+    learner = task.learner(torch.device("cpu"))
+    batches = [task.load()([task.stream.at(n) for n in range(3)]).to("cpu")]
     learner.begin(lambda _: batches, learner.model)
     adam = torch.optim.AdamW([{"params": group.parameters, "lr": 1e-3 * group.scale} for group in learner.groups()])
     losses = []
@@ -206,13 +208,13 @@ def test_every_window_is_read_and_no_group_reaches_beyond(k: int, more: int) -> 
 
 def test_a_session_is_predicted_from_all_its_windows(pretrained: Path, people: Path, tmp_path: Path) -> None:
     """Of 12 windows the first and the last 8 in time order; of 8, a linear head on the mean of `encode_session`."""
-    course = course_of(pretrained, people, tmp_path, "head.pooling=mean")
+    task = task_of(pretrained, people, tmp_path, "head.pooling=mean")
     ours, opened = SlimBrain.from_pretrained(pretrained), Dataset(people)
-    model, device = course.learner(torch.device("cpu")).model, torch.device("cpu")
+    model, device = task.learner(torch.device("cpu")).model, torch.device("cpu")
     whole = [session for session in opened.sessions if session["n_kept"] == 12][:3]
     short = [{**session, "n_kept": 8} for session in whole]
-    guess_NK = predict(model, 0, opened, [*whole, *short], course.geometry, course.settings, device)
-    again_NK = predict(model, 0, opened, [*whole, *short][::-1], course.geometry, course.settings, device)
+    guess_NK = predict(model, 0, opened, [*whole, *short], task.geometry, task.settings, device)
+    again_NK = predict(model, 0, opened, [*whole, *short][::-1], task.geometry, task.settings, device)
     np.testing.assert_allclose(guess_NK, again_NK[::-1], atol=1e-5)
     for row, session in enumerate(short):
         token_SLC = torch.from_numpy(ours.encode_session(opened, session).token_SLC)
@@ -221,7 +223,7 @@ def test_a_session_is_predicted_from_all_its_windows(pretrained: Path, people: P
     for row, session in enumerate(whole):
         in_time = np.argsort(opened.read(session, ("start",))["start"])
         groups = [read_windows(opened, session, in_time[rows]) for rows in (slice(0, 8), slice(4, 12))]
-        each = [model(collate([group], course.geometry, None))[0] for group in groups]
+        each = [model(collate([group], task.geometry, None))[0] for group in groups]
         np.testing.assert_allclose(guess_NK[row], torch.cat(each).mean(dim=0).detach(), atol=1e-5)
 
 
@@ -237,14 +239,14 @@ def test_nothing_of_a_test_subject_reaches_the_training(pretrained: Path, people
         pass
 
     def train(settings: Any) -> None:
-        course = Finetuning(settings)
+        made = FinetuneTask(settings)
         tested = {cases.sessions[row]["key"] for row in splits[0][0].test}
-        (data,) = course.datasets
+        (data,) = made.datasets
         assert len(data.sessions) == len(cases.sessions) - len(tested)
         assert not tested & {session["key"] for session in data.sessions}
         assert all(session["labels"] == {} for session in data.sessions)
         assert not any(key in (Path(settings.run.out) / "answers.json").read_text() for key in tested)
-        assert {item.session["key"] for item in map(course.stream.at, range(60))} == set(course.answers.train)
+        assert {item.session["key"] for item in map(made.stream.at, range(60))} == set(made.answers.train)
         given.append((Path(settings.run.out) / "answers.json").read_bytes())
         raise Stop
 

@@ -19,13 +19,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from slim.config import PRESETS, ModelSettings, PredictorSettings, PretrainSettings
-from slim.data.collate import Batch
 from slim.model.geometry import Geometry
+from slim.model.inputs import Batch
 from slim.planning import counting
 from slim.planning.counting import CPU_ATTENTION, Footprint
 from slim.planning.step_cost import count, make_batch
-from slim.pretrain.learner import Learner, parameter_groups
+from slim.pretrain.learner import PretrainLearner
 from slim.pretrain.objective import Objective
+from slim.training.optim import parameter_groups
 
 MIB = 2**20
 V = 64
@@ -64,7 +65,7 @@ class RealStep:
         torch.manual_seed(0)
         for name in ("value_RV", "baseline_QV", "spread_QV"):
             getattr(self.batch.voxels, name).uniform_(0.1, 1)
-        self.learner = Learner(settings, Objective(settings, geometry, V).to(device))
+        self.learner = PretrainLearner(settings, Objective(settings, geometry, V).to(device))
         self.optimizer = torch.optim.AdamW(parameter_groups(self.learner.model), foreach=False)
 
     def __call__(self) -> float:

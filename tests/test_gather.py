@@ -12,20 +12,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slim.config import MaskSettings, ModelSettings
-from slim.data.collate import Batch, Sample, cell_sizes, collate
+from slim.data.collate import collate
 from slim.data.masking import draw
-from slim.model import ragged
-from slim.model.geometry import Geometry
-from slim.model.hiera import Hiera, Voxels
-from slim.model.packed import Packed
-from slim.model.ragged import attend, children, plan, segment_max, segments
+from slim.data.samples import Sample, cell_sizes
+from slim.model import ragged, ragged_ops
+from slim.model.geometry import Geometry, geometry_of
+from slim.model.hiera import Hiera
+from slim.model.inputs import Batch, Packed, Voxels
+from slim.model.ragged import children, plan, segments
+from slim.model.ragged_ops import attend, segment_max
 
 V = 8
 SIZES = ModelSettings(
     embed=16, heads=2, depths=(1, 2, 2), unit=(4, 4, 4, 4), strides=((2, 2, 2, 2), (2, 1, 1, 1)), local_stages=2
 )
 GLOBAL = SIZES.model_copy(update={"local_stages": 1})  # its second pooling happens where attention is global
-GEOMETRY = SIZES.geometry((8, 4, 4, 8))
+GEOMETRY = geometry_of(SIZES, (8, 4, 4, 8))
 
 
 def make_sample(seed: int, brain: float = 0.35, geometry: Geometry = GEOMETRY) -> Sample:
@@ -47,7 +49,7 @@ def make_sample(seed: int, brain: float = 0.35, geometry: Geometry = GEOMETRY) -
 
 def encoder(dtype: torch.dtype = torch.float64, view: str = "both", sizes: ModelSettings = SIZES) -> Hiera:
     torch.manual_seed(0)
-    model = Hiera(sizes, sizes.geometry(GEOMETRY.tokens), V, view)  # type: ignore[arg-type]
+    model = Hiera(sizes, geometry_of(sizes, GEOMETRY.tokens), V, view)  # type: ignore[arg-type]
     with torch.no_grad():  # weights large enough that every path matters
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
@@ -324,8 +326,8 @@ def test_both_paths_of_attention_give_the_same_numbers(sizes: ModelSettings, mon
     samples = [make_sample(15), make_sample(16, 0.8)]
     results = []
     for varlen in (False, True):
-        monkeypatch.setattr(ragged, "has_varlen", lambda q, answer=varlen: answer)
-        monkeypatch.setattr(ragged, "varlen_attn", plain_varlen)
+        monkeypatch.setattr(ragged_ops, "has_varlen", lambda q, answer=varlen: answer)
+        monkeypatch.setattr(ragged_ops, "varlen_attn", plain_varlen)
         model = encoder(sizes=sizes)
         out, _ = run(model, samples, 100, "cpu")
         out.square().sum().backward()
@@ -345,7 +347,7 @@ def test_varlen_attention_of_the_device_gives_the_numbers_of_the_buckets(monkeyp
     results = []
     for varlen in (True, False):
         inputs = [tensor.clone().requires_grad_() for tensor in start]
-        assert ragged.has_varlen(inputs[0])
+        assert ragged_ops.has_varlen(inputs[0])
         with monkeypatch.context() as patch:
             if not varlen:
                 patch.setattr(ragged, "has_varlen", lambda q: False)

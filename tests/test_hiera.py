@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from slim.config import View
-from slim.model.hiera import PatchEmbed, Voxels
+from slim.model.embedding import PatchEmbed
+from slim.model.inputs import Voxels
 
 VIEWS = ("global", "voxel", "both")
 Q, T, V, C = 30, 12, 64, 48

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from slim.config import ModelSettings
-from slim.model.hiera import Hiera, Voxels
-from slim.model.packed import Packed
+from slim.model.geometry import geometry_of
+from slim.model.hiera import Hiera
+from slim.model.inputs import Packed, Voxels
 from slim.model.ragged import plan
 
 
@@ -100,7 +101,7 @@ def test_equals_the_reference(
     sizes = ModelSettings.model_construct(
         embed=24, heads=1, depths=(1, 2, 2, 1), unit=unit, strides=(stride,) * pools, local_stages=2, mlp_ratio=4.0
     )
-    geometry = sizes.geometry(tokens)
+    geometry = geometry_of(sizes, tokens)
     assert geometry.global_steps == pools - 2
     mine = Hiera(sizes, geometry, 2 * int(np.prod(patch)), "global")
     copy_weights(mine, other, video, tokens)

@@ -10,20 +10,20 @@ import torch
 from test_gather import GEOMETRY, V
 from test_objective import make_batch, settings
 
-from slim.pretrain.ema import PlaceMean
-from slim.pretrain.learner import Learner
+from slim.pretrain.learner import PretrainLearner
 from slim.pretrain.objective import Objective
+from slim.pretrain.running_mean import PlaceMean
 
 MEANS = {"default": ["target_mean", "context_mean"], "jepa": ["target_mean"], "mae": []}
 
 
-def learner(objective: str) -> Learner:
+def learner(objective: str) -> PretrainLearner:
     torch.manual_seed(0)
     chosen = settings(objective=objective)
-    return Learner(chosen, Objective(chosen, GEOMETRY, V))
+    return PretrainLearner(chosen, Objective(chosen, GEOMETRY, V))
 
 
-def train(learner: Learner, optimizer: torch.optim.Optimizer, seeds: range) -> list[float]:
+def train(learner: PretrainLearner, optimizer: torch.optim.Optimizer, seeds: range) -> list[float]:
     losses = []
     for seed in seeds:
         found = learner.losses(make_batch(seed, seed + 1), seed)

@@ -12,13 +12,19 @@ from scipy import integrate
 from test_gather import GEOMETRY, SIZES, V, make_sample
 
 from slim.config import KINDS, EmaSettings, MaskSettings, OptimizerSettings, PretrainSettings
-from slim.data.collate import Batch, cell_sizes, collate
+from slim.data.collate import collate
 from slim.data.masking import draw
-from slim.pretrain.ema import PlaceMean, Target
-from slim.pretrain.learner import Learner, parameter_groups
-from slim.pretrain.objective import Losses, Objective, jepa_loss, mae_loss, sig_loss
+from slim.data.samples import cell_sizes
+from slim.model.inputs import Batch
+from slim.pretrain.ema import Target
+from slim.pretrain.learner import PretrainLearner
+from slim.pretrain.losses import jepa_loss, mae_loss, sig_loss
+from slim.pretrain.objective import Objective
+from slim.pretrain.running_mean import PlaceMean
 from slim.training import schedule
 from slim.training.metrics import effective_rank
+from slim.training.optim import parameter_groups
+from slim.training.task import Losses
 
 
 def settings(**other: object) -> PretrainSettings:
@@ -189,7 +195,7 @@ def test_the_cosine_between_samples_tells_whether_features_are_of_the_place_or_o
     """Features are a part that all samples share at a place, and a part of their own."""
     torch.manual_seed(0)
     chosen = settings(ema={"mean": 0.98})
-    learner = Learner(chosen, Objective(chosen, GEOMETRY, V))
+    learner = PretrainLearner(chosen, Objective(chosen, GEOMETRY, V))
     cells, dim = math.prod(GEOMETRY.cells), learner.model.encoder.dim
     shared = torch.randn(cells, dim)
 

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slim.config import PRESETS
-from slim.model.hiera import Hiera, sinusoids
+from slim.model.embedding import sinusoids
+from slim.model.geometry import geometry_of
+from slim.model.hiera import Hiera
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(8, 70))
@@ -42,7 +44,7 @@ def test_axes_do_not_share_channels() -> None:
 @pytest.mark.parametrize("preset", ["tiny", "lean"])
 def test_an_encoder_begins_with_them_whatever_the_seed(preset: str) -> None:
     sizes = PRESETS[preset]
-    geometry = sizes.geometry((40, 8, 8, 8))
+    geometry = geometry_of(sizes, (40, 8, 8, 8))
     models = []
     for seed in (0, 1):
         torch.manual_seed(seed)

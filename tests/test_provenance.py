@@ -19,16 +19,17 @@ from shards.core.errors import ConfigError, UserError
 from shards.core.settings import check
 from shards.format import layout
 from shards.format.reader import Dataset
-from slim.checkpoints import checkpoint
-from slim.checkpoints.seen import SEEN, Seen, person
+from slim.checkpoints import checkpoint, run_folder
+from slim.checkpoints.run_folder import SEEN
+from slim.checkpoints.seen import Seen, person
 from slim.config import PretrainSettings, load_run
-from slim.data.collate import geometry_for
+from slim.data.samples import geometry_for
 from slim.evaluation.task import Task, find_cases, make_splits
 from slim.finetune.method import Finetuned
 from slim.inference import export
 from slim.inference.slim_brain import SlimBrain
+from slim.pretrain.task import PretrainTask
 from slim.reporting.run_page import total_steps
-from slim.training.task import Pretraining
 
 
 def git(folder: Path, *words: str) -> str:
@@ -130,7 +131,7 @@ def run(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     prepare_run(check(PretrainSettings, tree, "test"))
     saved = folder / "run/checkpoints" / checkpoint.tag(7)
     shutil.copytree(made / "checkpoints" / checkpoint.tag(7), saved)
-    for name in (*checkpoint.ABOUT_RUN, SEEN):
+    for name in (*run_folder.ABOUT_RUN, SEEN):
         shutil.copyfile(folder / "run" / name, saved / name)
     write_weights(saved, load_file(saved / checkpoint.WEIGHTS))
     return folder / "run"
@@ -289,10 +290,10 @@ def test_short_sessions_are_known_before_the_first_step(run: Path, dataset: Path
     prepare_run(settings(data))
     told = f"warning: 2 of {len(keys)} training sessions of {data} are left out: they have fewer than 8 windows"
     assert capsys.readouterr().out.count(told) == 1
-    course = Pretraining(settings(data))
-    assert {course.stream.at(n).session["key"] for n in range(40)} == set(keys[2:])
-    assert course.stream.per_epoch == len(keys) - 2
-    assert Seen.read(tmp_path / "run") == Seen.of(course.stream.sessions)
+    task = PretrainTask(settings(data))
+    assert {task.stream.at(n).session["key"] for n in range(40)} == set(keys[2:])
+    assert task.stream.per_epoch == len(keys) - 2
+    assert Seen.read(tmp_path / "run") == Seen.of(task.stream.sessions)
     line = {"step": 1, "samples_per_s": 2.0, "seconds": 1.0}
     assert total_steps(settings(data), tmp_path / "run", [line]) == math.ceil(3 * (len(keys) - 2) / 2)
 

@@ -20,13 +20,13 @@ from shards.core.errors import UserError
 from shards.core.settings import check
 from shards.format import layout
 from shards.format.reader import Dataset
-from slim.checkpoints import checkpoint
+from slim.checkpoints import checkpoint, run_folder
 from slim.checkpoints.checkpoint import COMPLETE, CheckpointError
 from slim.config import EmaSettings, FinetuneSettings, OptimizerSettings, PretrainSettings, load_config, load_run
+from slim.pretrain.task import PretrainTask
 from slim.training import compatibility, schedule
 from slim.training.compatibility import Rule, rule_of
 from slim.training.schedule import Plan
-from slim.training.task import Pretraining
 
 QUICK = ("run.batch=2", "run.workers=1", "run.wandb=disabled")
 
@@ -41,15 +41,15 @@ def save(settings: PretrainSettings, step: int) -> Path:
     run = Path(settings.run.out)
     folder = run / "checkpoints" / checkpoint.tag(step)
     folder.mkdir(parents=True)
-    for name in checkpoint.ABOUT_RUN:
+    for name in run_folder.ABOUT_RUN:
         shutil.copyfile(run / name, folder / name)
     written = load_run(run / "config.yaml")
-    course = Pretraining(written)
+    task = PretrainTask(written)
     before = checkpoint.newest(run / "checkpoints")
-    plan = Plan(written.run.steps_in_all(course.stream.per_epoch, written.run.processes))
+    plan = Plan(written.run.steps_in_all(task.stream.per_epoch, written.run.processes))
     if before is not None:
-        plan = compatibility.extended(before, written, course.stream.per_epoch, written.run.processes)
-    origin = course.origin(written.run.processes)
+        plan = compatibility.extended(before, written, task.stream.per_epoch, written.run.processes)
+    origin = task.origin(written.run.processes)
     checkpoint.seal(folder, {"step": step, **origin.facts(), "plan": plan.facts()})
     (folder.parent / "latest").write_text(f"{folder.name}\n")
     return folder

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from shards.core.errors import Stopped
 from shards.core.room import has_room
-from slim.checkpoints import checkpoint
+from slim.checkpoints import checkpoint, run_folder
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -26,7 +26,7 @@ class Engine:
 
 
 def save(run: Path, error: Exception, size: int = 1) -> Path:
-    for name in checkpoint.ABOUT_RUN:
+    for name in run_folder.ABOUT_RUN:
         (run / name).write_text("of a run")
     weights = {"a": torch.zeros(1).expand(size)}  # of that size, in no memory
     return checkpoint.save(Engine(error), run / "checkpoints", 3, {"step": 3}, weights, {})

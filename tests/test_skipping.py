@@ -21,10 +21,12 @@ from shards.core.settings import check
 from shards.format.reader import Dataset
 from shards.format.stream import Item
 from slim.config import PRESETS, PretrainSettings, load_config
-from slim.data.collate import geometry_for, load_batch
-from slim.pretrain.learner import Learner
+from slim.data.collate import load_batch
+from slim.data.samples import geometry_for
+from slim.pretrain.learner import PretrainLearner
 from slim.pretrain.objective import Objective
-from slim.training.skipped import NOT_FINITE, GuardedAdamW
+from slim.training.optim import GuardedAdamW
+from slim.training.skipped import NOT_FINITE
 
 
 def damage(dataset: Path, copy: Path, count: int) -> list[str]:
@@ -80,7 +82,7 @@ def test_an_empty_micro_batch_adds_nothing(dataset: Path, tmp_path: Path) -> Non
     batch = load_batch(bad, [opened], geometry, settings).to("cpu")
     assert batch.empty and set(batch.damaged) == set(keys)
 
-    learner = Learner(settings, Objective(settings, geometry, opened.grid.voxels))
+    learner = PretrainLearner(settings, Objective(settings, geometry, opened.grid.voxels))
     losses = learner.losses(batch, 0)
     losses.total.backward()
     assert losses.total == 0 and losses.logs == {} and losses.features["target"] is None
@@ -114,11 +116,11 @@ prepare(on_gpu=False)
 import deepspeed
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 from slim.config import load_config
-from slim.training.task import Pretraining
+from slim.training.task import PretrainTask
 from slim.training.trainer import Trainer
 from shards.core.errors import UserError
 bad = set(map(int, sys.argv[2].split(",")))
-trainer = Trainer(Pretraining(load_config(sys.argv[1])), torch.device("cpu"))
+trainer = Trainer(PretrainTask(load_config(sys.argv[1])), torch.device("cpu"))
 plain, seen = trainer.learner.losses, []
 def losses(batch, step, forward=None):
     found = plain(batch, step, forward)

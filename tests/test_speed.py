@@ -10,9 +10,11 @@ from shards.core.settings import check
 from shards.format.reader import Dataset
 from shards.format.stream import Item
 from slim.config import PRESETS, PretrainSettings
-from slim.data.collate import geometry_for, load_batch
+from slim.data.collate import load_batch
+from slim.data.samples import geometry_for
+from slim.planning.forecast import flops_per_token
 from slim.planning.step_cost import count
-from slim.training.mfu import flops_per_token, peak_flops
+from slim.training.mfu import peak_flops
 
 
 @pytest.mark.parametrize(

@@ -42,12 +42,10 @@ from shards.core.files import printable, share
 from shards.core.room import has_room
 from shards.core.settings import shown
 from shards.format.layout import dump, sync_folder, write_atomically
-from slim.checkpoints.seen import SEEN
+from slim.checkpoints.run_folder import ABOUT_RUN, SEEN
 
 COMPLETE, LATEST, WEIGHTS = "COMPLETE", "latest", "weights.safetensors"
 BEST = "best."  # of a fine-tuning, before the tensors of its best epoch
-ABOUT_RUN = ("config.yaml", "dataset.json")  # of the run's folder
-CONFIGS = "configs"  # of the run's folder: every configuration it was trained with, see `slim.training.compatibility`
 # What a run keeps beside the ZeRO shards: optimizer steps, samples of the stream, what was left out.
 STATE = ("step", "consumed", "skipped")
 _SEAL = "seal"

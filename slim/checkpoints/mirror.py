@@ -17,14 +17,10 @@ from pathlib import Path
 
 from shards.core.errors import UserError
 from shards.format.layout import write_atomically
-from slim.checkpoints import checkpoint
-from slim.checkpoints.seen import SEEN
-from slim.training.metrics import METRICS
-from slim.training.skipped import SKIPPED
-from slim.training.tracking import WANDB_ID
+from slim.checkpoints import checkpoint, run_folder
+from slim.checkpoints.run_folder import CHECKPOINTS, METRICS, SEEN, SKIPPED, WANDB_ID
 
-CHECKPOINTS = "checkpoints"
-_SMALL = (*checkpoint.ABOUT_RUN, SEEN, METRICS, SKIPPED, WANDB_ID)
+_SMALL = (*run_folder.ABOUT_RUN, SEEN, METRICS, SKIPPED, WANDB_ID)
 
 
 class Mirror:
@@ -98,7 +94,7 @@ class Mirror:
 
 def _small(run: Path) -> list[str]:
     """Files of a run beside its checkpoints, whether they are there or not."""
-    return [*_SMALL, *(f"{checkpoint.CONFIGS}/{path.name}" for path in (run / checkpoint.CONFIGS).glob("step-*.yaml"))]
+    return [*_SMALL, *(f"{run_folder.CONFIGS}/{path.name}" for path in (run / run_folder.CONFIGS).glob("step-*.yaml"))]
 
 
 def _copy_small(source: Path, target: Path, names: Iterable[str]) -> None:

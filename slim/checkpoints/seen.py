@@ -19,8 +19,8 @@ from typing import Any
 
 from shards.core.errors import ConfigError
 from shards.format.layout import dump, write_atomically
+from slim.checkpoints.run_folder import SEEN
 
-SEEN = "seen.json"
 _DIGITS = 24  # of a hash: 96 bits
 
 Person = tuple[str, str]  # people, subject

@@ -29,16 +29,17 @@ from shards.core.files import printable
 from shards.core.settings import check
 from shards.format import layout
 from shards.format.manifest import check_manifest
-from slim.checkpoints import checkpoint
+from slim.checkpoints import checkpoint, run_folder
 from slim.checkpoints.checkpoint import CheckpointError
-from slim.checkpoints.seen import SEEN, Seen
+from slim.checkpoints.run_folder import SEEN
+from slim.checkpoints.seen import Seen
 from slim.config import FinetuneSettings, TrainSettings, check_run, load_run
 
 FORMAT = 1
 MODEL, HEAD, CONFIG, SUMS, CARD = "model.safetensors", "head.safetensors", "config.json", "SHA256SUMS", "README.md"
 EXTRACTOR, PARCELS = "extractor", "parcels"
 KINDS = ("encoder", "target")
-_RUN_CONFIG, _RUN_DATA = checkpoint.ABOUT_RUN
+_RUN_CONFIG, _RUN_DATA = run_folder.ABOUT_RUN
 _WHAT = "a run, one of its checkpoints, an exported folder, or OWNER/NAME[@REVISION] on the Hugging Face hub"
 _AGAIN = "Copy or download the folder again"
 _MOST_BYTES = 1 << 28  # of config.json and dataset.json, which hold a hash for everybody seen
@@ -189,7 +190,7 @@ def _of_run(folder: Path, kind: str) -> Weights:
     else:
         got = "neither a run, nor a checkpoint, nor an export" if folder.is_dir() else "no such folder"
         raise CheckpointError(folder, "", got, _WHAT)
-    fault = checkpoint.fault(found, [checkpoint.WEIGHTS, *checkpoint.ABOUT_RUN])
+    fault = checkpoint.fault(found, [checkpoint.WEIGHTS, *run_folder.ABOUT_RUN])
     if fault is not None:
         raise fault
     settings, facts = load_run(found / _RUN_CONFIG), checkpoint.facts(found)

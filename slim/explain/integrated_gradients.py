@@ -34,7 +34,8 @@ from torch import Tensor
 
 from shards.core.errors import ConfigError
 from shards.format.reader import Dataset
-from slim.data.collate import collate, firsts, read_windows
+from slim.data.collate import collate
+from slim.data.samples import firsts, read_windows
 from slim.explain.differentiable_probe import Score
 from slim.inference.slim_brain import SlimBrain
 

@@ -25,8 +25,9 @@ from slim.evaluation import probe
 from slim.evaluation.splits import Fold, Split
 from slim.evaluation.task import Cases, Task
 from slim.finetune.labels import Answers
-from slim.finetune.task import make_model, predict, write_start
+from slim.finetune.task import make_model, write_start
 from slim.inference import export
+from slim.inference.predict import predict
 from slim.inference.slim_brain import SlimBrain
 
 FINETUNED, SCRATCH = "finetuned", "scratch"

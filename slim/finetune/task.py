@@ -16,41 +16,37 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
 from shards.core.files import share
 from shards.format.layout import atomically
-from shards.format.reader import Samples
 from slim.checkpoints import checkpoint
 from slim.checkpoints.checkpoint import BEST, CheckpointError
 from slim.checkpoints.seen import Seen
 from slim.config import FinetuneSettings
-from slim.data.collate import Batch, collate, firsts, read_windows
 from slim.finetune.labels import Answers
+from slim.inference.predict import predict, sum_over_processes, world_size
 from slim.model.geometry import Geometry
 from slim.model.head import Answerer, Head
 from slim.model.hiera import Hiera
-from slim.pretrain.learner import Group, decays
-from slim.pretrain.objective import Losses
+from slim.model.inputs import Batch
+from slim.training.optim import Group, decays
 from slim.training.schedule import Plan
-from slim.training.task import Course, Forward, Full, Steps
+from slim.training.task import Forward, Full, Losses, Steps, TrainingTask
 
 START = "start.safetensors"
 LAYER_DECAY = 0.75
 _MEASURED = 64  # samples, at most an epoch, that the pooled features are standardised by
 
 
-class Finetuning(Course):
+class FinetuneTask(TrainingTask):
     """An encoder and a head on the training subjects of a task."""
 
     name = "fine-tune"
@@ -69,7 +65,7 @@ class Finetuning(Course):
     def learned(self) -> Any:
         return [self.settings.head.model_dump(), self.settings.start, self.answers.digest()]
 
-    def learner(self, device: torch.device) -> Finetuner:
+    def learner(self, device: torch.device) -> FinetuneLearner:
         torch.manual_seed(self.settings.run.seed)
         model = make_model(self.settings, self.geometry, self.datasets[0].grid.voxels, self.answers.outputs)
         if self.settings.start is not None:
@@ -79,26 +75,26 @@ class Finetuning(Course):
                     path, "SHA-256", "another file", self.settings.start, "Start finetune.py again, with another --out"
                 )
             model.encoder.load_state_dict(checkpoint.read_weights(path))
-        return Finetuner(self, model.to(device))
+        return FinetuneLearner(self, model.to(device))
 
 
-class Finetuner:
-    """What a step of fine-tuning does, and the best weights so far; see `slim.training.task.Learns`.
+class FinetuneLearner:
+    """What a step of fine-tuning does, and the best weights so far; see `slim.training.task.Learner`.
 
     Parameters
     ----------
-    course : Finetuning
+    task : FinetuneTask
     model : Answerer
         At its start, on its device.
     """
 
     logged = ("loss",)
 
-    def __init__(self, course: Finetuning, model: Answerer):
-        self.course, self.settings, self.model, self.answers = course, course.settings, model, course.answers
+    def __init__(self, task: FinetuneTask, model: Answerer):
+        self.task, self.settings, self.model, self.answers = task, task.settings, model, task.answers
         self.device = next(model.parameters()).device
-        samples = self.settings.run.batch * self.settings.run.accumulate * _world()
-        self.per_step, self.every = samples, max(1, round(course.stream.per_epoch / samples))
+        samples = self.settings.run.batch * self.settings.run.accumulate * world_size()
+        self.per_step, self.every = samples, max(1, round(task.stream.per_epoch / samples))
         if self.answers.classes:
             self._weight_K = torch.tensor(self.answers.class_weights(), dtype=torch.float32, device=self.device)
         self.best: dict[str, Tensor] = {}
@@ -121,14 +117,14 @@ class Finetuner:
     @torch.no_grad()
     def begin(self, steps: Steps, forward: Forward) -> None:
         """Measure the axes of `cov`, then the pooled features, of the untrained model over the first samples."""
-        head, count = self.model.head, math.ceil(min(_MEASURED, self.course.stream.per_epoch) / self.per_step)
+        head, count = self.model.head, math.ceil(min(_MEASURED, self.task.stream.per_epoch) / self.per_step)
         if head.axis_CQ is not None:
             scatter_CC = torch.zeros(2 * [self.model.encoder.dim], dtype=torch.float64, device=self.device)
             for batch in steps(count):
                 x_MC = forward(batch, tokens=True)
                 if not batch.empty:
                     scatter_CC += head.scatter(x_MC, batch.whole)
-            _add_up(scatter_CC)
+            sum_over_processes(scatter_CC)
             head.set_axes(scatter_CC)
         sums_3P = torch.zeros(3, head.centre_P.numel(), dtype=torch.float64, device=self.device)
         for batch in steps(count):
@@ -136,7 +132,7 @@ class Finetuner:
             if not batch.empty:
                 x_BP = pooled_BP.double()
                 sums_3P += torch.stack([torch.ones_like(x_BP), x_BP, x_BP**2]).sum(dim=1)
-        _add_up(sums_3P)
+        sum_over_processes(sums_3P)
         mean_P, square_P = sums_3P[1:] / sums_3P[0].clamp_min(1)
         head.standardise(mean_P.float(), (square_P - mean_P**2).float())
 
@@ -168,9 +164,9 @@ class Finetuner:
 
     def validate(self, forward: Forward) -> float:
         """Loss of the validation subjects, predicted from all windows of their sessions; alike in all processes."""
-        (dataset,) = self.course.datasets
+        (dataset,) = self.task.datasets
         sessions, classes = dataset.of_split("val"), self.answers.classes
-        guess_NK = predict(forward, classes, dataset, sessions, self.course.geometry, self.settings, self.device)
+        guess_NK = predict(forward, classes, dataset, sessions, self.task.geometry, self.settings, self.device)
         subject_N, answer_N = np.array([self.answers.val[session["key"]] for session in sessions]).T
         return validation_loss(guess_NK, subject_N, answer_N, classes)
 
@@ -227,48 +223,6 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@torch.no_grad()
-def predict(
-    forward: Forward,
-    classes: int,
-    dataset: Samples,
-    sessions: Sequence[dict[str, Any]],
-    geometry: Geometry,
-    settings: FinetuneSettings,
-    device: torch.device,
-) -> np.ndarray:
-    """Probabilities (N, K) or values (N, 1) of sessions: means over all their windows in time order, k by k.
-
-    All processes share the work, and all get the whole of it.
-
-    Raises
-    ------
-    SampleCorrupt
-        If a session's bytes are damaged.
-    """
-    rank, world = (dist.get_rank(), _world()) if dist.is_initialized() else (0, 1)
-    k, size = settings.windows.k, settings.run.batch
-    samples = [(row, first) for row, session in enumerate(sessions) for first in firsts(session["n_kept"], k)]
-    sum_NK = torch.zeros(len(sessions), max(1, classes), dtype=torch.float64, device=device)
-    micro_batches = [samples[at : at + size] for at in range(0, len(samples), size)]
-
-    @lru_cache(maxsize=2)
-    def in_time(row: int) -> np.ndarray:
-        return np.argsort(dataset.read(sessions[row], ("start",))["start"], kind="stable")
-
-    for number in range(rank, math.ceil(len(micro_batches) / world) * world, world):
-        # At ZeRO stage 3 all processes take part in every forward pass: who has nothing left does one for nothing.
-        mine = micro_batches[min(number, len(micro_batches) - 1)]
-        read = [read_windows(dataset, sessions[row], in_time(row)[first : first + k].tolist()) for row, first in mine]
-        guess_BK, _ = forward(collate(read, geometry, settings.stream).to(device))
-        guess_BK = guess_BK.double().softmax(dim=1) if classes else guess_BK.double()
-        if number < len(micro_batches):
-            sum_NK.index_add_(0, torch.tensor([row for row, _ in mine], device=device), guess_BK)
-    _add_up(sum_NK)
-    count_N = np.array([len(firsts(session["n_kept"], k)) for session in sessions])
-    return sum_NK.cpu().numpy() / count_N[:, None]
-
-
 def validation_loss(guess_NK: np.ndarray, subject_N: np.ndarray, answer_N: np.ndarray, classes: int) -> float:
     """Of subjects, each the mean of its sessions: log loss with all classes counted alike, or squared error."""
     subjects, first = np.unique(subject_N, return_index=True)
@@ -278,13 +232,3 @@ def validation_loss(guess_NK: np.ndarray, subject_N: np.ndarray, answer_N: np.nd
         return float(((guess_SK[:, 0] - answer_S) ** 2).mean())
     loss_S = -np.log(np.maximum(guess_SK[np.arange(len(subjects)), answer_S.astype(int)], 1e-12))
     return float(np.mean([loss_S[answer_S == answer].mean() for answer in np.unique(answer_S)]))
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _add_up(tensor: Tensor) -> None:
-    """Over all processes, in place."""
-    if _world() > 1:
-        dist.all_reduce(tensor)

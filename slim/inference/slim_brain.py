@@ -34,10 +34,12 @@ from shards.format.reader import Dataset, Samples
 from slim.checkpoints.seen import Person, Seen, person
 from slim.checkpoints.weights import Weights, find
 from slim.config import FinetuneSettings
-from slim.data.collate import Sample, collate, firsts, read_windows, unlike
+from slim.data.collate import collate
+from slim.data.samples import Sample, firsts, read_windows, unlike
 from slim.inference.cores import cores, spread, threads_inside
 from slim.inference.preprocessing import Recipe, read_recipe
 from slim.inference.vectors import Features, check_fixed, vectors
+from slim.model.geometry import geometry_of
 from slim.model.head import Answerer, Head
 from slim.model.hiera import Hiera
 
@@ -63,7 +65,7 @@ class SlimBrain:
         self.run_folder, self.results = about.folder, about.results
         grid, self.frames = self.data["grid"], int(self.data["windows"]["frames"])
         patches = (size // grid["patch"] for size in grid["shape"])
-        self.geometry = self.settings.model.geometry((self.settings.windows.k * self.frames, *patches))
+        self.geometry = geometry_of(self.settings.model, (self.settings.windows.k * self.frames, *patches))
         encoder = Hiera(self.settings.model, self.geometry, grid["patch"] ** 3, self.settings.view)
         self.encoder = encoder.eval().requires_grad_(False)
         self.head: Head | None = None
@@ -309,7 +311,7 @@ class SlimBrain:
     @torch.no_grad()
     def answer_converted(self, made: Converted) -> np.ndarray:
         """As `answer`."""
-        from slim.finetune.task import predict  # which knows how to train, too
+        from slim.inference.predict import predict
 
         settings = self.settings
         if self.head is None or not isinstance(settings, FinetuneSettings):

@@ -15,6 +15,7 @@ from math import prod
 import numpy as np
 
 from shards.core.errors import ConfigError
+from slim.config import ModelSettings
 
 Ints = tuple[int, ...]
 
@@ -118,3 +119,15 @@ class Geometry:
         rank = np.empty(prod(self.tokens), np.int64)
         rank[np.lexsort(keys)] = np.arange(prod(self.tokens))
         return rank
+
+
+def geometry_of(sizes: ModelSettings, tokens: tuple[int, ...]) -> Geometry:
+    """The token grid (time, x, y, z), divided as the sizes of a model say.
+
+    Raises
+    ------
+    ConfigError
+        If they do not fit.
+    """
+    # The first block of a stage pools, and attends where the stage before it did.
+    return Geometry(tokens, sizes.unit, sizes.strides, max(0, len(sizes.strides) - sizes.local_stages))

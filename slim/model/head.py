@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from shards.core.errors import ConfigError
 from slim.config import HeadSettings
-from slim.data.collate import Batch
 from slim.model.correlation import correlations
 from slim.model.hiera import Hiera
+from slim.model.inputs import Batch
 from slim.model.ragged import Plan
 
 _MOST = 2_000_000  # features of `cov`

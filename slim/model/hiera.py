@@ -13,8 +13,6 @@ channels of a head; T frames of a sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,84 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slim.config import ModelSettings, View
+from slim.model.embedding import PatchEmbed, Seconds, init_linear, init_positions
 from slim.model.geometry import Geometry
-from slim.model.ragged import Children, Chunk, Plan, Segments, attend, segment_max, segment_sum
-
-# Periods (s) of the sinusoids that carry a window's time in the run: from a frame to a long run.
-_PERIODS = tuple(2.0 * 4.0**i for i in range(6))
-# Shortest period (places) of the sinusoids that positions start as.
-_SHORTEST = 2.5
-# A voxel whose SD (global-SD units) is not above this does not vary: background, or constant.
-STILL = 1e-6
-
-
-@dataclass
-class Voxels:
-    """The values of a batch, as gathered in the shards.
-
-    Attributes
-    ----------
-    value_RV : fluctuation of every kept patch in every frame of every sample, global-SD units
-    baseline_QV, spread_QV : run mean (global z) and SD (global-SD units) of every patch of every sample
-    second_BT : time of every frame in its run, s
-    """
-
-    value_RV: Tensor
-    baseline_QV: Tensor
-    spread_QV: Tensor
-    second_BT: Tensor
-
-    def to(self, device: torch.device | str) -> Voxels:
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
-
-
-def standardise(value_NV: Tensor, spread_NV: Tensor) -> Tensor:
-    """Fluctuation in units of each voxel's own SD; background and constant voxels 0."""
-    alive = spread_NV > STILL
-    return torch.where(alive, value_NV / torch.where(alive, spread_NV, 1.0), 0.0)
-
-
-class PatchEmbed(nn.Module):
-    """Patch embedding as a linear map of the V voxels of a kept patch.
-
-    The map is linear, so the baseline is embedded once per patch and the fluctuation once per frame, and their sum is
-    the embedding of the sum, without the fluctuation being rounded beside the anatomy.
-    """
-
-    def __init__(self, voxels: int, dim: int, view: View):
-        super().__init__()
-        self.view = view
-        self.whole = nn.Linear(voxels, dim, bias=False) if view != "voxel" else None
-        self.own = nn.Linear(voxels, dim, bias=False) if view != "global" else None
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def baseline(self, voxels: Voxels) -> Tensor | None:
-        """Embedding of every patch's baseline, (Q, C); None where the view has none."""
-        return None if self.whole is None else self.whole(voxels.baseline_QV)
-
-    def forward(self, value_NV: Tensor, spread_NV: Tensor, base_NC: Tensor | None) -> Tensor:
-        """Embedding of tokens, (N, C), given the patches' spread and embedded baselines; still voxels count as 0."""
-        x_NC = self.bias
-        if self.whole is not None and base_NC is not None:
-            x_NC = x_NC + self.whole(torch.where(spread_NV > STILL, value_NV, 0.0)) + base_NC
-        if self.own is not None:
-            x_NC = x_NC + self.own(standardise(value_NV, spread_NV))
-        return x_NC
-
-
-class Seconds(nn.Module):
-    """A linear map of sinusoids of time in s; starts at zero."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.linear = nn.Linear(2 * len(_PERIODS), dim, bias=False)
-        self.rate: Tensor
-        self.register_buffer("rate", 2 * math.pi / torch.tensor(_PERIODS), persistent=False)
-        nn.init.zeros_(self.linear.weight)
-
-    def forward(self, second_N: Tensor) -> Tensor:
-        phase = second_N[:, None] * self.rate
-        return self.linear(torch.cat([phase.sin(), phase.cos()], dim=1))
+from slim.model.inputs import Voxels
+from slim.model.ragged import Children, Chunk, Plan, Segments
+from slim.model.ragged_ops import attend, segment_max, segment_sum
 
 
 class Attention(nn.Module):
@@ -263,41 +188,3 @@ def _add_up(x_NC: Tensor, levels: list[Children]) -> Tensor:
     for where in levels:
         x_NC = segment_sum(x_NC, where)
     return x_NC
-
-
-def sinusoids(shape: Sequence[int], dim: int) -> Tensor:
-    """Sines and cosines of every place of a grid, (places, dim), each axis with an equal share of the channels.
-
-    Periods fall geometrically from twice the length of the axis to `_SHORTEST` places; channels that are left over
-    are 0.
-    """
-    at_LA = torch.cartesian_prod(*[torch.arange(size, dtype=torch.float64) for size in shape]).view(-1, len(shape))
-    count = dim // (2 * len(shape))
-    table_LC = torch.zeros(len(at_LA), dim)
-    for axis, size in enumerate(shape):
-        longest = max(2.0 * size, _SHORTEST)
-        period = torch.logspace(math.log2(longest), math.log2(_SHORTEST), count, base=2, dtype=torch.float64)
-        phase_LF = 2 * math.pi * at_LA[:, axis, None] / period
-        first = 2 * count * axis
-        table_LC[:, first : first + 2 * count] = torch.stack([phase_LF.sin(), phase_LF.cos()], dim=2).flatten(1)
-    return table_LC
-
-
-@torch.no_grad()
-def init_positions(space_LC: Tensor, time_LC: Tensor, seconds: Seconds, shape: Sequence[int]) -> None:
-    """Start learned positions on a grid (time first) as sinusoids, and those in s at 0.
-
-    They are as large as an embedded patch. Attention has to find the places that tell of one another, and to it
-    neighbours have to look alike from the first step: from small random numbers that takes longer than most runs last.
-    """
-    space_LC.copy_(sinusoids(shape[1:], space_LC.shape[1]))
-    time_LC.copy_(sinusoids(shape[:1], time_LC.shape[1]))
-    nn.init.zeros_(seconds.linear.weight)
-
-
-def init_linear(module: nn.Module) -> None:
-    """Xavier weights, zero biases. A fixed SD of 0.02 would all but silence the narrow layers of the small presets."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -22,9 +22,10 @@ from shards.format.patches import scatter
 from shards.format.reader import Dataset
 from shards.format.stream import Stream
 from slim.config import PretrainSettings
-from slim.data.collate import geometry_for
+from slim.data.samples import geometry_for
+from slim.model.geometry import geometry_of
 from slim.planning.counting import Footprint
-from slim.planning.step_cost import Cost, detailed, make_batch, mni_brain
+from slim.planning.step_cost import Cost, cost, detailed, make_batch, mni_brain
 from slim.planning.zero_memory import Zero
 
 T = TypeVar("T")
@@ -119,7 +120,7 @@ def forecast(
         brain_XYZ, basis = largest_brain(datasets)
     else:
         per_epoch, grid, frames = None, Grid(), 5
-        geometry = settings.model.geometry((settings.windows.k * frames, *grid.patch_shape))
+        geometry = geometry_of(settings.model, (settings.windows.k * frames, *grid.patch_shape))
         brain_XYZ, basis = mni_brain(grid), f"MNI152 mask at {grid.mm:g} mm; no dataset at {settings.data[0].path}"
 
     def of_batch(batch: int) -> PretrainSettings:
@@ -218,3 +219,16 @@ def checkpoint_bytes(settings: PretrainSettings, found: Cost, cells: int) -> int
     means = (bool(jepa) + bool(sig)) * (cells * (width + 1) + width)
     weights = found.parameters["encoder"] + found.parameters["target"] + means
     return 4 * (weights + _SAVED[settings.zero.stage] * trained)
+
+
+def flops_per_token(settings: PretrainSettings, dataset: Dataset) -> float:
+    """FLOPs of a step per token of brain, counted for one session (see `slim.planning.step_cost`).
+
+    Most layers cost the same for every token, so it serves for all sessions.
+    """
+    brain_XYZ, _ = largest_brain([dataset])
+    alone = settings.run.model_copy(update={"batch": 1, "accumulate": 1})
+    loss = settings.loss.model_copy(update={"sig_samples": None})
+    one = settings.model_copy(update={"run": alone, "loss": loss})
+    found = cost(one, dataset.grid, dataset.frames, brain_XYZ)
+    return found.step_flops / found.tokens["brain"]

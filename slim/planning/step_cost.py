@@ -23,12 +23,14 @@ from einops import rearrange
 
 from shards.format.grid import Grid
 from slim.config import PretrainSettings
-from slim.data.collate import Batch, Sample, cell_sizes, collate
+from slim.data.collate import collate
 from slim.data.masking import draw
-from slim.model.geometry import Geometry
+from slim.data.samples import Sample, cell_sizes
+from slim.model.geometry import Geometry, geometry_of
+from slim.model.inputs import Batch
 from slim.planning.counting import Footprint
 from slim.planning.zero_memory import Plain
-from slim.pretrain.learner import Learner
+from slim.pretrain.learner import PretrainLearner
 from slim.pretrain.objective import Objective
 
 Drive = Callable[[PretrainSettings, torch.nn.Module, Footprint], Plain]
@@ -101,7 +103,7 @@ def detailed(
 ) -> tuple[Cost, Footprint]:
     """As `cost`, together with all that was counted."""
     grid = grid or Grid()
-    geometry = settings.model.geometry((settings.windows.k * frames, *grid.patch_shape))
+    geometry = geometry_of(settings.model, (settings.windows.k * frames, *grid.patch_shape))
     if dense:
         brain_XYZ = np.ones(grid.shape, bool)
     elif brain_XYZ is None:
@@ -160,7 +162,7 @@ def make_batch(settings: PretrainSettings, geometry: Geometry, brain_XYZ: np.nda
 
 def count(
     settings: PretrainSettings, geometry: Geometry, batch: Batch, drive: Drive = Plain
-) -> tuple[Footprint, Learner]:
+) -> tuple[Footprint, PretrainLearner]:
     """Count a step on a micro-batch; the learner is returned with it, its floats fake."""
     packed = batch.pack()  # as it comes from a loading process
     with torch.device("meta"):
@@ -169,7 +171,7 @@ def count(
         model.to_empty(device="cpu")
         with warnings.catch_warnings():  # copying a fake module asks for the address of its data
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
-            learner = Learner(settings, model)
+            learner = PretrainLearner(settings, model)
         driver = drive(settings, model, found)
         with found.called("batch"):
             batch = packed.to("cpu")

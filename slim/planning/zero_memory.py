@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from slim.config import PretrainSettings
 from slim.planning.counting import Footprint
-from slim.pretrain.learner import parameter_groups
+from slim.training.engine import BUCKET
+from slim.training.optim import parameter_groups
 
-BUCKET = 5_000_000  # numbers that processes exchange at once: 20 MB
 _FLATTENED = 500_000_000  # numbers that stage 0 of DeepSpeed flattens at once
 _SMALL, _AHEAD = 100_000, 50_000_000  # numbers of a parameter that its stage 3 keeps gathered; what it gathers at once
 

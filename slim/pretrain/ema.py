@@ -9,70 +9,12 @@ import copy
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slim.data.collate import Batch
 from slim.model.hiera import Hiera
+from slim.model.inputs import Batch
 from slim.model.ragged import Plan
-
-
-class PlaceMean:
-    """Running mean of features at each cell (place and slot), and their variance around it per channel.
-
-    Sums of a step are collected over micro-batches and processes, then committed once, so the statistics do not depend
-    on how the step's samples were spread.
-    """
-
-    _NAMES = ("mean", "variance", "seen", "started")
-
-    def __init__(self, cells: int, dim: int, decay: float, device: torch.device):
-        self.decay = decay
-        self.mean = torch.zeros(cells, dim, device=device)
-        self.variance = torch.ones(dim, device=device)
-        self.seen = torch.zeros(cells, device=device)
-        self.started = torch.zeros(1, device=device)  # whether `variance` was measured yet
-        self._sums = torch.zeros(cells, dim + 1, device=device)
-        self._squares = torch.zeros(dim + 1, device=device)
-
-    def observe(self, x_MC: Tensor, cell_M: Tensor) -> None:
-        """Collect features of this step."""
-        self._sums[:, :-1].index_add_(0, cell_M, x_MC)
-        self._sums[:, -1].index_add_(0, cell_M, torch.ones_like(cell_M, dtype=x_MC.dtype))
-        centred_MC = x_MC - self.mean[cell_M]
-        known_M = self.seen[cell_M] > 0
-        self._squares[:-1] += (centred_MC[known_M] ** 2).sum(dim=0)
-        self._squares[-1] += known_M.sum()
-
-    def commit(self) -> None:
-        """Take in what all processes collected."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._sums)
-            dist.all_reduce(self._squares)
-        count = self._sums[:, -1]
-        here = count > 0
-        fresh = self._sums[here, :-1] / count[here, None]
-        decay = torch.where(self.seen[here] > 0, self.decay, 0.0)[:, None]
-        self.mean[here] = decay * self.mean[here] + (1 - decay) * fresh
-        self.seen[here] = 1
-        if self._squares[-1] > 0:
-            fresh = self._squares[:-1] / self._squares[-1]
-            self.variance.lerp_(fresh, 1 - self.decay if self.started else 1.0)
-            self.started.fill_(1)
-        self.discard()
-
-    def discard(self) -> None:
-        """Drop what was collected."""
-        self._sums.zero_()
-        self._squares.zero_()
-
-    def state(self, prefix: str) -> dict[str, Tensor]:
-        return {f"{prefix}.{name}": getattr(self, name) for name in self._NAMES}
-
-    def load(self, tensors: dict[str, Tensor], prefix: str) -> None:
-        for name in self._NAMES:
-            getattr(self, name).copy_(tensors[f"{prefix}.{name}"])
 
 
 class Target:

@@ -7,51 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slim.config import PretrainSettings
-from slim.data.collate import Batch
-from slim.pretrain.ema import PlaceMean, Target
-from slim.pretrain.objective import Losses, Objective
+from slim.model.inputs import Batch
+from slim.pretrain.ema import Target
+from slim.pretrain.objective import Objective
+from slim.pretrain.running_mean import PlaceMean
 from slim.training import schedule
 from slim.training.metrics import AVERAGED
+from slim.training.optim import Group, parameter_groups
 from slim.training.schedule import Plan
-
-_NO_DECAY = ("space", "time", "mask_token", "seconds.linear.weight")
-
-
-@dataclass
-class Group:
-    """Parameters that the optimizer treats alike.
-
-    Attributes
-    ----------
-    parameters : list of Tensor
-    decays : whether weight decay draws them to 0
-    scale : times the learning rate of the step
-    """
-
-    parameters: list[Tensor]
-    decays: bool
-    scale: float = 1.0
+from slim.training.task import Losses
 
 
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay is for it: matrices, but no norms, biases, positions or tokens."""
-    return parameter.ndim >= 2 and not name.endswith(_NO_DECAY)
-
-
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices (with weight decay) and everything else (without)."""
-    named = list(model.named_parameters())
-    return [{"params": [p for name, p in named if decays(name, p) is wanted]} for wanted in (True, False)]
-
-
-class Learner:
+class PretrainLearner:
     """What is pretrained: a model, its EMA target and the running means that the terms of its loss need.
 
     Parameters

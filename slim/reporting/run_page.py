@@ -22,11 +22,12 @@ from shards.core.files import without_folders
 from shards.format import layout
 from shards.reporting import html
 from slim.checkpoints.checkpoint import facts, folders, is_complete
+from slim.checkpoints.run_folder import METRICS
 from slim.checkpoints.seen import Seen
 from slim.config import FinetuneSettings, PretrainSettings, load_run
 from slim.finetune.labels import Answers
 from slim.reporting import curves, run_health
-from slim.training.metrics import METRICS, RECENT, read_metrics, warnings_of
+from slim.training.metrics import RECENT, read_metrics, warnings_of
 
 Line = dict[str, Any]
 Note = tuple[str, str]  # `good`, `look` or `bad`, and a sentence

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 from shards.core.errors import ConfigError
 from shards.format.layout import write_atomically
-from slim.checkpoints.checkpoint import CONFIGS, CheckpointError, facts, tag
+from slim.checkpoints.checkpoint import CheckpointError, facts, tag
+from slim.checkpoints.run_folder import CONFIGS
 from slim.config import PretrainSettings, TrainSettings, load_run
 from slim.training import reshard
 from slim.training.schedule import Plan

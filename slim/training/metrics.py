@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.format.layout import write_atomically
+from slim.checkpoints.run_folder import METRICS
 from slim.training.tracking import Tracking
 
-METRICS = "metrics.jsonl"
 RECENT = 50  # logged steps a warning looks back on
 # Loss of the mean of each place below which targets are that mean up to rounding, and there is no gain to speak of:
 # with one sample a step, the first step's, whose means were taken from itself.

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from shards.format.reader import Dataset
-from slim.config import PretrainSettings
-from slim.planning.forecast import largest_brain
-from slim.planning.step_cost import cost
-
 # Dense bf16 TFLOP/s by name of the device, from NVIDIA's data sheets; the first that fits.
 _PEAK = (
     ("H100 PCIe", 756),
@@ -33,16 +28,3 @@ def peak_flops(device: str, precision: str) -> float | None:
         return None
     words = {*device.replace("-", " ").split()}
     return next((1e12 * peak for name, peak in _PEAK if words.issuperset(name.split())), None)
-
-
-def flops_per_token(settings: PretrainSettings, dataset: Dataset) -> float:
-    """FLOPs of a step per token of brain, counted for one session (see `slim.planning.step_cost`).
-
-    Most layers cost the same for every token, so it serves for all sessions.
-    """
-    brain_XYZ, _ = largest_brain([dataset])
-    alone = settings.run.model_copy(update={"batch": 1, "accumulate": 1})
-    loss = settings.loss.model_copy(update={"sig_samples": None})
-    one = settings.model_copy(update={"run": alone, "loss": loss})
-    found = cost(one, dataset.grid, dataset.frames, brain_XYZ)
-    return found.step_flops / found.tokens["brain"]

@@ -58,7 +58,7 @@ class Origin:
         processes: int,
         splits: Collection[str] | None = None,
     ) -> Origin:
-        """That of these settings; `learned` and `splits` as in `slim.training.task.Course`."""
+        """That of these settings; `learned` and `splits` as in `slim.training.task.TrainingTask`."""
         model, grid = settings.model.model_dump(mode="json"), datasets[0].manifest["grid"]
         shapes = [model, settings.view, settings.windows.k, grid, datasets[0].frames, learned]
         samples = settings.run.batch * settings.run.accumulate * processes

@@ -13,35 +13,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from shards.core.errors import UserError
 from shards.format.layout import dump_lines, write_atomically
+from slim.checkpoints.run_folder import SKIPPED
 from slim.training.metrics import read_metrics
 
-SKIPPED = "skipped.jsonl"
 NOT_FINITE = "loss or gradient is no finite number"
 
 
 class TrainingStopped(UserError):
     """A run that left out more than it may."""
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that does not step on gradients that are not finite.
-
-    ZeRO stages 1 to 3 do the same before they call the optimizer, by the norm of all gradients. At stage 0 every
-    process has the same gradients, and so the same answer.
-    """
-
-    skipped = False
-
-    def step(self, closure: Any = None) -> Any:
-        # By their norm: looking at every number would make copies of them, at ZeRO stages 1 and 2 of all at once.
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.skipped = not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
-        return None if self.skipped else super().step(closure)
 
 
 class Skipped:

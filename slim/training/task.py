@@ -1,13 +1,14 @@
 """What a run learns, and from what: handed to the trainer, which knows neither JEPA nor labels.
 
-A `Course` opens the data and makes the learner; a learner (`Learns`) has the model and says what a step does.
-`Pretraining` is one, `slim.finetune.task.Finetuning` the other.
+A `TrainingTask` opens the data and makes the learner; a learner (`Learner`) has the model and says what a step does.
+`PretrainTask` is one, `slim.finetune.task.FinetuneTask` the other.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from shards.format.reader import Dataset
 from shards.format.stream import Item, Stream
 from slim.checkpoints.seen import Seen
-from slim.config import PretrainSettings, TrainSettings
-from slim.data.collate import Batch, PackedBatch, geometry_for, load_batch
-from slim.pretrain.learner import Group, Learner
-from slim.pretrain.objective import Losses, Objective
-from slim.training import mfu
+from slim.config import TrainSettings
+from slim.data.collate import load_batch
+from slim.data.samples import geometry_for
+from slim.model.inputs import Batch, PackedBatch
+from slim.training.optim import Group
 from slim.training.origin import Origin
 from slim.training.schedule import Plan
 
@@ -30,7 +31,7 @@ Forward = Callable[..., Any]
 Full = Callable[[Tensor], Tensor]  # the whole fp32 value of a parameter that processes hold in parts
 
 
-class Learns(Protocol):
+class Learner(Protocol):
     """What a trainer asks of whatever it trains. Every process calls everything, so any of it may reduce.
 
     Attributes
@@ -76,7 +77,7 @@ class Learns(Protocol):
         ...
 
 
-class Course(ABC):
+class TrainingTask(ABC):
     """Data and learner of a run.
 
     Attributes
@@ -106,7 +107,7 @@ class Course(ABC):
         self.stream = Stream(self.datasets, weights, "train", settings.run.seed, settings.windows.k)
 
     def origin(self, processes: int) -> Origin:
-        """What checkpoints of this course must share, with so many processes."""
+        """What checkpoints of this task must share, with so many processes."""
         return Origin.of(self.settings, self.learned, self.datasets, self.stream, processes, self.splits)
 
     def seen(self) -> Seen | None:
@@ -127,37 +128,20 @@ class Course(ABC):
         """Makes micro-batches in the loading processes; picklable."""
         return partial(load_batch, datasets=self.datasets, geometry=self.geometry, settings=self.settings)
 
-    def flops_per_token(self) -> float | None:
-        """Of a step, per token of brain; None where nobody has counted them."""
-        return None
-
     @property
     @abstractmethod
     def learned(self) -> Any:
         """JSON-able: what the meaning of the tensors depends on beside sizes and data."""
 
     @abstractmethod
-    def learner(self, device: torch.device) -> Learns:
+    def learner(self, device: torch.device) -> Learner:
         """The learner at its start, drawn from the seed of the run."""
 
 
-class Pretraining(Course):
-    """JEPA, SIG and MAE on all training sessions."""
+@dataclass
+class Losses:
+    """The loss of a micro-batch, and what is logged beside it (detached): numbers, and features whose spread is."""
 
-    name = "pretrain"
-    splits = ("train",)
-    settings: PretrainSettings
-
-    def __init__(self, settings: PretrainSettings):
-        super().__init__(settings, [Dataset(item.path) for item in settings.data])
-
-    def flops_per_token(self) -> float:
-        return mfu.flops_per_token(self.settings, self.datasets[0])
-
-    @property
-    def learned(self) -> Any:
-        return self.settings.weights
-
-    def learner(self, device: torch.device) -> Learner:
-        torch.manual_seed(self.settings.run.seed)
-        return Learner(self.settings, Objective(self.settings, self.geometry, self.datasets[0].grid.voxels).to(device))
+    total: Tensor
+    logs: dict[str, Tensor]
+    features: dict[str, Tensor | None] = field(default_factory=dict)

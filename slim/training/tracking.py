@@ -7,7 +7,8 @@ import uuid
 from pathlib import Path
 from typing import Any, Literal
 
-WANDB_ID = "wandb/id"
+from slim.checkpoints.run_folder import WANDB_ID
+
 _SETTINGS = {
     "SILENT": "true",
     # neither the machine's name nor the address of a repository, unless these variables ask for them

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,46 +26,15 @@ from shards.core.errors import UserError
 from shards.format.stream import MicroBatches
 from slim.checkpoints import checkpoint
 from slim.checkpoints.mirror import Mirror, recover
-from slim.config import TrainSettings
 from slim.data import loader
-from slim.data.collate import Batch
-from slim.planning.zero_memory import BUCKET
+from slim.model.inputs import Batch
 from slim.training import compatibility, mfu, reshard, schedule
+from slim.training.engine import _whole_parameter, deepspeed_config
 from slim.training.metrics import Monitor, averages, peak_memory_bytes, spread_of
-from slim.training.skipped import NOT_FINITE, GuardedAdamW, Skipped
+from slim.training.optim import GuardedAdamW
+from slim.training.skipped import NOT_FINITE, Skipped
 from slim.training.stall import COMPUTE, DATA, SAVE, Watch
-from slim.training.task import Course
-
-
-def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
-    """The engine's configuration.
-
-    Precision is autocast inside the model, so states and gradients are fp32 and bf16 is right at every stage.
-    DeepSpeed's own bf16 is not used: at stage 0 it begins with a step on gradients of zero.
-    """
-    offload = {
-        f"offload_{what}": {"device": "cpu"}
-        for what, chosen in (
-            ("optimizer", settings.zero.offload_optimizer),
-            ("param", settings.zero.offload_parameters),
-        )
-        if chosen
-    }
-    return {
-        "train_micro_batch_size_per_gpu": settings.run.batch,
-        "gradient_accumulation_steps": settings.run.accumulate,
-        "gradient_clipping": settings.optimizer.clip,
-        "zero_optimization": {
-            "stage": settings.zero.stage,
-            # By default a buffer of 2 GB lies ready for gradients on their way, several times what a step needs.
-            "reduce_bucket_size": BUCKET,
-            "allgather_bucket_size": BUCKET,
-            **offload,
-        },
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
+from slim.training.task import TrainingTask
 
 
 class Trainer:
@@ -73,10 +42,12 @@ class Trainer:
 
     Parameters
     ----------
-    course : Course
+    task : TrainingTask
         What is learned, and from what.
     device : torch.device
         This process's own.
+    flops_per_token : callable, optional
+        Counts the FLOPs of a step per token of brain, for the model FLOPs utilisation; called on a GPU alone.
 
     Raises
     ------
@@ -84,19 +55,19 @@ class Trainer:
         If the checkpoint to go on from does not fit the configuration.
     """
 
-    def __init__(self, course: Course, device: torch.device):
-        settings = course.settings
-        self.course, self.settings, self.device = course, settings, device
+    def __init__(self, task: TrainingTask, device: torch.device, flops_per_token: Callable[[], float] | None = None):
+        settings = task.settings
+        self.task, self.settings, self.device = task, settings, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.folder = Path(settings.run.out)
         self.checkpoints = self.folder / "checkpoints"
 
-        self.stream = course.stream
+        self.stream = task.stream
         self.global_batch = settings.run.batch * settings.run.accumulate * self.world
         self.plan = schedule.Plan(settings.run.steps_in_all(self.stream.per_epoch, self.world))
-        self.origin = course.origin(self.world)
+        self.origin = task.origin(self.world)
 
-        self.learner = course.learner(device)
+        self.learner = task.learner(device)
         self._groups = self.learner.groups()
         self._full = _whole_parameter if settings.zero.stage == 3 else None
         chosen = settings.optimizer
@@ -110,6 +81,7 @@ class Trainer:
         self.step, self.consumed = 0, 0
         self._stop: str | None = None
         self._watch = Watch(self._warn)
+        self._flops_per_token = flops_per_token
         self._seconds_per_token = self._at_peak() if self.rank == 0 and device.type == "cuda" else None
         self._mirror: Mirror | None = None
         self._mirror_trouble: str | None = None
@@ -136,7 +108,7 @@ class Trainer:
             if monitor is not None:
                 stack.callback(monitor.close)
                 stack.enter_context(self._watch)
-                advance = stack.enter_context(progress(self.course.name, self.steps - self.step, "steps"))
+                advance = stack.enter_context(progress(self.task.name, self.steps - self.step, "steps"))
             micro_batches = (self.steps - self.step) * self.settings.run.accumulate
             batches = self._loader(self.consumed, micro_batches) if self.step < self.steps else iter(())
             while self.step < self.steps and stopped is None:
@@ -177,10 +149,8 @@ class Trainer:
 
     def _at_peak(self) -> float | None:
         """Seconds a token of brain would take at the GPU's peak; None where its speed or the work is not known."""
-        peak, work = mfu.peak_flops(torch.cuda.get_device_name(self.device), self.settings.precision), None
-        if peak is not None:
-            work = self.course.flops_per_token()
-        return None if peak is None or work is None else work / peak
+        peak = mfu.peak_flops(torch.cuda.get_device_name(self.device), self.settings.precision)
+        return None if peak is None or self._flops_per_token is None else self._flops_per_token() / peak
 
     def _monitor(self) -> Monitor:
         config = self.settings.model_dump(mode="json")
@@ -210,7 +180,7 @@ class Trainer:
     def _loader(self, consumed: int, count: int) -> loader.Loader:
         """This process's next `count` micro-batches after so many samples of the stream."""
         run = self.settings.run
-        stream = MicroBatches(self.stream, self.course.load(), run.batch, self.rank, self.world, count, consumed)
+        stream = MicroBatches(self.stream, self.task.load(), run.batch, self.rank, self.world, count, consumed)
         return loader.Loader(stream, run.workers, lambda: self._stop, self._warn if self.rank == 0 else lambda _: None)
 
     def _first_steps(self, steps: int) -> Iterator[Batch]:
@@ -310,7 +280,7 @@ class Trainer:
             "skipped_in_a_row": self.skipped.row,
             "tokens_kept": kept / self.global_batch,
             "tokens_brain": brain / self.global_batch,
-            "tokens_grid": math.prod(self.course.geometry.tokens),
+            "tokens_grid": math.prod(self.task.geometry.tokens),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
         if self._seconds_per_token is not None:
@@ -381,12 +351,3 @@ def _in_words(line: dict[str, Any]) -> str:
         f"loss {loss}, {line['samples_per_s']:.2f} samples/s, data wait {line['data_wait']:.0%}, "
         f"{line['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
-
-
-def _whole_parameter(parameter: Tensor) -> Tensor:
-    """The whole fp32 value of a parameter that ZeRO stage 3 has spread over the processes."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    whole = safe_get_full_fp32_param(parameter)
-    assert whole is not None
-    return whole

@@ -20,10 +20,12 @@ import torch
 from shards.format.reader import Dataset
 from shards.format.stream import MicroBatches, Stream
 from slim.config import PretrainSettings, load_config
-from slim.data.collate import geometry_for, load_batch
-from slim.pretrain.learner import Learner, parameter_groups
+from slim.data.collate import load_batch
+from slim.data.samples import geometry_for
+from slim.pretrain.learner import PretrainLearner
 from slim.pretrain.objective import Objective
 from slim.training import schedule
+from slim.training.optim import parameter_groups
 
 
 def bare_steps(settings: PretrainSettings) -> dict[str, list[float]]:
@@ -45,7 +47,7 @@ def bare_steps(settings: PretrainSettings) -> dict[str, list[float]]:
 
     torch.manual_seed(settings.run.seed)
     model = Objective(settings, geometry, datasets[0].grid.voxels)
-    learner = Learner(settings, model)
+    learner = PretrainLearner(settings, model)
     adam = torch.optim.AdamW(parameter_groups(model), lr=optimizer.lr, betas=optimizer.betas)
     learner.begin(lambda _: batches[:accumulate])
 

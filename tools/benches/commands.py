@@ -23,6 +23,7 @@ from shards.core.settings import Settings
 from shards.format.grid import Grid
 from shards.synthetic.write import SyntheticCohort, write_cohort
 from slim.config import load_config
+from slim.model.geometry import geometry_of
 
 ROOT = Path(__file__).parents[2]
 FRAMES = 5  # of a window
@@ -73,7 +74,7 @@ class Trained(Sizes):
         """
         config, *overrides = self.words(folder, out="none")
         settings = load_config(config, overrides)
-        settings.model.geometry((settings.windows.k * FRAMES, *Grid(self.mm, self.shape).patch_shape))
+        geometry_of(settings.model, (settings.windows.k * FRAMES, *Grid(self.mm, self.shape).patch_shape))
         begun(f"make a synthetic dataset of {self.runs} run{'s' * (self.runs > 1)}")
         self.write_cohort(folder / "cohort")
         self.convert(folder / "cohort", folder / "shards")

@@ -46,9 +46,10 @@ from shards.format.byte_range import LocalSpan
 from shards.format.reader import Dataset
 from shards.format.stream import MicroBatches, Stream
 from slim.config import load_config
-from slim.data.collate import cell_sizes, collate, draw_sample, geometry_for, load_batch, read_windows
+from slim.data.collate import collate, load_batch
 from slim.data.loader import context
 from slim.data.masking import draw
+from slim.data.samples import cell_sizes, draw_sample, geometry_for, read_windows
 
 READS = 5  # micro-batches in a round
 READING, REFERENCE, CORE = "read", "webdataset and zarr", "one core"
@@ -79,7 +80,7 @@ class Loading:
         self.load = partial(load_batch, datasets=[self.dataset], geometry=self.geometry, settings=self.settings)
 
     def read(self, ranks: Sequence[int]) -> dict[str, dict[str, np.ndarray]]:
-        """Arrays of each session by our reader: what `slim.data.collate.read_windows` asks for."""
+        """Arrays of each session by our reader: what `slim.data.samples.read_windows` asks for."""
         return {item.session["key"]: self.dataset.read(item.session, (*NAMES, "windows"), ranks) for item in self.items}
 
     def read_plainly(self, ranks: Sequence[int]) -> dict[str, dict[str, np.ndarray]]:

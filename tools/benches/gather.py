@@ -43,11 +43,14 @@ from shards.core.settings import Settings
 from shards.format.grid import Grid
 from shards.format.patches import gather, patch_places
 from slim.config import PRESETS, MaskSettings, ModelSettings, PretrainSettings
-from slim.data.collate import Batch, Sample, cell_sizes, collate
+from slim.data.collate import collate
 from slim.data.masking import draw
-from slim.model.geometry import Geometry
+from slim.data.samples import Sample, cell_sizes
+from slim.model.geometry import Geometry, geometry_of
 from slim.model.hiera import Hiera
-from slim.model.ragged import Plan, attend, segment_max
+from slim.model.inputs import Batch
+from slim.model.ragged import Plan
+from slim.model.ragged_ops import attend, segment_max
 from slim.planning.counting import Footprint
 from slim.planning.step_cost import mni_brain
 
@@ -171,7 +174,7 @@ def make_scene(bench: Bench) -> Scene:
         If the brain lies in a single cell.
     """
     preset, grid, rng = PRESETS[bench.model], bench.grid, np.random.default_rng(bench.seed)
-    geometry, brain_XYZ = preset.geometry((bench.frames, *grid.patch_shape)), mni_brain(grid)
+    geometry, brain_XYZ = geometry_of(preset, (bench.frames, *grid.patch_shape)), mni_brain(grid)
     volume_TXYZ = rng.standard_normal((bench.frames, *grid.shape), np.float32) * brain_XYZ
 
     def sample(patch_P3: np.ndarray) -> Sample:

@@ -5,7 +5,7 @@
   is in the accepted range, so nothing is resampled in time: nilearn does not either.
 - *Bytes*: a session's Zarr member beside the published layout, one `np.savez_compressed` of the whole harmonised run,
   float32 (T, X, Y, Z), z-scored over the brain, background 0. It is made of nilearn's volumes, hence by other code.
-- *Reading*: what pretraining reads of a session (`slim.data.collate.read_windows`: the best windows, baseline, spread,
+- *Reading*: what pretraining reads of a session (`slim.data.samples.read_windows`: the best windows, baseline, spread,
   patch, brain, start) beside `np.load` of that .npz and a random crop of as many frames; and beside the limit, the time
   it takes to decompress the same chunks from memory into memory.
 
@@ -33,7 +33,7 @@ from benches.common import Figure, Ratio, Result, interleave
 from shards.format import layout
 from shards.format.patches import gather, scatter
 from shards.format.reader import Dataset
-from slim.data.collate import Sample, read_windows
+from slim.data.samples import Sample, read_windows
 
 READS = 10  # reads and decompressions in a round: they are short, and so more exposed to noise
 

@@ -1,0 +1,74 @@
+"""What a fine-tuned model predicts of sessions, from all their windows.
+
+Legend: N sessions; K classes; B samples of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shards.format.reader import Samples
+from slim.config import FinetuneSettings
+from slim.data.collate import collate
+from slim.data.samples import firsts, read_windows
+from slim.model.geometry import Geometry
+
+
+@torch.no_grad()
+def predict(
+    forward: Callable[..., Any],
+    classes: int,
+    dataset: Samples,
+    sessions: Sequence[dict[str, Any]],
+    geometry: Geometry,
+    settings: FinetuneSettings,
+    device: torch.device,
+) -> np.ndarray:
+    """Probabilities (N, K) or values (N, 1) of sessions: means over all their windows in time order, k by k.
+
+    All processes share the work, and all get the whole of it.
+
+    Raises
+    ------
+    SampleCorrupt
+        If a session's bytes are damaged.
+    """
+    rank, world = (dist.get_rank(), world_size()) if dist.is_initialized() else (0, 1)
+    k, size = settings.windows.k, settings.run.batch
+    samples = [(row, first) for row, session in enumerate(sessions) for first in firsts(session["n_kept"], k)]
+    sum_NK = torch.zeros(len(sessions), max(1, classes), dtype=torch.float64, device=device)
+    micro_batches = [samples[at : at + size] for at in range(0, len(samples), size)]
+
+    @lru_cache(maxsize=2)
+    def in_time(row: int) -> np.ndarray:
+        return np.argsort(dataset.read(sessions[row], ("start",))["start"], kind="stable")
+
+    for number in range(rank, math.ceil(len(micro_batches) / world) * world, world):
+        # At ZeRO stage 3 all processes take part in every forward pass: who has nothing left does one for nothing.
+        mine = micro_batches[min(number, len(micro_batches) - 1)]
+        read = [read_windows(dataset, sessions[row], in_time(row)[first : first + k].tolist()) for row, first in mine]
+        guess_BK, _ = forward(collate(read, geometry, settings.stream).to(device))
+        guess_BK = guess_BK.double().softmax(dim=1) if classes else guess_BK.double()
+        if number < len(micro_batches):
+            sum_NK.index_add_(0, torch.tensor([row for row, _ in mine], device=device), guess_BK)
+    sum_over_processes(sum_NK)
+    count_N = np.array([len(firsts(session["n_kept"], k)) for session in sessions])
+    return sum_NK.cpu().numpy() / count_N[:, None]
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(tensor: Tensor) -> None:
+    """Over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)

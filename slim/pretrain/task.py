@@ -1,0 +1,34 @@
+"""Pretraining as a task of the trainer: its data, and the learner at its start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shards.format.reader import Dataset
+from slim.config import PretrainSettings
+from slim.pretrain.learner import PretrainLearner
+from slim.pretrain.objective import Objective
+from slim.training.task import TrainingTask
+
+
+class PretrainTask(TrainingTask):
+    """JEPA, SIG and MAE on all training sessions."""
+
+    name = "pretrain"
+    splits = ("train",)
+    settings: PretrainSettings
+
+    def __init__(self, settings: PretrainSettings):
+        super().__init__(settings, [Dataset(item.path) for item in settings.data])
+
+    @property
+    def learned(self) -> Any:
+        return self.settings.weights
+
+    def learner(self, device: torch.device) -> PretrainLearner:
+        torch.manual_seed(self.settings.run.seed)
+        return PretrainLearner(
+            self.settings, Objective(self.settings, self.geometry, self.datasets[0].grid.voxels).to(device)
+        )
