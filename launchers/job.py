@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from shards.core.cli import CRASHED, DONE, RESUME, STOPPING, WRONG, crashed, lasting_output
 from shards.core.errors import ConfigError, DatasetError, Stopped, UserError, is_full
 from shards.core.files import printable
-from shards.format.reader import away
 from shards.core.workers import remove_sockets
+from shards.format.reader import away
 
 if TYPE_CHECKING:
     from slim.config import TrainSettings

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launchers import attempt, chain, job, part, submitted
-from launchers.batch import SLURM
-from shards.errors import ConfigError
-from shards.files import printable_lines
+from launchers import job
+from launchers.cluster import attempt, conversion_jobs, conversion_task, tracking
+from launchers.cluster.training_job import SLURM
+from shards.core.errors import ConfigError
+from shards.core.files import printable_lines
 
 ESCAPES = b"step 1\tloss 2\r\nstep 2\r\x1b]0;title\x07\x1b[2Jname \xff \xe2\x80\xaeend\x1b[31m\n"
 HARMLESS = "step 1\tloss 2\nstep 2\n\\x1b]0;title\\x07\\x1b[2Jname \\xff \\u202eend\\x1b[31m\n"
@@ -26,7 +27,7 @@ def noted(run: Path, **changes: object) -> Path:
     """A run whose job 12 was submitted."""
     (run / SLURM).mkdir(parents=True, exist_ok=True)
     about = {"job": "12", "log": str(run / SLURM / "12.log"), "steps": 9, "command": ["x"], "then": "y", **changes}
-    (run / SLURM / submitted.JOB).write_text(json.dumps(about))
+    (run / SLURM / tracking.JOB).write_text(json.dumps(about))
     return run
 
 
@@ -41,22 +42,22 @@ def test_the_log_of_a_job_is_printed_harmlessly_while_it_grows(tmp_path: Path, m
             file.write(pieces.pop(0))
         return {"JobState": "RUNNING" if len(pieces) > 2 else "COMPLETED", "Reason": "\x1b[2J"}
 
-    monkeypatch.setattr(submitted, "job_facts", facts)
-    monkeypatch.setattr(submitted, "_POLL", 0)
-    assert submitted.follow("12", log) == 0
+    monkeypatch.setattr(tracking, "job_facts", facts)
+    monkeypatch.setattr(tracking, "_POLL", 0)
+    assert tracking.follow("12", log) == 0
     said = capsys.readouterr().err
     assert "café\n\\x1b[31mred\n" in said and said.endswith("the end \\x1b[0m") and "\x1b" not in said
 
 
 def test_the_log_of_a_conversion_is_printed_harmlessly(tmp_path: Path, monkeypatch, capsys) -> None:
-    place = tmp_path / part.PLACE
+    place = tmp_path / conversion_task.PLACE
     place.mkdir(parents=True)
-    (place / part.JOB).write_text(json.dumps({"jobs": {"pack": "12"}, "command": ["x"]}))
+    (place / conversion_task.JOB).write_text(json.dumps({"jobs": {"pack": "12"}, "command": ["x"]}))
     (place / "tasks.json").write_text("[]")
     (place / "pack-12.log").write_bytes(ESCAPES)
-    monkeypatch.setattr(chain, "states", lambda *_: {"12": chain.Counter({"COMPLETED": 1})})
-    monkeypatch.setattr(chain, "_POLL", 0)
-    assert chain._follow(tmp_path, {"jobs": {"pack": "12"}, "submitted": "12", "runs": 0}, False) == 3
+    monkeypatch.setattr(conversion_jobs, "states", lambda *_: {"12": conversion_jobs.Counter({"COMPLETED": 1})})
+    monkeypatch.setattr(conversion_jobs, "_POLL", 0)
+    assert conversion_jobs._follow(tmp_path, {"jobs": {"pack": "12"}, "submitted": "12", "runs": 0}, False) == 3
     out, said = capsys.readouterr()
     assert HARMLESS in said and "\x1b" not in said + out
 
@@ -85,21 +86,21 @@ def test_what_is_noted_of_a_job_is_no_option_of_slurms(changes: dict, tmp_path: 
     """`scancel --user=me` cancels everything."""
     name = next(iter(changes))
     with pytest.raises(ConfigError, match=rf"job\.json: {name}.*: got .*, expected "):
-        submitted.about_job(noted(tmp_path, **changes))
-    (tmp_path / part.PLACE).mkdir(parents=True)
-    (tmp_path / part.PLACE / part.JOB).write_text(
+        tracking.about_job(noted(tmp_path, **changes))
+    (tmp_path / conversion_task.PLACE).mkdir(parents=True)
+    (tmp_path / conversion_task.PLACE / conversion_task.JOB).write_text(
         json.dumps({"jobs": {"pack": changes.get("job", "-1")}, "command": []})
     )
     with pytest.raises(ConfigError, match=r"job\.json: jobs\.pack: got"):
-        part.submitted(tmp_path)
+        conversion_task.submitted(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 10**5, "9" * 5000, '{"jobs": {}, "command": []}'])
 def test_what_is_no_note_of_jobs_is_one_line(text: str, tmp_path: Path) -> None:
-    (noted(tmp_path) / SLURM / submitted.JOB).write_text(text)
-    (tmp_path / part.PLACE).mkdir(parents=True)
-    (tmp_path / part.PLACE / part.JOB).write_text(text)
-    for read in (submitted.about_job, part.submitted):
+    (noted(tmp_path) / SLURM / tracking.JOB).write_text(text)
+    (tmp_path / conversion_task.PLACE).mkdir(parents=True)
+    (tmp_path / conversion_task.PLACE / conversion_task.JOB).write_text(text)
+    for read in (tracking.about_job, conversion_task.submitted):
         with pytest.raises(ConfigError, match=r"job\.json: .*got ") as error:
             read(tmp_path)
         assert error.value.line().isprintable()
@@ -113,4 +114,4 @@ def test_lines_that_a_lost_node_cut_in_two_are_left_out(tmp_path: Path) -> None:
     (tmp_path / attempt.ATTEMPTS).write_text("\n".join([*lines, json.dumps(ended), '{"job": "1']))
     assert attempt.attempts(tmp_path, "12") == [began, ended]
     (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 0.5}\n[1]\n{"step": 5, "lo')
-    assert submitted.progress(tmp_path) == {"step": 4, "steps": 9, "loss": 0.5, "checkpoint": None}
+    assert tracking.progress(tmp_path) == {"step": 4, "steps": 9, "loss": 0.5, "checkpoint": None}

@@ -18,11 +18,11 @@ from fuzzing import TEXTS, answer, counts, hold
 from hypothesis import strategies as st
 from test_fuzz_settings import SLURM, written
 
-from launchers.batch import Batch
-from launchers.chain import Chain
-from launchers.cluster import SlurmSettings
-from shards.errors import ConfigError
-from shards.settings import check, load
+from launchers.cluster.conversion_jobs import Chain
+from launchers.cluster.scheduler import SlurmSettings
+from launchers.cluster.training_job import Batch
+from shards.core.errors import ConfigError
+from shards.core.settings import check, load
 
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 NASTY = (
@@ -50,7 +50,9 @@ def scripts(settings: SlurmSettings, folder: Path) -> dict[str, str]:
     """Every script that is made with these settings: of a run on two nodes, and of the jobs of a conversion."""
     chain: Any = Chain(SimpleNamespace(folder=folder), None, settings, 4, 2)  # type: ignore[arg-type]
     found = {nodes: Batch(settings, folder, nodes, 2, gpus, 3).text() for nodes, gpus in (("2", 2), ("2-4", 0))}
-    return found | {stage: script.text(dependency="afterok:7") for stage, script in chain._scripts(4, True).items()}
+    return found | {
+        stage: script.text(dependency="afterok:7") for stage, script in chain._scripts(4, True).items()
+    }
 
 
 def harmless(settings: SlurmSettings) -> SlurmSettings:

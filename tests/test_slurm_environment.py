@@ -185,7 +185,9 @@ def test_jobs_of_a_conversion_go_to_one_cluster_which_is_kept(notes: Notes, tmp_
     assert "--clusters=far" in options(notes.script())  # those after the first one
     folder = tmp_path / "data"
     (folder / conversion_task.PLACE).mkdir(parents=True)
-    (folder / conversion_task.PLACE / conversion_task.JOB).write_text(json.dumps({"jobs": {"pack": "12"}, "cluster": name, "command": []}))
+    (folder / conversion_task.PLACE / conversion_task.JOB).write_text(
+        json.dumps({"jobs": {"pack": "12"}, "cluster": name, "command": []})
+    )
     with pytest.raises(ConfigError, match="a dataset whose jobs 12 have not ended"):
         conversion_jobs.refuse_another(folder)
 

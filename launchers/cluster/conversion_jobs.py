@@ -6,7 +6,7 @@
 
 Each of the first two stands in the queue twice. The second job starts only if the first one failed, and does what that
 left; else SLURM cancels it. So nothing has to be submitted, or requeued, by a node, whatever happens there, and the
-command that submitted them may end. What they do is in `launchers/conversion_task.py`.
+command that submitted them may end. What they do is in `launchers/cluster/conversion_task.py`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from launchers.cluster.scheduler import (
     states,
 )
 from launchers.cluster.script import CHECK, Script, arguments, probe
-from shards.format import layout
 from shards.core.cli import DONE, REFUSED, RESUME, WRONG, progress, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable_lines
+from shards.format import layout
 
 if TYPE_CHECKING:  # they import torch
     from shards.conversion.convert import Conversion
@@ -49,7 +49,8 @@ export OMP_NUM_THREADS=1
 outcome=$FOLDER/{place}/outcome/{outcome}.json
 grep -qs '"status": 0' "$outcome" && exit 0  # done by the first of two tries
 srun --nodes=1 --ntasks=1 --cpus-per-task={cpus}{arguments} sh -c '{check}
-    exec "$PYTHON" -u -m launchers.cluster.conversion_task "$@"' sh {stage} "$FOLDER" ${{SLURM_ARRAY_TASK_ID:+"$SLURM_ARRAY_TASK_ID"}}
+    exec "$PYTHON" -u -m launchers.cluster.conversion_task "$@"' sh {stage} "$FOLDER" \
+    ${{SLURM_ARRAY_TASK_ID:+"$SLURM_ARRAY_TASK_ID"}}
 status=$?
 if [ $status -ne {wrong} ] && ! [ -e "$outcome" ]; then
     [ $status -ne 137 ] || killed=' (SIGKILL: was the machine out of memory?)'

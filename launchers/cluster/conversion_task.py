@@ -25,11 +25,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers import noted
+from launchers.cluster import noted
 from launchers.cluster.scheduler import last_error
-from shards.format import layout
 from shards.core.cli import CRASHED, DONE, RESUME, WRONG, crashed, summary
 from shards.core.errors import Stopped, UserError
+from shards.format import layout
 
 if TYPE_CHECKING:  # it imports torch
     from shards.conversion.convert import Conversion

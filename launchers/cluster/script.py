@@ -20,7 +20,6 @@ from launchers import environment
 from launchers.cluster.plain import refuse_folder
 from launchers.cluster.scheduler import ClusterError, SlurmSettings, ask
 from launchers.job import Told
-from launchers.cluster.plain import refuse_folder
 from shards.core.cli import WRONG
 from shards.core.errors import ConfigError
 

@@ -9,10 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launchers.cluster import attempt
-from launchers import noted
-from launchers.cluster.training_job import SLURM
+from launchers.cluster import attempt, noted
 from launchers.cluster.scheduler import ask, at, is_over, job_facts, last_error
+from launchers.cluster.training_job import SLURM
 from shards.core.cli import DONE, RESUME, WRONG
 from shards.core.errors import ConfigError
 from shards.core.files import printable, printable_lines

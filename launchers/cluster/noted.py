@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from shards.errors import ConfigError
-from shards.files import trouble
-from shards.settings import check
+from shards.core.errors import ConfigError
+from shards.core.files import trouble
+from shards.core.settings import check
 
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
 Cluster = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,-]{0,250}$")]
