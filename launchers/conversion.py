@@ -17,7 +17,6 @@ from shards.core.errors import ConfigError
 from shards.core.files import printable
 from shards.core.settings import check, override
 from shards.format import layout
-from shards.reporting import dataset_page
 from slim.ranking.extractor import CONFIG_FILE, Extractor, train_extractor
 from slim.ranking.parcels import make_parcels
 from slim.ranking.saliency import make_ranker
@@ -150,6 +149,8 @@ def finish(conversion: Conversion) -> Ended:
     refused = conversion.refused()
     report = conversion.folder / layout.REPORT / "index.html"
     if conversion.previous is None or manifest is not conversion.previous.manifest or not report.is_file():
+        from shards.reporting import dataset_page  # imports matplotlib
+
         report = dataset_page.write(conversion.folder)
     _tell_losses(conversion, refused, str(report))
     facts = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import run_command
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -45,6 +46,15 @@ def test_imports_point_one_way(package: str) -> None:
 
 def test_shards_needs_no_torch_but_for_the_stream() -> None:
     assert [path.name for path in (ROOT / "shards").glob("*.py") if "torch" in imports(path)] == ["stream.py"]
+
+
+def test_commands_load_what_takes_seconds_only_where_they_use_it() -> None:
+    code = (
+        "import sys, launchers.conversion, launchers.local, slim.inference.slim_brain\n"
+        "print(*sorted({'nilearn', 'pandas', 'matplotlib', 'scipy.signal', 'sklearn', 'wandb'} & set(sys.modules)))"
+    )
+    done = run_command("-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 def test_no_file_is_longer_than_600_lines() -> None:

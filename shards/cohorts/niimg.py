@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 from nibabel.spatialimages import SpatialImage
 
 from shards.cohorts.bids import files_beside, sidecars, top_folder
@@ -27,9 +26,12 @@ from shards.core.errors import ArgumentError, ConfigError, RunRefused, UserError
 from shards.core.nifti import affine_mm, open_image
 from shards.core.settings import check
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Niimg = str | os.PathLike[str] | nib.Nifti1Image
 Scan = Niimg | Sequence[Niimg]
-Table: TypeAlias = str | os.PathLike[str] | pd.DataFrame
+Table: TypeAlias = "str | os.PathLike[str] | pd.DataFrame"
 
 _WHERE = "arguments"
 _STATED = ("space", "tr", "dummy", "orientation")
@@ -295,6 +297,8 @@ def _write(image: Any, path: Path, source: str) -> Path:
 def _table(confounds: Any, folder: Path) -> _Given:
     if isinstance(confounds, str | os.PathLike):
         return _Given(Path(confounds).expanduser(), str(confounds))
+    import pandas as pd
+
     if not isinstance(confounds, pd.DataFrame):
         raise _wrong_type("confounds", confounds, "a path of a table (.tsv), or a pandas DataFrame")
     path = folder / "confounds.tsv"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from pydantic import Field, model_validator
 
 from shards.cohorts.cohort_file import RunSource
@@ -127,6 +126,8 @@ def _split_of(value: Any) -> str | None:
 
 def _bins(values: Mapping[Person, Any]) -> dict[Person, Any]:
     """The values themselves, or of many different numbers the fifth in which each lies."""
+    import pandas as pd  # takes half a second to import
+
     numbers = pd.Series({p: v for p, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)})
     if numbers.nunique() <= _VALUES:
         return dict(values)

@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
-from nilearn.signal import clean as nilearn_clean
 from pydantic import Field, model_validator
 
 from shards.core import tables
@@ -108,6 +107,8 @@ def clean(series_TN: np.ndarray, tr: float, settings: CleanSettings, confounds_T
     settings : CleanSettings
     confounds_TC : float64 (T, C), or None
     """
+    from nilearn.signal import clean as nilearn_clean  # takes seconds to import
+
     for first in range(0, series_TN.shape[1], VOXEL_BLOCK):
         block_TN = series_TN[:, first : first + VOXEL_BLOCK].astype(np.float64)
         mean_N = block_TN.mean(axis=0)

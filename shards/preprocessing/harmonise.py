@@ -23,7 +23,6 @@ import nibabel as nib
 import numpy as np
 from pydantic import Field, model_validator
 from scipy import ndimage, sparse
-from scipy.interpolate import make_interp_spline
 
 from shards.cohorts.cohort_file import RunSource
 from shards.core import nifti
@@ -380,6 +379,8 @@ def _resample_time(
     low, high = settings.tr_range
     if low <= source_tr <= high:
         return scan_TN, source_tr
+    from scipy.interpolate import make_interp_spline  # takes half a second to import
+
     seconds = np.arange(len(scan_TN)) * source_tr
     wanted = np.arange(frames_at(settings, source_tr, len(scan_TN))) * settings.tr
     # Interpolation is linear in the series and the same for every voxel: the splines through unit impulses, whose

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nilearn.masking import compute_epi_mask
 from pydantic import Field, model_validator
 
 from shards.core.errors import RunRefused
@@ -148,6 +147,8 @@ def _given(bold: Bold, path: Path) -> Mask:
 
 def _computed(bold: Bold) -> np.ndarray:
     """nilearn's EPI mask of the mean of frames that are spread over the run."""
+    from nilearn.masking import compute_epi_mask  # takes seconds to import
+
     wanted = np.unique(np.linspace(0, bold.frames - 1, min(_MEAN_OF, bold.frames)).astype(int))
     mean = np.zeros(bold.shape)
     for volume in bold.volumes(wanted):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import ndimage, signal, sparse
+from scipy import ndimage, sparse
 
 from shards.format.grid import Grid
 
@@ -80,6 +80,8 @@ def low_pass(frames: int, source_tr: float, tr: float) -> np.ndarray:
     A linear-phase FIR filter with a Kaiser window, whose transition is the upper fifth below the Nyquist frequency of
     `tr`; at its ends the series is mirrored.
     """
+    from scipy import signal  # takes a second to import
+
     nyquist = 0.5 / tr
     taps, beta = signal.kaiserord(50, 0.2 * nyquist / (0.5 / source_tr))
     reach = taps // 2

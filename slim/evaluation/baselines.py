@@ -13,7 +13,6 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
-from nilearn.connectome import ConnectivityMeasure
 
 from shards.core.errors import DatasetError
 from shards.format.reader import Dataset
@@ -51,6 +50,8 @@ def connectomes(
 
 def _correlations(series: list[np.ndarray]) -> np.ndarray:
     """Of the columns of each (T, R)."""
+    from nilearn.connectome import ConnectivityMeasure  # takes seconds to import
+
     # Parcels are z-scored first: the shrinkage of the covariance would otherwise favour the brightest ones.
     runs = []
     for series_TR in series:

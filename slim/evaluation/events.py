@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from pydantic import Field, field_validator
 
 from shards.core import tables
 from shards.core.errors import ConfigError
 from shards.core.settings import PathText, Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FIELDS = ("subject", "session", "task", "run")
 
@@ -57,6 +59,8 @@ def read(settings: EventSettings, root: Path, session: dict[str, Any], where: st
         If the table is missing, or lacks a column, or an onset or duration is no number.
     """
     path = root / settings.path.format(**{name: session[name] for name in FIELDS})
+    import pandas as pd  # takes half a second to import
+
     if not (path.is_file() or path.is_symlink()):
         raise ConfigError(
             where, "events.path", f"no file {path}", f"the events of {session['key']}", "Give --events FOLDER"

@@ -19,10 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from shards.core.errors import ConfigError
 from shards.format.layout import dump, write_atomically
@@ -37,6 +36,9 @@ from slim.explain.integrated_gradients import TOLERANCE, Attribution, Start, int
 from slim.explain.maps import ABSOLUTE, Maps, Mean, draw_maps, image, places, save
 from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import Features
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLDER = "explain"
 _DRAWN = 3  # sessions whose windows are drawn
