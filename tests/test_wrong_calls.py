@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GRID
+from pretrained import tool
 
 PRETRAIN = "configs/pretrain/tiny.yaml"
 
@@ -157,13 +158,14 @@ CALLS: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_wrong_call_is_told_in_one_line(name, command, cohort, dataset, tmp_path):
+def test_a_wrong_call_is_told_in_one_line(name, cohort, dataset, tmp_path):
     (tmp_path / "rootless.yaml").write_text("name: lab\nroot: nowhere\n")
     (tmp_path / "typo.yaml").write_text(f"name: lab\nroot: {cohort}\nparticpants: participants.tsv\n")
     places = {"tmp": tmp_path, "cohort": cohort, "dataset": dataset}
     before = sorted(tmp_path.rglob("*"))
     words, wanted = CALLS[name]
-    done = command(*(word.format(**places) for word in words))
+    script, *rest = (word.format(**places) for word in words)
+    done = tool(script.removeprefix("tools/"), *rest)
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
@@ -227,8 +229,8 @@ def test_a_run_that_is_no_nifti_is_named_and_the_others_are_converted(command, t
     assert not Path(tmp_path / "none/manifest.json").exists()
 
 
-@pytest.mark.parametrize("tool", ["make_shards", "pretrain", "make_cohort", "plan", "export", "embed"])
-def test_help_ends_with_an_example(tool, command):
-    done = command(f"tools/{tool}.py", "--help")
+@pytest.mark.parametrize("name", ["make_shards", "pretrain", "make_cohort", "plan", "export", "embed"])
+def test_help_ends_with_an_example(name, command):
+    done = command(f"tools/{name}.py", "--help")
     assert done.returncode == 0 and done.stdout.rstrip().splitlines()[-2] == "example:"
-    assert f"python tools/{tool}.py" in done.stdout.rstrip().splitlines()[-1]
+    assert f"python tools/{name}.py" in done.stdout.rstrip().splitlines()[-1]
