@@ -17,9 +17,10 @@ from shards.core.errors import ConfigError
 from shards.core.files import printable
 from shards.core.settings import check, override
 from shards.format import layout
-from slim.ranking.extractor import CONFIG_FILE, Extractor, train_extractor
+from slim.ranking.extractor import CONFIG_FILE, Extractor
+from slim.ranking.extractor_training import train_extractor
 from slim.ranking.parcels import make_parcels
-from slim.ranking.saliency import make_ranker
+from slim.ranking.rankers import make_ranker
 
 STEPS = ("find", "harmonise", "rank", "pack")
 Ended = tuple[int, dict[str, Any], str]  # exit status, facts of the summary, what to do next

@@ -20,7 +20,8 @@ import yaml
 from launchers import environment, job
 from shards.core.cli import RESUME, STOPPING
 from shards.core.errors import ConfigError
-from shards.format.layout import EXTRACTOR, dump, write_atomically
+from shards.core.files import dump, write_atomically
+from shards.format.layout import EXTRACTOR
 from shards.format.reader import Dataset
 from slim.checkpoints import checkpoint, lock
 from slim.checkpoints.mirror import at_a_glance

@@ -35,9 +35,9 @@ from launchers.cluster.script import probe
 from launchers.cluster.training_job import SLURM, Batch
 from shards.core.cli import DONE, RESUME, WRONG, Parser, run, summary
 from shards.core.errors import ConfigError
+from shards.core.files import write_atomically
 from shards.core.passwords import hidden
 from shards.core.settings import check, read_yaml
-from shards.format.layout import write_atomically
 from slim.config import TrainSettings, load_config
 
 S = TypeVar("S", bound=TrainSettings)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 from runs import FRAMES, brain, oblique, save, signal
 
+from shards.core import files
 from shards.format import layout
 from shards.reporting import dataset_page
 
@@ -91,7 +92,7 @@ def make_shards(monkeypatch):
     def write_page(out: Path) -> Path:
         """In place of the page, which has its own tests and takes longer than the rest."""
         path = out / layout.REPORT / "index.html"
-        layout.write_atomically(path, "page")
+        files.write_atomically(path, "page")
         return path
 
     monkeypatch.setattr(dataset_page, "write", write_page)

@@ -13,6 +13,7 @@ from conftest import GRID
 
 from shards.conversion import writer
 from shards.conversion.convert import Conversion, ConvertSettings
+from shards.core import files
 from shards.core.settings import check, override
 from shards.format import layout
 from slim.ranking.parcels import make_parcels
@@ -104,6 +105,6 @@ def pack_into(folder: Path, number: int) -> None:
         [],
         {"format": 1, "number": number},
         1000,
-        lambda s: (layout.dump({"key": s["key"]}).encode(), f"{number} {s['key']}".encode() * 100),
+        lambda s: (files.dump({"key": s["key"]}).encode(), f"{number} {s['key']}".encode() * 100),
         lambda count, note: None,
     )

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine
 
-from shards.cohorts.cohort_file import RunSource
+from shards.cohorts.scan import RunSource
 from shards.format.patches import scatter
 from shards.preprocessing.harmonise import GridSettings, Harmonised
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from pretrained import ALIGNED, write_run
 
-from launchers import attempt
-from shards.console import DONE, RESUME, WRONG, status_of
-from slim.checkpoint import tag
+from launchers.cluster import attempt
+from shards.core.cli import DONE, RESUME, WRONG, status_of
+from slim.checkpoints.checkpoint import tag
 
 
 @pytest.fixture

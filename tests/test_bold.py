@@ -13,7 +13,7 @@ import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from runs import FRAMES, SMALL, save, source, zscored
 
-from shards.cohorts.cohort_file import RunSource
+from shards.cohorts.scan import RunSource
 from shards.core.errors import RunRefused
 from shards.preprocessing import bold as bold_module
 from shards.preprocessing.bold import open_bold

@@ -26,8 +26,8 @@ from slim.data.collate import collate
 from slim.data.samples import read_windows
 from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import Features
-from slim.ranking.extractor import train_extractor
-from slim.ranking.saliency import make_ranker
+from slim.ranking.extractor_training import train_extractor
+from slim.ranking.rankers import make_ranker
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.cohorts.cohort_file import RunSource, find_runs, pattern_regex
+from shards.cohorts.cohort_file import find_runs, pattern_regex
+from shards.cohorts.scan import RunSource
 from shards.core.errors import ConfigError
 
 SPACE = "space-MNI152NLin2009cAsym"

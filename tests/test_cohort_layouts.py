@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from conftest import GRID, ROOT
 
-from shards.cohorts.cohort_file import CohortSettings, RunSource, find_runs, pattern_regex
+from shards.cohorts.cohort_file import CohortSettings, find_runs, pattern_regex
+from shards.cohorts.scan import RunSource
 from shards.core.settings import load, read_yaml
 from shards.format.reader import Dataset
 

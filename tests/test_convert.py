@@ -23,7 +23,7 @@ from shards.format import layout
 from shards.format.patches import voxel_slots
 from shards.format.reader import Dataset
 from shards.preprocessing.harmonise import harmonise
-from slim.ranking.saliency import make_ranker
+from slim.ranking.rankers import make_ranker
 
 
 def test_two_workers_write_what_one_writes(cohort, dataset, make_shards, tmp_path):

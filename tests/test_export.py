@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 from launchers.local import prepare_run
 from shards.cohorts.cohort_file import find_runs
 from shards.core.errors import UserError
-from shards.format.layout import sha256
+from shards.core.files import sha256
 from shards.format.reader import Dataset
 from slim.checkpoints.weights import CONFIG, MODEL, SUMS, Weights
 from slim.config import load_run
 from slim.inference import export
 from slim.inference.slim_brain import SlimBrain
-from slim.ranking.extractor import train_extractor
-from slim.ranking.saliency import make_ranker
+from slim.ranking.extractor_training import train_extractor
+from slim.ranking.rankers import make_ranker
 
 # A process in which what training needs cannot be imported runs the rest of its arguments.
 WITHOUT = """

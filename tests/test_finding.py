@@ -279,12 +279,13 @@ def test_sessions_are_matched_by_name_then_by_number_and_never_by_chance(tmp_pat
 
 def test_text_of_a_table_is_only_text(tmp_path):
     """Labels go through JSON lines: no character of theirs ends a line there."""
+    from shards.core import files
     from shards.format import layout
 
     note = "fell\u2028asleep\u0085at\x0b the end"
     found = people(tmp_path, f"participant_id\tnote\tsite\na\t{note}\tNone\n", [("a", "1")])
     assert found.runs[0].labels == {"note": note, "site": "None"}
-    (tmp_path / "lines.jsonl").write_text(layout.dump_lines([found.runs[0].labels] * 2), encoding="utf-8")
+    (tmp_path / "lines.jsonl").write_text(files.dump_lines([found.runs[0].labels] * 2), encoding="utf-8")
     assert layout.read_lines(tmp_path / "lines.jsonl") == [found.runs[0].labels] * 2
 
 

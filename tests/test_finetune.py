@@ -27,6 +27,7 @@ from sklearn.utils.class_weight import compute_class_weight, compute_sample_weig
 
 from launchers import local
 from shards.cohorts.cohort_file import find_runs
+from shards.core import files
 from shards.core.errors import ConfigError
 from shards.core.settings import check
 from shards.format import layout
@@ -66,10 +67,10 @@ def people(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         name = f"sub-1{number}"
         labels = session["labels"] | {"score": session["labels"]["score"] + number - 1.5}
         sessions.append(session | {"key": f"synthetic_{name}", "subject": name, "labels": labels})
-    layout.write_atomically(folder / layout.SESSIONS, layout.dump_lines(sessions))
+    files.write_atomically(folder / layout.SESSIONS, files.dump_lines(sessions))
     manifest = layout.read_manifest(folder)
     manifest["sessions"]["train"] += 4
-    layout.write_atomically(folder / layout.MANIFEST, layout.dump(manifest))
+    files.write_atomically(folder / layout.MANIFEST, files.dump(manifest))
     return folder
 
 
@@ -486,7 +487,7 @@ def test_what_was_fine_tuned_is_not_judged_by_those_it_learned_from(
         assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
     others = shutil.copytree(people, tmp_path / "others")
     manifest = layout.read_manifest(others)
-    layout.write_atomically(others / layout.MANIFEST, layout.dump(manifest | {"cohorts": ["others"]}))
+    files.write_atomically(others / layout.MANIFEST, files.dump(manifest | {"cohorts": ["others"]}))
     SlimBrain.from_pretrained(run).check_unseen(Dataset(others))
 
 

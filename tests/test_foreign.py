@@ -13,7 +13,8 @@ from pretrained import ALIGNED, tool, write_run
 from safetensors.torch import load_file, save_file
 
 from shards.core.errors import UserError
-from shards.format.layout import read_manifest, sha256
+from shards.core.files import sha256
+from shards.format.layout import read_manifest
 from slim.checkpoints import checkpoint, mirror
 from slim.checkpoints.checkpoint import COMPLETE, CheckpointError
 from slim.checkpoints.seen import Seen

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from shards.format.layout import atomically, write_atomically
+from shards.core.files import atomically, write_atomically
 from slim.config import load_config
 
 _MOUNT = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]

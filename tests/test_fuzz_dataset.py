@@ -19,8 +19,9 @@ from fuzzing import NESTED, answer, counts, damaged, hold, json_bytes, texts, tr
 from hypothesis import strategies as st
 from test_layout import sample_arrays
 
+from shards.core import files
 from shards.core.errors import DatasetError, SampleCorrupt
-from shards.format import layout
+from shards.format import layout, sample
 from shards.format.reader import Dataset
 from slim.evaluation.probe import read_report
 from slim.reporting.run_health import probes, read_tasks, verdict
@@ -73,7 +74,7 @@ def seeds() -> list[bytes]:
     arrays["windows"] = arrays["windows"].astype(np.float16)
     arrays.pop("scale", None)
     coarse = {**arrays, "windows": np.ones((3, 5, 4, 8), np.int16), "scale": np.ones((4, 8), np.float32)}
-    return [layout.pack(arrays), layout.pack(coarse)]
+    return [sample.pack(arrays), sample.pack(coarse)]
 
 
 @st.composite
@@ -101,14 +102,14 @@ def samples(draw: st.DrawFn, whole: list[bytes]) -> bytes:
 
 def unpack(content: bytes) -> None:
     def call() -> dict[str, np.ndarray]:
-        return layout.unpack(io.BytesIO(content), "here")
+        return sample.unpack(io.BytesIO(content), "here")
 
     got = answer(call, len(content))
     assert isinstance(got, dict | SampleCorrupt)
     if isinstance(got, dict):
-        assert {name: array.ndim for name, array in got.items()} == {name: len(layout._AXES[name]) for name in got}
+        assert {name: array.ndim for name, array in got.items()} == {name: len(layout.AXES[name]) for name in got}
         assert not any(array.dtype.hasobject for array in got.values())
-    answer(lambda: layout.unpack(io.BytesIO(content), "here", ("windows", "start"), [2, 0]), len(content))
+    answer(lambda: sample.unpack(io.BytesIO(content), "here", ("windows", "start"), [2, 0]), len(content))
 
 
 def open_dataset(folder: Path, part: str, content: bytes) -> None:
@@ -214,10 +215,10 @@ BIG = [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "blosc"}]
 )
 def test_what_an_array_claims_is_compared_with_the_contract_first(name: str, changes: dict, words: str) -> None:
     content = damage(seeds()[0], name, **changes)
-    told = answer(lambda: layout.unpack(io.BytesIO(content), "here"), 0)
+    told = answer(lambda: sample.unpack(io.BytesIO(content), "here"), 0)
     assert isinstance(told, SampleCorrupt)
     with pytest.raises(SampleCorrupt, match=words):
-        layout.unpack(io.BytesIO(content), "here")
+        sample.unpack(io.BytesIO(content), "here")
 
 
 def test_a_chunk_that_claims_gigabytes_takes_none() -> None:
@@ -232,7 +233,7 @@ def test_a_chunk_that_claims_gigabytes_takes_none() -> None:
         chunk[4:8], chunk[8:12] = (6 * 10**8).to_bytes(4, "little"), block.to_bytes(4, "little")
         parts["carpet/c/0/0"] = bytes(chunk)
         content = zipped(parts)
-        told = answer(lambda content=content: layout.unpack(io.BytesIO(content), "here"), len(content))
+        told = answer(lambda content=content: sample.unpack(io.BytesIO(content), "here"), len(content))
         assert isinstance(told, SampleCorrupt) and "cannot hold what it claims" in told.line()
 
 
@@ -242,7 +243,7 @@ def test_packed_members_are_refused() -> None:
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members(seeds()[0]).items():
             archive.writestr(name, content if name != "zarr.json" else content + b" " * (200 << 20))
-    told = answer(lambda: layout.unpack(io.BytesIO(out.getvalue()), "here"), len(out.getvalue()))
+    told = answer(lambda: sample.unpack(io.BytesIO(out.getvalue()), "here"), len(out.getvalue()))
     assert isinstance(told, SampleCorrupt) and "is packed" in told.line()
 
 
@@ -284,7 +285,7 @@ def test_what_is_no_manifest(text: str, small: Path) -> None:
 def test_a_key_that_would_name_a_file_elsewhere_is_refused(key, dataset, tmp_path):
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
     first, *rest = layout.read_lines(copy / layout.SESSIONS)
-    layout.write_atomically(copy / layout.SESSIONS, layout.dump_lines([{**first, "key": key}, *rest]))
+    files.write_atomically(copy / layout.SESSIONS, files.dump_lines([{**first, "key": key}, *rest]))
     with pytest.raises(DatasetError, match=r"sessions\.jsonl: line 1: key: got ") as caught:
         Dataset(copy)
     assert "\n" not in caught.value.line()

@@ -15,7 +15,7 @@ from fuzzing import NUMBERS, answer, counts, damaged, hold
 from hypothesis import strategies as st
 from runs import brain, oblique, source
 
-from shards.cohorts.cohort_file import RunSource
+from shards.cohorts.scan import RunSource
 from shards.core.errors import ConfigError, RunRefused
 from shards.format.grid import Grid
 from shards.preprocessing.bold import Bold, open_bold

@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from pretrained import ALIGNED, write_run
 from test_foreign import sum_again
 
-from shards.errors import UserError
-from slim import checkpoint, export, mirror, report, states
-from slim.brain import SlimBrain
-from slim.checkpoint import COMPLETE, WEIGHTS
-from slim.monitor import read_metrics, warnings_of
-from slim.weights import CONFIG, MODEL, SUMS, find
+from shards.core.errors import UserError
+from slim.checkpoints import checkpoint, mirror, zero_states
+from slim.checkpoints.checkpoint import COMPLETE, WEIGHTS
+from slim.checkpoints.weights import CONFIG, MODEL, SUMS, find
+from slim.inference import export
+from slim.inference.slim_brain import SlimBrain
+from slim.training.metrics import read_metrics, warnings_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 SPARE = 64 << 20  # bytes, beside what `answer` grants: of the model that is made
@@ -113,7 +114,7 @@ def test_checkpoints(inputs: int, part: str, run: Path, tmp_path: Path) -> None:
 
 
 def contents(part: str, seed: bytes) -> st.SearchStrategy[bytes]:
-    if part.endswith(".safetensors"):
+    if conversion_task.endswith(".safetensors"):
         return tensors(seed)
     tree = yaml.safe_load(seed.decode())
     return st.one_of(trees([tree]).map(json_bytes), texts([json.dumps(tree)], NESTED))
@@ -175,7 +176,7 @@ def test_files_of_torch(inputs: int, tmp_path: Path) -> None:
     def target(content: bytes) -> None:
         path.write_bytes(content)
         for mmap in (False, True):
-            told = answer(partial(states.read, path, mmap=mmap), len(content))
+            told = answer(partial(zero_states.read, path, mmap=mmap), len(content))
             assert isinstance(told, dict | UserError)
         assert not marker.exists() and names(tmp_path) == {path.name}
 

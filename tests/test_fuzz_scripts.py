@@ -50,9 +50,7 @@ def scripts(settings: SlurmSettings, folder: Path) -> dict[str, str]:
     """Every script that is made with these settings: of a run on two nodes, and of the jobs of a conversion."""
     chain: Any = Chain(SimpleNamespace(folder=folder), None, settings, 4, 2)  # type: ignore[arg-type]
     found = {nodes: Batch(settings, folder, nodes, 2, gpus, 3).text() for nodes, gpus in (("2", 2), ("2-4", 0))}
-    return found | {
-        stage: script.text(dependency="afterok:7") for stage, script in chain._scripts(4, True).items()
-    }
+    return found | {stage: script.text(dependency="afterok:7") for stage, script in chain._scripts(4, True).items()}
 
 
 def harmless(settings: SlurmSettings) -> SlurmSettings:

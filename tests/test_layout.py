@@ -20,9 +20,9 @@ from zarr.storage import ZipStore
 
 from shards.conversion.splits import SPLITS
 from shards.core.errors import DatasetError, SampleCorrupt
-from shards.format import layout
 from shards.format.patches import gather, parcel_means, patch_places, scatter, voxel_slots
 from shards.format.reader import Dataset
+from shards.format.sample import encode_windows, pack, unpack
 
 DTYPES = {
     "baseline": "float32",
@@ -53,7 +53,7 @@ def sample_arrays(seed: int = 0, k: int = 6, f: int = 5, p: int = 7, v: int = 64
         "roi_number": np.arange(1, 4),
         "roi_centre": rng.standard_normal((3, 3)),
         "carpet": rng.integers(-127, 128, (8, 60)),
-        **layout.encode_windows(windows, spread),
+        **encode_windows(windows, spread),
     }
 
 
@@ -164,14 +164,14 @@ def test_sessions_point_at_the_members_and_the_manifest_at_the_shards(dataset, s
 
 
 def test_equal_arrays_give_equal_bytes():
-    assert layout.pack(sample_arrays()) == layout.pack(dict(reversed(sample_arrays().items())))
-    assert layout.pack(sample_arrays()) != layout.pack(sample_arrays(1))
+    assert pack(sample_arrays()) == pack(dict(reversed(sample_arrays().items())))
+    assert pack(sample_arrays()) != pack(sample_arrays(1))
 
 
 def test_no_array_of_zeros_is_left_out():
     """Zarr omits chunks of zeros unless told; then a lost chunk could not be told from zeros."""
     arrays = {name: np.zeros_like(values) for name, values in sample_arrays().items()}
-    names = zipfile.ZipFile(io.BytesIO(layout.pack(arrays))).namelist()
+    names = zipfile.ZipFile(io.BytesIO(pack(arrays))).namelist()
     assert {f"windows/c/{k}/0/0/0" for k in range(6)} | {"start/c/0", "patch/c/0/0"} <= set(names)
 
 
@@ -179,17 +179,17 @@ def test_a_sample_without_the_parts_of_its_scores_is_whole():
     """Those of rankers that have none, or of a version that did not keep them; other arrays may not be missing."""
     arrays = sample_arrays()
     parts = {name: arrays.pop(name) for name in ("scores_space", "scores_time")}
-    old, new = (io.BytesIO(layout.pack(kept)) for kept in (arrays, arrays | parts))
-    assert layout.unpack(new, "here").keys() - layout.unpack(old, "here").keys() == parts.keys()
-    assert layout.unpack(old, "here", ("scores", *parts)).keys() == {"scores"}
-    assert layout.unpack(new, "here", ("scores", *parts)).keys() == {"scores", *parts}
+    old, new = (io.BytesIO(pack(kept)) for kept in (arrays, arrays | parts))
+    assert unpack(new, "here").keys() - unpack(old, "here").keys() == parts.keys()
+    assert unpack(old, "here", ("scores", *parts)).keys() == {"scores"}
+    assert unpack(new, "here", ("scores", *parts)).keys() == {"scores", *parts}
     del arrays["saliency"]
     with pytest.raises(SampleCorrupt, match="no array saliency"):
-        layout.unpack(io.BytesIO(layout.pack(arrays)), "here")
+        unpack(io.BytesIO(pack(arrays)), "here")
 
 
 def test_the_best_windows_lie_side_by_side():
-    names = zipfile.ZipFile(io.BytesIO(layout.pack(sample_arrays(k=12)))).namelist()
+    names = zipfile.ZipFile(io.BytesIO(pack(sample_arrays(k=12)))).namelist()
     chunks = [name for name in names if name.startswith("windows/c/")]
     assert chunks == [f"windows/c/{rank}/0/0/0" for rank in range(12)]
     assert names[names.index(chunks[0]) :] == chunks
@@ -212,10 +212,10 @@ class Watched(io.BytesIO):
 @pytest.mark.parametrize("ranks", [[0, 1], [5, 2], [3], []])
 def test_chosen_windows_touch_only_their_chunks(ranks):
     arrays = sample_arrays()
-    data = layout.pack(arrays)
+    data = pack(arrays)
     file = Watched(data)
-    got = layout.unpack(file, "here", ("windows", "start"), ranks)
-    np.testing.assert_array_equal(got["windows"], layout.unpack(io.BytesIO(data), "here")["windows"][ranks])
+    got = unpack(file, "here", ("windows", "start"), ranks)
+    np.testing.assert_array_equal(got["windows"], unpack(io.BytesIO(data), "here")["windows"][ranks])
     assert set(got) == {"windows", "start"}
     archive = zipfile.ZipFile(io.BytesIO(data))
     for info in archive.infolist():
@@ -230,7 +230,7 @@ def test_chosen_windows_touch_only_their_chunks(ranks):
 @pytest.mark.parametrize("row", [6, 100, -1])
 def test_a_window_that_is_not_there_is_refused(row):
     with pytest.raises(SampleCorrupt, match="windows"):
-        layout.unpack(io.BytesIO(layout.pack(sample_arrays())), "here", ("windows",), [0, row])
+        unpack(io.BytesIO(pack(sample_arrays())), "here", ("windows",), [0, row])
 
 
 @settings(max_examples=60, deadline=None)
@@ -248,11 +248,11 @@ def test_windows_are_kept_to_a_thousandth_of_each_voxels_sd(seed, exponent, spik
     run = (run - run.mean(axis=0)) * np.float32(10.0**exponent)
     spread = run.std(axis=0)
     windows = run.reshape(60, 5, 2, 8)[rng.permutation(60)[:32]]
-    encoded = layout.encode_windows(windows, spread)
+    encoded = encode_windows(windows, spread)
     arrays = {**sample_arrays(k=32, p=2, v=8), "spread": spread}
     arrays.pop("scale", None)
     arrays |= encoded
-    got = layout.unpack(io.BytesIO(layout.pack(arrays)), "here")["windows"].astype(np.float64)
+    got = unpack(io.BytesIO(pack(arrays)), "here")["windows"].astype(np.float64)
     error = np.sqrt(np.mean((got - windows) ** 2, axis=(0, 1)))
     assert (error <= 1e-3 * spread * (1 + 1e-6)).all()
     half = windows.astype(np.float16).astype(np.float32)
@@ -262,24 +262,24 @@ def test_windows_are_kept_to_a_thousandth_of_each_voxels_sd(seed, exponent, spik
 
 def test_both_ways_of_storing_windows_occur():
     windows = sample_arrays()["windows"].astype(np.float32)
-    assert layout.encode_windows(windows, windows.std(axis=(0, 1)))["windows"].dtype == np.float16
+    assert encode_windows(windows, windows.std(axis=(0, 1)))["windows"].dtype == np.float16
     for factor in (1e-6, 1e7):
         scaled = windows * np.float32(factor)
-        assert layout.encode_windows(scaled, scaled.std(axis=(0, 1)))["windows"].dtype == np.int16
+        assert encode_windows(scaled, scaled.std(axis=(0, 1)))["windows"].dtype == np.int16
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), data=st.data())
 def test_a_flipped_bit_is_told_or_changes_nothing(where, bit, data):
-    intact = layout.pack(sample_arrays(k=3, p=2))
+    intact = pack(sample_arrays(k=3, p=2))
     names = data.draw(st.sampled_from([None, ("windows",), ("windows", "baseline")]))
     tail = data.draw(st.booleans())  # the directory of the zip is small and deserves as many tries
     start = intact.index(b"PK\x01\x02") if tail else 0
     content = bytearray(intact)
     content[start + int(where * (len(intact) - start))] ^= 1 << bit
-    expected = layout.unpack(io.BytesIO(intact), "here", names)
+    expected = unpack(io.BytesIO(intact), "here", names)
     try:
-        got = layout.unpack(io.BytesIO(bytes(content)), "here", names)
+        got = unpack(io.BytesIO(bytes(content)), "here", names)
     except SampleCorrupt:
         return
     assert got.keys() == expected.keys()
@@ -323,7 +323,7 @@ def spoil_absent(members: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("spoil", [spoil_size, spoil_chunks, spoil_absent])
 def test_a_sample_at_odds_with_its_description_is_refused(spoil):
     """Every member whole by its checksum, yet not what another says of it."""
-    with zipfile.ZipFile(io.BytesIO(layout.pack(sample_arrays()))) as archive:
+    with zipfile.ZipFile(io.BytesIO(pack(sample_arrays()))) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     spoil(members)
     data = io.BytesIO()
@@ -331,8 +331,8 @@ def test_a_sample_at_odds_with_its_description_is_refused(spoil):
         for name, content in members.items():
             archive.writestr(name, content)
     with pytest.raises(SampleCorrupt, match=r"here: zarr\.zip: got unreadable bytes"):
-        layout.unpack(data, "here", ("windows",), [0, 1])
-    assert layout.unpack(data, "here", ("baseline",))["baseline"].shape == (7, 64)
+        unpack(data, "here", ("windows",), [0, 1])
+    assert unpack(data, "here", ("baseline",))["baseline"].shape == (7, 64)
 
 
 @pytest.mark.parametrize("spoil", ["shorter", "gone"])

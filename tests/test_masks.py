@@ -18,7 +18,7 @@ from shards.preprocessing.masks import MaskSettings, threshold
 from shards.preprocessing.resampling import resample_mask
 from shards.preprocessing.space import template
 from slim.ranking.parcels import make_parcels
-from slim.ranking.saliency import make_ranker
+from slim.ranking.rankers import make_ranker
 
 SHAPE = 28, 32, 26
 AFFINE = oblique((5, 5, 5), 0, (-1, -17, 5), SHAPE)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from pretrained import ALIGNED, write_run
 
-from shards.cohorts.cohort_file import RunSource, find_runs
+from shards.cohorts.cohort_file import find_runs
 from shards.cohorts.niimg import as_run
+from shards.cohorts.scan import RunSource
 from shards.core.errors import ConfigError, RunRefused
 from slim.inference.cores import cores
 from slim.inference.slim_brain import SlimBrain

@@ -20,7 +20,8 @@ from PIL import Image
 
 from shards.conversion import writer
 from shards.conversion.splits import SPLITS
-from shards.format import layout
+from shards.core import files
+from shards.format import layout, sample
 from shards.format.grid import Grid
 from shards.format.patches import gather, patch_places
 from shards.reporting import dataset_page, distribution, html, quality_figures
@@ -129,7 +130,7 @@ def make_dataset(folder: Path, sessions: list[dict], failed: list[dict], **more:
     scores = rng.random(WINDOWS, np.float32)
     order = np.argsort(-scores)[:KEEP]
     baseline = gather(np.where(mask, rng.random(mask.shape), 0), patch, GRID.patch)
-    data = layout.pack(
+    data = sample.pack(
         {
             "baseline": baseline,
             "spread": baseline,
@@ -162,7 +163,7 @@ def make_dataset(folder: Path, sessions: list[dict], failed: list[dict], **more:
         failed,
         manifest,
         10**8,
-        lambda line: (layout.dump(line).encode(), data),
+        lambda line: (files.dump(line).encode(), data),
         lambda count, note: None,
     )
     return folder

@@ -15,6 +15,7 @@ from pretrained import ALIGNED, tool, write_run, write_weights
 from safetensors.torch import load_file
 
 from launchers.local import git_commit, prepare_run
+from shards.core import files
 from shards.core.errors import ConfigError, UserError
 from shards.core.settings import check
 from shards.format import layout
@@ -85,10 +86,10 @@ def edited(
     """A copy of a dataset in which each session is replaced by some others, over the same samples."""
     shutil.copytree(dataset, to, ignore=shutil.ignore_patterns("work", "report"))
     lines = [line for session in layout.read_lines(dataset / layout.SESSIONS) for line in edit(session)]
-    layout.write_atomically(to / layout.SESSIONS, layout.dump_lines(lines))
+    files.write_atomically(to / layout.SESSIONS, files.dump_lines(lines))
     about = layout.read_manifest(dataset) | manifest
     about["sessions"] = {split: sum(line["split"] == split for line in lines) for split in about["sessions"]}
-    layout.write_atomically(to / layout.MANIFEST, layout.dump(about))
+    files.write_atomically(to / layout.MANIFEST, files.dump(about))
     return to
 
 

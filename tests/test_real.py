@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from shards.cohorts.cohort_file import RunSource
+from shards.cohorts.scan import RunSource
 from shards.core.errors import RunRefused
 from shards.format.grid import Grid
 from shards.format.reader import Dataset

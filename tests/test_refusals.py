@@ -11,12 +11,13 @@ import pytest
 from conversions import SETTINGS, bold_files, contents, conversion, copy_cohort, renamed, same, times
 
 from shards.conversion.splits import read_table, write_table
+from shards.core import files
 from shards.core.cli import DONE, REFUSED
 from shards.core.errors import ConfigError, DatasetError
 from shards.core.settings import digest
 from shards.format import layout
 from shards.format.reader import Dataset
-from slim.ranking.saliency import make_ranker
+from slim.ranking.rankers import make_ranker
 
 
 def test_splits_that_were_written_down_are_kept_whatever_is_found(opened, tmp_path):
@@ -216,7 +217,7 @@ def test_a_dataset_of_other_settings_names_the_setting(opened, tmp_path):
     manifest = layout.read_manifest(out)
     del manifest["configuration"]["settings"]["mask"]["dead"]
     manifest["configuration_hash"] = digest(manifest["configuration"])
-    layout.write_atomically(out / layout.MANIFEST, layout.dump(manifest))
+    files.write_atomically(out / layout.MANIFEST, files.dump(manifest))
     told = r"mask\.dead: got 0\.25, expected no such setting.*into another --out"
     with conversion([source], out) as later, pytest.raises(DatasetError, match=told):
         later.open()

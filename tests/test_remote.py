@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from shards.conversion import writer
 from shards.core.errors import DatasetError, SampleCorrupt
-from shards.format import layout
+from shards.format import sample
 from shards.format.reader import Dataset
 from shards.format.stream import Item, MicroBatches, Stream
 from slim.config import load_config
@@ -215,9 +215,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "patch": rng.integers(0, 24, (60, 3)),
         "brain": np.ones((60, 64)),
         "start": rng.permutation(64),
-        **layout.encode_windows(windows, windows.std(axis=(0, 1))),
+        **sample.encode_windows(windows, windows.std(axis=(0, 1))),
     }
-    content = layout.pack(arrays)
+    content = sample.pack(arrays)
     session = {"key": "a", "split": "train", "cohort": "c", "subject": "s", "zarr_size": len(content)}
     session |= {"labels": {}, "tr": 0.72, "n_kept": 64}
     folder = tmp_path_factory.mktemp("large") / "ds"
@@ -242,14 +242,14 @@ def test_the_members_that_are_fetched_are_those_that_are_read(large: Path, data:
     content = shard[session["zarr_offset"] :][: session["zarr_size"]]
     names = data.draw(st.none() | st.lists(st.sampled_from(["windows", "start", "baseline", "roi"]), min_size=1))
     ranks = data.draw(st.none() | st.lists(st.integers(0, 63), max_size=6))
-    chosen = layout.members_read(zipfile.ZipFile(io.BytesIO(content)).namelist(), names, ranks)
+    chosen = sample.members_read(zipfile.ZipFile(io.BytesIO(content)).namelist(), names, ranks)
     equal(
-        layout.unpack(with_members(content, chosen), "here", names, ranks),
-        layout.unpack(io.BytesIO(content), "here", names, ranks),
+        sample.unpack(with_members(content, chosen), "here", names, ranks),
+        sample.unpack(io.BytesIO(content), "here", names, ranks),
     )
     with pytest.raises(SampleCorrupt):  # and no other
         fewer = {*chosen} - {data.draw(st.sampled_from(chosen))}
-        layout.unpack(with_members(content, fewer), "here", names, ranks)
+        sample.unpack(with_members(content, fewer), "here", names, ranks)
 
 
 def test_a_few_windows_cost_a_few_requests_and_few_bytes(large: Path) -> None:

@@ -18,17 +18,10 @@ from scipy.stats import iqr
 from sklearn.linear_model import Ridge
 
 from shards.core.errors import ConfigError, RunRefused
-from slim.ranking.extractor import Extractor, standardise, train_extractor
-from slim.ranking.saliency import (
-    calmness,
-    folds,
-    frame_weights,
-    make_ranker,
-    rebuild_by_ridge,
-    space_energy,
-    standing,
-    time_energy,
-)
+from slim.ranking.extractor import Extractor, standardise
+from slim.ranking.extractor_training import train_extractor
+from slim.ranking.rankers import make_ranker
+from slim.ranking.saliency import calmness, folds, frame_weights, rebuild_by_ridge, space_energy, standing, time_energy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))  # as it is for the tools themselves
 

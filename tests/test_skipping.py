@@ -116,7 +116,7 @@ prepare(on_gpu=False)
 import deepspeed
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 from slim.config import load_config
-from slim.training.task import PretrainTask
+from slim.pretrain.task import PretrainTask
 from slim.training.trainer import Trainer
 from shards.core.errors import UserError
 bad = set(map(int, sys.argv[2].split(",")))

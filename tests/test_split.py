@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.cohorts.cohort_file import RunSource
+from shards.cohorts.scan import RunSource
 from shards.conversion.splits import SPLITS, SplitSettings, assign, read_table, split_people, write_table
 from shards.core.errors import ConfigError, DatasetError
 

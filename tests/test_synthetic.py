@@ -30,8 +30,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from shards.core.errors import ConfigError
-from shards.synthetic import write
-from shards.synthetic.write import NETWORKS, SyntheticCohort, anatomy, run_frames, traits, write_cohort
+from shards.synthetic import signals, truth, write
+from shards.synthetic.anatomy import anatomy
+from shards.synthetic.signals import run_frames
+from shards.synthetic.truth import NETWORKS, SyntheticCohort, traits
+from shards.synthetic.write import write_cohort
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = SyntheticCohort(subjects=2, sessions=2, frames=40, voxel_mm=10, tr=0.8)
@@ -257,9 +260,9 @@ def test_snr_is_what_was_asked_for(snr):
     """Two runs that differ in their noise level only: its size follows, and nothing else changes."""
     loud, soft = (SyntheticCohort(frames=100, snr=value) for value in (snr, 1e6))
     noise_TV, signal_TV = (np.stack(list(run_frames(cohort, 1, 1))) for cohort in (loud, soft))
-    baseline_V = write.baseline(loud, 1, 1)
+    baseline_V = signals.baseline(loud, 1, 1)
     noise_percent = 100 * ((noise_TV - signal_TV) / baseline_V).std()
-    assert write.NETWORK_PERCENT / noise_percent == pytest.approx(snr, rel=0.05)
+    assert signals.NETWORK_PERCENT / noise_percent == pytest.approx(snr, rel=0.05)
 
 
 def test_events_raise_their_network_at_their_time(simulated):
@@ -267,7 +270,7 @@ def test_events_raise_their_network_at_their_time(simulated):
     cohort = SyntheticCohort()
     planted_, others = [], []
     for (subject, session), course_TN in zip(cohort.runs(), simulated["networks"], strict=True):
-        for event in write.planted(cohort, subject, session)["events"]:
+        for event in truth.planted(cohort, subject, session)["events"]:
             first = round(event["onset_s"] / cohort.tr)
             course = course_TN[first : first + 20] - course_TN[first]
             if len(course) == 20:
@@ -286,9 +289,9 @@ def test_events_stand_in_a_bids_table(small):
     assert list(table.columns) == ["onset", "duration", "trial_type"]
     for row, event in zip(table.itertuples(), facts["events"], strict=True):
         assert (row.onset, row.duration, row.trial_type) == (event["onset_s"], event["length_s"], event["state"])
-        assert tuple(event["networks"]) == write.STATES[event["state"]]
-    pairs = {frozenset((a, b)) for pairs in write.TRAIT_PAIRS.values() for a, b, _ in pairs}
-    assert pairs.isdisjoint(map(frozenset, write.STATES.values()))
+        assert tuple(event["networks"]) == truth.STATES[event["state"]]
+    pairs = {frozenset((a, b)) for pairs in truth.TRAIT_PAIRS.values() for a, b, _ in pairs}
+    assert pairs.isdisjoint(map(frozenset, truth.STATES.values()))
 
 
 def test_artefacts_show_in_the_data_and_in_framewise_displacement(small):
@@ -320,7 +323,7 @@ def test_traits_are_balanced_and_of_the_subject_alone():
 
 @pytest.mark.parametrize("subject", range(1, 9))
 def test_connectivity_is_a_correlation_matrix(subject):
-    corr_NN = write.connectivity(0, subject)
+    corr_NN = truth.connectivity(0, subject)
     assert np.allclose(np.diag(corr_NN), 1) and np.allclose(corr_NN, corr_NN.T)
     assert np.linalg.eigvalsh(corr_NN).min() > 0.01
 
@@ -342,7 +345,7 @@ def test_pairs_that_carry_traits_do_not_overlap():
     map_NV = anatomy(8.0).map_NV
     unit_NV = map_NV / np.linalg.norm(map_NV, axis=1, keepdims=True)
     index = {name: i for i, name in enumerate(NETWORKS)}
-    for pairs in write.TRAIT_PAIRS.values():
+    for pairs in truth.TRAIT_PAIRS.values():
         assert all(unit_NV[index[a]] @ unit_NV[index[b]] < 0.05 for a, b, _ in pairs)
 
 

@@ -12,11 +12,8 @@ from hypothesis import strategies as st
 
 from shards.core.errors import ConfigError, RunRefused
 from slim.ranking.autoencoder import ExtractorConfig, Layout, MaskedAutoencoder, group_parcels
-from slim.ranking.extractor import (
-    Extractor,
-    standardise,
-    train_extractor,
-)
+from slim.ranking.extractor import Extractor, standardise
+from slim.ranking.extractor_training import train_extractor
 
 
 def structured_run(seed: int, parcels: int = 40, length: int = 200) -> tuple[np.ndarray, np.ndarray]:

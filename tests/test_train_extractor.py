@@ -15,7 +15,7 @@ from conversions import copy_cohort
 from shards.conversion import writer
 from shards.conversion.convert import ExtractorSettings
 from shards.core.cli import DONE, WRONG
-from shards.format import layout
+from shards.format import layout, sample
 from shards.format.reader import Dataset
 from slim.ranking.extractor import Extractor
 
@@ -25,7 +25,7 @@ FILES = ("config.json", "extractor.safetensors")
 def parcels_alone(folder: Path, splits: list[str], frames: int = 5, seed: int = 0) -> Path:
     """A dataset whose samples hold parcels and nothing else, all of them the same ones."""
     rng = np.random.default_rng(seed)
-    data = layout.pack({"roi": rng.standard_normal((12, 60)), "roi_centre": rng.uniform(-60, 60, (12, 3))})
+    data = sample.pack({"roi": rng.standard_normal((12, 60)), "roi_centre": rng.uniform(-60, 60, (12, 3))})
     same = {"cohort": "lab", "labels": {}, "tr": 0.72, "n_kept": 0, "zarr_size": len(data)}
     sessions = [
         {"key": f"lab{seed}_sub-{n:04}", "subject": str(n), "split": split, **same} for n, split in enumerate(splits)

@@ -40,7 +40,7 @@ def main() -> int:
     os.environ.update(dict.fromkeys(THREADS, "1"))  # before numpy is imported, and for the processes started here
     from benches import common
 
-    from shards.format import layout
+    from shards.core import files
 
     module = importlib.import_module(f"benches.{args.bench}")
     settings = check(module.Bench, override(module.SMALL if args.small else {}, args.settings), "command line")
@@ -56,7 +56,7 @@ def main() -> int:
     facts["requirements_met"] = f"{sum(ratio['met'] for ratio in required)} of {len(required)}"
     facts["time"] = duration(time.monotonic() - begun)
     if args.out:
-        layout.write_atomically(args.out, layout.dump(facts) + "\n")
+        files.write_atomically(args.out, files.dump(facts) + "\n")
     summary(facts, "", args.json)
     return DONE
 

@@ -65,8 +65,7 @@ def main() -> int:
     import torch
 
     from shards.conversion.session import assumptions
-    from shards.core.files import without_folders
-    from shards.format.layout import atomically, dump
+    from shards.core.files import atomically, dump, without_folders
     from slim.config import FinetuneSettings
     from slim.inference.slim_brain import SlimBrain
     from slim.inference.vectors import check_fixed, common_places, vectors

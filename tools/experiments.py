@@ -16,7 +16,7 @@ from learning.trials import LENGTHS, PARTS, RANKERS, TARGETS, VIEWS, Experiments
 
 from shards.core.cli import DONE, Parser, run, summary
 from shards.core.errors import ConfigError
-from shards.format.layout import dump, write_atomically
+from shards.core.files import dump, write_atomically
 
 
 def main() -> int:

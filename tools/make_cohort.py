@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from shards.core.cli import DONE, Parser, duration, progress, run, summary
-from shards.synthetic.write import SyntheticCohort, write_cohort
+from shards.synthetic.truth import SyntheticCohort
+from shards.synthetic.write import write_cohort
 
 
 def main() -> int:

@@ -19,7 +19,8 @@ from shards.core.cli import DONE, Parser, progress, run, summary
 from shards.core.errors import ConfigError
 from shards.core.settings import check
 from shards.format.reader import Dataset
-from slim.ranking.extractor import WEIGHTS_FILE, train_extractor
+from slim.ranking.extractor import WEIGHTS_FILE
+from slim.ranking.extractor_training import train_extractor
 
 
 def main() -> int:

@@ -35,6 +35,7 @@ from launchers.cluster.scheduler import (
     states,
 )
 from launchers.cluster.script import CHECK, Script, arguments, probe
+from shards.core import files
 from shards.core.cli import DONE, REFUSED, RESUME, WRONG, progress, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable_lines
@@ -161,7 +162,7 @@ class Chain:
                 "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
                 "command": command,
             }
-            layout.write_atomically(
+            files.write_atomically(
                 self._folder / conversion_task.PLACE / conversion_task.JOB, json.dumps(about, indent=1) + "\n"
             )
         facts: dict[str, Any] = {"dataset": str(self._folder), "runs": sum(map(len, parts)), "tasks": len(parts)}

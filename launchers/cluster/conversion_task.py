@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from launchers.cluster import noted
 from launchers.cluster.scheduler import last_error
+from shards.core import files
 from shards.core.cli import CRASHED, DONE, RESUME, WRONG, crashed, summary
 from shards.core.errors import Stopped, UserError
 from shards.format import layout
@@ -48,8 +49,8 @@ def hand_on(conversion: Conversion, tasks: int) -> list[list[str]]:
     parts = [part for task in range(tasks) if (part := keys[task::tasks])]
     place = conversion.folder / PLACE
     shutil.rmtree(place / _OUTCOME, ignore_errors=True)
-    layout.write_atomically(place / _PLAN, handover.dump(conversion) + "\n")
-    layout.write_atomically(place / _TASKS, json.dumps(parts) + "\n")
+    files.write_atomically(place / _PLAN, handover.dump(conversion) + "\n")
+    files.write_atomically(place / _TASKS, json.dumps(parts) + "\n")
     return parts
 
 
@@ -168,7 +169,7 @@ def main() -> int:
         found = {"status": CRASHED, "error": crashed(error, dataset / PLACE)}
     if "error" in found:
         print(f"error: {found['error']}", file=sys.stderr)
-    layout.write_atomically(own, json.dumps(found, default=str) + "\n")
+    files.write_atomically(own, json.dumps(found, default=str) + "\n")
     return int(found["status"])
 
 

@@ -17,7 +17,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from shards.cohorts.cohort_file import Cohort, CohortSettings, RunSource
+from shards.cohorts.cohort_file import Cohort, CohortSettings
+from shards.cohorts.scan import RunSource
 from shards.conversion.convert import Conversion, ConvertSettings
 from shards.core.errors import DatasetError, RunRefused
 from shards.core.settings import check

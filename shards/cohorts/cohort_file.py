@@ -6,8 +6,6 @@ names and the participants table.
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,13 +17,13 @@ from pydantic import Field, StrictInt, StrictStr, field_validator
 from shards.cohorts import bids, patterns
 from shards.cohorts.participants import Participants
 from shards.cohorts.patterns import FIELDS, pattern_regex
+from shards.cohorts.scan import RunSource
 from shards.core.errors import ConfigError, RunRefused
 from shards.core.files import printable
 from shards.core.settings import PathText, Settings, load
 
 __all__ = ["FIELDS", "Cohort", "CohortSettings", "RunSource", "find_cohort", "find_runs", "pattern_regex"]
 
-_LONGEST_KEY = 180  # characters: names of files made of a key stay below 255 bytes
 _LISTED = 10  # names in a note
 
 Label = StrictStr | StrictInt
@@ -82,52 +80,6 @@ class CohortSettings(Settings):
         if isinstance(value, int) and not 0 <= value <= 100:
             raise ValueError("auto or a number from 0 to 100")
         return value
-
-
-@dataclass(frozen=True)
-class RunSource:
-    """One BOLD run as it lies on disk, before anything of it is read."""
-
-    cohort: str
-    subject: str
-    session: str
-    task: str
-    run: str
-    bold: Path
-    source: str  # `bold` relative to the cohort's root
-    space: str | None  # None: not stated
-    variant: str = ""  # what else tells runs apart in BIDS, such as acq-mb3_dir-AP
-    people: str = ""  # whose subjects they are; the cohort's own where empty
-    mask: Path | None = None
-    confounds: Path | None = None
-    orientation: str | None = None
-    tr: float | None = None  # seconds, overrides the header
-    dummy: Literal["auto"] | int = "auto"
-    labels: dict[str, Any] = field(default_factory=dict)
-    stated: str = "in the cohort file"  # where what is said of the run is written, for hints
-    problem: RunRefused | None = None  # why it cannot be converted, where its name alone tells
-
-    @property
-    def key(self) -> str:
-        """The sample's key: unique in a dataset, free of dots and slashes (WebDataset splits names there)."""
-        named = (("ses", self.session), ("task", self.task), ("", self.variant), ("run", self.run))
-        parts = [self.cohort, f"sub-{self.subject}"]
-        parts += [f"{short}-{value}" if short else value for short, value in named if value]
-        name = "_".join(parts)
-        key = re.sub(r"[^A-Za-z0-9_-]", "-", name)
-        if len(key) <= _LONGEST_KEY:
-            return key
-        return f"{key[: _LONGEST_KEY - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-
-    @property
-    def says_mni(self) -> bool:
-        """Whether the cohort file, or the name of the file as BIDS has it, says that the run is in MNI space."""
-        return self.space == "MNI" or re.search(r"(^|_)space-MNI", self.bold.name) is not None
-
-    @property
-    def person(self) -> tuple[str, str]:
-        """Who was scanned: equal for the same subject of cohorts that share people."""
-        return self.people or self.cohort, self.subject
 
 
 @dataclass(frozen=True)

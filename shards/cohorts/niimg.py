@@ -21,7 +21,8 @@ import numpy as np
 from nibabel.spatialimages import SpatialImage
 
 from shards.cohorts.bids import files_beside, sidecars, top_folder
-from shards.cohorts.cohort_file import CohortSettings, RunSource
+from shards.cohorts.cohort_file import CohortSettings
+from shards.cohorts.scan import RunSource
 from shards.core.errors import ArgumentError, ConfigError, RunRefused, UserError
 from shards.core.nifti import affine_mm, open_image
 from shards.core.settings import check

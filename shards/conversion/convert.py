@@ -26,7 +26,8 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import Field
 
-from shards.cohorts.cohort_file import Cohort, RunSource, find_cohort
+from shards.cohorts.cohort_file import Cohort, find_cohort
+from shards.cohorts.scan import RunSource
 from shards.conversion import writer
 from shards.conversion.session import (
     Parcels,
@@ -38,11 +39,12 @@ from shards.conversion.session import (
     is_harmonised,
 )
 from shards.conversion.splits import Person, SplitSettings, assign, read_table, write_table
+from shards.core import files
 from shards.core.cli import progress
 from shards.core.errors import ConfigError, DatasetError, RunRefused, Stopped, is_full
 from shards.core.settings import Settings, digest
 from shards.core.workers import end_with_parent, why_no_workers
-from shards.format import layout
+from shards.format import layout, sample
 from shards.format.reader import Dataset
 
 S = TypeVar("S")
@@ -165,7 +167,7 @@ class Conversion:
             for left_over in self.work.rglob(".*.tmp"):  # by a process that was killed while it wrote
                 left_over.unlink()
             if not (self.work / "configuration").exists():
-                layout.write_atomically(self.work / "configuration", self.hash)
+                files.write_atomically(self.work / "configuration", self.hash)
             if self.retry:
                 self.refused_before = {}
                 shutil.rmtree(self.work / "failed", ignore_errors=True)
@@ -391,7 +393,7 @@ class Conversion:
 
     def write_refused(self) -> None:
         """Write `failed.jsonl` where nothing else can be written."""
-        layout.write_atomically(self.folder / layout.FAILED, layout.dump_lines(self.refused()))
+        files.write_atomically(self.folder / layout.FAILED, files.dump_lines(self.refused()))
 
     def _changed(self, sessions: list[dict[str, Any]], failed: list[dict[str, Any]]) -> bool:
         def identity(lines: Iterable[dict[str, Any]]) -> list[tuple[str, str, str]]:
@@ -405,7 +407,7 @@ class Conversion:
     def _members(self, session: dict[str, Any]) -> tuple[bytes, bytes]:
         """Bytes of a session's two members, from `work/` or from the dataset as it is."""
         inner = ("shard", "json_offset", "json_size", "zarr_offset", "zarr_size", "fingerprint")
-        meta = layout.dump({name: value for name, value in session.items() if name not in inner}).encode()
+        meta = files.dump({name: value for name, value in session.items() if name not in inner}).encode()
         _, data_path = writer.member_paths(self.folder, session["key"])
         if data_path.exists():
             return meta, data_path.read_bytes()
@@ -418,7 +420,7 @@ class Conversion:
         _, data_path = writer.member_paths(self.folder, run.key)
         if data_path.exists():
             with open(data_path, "rb") as file:
-                return layout.unpack(file, str(data_path), names)
+                return sample.unpack(file, str(data_path), names)
         assert self.previous is not None
         return self.previous.read(self.before[run.key], names)
 
@@ -485,7 +487,7 @@ class Conversion:
                             if refused is None:
                                 self._refusal_path(run).unlink(missing_ok=True)
                             else:
-                                layout.write_atomically(self._refusal_path(run), layout.dump(refused) + "\n")
+                                files.write_atomically(self._refusal_path(run), files.dump(refused) + "\n")
                         advance(1, run.key if refused is None else f"{run.key} refused: {refused['reason']}")
         except BrokenProcessPool:
             raise Stopped(

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from shards.cohorts.cohort_file import RunSource
+from shards.cohorts.scan import RunSource
 from shards.conversion.convert import Conversion
 from shards.conversion.session import assumptions, survey
 from shards.core.cli import progress

@@ -19,12 +19,12 @@ import numpy as np
 from pydantic import Field, field_serializer, field_validator
 
 from shards.cohorts.bids import sidecars
-from shards.cohorts.cohort_file import RunSource
+from shards.cohorts.scan import RunSource
 from shards.conversion import writer
-from shards.core import nifti
+from shards.core import files, nifti
 from shards.core.errors import RunRefused
 from shards.core.settings import Settings, digest
-from shards.format import layout
+from shards.format import layout, sample
 from shards.format.grid import Grid
 from shards.format.patches import gather, parcel_means
 from shards.preprocessing import quality
@@ -75,7 +75,7 @@ class ParcelSettings(Settings):
         """An image is written down by its content: one that was changed makes another configuration."""
         if image is None:
             return None
-        return {"name": image.name, "sha256": layout.sha256(image)}
+        return {"name": image.name, "sha256": files.sha256(image)}
 
 
 class SessionSettings(Settings):
@@ -198,8 +198,8 @@ def convert(
             return None
         made = _converted(run, session, settings, ranker)
         meta_path, data_path = writer.member_paths(folder, run.key)
-        layout.write_atomically(data_path, made.data)
-        layout.write_atomically(meta_path, layout.dump(made.meta | {"fingerprint": stamp}) + "\n")
+        files.write_atomically(data_path, made.data)
+        files.write_atomically(meta_path, files.dump(made.meta | {"fingerprint": stamp}) + "\n")
         path.unlink(missing_ok=True)
     except RunRefused as refused:
         return {
@@ -232,7 +232,7 @@ class Converted:
         self, session: dict[str, Any], names: Iterable[str] | None = None, windows: Iterable[int] | None = None
     ) -> dict[str, np.ndarray]:
         """Arrays of its session, the only one; as `shards.format.reader.Dataset.read`."""
-        return layout.unpack(io.BytesIO(self.data), session["source"], names, windows)
+        return sample.unpack(io.BytesIO(self.data), session["source"], names, windows)
 
 
 def convert_run(run: RunSource, settings: SessionSettings, parcels: Parcels, ranker: Ranker) -> Converted:
@@ -260,7 +260,7 @@ class _Session:
         """Keep it until it is ranked; brain voxels only, uncompressed."""
         arrays: dict[str, Any] = {
             "fingerprint": stamp,
-            "meta": layout.dump(self.meta),
+            "meta": files.dump(self.meta),
             "roi": self.roi_RT,
             "roi_centre": self.centre_R3,
             "roi_number": self.number_R,
@@ -269,7 +269,7 @@ class _Session:
             "raw": self.result.raw_TN,
             "repeated": self.result.repeated_T,
         }
-        with layout.atomically(path) as file:
+        with files.atomically(path) as file:
             np.savez(file, **arrays)
 
 
@@ -340,7 +340,7 @@ def _harmonise(run: RunSource, settings: SessionSettings, parcels: Parcels) -> _
 
 def _converted(run: RunSource, session: _Session, settings: SessionSettings, ranker: Ranker) -> Converted:
     arrays = _ranked(run, session, settings, ranker)
-    data = layout.pack(arrays)
+    data = sample.pack(arrays)
     meta = session.meta | {"zarr_size": len(data), "n_kept": len(arrays["start"])}
     return Converted(meta, data, settings.grid.grid())
 
@@ -376,7 +376,7 @@ def _ranked(run: RunSource, session: _Session, settings: SessionSettings, ranker
         "roi_centre": session.centre_R3,
         "roi_number": session.number_R,
         "carpet": quality.carpet(result.raw_TN, result.brain_XYZ),
-        **layout.encode_windows(result.windows(start_K, frames), spread_PV),
+        **sample.encode_windows(result.windows(start_K, frames), spread_PV),
         "start": start_K.astype(np.int32),
         "saliency": scores_W[rank_K],
         **parts,

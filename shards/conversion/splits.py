@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from shards.cohorts.cohort_file import RunSource
+from shards.cohorts.scan import RunSource
+from shards.core import files
 from shards.core.errors import ConfigError, DatasetError, RunRefused
 from shards.core.settings import Settings
 from shards.format import layout
@@ -232,4 +233,4 @@ def read_table(folder: Path) -> dict[Person, str]:
 def write_table(folder: Path, splits: Mapping[Person, str]) -> None:
     """Write down who was put where."""
     lines = ["\t".join(_COLUMNS), *("\t".join([*person, split]) for person, split in sorted(splits.items()))]
-    layout.write_atomically(folder / layout.SPLITS_TABLE, "".join(f"{line}\n" for line in lines))
+    files.write_atomically(folder / layout.SPLITS_TABLE, "".join(f"{line}\n" for line in lines))

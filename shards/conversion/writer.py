@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.conversion.splits import SPLITS
+from shards.core import files
 from shards.format import layout
 
 _MARKER = "commit"
@@ -74,11 +75,11 @@ def pack(
                     "split": split,
                     "samples": len(part),
                     "bytes": path.stat().st_size,
-                    "sha256": layout.sha256(path),
+                    "sha256": files.sha256(path),
                 }
             )
             lines += _locate(path, part)
-    layout.sync_folder(following / layout.SHARDS)
+    files.sync_folder(following / layout.SHARDS)
     lines.sort(key=lambda line: line["key"])
     counts = Counter(line["split"] for line in lines)
     subjects = {
@@ -91,10 +92,10 @@ def pack(
         "subjects": subjects,
         "failed": len(failed),
     }
-    layout.write_atomically(following / layout.SESSIONS, layout.dump_lines(lines))
-    layout.write_atomically(following / layout.FAILED, layout.dump_lines(failed))
-    layout.write_atomically(following / layout.MANIFEST, layout.dump(manifest) + "\n")
-    layout.write_atomically(folder / layout.WORK / _MARKER, "")
+    files.write_atomically(following / layout.SESSIONS, files.dump_lines(lines))
+    files.write_atomically(following / layout.FAILED, files.dump_lines(failed))
+    files.write_atomically(following / layout.MANIFEST, files.dump(manifest) + "\n")
+    files.write_atomically(folder / layout.WORK / _MARKER, "")
     finish_commit(folder)
     return manifest
 
@@ -113,7 +114,7 @@ def finish_commit(folder: Path) -> None:
     for name in (layout.SESSIONS, layout.FAILED, layout.MANIFEST):
         if (following / name).exists():
             (following / name).rename(folder / name)
-    layout.sync_folder(folder)
+    files.sync_folder(folder)
     marker.unlink()
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(following, ignore_errors=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 _HEAD = 512  # bytes looked at
 _GZIP, _ZSTD, _ZIP, _BZIP2, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"BZh", b"\xfd7zXZ"
@@ -135,3 +140,52 @@ def _packing(path: Path, head: bytes) -> Trouble | None:
         hint = "Rename it to .nii if it is an image, or download it again"
         return Trouble(got, what, hint)
     return None
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file so that it is there whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:  # a full disk, a stop: nothing is left beside what was there
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file `atomically`."""
+    with atomically(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dump(tree: Any) -> str:
+    """JSON as this project writes it: sorted keys, so equal content gives equal bytes."""
+    return json.dumps(tree, sort_keys=True, ensure_ascii=False)
+
+
+def dump_lines(trees: Iterable[Any]) -> str:
+    """The content of a JSON-lines file."""
+    return "".join(dump(tree) + "\n" for tree in trees)

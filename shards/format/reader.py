@@ -15,7 +15,7 @@ import numpy as np
 from upath import UPath
 
 from shards.core.errors import DatasetError, SampleCorrupt, Stopped
-from shards.format import layout, manifest, remote
+from shards.format import layout, manifest, remote, sample
 from shards.format.byte_range import LocalSpan
 from shards.format.grid import Grid
 
@@ -85,7 +85,7 @@ class Dataset:
     def read(
         self, session: dict[str, Any], names: Iterable[str] | None = None, windows: Iterable[int] | None = None
     ) -> dict[str, np.ndarray]:
-        """Arrays of one session; see `shards.format.layout.unpack`.
+        """Arrays of one session; see `shards.format.sample.unpack`.
 
         Raises
         ------
@@ -109,15 +109,15 @@ class Dataset:
         if isinstance(path, UPath):
             names, windows = (None if wanted is None else [*wanted] for wanted in (names, windows))
             far = remote.RemoteSpan(path, session["zarr_offset"], session["zarr_size"], where)
-            far.fetch_members(lambda members: layout.members_read(members, names, windows))
+            far.fetch_members(lambda members: sample.members_read(members, names, windows))
             with io.BufferedReader(far, 1 << 16) as file:
-                return layout.unpack(file, where, names, windows)
+                return sample.unpack(file, where, names, windows)
         try:
             span = LocalSpan(path, session["zarr_offset"], session["zarr_size"])
         except OSError as error:
             raise SampleCorrupt(where, "", error.strerror or "unreadable", "a shard") from None
         with io.BufferedReader(span, 1 << 16) as file:
-            return layout.unpack(file, where, names, windows)
+            return sample.unpack(file, where, names, windows)
 
 
 def away(folder: str | Path | UPath) -> str | None:

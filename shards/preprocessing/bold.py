@@ -18,7 +18,7 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt
 
 from shards.cohorts.bids import sidecars
-from shards.cohorts.cohort_file import RunSource
+from shards.cohorts.scan import RunSource
 from shards.core import nifti
 from shards.core.errors import RunRefused
 from shards.core.files import trouble

@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from scipy import ndimage, sparse
 
-from shards.cohorts.cohort_file import RunSource
+from shards.cohorts.scan import RunSource
 from shards.core import nifti
 from shards.core.errors import RunRefused
 from shards.core.settings import Settings

@@ -18,6 +18,7 @@ import numpy as np
 
 from shards.conversion.session import assumptions, by_assumption
 from shards.conversion.splits import SPLITS
+from shards.core import files
 from shards.format import layout
 from shards.format.grid import Grid
 from shards.format.reader import Dataset
@@ -65,7 +66,7 @@ def write(folder: str | Path) -> Path:
             html.section("Sessions to look at", *_examples(dataset, outlying)),
         )
     path = dataset.folder / layout.REPORT / "index.html"
-    layout.write_atomically(path, content)
+    files.write_atomically(path, content)
     return path
 
 

@@ -38,10 +38,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shards.core.errors import Stopped, UserError, is_full
-from shards.core.files import printable, share
+from shards.core.files import dump, printable, share, sync_folder, write_atomically
 from shards.core.room import has_room
 from shards.core.settings import shown
-from shards.format.layout import dump, sync_folder, write_atomically
 from slim.checkpoints.run_folder import ABOUT_RUN, SEEN
 
 COMPLETE, LATEST, WEIGHTS = "COMPLETE", "latest", "weights.safetensors"

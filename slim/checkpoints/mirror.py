@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from shards.core.errors import UserError
-from shards.format.layout import write_atomically
+from shards.core.files import write_atomically
 from slim.checkpoints import checkpoint, run_folder
 from slim.checkpoints.run_folder import CHECKPOINTS, METRICS, SEEN, SKIPPED, WANDB_ID
 

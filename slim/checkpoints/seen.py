@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.core.errors import ConfigError
-from shards.format.layout import dump, write_atomically
+from shards.core.files import dump, write_atomically
 from slim.checkpoints.run_folder import SEEN
 
 _DIGITS = 24  # of a hash: 96 bits

@@ -24,6 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 from torch import nn
 
+from shards.core import files
 from shards.core.errors import ConfigError, DatasetError
 from shards.core.files import printable
 from shards.core.settings import check
@@ -351,7 +352,7 @@ def _compared(folder: Path) -> list[str]:
             raise CheckpointError(folder / SUMS, "", f"no checksum of {name}", "one of every file", _AGAIN)
         if not path.is_file():
             raise CheckpointError(path, "", "no such file", f"the file that {SUMS} lists", _AGAIN)
-        found = layout.sha256(path)
+        found = files.sha256(path)
         if found != listed[name]:
             raise CheckpointError(path, "SHA-256", found[:12], listed[name][:12], _AGAIN)
     return list(listed)

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from shards.format.layout import dump, write_atomically
+from shards.core.files import dump, write_atomically
 from shards.format.reader import Dataset
 from slim.evaluation import baselines as baseline
 from slim.evaluation import metrics, results

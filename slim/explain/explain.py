@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shards.core.errors import ConfigError
-from shards.format.layout import dump, write_atomically
+from shards.core.files import dump, write_atomically
 from shards.format.patches import scatter
 from shards.format.reader import Dataset
 from shards.reporting import html, quality_figures

@@ -17,8 +17,8 @@ import numpy as np
 from nibabel.affines import apply_affine
 from scipy.ndimage import gaussian_filter
 
+from shards.core.files import write_atomically
 from shards.format.grid import Grid
-from shards.format.layout import write_atomically
 from shards.format.patches import scatter
 from shards.reporting import html
 from slim.explain.integrated_gradients import Attribution, Start

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from shards.core.errors import ConfigError
+from shards.core.files import dump, write_atomically
 from shards.core.settings import digest
-from shards.format.layout import dump, write_atomically
 from shards.format.reader import Dataset
 
 ANSWERS = "answers.json"

@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shards.core.files import share
-from shards.format.layout import atomically
+from shards.core.files import atomically, share
 from slim.checkpoints import checkpoint
 from slim.checkpoints.checkpoint import BEST, CheckpointError
 from slim.checkpoints.seen import Seen

@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save as save_tensors
 
 from shards.core.errors import ConfigError, DatasetError, Stopped, is_full
+from shards.core.files import sha256, sync_folder
 from shards.core.room import has_room
-from shards.format.layout import read_manifest, sha256, sync_folder
+from shards.format.layout import read_manifest
 from shards.preprocessing.confounds import CleanSettings
 from slim import __version__
 from slim.checkpoints.weights import CARD, CONFIG, EXTRACTOR, FORMAT, HEAD, MODEL, PARCELS, SUMS

@@ -12,11 +12,11 @@ from typing import Any
 
 from shards.conversion.session import Parcels, SessionSettings
 from shards.core.errors import ConfigError
+from shards.core.files import sha256
 from shards.core.settings import check
-from shards.format.layout import sha256
 from slim.ranking.extractor import Extractor
 from slim.ranking.parcels import make_parcels
-from slim.ranking.saliency import Ranker, make_ranker
+from slim.ranking.rankers import Ranker, make_ranker
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.core import files
 from shards.core.errors import ConfigError, UserError
 from shards.core.files import without_folders
 from shards.format import layout
@@ -84,7 +85,7 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
             html.section("Configuration", html.folded("config.yaml, as merged", merged)),
         )
     path = folder / layout.REPORT / "index.html"
-    layout.write_atomically(path, content)
+    files.write_atomically(path, content)
     return path
 
 

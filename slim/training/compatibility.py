@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shards.core.errors import ConfigError
-from shards.format.layout import write_atomically
+from shards.core.files import write_atomically
 from slim.checkpoints.checkpoint import CheckpointError, facts, tag
 from slim.checkpoints.run_folder import CONFIGS
 from slim.config import PretrainSettings, TrainSettings, load_run

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.format.layout import write_atomically
+from shards.core.files import write_atomically
 from slim.checkpoints.run_folder import METRICS
 from slim.training.tracking import Tracking
 

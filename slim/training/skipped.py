@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from shards.core.errors import UserError
-from shards.format.layout import dump_lines, write_atomically
+from shards.core.files import dump_lines, write_atomically
 from slim.checkpoints.run_folder import SKIPPED
 from slim.training.metrics import read_metrics
 

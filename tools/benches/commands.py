@@ -21,7 +21,8 @@ from launchers.job import KEEP_FREED
 from shards.core.errors import UserError
 from shards.core.settings import Settings
 from shards.format.grid import Grid
-from shards.synthetic.write import SyntheticCohort, write_cohort
+from shards.synthetic.truth import SyntheticCohort
+from shards.synthetic.write import write_cohort
 from slim.config import load_config
 from slim.model.geometry import geometry_of
 

@@ -44,6 +44,7 @@ from launchers.job import KEEP_FREED
 from shards.format import layout
 from shards.format.byte_range import LocalSpan
 from shards.format.reader import Dataset
+from shards.format.sample import members_read
 from shards.format.stream import MicroBatches, Stream
 from slim.config import load_config
 from slim.data.collate import collate, load_batch
@@ -106,7 +107,7 @@ class Loading:
             path = self.dataset.folder / layout.SHARDS / session["shard"]
             with io.BufferedReader(LocalSpan(path, session["zarr_offset"], session["zarr_size"])) as file:
                 archive = zipfile.ZipFile(file)
-                members = layout.members_read(archive.namelist(), (*NAMES, "windows"), ranks)
+                members = members_read(archive.namelist(), (*NAMES, "windows"), ranks)
                 found.append(sum(archive.getinfo(member).compress_size for member in members))
         return found
 

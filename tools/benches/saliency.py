@@ -38,9 +38,9 @@ from benches.simulate import SNR, Run, simulate
 from shards.core.settings import Settings
 from shards.format.grid import Grid
 from shards.format.patches import parcel_means
-from slim.ranking.extractor import train_extractor
+from slim.ranking.extractor_training import train_extractor
 from slim.ranking.parcels import parcels_from_mask
-from slim.ranking.saliency import Ranker, make_ranker
+from slim.ranking.rankers import Ranker, make_ranker
 
 FRAMES = 5  # of a window
 LENGTHS = (300, 600, 1200, 2400)  # frames of the runs that are timed

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shards.format.layout import atomically
+from shards.core.files import atomically
 from shards.format.reader import Dataset
 from slim.evaluation import metrics, probe
 from slim.evaluation.task import Cases, Task, find_cases, make_splits

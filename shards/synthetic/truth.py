@@ -1,0 +1,243 @@
+"""What is planted in the synthetic cohort: networks and their coupling, traits of subjects, states.
+
+Sizes are in mm and s. Everything is drawn from the seed of the cohort, its subject and its session."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from shards.core.errors import ConfigError
+
+SPACE = "MNI152NLin2009cAsym"
+
+GENERATOR = "SLIM-Brain synthetic cohort"
+
+RECIPE = 2  # raise it when the same parameters no longer give the same bytes
+
+
+def _both(x: int, y: int, z: int) -> list[tuple[int, int, int]]:
+    """A focus in either hemisphere."""
+    return [(-x, y, z), (x, y, z)]
+
+
+# Foci of each network, MNI mm.
+NETWORKS: dict[str, list[tuple[int, int, int]]] = {
+    "visual": [*_both(10, -90, 2), *_both(40, -74, -2)],
+    "somatomotor-hand": [*_both(38, -26, 56), (0, -18, 62)],
+    "somatomotor-face": [*_both(54, -8, 32)],
+    "auditory": [*_both(54, -22, 8)],
+    "dorsal-attention": [*_both(26, -60, 54), *_both(26, -4, 54)],
+    "salience": [(0, 18, 42), *_both(38, 18, -2), *_both(28, 46, 26)],
+    "frontoparietal-left": [(-42, 26, 32), (-46, -52, 46), (-58, -44, -8)],
+    "frontoparietal-right": [(42, 26, 32), (46, -52, 46), (58, -44, -8)],
+    "default": [(0, -54, 28), (0, 52, 2), *_both(46, -66, 32)],
+    "limbic": [*_both(24, -8, -22), *_both(38, 10, -34), (0, 34, -18)],
+    "subcortical": [*_both(12, -18, 8), *_both(22, 4, 2)],
+    "cerebellar": [*_both(28, -66, -38), (0, -58, -20)],
+}
+
+# Mean correlations in the population; pairs that are not named have `USUAL_CORRELATION`.
+EVENT_EVERY_S, ARTEFACT_EVERY_FRAMES = 20.0, 40
+
+USUAL_CORRELATION = 0.05
+
+CORRELATIONS = {
+    ("visual", "somatomotor-hand"): 0.3,
+    ("visual", "auditory"): 0.2,
+    ("visual", "dorsal-attention"): 0.3,
+    ("somatomotor-hand", "somatomotor-face"): 0.4,
+    ("somatomotor-face", "auditory"): 0.4,
+    ("dorsal-attention", "salience"): 0.2,
+    ("frontoparietal-left", "frontoparietal-right"): 0.4,
+    ("default", "limbic"): 0.2,
+    ("default", "dorsal-attention"): -0.3,
+    ("default", "salience"): -0.2,
+    ("subcortical", "cerebellar"): 0.3,
+}
+
+# What an event is: networks that rise together. No pair of them carries a trait.
+STATES = {
+    "look": ("visual", "dorsal-attention"),
+    "move": ("somatomotor-hand", "subcortical"),
+    "listen": ("auditory", "somatomotor-face"),
+    "think": ("frontoparietal-left", "frontoparietal-right"),
+    "remember": ("default", "limbic"),
+    "startle": ("salience", "cerebellar"),
+}
+
+# A trait raises three pairs and lowers three, and each network is in one pair only: so the matrix bears large
+# effects and stays positive definite. The pairs lie apart in the brain, because where two maps overlap their
+# correlation would show in a voxel's variance.
+TRAIT_PAIRS: dict[str, list[tuple[str, str, int]]] = {
+    "group": [
+        ("visual", "salience", 1),
+        ("somatomotor-hand", "cerebellar", -1),
+        ("somatomotor-face", "default", 1),
+        ("auditory", "dorsal-attention", -1),
+        ("frontoparietal-left", "subcortical", 1),
+        ("frontoparietal-right", "limbic", -1),
+    ],
+    "score": [
+        ("visual", "somatomotor-face", 1),
+        ("somatomotor-hand", "salience", -1),
+        ("auditory", "default", 1),
+        ("dorsal-attention", "cerebellar", -1),
+        ("frontoparietal-left", "limbic", 1),
+        ("frontoparietal-right", "subcortical", -1),
+    ],
+}
+
+GROUP_EFFECT = 0.25  # on a pair's correlation, + in one group and - in the other
+
+SCORE_EFFECT = 0.38  # the same per unit of the score
+
+GROUPS = ("A", "B")
+
+FINGERPRINT_SD = 0.22  # of a pair's correlation over subjects, traits apart
+
+
+@dataclass(frozen=True)
+class SyntheticCohort:
+    """Size and sampling of a synthetic cohort.
+
+    Parameters
+    ----------
+    subjects, sessions, frames : int
+        Subjects, sessions of each, frames of each session (at least 20).
+    voxel_mm : float
+        Edge of a voxel, 1 to 20 mm.
+    tr : float
+        Repetition time, seconds, at most 10.
+    snr : float
+        RMS over the brain of network activity, over the SD of the noise, of a voxel.
+    seed : int
+        At least 0.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range.
+    """
+
+    subjects: int = 24
+    sessions: int = 2
+    frames: int = 120
+    voxel_mm: float = 8.0
+    tr: float = 0.72
+    snr: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("subjects", self.subjects >= 1, "at least 1"),
+            ("sessions", self.sessions >= 1, "at least 1"),
+            ("frames", 20 <= self.frames <= 32_767, "20 to 32767, what a NIfTI-1 header can hold"),
+            ("voxel-mm", 1 <= self.voxel_mm <= 20, "1 to 20 mm"),
+            ("tr", 0 < self.tr <= 10, "more than 0 and at most 10 s"),
+            ("snr", 0 < self.snr < float("inf"), "a number above 0"),
+            ("seed", self.seed >= 0, "at least 0"),
+        ):
+            if not good:
+                got = getattr(self, name.replace("-", "_"))
+                raise ConfigError("command line", f"--{name}", got, expected)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(subject, session) of every run, both counted from 1."""
+        return [(i, j) for i in range(1, self.subjects + 1) for j in range(1, self.sessions + 1)]
+
+
+def rng_of(seed: int, purpose: str, *indices: int) -> np.random.Generator:
+    """A generator of its own for each purpose: drawing more for one changes no other."""
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *indices])
+
+
+def traits(seed: int, subject: int) -> tuple[str, float]:
+    """A subject's `group` and `score`; subjects 1 and 2, 3 and 4 ... are of different groups."""
+    flip = int(rng_of(seed, "group", (subject - 1) // 2).integers(2))
+    score = float(np.clip(rng_of(seed, "score", subject).standard_normal(), -2, 2))
+    return GROUPS[(subject + flip) % 2], round(score, 4)
+
+
+def connectivity(seed: int, subject: int) -> np.ndarray:
+    """A subject's correlations among the networks, (N, N): population, fingerprint and traits together."""
+    index = {name: i for i, name in enumerate(NETWORKS)}
+    count = len(index)
+    corr_NN = np.full((count, count), USUAL_CORRELATION)
+    for (a, b), value in CORRELATIONS.items():
+        corr_NN[index[a], index[b]] = corr_NN[index[b], index[a]] = value
+    upper = np.triu(rng_of(seed, "fingerprint", subject).normal(0, FINGERPRINT_SD, (count, count)), 1)
+    corr_NN += upper + upper.T
+    group, score = traits(seed, subject)
+    effects = {"group": GROUP_EFFECT if group == GROUPS[0] else -GROUP_EFFECT, "score": SCORE_EFFECT * score}
+    for trait, effect in effects.items():
+        for a, b, sign in TRAIT_PAIRS[trait]:
+            corr_NN[index[a], index[b]] += sign * effect
+            corr_NN[index[b], index[a]] += sign * effect
+    np.fill_diagonal(corr_NN, 1.0)
+    values, vectors = np.linalg.eigh(corr_NN)
+    corr_NN = (vectors * np.maximum(values, 0.05)) @ vectors.T
+    sd_N = np.sqrt(np.diag(corr_NN))
+    return corr_NN / np.outer(sd_N, sd_N)
+
+
+def planted(cohort: SyntheticCohort, subject: int, session: int) -> dict[str, list[dict[str, Any]]]:
+    """The events and artefacts of a run, as they stand in `truth.json`.
+
+    Returns
+    -------
+    dict
+        `events`: state, its networks, onset_s after frame 0, length_s, amplitude (peak of the response in SDs of the
+        networks' ongoing activity). `artefacts`: kind (`rim`: motion; `global`: motion and a drop of the
+        whole brain's signal), frame (counted from 0), frames (1 or 2).
+    """
+    rng = rng_of(cohort.seed, "events", subject, session)
+    seconds = cohort.frames * cohort.tr
+    usable = max(seconds - 8, seconds / 2)  # the response peaks some five seconds after the onset
+    count = max(1, round(seconds / EVENT_EVERY_S))
+    events = []
+    for k in range(count):
+        state = str(rng.choice(list(STATES)))
+        events.append(
+            {
+                "state": state,
+                "networks": list(STATES[state]),
+                "onset_s": round(usable * (k + rng.uniform(0.05, 0.75)) / count, 2),
+                "length_s": round(rng.uniform(1.5, 5), 2),
+                "amplitude": round(rng.uniform(1.8, 3), 2),
+            }
+        )
+
+    rng = rng_of(cohort.seed, "artefacts", subject, session)
+    count = max(1, round(cohort.frames / ARTEFACT_EVERY_FRAMES))
+    artefacts = []
+    for k in range(count):
+        first, last = (cohort.frames * (k + share) / count for share in (0.15, 0.85))
+        artefacts.append(
+            {
+                "kind": str(rng.choice(["rim", "global"])),
+                "frame": int(rng.uniform(first, last)),
+                "frames": int(rng.integers(1, 3)),
+            }
+        )
+    return {"events": events, "artefacts": artefacts}
+
+
+def truth(cohort: SyntheticCohort) -> dict[str, Any]:
+    """Everything that is planted in a cohort, as `truth.json` holds it."""
+    subjects: dict[str, Any] = {}
+    for subject in range(1, cohort.subjects + 1):
+        group, score = traits(cohort.seed, subject)
+        sessions = {f"ses-{j}": planted(cohort, subject, j) for j in range(1, cohort.sessions + 1)}
+        subjects[f"sub-{subject:02d}"] = {"group": group, "score": score, "sessions": sessions}
+    return {
+        "generator": GENERATOR,
+        "recipe": RECIPE,
+        "parameters": asdict(cohort),
+        "networks": [{"name": name, "centres_mm": foci} for name, foci in NETWORKS.items()],
+        "trait_pairs": TRAIT_PAIRS,
+        "subjects": subjects,
+    }
