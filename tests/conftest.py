@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
-from runs import FRAMES, brain, oblique, save, signal
 
+from helpers.commands import GRID, ROOT, Command, run_command
+from helpers.scans import FRAMES, brain, oblique, save, signal
 from shards.core import files
 from shards.format import layout
 from shards.reporting import dataset_page
 
-ROOT = Path(__file__).parent.parent
 # How long an example takes says how busy the machine is.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
-Command = Callable[..., subprocess.CompletedProcess]
-
-
-def run_command(*words: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    """Run a tool of this project as a user would, from the repository's root."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
-    )
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -55,9 +44,6 @@ def alone() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def command() -> Command:
     return run_command
-
-
-GRID = ("grid.mm=16", "grid.shape=[16,16,16]")
 
 
 @pytest.fixture(scope="session")

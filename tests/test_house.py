@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import run_command
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from helpers.commands import ROOT, run_command
 from launchers.cluster.scheduler import SlurmSettings
 from shards.cohorts.cohort_file import CohortSettings
 from shards.conversion.convert import ConvertSettings
 from slim.config import FinetuneSettings, PretrainSettings, load_config
 
-ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "shards": set(),
     "slim": {"shards"},
@@ -26,6 +25,14 @@ MAY_IMPORT = {
     "tools": {"launchers", "slim", "shards"},
 }
 OURS = set(MAY_IMPORT)
+# The packages of each, in the order of the method: each imports only those before it.
+ORDER = {
+    "shards": ("core", "format", "cohorts", "preprocessing", "conversion", "reporting", "synthetic"),
+    "slim": (
+        *("config", "ranking", "model", "data", "checkpoints", "training", "pretrain", "planning", "inference"),
+        *("evaluation", "finetune", "explain", "reporting"),
+    ),
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -44,8 +51,54 @@ def test_imports_point_one_way(package: str) -> None:
         assert imports(path) & OURS - {package} <= MAY_IMPORT[package], path
 
 
+def modules_imported(path: Path) -> set[str]:
+    """Modules of this project that a file imports, anywhere in it: `slim.model.hiera`, also as `from slim.model`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in OURS:
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.split(".")[0] in OURS}
+    return found
+
+
+@pytest.mark.parametrize("top", ORDER)
+def test_packages_import_only_those_before_them(top: str) -> None:
+    order, checked = ORDER[top], 0
+    for path in (ROOT / top).rglob("*.py"):
+        package = path.relative_to(ROOT / top).parts[0].removesuffix(".py")
+        if package not in order:  # documented import paths: one line each
+            assert package in ("__init__", "features", "reader"), path
+            continue
+        for module in modules_imported(path):
+            _, other, *_ = [*module.split("."), ""]
+            if module.startswith(f"{top}.") and other in order:
+                assert order.index(other) <= order.index(package), f"{path} imports {module}"
+                checked += 1
+    assert checked > 50
+
+
+def test_inference_needs_nothing_of_training() -> None:
+    code = (
+        "import pkgutil, importlib, sys, slim.inference as package\n"
+        "for module in pkgutil.iter_modules(package.__path__):\n"
+        "    importlib.import_module(f'slim.inference.{module.name}')\n"
+        "heavy = ('deepspeed', 'wandb', 'submitit', 'webdataset', 'slim.training', 'slim.pretrain', 'slim.planning')\n"
+        "print(*sorted(name for name in heavy if name in sys.modules))"
+    )
+    done = run_command("-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
+
+
+def test_no_test_imports_a_test() -> None:
+    names = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not imports(path) & names, path
+        assert "conftest" not in imports(path), path
+
+
 def test_shards_needs_no_torch_but_for_the_stream() -> None:
-    assert [path.name for path in (ROOT / "shards").glob("*.py") if "torch" in imports(path)] == ["stream.py"]
+    assert [path.name for path in (ROOT / "shards").rglob("*.py") if "torch" in imports(path)] == ["stream.py"]
 
 
 def test_commands_load_what_takes_seconds_only_where_they_use_it() -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Command
-from pretrained import tool
 
+from helpers.commands import ROOT, Command
+from helpers.pretrained import tool
 from shards.format.reader import Dataset
 from slim import SlimBrain
 
-ARCHIVE = Path(__file__).parent / "artefacts" / "version_0_1.tar.xz"
+ARCHIVE = ROOT / "tests" / "artefacts" / "version_0_1.tar.xz"
 FINETUNED = "finetuned/finetune/score-finetuned/seed-0"
 
 

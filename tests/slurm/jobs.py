@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
-from hooks import at_each_step
-from test_pretrain import QUICK, TINY
-
+from helpers.commands import ROOT
+from helpers.hooks import at_each_step
+from helpers.training import QUICK, TINY
 from slurm.cluster import Cluster
 
 # PACE has seconds to wait after each step, one number per attempt of the job (the last one for all that follow); `kill`

@@ -10,8 +10,8 @@ import sys
 
 import psutil
 import pytest
-from conftest import ROOT
 
+from helpers.commands import ROOT
 from slurm.cluster import NODES, Cluster
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import Command
-from test_pretrain import losses, metrics, pretrain
 
+from helpers.commands import Command
+from helpers.training import losses, metrics, pretrain
 from slurm.cluster import CPUS, Cluster
 from slurm.jobs import attempts, log_of, paced, slurm, submit, wait_for_end, wait_for_lines
 

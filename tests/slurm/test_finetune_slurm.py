@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Command
-from test_finetune import finetune, lines, people, pretrained, whole, write_task
 
+from helpers.commands import Command
+from helpers.finetuning import finetune, lines, people, pretrained, whole, write_task
 from slurm.cluster import Cluster
 from slurm.jobs import slurm
 

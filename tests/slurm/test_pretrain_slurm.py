@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Command
-from test_pretrain import losses, pretrain, weights
 
+from helpers.commands import Command
+from helpers.training import losses, pretrain, weights
 from slurm.cluster import Cluster
 from slurm.jobs import attempts, paced, pretrain_words, slurm, submit, wait_for_end, wait_for_lines
 

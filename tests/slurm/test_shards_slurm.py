@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import GRID, ROOT, Command
-from conversions import bold_files, copy_cohort, same
 
+from helpers.commands import GRID, ROOT, Command
+from helpers.conversions import bold_files, copy_cohort, same
 from launchers.cluster import conversion_task
 from shards.format import layout
 from slurm.cluster import Cluster

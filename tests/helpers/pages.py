@@ -1,0 +1,81 @@
+"""What pages are checked for."""
+
+from __future__ import annotations
+
+import base64
+import runpy
+import sys
+from html.parser import HTMLParser
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from helpers.commands import ROOT
+
+NASTY = '<script>alert("1")</script> & co'
+
+
+class Reader(HTMLParser):
+    """Collects what a page holds, and checks that its tags are balanced."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, content: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def pictures(self) -> list[tuple[str, Image.Image]]:
+        found: list[tuple[str, Image.Image]] = []
+        for tag, attrs in self.tags:
+            if tag == "img":
+                kind, data = attrs["src"].split(",", 1)
+                assert kind == "data:image/png;base64"
+                image = Image.open(BytesIO(base64.b64decode(data, validate=True)))
+                image.load()
+                assert image.format == "PNG"
+                found.append((attrs["alt"], image))
+        return found
+
+
+def check_self_contained(content: str) -> Reader:
+    """Nothing on the page is fetched or run; every picture has words for those who cannot see it."""
+    reader = Reader(content)
+    assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object", "embed", "base"}
+    assert "url(" not in content and "@import" not in content
+    for _, attrs in reader.tags:
+        assert not any(name.startswith("on") for name in attrs)
+        assert all(attrs[name].startswith("data:") for name in ("src", "href", "srcset") if name in attrs)
+    assert all(alt for alt, _ in reader.pictures())
+    return reader
+
+
+def command(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    """Status, stdout and stderr of `tools/report.py`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["report.py", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / "report.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert isinstance(end.value.code, int)
+    return end.value.code, out, err

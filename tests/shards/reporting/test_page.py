@@ -1,0 +1,348 @@
+"""The page of a dataset: self-contained, true to the manifest, safe against file names, right way round."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from helpers.pages import NASTY, Reader, check_self_contained, command
+from shards.conversion import writer
+from shards.conversion.splits import SPLITS
+from shards.core import files
+from shards.format import layout, sample
+from shards.format.grid import Grid
+from shards.format.patches import gather, patch_places
+from shards.reporting import dataset_page, distribution, html, quality_figures
+
+GRID = Grid(mm=12.0, shape=(16, 16, 16))
+FRAMES, WINDOWS, KEEP = 5, 12, 8
+
+
+def brain() -> np.ndarray:
+    place = np.stack(np.meshgrid(*[np.arange(16)] * 3, indexing="ij")) - 7.5
+    return (place[0] / 5.6) ** 2 + (place[1] / 7) ** 2 + (place[2] / 6) ** 2 < 1
+
+
+def session(key: str, cohort: str, subject: str, split: str, **changes) -> dict:
+    return {
+        "key": key,
+        "cohort": cohort,
+        "subject": subject,
+        "session": "1",
+        "run": "",
+        "task": "rest",
+        "split": split,
+        "source": f"{key}.nii.gz",
+        "space": "MNI",
+        "labels": {},
+        "n_patches": 20,
+        "frames": 62,
+        "tr": 0.72,
+        "source_tr": 0.72,
+        "n_windows": WINDOWS,
+        "n_kept": KEEP,
+        "tsnr": 60.0,
+        "dvars_outliers": 2,
+        "brain_ml": 1500.0,
+        "mask_outside_grid": 0.0,
+        "mni_dice": 0.9,
+        "mean_fd_mm": 0.1,
+        "fingerprint": "0",
+        "zarr_size": 0,
+        **changes,
+    }
+
+
+def make_dataset(folder: Path, sessions: list[dict], failed: list[dict], **more: np.ndarray) -> Path:
+    """Samples without the parts of their scores, unless these are among `more` arrays."""
+    mask = brain()
+    patch = patch_places(mask, GRID.patch)
+    rng = np.random.default_rng(0)
+    scores = rng.random(WINDOWS, np.float32)
+    order = np.argsort(-scores)[:KEEP]
+    baseline = gather(np.where(mask, rng.random(mask.shape), 0), patch, GRID.patch)
+    data = sample.pack(
+        {
+            "baseline": baseline,
+            "spread": baseline,
+            "patch": patch,
+            "brain": gather(mask, patch, GRID.patch),
+            "start": order * FRAMES,
+            "saliency": scores[order],
+            "scores": scores,
+            "roi": 1000 + rng.standard_normal((30, 62)),
+            "roi_number": np.arange(30),
+            "roi_centre": np.zeros((30, 3)),
+            "carpet": rng.integers(-60, 60, (40, 62)),
+            **more,
+        }
+    )
+    manifest = {
+        "format": layout.FORMAT,
+        "configuration": {},
+        "configuration_hash": "c0ffee" * 8,
+        "grid": {"mm": GRID.mm, "shape": GRID.shape, "patch": GRID.patch, "centre_mm": GRID.centre_mm},
+        "tr": 0.72,
+        "normalisation": "global z",
+        "windows": {"frames": FRAMES, "keep": KEEP, "minimum": 2},
+        "ranker": {"name": "variance"},
+        "cohorts": sorted({line["cohort"] for line in [*sessions, *failed]}),
+    }
+    writer.pack(
+        folder,
+        sessions,
+        failed,
+        manifest,
+        10**8,
+        lambda line: (files.dump(line).encode(), data),
+        lambda count, note: None,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    sessions = [
+        session(f"one_sub-{n:02}", "one", f"{n:02}", ("train", "train", "val", "test")[n % 4], tsnr=60.0 + n % 3)
+        for n in range(10)
+    ]
+    sessions[4] |= {"tsnr": 11.0, "mean_fd_mm": None}
+    sessions[5] |= {"source_tr": 0.8}
+    sessions += [
+        session(
+            "two_sub-x",
+            "two",
+            NASTY,
+            "train",
+            source_tr=2.0,
+            space="native",
+            centred_by_mm=[3.0, -4.0, 12.0],
+            orientation_assumed="LAS",
+            dropped_frames=4,
+            mask_source="computed",
+            cleaned=f"6 motion parameters {NASTY}",
+        )
+    ]
+    failed = [
+        {
+            "key": f"two_{NASTY}",
+            "cohort": "two",
+            "source": f"{NASTY}.nii.gz",
+            "fingerprint": "0",
+            "reason": f"{NASTY}.nii.gz: TR: got 0 s, expected 0.05-20 s. Set `tr` in the cohort file",
+            "hint": "Set `tr` in the cohort file",
+        }
+    ]
+    return make_dataset(tmp_path_factory.mktemp("pages") / "mixed", sessions, failed)
+
+
+@pytest.fixture(scope="module")
+def content(dataset) -> str:
+    path = dataset_page.write(dataset)
+    assert path == dataset / "report" / "index.html"
+    return path.read_text()
+
+
+def test_is_self_contained_and_has_a_picture_of_each_example(content):
+    reader = check_self_contained(content)
+    assert len(reader.pictures()) == 1 + dataset_page._EXAMPLES
+    assert len(content) < 1e6
+
+
+def test_says_what_the_manifest_says(content, dataset):
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    text = Reader(content).text
+    counts = {split: f"{manifest['sessions'][split]} ({manifest['subjects'][split]})" for split in SPLITS}
+    for split, count in counts.items():
+        assert f"{split}: sessions (subjects) {count}" in text
+    assert "11 sessions of 11 subjects from 2 cohorts" in text
+    assert "16 × 16 × 16 voxels of 12 mm, RAS+" in text
+    assert "variance" in text and manifest["configuration_hash"][:12] in text
+    assert "Parcels cubes of the brain mask" in text
+    # cohort, train, val, test, all, refused, TR
+    assert "one 6 (6) 2 (2) 2 (2) 10 (10) 0 0.72 (9), 0.8 (1)" in text
+    assert "two 1 (1) 0 (0) 0 (0) 1 (1) 1 2" in text
+    assert f"all {' '.join(counts.values())} 11 (11) 1 0.72 (9), 0.8 (1), 2 (1)" in text
+
+
+def test_names_refused_runs_and_escapes_them(content):
+    assert "<script" not in content
+    text = Reader(content).text
+    assert f"two_{NASTY} {NASTY}.nii.gz: TR: got 0 s, expected 0.05-20 s. Set `tr` in the cohort" in text
+    assert "1 of 12 runs refused" in text
+
+
+def test_names_the_outlying_session_first_among_the_pictures(content):
+    text = Reader(content).text
+    assert "one_sub-04 train Temporal signal-to-noise ratio 11" in text
+    assert "one_sub-04" in Reader(content).pictures()[1][0]
+
+
+def test_says_how_far_native_sessions_were_moved(content):
+    text = Reader(content).text
+    assert "two_sub-x +3 -4 +12 13.0" in text
+    assert "moved by (+3, -4, +12) mm to the grid's middle; nothing was registered" in text
+
+
+def test_says_what_was_done_to_a_run_and_what_was_taken_for_granted(content):
+    """In the notes, in the cohort's table and beside the picture, and only for the session that it is true of."""
+    text = Reader(content).text
+    assert "Look: 1 session whose header does not tell the orientation; LAS was assumed" in text
+    for words in (
+        "two 4 leading frames dropped 1",
+        "two brain mask computed from the run 1",
+        f"two cleaned: 6 motion parameters {NASTY} 1",
+        "two orientation LAS assumed 1",
+        "Orientation LAS assumed; left and right cannot be verified",
+        "Leading frames dropped 4",
+        "Brain mask computed from the run",
+        f"Cleaned 6 motion parameters {NASTY}",
+    ):
+        assert text.count(words) == 1, words
+
+
+def test_names_what_was_assumed_and_of_which_sessions(tmp_path):
+    rule = "soft values from 0 to 255: brain above half of it"
+    sessions = [session(f"one_{n}", "one", str(n), "train", mask_rule=rule) for n in range(11)]
+    sessions[3] |= {"dead_share": 0.084, "repeated_frames": 15}
+    sessions[4] |= {"forms_disagree": "sform LAS, qform RAS", "space_assumed": "taken as MNI: header code 1 (scanner)"}
+    text = Reader(dataset_page.write(make_dataset(tmp_path, sessions, [])).read_text()).text
+    for words in (
+        'Look: 1 session with volumes that repeat an earlier one; windows that hold them were not kept: see "To check"',
+        f"mask of {rule} 11 one_0, one_1, one_10, one_2, one_3, one_4, one_5, one_6 and 3 more",
+        "8.4% of the mask is without signal and was left out 1 one_3",
+        "15 volumes repeat an earlier one; windows that hold them were not kept 1 one_3",
+        "sform LAS, qform RAS: they disagree on left and right; the sform was used 1 one_4",
+        "space taken as MNI: header code 1 (scanner) 1 one_4",
+    ):
+        assert text.count(words) == 1, words
+
+
+def test_parts_of_scores_are_drawn_where_a_sample_has_them(tmp_path, monkeypatch):
+    drawn = []
+    draw = quality_figures.Shown.draw
+
+    def watched(shown: quality_figures.Shown, outline) -> Figure:
+        drawn.append([title for _, _, title in shown.parts])
+        return draw(shown, outline)
+
+    monkeypatch.setattr(quality_figures.Shown, "draw", watched)
+    parts = {"scores_space": np.full(WINDOWS, 2.0), "scores_time": np.full(WINDOWS, 1.0)}
+    for number, more in enumerate(({}, parts)):
+        dataset_page.write(make_dataset(tmp_path / str(number), [session("one_a", "one", "a", "train")], [], **more))
+    assert drawn == [[], ["space part", "time part"]]
+
+
+def test_says_which_parcels_the_ranker_saw():
+    sessions = [{"n_parcels": 98}, {"n_parcels": 100}]
+    image = {"name": "atlas.nii.gz", "sha256": "c0ffee" * 10}
+    for stated, expected in (
+        ({"image": None}, "98–100 parcels: cubes of the brain mask"),
+        ({"image": image}, "98–100 parcels: atlas.nii.gz, c0ffeec0ffee"),
+    ):
+        manifest = {"configuration": {"settings": {"parcels": stated}}}
+        assert dataset_page._parcels(SimpleNamespace(manifest=manifest, sessions=sessions)) == expected
+
+
+def test_another_tr_inside_a_cohort_is_pointed_out():
+    """Not that of a whole cohort, however small; and it ranks behind sessions of bad quality."""
+    sessions = [session(f"one_{n}", "one", str(n), "train", source_tr=2.0) for n in range(20)]
+    sessions += [session(f"two_{n}", "two", str(n), "train", source_tr=0.8) for n in range(3)]
+    assert distribution.find_outlying(sessions) == {}
+    sessions[3]["source_tr"] = 2.5
+    sessions[9]["tsnr"] = 20.0
+    outlying = distribution.find_outlying(sessions)
+    assert [*outlying] == ["one_9", "one_3"]
+    assert outlying["one_3"] == {"source_tr": "TR of the scan 2.5 s (middle half 2 s to 2 s)"}
+    with html.drawing():
+        figure = distribution._draw(sessions, distribution.MEASURES, outlying)
+    axes = next(axes for axes in figure.axes if axes.get_title(loc="left") == "TR of the scan")
+    drawn = np.concatenate([line.get_xdata() for line in axes.lines if line.get_linestyle() == "None"])
+    assert sorted(drawn) == [0.8] * 3 + [2.0] * 19 + [2.5]
+    assert [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "D"] == [[2.5], []]
+    low, high = axes.get_xlim()
+    assert low < 0.8 and high > 2.5
+    assert dataset_page._trs(sessions) == "2 (19), 0.8 (3), 2.5 (1)"
+    for number, line in enumerate(sessions[:8]):
+        line["source_tr"] = 1 + number / 10
+    assert dataset_page._trs(sessions) == "0.8–2"
+
+
+def test_equal_datasets_give_equal_bytes(content, dataset):
+    assert dataset_page.write(dataset).read_text() == content
+    assert not list((dataset / "report").glob("*tmp*"))
+
+
+def test_thousands_of_sessions_stay_one_page():
+    rng = np.random.default_rng(1)
+    tsnr = rng.normal(60, 8, 4000).tolist()
+    sessions = [session(f"c{n % 20}_sub-{n:04}", f"c{n % 20}", f"{n:04}", "train", tsnr=tsnr[n]) for n in range(4000)]
+    outlying = distribution.find_outlying(sessions)
+    assert 10 < len(outlying) < 200
+    chosen = dataset_page.choose_examples(sessions, outlying)
+    assert [line["key"] for line in chosen[:2]] == list(outlying)[:2]
+    assert len(chosen) == dataset_page._MOST_EXAMPLES
+    assert len({line["cohort"] for line in chosen[2:]}) == len(chosen) - 2
+    with html.drawing():
+        shown = "".join(distribution.describe(sessions, outlying))
+    assert len(shown) < 500_000
+
+
+def test_many_refused_runs_are_grouped():
+    failed = [
+        {"key": f"k{n}", "cohort": "c", "reason": f"file {n}: bad. Mend it", "hint": "Mend it"} for n in range(500)
+    ]
+    text = Reader("".join(dataset_page._refused(failed))).text
+    assert "c Mend it 500" in text and "k99" in text and "k100" not in text
+    assert "The first 100 of 500" in text
+
+
+def test_fewer_colours_look_the_same():
+    """The picture on the page beside the figure: every colour of the palette, and a grey ramp of noise."""
+    palette = [html.BLUE, html.ORANGE, html.GREEN, html.RED, html.PURPLE, html.SKY, html.INK, html.PALE]
+    with html.drawing():
+        figure = Figure(figsize=(6, 4), dpi=html._DPI)
+        above, below = figure.subplots(2, 1)
+        above.imshow(np.random.default_rng(0).random((150, 600)), cmap="gray", aspect="auto")
+        for place, colour in enumerate(palette):
+            below.plot([0, 1], [place, place + 1], color=colour, lw=1)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        exact = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+        ((_, image),) = Reader(html.picture(figure, "words")).pictures()
+    seen = np.asarray(image.convert("RGB")).astype(int)
+    assert image.mode == "P" and seen.shape == exact.shape
+    assert abs(seen - exact).max() < 32 and abs(seen - exact).mean() < 2
+    assert (seen[0] == 255).all()
+
+
+def test_damaged_sample_is_told(tmp_path):
+    from shards.core.errors import SampleCorrupt
+
+    folder = make_dataset(tmp_path / "d", [session("one_a", "one", "a", "train")], [])
+    shard = folder / "shards" / "train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    at = data.find(b"PK\x05\x06")
+    data[at : at + 4] = b"XXXX"
+    shard.write_bytes(data)
+    with pytest.raises(SampleCorrupt, match="one_a"):
+        dataset_page.write(folder)
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    folder = make_dataset(tmp_path / "d", [session("one_a", "one", "a", "train")], [])
+    status, out, _ = command(monkeypatch, capsys, str(folder), "--json")
+    last = json.loads(out.splitlines()[-1])
+    assert status == 0 and last["kind"] == "dataset" and Path(last["report"]).is_file()
+    status, _, err = command(monkeypatch, capsys, str(folder / "shards"))
+    assert status == 2 and re.fullmatch(r"error: .*neither manifest\.json nor config\.yaml.*\n", err)
+    status, _, err = command(monkeypatch, capsys, str(folder / "absent"))
+    assert status == 2 and "no such folder" in err and err.count("\n") == 1
+    assert command(monkeypatch, capsys)[0] == 2

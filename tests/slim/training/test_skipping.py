@@ -1,0 +1,183 @@
+"""Damaged samples and steps that are no finite number are left out, counted and named, alike in all processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.commands import ROOT, Command
+from helpers.training import metrics, pretrain, weights
+from launchers.local import prepare_run
+from shards.core.settings import check
+from shards.format.reader import Dataset
+from shards.format.stream import Item
+from slim.config import PRESETS, PretrainSettings, load_config
+from slim.data.collate import load_batch
+from slim.data.samples import geometry_for
+from slim.pretrain.learner import PretrainLearner
+from slim.pretrain.objective import Objective
+from slim.training.optim import GuardedAdamW
+from slim.training.skipped import NOT_FINITE
+
+
+def damage(dataset: Path, copy: Path, count: int) -> list[str]:
+    """A copy in which this many training sessions are damaged: their keys."""
+    shutil.copytree(dataset, copy)
+    lines = [json.loads(text) for text in (copy / "sessions.jsonl").read_text().splitlines()]
+    chosen = [line for line in lines if line["split"] == "train"][:count]
+    for line in chosen:
+        with open(copy / "shards" / line["shard"], "r+b") as file:
+            file.seek(line["zarr_offset"])
+            file.write(bytes(line["zarr_size"]))
+    return [line["key"] for line in chosen]
+
+
+def notes(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+
+
+def test_a_damaged_sample_is_left_out_and_named(command: Command, dataset: Path, tmp_path: Path) -> None:
+    """With one sample a micro-batch its process has nothing there, and takes part all the same."""
+    (key,) = damage(dataset, tmp_path / "data", 1)
+    done = pretrain(command, tmp_path / "data", tmp_path / "run", "run.batch=1", steps=6)
+    assert done.returncode == 0, done.stderr
+    found = notes(tmp_path / "run")
+    assert {note["key"] for note in found} == {key} and len(found) > 1  # once in each epoch
+    assert all("got" in note["reason"] for note in found)
+    assert done.stdout.count(f"{key} is damaged and left out") == 1
+    lines = metrics(tmp_path / "run")
+    assert [line["damaged"] for line in lines] == sorted(line["damaged"] for line in lines)
+    assert lines[-1]["damaged"] == 1 and all(np.isfinite(line["loss"]) for line in lines)
+    assert min(line["tokens_kept"] for line in lines) < 0.8 * max(line["tokens_kept"] for line in lines)
+
+
+def test_too_many_damaged_samples_stop_the_run(command: Command, dataset: Path, tmp_path: Path) -> None:
+    keys = damage(dataset, tmp_path / "data", 2)
+    done = pretrain(command, tmp_path / "data", tmp_path / "run", steps=6)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "run.damaged: got 2 damaged sessions of" in done.stderr and "expected at most 1" in done.stderr
+    assert {note["key"] for note in notes(tmp_path / "run")} == set(keys)
+
+
+def test_an_empty_micro_batch_adds_nothing(dataset: Path, tmp_path: Path) -> None:
+    keys = damage(dataset, tmp_path / "data", 2)
+    opened = Dataset(tmp_path / "data")
+    settings = check(
+        PretrainSettings, {"data": "x", "model": PRESETS["tiny"].model_dump(), "run": {"out": "x"}}, "test"
+    )
+    geometry = geometry_for(settings, [opened])
+    items = [Item(0, session, 0) for session in opened.of_split("train")]
+    bad = [item for item in items if item.session["key"] in keys]
+    mixed = load_batch([bad[0], items[-1]], [opened], geometry, settings).to("cpu")
+    assert mixed.keys == [items[-1].session["key"]] and list(mixed.damaged) == [keys[0]] and not mixed.empty
+    batch = load_batch(bad, [opened], geometry, settings).to("cpu")
+    assert batch.empty and set(batch.damaged) == set(keys)
+
+    learner = PretrainLearner(settings, Objective(settings, geometry, opened.grid.voxels))
+    losses = learner.losses(batch, 0)
+    losses.total.backward()
+    assert losses.total == 0 and losses.logs == {} and losses.features["target"] is None
+    gradients = [parameter.grad for parameter in learner.model.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+    assert not any(mean._sums.any() for mean in learner.means.values())
+
+
+def test_no_step_on_gradients_that_are_not_finite() -> None:
+    torch.manual_seed(0)
+    ours, plain = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    plain.load_state_dict(ours.state_dict())
+    guarded, adam = GuardedAdamW(ours.parameters(), lr=0.1), torch.optim.AdamW(plain.parameters(), lr=0.1)
+    x = torch.randn(5, 3)
+    for bad in (False, True, False, True, True, False):
+        for model, optimizer in ((ours, guarded), (plain, adam)):
+            if model is plain and bad:
+                continue
+            optimizer.zero_grad()
+            loss = model(x).square().sum()
+            (loss * (float("nan") if bad else 1.0)).backward()
+            optimizer.step()
+        assert guarded.skipped == bad
+    assert all(torch.equal(*pair) for pair in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+SCRIPT = """
+import sys, torch
+from launchers.job import prepare
+prepare(on_gpu=False)
+import deepspeed
+deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+from slim.config import load_config
+from slim.pretrain.task import PretrainTask
+from slim.training.trainer import Trainer
+from shards.core.errors import UserError
+bad = set(map(int, sys.argv[2].split(",")))
+trainer = Trainer(PretrainTask(load_config(sys.argv[1])), torch.device("cpu"))
+plain, seen = trainer.learner.losses, []
+def losses(batch, step, forward=None):
+    found = plain(batch, step, forward)
+    if step in bad:
+        found.total = found.total * float("nan")
+        trainer.learner.means["target_mean"]._sums += float("nan")
+    return found
+trainer.learner.losses = losses
+step = trainer._one_step
+def one_step(batches):
+    line = step(batches)
+    state = trainer.learner.state(trainer._full)
+    seen.append(torch.cat([state[name].detach().flatten() for name in sorted(state)]).clone())
+    return line
+trainer._one_step = one_step
+try:
+    trainer.run()
+except UserError as error:
+    print("STOPPED", error.line())
+for number, (before, after) in enumerate(zip(seen, seen[1:]), start=1):
+    print("CHANGED" if not torch.equal(before, after) else "SAME", number, bool(torch.isfinite(after).all()))
+sys.stdout.flush()
+import os
+os._exit(0)
+"""
+
+
+def run_script(dataset: Path, tmp_path: Path, stage: int, bad: str, *words: str) -> str:
+    """Train six steps in one process, with a loss that is no number in the steps of `bad` (from 0)."""
+    chosen = [f"data={dataset}", f"run.out={tmp_path / 'run'}", "run.steps=6", f"zero.stage={stage}", *words]
+    quick = ["run.batch=2", "run.workers=0", "run.wandb=disabled", "precision=fp32"]
+    settings = load_config("configs/pretrain/tiny.yaml", [*chosen, *quick])
+    config = prepare_run(settings)
+    env = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        env |= {"MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = (sys.executable, "-c", SCRIPT, str(config), bad)
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_no_number_changes_nothing(dataset: Path, tmp_path: Path, stage: int) -> None:
+    out = run_script(dataset, tmp_path, stage, "2,4")
+    changes = [line.split() for line in out.splitlines() if line.startswith(("CHANGED", "SAME"))]
+    assert changes == [
+        [word, str(n), "True"] for n, word in enumerate(["CHANGED", "SAME", "CHANGED", "SAME", "CHANGED"], 1)
+    ]
+    assert {(note["step"], note["reason"]) for note in notes(tmp_path / "run")} == {(3, NOT_FINITE), (5, NOT_FINITE)}
+    trained = {session["key"] for session in Dataset(dataset).of_split("train")}
+    assert {note["key"] for note in notes(tmp_path / "run")} <= trained
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+def test_too_many_such_steps_in_a_row_stop_the_run(dataset: Path, tmp_path: Path) -> None:
+    out = run_script(dataset, tmp_path, 2, "1,2,3,4", "run.not_finite=2")
+    (stopped,) = [line for line in out.splitlines() if line.startswith("STOPPED")]
+    assert "no finite number in 3 steps in a row, to step 4" in stopped
