@@ -148,7 +148,7 @@ def finish(conversion: Conversion) -> Ended:
     if manifest is None:
         return all_refused(conversion)
     refused = conversion.refused()
-    report = conversion.folder / layout.REPORT / "index.html"
+    report = conversion.folder / layout.REPORT / layout.PAGE
     if conversion.previous is None or manifest is not conversion.previous.manifest or not report.is_file():
         from shards.reporting import dataset_page  # imports matplotlib
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.format.reader import Dataset
+from slim.checkpoints.run_folder import FINETUNE, REPORT
 from slim.evaluation.task import find_cases, load_task, make_splits
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def words_of(args: argparse.Namespace) -> list[str]:
 
 def report_of(method: Finetuned, args: argparse.Namespace) -> Path:
     """Folder of the report that the scores join."""
-    return args.out or method.ours.results / "report"
+    return args.out or method.ours.results / REPORT
 
 
 def open_call(args: argparse.Namespace, train: Train) -> Finetuned:
@@ -73,7 +74,7 @@ def open_call(args: argparse.Namespace, train: Train) -> Finetuned:
         dataset=dataset,
         cases=cases,
         splits=splits,
-        folder=(args.out or ours.results) / "finetune" / f"{task.name}-{name}",
+        folder=(args.out or ours.results) / FINETUNE / f"{task.name}-{name}",
         assignments=args.overrides,
         train=train,
         device="cuda" if torch.cuda.is_available() else "cpu",

@@ -28,6 +28,7 @@ from shards.core.errors import ConfigError, DatasetError, Stopped, UserError, is
 from shards.core.files import printable
 from shards.core.workers import remove_sockets
 from shards.format.reader import away
+from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, LATEST
 
 if TYPE_CHECKING:
     from slim.config import TrainSettings
@@ -192,9 +193,9 @@ def what_next(run: Path | None) -> str:
     if run is None:
         return again
     with suppress(UserError):
-        if load_run(run / "config.yaml").run.resume == "never":
+        if load_run(run / CONFIG).run.resume == "never":
             again = f"with run.resume=auto {again}"
-    return again if (run / "checkpoints" / "latest").exists() else f"{again}: there is none yet, so from step 0"
+    return again if (run / CHECKPOINTS / LATEST).exists() else f"{again}: there is none yet, so from step 0"
 
 
 def judge(
@@ -259,7 +260,7 @@ class Told(UserError):
     def line(self) -> str:
         return self._line
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self._line,)
 
 

@@ -32,12 +32,13 @@ from launchers.cluster.scheduler import (
     require_slurm,
 )
 from launchers.cluster.script import probe
-from launchers.cluster.training_job import SLURM, Batch
+from launchers.cluster.training_job import Batch
 from shards.core.cli import DONE, RESUME, WRONG, Parser, run, summary
 from shards.core.errors import ConfigError
 from shards.core.files import write_atomically
 from shards.core.passwords import hidden
 from shards.core.settings import check, read_yaml
+from slim.checkpoints.run_folder import SLURM
 from slim.config import TrainSettings, load_config
 
 S = TypeVar("S", bound=TrainSettings)
@@ -262,7 +263,7 @@ def _prepare(settings: TrainSettings) -> tuple[str, int]:
     """Make the folder of the run, when its data and model have been looked at; the commit, and steps to the end."""
     # These import torch, which takes seconds: all that can be wrong with the call is told before, and without.
     from launchers.job import open_task
-    from launchers.local import git_commit, prepare_run
+    from launchers.run_setup import git_commit, prepare_run
 
     steps = settings.run.steps_in_all(open_task(settings).stream.per_epoch, settings.run.processes)
     (prepare_run(settings).parent / SLURM).mkdir(exist_ok=True)

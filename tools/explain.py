@@ -16,6 +16,7 @@ from shards.core.cli import DONE, Parser, progress, run, summary
 from shards.core.errors import ConfigError
 from shards.core.room import require_room
 from shards.format.reader import Dataset
+from slim.checkpoints.run_folder import EXPLAIN, REPORT
 from slim.evaluation.events import read as read_events
 from slim.evaluation.task import find_cases, load_task
 
@@ -99,7 +100,7 @@ def main() -> int:
         "step": model.step,
         "weights": model.made["weights"],
     }
-    out = args.out or model.results / "report" / explain.FOLDER
+    out = args.out or model.results / REPORT / EXPLAIN
     require_room(out, "--out")
     explained = explain.explain(model, dataset, task, cases, asked, features, output, args.start)
     events = None

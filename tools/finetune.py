@@ -16,6 +16,7 @@ from typing import Any
 from launchers import finetuning, local
 from shards.core.cli import DONE, Parser, run, summary
 from shards.core.errors import Stopped
+from slim.checkpoints.run_folder import PROBE
 
 
 def main() -> int:
@@ -51,7 +52,7 @@ def main() -> int:
     _table(task.name, results, about)
     summary(
         {
-            "report": str(report / "report.json"),
+            "report": str(report / PROBE),
             "runs": str(method.folder),
             "best_steps": ", ".join(str(one["best_step"]) for one in method.runs),
             "tasks": {task.name: results},

@@ -16,6 +16,7 @@ from shards.core.cli import DONE, Parser, progress, run, summary
 from shards.core.errors import ConfigError
 from shards.core.room import require_room
 from shards.format.reader import Dataset
+from slim.checkpoints.run_folder import PROBE, REPORT
 from slim.checkpoints.seen import Person
 from slim.evaluation.splits import Split
 from slim.evaluation.task import Cases, Task, find_cases, load_task, make_splits
@@ -95,7 +96,7 @@ def main() -> int:
     def score(task: Task, case: Cases, split: list[list[Split]], name: str, method: probe.Method) -> None:
         scored[task.name].setdefault(name, []).append(probe.score_and_permute(task, case, split, method))
 
-    out = args.out or ours.results / "report"
+    out = args.out or ours.results / REPORT
     require_room(out, "--out")
     for name, model in models:  # one after another: features of all sessions are large
         features = {}
@@ -131,7 +132,7 @@ def main() -> int:
     for task in tasks:
         _table(task.name, results[task.name], facts[task.name])
     summary(
-        {"report": str(out / "report.json"), "step": ours.step, **report},
+        {"report": str(out / PROBE), "step": ours.step, **report},
         f"look at {out / (tasks[0].name + '.png')}",
         args.json,
     )

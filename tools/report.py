@@ -15,6 +15,7 @@ from shards.core.errors import ConfigError
 from shards.core.room import require_room
 from shards.format import layout
 from shards.reporting import dataset_page
+from slim.checkpoints.run_folder import CONFIG, REPORT
 
 
 def main() -> int:
@@ -29,17 +30,17 @@ def main() -> int:
     args = parser.parse_args()
     folder = args.folder
     if folder.is_dir():
-        require_room(folder / "report", "report")
+        require_room(folder / REPORT, "report")
     if (folder / layout.MANIFEST).is_file():
         kind, path = "dataset", dataset_page.write(folder)
         following = f"open {path}, then python tools/pretrain.py CONFIG.yaml data={folder}"
-    elif (folder / "config.yaml").is_file():
+    elif (folder / CONFIG).is_file():
         from slim.config import FinetuneSettings, load_run
         from slim.reporting import run_page
 
         kind, path = "run", run_page.write(folder, args.paths, remote=args.data)
         following = f"open {path}, then python tools/probe.py {folder} --data DATASET --task TASK.yaml"
-        if isinstance(load_run(folder / "config.yaml"), FinetuneSettings):
+        if isinstance(load_run(folder / CONFIG), FinetuneSettings):
             following = f"open {path}; its scores stand in the report of finetune.py"
     else:
         got = "neither manifest.json nor config.yaml in it" if folder.is_dir() else "no such folder"

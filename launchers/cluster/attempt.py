@@ -23,6 +23,7 @@ from typing import Any
 from launchers import job
 from shards.core.cli import DONE, RESUME, WRONG, lasting_output, status_of
 from shards.core.errors import ConfigError, Stopped, UserError
+from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, LATEST
 
 AGAIN = 75  # sysexits' EX_TEMPFAIL: the job is to be requeued
 ATTEMPTS = "slurm/attempts.jsonl"
@@ -36,10 +37,10 @@ def begin(run: Path) -> None:
     UserError
         If the run cannot go on with so many processes.
     """
-    from launchers.local import prepare_run
+    from launchers.run_setup import prepare_run
     from slim.config import load_run
 
-    config, processes = run / "config.yaml", int(os.environ["WORLD_SIZE"])
+    config, processes = run / CONFIG, int(os.environ["WORLD_SIZE"])
     settings = load_run(config)
     total = settings.run.batch * settings.run.accumulate * settings.run.processes
     accumulate, left = divmod(total, settings.run.batch * processes)
@@ -63,7 +64,7 @@ def task(run: Path) -> int:
     """Work as one of the run's processes. To srun a process that saved and ended did well: it must not end the rest."""
     for name, given in (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"), ("WORLD_SIZE", "SLURM_NTASKS")):
         os.environ[name] = os.environ[given]
-    status = job.main(run / "config.yaml")
+    status = job.main(run / CONFIG)
     return DONE if status == RESUME else status
 
 
@@ -129,7 +130,7 @@ def _is_noted(line: Any) -> bool:
 def newest_checkpoint(run: Path) -> str | None:
     """Name of the newest complete checkpoint of a run."""
     try:
-        return (run / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        return (run / CHECKPOINTS / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from launchers.cluster import attempt, noted
 from launchers.cluster.scheduler import ask, at, is_over, job_facts, last_error
-from launchers.cluster.training_job import SLURM
 from shards.core.cli import DONE, RESUME, WRONG
 from shards.core.errors import ConfigError
 from shards.core.files import printable, printable_lines
+from slim.checkpoints.run_folder import METRICS, SLURM
 
 JOB = "job.json"  # in RUN/slurm: the job that was submitted last
 _POLL = 1.0  # seconds between questions to the controller
@@ -92,7 +92,7 @@ def about_job(out: Path) -> dict[str, Any] | None:
 def progress(out: Path) -> dict[str, Any]:
     """How far a run is."""
     about = about_job(out)
-    line = _last_line(out / "metrics.jsonl")
+    line = _last_line(out / METRICS)
     found = {"step": line.get("step", 0), "steps": None if about is None else about["steps"], "loss": line.get("loss")}
     return {**found, "checkpoint": attempt.newest_checkpoint(out)}
 

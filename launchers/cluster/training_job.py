@@ -13,8 +13,7 @@ from launchers.cluster.scheduler import SlurmSettings
 from launchers.cluster.script import CHECK, Script, arguments
 from launchers.job import KEEP_FREED
 from shards.core.cli import RESUME, WRONG
-
-SLURM = "slurm"  # folder of a run
+from slim.checkpoints.run_folder import SLURM
 
 _COMMAND = r"""
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus}}} {memory}

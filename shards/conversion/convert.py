@@ -374,7 +374,7 @@ class Conversion:
             "split": settings.split.model_dump(mode="json"),
             "cohorts": sorted({run.cohort for run in self.runs}),
         }
-        (self.folder / layout.REPORT / "index.html").unlink(missing_ok=True)  # it shows the dataset as it was
+        (self.folder / layout.REPORT / layout.PAGE).unlink(missing_ok=True)  # it shows the dataset as it was
         with progress("pack", len(sessions), "sessions") as advance, self._room("the shards"):
             manifest = writer.pack(
                 self.folder, sessions, failed, manifest, int(settings.shards.mb * 1e6), self._members, advance

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shards.core.errors import Stopped, UserError, is_full
 from shards.core.files import printable
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         """Options and positional arguments may come in any order."""
         return self.parse_intermixed_args(args, namespace)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         print(f"error: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(WRONG)
 

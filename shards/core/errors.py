@@ -42,7 +42,7 @@ class UserError(Exception):
         text = f"{place}: got {got}, expected {expected}"
         return hidden(printable(" ".join(f"{text}. {hint}".split() if hint else text.split())))
 
-    def __reduce__(self):  # worker processes send these back by pickle
+    def __reduce__(self) -> tuple[object, ...]:  # worker processes send these back by pickle
         return type(self), (self.where, self.field, self.got, self.expected, self.hint)
 
 

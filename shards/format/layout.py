@@ -33,6 +33,7 @@ FORMAT = 1
 MANIFEST, SESSIONS, FAILED = "manifest.json", "sessions.jsonl", "failed.jsonl"
 SPLITS_TABLE = "splits.tsv"
 SHARDS, EXTRACTOR, REPORT, WORK = "shards", "extractor", "report", "work"
+PAGE = "index.html"  # in REPORT
 JSON_MEMBER, ZARR_MEMBER = "json", "zarr.zip"
 
 # name: (dtype, chunked along the first axis). `windows` is float16, or int16 with the array `scale`.

@@ -65,7 +65,7 @@ def write(folder: str | Path) -> Path:
             html.section("Native-space sessions", *_native(dataset.sessions)),
             html.section("Sessions to look at", *_examples(dataset, outlying)),
         )
-    path = dataset.folder / layout.REPORT / "index.html"
+    path = dataset.folder / layout.REPORT / layout.PAGE
     files.write_atomically(path, content)
     return path
 

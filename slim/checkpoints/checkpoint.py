@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000100/   ZeRO shards of every process (DeepSpeed's own files)
                                      weights.safetensors   online encoder, target encoder, running means: fp32, whole
-                                     config.yaml, dataset.json, seen.json   as in RUN
+                                     config.yaml, dataset.json, seen.json, provenance.json   as in RUN
                                      COMPLETE              written last: step, world size, versions, what the run began
                                                            with, bytes and SHA-256 of all files, and its own
     RUN/checkpoints/latest           name of the newest complete one
@@ -41,9 +41,8 @@ from shards.core.errors import Stopped, UserError, is_full
 from shards.core.files import dump, printable, share, sync_folder, write_atomically
 from shards.core.room import has_room
 from shards.core.settings import shown
-from slim.checkpoints.run_folder import ABOUT_RUN, SEEN
+from slim.checkpoints.run_folder import ABOUT_RUN, ALSO_ABOUT_RUN, COMPLETE, LATEST, WEIGHTS
 
-COMPLETE, LATEST, WEIGHTS = "COMPLETE", "latest", "weights.safetensors"
 BEST = "best."  # of a fine-tuning, before the tensors of its best epoch
 # What a run keeps beside the ZeRO shards: optimizer steps, samples of the stream, what was left out.
 STATE = ("step", "consumed", "skipped")
@@ -212,8 +211,9 @@ def save(
             share(folder / WEIGHTS)
             for name in ABOUT_RUN:
                 shutil.copyfile(checkpoints.parent / name, folder / name)
-            if (checkpoints.parent / SEEN).is_file():  # fine-tunings of weights of version 0.1 have none
-                shutil.copyfile(checkpoints.parent / SEEN, folder / SEEN)
+            for name in ALSO_ABOUT_RUN:
+                if (checkpoints.parent / name).is_file():  # version 0.1 wrote no provenance
+                    shutil.copyfile(checkpoints.parent / name, folder / name)
         # Each process flushes what it wrote: on a network file system nobody else's fsync would.
         names = list(_written_by(rank, folder))
         mine = dict(zip(names, _measured(folder, names, flush=True), strict=True))

@@ -1,6 +1,7 @@
 """A second folder for a run: checkpoints are copied there while training goes on, and fetched when the first is lost.
 
-    MIRROR/   config.yaml, dataset.json, seen.json, metrics.jsonl, skipped.jsonl   as in RUN when the copy was made
+    MIRROR/   config.yaml, dataset.json, provenance.json, seen.json, metrics.jsonl, skipped.jsonl   as in RUN when the
+              copy was made
               configs/step-00000000.yaml ...   likewise
               checkpoints/step-00000100/ ...   checkpoints/latest
 
@@ -17,10 +18,10 @@ from pathlib import Path
 
 from shards.core.errors import UserError
 from shards.core.files import write_atomically
-from slim.checkpoints import checkpoint, run_folder
-from slim.checkpoints.run_folder import CHECKPOINTS, METRICS, SEEN, SKIPPED, WANDB_ID
+from slim.checkpoints import checkpoint
+from slim.checkpoints.run_folder import ABOUT_RUN, ALSO_ABOUT_RUN, CHECKPOINTS, CONFIGS, METRICS, SKIPPED, WANDB_ID
 
-_SMALL = (*run_folder.ABOUT_RUN, SEEN, METRICS, SKIPPED, WANDB_ID)
+_SMALL = (*ABOUT_RUN, *ALSO_ABOUT_RUN, METRICS, SKIPPED, WANDB_ID)
 
 
 class Mirror:
@@ -94,7 +95,7 @@ class Mirror:
 
 def _small(run: Path) -> list[str]:
     """Files of a run beside its checkpoints, whether they are there or not."""
-    return [*_SMALL, *(f"{run_folder.CONFIGS}/{path.name}" for path in (run / run_folder.CONFIGS).glob("step-*.yaml"))]
+    return [*_SMALL, *(f"{CONFIGS}/{path.name}" for path in (run / CONFIGS).glob("step-*.yaml"))]
 
 
 def _copy_small(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -30,9 +30,12 @@ from shards.core.files import printable
 from shards.core.settings import check
 from shards.format import layout
 from shards.format.manifest import check_manifest
-from slim.checkpoints import checkpoint, run_folder
+from slim.checkpoints import checkpoint
 from slim.checkpoints.checkpoint import CheckpointError
-from slim.checkpoints.run_folder import SEEN
+from slim.checkpoints.provenance import Provenance
+from slim.checkpoints.run_folder import ABOUT_RUN, ALSO_ABOUT_RUN, CHECKPOINTS, SEEN
+from slim.checkpoints.run_folder import CONFIG as RUN_CONFIG
+from slim.checkpoints.run_folder import DATASET as RUN_DATA
 from slim.checkpoints.seen import Seen
 from slim.config import FinetuneSettings, TrainSettings, check_run, load_run
 
@@ -40,7 +43,6 @@ FORMAT = 1
 MODEL, HEAD, CONFIG, SUMS, CARD = "model.safetensors", "head.safetensors", "config.json", "SHA256SUMS", "README.md"
 EXTRACTOR, PARCELS = "extractor", "parcels"
 KINDS = ("encoder", "target")
-_RUN_CONFIG, _RUN_DATA = run_folder.ABOUT_RUN
 _WHAT = "a run, one of its checkpoints, an exported folder, or OWNER/NAME[@REVISION] on the Hugging Face hub"
 _AGAIN = "Copy or download the folder again"
 _MOST_BYTES = 1 << 28  # of config.json and dataset.json, which hold a hash for everybody seen
@@ -182,37 +184,33 @@ def find(source: str | Path, kind: str | None = None) -> Weights:
 def _of_run(folder: Path, kind: str) -> Weights:
     if (folder / checkpoint.COMPLETE).is_file():
         found, run = folder, folder.parent.parent
-    elif (folder / _RUN_CONFIG).is_file():
-        newest = checkpoint.newest(folder / "checkpoints")
+    elif (folder / RUN_CONFIG).is_file():
+        newest = checkpoint.newest(folder / CHECKPOINTS)
         if newest is None:
             hint = "Go on with the pretraining until it has saved"
-            raise CheckpointError(folder, "checkpoints", "no complete checkpoint", "at least one", hint)
+            raise CheckpointError(folder, CHECKPOINTS, "no complete checkpoint", "at least one", hint)
         found, run = newest, folder
     else:
         got = "neither a run, nor a checkpoint, nor an export" if folder.is_dir() else "no such folder"
         raise CheckpointError(folder, "", got, _WHAT)
-    fault = checkpoint.fault(found, [checkpoint.WEIGHTS, *run_folder.ABOUT_RUN])
+    fault = checkpoint.fault(found, [checkpoint.WEIGHTS, *ABOUT_RUN])
     if fault is not None:
         raise fault
-    settings, facts = load_run(found / _RUN_CONFIG), checkpoint.facts(found)
-    own = SEEN in facts["files"]
-    fault = checkpoint.fault(found, [SEEN]) if own else None
+    settings, facts = load_run(found / RUN_CONFIG), checkpoint.facts(found)
+    fault = checkpoint.fault(found, [name for name in ALSO_ABOUT_RUN if name in facts["files"]])
     if fault is not None:
         raise fault
-    seen = Seen.read(found if own else run)
-    # what the launcher wrote above the configuration: `# commit HASH`, `# numpy 2.4.6`, ...
-    notes = dict(
-        re.findall(r"^# (commit|\w+(?= \d+\.)) (\S+)$", (found / _RUN_CONFIG).read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    seen = Seen.read(found if SEEN in facts["files"] else run)
+    provenance = Provenance.read(found)
     made = {
         "run": _name(run.resolve(), settings),
         "step": facts["step"],
         "weights": kind,
-        "commit": notes.pop("commit", "unknown"),
-        "versions": notes | facts["versions"],
+        "commit": provenance.commit,
+        "versions": provenance.named() | facts["versions"],
     }
     path, prefix, head = found / checkpoint.WEIGHTS, f"{kind}.", None
-    data = _manifest(_tree(found / _RUN_DATA), found / _RUN_DATA)
+    data = _manifest(_tree(found / RUN_DATA), found / RUN_DATA)
     _check_size(settings, data, path)
     if isinstance(settings, FinetuneSettings):
         made |= _finetuned(path, kind, settings, data)

@@ -166,7 +166,7 @@ class _Shared:
 
     content: bytes
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return pickle.loads, (self.content,)
 
 

@@ -27,6 +27,7 @@ import torch
 
 from shards.core.files import dump, write_atomically
 from shards.format.reader import Dataset
+from slim.checkpoints.run_folder import PROBE
 from slim.evaluation import baselines as baseline
 from slim.evaluation import metrics, results
 from slim.evaluation.attentive import Attentive
@@ -37,7 +38,6 @@ from slim.inference.slim_brain import Features
 from slim.inference.vectors import common_places, pool, windows
 
 OURS = "ours"
-REPORT = "report.json"
 _QUESTION = ("type", "label", "split", "subjects", "test_subjects")  # facts that say what was asked of whom
 # Methods whose paired difference to ours is reported.
 COMPARED = ("random", "connectome", "connectome_kept", "parcel_means")
@@ -342,13 +342,13 @@ def write_report(folder: Path, tasks: dict[str, Any], facts: dict[str, Any]) -> 
         report["tasks"][name], report["facts"][name] = scores, about
         folder.mkdir(parents=True, exist_ok=True)
         plot(name, scores, about, folder / f"{name}.png")
-    write_atomically(folder / REPORT, dump(report) + "\n")
+    write_atomically(folder / PROBE, dump(report) + "\n")
     return report
 
 
 def read_report(folder: Path) -> dict[str, Any]:
     """The report in a folder, an empty one where there is none; ConfigError if the file is something else."""
-    path = folder / REPORT
+    path = folder / PROBE
     if not path.exists():
         return {"tasks": {}, "facts": {}}
     return results.read(path)

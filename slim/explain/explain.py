@@ -40,7 +40,6 @@ from slim.inference.vectors import Features
 if TYPE_CHECKING:
     import pandas as pd
 
-FOLDER = "explain"
 _DRAWN = 3  # sessions whose windows are drawn
 
 

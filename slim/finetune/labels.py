@@ -19,8 +19,7 @@ from shards.core.errors import ConfigError
 from shards.core.files import dump, write_atomically
 from shards.core.settings import digest
 from shards.format.reader import Dataset
-
-ANSWERS = "answers.json"
+from slim.checkpoints.run_folder import ANSWERS
 
 
 @dataclass(frozen=True)

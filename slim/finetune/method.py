@@ -19,6 +19,7 @@ from shards.core.settings import check, override
 from shards.format.reader import Dataset
 from slim.checkpoints import checkpoint, lock
 from slim.checkpoints.checkpoint import BEST, CheckpointError
+from slim.checkpoints.run_folder import CHECKPOINTS, PROBE
 from slim.checkpoints.seen import Seen
 from slim.config import AnswerSettings, FinetuneSettings
 from slim.evaluation import probe
@@ -195,7 +196,7 @@ class Finetuned:
 
     def _best(self, out: Path, settings: FinetuneSettings, answers: Answers) -> tuple[torch.nn.Module, int, float]:
         """The model of the best validation, the step it was at, and its loss."""
-        found = checkpoint.newest(out / "checkpoints")
+        found = checkpoint.newest(out / CHECKPOINTS)
         assert found is not None  # `train` has ended
         tensors = checkpoint.read_weights(found / checkpoint.WEIGHTS, BEST)
         loss, step = tensors.pop("of").tolist()
@@ -215,4 +216,4 @@ def check_report(folder: Path, task: Task, cases: Cases, splits: list[list[Split
     if before is not None and name is not None:
         hint = "Probe again, so that all methods answer the same task, or give another --out"
         got = f"{before.get(name)}, as in the report"
-        raise ConfigError(folder / probe.REPORT, f"{task.name}.{name}", asked[name], got, hint)
+        raise ConfigError(folder / PROBE, f"{task.name}.{name}", asked[name], got, hint)

@@ -17,7 +17,6 @@ from shards.core.errors import ConfigError
 from shards.reporting import html
 from slim.evaluation import metrics, results
 
-PROBE, EXPLAIN = "report.json", "explain"
 Cell = dict[str, Any]  # value, low, high and p, as far as they are there
 
 _OURS = "ours"

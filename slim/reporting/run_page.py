@@ -23,7 +23,7 @@ from shards.core.files import without_folders
 from shards.format import layout
 from shards.reporting import html
 from slim.checkpoints.checkpoint import facts, folders, is_complete
-from slim.checkpoints.run_folder import METRICS
+from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, DATASET, EXPLAIN, METRICS, PAGE, PROBE, REPORT
 from slim.checkpoints.seen import Seen
 from slim.config import FinetuneSettings, PretrainSettings, load_run
 from slim.finetune.labels import Answers
@@ -59,7 +59,7 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
         If the folder holds no run, or its configuration or probe report cannot be read.
     """
     folder = Path(run_folder)
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     if not config.is_file():
         raise ConfigError(folder, "", "no config.yaml", "the folder of a run", "Give the run.out of a pretraining run")
     settings = load_run(config)
@@ -67,7 +67,7 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
     merged = merged if paths else without_folders(merged)
     lines, unreadable = read_metrics(folder / METRICS)
     steps = total_steps(settings, folder, lines, remote)
-    tasks = run_health.read_tasks(folder / layout.REPORT / run_health.PROBE)
+    tasks = run_health.read_tasks(folder / REPORT / PROBE)
     name, guess, judged = folder.resolve().name, None, learned(lines, is_over(lines, steps))
     if isinstance(settings, FinetuneSettings):
         name, guess = f"{folder.resolve().parent.name}, {name}", Answers.read(folder).guess
@@ -79,12 +79,12 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
             html.notes([*verdict(lines, steps, judged, unreadable), *run_health.verdict(tasks)]),
             html.facts(_numbers(settings, lines)),
             html.section("Probes: is it of use?", *run_health.probes(tasks)),
-            html.section("Looking inside", *run_health.explanations(folder / layout.REPORT / run_health.EXPLAIN)),
+            html.section("Looking inside", *run_health.explanations(folder / REPORT / EXPLAIN)),
             *curves.sections(settings, lines, guess),
-            html.section("Checkpoints", *_checkpoints(folder / "checkpoints")),
-            html.section("Configuration", html.folded("config.yaml, as merged", merged)),
+            html.section("Checkpoints", *_checkpoints(folder / CHECKPOINTS)),
+            html.section("Configuration", html.folded(f"{CONFIG}, as merged", merged)),
         )
-    path = folder / layout.REPORT / "index.html"
+    path = folder / REPORT / PAGE
     files.write_atomically(path, content)
     return path
 
@@ -114,7 +114,7 @@ def total_steps(
             raise ConfigError(folder, "data", elsewhere[0], "a folder of this machine")
         manifests = [layout.read_manifest(item.path) for item in settings.data]
     except UserError:
-        note = folder / "dataset.json"  # written at the start of a run: what its first dataset was
+        note = folder / DATASET  # written at the start of a run: what its first dataset was
         if len(settings.data) > 1 or not note.is_file():
             return None
         try:

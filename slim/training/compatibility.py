@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from shards.core.errors import ConfigError
 from shards.core.files import write_atomically
 from slim.checkpoints.checkpoint import CheckpointError, facts, tag
-from slim.checkpoints.run_folder import CONFIGS
+from slim.checkpoints.run_folder import CONFIG, CONFIGS
 from slim.config import PretrainSettings, TrainSettings, load_run
 from slim.training import reshard
 from slim.training.schedule import Plan
@@ -152,12 +152,12 @@ def changes(folder: Path, settings: TrainSettings) -> list[Change]:
     ConfigError
         If `run.change` names what cannot be changed by it.
     """
-    before = begin(load_run(folder / "config.yaml"))
+    before = begin(load_run(folder / CONFIG))
     if type(before) is not type(settings):
         got, expected = (
             "a pretraining" if isinstance(one, PretrainSettings) else "a fine-tuning" for one in (settings, before)
         )
-        raise CheckpointError(folder, "config.yaml", got, expected, _sentence(_OUT))
+        raise CheckpointError(folder, CONFIG, got, expected, _sentence(_OUT))
     named = settings.run.change
     _check_named(named, settings)
     found = differences(before, settings)
@@ -228,7 +228,7 @@ def adopt(folder: Path, settings: S) -> S:
     CheckpointError
         If `run.batch` and the number of processes do not allow it; with those that do.
     """
-    begun_with = group_of(load_run(folder / "config.yaml"))
+    begun_with = group_of(load_run(folder / CONFIG))
     if begun_with is not None and group_of(settings) is not None:
         settings = _with_groups(settings, begun_with)
     group = group_of(settings) or 1
@@ -290,7 +290,7 @@ def plan_of(folder: Path, per_epoch: int) -> Plan:
             return Plan.from_facts(about["plan"])
         except ValueError as error:
             raise CheckpointError(folder / "COMPLETE", "plan", error, "the steps of the run") from None
-    before = load_run(folder / "config.yaml").run  # written by an earlier version
+    before = load_run(folder / CONFIG).run  # written by an earlier version
     changes = {"batch": about["global_batch"], "accumulate": 1}
     return Plan(before.model_copy(update=changes).steps_in_all(per_epoch, 1))
 
@@ -357,9 +357,7 @@ def keep(folder: Path, text: str, begun: Path | None, told: list[str]) -> None:
             write_atomically(folder / CONFIGS / path.name, path.read_text(encoding="utf-8"))
         if not kept(folder):  # an earlier version kept the last one only
             note = f"{_NOTE}kept at step {step}; the first step it was used in is not known\n"
-            write_atomically(
-                folder / CONFIGS / f"{tag(0)}.yaml", note + (begun / "config.yaml").read_text(encoding="utf-8")
-            )
+            write_atomically(folder / CONFIGS / f"{tag(0)}.yaml", note + (begun / CONFIG).read_text(encoding="utf-8"))
         own = kept(folder)
     before = [path for first, path in own.items() if first <= step]
     is_new = not before or _without_notes(before[-1].read_text(encoding="utf-8")) != text

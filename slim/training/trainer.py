@@ -26,6 +26,7 @@ from shards.core.errors import UserError
 from shards.format.stream import MicroBatches
 from slim.checkpoints import checkpoint
 from slim.checkpoints.mirror import Mirror, recover
+from slim.checkpoints.run_folder import CHECKPOINTS
 from slim.data import loader
 from slim.model.inputs import Batch
 from slim.training import compatibility, mfu, reshard, schedule
@@ -60,7 +61,7 @@ class Trainer:
         self.task, self.settings, self.device = task, settings, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.folder = Path(settings.run.out)
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints = self.folder / CHECKPOINTS
 
         self.stream = task.stream
         self.global_batch = settings.run.batch * settings.run.accumulate * self.world

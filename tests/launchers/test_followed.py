@@ -9,9 +9,9 @@ import pytest
 
 from launchers import job
 from launchers.cluster import attempt, conversion_jobs, conversion_task, tracking
-from launchers.cluster.training_job import SLURM
 from shards.core.errors import ConfigError
 from shards.core.files import printable_lines
+from slim.checkpoints.run_folder import SLURM
 
 ESCAPES = b"step 1\tloss 2\r\nstep 2\r\x1b]0;title\x07\x1b[2Jname \xff \xe2\x80\xaeend\x1b[31m\n"
 HARMLESS = "step 1\tloss 2\nstep 2\n\\x1b]0;title\\x07\\x1b[2Jname \\xff \\u202eend\\x1b[31m\n"

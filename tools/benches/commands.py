@@ -23,6 +23,7 @@ from shards.core.settings import Settings
 from shards.format.grid import Grid
 from shards.synthetic.truth import SyntheticCohort
 from shards.synthetic.write import write_cohort
+from slim.checkpoints.run_folder import CHECKPOINTS, LATEST, METRICS
 from slim.config import load_config
 from slim.model.geometry import geometry_of
 
@@ -128,7 +129,7 @@ def command(*words: object, **environment: str) -> str:
 def pretrain(words: list[str], folder: Path) -> Pretraining:
     """Run `tools/pretrain.py` with these words in a new run folder, and remove the run once it is read."""
     shutil.rmtree(folder, ignore_errors=True)
-    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    metrics, checkpoints = folder / METRICS, folder / CHECKPOINTS
     ended = threading.Event()
     with ThreadPoolExecutor(1) as beside:
         watching = beside.submit(_cpu_at_lines, metrics.resolve(), ended)
@@ -144,7 +145,7 @@ def pretrain(words: list[str], folder: Path) -> Pretraining:
         )
     for line, before, after in zip(lines[1:], used, used[1:], strict=False):
         line["cpu"] = after - before
-    latest = checkpoints / "latest"
+    latest = checkpoints / LATEST
     files = (checkpoints / latest.read_text(encoding="utf-8").strip()).rglob("*")
     found = Pretraining(
         lines,

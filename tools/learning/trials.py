@@ -22,6 +22,7 @@ import numpy as np
 
 from shards.core.cli import progress
 from shards.core.errors import Stopped
+from slim.checkpoints.run_folder import METRICS
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/experiments.yaml"
@@ -203,7 +204,7 @@ class Experiments:
 
     def rank(self, trial: Trial) -> float:
         """Effective rank of the context's features over the last tenth of the logged steps."""
-        lines = (self.out / "runs" / trial.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (self.out / "runs" / trial.name / METRICS).read_text(encoding="utf-8").splitlines()
         values = [json.loads(line)["context_rank"] for line in lines]
         return float(np.mean(values[-max(1, len(values) // 10) :]))
 

@@ -20,7 +20,7 @@ from helpers.commands import ROOT, Command
 from helpers.training import losses, metrics, pretrain, ranks_of, settings_of, start, wait_for_lines
 from launchers.cluster import attempt
 from launchers.job import Told
-from launchers.local import prepare_run
+from launchers.run_setup import prepare_run
 from shards.core.errors import ConfigError, Stopped
 from slim.checkpoints import lock
 

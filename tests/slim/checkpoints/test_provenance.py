@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from safetensors.torch import load_file
 
 from helpers.conversions import edited
 from helpers.pretrained import ALIGNED, tool, write_run, write_weights
-from launchers.local import git_commit, prepare_run
+from launchers.run_setup import git_commit, prepare_run
 from shards.core.errors import ConfigError, UserError
 from shards.core.settings import check
 from shards.format import layout
 from shards.format.reader import Dataset
+from slim import __version__ as version
 from slim.checkpoints import checkpoint, run_folder
-from slim.checkpoints.run_folder import SEEN
+from slim.checkpoints.provenance import Provenance
+from slim.checkpoints.run_folder import PROVENANCE, SEEN
 from slim.checkpoints.seen import Seen, person
 from slim.config import PretrainSettings, load_run
 from slim.data.samples import geometry_for
@@ -52,8 +55,8 @@ def repository(folder: Path, *tracked: str) -> str:
 
 def test_the_commit_is_that_of_this_software(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of the repository of a study that it happens to be installed in, nor of one that the environment names."""
-    commit = repository(tmp_path / "slim-brain", "launchers/local.py", "slim/evaluation/probe.py")
-    source = tmp_path / "slim-brain/launchers/local.py"
+    commit = repository(tmp_path / "slim-brain", "launchers/run_setup.py", "slim/evaluation/probe.py")
+    source = tmp_path / "slim-brain/launchers/run_setup.py"
     assert git_commit(source) == commit
     (tmp_path / "slim-brain/note.txt").write_text("of no commit")
     assert git_commit(source) == commit
@@ -61,7 +64,7 @@ def test_the_commit_is_that_of_this_software(tmp_path: Path, monkeypatch: pytest
     assert git_commit(source) == f"{commit}+"
 
     repository(tmp_path / "study", "paper.tex")
-    installed = tmp_path / "study/.venv/lib/site-packages/launchers/local.py"
+    installed = tmp_path / "study/.venv/lib/site-packages/launchers/run_setup.py"
     installed.parent.mkdir(parents=True)
     installed.write_text("first")
     assert git_commit(installed) == "unknown"
@@ -72,9 +75,52 @@ def test_the_commit_is_that_of_this_software(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_copy_in_another_repository_has_the_commit_that_holds_it(tmp_path: Path) -> None:
-    commit = repository(tmp_path, "third_party/slim-brain/launchers/local.py", "ours.py")
+    commit = repository(tmp_path, "third_party/slim-brain/launchers/run_setup.py", "ours.py")
     (tmp_path / "ours.py").write_text("changed")  # no change of this software
-    assert git_commit(tmp_path / "third_party/slim-brain/launchers/local.py") == commit
+    assert git_commit(tmp_path / "third_party/slim-brain/launchers/run_setup.py") == commit
+
+
+def test_a_run_says_what_wrote_it_and_what_was_chosen(dataset: Path, tmp_path: Path) -> None:
+    tree = load_run(write_run(tmp_path / "old", dataset, ALIGNED) / "config.yaml").model_dump(mode="json")
+    tree["run"] |= {"out": str(tmp_path / "run"), "wandb": "disabled", "batch": 4}
+    prepare_run(check(PretrainSettings, tree, "test"))
+    found = Provenance.read(tmp_path / "run")
+    assert found.commit == git_commit() and found.software == version
+    assert found.versions == {name: installed(name) for name in ("torch", "deepspeed", "numpy", "zarr")}
+    assert found.chosen == {"loss.sig_samples": 4}  # was left open: as many as are in a batch
+    assert load_run(tmp_path / "run/config.yaml").loss.sig_samples == 4
+
+
+def test_version_01_wrote_it_into_comments_of_the_configuration(dataset: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "old", dataset, ALIGNED)
+    assert Provenance.read(run) == Provenance(commit="5e1f+", versions={"numpy": "2.4.6"})
+    made = SlimBrain.from_pretrained(run).made
+    assert made["commit"] == "5e1f+" and made["versions"]["numpy"] == "2.4.6" and "slim-brain" not in made["versions"]
+
+
+def test_a_checkpoint_has_the_provenance_it_was_written_with(run: Path) -> None:
+    saved = run / "checkpoints" / checkpoint.tag(7)
+    written = replace_provenance(saved, commit="abc")
+    assert SlimBrain.from_pretrained(run).made["commit"] == "abc"
+    assert SlimBrain.from_pretrained(run).made["versions"]["slim-brain"] == version
+    (saved / PROVENANCE).write_text(written.replace("abc", "abd"))
+    with pytest.raises(UserError, match=r"provenance\.json"):
+        SlimBrain.from_pretrained(run)
+    replace_provenance(saved)
+
+
+def replace_provenance(saved: Path, **changes: str) -> str:
+    Provenance.read(saved.parents[1]).model_copy(update=changes).write(saved)
+    write_weights(saved, load_file(saved / checkpoint.WEIGHTS))
+    return (saved / PROVENANCE).read_text()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"commit": 3}', '{"versions": ["torch"]}', "[" * 100_000])
+def test_a_provenance_that_is_none_is_told_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / PROVENANCE).write_text(text)
+    with pytest.raises(UserError, match=r"provenance\.json") as told:
+        Provenance.read(tmp_path)
+    assert "\n" not in told.value.line()
 
 
 # who was seen
@@ -119,7 +165,7 @@ def run(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     prepare_run(check(PretrainSettings, tree, "test"))
     saved = folder / "run/checkpoints" / checkpoint.tag(7)
     shutil.copytree(made / "checkpoints" / checkpoint.tag(7), saved)
-    for name in (*run_folder.ABOUT_RUN, SEEN):
+    for name in (*run_folder.ABOUT_RUN, *run_folder.ALSO_ABOUT_RUN):
         shutil.copyfile(folder / "run" / name, saved / name)
     write_weights(saved, load_file(saved / checkpoint.WEIGHTS))
     return folder / "run"

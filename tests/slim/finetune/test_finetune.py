@@ -27,6 +27,7 @@ from helpers.finetuning import QUICK, SCORE, finetune, lines, write_task
 from helpers.hooks import at_each_step
 from helpers.pretrained import tool, write_weights
 from launchers import local
+from launchers.run_setup import prepare_run
 from shards.cohorts.cohort_file import find_runs
 from shards.core import files
 from shards.core.errors import ConfigError
@@ -462,7 +463,7 @@ def test_one_process_at_stage_3_learns_the_same(
     """As the two processes at stage 2 with two samples each; from random weights it is another story."""
 
     def train(settings: Any) -> None:
-        assert local.run(local.prepare_run(settings), 1)["finished"]
+        assert local.run(prepare_run(settings), 1)["finished"]
 
     for scratch in (False, True):
         folder = tmp_path / "finetune" / "s-finetuned"
@@ -480,7 +481,7 @@ def test_what_changed_since_a_run_began_is_refused(pretrained: Path, people: Pat
     folder, words = whole[0] / "finetune" / "s-finetuned", ("run.processes=2",)
     before = (folder / "seed-0" / "config.yaml").read_bytes()
     for changed in ((*words, "head.pooling=attentive"), (*words, "zero.stage=1"), (*words, "run.seed=4")):
-        method, fold = method_of(pretrained, people, folder, changed, False, local.prepare_run)
+        method, fold = method_of(pretrained, people, folder, changed, False, prepare_run)
         with pytest.raises(checkpoint.CheckpointError, match=r"head|zero\.stage|run\.seed"):
             method.predict(fold)
         assert (folder / "seed-0" / "config.yaml").read_bytes() == before

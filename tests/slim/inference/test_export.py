@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.commands import ROOT
 from helpers.pretrained import ALIGNED, tool, write_run
-from launchers.local import prepare_run
+from launchers.run_setup import prepare_run
 from shards.cohorts.cohort_file import find_runs
 from shards.core.errors import UserError
 from shards.core.files import sha256

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from helpers.commands import Command
 from helpers.conversions import edited
 from helpers.training import losses, metrics, pretrain, settings_of
-from launchers.local import prepare_run
+from launchers.run_setup import prepare_run
 from shards.core.errors import UserError
 from shards.core.settings import check
 from shards.format import layout

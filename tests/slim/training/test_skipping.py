@@ -16,7 +16,7 @@ import torch
 
 from helpers.commands import ROOT, Command
 from helpers.training import metrics, pretrain, weights
-from launchers.local import prepare_run
+from launchers.run_setup import prepare_run
 from shards.core.settings import check
 from shards.format.reader import Dataset
 from shards.format.stream import Item

@@ -1,0 +1,147 @@
+"""The folder of a run, made before its processes start: configuration, provenance, and what the data are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+from launchers import job
+from shards.core.errors import ConfigError
+from shards.core.files import dump, write_atomically
+from shards.format.layout import EXTRACTOR
+from shards.format.reader import Dataset
+from slim import __version__
+from slim.checkpoints import checkpoint, lock
+from slim.checkpoints.mirror import at_a_glance
+from slim.checkpoints.provenance import Provenance
+from slim.checkpoints.run_folder import CONFIG, DATASET
+from slim.config import TrainSettings
+from slim.ranking.extractor import CONFIG_FILE, WEIGHTS_FILE
+from slim.training import compatibility
+
+S = TypeVar("S", bound=TrainSettings)
+_LIBRARIES = ("torch", "deepspeed", "numpy", "zarr")
+
+
+def prepare_run(settings: TrainSettings) -> Path:
+    """Make the run folder; write the merged configuration, the commit and versions, what the data are and who is seen.
+
+    The temporal extractor of the data is copied: with it NIfTI runs are ranked as they were, wherever the data go.
+
+    `slim.training.compatibility` decides what a run may be resumed with; each configuration it was trained with stays
+    in RUN/configs.
+
+    Returns
+    -------
+    Path
+        RUN/config.yaml
+
+    Raises
+    ------
+    UserError
+        If the folder holds a run that these settings cannot go on with, or any run where `run.resume` is `never`, or
+        another process trains in it. The run is then left as it is.
+    """
+    folder = Path(settings.run.out)
+    for place, name in ((settings.run.out, "run.out"), (settings.run.mirror, "run.mirror")):
+        if settings.run.resume == "never" and place is not None and (Path(place) / CONFIG).exists():
+            raise ConfigError(
+                place,
+                "run.resume",
+                "never, but the folder holds a run",
+                "an empty folder",
+                f"Use run.resume=auto to go on, or another {name}",
+            )
+    with lock.holding(folder):
+        return _prepare(folder, settings)
+
+
+def _prepare(folder: Path, settings: TrainSettings) -> Path:
+    begun = at_a_glance(folder, None if settings.run.mirror is None else Path(settings.run.mirror))
+    asked = settings
+    settings = compatibility.begin(settings) if begun is None else _adopt(begun, settings)
+    changes = [] if begun is None else [str(change) for change in compatibility.changes(begun, settings)]
+    task = job.open_task(settings)
+    if begun is not None:
+        origin = task.origin(settings.run.processes)
+        origin.check(begun)
+        compatibility.extended(begun, settings, task.stream.per_epoch, settings.run.processes)
+        for line in origin.unknown(begun):
+            print(f"warning: {line}", flush=True)
+        for change in changes:
+            print(f"changed: {change}", flush=True)
+    manifest = task.datasets[0].manifest
+    write_atomically(folder / DATASET, dump({name: value for name, value in manifest.items() if name != "shards"}))
+    if (seen := task.seen()) is not None:
+        seen.write(folder)
+    for line in task.too_short():
+        print(f"warning: {line}", flush=True)
+    _keep_extractor(task.datasets[0], folder)
+    text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
+    provenance = Provenance(
+        commit=git_commit(),
+        software=__version__,
+        versions={name: version(name) for name in _LIBRARIES},
+        chosen={change.key: change.new for change in compatibility.differences(asked, settings)},
+    )
+    provenance.write(folder)
+    text = provenance.comments() + text
+    compatibility.keep(folder, text, begun, changes)
+    write_atomically(folder / CONFIG, text)
+    return folder / CONFIG
+
+
+def _keep_extractor(dataset: Dataset, folder: Path) -> None:
+    """Copy a dataset's extractor, if it has one, into a run; its config.json, which seals it, is the last file."""
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        source = dataset.folder / EXTRACTOR / name
+        if not (folder / EXTRACTOR / CONFIG_FILE).exists() and source.is_file():
+            write_atomically(folder / EXTRACTOR / name, source.read_bytes())
+
+
+def _adopt(begun: Path, settings: S) -> S:
+    """`compatibility.adopt`, saying so where the micro-batches of a step change."""
+    adopted = compatibility.adopt(begun, settings)
+    if adopted.run.accumulate != settings.run.accumulate:
+        total = checkpoint.facts(begun)["global_batch"]
+        print(
+            f"run.accumulate={adopted.run.accumulate} instead of {settings.run.accumulate}: "
+            f"the run goes on with {total} samples per step",
+            flush=True,
+        )
+    return adopted
+
+
+def git_commit(source: Path = Path(__file__)) -> str:
+    """The commit of this software, with `+` if its files have changes; `unknown` where git does not track them.
+
+    A package that is installed inside somebody's repository, say in an environment of a study, is no part of it: the
+    commit of that repository would say nothing about this software.
+
+    Parameters
+    ----------
+    source : Path
+        A file of the software, one folder below its root.
+    """
+    source = source.resolve()
+    # Git would otherwise look at the repository that these name, as they do while one of its hooks runs.
+    without_git = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(source.parent), *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True, env=without_git
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "--", source.name)
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", str(source.parents[1]))
+        return git("rev-parse", "HEAD") + ("+" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
