@@ -131,7 +131,7 @@ def while_away(settings: TrainSettings) -> Iterator[None]:
     except DatasetError:
         for data in settings.data:
             if (why := away(data.path)) is not None:
-                raise Stopped(f"{why}; when it is back, call the same command again") from None
+                raise Stopped(why, "when it is back, call the same command again") from None
         raise
 
 
@@ -166,7 +166,7 @@ def main(config: Path) -> int:
     except UserError as error:
         result = {"status": WRONG, "error": error.line()}
     except Stopped as stop:
-        result = {"status": CRASHED, "stopped": str(stop)}
+        result = {"status": CRASHED, "stopped": str(stop), "then": stop.then}
     except Exception as error:
         result = {"status": CRASHED, "error": f"error: {crashed(error, config.parent)}"}
         if is_full(error):
@@ -234,18 +234,18 @@ def judge(
         if not results[rank]:
             how = f"status {code}" if code >= 0 else signal.Signals(-code).name
             hint = ": was the machine out of memory?" if code == -signal.SIGKILL else ""
-            raise Stopped(f"process {rank} died ({how}{hint}); {what_next(run)}")
+            raise Stopped(f"process {rank} died ({how}{hint})", what_next(run))
     crashed = sorted((result["ended"], rank) for rank, result in enumerate(results) if result.get("status") == CRASHED)
     for _, rank in crashed:
         if "stopped" in results[rank]:
-            why = results[rank]["stopped"]
-            raise Stopped(f"process {rank}: {why}{'' if 'same command' in why else f'; {what_next(run)}'}")
+            said = bool(results[rank].get("then"))  # it says itself how to go on
+            raise Stopped(f"process {rank}: {results[rank]['stopped']}", "" if said else what_next(run))
     for _, rank in crashed:
         print(results[rank]["error"], file=sys.stderr)
-        raise Stopped(f"process {rank} failed (above); {what_next(run)}")
+        raise Stopped(f"process {rank} failed (above)", what_next(run))
     for rank, result in enumerate(results):
         if not result:
-            raise Stopped(f"process {rank} died; {what_next(run)}")
+            raise Stopped(f"process {rank} died", what_next(run))
     del results[0]["ended"]
     return {**results[0], "status": max(result["status"] for result in results)}
 

@@ -109,8 +109,8 @@ def main() -> int:
         events = partial(read_events, states.events, root, where=told)
     with progress("explain", len(asked), "sessions") as advance:
         facts = explain.write(out, dataset, task, cases, explained, args.start, facts, advance, events)
-    for _, words in explain.remarks(facts):
-        print(words)
+    for found in explain.remarks(facts):
+        print(found.text)
     page = f", then python tools/report.py {model.run_folder}" if model.results == model.run_folder else ""
     summary(
         {"map": str(out / f"{task.name}.nii.gz"), "explained": len(asked), **facts},

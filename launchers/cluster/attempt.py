@@ -94,7 +94,7 @@ def end(run: Path, most: int) -> int:
         status, word, again = WRONG, error.line(), False
         print(f"error: {word}", file=sys.stderr)
     except Stopped as stop:
-        status, word = RESUME, str(stop).partition(";")[0]
+        status, word = RESUME, stop.why
         failures = 1 + _failures(run)
         again = failures < most
         word += f" (failure {failures} of {most})"

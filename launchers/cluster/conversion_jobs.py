@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # they import torch
 _COMMAND = r"""
 export OMP_NUM_THREADS=1
 outcome=$FOLDER/{place}/outcome/{outcome}.json
-grep -qs '"status": 0' "$outcome" && exit 0  # done by the first of two tries
+"$PYTHON" -m launchers.cluster.is_done "$outcome" 2>/dev/null && exit 0  # done by the first of two tries
 srun --nodes=1 --ntasks=1 --cpus-per-task={cpus}{arguments} sh -c '{check}
     exec "$PYTHON" -u -m launchers.cluster.conversion_task "$@"' sh {stage} "$FOLDER" \
     ${{SLURM_ARRAY_TASK_ID:+"$SLURM_ARRAY_TASK_ID"}}

@@ -454,7 +454,7 @@ class Conversion:
             if not is_full(error):
                 raise
             raise Stopped(
-                f"no space left in {self.folder} for {what}; make room, then the same command goes on from there"
+                f"no space left in {self.folder} for {what}", "make room, then the same command goes on from there"
             ) from None
 
     def _map(self, step: str, runs: list[RunSource], ranker: Ranker | None) -> None:
@@ -491,8 +491,8 @@ class Conversion:
                         advance(1, run.key if refused is None else f"{run.key} refused: {refused['reason']}")
         except BrokenProcessPool:
             raise Stopped(
-                f"a worker process died during {step}, perhaps for want of memory; the same command goes "
-                "on from there, with fewer --workers if need be"
+                f"a worker process died during {step}, perhaps for want of memory",
+                "the same command goes on from there, with fewer --workers if need be",
             ) from None
         finally:
             for name, value in threads.items():

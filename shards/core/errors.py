@@ -72,7 +72,18 @@ class SampleCorrupt(DatasetError):
 
 
 class Stopped(Exception):
-    """Work that stopped before its end and that a second call goes on with; the commands exit with status 3."""
+    """Work that stopped before its end and that a second call goes on with; the commands exit with status 3.
+
+    Parameters
+    ----------
+    why : str
+    then : str
+        What the user does to go on, and from where it goes on; the message is both.
+    """
+
+    def __init__(self, why: str, then: str = ""):
+        super().__init__(f"{why}; {then}" if then else why)
+        self.why, self.then = why, then
 
 
 def is_full(error: Exception) -> bool:

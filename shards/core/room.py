@@ -46,7 +46,7 @@ def require_room(folder: Path, field: str, size: int = 0) -> None:
     Stopped
         If the file system is full.
     """
-    full = Stopped(f"no space left for {folder}; make room, then call the same command again")
+    full = Stopped(f"no space left for {folder}", "make room, then call the same command again")
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):

@@ -98,7 +98,7 @@ class Dataset:
             return self._read(session, names, windows)
         except SampleCorrupt:
             if (why := away(self.folder)) is not None:
-                raise Stopped(f"{why}; call the same command again when it is back") from None
+                raise Stopped(why, "call the same command again when it is back") from None
             raise
 
     def _read(

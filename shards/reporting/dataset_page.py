@@ -19,6 +19,7 @@ import numpy as np
 from shards.conversion.session import assumptions, by_assumption
 from shards.conversion.splits import SPLITS
 from shards.core import files
+from shards.core.findings import Finding, bad, good, look
 from shards.format import layout
 from shards.format.grid import Grid
 from shards.format.reader import Dataset
@@ -84,7 +85,7 @@ def _lead(dataset: Dataset, failed: list[Session]) -> str:
     )
 
 
-def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> list[tuple[str, str]]:
+def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> list[Finding]:
     """What a reader should know before anything else."""
     sessions, found = dataset.sessions, []
     homes: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -93,30 +94,30 @@ def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> 
     torn = sorted("/".join(subject) for subject, splits in homes.items() if len(splits) > 1)
     if torn:
         found.append(
-            (
-                "bad",
+            bad(
+                "splits",
                 f"{html.count(len(torn), 'subject')} in more than one split, first {torn[0]}: "
                 "scores will be too good. Make the dataset anew.",
             )
         )
     empty = [split for split in SPLITS if not dataset.manifest["sessions"].get(split)]
     if empty:
-        found.append(("look", f"No session in {' and '.join(empty)}: too few subjects for the shares."))
+        found.append(look("splits_empty", f"No session in {' and '.join(empty)}: too few subjects for the shares."))
     if failed:
         found.append(
-            (
-                "look",
+            look(
+                "refused",
                 f"{len(failed)} of {html.count(len(failed) + len(sessions), 'run')} refused; "
                 "reasons and remedies are below.",
             )
         )
     if outlying:
-        found.append(("look", f"{html.count(len(outlying), 'session')} of outlying quality, named below."))
+        found.append(look("quality", f"{html.count(len(outlying), 'session')} of outlying quality, named below."))
     moved = sum("centred_by_mm" in session for session in sessions)
     if moved:
         found.append(
-            (
-                "look",
+            look(
+                "native",
                 f"{html.count(moved, 'native-space session')} moved to the middle of the grid; "
                 "nothing was registered, so a place does not mean the same structure in all "
                 "of them.",
@@ -129,12 +130,12 @@ def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> 
         ("repeated_frames", "with volumes that repeat an earlier one; windows that hold them were not kept"),
     ):
         if number := sum(bool(session.get(field)) for session in sessions):
-            found.append(("look", f'{html.count(number, "session")} {words}: see "To check" below.'))
+            found.append(look(field, f'{html.count(number, "session")} {words}: see "To check" below.'))
     assumed = Counter(session["orientation_assumed"] for session in sessions if session.get("orientation_assumed"))
     for orientation, number in sorted(assumed.items()):
         found.append(
-            (
-                "look",
+            look(
+                "orientation",
                 f"{html.count(number, 'session')} whose header does not tell the orientation; {orientation} was "
                 "assumed. Left and right cannot be verified; their letters carry a question mark.",
             )
@@ -142,15 +143,15 @@ def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> 
     whole = sum(session["n_kept"] == session["n_windows"] for session in sessions)
     if whole:
         found.append(
-            (
-                "look",
+            look(
+                "windows",
                 f"In {whole} of {html.count(len(sessions), 'session')} every window was kept, as "
                 f"there are no more than {dataset.manifest['windows']['keep']}: the ranking "
                 "orders them but drops none.",
             )
         )
     if not torn:
-        found.append(("good", "No subject is in more than one split."))
+        found.append(good("splits", "No subject is in more than one split."))
     return found
 
 

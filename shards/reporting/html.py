@@ -15,6 +15,8 @@ import matplotlib.style
 from matplotlib.figure import Figure
 from PIL import Image
 
+from shards.core.findings import Finding
+
 # Okabe & Ito's colours, told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 INK, GREY, PALE = "#1f2933", "#7b8794", "#cbd2d9"
@@ -127,9 +129,11 @@ def text(words: str) -> str:
     return f"<p>{escape(words)}</p>"
 
 
-def notes(lines: Iterable[tuple[str, str]]) -> str:
-    """Lines to read first: (`good`, `look` or `bad`, words). A word tells the kind, not colour alone."""
-    items = "\n".join(f'<li class="{kind}"><b>{_WORDS[kind]}</b>{escape(words)}</li>' for kind, words in lines)
+def notes(found: Iterable[Finding]) -> str:
+    """Findings, to be read first. A word tells the severity, not colour alone."""
+    items = "\n".join(
+        f'<li class="{one.severity}"><b>{_WORDS[one.severity]}</b>{escape(one.text)}</li>' for one in found
+    )
     return f'<ul class="notes">\n{items}\n</ul>' if items else ""
 
 

@@ -241,8 +241,8 @@ def _room_for(folder: Path, size: int = 0) -> Iterator[None]:
             raise
         remove(folder)
         raise Stopped(
-            f"no space left for {folder}; make room, or set run.keep lower: the same command goes on from the last "
-            "complete checkpoint"
+            f"no space left for {folder}",
+            "make room, or set run.keep lower: the same command goes on from the last complete checkpoint",
         ) from error
 
 

@@ -96,7 +96,7 @@ def _acquire(folder: Path) -> _Held:
                     time.sleep(1)
                     continue
                 after = "the same command goes on once it has ended"
-                raise Stopped(f"{folder} is still held by {holder}; {after}") from None
+                raise Stopped(f"{folder} is still held by {holder}", after) from None
             raise ConfigError(
                 folder,
                 "run.out",
@@ -134,7 +134,7 @@ def _open(path: Path) -> int:
 
 def _unwritable(folder: Path, error: OSError) -> Exception:
     if is_full(error):
-        return Stopped(f"no space left for {folder}; make room, then give the same command again")
+        return Stopped(f"no space left for {folder}", "make room, then give the same command again")
     got = f"a folder that cannot be written ({error.strerror})"
     return ConfigError(folder, "run.out", got, "a folder that can be written", "Use another run.out")
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from shards.core.errors import ConfigError
 from shards.core.files import dump, write_atomically
+from shards.core.findings import Finding, good, look
 from shards.format.patches import scatter
 from shards.format.reader import Dataset
 from shards.reporting import html, quality_figures
@@ -271,21 +272,21 @@ def draw_windows(
     write_atomically(path, html.png(figure))
 
 
-def remarks(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """What to know before the maps are believed: (`good`, `look` or `bad`, words)."""
+def remarks(facts: dict[str, Any]) -> list[Finding]:
+    """What to know before the maps are believed."""
     lines = facts["sessions"]
     off = [line["key"] for line in lines if not line["complete"]]
     if off:
         return [
-            (
-                "look",
+            look(
+                "completeness",
                 f"In {len(off)} of {html.count(len(lines), 'session')} the shares do not sum to the score within the "
                 f"tolerance, first {off[0]}: read those maps with care.",
             )
         ]
     return [
-        (
-            "good",
+        good(
+            "completeness",
             f"Complete: in {html.count(len(lines), 'session')} the shares of all voxels sum to the score less that at "
             f"the start, within {facts['tolerance']:.0%} of that difference or of the score's SD over people.",
         )

@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from shards.core.errors import ConfigError
+from shards.core.findings import Finding, bad, good, look
 from shards.reporting import html
 from slim.evaluation import metrics, results
 
@@ -113,40 +114,40 @@ def _found(name: str, task: dict[str, Any], facts: dict[str, Any]) -> Found:
     return Found(name, cells, facts.get("differences") or {}, facts)
 
 
-def verdict(tasks: Sequence[Found]) -> list[tuple[str, str]]:
-    """Is it of use, in words: (`good`, `look` or `bad`, sentence)."""
+def verdict(tasks: Sequence[Found]) -> list[Finding]:
+    """Is it of use?"""
     found = []
     better, worse, alike = _sorted(tasks, "random")
     compared = len(better) + len(worse) + len(alike)
     if compared:
         most = 2 * len(better) > compared
         words = f"Beats the same encoder with random weights on {len(better)} of {html.count(compared, 'task')}"
-        found.append(("good" if most and not worse else "look", words + _listed(better, ": {}") + "."))
+        found.append(Finding("random", "good" if most and not worse else "look", words + _listed(better, ": {}") + "."))
     if alike:
         found.append(
-            ("look", f"No clear difference from random weights on {', '.join(alike)}: more people may show one.")
+            look("random", f"No clear difference from random weights on {', '.join(alike)}: more people may show one.")
         )
     if worse:
-        found.append(("bad", f"Random weights are better on {', '.join(worse)}."))
+        found.append(bad("random", f"Random weights are better on {', '.join(worse)}."))
     better, worse, alike = _sorted(tasks, "connectome")
     if worse:
-        found.append(("look", f"Functional connectivity wins on {', '.join(worse)}."))
+        found.append(look("connectome", f"Functional connectivity wins on {', '.join(worse)}."))
     if better:
-        found.append(("good", f"Beats functional connectivity on {', '.join(better)}."))
+        found.append(good("connectome", f"Beats functional connectivity on {', '.join(better)}."))
     if alike:
-        found.append(("look", f"No clear difference from functional connectivity on {', '.join(alike)}."))
+        found.append(look("connectome", f"No clear difference from functional connectivity on {', '.join(alike)}."))
     for method, said in (("parcel_means", "Parcel means alone"), ("confounds", "Confounds alone")):
         _, worse, alike = _sorted(tasks, method)
         if worse or alike:
-            found.append(("look", f"{said} do as well or better on {', '.join(sorted([*worse, *alike]))}."))
+            found.append(look(method, f"{said} do as well or better on {', '.join(sorted([*worse, *alike]))}."))
     better, worse, _ = _sorted(tasks, "scratch", "finetuned")
     if better:
-        found.append(("good", f"Fine-tuned, it beats training on the task alone on {', '.join(better)}."))
+        found.append(good("finetuned", f"Fine-tuned, it beats training on the task alone on {', '.join(better)}."))
     if worse:
-        found.append(("bad", f"Training on the task alone beats fine-tuning on {', '.join(worse)}."))
+        found.append(bad("finetuned", f"Training on the task alone beats fine-tuning on {', '.join(worse)}."))
     unsure = [task.name for task in tasks if _p(task) is not None and (_p(task) or 0) >= 0.05]
     if unsure:
-        found.append(("look", f"No better than chance on {', '.join(unsure)} (permutation p of .05 or more)."))
+        found.append(look("chance", f"No better than chance on {', '.join(unsure)} (permutation p of .05 or more)."))
     return found
 
 

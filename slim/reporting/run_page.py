@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from shards.core import files
 from shards.core.errors import ConfigError, UserError
 from shards.core.files import without_folders
+from shards.core.findings import Finding, bad, good, look
 from shards.format import layout
 from shards.reporting import html
 from slim.checkpoints.checkpoint import facts, folders, is_complete
@@ -31,7 +33,6 @@ from slim.reporting import curves, run_health
 from slim.training.metrics import RECENT, read_metrics, warnings_of
 
 Line = dict[str, Any]
-Note = tuple[str, str]  # `good`, `look` or `bad`, and a sentence
 
 _CLEAR = 0.01  # a gain above this is called one
 
@@ -156,8 +157,8 @@ def is_over(lines: Sequence[Line], steps: int | None) -> bool:
     return bool(lines) and steps is not None and lines[-1]["step"] >= steps
 
 
-def verdict(lines: Sequence[Line], steps: int | None, judged: Sequence[Note], unreadable: int = 0) -> list[Note]:
-    """What the run looks like, in words: (`good`, `look` or `bad`, sentence), worst matters included.
+def verdict(lines: Sequence[Line], steps: int | None, judged: Sequence[Finding], unreadable: int = 0) -> list[Finding]:
+    """What the run looks like.
 
     Parameters
     ----------
@@ -165,21 +166,21 @@ def verdict(lines: Sequence[Line], steps: int | None, judged: Sequence[Note], un
         Of metrics.jsonl.
     steps : int or None
         Optimizer steps of the whole run.
-    judged : sequence of tuple
+    judged : sequence of Finding
         What `learned` or `answered` says of them.
     unreadable : int
         Lines that could not be read.
     """
     if not lines:
-        return [("look", "Nothing was logged yet: the run is at its first step, or stopped before.")]
+        return [look("not_begun", "Nothing was logged yet: the run is at its first step, or stopped before.")]
     last, found = lines[-1], []
     if is_over(lines, steps):
-        found.append(("good", f"Finished: {last['step']} of {steps} steps."))
+        found.append(good("finished", f"Finished: {last['step']} of {steps} steps."))
     else:
         share = f", {last['step'] / steps:.0%}" if steps else ""
         found.append(
-            (
-                "look",
+            look(
+                "unfinished",
                 f"Not finished: step {last['step']} of {steps or 'an unknown number'}{share}. "
                 "If it is not running, the command it was started with goes on from the "
                 "newest checkpoint.",
@@ -187,21 +188,18 @@ def verdict(lines: Sequence[Line], steps: int | None, judged: Sequence[Note], un
         )
     if last.get("loss") is None or not math.isfinite(last["loss"]):
         found.append(
-            (
-                "bad",
+            bad(
+                "loss",
                 "The last loss is not a finite number: go back to an earlier checkpoint with a "
                 "lower optimizer.lr, or precision fp32.",
             )
         )
     found += judged
-    found += [
-        ("bad" if "collapse" in words else "look", words[0].upper() + words[1:] + ".")
-        for words in warnings_of(list(lines)).values()
-    ]
+    found += [replace(one, text=f"{one.text[0].upper()}{one.text[1:]}.") for one in warnings_of(list(lines))]
     if unreadable:
         found.append(
-            (
-                "look",
+            look(
+                "unreadable",
                 f"{unreadable} unreadable line{'s' * (unreadable > 1)} of {METRICS} left out; "
                 "one at the end is what a kill leaves.",
             )
@@ -209,7 +207,7 @@ def verdict(lines: Sequence[Line], steps: int | None, judged: Sequence[Note], un
     return found
 
 
-def answered(lines: Sequence[Line], finished: bool, guess: float) -> list[Note]:
+def answered(lines: Sequence[Line], finished: bool, guess: float) -> list[Finding]:
     """Whether a fine-tuning answers better than whoever guesses, and whether it was long enough.
 
     Parameters
@@ -222,51 +220,51 @@ def answered(lines: Sequence[Line], finished: bool, guess: float) -> list[Note]:
     """
     validated = [line for line in lines if line.get("val_loss") is not None]
     if not validated:
-        return [("look", "Not validated yet: the first epoch has not ended.")] if lines else []
+        return [look("validation", "Not validated yet: the first epoch has not ended.")] if lines else []
     first, last = validated[0]["step"], validated[-1]["step"]
     best = min(validated, key=lambda line: line["val_loss"])
     where = f"{best['val_loss']:.4f} at step {best['step']}, where guessing has {guess:.4f}"
     if best["val_loss"] >= guess:
         hint = "Lower optimizer.lr, try head.pooling=attentive, and compare with the probe of frozen features"
-        return [("bad", f"Validation was never better than guessing: {where}. {hint}.")]
-    found = [("good", f"Validation was best with {where}; these weights are kept.")]
+        return [bad("validation", f"Validation was never better than guessing: {where}. {hint}.")]
+    found = [good("validation", f"Validation was best with {where}; these weights are kept.")]
     if finished and len(validated) > 2 and best["step"] == last:
-        found.append(("look", "Validation was best at the end: more run.epochs may do better."))
+        found.append(look("duration", "Validation was best at the end: more run.epochs may do better."))
     if len(validated) > 2 and best["step"] == first:
-        found.append(("look", "Validation was best after the first epoch: a lower optimizer.lr may do better."))
+        found.append(look("rate", "Validation was best after the first epoch: a lower optimizer.lr may do better."))
     return found
 
 
-def learned(lines: Sequence[Line], finished: bool) -> list[Note]:
+def learned(lines: Sequence[Line], finished: bool) -> list[Finding]:
     """Whether a pretraining learns, or collapses."""
     if not lines:
         return []
     last, found, gain = lines[-1], [], _recent(lines, "gain")
     if last.get("gain") is None:
         found.append(
-            (
-                "look",
+            look(
+                "gain",
                 "No gain: the objective has no JEPA term, so there is no prediction to "
                 "compare with the mean of each place. Judge the run by its MAE loss and by "
                 "probes.",
             )
         )
     elif gain is None:
-        found.append(("bad", "None of the last gains is a finite number."))
+        found.append(bad("gain", "None of the last gains is a finite number."))
     elif gain > _CLEAR:
-        found.append(("good", f"Predictions beat the mean of each place: gain {gain:+.4f}."))
+        found.append(good("gain", f"Predictions beat the mean of each place: gain {gain:+.4f}."))
     elif gain > 0:
         found.append(
-            (
-                "look",
+            look(
+                "gain",
                 f"Predictions hardly beat the mean of each place: gain {gain:+.4f}. Let it "
                 "train longer, and see by a probe whether it beats random weights.",
             )
         )
     elif finished:
         found.append(
-            (
-                "bad",
+            bad(
+                "gain",
                 "Collapsed, or never began to learn: the gain over the mean of each place is "
                 f"{gain:+.4f} at the end. Do not use these weights before a probe has beaten "
                 "random weights.",
@@ -275,7 +273,10 @@ def learned(lines: Sequence[Line], finished: bool) -> list[Note]:
     best, place = _best_gain(lines)
     if gain is not None and best - gain > max(0.02, 0.2 * best):
         found.append(
-            ("look", f"The gain was higher before: {best:+.4f} around step {place}. Probe a checkpoint from there too.")
+            look(
+                "best_gain",
+                f"The gain was higher before: {best:+.4f} around step {place}. Probe a checkpoint from there too.",
+            )
         )
     return found
 

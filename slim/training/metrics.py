@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, wandb, one progress line, and a warning in words when it goes wrong."""
+"""What a run says about itself: metrics.jsonl, wandb, one progress line, and warnings when it goes wrong."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.core.files import write_atomically
+from shards.core.findings import Finding, bad, look
 from slim.checkpoints.run_folder import METRICS
 from slim.training.tracking import Tracking
 
@@ -136,7 +137,7 @@ class Monitor:
         if self._tracking is not None:
             self._tracking.log(line)
 
-    def warnings(self) -> dict[str, str]:
+    def warnings(self) -> list[Finding]:
         """See `warnings_of`, on the most recent lines."""
         return warnings_of(list(self.recent))
 
@@ -147,8 +148,8 @@ class Monitor:
             self._tracking.close()
 
 
-def warnings_of(lines: list[dict[str, Any]]) -> dict[str, str]:
-    """What the last logged lines show, in words, by kind; empty while all is well or little is known.
+def warnings_of(lines: list[dict[str, Any]]) -> list[Finding]:
+    """What the last logged lines warn of, each kind once; empty while all is well or little is known.
 
     Parameters
     ----------
@@ -157,25 +158,31 @@ def warnings_of(lines: list[dict[str, Any]]) -> dict[str, str]:
     """
     lines = lines[-RECENT:]
     if len(lines) < 10:
-        return {}
+        return []
 
     def mean(name: str) -> float | None:
         values = [line[name] for line in lines if line.get(name) is not None]
         return sum(values) / len(values) if values else None
 
-    found = {}
+    found = []
     gain, rank, wait = mean("gain"), mean("target_rank"), mean("data_wait")
     if gain is not None and gain <= 0:
-        found["gain"] = (
-            f"no gain over the mean of each place ({gain:+.3f} over {len(lines)} logged steps): nothing "
-            "is learned yet; normal early on, a collapse if it stays"
+        found.append(
+            bad(
+                "gain",
+                f"no gain over the mean of each place ({gain:+.3f} over {len(lines)} logged steps): nothing "
+                "is learned yet; normal early on, a collapse if it stays",
+            )
         )
     if rank is not None and rank < 5:
-        found["rank"] = (
-            f"targets have an effective rank of {rank:.1f}: dimensional collapse; raise loss.sig or loss.mae"
+        found.append(
+            bad(
+                "rank",
+                f"targets have an effective rank of {rank:.1f}: dimensional collapse; raise loss.sig or loss.mae",
+            )
         )
     if wait is not None and wait > 0.5:
-        found["data"] = f"{wait:.0%} of the time is spent waiting for data: raise run.workers"
+        found.append(look("data", f"{wait:.0%} of the time is spent waiting for data: raise run.workers"))
     return found
 
 

@@ -119,15 +119,16 @@ class Trainer:
                         monitor.log(line)
                     advance(1, _in_words(line))
                     found = monitor.warnings()
-                    for kind in found.keys() - said:
-                        self._warn(found[kind])
-                    said = set(found)
+                    for one in found:
+                        if one.kind not in said:
+                            self._warn(one.text)
+                    said = {one.kind for one in found}
                 stopped = self._agree_to_stop(begun)
                 if self.step == self.steps or stopped or self.step % self.settings.run.checkpoint_every == 0:
                     self._save()
                 self._watch.step()
             if monitor is not None:
-                warnings = list(monitor.warnings().values())
+                warnings = [one.text for one in monitor.warnings()]
         if self._mirror is not None:
             self._mirror.close()
             self._tell_of_mirror()

@@ -228,8 +228,8 @@ def test_a_path_that_is_walked_too_coarsely_is_told(model, opened, features):
     found = integrated_gradients(model, opened, opened.sessions[5], score, tolerance=1e-9, most=16)
     assert found.points == 16 and not found.complete
     line = {"key": "k", "score": 1.0, "at_start": 0.0, "gap": found.gap, "complete": found.complete}
-    ((kind, words),) = explain.remarks({"sessions": [line], "tolerance": 0.02})
-    assert kind == "look" and "first k" in words
+    (said,) = explain.remarks({"sessions": [line], "tolerance": 0.02})
+    assert said.severity == "look" and "first k" in said.text
 
 
 def test_anatomy_that_is_not_seen_cannot_be_taken_away(model, opened, features):

@@ -95,7 +95,7 @@ def text_of(folder: Path) -> str:
 def words_of(lines: list[dict], steps: int = 120) -> str:
     """The verdict alone."""
     judged = run_page.learned(lines, run_page.is_over(lines, steps))
-    return " ".join(f"{kind}: {words}" for kind, words in run_page.verdict(lines, steps, judged))
+    return " ".join(f"{one.severity}: {one.text}" for one in run_page.verdict(lines, steps, judged))
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_a_fine_tuning_is_judged_by_its_validation(tmp_path):
 )
 def test_what_a_finished_validation_tells(losses, said):
     lines = [{"step": step, "val_loss": loss} for step, loss in enumerate(losses, 1)]
-    words = " ".join(f"{kind}: {words}" for kind, words in run_page.answered(lines, True, math.log(3)))
+    words = " ".join(f"{one.severity}: {one.text}" for one in run_page.answered(lines, True, math.log(3)))
     assert said in words
 
 
@@ -279,7 +279,7 @@ def said(folder: Path, tasks: dict, facts: dict | None = None) -> str:
     """The verdict on a probe's report."""
     path = folder / "report.json"
     path.write_text(json.dumps({"tasks": tasks, "facts": facts or {}}))
-    return " ".join(f"{kind}: {words}" for kind, words in run_health.verdict(run_health.read_tasks(path)))
+    return " ".join(f"{one.severity}: {one.text}" for one in run_health.verdict(run_health.read_tasks(path)))
 
 
 def test_findings_in_words(tmp_path):
