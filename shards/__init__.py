@@ -1,5 +1,5 @@
-"""Cohorts of NIfTI runs in, Zarr-backed WebDataset shards of ranked windows out.
+"""Cohorts of NIfTI scans in, Zarr-backed WebDataset shards of ranked windows out.
 
-Read in this order: `cohort` finds runs, `harmonise` brings one run to the common grid and TR, `patches` gathers its
-brain patches, `layout` is the on-disk contract, `convert` drives the whole, `reader` and `stream` give it back.
+`shards.cohorts` finds scans, `shards.preprocessing` brings one to the common grid and TR, `shards.conversion` drives the
+whole, `shards.format` is the on-disk contract and reads it back.
 """

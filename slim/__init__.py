@@ -1,25 +1,31 @@
 """SLIM-Brain: a voxel-level, atlas-free foundation model for fMRI.
 
-Stage 1 (`temporal`, `saliency`) ranks the windows of a run; stage 2 (`geometry`, `gather`, `hiera`,
-`masking`, `objective`, `trainer`) learns from the best of them, on brain patches alone; `features` and `probe` use what
-it learned.
+Stage 1 (`slim.ranking`) ranks the windows of a scan. Stage 2 (`slim.model`, `slim.data`, `slim.pretrain`,
+`slim.training`) learns from the best of them, on brain patches alone. `slim.inference` encodes scans, `slim.evaluation`
+and `slim.finetune` use what was learned, `slim.explain` and `slim.reporting` show it.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slim.config import load_config
+    from slim.evaluation.transformer import SlimBrainTransformer
     from slim.inference.slim_brain import SlimBrain
 
-__all__ = ["SlimBrain", "__version__"]
+__all__ = ["SlimBrain", "SlimBrainTransformer", "__version__", "load_config"]
 __version__ = "0.1.0"
+# Looked up on first use: `import slim` alone does not load torch.
+_MODULES = {
+    "SlimBrain": "slim.inference.slim_brain",
+    "SlimBrainTransformer": "slim.evaluation.transformer",
+    "load_config": "slim.config",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # looked up on first use: `import slim` alone does not load torch
-    if name == "SlimBrain":
-        from slim.inference.slim_brain import SlimBrain
-
-        return SlimBrain
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'slim' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Jobs on SLURM: settings, scripts, attempts, conversion jobs, and following them."""

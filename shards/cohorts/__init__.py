@@ -1,0 +1,1 @@
+"""Which scans there are: cohort files, BIDS, patterns of paths, participants, images in memory."""

@@ -1,0 +1,1 @@
+"""Tasks, splits, probes, baselines and metrics, and the transformer for scikit-learn."""

@@ -1,6 +1,6 @@
 """Runs in, vectors out, as scikit-learn has it: fitted on training images alone, cached, at home in a pipeline.
 
-    from slim.evaluation.transformer import SlimBrainTransformer
+    from slim import SlimBrainTransformer
 
     vectors = SlimBrainTransformer("export/", pooling="cov", memory="cache/")
     cross_val_score(make_pipeline(vectors, StandardScaler(), LogisticRegression()), images, labels)

@@ -192,5 +192,5 @@ def check_fixed(per: str, pooling: str) -> None:
     if per not in ("window", "run"):
         raise ConfigError("per", "", per, "window or run")
     if pooling not in tuple(FIXED):
-        hint = "Others are fitted on a set of runs: slim.evaluation.transformer.SlimBrainTransformer does that"
+        hint = "Others are fitted on a set of scans: slim.SlimBrainTransformer does that"
         raise ConfigError("pooling", "", pooling, ", ".join(FIXED), hint)

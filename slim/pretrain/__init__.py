@@ -1,0 +1,1 @@
+"""Hiera-JEPA pretraining: EMA target, running means, predictor, the terms of the loss, and the task."""

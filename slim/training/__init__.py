@@ -1,0 +1,1 @@
+"""The loop over DeepSpeed. It knows neither JEPA nor labels: a `TrainingTask` brings them."""
