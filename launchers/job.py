@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,8 +33,10 @@ from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, LATEST
 
 if TYPE_CHECKING:
     from slim.config import TrainSettings
+    from slim.training.callbacks import Callback
     from slim.training.task import TrainingTask
 
+CALLBACKS = "SLIM_CALLBACKS"  # variable that names callbacks of the user, see `slim.training.callbacks`
 STORE = "SLIM_STORE"  # variable that names the file by which processes of one machine meet
 _LAST = 600.0  # seconds to end a step and save without a launcher
 # glibc gives freed memory back to the system and asks for it anew, thousands of times a step; keeping it
@@ -77,6 +80,7 @@ def work(config: Path) -> dict[str, Any]:
     prepare(on_gpu)
     import deepspeed
 
+    from slim.training import callbacks
     from slim.training.trainer import Trainer
 
     with while_away(settings):
@@ -95,7 +99,9 @@ def work(config: Path) -> dict[str, Any]:
         dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    result = Trainer(task, device, flops_counter(task)).run()
+    rank = dist.get_rank()
+    chosen = (*own_callbacks(), *callbacks.usual(task.name, settings, device, rank, flops_counter(task)))
+    result = Trainer(task, device, chosen).run()
     dist.barrier()
     dist.destroy_process_group()  # after a failure the others may be in the midst of something, so nothing is awaited
     return result
@@ -121,6 +127,34 @@ def flops_counter(task: TrainingTask) -> Callable[[], float] | None:
     if not isinstance(task, PretrainTask):
         return None
     return partial(flops_per_token, task.settings, task.datasets[0])
+
+
+def own_callbacks() -> list[Callback]:
+    """Callbacks of the user's own, from the functions that SLIM_CALLBACKS names.
+
+    The variable is of this process's environment, never of a configuration: a run that somebody sent names no code.
+
+    Raises
+    ------
+    ConfigError
+        If a function cannot be imported, or makes no callback.
+    """
+    from slim.training.callbacks import Callback
+
+    made = []
+    for name in filter(None, os.environ.get(CALLBACKS, "").split(",")):
+        module, _, function = name.strip().partition(":")
+        try:
+            callback = getattr(import_module(module), function)()
+        except (ImportError, AttributeError, ValueError) as error:
+            expected = "module:function, a function that can be imported and makes a Callback"
+            raise ConfigError("environment", CALLBACKS, f"{name} ({error})", expected) from None
+        if not isinstance(callback, Callback):
+            raise ConfigError(
+                "environment", CALLBACKS, f"{name}, which makes a {type(callback).__name__}", "a Callback"
+            )
+        made.append(callback)
+    return made
 
 
 @contextmanager

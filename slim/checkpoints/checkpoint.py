@@ -41,6 +41,7 @@ from shards.core.errors import Stopped, UserError, is_full
 from shards.core.files import dump, printable, share, sync_folder, write_atomically
 from shards.core.room import has_room
 from shards.core.settings import shown
+from slim.checkpoints import exchange
 from slim.checkpoints.run_folder import ABOUT_RUN, ALSO_ABOUT_RUN, COMPLETE, LATEST, WEIGHTS
 
 BEST = "best."  # of a fine-tuning, before the tensors of its best epoch
@@ -217,10 +218,9 @@ def save(
         # Each process flushes what it wrote: on a network file system nobody else's fsync would.
         names = list(_written_by(rank, folder))
         mine = dict(zip(names, _measured(folder, names, flush=True), strict=True))
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
+    everywhere = exchange.gather(mine)
     if rank == 0:
-        measured = {name: found for theirs in everywhere for name, found in theirs.items()}
+        measured = {name: (size, digest) for theirs in everywhere for name, (size, digest) in theirs.items()}
         with _room_for(folder):
             seal(folder, {"step": step, **origin}, measured)
             write_atomically(checkpoints / LATEST, folder.name + "\n")

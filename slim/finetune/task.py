@@ -99,6 +99,10 @@ class FinetuneLearner:
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_step = math.inf, 0
 
+    def summarise(self, mean: dict[str, float | None]) -> dict[str, float | None]:
+        """The means as they are."""
+        return mean
+
     def groups(self) -> list[Group]:
         """One or two for each depth: embedding, blocks, norm, head; the learning rate falls towards the input."""
         decay = self.settings.head.layer_decay

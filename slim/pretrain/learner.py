@@ -15,10 +15,10 @@ from torch import Tensor
 from slim.config import PretrainSettings
 from slim.model.inputs import Batch
 from slim.pretrain.ema import Target
+from slim.pretrain.losses import NOTHING_TO_GAIN
 from slim.pretrain.objective import Objective
 from slim.pretrain.running_mean import PlaceMean
 from slim.training import schedule
-from slim.training.metrics import AVERAGED
 from slim.training.optim import Group, parameter_groups
 from slim.training.schedule import Plan
 from slim.training.task import Losses
@@ -39,7 +39,20 @@ class PretrainLearner:
         `target_mean` with the JEPA term, `context_mean` with SIG: their names in a checkpoint.
     """
 
-    logged = AVERAGED
+    logged = (
+        "loss",
+        "loss_jepa",
+        "loss_sig",
+        "loss_mae",
+        "trivial",
+        "loss_cross_time",
+        "loss_cross_location",
+        "loss_double_cross",
+        "gain_cross_time",
+        "gain_cross_location",
+        "gain_double_cross",
+        "sample_cosine",
+    )
 
     def __init__(self, settings: PretrainSettings, model: Objective):
         self.model, self.ema = model, settings.ema
@@ -52,6 +65,13 @@ class PretrainLearner:
             for name, needed in (("target_mean", jepa), ("context_mean", sig))
             if needed
         }
+
+    def summarise(self, mean: dict[str, float | None]) -> dict[str, float | None]:
+        """With `gain` in place of `trivial`: 1 - loss / loss of the mean of each place, None where that is nothing."""
+        trivial, loss = mean.pop("trivial"), mean["loss_jepa"]
+        if loss is None or trivial is None or trivial <= NOTHING_TO_GAIN:
+            return mean | {"gain": None}
+        return mean | {"gain": 1 - loss / trivial}
 
     def groups(self) -> list[Group]:
         """See `parameter_groups`."""

@@ -19,25 +19,8 @@ from slim.checkpoints.run_folder import METRICS
 from slim.training.tracking import Tracking
 
 RECENT = 50  # logged steps a warning looks back on
-# Loss of the mean of each place below which targets are that mean up to rounding, and there is no gain to speak of:
-# with one sample a step, the first step's, whose means were taken from itself.
-NOTHING_TO_GAIN = 1e-9
 _LONGEST = 1 << 16  # characters of a line of metrics.jsonl
 _RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
-AVERAGED = (
-    "loss",
-    "loss_jepa",
-    "loss_sig",
-    "loss_mae",
-    "trivial",
-    "loss_cross_time",
-    "loss_cross_location",
-    "loss_double_cross",
-    "gain_cross_time",
-    "gain_cross_location",
-    "gain_double_cross",
-    "sample_cosine",
-)
 
 
 def effective_rank(x_MC: Tensor) -> float:
@@ -66,7 +49,7 @@ def spread_of(what: str, x_MC: Tensor | None) -> dict[str, float | None]:
 
 
 def averages(
-    logs: list[dict[str, Tensor]], tokens: list[Tensor], device: torch.device, names: Sequence[str] = AVERAGED
+    logs: list[dict[str, Tensor]], tokens: list[Tensor], device: torch.device, names: Sequence[str]
 ) -> tuple[dict[str, float | None], tuple[float, float]]:
     """Means of what the micro-batches of all processes logged, and sums of their tokens; every process calls it.
 
@@ -82,8 +65,7 @@ def averages(
     Returns
     -------
     tuple
-        The means by name, None where nobody logged, with `gain` (1 - loss / loss of the per-place mean predictor, None
-        below `NOTHING_TO_GAIN`) in place of `trivial`; and both sums.
+        The means by name, None where nobody logged; and both sums.
     """
     zero = torch.zeros((), device=device)
     values = torch.stack([torch.stack([log.get(name, zero) for log in logs]).sum() for name in names])
@@ -94,11 +76,6 @@ def averages(
     *numbers, kept, brain = reduced.tolist()
     sums, counted = numbers[: len(names)], numbers[len(names) :]
     mean = {name: sums[i] / counted[i] if counted[i] else None for i, name in enumerate(names)}
-    if "trivial" in mean:
-        trivial, loss = mean.pop("trivial"), mean["loss_jepa"]
-        mean["gain"] = None
-        if loss is not None and trivial is not None and trivial > NOTHING_TO_GAIN:
-            mean["gain"] = 1 - loss / trivial
     return mean, (kept, brain)
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from shards.core.errors import UserError
 from shards.core.files import dump_lines, write_atomically
+from slim.checkpoints import exchange
 from slim.checkpoints.run_folder import SKIPPED
 from slim.training.metrics import read_metrics
 
@@ -60,7 +61,7 @@ class Skipped:
             If more sessions are damaged than may be.
         """
         everywhere: dict[str, str] = {}
-        for found in _gather(here):
+        for found in exchange.gather(here):
             everywhere |= found
         new = sorted(everywhere.keys() - self.keys)
         self.keys |= everywhere.keys()
@@ -86,7 +87,7 @@ class Skipped:
         self.row = self.row + 1 if skipped else 0
         if not skipped:
             return
-        self._write(step, [(key, NOT_FINITE) for found in _gather(keys) for key in found])
+        self._write(step, [(key, NOT_FINITE) for found in exchange.gather(keys) for key in found])
         if self.row > self.in_a_row:
             raise TrainingStopped(
                 self.path,
@@ -110,10 +111,3 @@ class Skipped:
         self.keys, self.row = set(state["keys"]), state["row"]
         if dist.get_rank() == 0 and self.path.exists():
             write_atomically(self.path, dump_lines(line for line in read_metrics(self.path)[0] if line["step"] <= step))
-
-
-def _gather(mine: Any) -> list[Any]:
-    """What each process has, in every process."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found

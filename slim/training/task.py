@@ -48,6 +48,10 @@ class Learner(Protocol):
     @property
     def logged(self) -> Sequence[str]: ...
 
+    def summarise(self, mean: dict[str, float | None]) -> dict[str, float | None]:
+        """The numbers of a line of metrics.jsonl, from the means over micro-batches and processes."""
+        ...
+
     def groups(self) -> list[Group]:
         """All parameters, by how the optimizer treats them."""
         ...

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.core.cli import STOPPING, progress
-from shards.core.errors import UserError
+from shards.core.cli import STOPPING
 from shards.format.stream import MicroBatches
 from slim.checkpoints import checkpoint
-from slim.checkpoints.mirror import Mirror, recover
 from slim.checkpoints.run_folder import CHECKPOINTS
 from slim.data import loader
 from slim.model.inputs import Batch
-from slim.training import compatibility, mfu, reshard, schedule
+from slim.training import compatibility, reshard, schedule
+from slim.training.callbacks import Callback, Start, Step
 from slim.training.engine import _whole_parameter, deepspeed_config
-from slim.training.metrics import Monitor, averages, peak_memory_bytes, spread_of
+from slim.training.metrics import averages, peak_memory_bytes, spread_of
 from slim.training.optim import GuardedAdamW
+from slim.training.resume import find_checkpoint
 from slim.training.skipped import NOT_FINITE, Skipped
-from slim.training.stall import COMPUTE, DATA, SAVE, Watch
+from slim.training.stall import COMPUTE, DATA, SAVE
 from slim.training.task import TrainingTask
 
 
@@ -47,8 +47,8 @@ class Trainer:
         What is learned, and from what.
     device : torch.device
         This process's own.
-    flops_per_token : callable, optional
-        Counts the FLOPs of a step per token of brain, for the model FLOPs utilisation; called on a GPU alone.
+    callbacks : sequence of Callback
+        Called in this order; see `slim.training.callbacks`.
 
     Raises
     ------
@@ -56,7 +56,7 @@ class Trainer:
         If the checkpoint to go on from does not fit the configuration.
     """
 
-    def __init__(self, task: TrainingTask, device: torch.device, flops_per_token: Callable[[], float] | None = None):
+    def __init__(self, task: TrainingTask, device: torch.device, callbacks: Sequence[Callback] = ()):
         settings = task.settings
         self.task, self.settings, self.device = task, settings, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -70,7 +70,7 @@ class Trainer:
 
         self.learner = task.learner(device)
         self._groups = self.learner.groups()
-        self._full = _whole_parameter if settings.zero.stage == 3 else None
+        self.full = _whole_parameter if settings.zero.stage == 3 else None
         chosen = settings.optimizer
         groups = [{"params": group.parameters} for group in self._groups]
         self._adam = GuardedAdamW(groups, lr=chosen.lr, betas=chosen.betas)
@@ -80,15 +80,8 @@ class Trainer:
         sessions = sum(len(part) for part in self.stream.sessions)
         self.skipped = Skipped(self.folder, sessions, settings.run.damaged, settings.run.not_finite)
         self.step, self.consumed = 0, 0
+        self.callbacks = tuple(callbacks)
         self._stop: str | None = None
-        self._watch = Watch(self._warn)
-        self._flops_per_token = flops_per_token
-        self._seconds_per_token = self._at_peak() if self.rank == 0 and device.type == "cuda" else None
-        self._mirror: Mirror | None = None
-        self._mirror_trouble: str | None = None
-        if self.rank == 0 and settings.run.mirror is not None:
-            run = settings.run
-            self._mirror = Mirror(self.folder, Path(settings.run.mirror), run.keep, run.keep_every)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or to the next step boundary after a signal or the time limit.
@@ -103,36 +96,17 @@ class Trainer:
         resumed = self._resume()
         if not resumed:
             self.learner.begin(self._first_steps, self.engine)
-        stopped, line, said, warnings = None, {}, set[str](), list[str]()
-        with ExitStack() as stack:
-            monitor = self._monitor() if self.rank == 0 else None
-            if monitor is not None:
-                stack.callback(monitor.close)
-                stack.enter_context(self._watch)
-                advance = stack.enter_context(progress(self.task.name, self.steps - self.step, "steps"))
-            micro_batches = (self.steps - self.step) * self.settings.run.accumulate
-            batches = self._loader(self.consumed, micro_batches) if self.step < self.steps else iter(())
+        stopped, line = None, {}
+        with self._called():
+            batches = self._batches()
             while self.step < self.steps and stopped is None:
-                line = self._one_step(batches)
-                if monitor is not None:
-                    if self._is_logged():
-                        monitor.log(line)
-                    advance(1, _in_words(line))
-                    found = monitor.warnings()
-                    for one in found:
-                        if one.kind not in said:
-                            self._warn(one.text)
-                    said = {one.kind for one in found}
+                step = self._one_step(batches)
+                line = step.line
+                for callback in self.callbacks:
+                    callback.on_step(step)
                 stopped = self._agree_to_stop(begun)
                 if self.step == self.steps or stopped or self.step % self.settings.run.checkpoint_every == 0:
                     self._save()
-                self._watch.step()
-            if monitor is not None:
-                warnings = [one.text for one in monitor.warnings()]
-        if self._mirror is not None:
-            self._mirror.close()
-            self._tell_of_mirror()
-            warnings += [self._mirror.trouble] if self._mirror.trouble else []
         return {
             "finished": self.step >= self.steps,
             "step": self.step,
@@ -141,22 +115,29 @@ class Trainer:
             "resumed_from": resumed,
             "loss": line.get("loss"),
             "seconds": round(time.monotonic() - begun, 2),
-            "warnings": warnings,
+            "warnings": [text for callback in self.callbacks for text in callback.warnings()],
         }
+
+    @contextmanager
+    def _called(self) -> Iterator[None]:
+        """Callbacks around the steps; `on_end` of each that was started is called, whatever happens."""
+        start = Start(step=self.step, steps=self.steps, warn=self._warn)
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.callback(callback.on_end)
+                callback.on_start(start)
+            yield
+            for callback in self.callbacks:
+                callback.on_finish()
+
+    def _phase(self, phase: str) -> None:
+        for callback in self.callbacks:
+            callback.on_phase(phase)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the run in all."""
         return self.plan.end
-
-    def _at_peak(self) -> float | None:
-        """Seconds a token of brain would take at the GPU's peak; None where its speed or the work is not known."""
-        peak = mfu.peak_flops(torch.cuda.get_device_name(self.device), self.settings.precision)
-        return None if peak is None or self._flops_per_token is None else self._flops_per_token() / peak
-
-    def _monitor(self) -> Monitor:
-        config = self.settings.model_dump(mode="json")
-        return Monitor(self.folder, self.step, self.settings.run.wandb, config)
 
     def _warn(self, text: str) -> None:
         print(f"warning at step {self.step}: {text}", flush=True)
@@ -185,13 +166,18 @@ class Trainer:
         stream = MicroBatches(self.stream, self.task.load(), run.batch, self.rank, self.world, count, consumed)
         return loader.Loader(stream, run.workers, lambda: self._stop, self._warn if self.rank == 0 else lambda _: None)
 
+    def _batches(self) -> Iterator[Any]:
+        """This process's micro-batches from here to the end of the run."""
+        left = (self.steps - self.step) * self.settings.run.accumulate
+        return self._loader(self.consumed, left) if left else iter(())
+
     def _first_steps(self, steps: int) -> Iterator[Batch]:
         """This process's micro-batches of so many steps, from the first."""
         for batch in self._loader(0, steps * self.settings.run.accumulate):
             yield batch.to(self.device)
 
-    def _one_step(self, batches: Iterator[Any]) -> dict[str, Any]:
-        """One optimizer step; returns its line of metrics.jsonl."""
+    def _one_step(self, batches: Iterator[Any]) -> Step:
+        """Carry out one optimizer step."""
         settings = self.settings
         begun, waited = time.perf_counter(), 0.0
         at, of = self.plan.place(self.step)
@@ -206,9 +192,9 @@ class Trainer:
         epoch = 0
         for _ in range(settings.run.accumulate):
             asked = time.perf_counter()
-            self._watch.now(DATA)
+            self._phase(DATA)
             batch = next(batches).to(self.device)
-            self._watch.now(COMPUTE)
+            self._phase(COMPUTE)
             waited += time.perf_counter() - asked
             losses = self.learner.losses(batch, self.step, self.engine)
             self.engine.backward(losses.total)
@@ -226,10 +212,11 @@ class Trainer:
             self.learner.discard()
             more = {}
         else:
-            more = self.learner.commit(self.step - 1, self.plan, self.engine, self._full)
+            more = self.learner.commit(self.step - 1, self.plan, self.engine, self.full)
         self._note(damaged, skipped, keys)
         more = {"lr": lr, "wd": wd, **more}
-        return self._line(logs, tokens, losses.features, epoch, more, begun, waited)
+        line = self._line(logs, tokens, losses.features, epoch, more, begun, waited)
+        return Step(number=self.step, keys=keys, line=line, logged=self._is_logged())
 
     def _note(self, damaged: dict[str, str], skipped: bool, keys: list[str]) -> None:
         """Write down what was left out of this step; TrainingStopped where it is too much."""
@@ -259,6 +246,7 @@ class Trainer:
     ) -> dict[str, Any]:
         """Means over micro-batches and processes, as one line of metrics.jsonl."""
         mean, (kept, brain) = averages(logs, tokens, self.device, self.learner.logged)
+        mean = self.learner.summarise(mean)
         spread: dict[str, float | None] = {}
         if self.rank == 0 and self._is_logged():
             for name, x_NC in features.items():
@@ -267,7 +255,7 @@ class Trainer:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begun
         norm = self.engine.get_global_grad_norm()
-        line = {
+        return {
             "step": self.step,
             "epoch": epoch,
             "samples": self.consumed,
@@ -285,42 +273,28 @@ class Trainer:
             "tokens_grid": math.prod(self.task.geometry.tokens),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        if self._seconds_per_token is not None:
-            line["mfu"] = self._seconds_per_token * brain / self.world / seconds
-        return line
 
     def _save(self) -> None:
-        self._watch.now(SAVE)
+        self._phase(SAVE)
         state = {"step": self.step, "consumed": self.consumed, "skipped": self.skipped.state()}
-        weights = self.learner.state(self._full)
+        weights = self.learner.state(self.full)
         about = self.origin.facts() | {"plan": self.plan.facts()}
         saved = checkpoint.save(self.engine, self.checkpoints, self.step, state, weights, about)
+        for callback in self.callbacks:
+            callback.on_save(saved)
         if self.rank == 0:
-            needed: set[Path] = set()
-            if self._mirror is not None:
-                self._tell_of_mirror()
-                self._mirror.offer(saved)
-                needed = self._mirror.needed
+            needed = set().union(*(callback.needed() for callback in self.callbacks))
             checkpoint.prune(self.checkpoints, self.settings.run.keep, self.settings.run.keep_every, needed)
-
-    def _tell_of_mirror(self) -> None:
-        """Warn of a copy that failed, once for each reason."""
-        assert self._mirror is not None
-        trouble = self._mirror.trouble
-        if trouble is not None and trouble != self._mirror_trouble:
-            self._warn(trouble)
-        self._mirror_trouble = trouble
 
     def _resume(self) -> str | None:
         """Go on from the newest intact checkpoint, if there is one; returns its name."""
         if self.settings.run.resume == "never":
             return None
-        found = self._find()
+        mirror = self.settings.run.mirror
+        found = find_checkpoint(self.folder, None if mirror is None else Path(mirror))
         if found is None:
             return None
-        compatibility.changes(
-            found, self.settings
-        )  # again: the one to go on from may be an older one than was looked at
+        compatibility.changes(found, self.settings)  # again: it may be older than the one that was looked at before
         self.origin.check(found)
         self.plan = compatibility.extended(found, self.settings, self.stream.per_epoch, self.world)
         state, weights = reshard.load(self.engine, found)
@@ -328,28 +302,3 @@ class Trainer:
         self.skipped.load(state["skipped"], self.step)
         self.learner.load(weights)
         return found.name
-
-    def _find(self) -> Path | None:
-        """The checkpoint to go on from: rank 0 looks and tells all, a mistake of the user's, too."""
-        answer: list[Path | UserError | None] = [None]
-        if self.rank == 0:
-            mirror = self.settings.run.mirror
-            try:
-                answer[0], lines = recover(self.folder, None if mirror is None else Path(mirror))
-                for line in lines:
-                    print(f"warning: {line}", flush=True)
-            except UserError as error:
-                answer[0] = error
-        dist.broadcast_object_list(answer, src=0)
-        if isinstance(answer[0], UserError):
-            raise answer[0]
-        return answer[0]
-
-
-def _in_words(line: dict[str, Any]) -> str:
-    """A line of metrics.jsonl beside the progress bar."""
-    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
-    return (
-        f"loss {loss}, {line['samples_per_s']:.2f} samples/s, data wait {line['data_wait']:.0%}, "
-        f"{line['peak_memory_bytes'] / 2**30:.2f} GiB"
-    )

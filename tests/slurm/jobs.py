@@ -39,8 +39,8 @@ def slurm(cluster: Cluster, *words: object, timeout: float = 300, **environment:
 
 def paced(folder: Path, pace: str) -> dict[str, str]:
     """Environment of a run that waits after each step."""
-    at_each_step(folder, _PACER)
-    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "PACE": pace}
+    hook = at_each_step(folder, _PACER)
+    return hook | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "PACE": pace}
 
 
 def pretrain_words(dataset: Path, out: Path, *words: object, steps: int = 6) -> list[object]:

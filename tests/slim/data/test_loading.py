@@ -18,13 +18,13 @@ from helpers.commands import ROOT
 _TRAINS = """
 import signal, sys
 from torch.utils.data import DataLoader
-from slim import loading
+from slim.data import loader
 from shards.core.cli import STOPPING
 from shards.core.workers import end_with_parent
 
 for number in STOPPING:
     signal.signal(number, lambda *_: None)
-numbers = DataLoader(range(10**6), batch_size=None, num_workers=1, multiprocessing_context=loading.context(),
+numbers = DataLoader(range(10**6), batch_size=None, num_workers=1, multiprocessing_context=loader.context(),
                      worker_init_fn=end_with_parent)
 for number in numbers:
     print(int(number), flush=True)

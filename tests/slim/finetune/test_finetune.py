@@ -323,9 +323,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     command: Command, pretrained: Path, people: Path, whole: tuple[Path, dict], tmp_path: Path
 ) -> None:
     """kill -9 of everything in the midst of a fine-tuning; the same command goes on to the same numbers."""
-    at_each_step(tmp_path / "hook", "if number == 3: time.sleep(600)")
-    out, path = tmp_path / "out", os.pathsep.join([str(tmp_path / "hook"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    out, hook = tmp_path / "out", at_each_step(tmp_path / "hook", "if number == 3: time.sleep(600)")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **hook}
     words = finetune(pretrained, people, out, split=SCORE["split"] | {"repeats": 1})
     child = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 200

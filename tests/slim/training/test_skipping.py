@@ -117,11 +117,17 @@ import deepspeed
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 from slim.config import load_config
 from slim.pretrain.task import PretrainTask
+from slim.training.callbacks import Callback
 from slim.training.trainer import Trainer
 from shards.core.errors import UserError
 bad = set(map(int, sys.argv[2].split(",")))
-trainer = Trainer(PretrainTask(load_config(sys.argv[1])), torch.device("cpu"))
-plain, seen = trainer.learner.losses, []
+seen = []
+class States(Callback):
+    def on_step(self, step):
+        state = trainer.learner.state(trainer.full)
+        seen.append(torch.cat([state[name].detach().flatten() for name in sorted(state)]).clone())
+trainer = Trainer(PretrainTask(load_config(sys.argv[1])), torch.device("cpu"), [States()])
+plain = trainer.learner.losses
 def losses(batch, step, forward=None):
     found = plain(batch, step, forward)
     if step in bad:
@@ -129,13 +135,6 @@ def losses(batch, step, forward=None):
         trainer.learner.means["target_mean"]._sums += float("nan")
     return found
 trainer.learner.losses = losses
-step = trainer._one_step
-def one_step(batches):
-    line = step(batches)
-    state = trainer.learner.state(trainer._full)
-    seen.append(torch.cat([state[name].detach().flatten() for name in sorted(state)]).clone())
-    return line
-trainer._one_step = one_step
 try:
     trainer.run()
 except UserError as error:
