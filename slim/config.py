@@ -227,6 +227,10 @@ class RunSettings(Settings):
         return value
 
 
+# Keys of version 0.1 that have another name now; files and commands may still use them.
+RENAMED = {"stream": "chunk_tokens"}
+
+
 class TrainSettings(Settings):
     """What every run that trains is told, whatever it learns."""
 
@@ -237,7 +241,9 @@ class TrainSettings(Settings):
     windows: WindowSettings = WindowSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     precision: Literal["bf16", "fp32"] = "bf16"
-    stream: int | None = Field(4096, ge=1, description="tokens of a chunk of the local stages; null: all at once")
+    chunk_tokens: int | None = Field(
+        4096, ge=1, description="tokens that the local stages compute together; null: all of them"
+    )
     zero: ZeroSettings = ZeroSettings()
     run: RunSettings
 
@@ -247,6 +253,11 @@ class TrainSettings(Settings):
         if isinstance(value, str):
             return ({"path": value},)
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, tree: Any) -> Any:
+        return _renamed(tree)
 
 
 class PretrainSettings(TrainSettings):
@@ -259,7 +270,7 @@ class PretrainSettings(TrainSettings):
 
     @model_validator(mode="after")
     def _learns(self) -> PretrainSettings:
-        if not any(self.weights[::2]):
+        if not any(self.loss_weights[::2]):
             raise ValueError("a weight above 0 for jepa or mae")
         samples = self.loss.sig_samples
         if samples is not None and self.run.batch % samples:
@@ -267,8 +278,8 @@ class PretrainSettings(TrainSettings):
         return self
 
     @property
-    def weights(self) -> tuple[float, float, float]:
-        """Weights of the JEPA, SIG and MAE terms."""
+    def loss_weights(self) -> tuple[float, float, float]:
+        """Coefficients of the JEPA, SIG and MAE terms of the loss."""
         given = (self.loss.jepa, self.loss.sig, self.loss.mae)
         jepa, sig, mae = (
             default if own is None else own for own, default in zip(given, OBJECTIVES[self.objective], strict=True)
@@ -309,6 +320,19 @@ class FinetuneSettings(TrainSettings):
     before: dict[str, Any] | None = Field(None, description="how those weights came about, as an export tells it")
 
 
+def renamed_assignments(assignments: Sequence[str]) -> list[str]:
+    """`key=value` overrides with older names of keys replaced, so that the last one wins under either name."""
+    parts = [assignment.partition("=") for assignment in assignments]
+    return ["".join((RENAMED.get(key, key), sign, value)) for key, sign, value in parts]
+
+
+def _renamed(tree: Any) -> Any:
+    """Settings with older names of keys replaced. Beside its new name an old one stays, and is an unknown key."""
+    if not isinstance(tree, dict):
+        return tree
+    return {RENAMED[key] if key in RENAMED and RENAMED[key] not in tree else key: tree[key] for key in tree}
+
+
 def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSettings:
     """A checked configuration from a YAML file and `key=value` overrides.
 
@@ -319,7 +343,7 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
     ConfigError
         With file, field, got and expected.
     """
-    tree = override(read_yaml(path), assignments)
+    tree = override(_renamed(read_yaml(path)), renamed_assignments(assignments))
     model = tree.get("model")
     if isinstance(model, str):
         tree["model"], tree["model_name"] = _model(model, path).model_dump(), Path(model).stem

@@ -164,7 +164,7 @@ def following(facts: dict[str, Any], words: str) -> str:
     """What to do next."""
     if facts["fits"] is False:
         most = facts["largest_batch"]
-        return f"run.batch={most}" if most else "a smaller stream or model, or more processes at zero.stage=3"
+        return f"run.batch={most}" if most else "a smaller chunk_tokens or model, or more processes at zero.stage=3"
     return f"python tools/pretrain.py {words}" + ("" if facts["sessions"] else " data=DATASET")
 
 

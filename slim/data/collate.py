@@ -36,7 +36,7 @@ def load_batch(
             samples.append(draw_sample(item, datasets[item.dataset], geometry, settings))
         except SampleCorrupt as error:
             damaged[item.session["key"]] = error.line()
-    batch = collate(samples or [_nothing(geometry, datasets[0].grid.voxels, settings)], geometry, settings.stream)
+    batch = collate(samples or [_nothing(geometry, datasets[0].grid.voxels, settings)], geometry, settings.chunk_tokens)
     return replace(batch, damaged=damaged, empty=not samples).pack()
 
 

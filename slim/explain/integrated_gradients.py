@@ -101,7 +101,7 @@ class _Groups:
         self.batches, self.fresh, read = [], [], 0
         for first in self.firsts:
             sample = read_windows(dataset, session, in_time[first : first + k].tolist())
-            self.batches.append(collate([sample], geometry, model.settings.stream).pack())
+            self.batches.append(collate([sample], geometry, model.settings.chunk_tokens).pack())
             self.fresh.append(torch.from_numpy(first + window_S >= read))
             read = first + k
         cell_M = self.batches[0].to("cpu").whole.cell_M.numpy()

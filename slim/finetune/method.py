@@ -21,7 +21,7 @@ from slim.checkpoints import checkpoint, lock
 from slim.checkpoints.checkpoint import BEST, CheckpointError
 from slim.checkpoints.run_folder import CHECKPOINTS, PROBE
 from slim.checkpoints.seen import Seen
-from slim.config import AnswerSettings, FinetuneSettings
+from slim.config import AnswerSettings, FinetuneSettings, renamed_assignments
 from slim.evaluation import probe
 from slim.evaluation.splits import Fold, Split
 from slim.evaluation.task import Cases, Task
@@ -36,7 +36,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "optimizer": {"lr": 1e-4, "betas": [0.9, 0.999], "wd": [0.05, 0.05]},
     "run": {"epochs": 30, "keep": 1},
 }
-_KEPT = ("precision", "stream", "zero")  # of the pretraining run, unless said otherwise
+_KEPT = ("precision", "chunk_tokens", "zero")  # of the pretraining run, unless said otherwise
 _OF_RUN = ("batch", "workers", "wandb")
 # What the weights, and the command, decide.
 _FIXED = ("model", "model_name", "view", "data", "start", "answer", "before")
@@ -79,7 +79,7 @@ def settings_for(
     given = {name: of_ours[name] for name in ("model", "model_name", "view", "windows", *_KEPT)}
     given |= {"data": data, "optimizer": _DEFAULTS["optimizer"]}
     given["run"] = {name: of_ours["run"][name] for name in _OF_RUN} | _DEFAULTS["run"] | {"out": str(out)}
-    tree = override(given, assignments)
+    tree = override(given, renamed_assignments(assignments))
     for name in _FIXED:
         if tree.get(name) != given.get(name):
             raise ConfigError("command line", name, tree[name], "no such override", "The weights, or --data, decide it")

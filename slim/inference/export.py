@@ -261,7 +261,7 @@ def _how(settings: PretrainSettings | FinetuneSettings, made: dict[str, Any]) ->
             f"{made['step']} optimizer steps, the best for the validation subjects.\n"
             "- `model.answer(image)` says what they answer, and so does `tools/embed.py`."
         )
-    jepa, sig, mae = settings.weights
+    jepa, sig, mae = settings.loss_weights
     return (
         f"- Objective `{settings.objective}`: JEPA {jepa:g}, SIG {sig:g}, MAE {mae:g}; {made['step']} optimizer "
         "steps.\n"

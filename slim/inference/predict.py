@@ -55,7 +55,7 @@ def predict(
         # At ZeRO stage 3 all processes take part in every forward pass: who has nothing left does one for nothing.
         mine = micro_batches[min(number, len(micro_batches) - 1)]
         read = [read_windows(dataset, sessions[row], in_time(row)[first : first + k].tolist()) for row, first in mine]
-        guess_BK, _ = forward(collate(read, geometry, settings.stream).to(device))
+        guess_BK, _ = forward(collate(read, geometry, settings.chunk_tokens).to(device))
         guess_BK = guess_BK.double().softmax(dim=1) if classes else guess_BK.double()
         if number < len(micro_batches):
             sum_NK.index_add_(0, torch.tensor([row for row, _ in mine], device=device), guess_BK)

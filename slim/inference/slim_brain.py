@@ -411,7 +411,7 @@ class SlimBrain:
     def _pass(self, groups: list[Sample], stage: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of groups of windows, (G, S, L, C), and the places, (L,)."""
         slots, places = self.geometry.cells[0], math.prod(self.geometry.cells[1:])
-        together = collate(groups, self.geometry, self.settings.stream).to(self.device)
+        together = collate(groups, self.geometry, self.settings.chunk_tokens).to(self.device)
         encoded_MC = self.encoder.stage(together.voxels, together.whole, stage or len(self.encoder.ends))
         x_MC = encoded_MC.float().cpu().numpy()
         cell_M, sample_M = together.whole.cell_M.cpu().numpy(), together.whole.sample_M.cpu().numpy()

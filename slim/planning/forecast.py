@@ -139,7 +139,7 @@ def forecast(
         return context is not None and len(context.chunks) > 1
 
     unit = settings.loss.sig_samples or 1
-    first = unit if settings.stream is None or streams(unit) or not streams(2 * unit) else 2 * unit
+    first = unit if settings.chunk_tokens is None or streams(unit) or not streams(2 * unit) else 2 * unit
     second = first + unit
     if run.batch <= second:
         step = count(run.batch)[0]
@@ -215,7 +215,7 @@ def checkpoint_bytes(settings: PretrainSettings, found: Cost, cells: int) -> int
     """Bytes of a checkpoint: `weights.safetensors`, and DeepSpeed's files of all processes."""
     trained = found.parameters["encoder"] + found.parameters["predictor"]
     width = settings.model.embed * 2 ** (len(settings.model.depths) - 1)
-    jepa, sig, _ = settings.weights
+    jepa, sig, _ = settings.loss_weights
     means = (bool(jepa) + bool(sig)) * (cells * (width + 1) + width)
     weights = found.parameters["encoder"] + found.parameters["target"] + means
     return 4 * (weights + _SAVED[settings.zero.stage] * trained)

@@ -157,7 +157,7 @@ def make_batch(settings: PretrainSettings, geometry: Geometry, brain_XYZ: np.nda
         if dense:
             mask = replace(mask, context_K=np.arange(prod(geometry.cells)))
         samples.append(Sample(key, 0, value_TPV, still_PV, still_PV, brain_PV, place, second, mask))
-    return collate(samples, geometry, settings.stream)
+    return collate(samples, geometry, settings.chunk_tokens)
 
 
 def count(

@@ -57,7 +57,7 @@ class PretrainLearner:
     def __init__(self, settings: PretrainSettings, model: Objective):
         self.model, self.ema = model, settings.ema
         self.target = Target(model.encoder, model.bf16)
-        jepa, sig, _ = settings.weights
+        jepa, sig, _ = settings.loss_weights
         cells, dim = math.prod(model.encoder.geometry.cells), model.encoder.dim
         device = next(model.parameters()).device
         self.means = {

@@ -36,12 +36,12 @@ class Objective(nn.Module):
 
     def __init__(self, settings: PretrainSettings, geometry: Geometry, voxels: int):
         super().__init__()
-        self.weights = settings.weights
+        self.loss_weights = settings.loss_weights
         self.sig_samples = settings.loss.sig_samples
         self.seed = settings.run.seed
         self.bf16 = settings.precision == "bf16"
-        stream = settings.stream
-        self.rebuilt_at_once = None if stream is None else max(1, stream // math.prod(geometry.cell))
+        chunk = settings.chunk_tokens
+        self.rebuilt_at_once = None if chunk is None else max(1, chunk // math.prod(geometry.cell))
         self.encoder = Hiera(settings.model, geometry, voxels, settings.view)
         self.predictor = Predictor(settings, geometry, self.encoder.dim, voxels)
 
@@ -59,7 +59,7 @@ class Objective(nn.Module):
             Optimizer step; the slices of SIG depend on it and the seed.
         """
         assert batch.context is not None and batch.targets is not None
-        jepa, sig, mae = self.weights
+        jepa, sig, mae = self.loss_weights
         with torch.autocast(batch.brain_QV.device.type, torch.bfloat16, enabled=self.bf16):
             context_MC = self.encoder(batch.voxels, batch.context)
             out_KW = self.predictor(context_MC, batch)

@@ -28,7 +28,7 @@ class Predictor(nn.Module):
     def __init__(self, settings: PretrainSettings, geometry: Geometry, dim: int, voxels: int):
         super().__init__()
         sizes = settings.model.predictor
-        jepa, _, mae = settings.weights
+        jepa, _, mae = settings.loss_weights
         self.geometry = geometry
         self.enter = nn.Linear(dim, sizes.width)
         self.mask_token = nn.Parameter(torch.zeros(sizes.width))

@@ -25,7 +25,7 @@ class PretrainTask(TrainingTask):
 
     @property
     def learned(self) -> Any:
-        return self.settings.weights
+        return self.settings.loss_weights
 
     def learner(self, device: torch.device) -> PretrainLearner:
         torch.manual_seed(self.settings.run.seed)

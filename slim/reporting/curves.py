@@ -207,7 +207,9 @@ def _predicting(settings: PretrainSettings, lines: Sequence[Line]) -> list[str]:
         Curve("loss_sig", "SIG", html.GREEN),
     ]
     weights = " + ".join(
-        f"{weight:g} {name}" for weight, name in zip(settings.weights, ("JEPA", "SIG", "MAE"), strict=True) if weight
+        f"{weight:g} {name}"
+        for weight, name in zip(settings.loss_weights, ("JEPA", "SIG", "MAE"), strict=True)
+        if weight
     )
     return [
         _figure(

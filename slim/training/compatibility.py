@@ -48,7 +48,7 @@ RULES: dict[str, Rule] = {
     "windows.best": Rule.NAMED,
     "optimizer": Rule.NAMED,
     "precision": Rule.NAMED,
-    "stream": Rule.FREE,
+    "chunk_tokens": Rule.FREE,
     "zero.stage": Rule.FIXED,
     "zero.offload_optimizer": Rule.FREE,
     "zero.offload_parameters": Rule.FREE,
@@ -191,8 +191,8 @@ def _means_the_same(key: str, old: TrainSettings, new: TrainSettings) -> bool:
     if not (isinstance(old, PretrainSettings) and isinstance(new, PretrainSettings)):
         return False
     if key == "loss.sig_samples":
-        return not (old.weights[1] or new.weights[1])
-    return key in _WEIGHTS and old.weights == new.weights
+        return not (old.loss_weights[1] or new.loss_weights[1])
+    return key in _WEIGHTS and old.loss_weights == new.loss_weights
 
 
 def _is_named(key: str, named: tuple[str, ...]) -> bool:
@@ -241,7 +241,7 @@ def adopt(folder: Path, settings: S) -> S:
 
 def group_of(settings: TrainSettings) -> int | None:
     """Samples of a SIG group; None without SIG."""
-    if not isinstance(settings, PretrainSettings) or not settings.weights[1]:
+    if not isinstance(settings, PretrainSettings) or not settings.loss_weights[1]:
         return None
     return settings.loss.sig_samples or settings.run.batch
 

@@ -21,7 +21,7 @@ MIDDLE = ModelSettings(
 
 
 def settings(**other) -> PretrainSettings:
-    given = {"data": "x", "model": PRESETS["tiny"], "precision": "fp32", "stream": None, "windows": {"k": 2}}
+    given = {"data": "x", "model": PRESETS["tiny"], "precision": "fp32", "chunk_tokens": None, "windows": {"k": 2}}
     return PretrainSettings(**given | {"run": {"out": "x", "batch": 1}} | other)
 
 

@@ -68,7 +68,9 @@ class Bench(Settings):
     frames: int = Field(8, ge=1, description="frames of the sample")
     mm: float = Field(2.0, gt=0, le=8, description="voxel edge of the grid, mm")
     shape: tuple[int, int, int] = Field((96, 96, 96), description="voxels of the grid")
-    stream: int = Field(PretrainSettings.model_fields["stream"].default, ge=1, description="tokens of a chunk")
+    chunk_tokens: int = Field(
+        PretrainSettings.model_fields["chunk_tokens"].default, ge=1, description="tokens computed together"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="of values, weights and mask")
 
     @model_validator(mode="after")
@@ -90,7 +92,7 @@ class Bench(Settings):
         return Grid(self.mm, self.shape)
 
 
-SMALL = {"model": "lean", "frames": 5, "mm": 4, "shape": [48, 48, 48], "stream": 1000}
+SMALL = {"model": "lean", "frames": 5, "mm": 4, "shape": [48, 48, 48], "chunk_tokens": 1000}
 
 
 @dataclass
@@ -204,7 +206,7 @@ def make_scene(bench: Bench) -> Scene:
         volume_T1XYZ,  # with one channel the same bytes, but the convolution is twice as fast
         collate([every], geometry, None),
         batch,
-        collate([brain], geometry, bench.stream),
+        collate([brain], geometry, bench.chunk_tokens),
         batch.whole.frame_N.long() * prod(grid.patch_shape) + batch.whole.space_N,
     )
 

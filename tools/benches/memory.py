@@ -74,7 +74,7 @@ class Case:
             objective=self.objective,
             precision=self.precision,
             run=RunSettings(out="none", batch=self.batch),
-            **({} if self.streamed else {"stream": None}),
+            **({} if self.streamed else {"chunk_tokens": None}),
         )
 
 

@@ -161,7 +161,7 @@ def test_memory_is_that_of_a_plain_model_and_of_torchs_own_tracker(unrounded: No
 def test_memory_is_what_a_step_that_is_carried_out_asks_for(
     unrounded: None, stream: int | None, objective: str, precision: str, within: float
 ) -> None:
-    chosen = settings(model=MIDDLE, objective=objective, precision=precision, stream=stream)
+    chosen = settings(model=MIDDLE, objective=objective, precision=precision, chunk_tokens=stream)
     geometry, batch = prepared(chosen, 16)
     assert (len(batch.context.chunks) > 1) == (stream is not None)
     found, _ = count(chosen, geometry, batch)
@@ -193,7 +193,7 @@ def test_states_are_parameters_moments_target_and_running_means(objective: str) 
 
 @pytest.mark.parametrize("stream", [None, 200])
 def test_flops_are_those_of_a_step_that_is_carried_out(stream: int | None) -> None:
-    chosen = settings(stream=stream)
+    chosen = settings(chunk_tokens=stream)
     geometry, batch = prepared(chosen)
     found, _ = count(chosen, geometry, batch)
     step = RealStep(chosen, geometry, batch)
@@ -204,7 +204,7 @@ def test_flops_are_those_of_a_step_that_is_carried_out(stream: int | None) -> No
 
 
 def test_streaming_saves_memory_and_costs_flops() -> None:
-    whole, streamed = (count(chosen, *prepared(chosen))[0] for chosen in (settings(), settings(stream=200)))
+    whole, streamed = (count(chosen, *prepared(chosen))[0] for chosen in (settings(), settings(chunk_tokens=200)))
     assert streamed.peak < whole.peak and streamed.flops.total() > whole.flops.total()
 
 
@@ -255,7 +255,7 @@ def test_memory_is_what_a_process_holds(command) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_memory_is_what_a_gpu_holds(precision: str, stream: int | None) -> None:
     chosen = settings(
-        model=PRESETS["lean"], precision=precision, stream=stream, windows={"k": 8}, run={"out": "x", "batch": 2}
+        model=PRESETS["lean"], precision=precision, chunk_tokens=stream, windows={"k": 8}, run={"out": "x", "batch": 2}
     )
     geometry, batch = prepared(chosen, 16)
     found, _ = count(chosen, geometry, batch)

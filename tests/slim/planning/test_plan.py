@@ -89,7 +89,7 @@ def test_units_that_do_not_fit_the_grid_are_refused() -> None:
 def test_every_further_sample_adds_what_the_second_one_did(stage: int, processes: int, stream: int | None) -> None:
     def counted(batch: int) -> Counted:
         run = {"batch": batch, "processes": processes}
-        return detailed(settings(run=run, zero={"stage": stage}, stream=stream), COARSE, drive=Zero)
+        return detailed(settings(run=run, zero={"stage": stage}, chunk_tokens=stream), COARSE, drive=Zero)
 
     one, two, (found, _) = map(counted, (1, 2, 6))
     assert extrapolate(one, two, 1) == replace(one[0], tokens=two[0].tokens) and extrapolate(one, two, 2) == two[0]
@@ -109,7 +109,7 @@ def test_what_is_counted_lies_where_further_samples_add_as_much(dataset: Path) -
     datasets = [Dataset(dataset)]
 
     def told(**run: int) -> dict[str, Any]:
-        other = {"data": str(dataset), "model": PRESETS["tiny"], "windows": {"k": 2}, "stream": 100}
+        other = {"data": str(dataset), "model": PRESETS["tiny"], "windows": {"k": 2}, "chunk_tokens": 100}
         return forecast(PretrainSettings(**other, run={"out": "x", **run}), datasets)
 
     assert 50 < told(batch=1)["tokens"]["context"] < 100
@@ -117,7 +117,7 @@ def test_what_is_counted_lies_where_further_samples_add_as_much(dataset: Path) -
     assert six["counted_batches"] == [2, 3] and two["counted_batches"] == [2]
     counted = cost(
         PretrainSettings(
-            data=str(dataset), model=PRESETS["tiny"], windows={"k": 2}, stream=100, run={"out": "x", "batch": 6}
+            data=str(dataset), model=PRESETS["tiny"], windows={"k": 2}, chunk_tokens=100, run={"out": "x", "batch": 6}
         ),
         datasets[0].grid,
         brain_XYZ=largest_brain(datasets)[0],

@@ -89,7 +89,7 @@ def test_voxels_rebuilt_a_few_cells_at_a_time_give_the_same_loss_and_keep_less()
     results = []
     for stream in (None, 3 * math.prod(GEOMETRY.cell)):
         torch.manual_seed(0)
-        model = Objective(settings(objective="mae", stream=stream), GEOMETRY, V)
+        model = Objective(settings(objective="mae", chunk_tokens=stream), GEOMETRY, V)
         kept = 0
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:

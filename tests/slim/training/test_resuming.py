@@ -97,7 +97,7 @@ def test_the_longest_name_decides() -> None:
         "run.keep=1",
         "run.wandb=offline",
         "run.device=cpu",
-        "stream=64",
+        "chunk_tokens=64",
         "run.log_every=2",
         "loss.jepa=1.0",  # what the objective has anyway
     ],
