@@ -146,7 +146,7 @@ def own_callbacks() -> list[Callback]:
         module, _, function = name.strip().partition(":")
         try:
             callback = getattr(import_module(module), function)()
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
             expected = "module:function, a function that can be imported and makes a Callback"
             raise ConfigError("environment", CALLBACKS, f"{name} ({error})", expected) from None
         if not isinstance(callback, Callback):

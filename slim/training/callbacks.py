@@ -149,6 +149,9 @@ class ProgressBar(Callback):
             f"{line['peak_memory_bytes'] / 2**30:.2f} GiB",
         )
 
+    def on_finish(self) -> None:
+        self._stack.close()
+
     def on_end(self) -> None:
         self._stack.close()
 
@@ -170,6 +173,9 @@ class StallWatch(Callback):
     def on_step(self, step: Step) -> None:
         if self._watch is not None:
             self._watch.step()
+
+    def on_finish(self) -> None:  # what other callbacks then wait for, such as a copy, is no step
+        self._stack.close()
 
     def on_end(self) -> None:
         self._stack.close()
