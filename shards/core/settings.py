@@ -75,15 +75,30 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+class Overridden(dict[str, Any]):
+    """A tree of settings with assignments applied.
+
+    Attributes
+    ----------
+    words : dict
+        By the place of a value in the tree, the text that was typed for it: a folder may be called 2024.
+    """
+
+    words: dict[tuple[str, ...], str]
+
+
+def override(tree: dict[str, Any], assignments: Sequence[str]) -> Overridden:
     """A copy of `tree` with `a.b=value` assignments applied; values are parsed as YAML.
+
+    Where a setting is text, `check` takes what was typed, whatever YAML reads in it.
 
     Raises
     ------
     ConfigError
         If one is no `key=value`, its value is no YAML, or its key leads through a value.
     """
-    result: dict[str, Any] = json.loads(json.dumps(tree, default=str))
+    result = Overridden(json.loads(json.dumps(tree, default=str)))
+    result.words = {}
     for assignment in assignments:
         key, sign, value = assignment.partition("=")
         if not sign or not key:
@@ -92,7 +107,7 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         if len(parents) >= yaml_tree.MOST_DEPTH:
             expected = f"at most {yaml_tree.MOST_DEPTH}, as run.steps=100 has two"
             raise ConfigError("command line", shown(key), f"{len(parents) + 1} parts", expected)
-        node = result
+        node: dict[str, Any] = result
         for depth, parent in enumerate(parents):
             child = node.setdefault(parent, {})
             if not isinstance(child, dict):
@@ -110,6 +125,7 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         if isinstance(parsed, str) and _NUMBER.fullmatch(parsed):
             parsed = float(parsed)
         node[last] = parsed
+        result.words[(*parents, last)] = value.strip()
     return result
 
 
@@ -153,6 +169,8 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
     except ValidationError as error:
         first = error.errors()[0]
         location = first["loc"]
+        if first["type"] == "string_type" and isinstance(tree, Overridden) and location in tree.words:
+            return check(model, _as_typed(tree, location), where, kind)
         field = shown(".".join(str(part) for part in location))
         if first["type"] == "extra_forbidden":
             known = _known_keys(model, location)
@@ -162,8 +180,22 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
             raise kind(where, field, "an unknown key", expected, hint) from None
         if first["type"] == "missing":
             raise kind(where, field, "nothing", "a value", "Add this key") from None
+        if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+            hint = "YAML reads it as another kind of value: put it in quotes"
+            raise kind(where, field or "settings", shown(repr(first["input"])), "text", hint) from None
         expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise kind(where, field or "settings", shown(repr(first["input"])), expected) from None
+
+
+def _as_typed(tree: Overridden, location: tuple[Any, ...]) -> Overridden:
+    """A copy of a tree with the text that was typed in one place."""
+    result = Overridden(json.loads(json.dumps(tree, default=str)))
+    result.words = {place: word for place, word in tree.words.items() if place != location}
+    node: dict[str, Any] = result
+    for part in location[:-1]:
+        node = node[part]
+    node[location[-1]] = tree.words[location]
+    return result
 
 
 def load(model: type[S], path: str | Path, assignments: Sequence[str] = ()) -> S:

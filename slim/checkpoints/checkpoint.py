@@ -56,7 +56,7 @@ _MOST_BYTES = 1 << 26  # of COMPLETE
 _FOREIGN = "Copy the checkpoint again from where it was written"
 
 
-class CheckpointError(UserError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that is missing, incomplete, damaged, or of another configuration."""
 
 

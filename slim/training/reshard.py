@@ -70,6 +70,8 @@ def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return checkpoint.load(engine, folder)
     try:
         shards = Shards(folder, stage, former)
+    except CheckpointError:
+        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         got = f"ZeRO shards that do not fit together ({type(error).__name__}: {error})"
         raise CheckpointError(folder, "", got, "those of a run of this version", "Copy the checkpoint again") from error

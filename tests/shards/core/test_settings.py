@@ -1,0 +1,42 @@
+"""Values of settings as they are typed, and as YAML reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shards.core.errors import ConfigError, UserError
+from slim.checkpoints.checkpoint import CheckpointError
+from slim.config import load_config
+
+TREE = "data: data/mylab\nmodel: tiny\nrun: {out: %s}\n"
+
+
+def written(folder: Path, out: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(TREE % out)
+    return path
+
+
+@pytest.mark.parametrize("out", ["001", "2024", "1e3", "1_000", "2024-01-01", "no", "on", "null", "0x10", "1.50"])
+def test_a_folder_is_called_what_was_typed(out: str, tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, "x"), [f"run.out={out}"]).run.out == out
+
+
+@pytest.mark.parametrize("out", ["001", "2024", "1_000", "no", "0x10", "1.50"])
+def test_a_file_is_told_to_quote_what_yaml_reads_as_something_else(out: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.out: got .*, expected text\. .*quotes"):
+        load_config(written(tmp_path, out))
+    assert load_config(written(tmp_path, f"'{out}'")).run.out == out
+
+
+def test_numbers_stay_numbers(tmp_path: Path) -> None:
+    settings = load_config(written(tmp_path, "x"), ["run.steps=100", "optimizer.lr=1e-3", "run.max_seconds=2024"])
+    assert (settings.run.steps, settings.optimizer.lr, settings.run.max_seconds) == (100, 1e-3, 2024)
+
+
+def test_mistakes_are_value_errors_too() -> None:
+    """`except ValueError` in a user's code catches what the software refuses."""
+    for kind in (ConfigError, CheckpointError):
+        assert issubclass(kind, UserError) and issubclass(kind, ValueError)
