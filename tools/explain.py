@@ -81,6 +81,8 @@ def main() -> int:
         raise ConfigError("command line", "--class", args.label, "nothing, as a regression has no classes")
     asked = explain.choose(task, cases, args.task, args.subjects, output)
 
+    out = args.out or model.results / REPORT / EXPLAIN
+    require_room(out, "--out")
     features, sessions = {}, cases.distinct()
     with progress("encode", len(sessions), "sessions") as advance:
         for session in sessions:
@@ -100,8 +102,6 @@ def main() -> int:
         "step": model.step,
         "weights": model.made["weights"],
     }
-    out = args.out or model.results / REPORT / EXPLAIN
-    require_room(out, "--out")
     explained = explain.explain(model, dataset, task, cases, asked, features, output, args.start)
     events = None
     if states is not None and states.events is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from slim.training.callbacks import Start, StallWatch
+from slim.training.callbacks import StallWatch, Start
 
 
 def watches() -> int:
