@@ -43,7 +43,7 @@ def test_the_dataset_is_read_to_the_last_window(old: Path) -> None:
 def test_weights_encode_as_they_did(name: str, old: Path) -> None:
     model, dataset = SlimBrain.from_pretrained(old / name), Dataset(old / "dataset")
     features = model.encode_session(dataset, dataset.sessions[0])
-    assert model.step == 3 and features.token_SLC[0, 0, :4] == pytest.approx(TOKENS[name], abs=1e-3)
+    assert model.step == 3 and features.tokens[0, 0, :4] == pytest.approx(TOKENS[name], abs=1e-3)
 
 
 def test_the_run_is_extended_from_its_checkpoint(old: Path, command: Command) -> None:

@@ -85,7 +85,7 @@ def main() -> int:
                 sources.append(source)
                 assumed[source] = assumptions(made.meta)
                 if answers is not None:
-                    answers.append(model.answer_converted(made))
+                    answers.append(model.outputs_converted(made))
             except (RunRefused, DatasetError) as error:
                 refused.append(error.line())
             advance(1, source)
@@ -102,7 +102,7 @@ def main() -> int:
     arrays |= {name: np.array([getattr(item, name) for item in found]) for name in ("tr", "source_tr")}
     facts |= {"TR": _trs(arrays["tr"], arrays["source_tr"]), "assumed": assumed}
     facts |= {name: arrays[name].tolist() for name in ("tr", "source_tr")}
-    places = [item.place_L for item in found]
+    places = [item.places for item in found]
     if args.pooling == "location":
         arrays["places"] = common_places(found)
         places = [arrays["places"]] * len(found)
@@ -110,7 +110,7 @@ def main() -> int:
     arrays["vectors"] = np.concatenate(rows)
     arrays["run"] = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
     if args.per == "window":
-        arrays["start"] = np.concatenate([item.start_W for item in found])
+        arrays["start"] = np.concatenate([item.window_onsets for item in found])
     if answers is not None and isinstance(model.settings, FinetuneSettings):
         classes = model.settings.answer.classes
         arrays |= {"answers": np.stack(answers), "classes": list(classes)}

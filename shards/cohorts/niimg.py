@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -35,7 +35,6 @@ Scan = Niimg | Sequence[Niimg]
 Table: TypeAlias = "str | os.PathLike[str] | pd.DataFrame"
 
 _WHERE = "arguments"
-_STATED = ("space", "tr", "dummy", "orientation")
 _ENDINGS = (".nii.gz", ".nii", ".img.gz", ".img", ".hdr.gz", ".hdr")
 _AFFINE = 1e-4  # mm: affines that went through 32-bit numbers differ by less
 _ONE_SCAN = "Encode one scan at a time; SlimBrainTransformer takes many"
@@ -44,7 +43,14 @@ _IMAGE = "a path or a nibabel image"
 
 @contextmanager
 def as_run(
-    image: Scan, mask: Niimg | None = None, confounds: Table | None = None, **stated: Any
+    image: Scan,
+    mask: Niimg | None = None,
+    confounds: Table | None = None,
+    *,
+    space: str | None = None,
+    tr: float | None = None,
+    dummy: int | str = "auto",
+    orientation: str | None = None,
 ) -> Iterator[RunSource]:
     """A scan to convert. What is only in memory lies in temporary files meanwhile.
 
@@ -61,9 +67,14 @@ def as_run(
         Its brain mask; without one that which fMRIPrep wrote beside the file, else it is computed.
     confounds : path or DataFrame, optional
         Its confounds, a row for each frame; without one the table that fMRIPrep wrote beside the file.
-    **stated
-        `space` ("MNI" or "native"), `tr` (s), `dummy` ("auto" or a number of volumes), `orientation` (axis codes such
-        as "LAS"), as in a cohort file.
+    space : "MNI" or "native", optional
+        By default what the file says.
+    tr : float, optional
+        Seconds; by default that of the sidecar or header.
+    dummy : "auto" or int
+        Volumes to drop at the start; "auto" drops those that are brighter than the rest.
+    orientation : str, optional
+        Axis codes, such as "LAS", of an image whose header has none.
 
     Raises
     ------
@@ -74,7 +85,7 @@ def as_run(
     RunRefused
         If an image of a list, or the voxels of an image, cannot be read.
     """
-    known = _check_stated(stated)
+    known = _check_stated(space, tr, dummy, orientation)
     with tempfile.TemporaryDirectory(prefix="slim-brain-") as name:
         folder = Path(name)
         if isinstance(image, list | tuple):
@@ -307,24 +318,43 @@ def _table(confounds: Any, folder: Path) -> _Given:
     return _Given(path, "the DataFrame of confounds")
 
 
-def _check_stated(given: dict[str, Any]) -> CohortSettings:
-    """What is said of the scan, checked."""
-    for name in given.keys() - set(_STATED):
-        known = ("image", "mask", "confounds", *_STATED)
+def check_names(given: Iterable[str]) -> None:
+    """Refuse a name that is no argument of `as_run`.
+
+    Raises
+    ------
+    ArgumentError
+        If there is one.
+    """
+    known = ("image", "mask", "confounds", "space", "tr", "dummy", "orientation")
+    for name in given:
+        if name in known:
+            continue
         near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"Did you mean {near[0]}?" if near else ""
         raise ArgumentError(_WHERE, name, "an unknown argument", f"one of {', '.join(known)}", hint)
-    tr, dummy, space = given.get("tr"), given.get("dummy", "auto"), given.get("space")
+
+
+def _check_stated(space: Any, tr: Any, dummy: Any, orientation: Any) -> CohortSettings:
+    """What the caller says of the scan, checked."""
     if tr is not None and not _is(tr, Real):
         raise _wrong_type("tr", tr, "a number of seconds, such as 2.0")
     if not (dummy == "auto" if isinstance(dummy, str) else _is(dummy, Integral)):
         raise _wrong_type("dummy", dummy, "'auto' or a whole number from 0 to 100")
-    for name, accepted in (("space", "'MNI' or 'native'"), ("orientation", "axis codes such as 'LAS'")):
-        if not isinstance(given.get(name), str | None):
-            raise _wrong_type(name, given[name], accepted)
-    numbers = {"tr": None if tr is None else float(tr), "dummy": dummy if isinstance(dummy, str) else int(dummy)}
+    for name, value, accepted in (
+        ("space", space, "'MNI' or 'native'"),
+        ("orientation", orientation, "axis codes such as 'LAS'"),
+    ):
+        if not isinstance(value, str | None):
+            raise _wrong_type(name, value, accepted)
+    given = {
+        "space": space,
+        "tr": None if tr is None else float(tr),
+        "dummy": dummy if isinstance(dummy, str) else int(dummy),
+        "orientation": orientation,
+    }
     try:
-        return check(CohortSettings, {"name": "run", "root": ".", **given, **numbers}, _WHERE)
+        return check(CohortSettings, {"name": "run", "root": ".", **given}, _WHERE)
     except ConfigError as error:
         hint = error.hint
         if error.field == "space":

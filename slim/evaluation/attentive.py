@@ -106,7 +106,7 @@ class Attentive:
 
     def __init__(self, features: Sequence[Features], device: torch.device | str = "cpu"):
         self.features, self.device = features, device
-        self.place_L = common_places(features)
+        self.places = common_places(features)
         moments = [self._moments(item) for item in features]
         self.mean_NC, self.variance_NC = (np.stack(part) for part in zip(*moments, strict=True))
         self._last: tuple[np.ndarray, tuple[Tensor, Tensor]] | None = None  # rows of a batch, and its tokens
@@ -175,7 +175,7 @@ class Attentive:
         The last batch is kept: where all training sessions are one, it is made once.
         """
         if self._last is None or not np.array_equal(self._last[0], rows):
-            sessions = [torch.from_numpy(at_places(self.features[row], self.place_L)).flatten(0, 1) for row in rows]
+            sessions = [torch.from_numpy(at_places(self.features[row], self.places)).flatten(0, 1) for row in rows]
             length_B = torch.tensor([len(token_TC) for token_TC in sessions])
             token_BTC = pad_sequence(sessions, batch_first=True)
             valid_BT = torch.arange(token_BTC.shape[1]) < length_B[:, None]
@@ -184,7 +184,7 @@ class Attentive:
 
     def _moments(self, item: Features) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance of each channel over the tokens of a session, (C,) each."""
-        token_SLC = at_places(item, self.place_L)
+        token_SLC = at_places(item, self.places)
         return token_SLC.mean(axis=(0, 1), dtype=np.float64), token_SLC.var(axis=(0, 1), dtype=np.float64)
 
     def _scale(self, train: np.ndarray, seen_nM: np.ndarray) -> np.ndarray:

@@ -31,8 +31,9 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted, check_memory
 
-from shards.cohorts.niimg import as_run, check_voxels, file_of, unchanged
+from shards.cohorts.niimg import as_run, check_names, check_voxels, file_of, unchanged
 from shards.conversion.session import fingerprint
+from shards.core.deprecation import OldName, renamed_state
 from shards.core.errors import ArgumentError, ConfigError, DatasetError, RunRefused, UserError
 from slim import __version__
 from slim.evaluation.attentive import Attentive, attend
@@ -77,11 +78,20 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     Attributes
     ----------
     model_ : SlimBrain
-    place_L_ : int64 (L,), places that hold brain in all training images
-    mean_LC_ : float32 (L, C), the mean token of each over training images and slots
-    axes_CQ_ : float64 (C, Q), of `cov`
-    query_AC_ : float32 (A, C), of `attentive`
+    places_ : int64 (L,), places that hold brain in all training images
+    mean_tokens_ : float32 (L, C), the mean token of each over training images and slots
+    components_ : float64 (C, Q), principal axes of `cov`
+    queries_ : float32 (A, C), of `attentive`
     """
+
+    # the names of version 0.1
+    place_L_ = OldName("places_")
+    mean_LC_ = OldName("mean_tokens_")
+    axes_CQ_ = OldName("components_")
+    query_AC_ = OldName("queries_")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(renamed_state(SlimBrainTransformer, state))
 
     def __init__(
         self,
@@ -109,7 +119,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         Parameters
         ----------
         X : sequence
-            Each an image (a path or Nifti1Image), or a mapping of the arguments of `SlimBrain.encode_run`, such as
+            Each an image (a path or Nifti1Image), or a mapping of the arguments of `SlimBrain.encode_tokens`, such as
             `{"image": "sub-01_bold.nii.gz", "mask": "sub-01_mask.nii.gz", "space": "native"}`.
         y : sequence, optional
             Classes or values, one for each image; `attentive` needs them.
@@ -182,14 +192,14 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         kept = [number for number, item in enumerate(everyone) if item is not None]
         features = [item for item in everyone if item is not None]
         y, groups = (None if values is None else np.asarray(values)[kept] for values in (y, groups))
-        self.place_L_ = vectors.common_places(features)
-        tokens = [vectors.at_places(item, self.place_L_) for item in features]
-        self.mean_LC_ = np.mean([token_SLC.mean(axis=0) for token_SLC in tokens], axis=0)
+        self.places_ = vectors.common_places(features)
+        tokens = [vectors.at_places(item, self.places_) for item in features]
+        self.mean_tokens_ = np.mean([token_SLC.mean(axis=0) for token_SLC in tokens], axis=0)
         if self.pooling == "cov":
-            self.axes_CQ_ = vectors.principal_axes(features, self.place_L_, self.components)
+            self.components_ = vectors.principal_axes(features, self.places_, self.components)
         if self.pooling == "attentive":
             query_1AC, *_ = Attentive(features, self.model_.device).choose(self._fold(y, groups))
-            self.query_AC_ = query_1AC[0].cpu().numpy()
+            self.queries_ = query_1AC[0].cpu().numpy()
         self._n_features_out = self._vector(features[0]).size
 
     def _fold(self, y: Any, groups: Any) -> Fold:
@@ -233,16 +243,16 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
     def _vector(self, item: Features) -> np.ndarray:
         if self.pooling == "cov":
-            return vectors.cov(item, self.place_L_, self.axes_CQ_)
+            return vectors.cov(item, self.places_, self.components_)
         if self.pooling == "attentive":
-            token_1TC = torch.from_numpy(vectors.at_places(item, self.place_L_)).flatten(0, 1)[None]
+            token_1TC = torch.from_numpy(vectors.at_places(item, self.places_)).flatten(0, 1)[None]
             valid_1T = torch.ones(token_1TC.shape[:2], dtype=torch.bool)
-            return attend(torch.from_numpy(self.query_AC_)[None], token_1TC, valid_1T).flatten().numpy()
-        return vectors.FIXED[self.pooling](item, self.place_L_)
+            return attend(torch.from_numpy(self.queries_)[None], token_1TC, valid_1T).flatten().numpy()
+        return vectors.FIXED[self.pooling](item, self.places_)
 
     def _completed(self, item: Features) -> Features:
         """The tokens at the training images' places, with their mean where this image has no brain."""
-        there_L = np.isin(self.place_L_, item.place_L)
+        there_L = np.isin(self.places_, item.places)
         if there_L.mean() < _LEAST_PLACES:
             got = f"brain in {there_L.sum()} of the {len(there_L)} places"
             raise DatasetError(item.key, "places", got, "most of those of the training images", "Check its mask")
@@ -253,9 +263,9 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             f"{item.key}: no brain in {missing} of {len(there_L)} places, which get the training images' mean",
             stacklevel=4,
         )
-        token_SLC = np.repeat(self.mean_LC_[None], len(item.token_SLC), axis=0)
-        token_SLC[:, there_L] = vectors.at_places(item, self.place_L_[there_L])
-        return replace(item, token_SLC=token_SLC, place_L=self.place_L_)
+        token_SLC = np.repeat(self.mean_tokens_[None], len(item.tokens), axis=0)
+        token_SLC[:, there_L] = vectors.at_places(item, self.places_[there_L])
+        return replace(item, tokens=token_SLC, places=self.places_)
 
     def _encoded(self, images: list[Any]) -> list[Features | None]:
         """Tokens of each image; None for one that is skipped."""
@@ -310,7 +320,7 @@ def _images(X: Any) -> list[Any]:
     ConfigError
         If it is empty.
     """
-    expected = "a list of images: paths, nibabel images, or mappings of the arguments of SlimBrain.encode_run"
+    expected = "a list of images: paths, nibabel images, or mappings of the arguments of SlimBrain.encode_tokens"
     if isinstance(X, str | os.PathLike | SpatialImage | Mapping):
         kind = "one path" if isinstance(X, str | os.PathLike) else f"one {type(X).__name__}"
         raise ArgumentError(_HERE, "X", f"{kind} ({_name(X)})", expected, "Put it into a list: [image]")
@@ -333,7 +343,9 @@ def _arguments(image: Any) -> dict[str, Any]:
     if "image" not in image:
         got = f"a mapping of {', '.join(map(str, image)) or 'nothing'}"
         raise ConfigError("arguments", "image", got, "one with an image", 'Such as {"image": path, "mask": path}')
-    return {str(name): value for name, value in image.items()}
+    arguments = {str(name): value for name, value in image.items()}
+    check_names(arguments)
+    return arguments
 
 
 def _name(image: Any) -> str:

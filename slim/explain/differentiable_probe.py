@@ -38,15 +38,15 @@ class Score:
     Attributes
     ----------
     pool : callable
-        Tokens (S, L, C) at `place_L` to features (P,), with gradients.
-    place_L : places that all sessions of the task have
+        Tokens (S, L, C) at `places` to features (P,), with gradients.
+    places : int64 (L,), places that all sessions of the task have
     weight_P : float64 tensor, on features as they are (standardisation included)
     offset : float
     sd : SD of the score over the training sessions
     """
 
     pool: Callable[[Tensor], Tensor]
-    place_L: np.ndarray
+    places: np.ndarray
     weight_P: Tensor
     offset: float
     sd: float
@@ -147,7 +147,7 @@ def fit_state_score(
     sd = float((train_nP.astype(np.float64) @ weight_P).std())
 
     def of(item: Features, start_w: np.ndarray) -> Score:
-        start_W, number_S = np.unique(item.window_S, return_inverse=True)
+        start_W, number_S = np.unique(item.slot_window_onsets, return_inverse=True)
         chosen_w = np.abs(start_W - start_w[:, None]).argmin(axis=1)
         share_W = np.bincount(chosen_w, minlength=len(start_W)) / len(chosen_w) / np.bincount(number_S)
         share_S = torch.from_numpy(share_W[number_S]).float()

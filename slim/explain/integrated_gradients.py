@@ -105,7 +105,7 @@ class _Groups:
             self.fresh.append(torch.from_numpy(first + window_S >= read))
             read = first + k
         cell_M = self.batches[0].to("cpu").whole.cell_M.numpy()
-        self.place_L = np.unique(cell_M % math.prod(geometry.cells[1:]))
+        self.places = np.unique(cell_M % math.prod(geometry.cells[1:]))
         self.shape = (k, model.frames, len(self.patch_M3), dataset.grid.voxels)
 
     def tokens(self, group: int, alpha: float, anatomy: float, leaves: list[Tensor] | None = None) -> Tensor:
@@ -186,7 +186,7 @@ def integrated_gradients(
     """
     check_start(model, start)
     groups = _Groups(model, dataset, session)
-    at_L = torch.from_numpy(np.searchsorted(groups.place_L, score.place_L)).to(model.device)
+    at_L = torch.from_numpy(np.searchsorted(groups.places, score.places)).to(model.device)
 
     def anatomy(alpha: float) -> float:
         return alpha if start == "empty" else 1.0

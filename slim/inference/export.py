@@ -259,7 +259,8 @@ def _how(settings: PretrainSettings | FinetuneSettings, made: dict[str, Any]) ->
         return (
             f"- Fine-tuned with a head ({settings.head.pooling} pooling) for {about}; both are those after "
             f"{made['step']} optimizer steps, the best for the validation subjects.\n"
-            "- `model.answer(image)` says what they answer, and so does `tools/embed.py`."
+            "- `model.predict(image)` predicts the label of a scan, `model.predict_proba(image)` gives the "
+            "probability of each class."
         )
     jepa, sig, mae = settings.loss_weights
     return (

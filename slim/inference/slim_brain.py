@@ -1,8 +1,8 @@
 """A trained encoder, and what it makes of a whole session.
 
     model = SlimBrain.from_pretrained("export/")
-    z_WC = model.encode("sub-01_bold.nii.gz")                          # a vector of each window
-    features = model.encode_run("sub-01_bold.nii.gz")                  # (time slots, places, channels)
+    z_WC = model.encode_windows("sub-01_bold.nii.gz")                  # a vector of each window
+    features = model.encode_tokens("sub-01_bold.nii.gz")                  # (time slots, places, channels)
     features = model.encode_session(dataset, dataset.sessions[0])      # the same of a session in shards
 
 Legend: S time slots of a session; L places (cells of the last stage that hold brain); C channels; G groups of k
@@ -25,15 +25,16 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from shards.cohorts.niimg import Scan, as_run
+from shards.cohorts.niimg import Niimg, Scan, Table, as_run
 from shards.conversion.session import Converted, assumptions, convert_run
+from shards.core.deprecation import warn_renamed
 from shards.core.errors import ArgumentError, ConfigError, DatasetError
 from shards.core.settings import digest
 from shards.format.layout import read_manifest
 from shards.format.reader import Dataset, Samples
 from slim.checkpoints.seen import Person, Seen, person
 from slim.checkpoints.weights import Weights, find
-from slim.config import FinetuneSettings
+from slim.config import AnswerSettings, FinetuneSettings
 from slim.data.collate import collate
 from slim.data.samples import Sample, firsts, read_windows, unlike
 from slim.inference.cores import cores, spread, threads_inside
@@ -50,7 +51,7 @@ class SlimBrain:
     Attributes
     ----------
     encoder : Hiera, in fp32 and evaluation mode, without gradients
-    head : Head or None, of a fine-tuning, for `answer`
+    head : Head or None, of a fine-tuning, for `predict`
     settings : PretrainSettings or FinetuneSettings of the run
     data : dict, the manifest (without shards) of the data it was made for
     made : dict, how the weights came about; see `slim.checkpoints.weights.Weights`
@@ -166,7 +167,7 @@ class SlimBrain:
                 dataset.folder,
                 "cohorts",
                 f"{', '.join(seen)}, whose labels these weights were fine-tuned on ({tuned['task']})",
-                "people they know nothing of",
+                "cohorts that were not used for fine-tuning",
                 "finetune.py has tested them on the subjects it left out; for another task take the pretrained weights",
             )
 
@@ -220,11 +221,22 @@ class SlimBrain:
         return read_recipe(self.data, self.run_folder, self._about.extractor, self._about.parcels)
 
     def encode(
-        self, image: Scan, per: str = "window", pooling: str = "mean", stage: int | None = None, **stated: Any
+        self,
+        image: Scan,
+        per: str = "window",
+        pooling: str = "mean",
+        stage: int | None = None,
+        *,
+        mask: Niimg | None = None,
+        confounds: Table | None = None,
+        space: str | None = None,
+        tr: float | None = None,
+        dummy: int | str = "auto",
+        orientation: str | None = None,
     ) -> np.ndarray:
-        """Vectors of a run, straight from NIfTI.
+        """Vectors of a scan, straight from NIfTI: `encode_windows` or `encode_scan`.
 
-        However the run is given, the vectors are the same, bit for bit: a path, `nib.load(path)`, or the list of its
+        However the scan is given, the vectors are the same, bit for bit: a path, `nib.load(path)`, or the list of its
         3-D images; and for every number of threads. A list has no files beside it: give it the `mask` and `confounds`
         that are found beside a path.
 
@@ -234,97 +246,270 @@ class SlimBrain:
             Preprocessed 4-D BOLD. A list holds the 3-D images of one scan in time order and needs `tr`; many scans are
             for `slim.evaluation.transformer.SlimBrainTransformer`. Mask, confounds and sidecar that lie beside the file
             are used, those of an image beside the file that it was loaded from.
-        per : "window" or "run"
+        per : "window" or "scan"
         pooling : "mean", "mean+sd" or "location"
-            See `slim.inference.vectors.vectors`; poolings that are fitted on a set of runs are for
+            See `slim.inference.vectors.vectors`; poolings that are fitted on a set of scans are for
             `slim.evaluation.transformer.SlimBrainTransformer`.
         stage : int, optional
             Of the encoder, from 1; by default the last. Of an earlier one each cell has the mean of its tokens.
-        **stated
-            `mask`, `confounds`, `space`, `tr` (s), `dummy`, `orientation`, as a cohort file has them, of this run; see
-            `shards.cohorts.niimg.as_run`.
+        mask : path or Nifti1Image, optional
+            Brain mask of the scan.
+        confounds : path or DataFrame, optional
+            Confounds of the scan, a row for each frame.
+        space : "MNI" or "native", optional
+        tr : float, optional
+            Seconds; it replaces that of the header.
+        dummy : "auto" or int
+            Volumes to drop at the start.
+        orientation : str, optional
+            Axis codes, such as "LAS", of an image whose header has none.
 
         Returns
         -------
         ndarray, float32
             (W, P), the windows the ranker keeps (at most `windows.keep` of the training data), in time order; or (P,).
-            `encode_run` tells when each window begins, and which TR was used.
+            `encode_tokens` gives the start of each window and the TR that was used.
 
         Raises
         ------
         RunRefused
-            If the run cannot be converted (a ValueError).
+            If the scan cannot be converted (a ValueError).
         ConfigError
             If an argument has a wrong value (a ValueError) or type (a TypeError), or what the training data were made
             with is missing.
         DatasetError
-            If the run has fewer windows than pass through the encoder together (a ValueError).
+            If the scan has fewer windows than pass through the encoder together (a ValueError).
 
         Warns
         -----
         UserWarning
-            Of what was assumed about the run, such as its space or orientation.
+            Of what was assumed about the scan, such as its space or orientation.
         """
         check_fixed(per, pooling)
         self._check_stage(stage)
-        features = self.encode_converted(_told(self.convert(image, **stated)), stage)
-        return vectors(features, per, pooling, features.place_L)
+        features = self.encode_converted(self._read(image, mask, confounds, space, tr, dummy, orientation), stage)
+        return vectors(features, per, pooling, features.places)
 
-    def encode_run(self, image: Scan, stage: int | None = None, **stated: Any) -> Features:
-        """All tokens of a run, straight from NIfTI: harmonised and ranked as the training data were, then encoded.
+    def encode_windows(
+        self,
+        image: Scan,
+        pooling: str = "mean",
+        stage: int | None = None,
+        *,
+        mask: Niimg | None = None,
+        confounds: Table | None = None,
+        space: str | None = None,
+        tr: float | None = None,
+        dummy: int | str = "auto",
+        orientation: str | None = None,
+    ) -> np.ndarray:
+        """A vector of each window of a scan; arguments and errors as in `encode`.
 
-        They are those that `encode_session` makes of the run once it is converted. Arguments and errors as in
-        `encode`.
+        Returns
+        -------
+        ndarray, float32
+            (W, P), in time order.
+        """
+        check_fixed("window", pooling)
+        self._check_stage(stage)
+        features = self.encode_converted(self._read(image, mask, confounds, space, tr, dummy, orientation), stage)
+        return vectors(features, "window", pooling, features.places)
+
+    def encode_scan(
+        self,
+        image: Scan,
+        pooling: str = "mean",
+        stage: int | None = None,
+        *,
+        mask: Niimg | None = None,
+        confounds: Table | None = None,
+        space: str | None = None,
+        tr: float | None = None,
+        dummy: int | str = "auto",
+        orientation: str | None = None,
+    ) -> np.ndarray:
+        """One vector of a scan; arguments and errors as in `encode`.
+
+        Returns
+        -------
+        ndarray, float32
+            (P,)
+        """
+        check_fixed("scan", pooling)
+        self._check_stage(stage)
+        features = self.encode_converted(self._read(image, mask, confounds, space, tr, dummy, orientation), stage)
+        return vectors(features, "scan", pooling, features.places)
+
+    def encode_tokens(
+        self,
+        image: Scan,
+        stage: int | None = None,
+        *,
+        mask: Niimg | None = None,
+        confounds: Table | None = None,
+        space: str | None = None,
+        tr: float | None = None,
+        dummy: int | str = "auto",
+        orientation: str | None = None,
+    ) -> Features:
+        """All tokens of a scan, straight from NIfTI: harmonised and ranked as the training data were, then encoded.
+
+        They equal those that `encode_session` gives once the scan is converted. Arguments and errors as in `encode`.
         """
         self._check_stage(stage)
-        return self.encode_converted(_told(self.convert(image, **stated)), stage)
+        return self.encode_converted(self._read(image, mask, confounds, space, tr, dummy, orientation), stage)
 
-    def convert(self, image: Scan, **stated: Any) -> Converted:
-        """A run as the training data hold theirs, for `encode_converted` and `answer_converted`; see `encode`.
+    def encode_run(self, image: Scan, stage: int | None = None, **stated: Any) -> Features:
+        """Deprecated: `encode_tokens`."""
+        warn_renamed("SlimBrain.encode_run", "encode_tokens")
+        self._check_stage(stage)
+        return self.encode_converted(self._read(image, **stated), stage)
 
-        What was assumed about it is in its `meta`, and not told: `shards.conversion.session.assumptions` has it in
-        words.
+    def convert(
+        self,
+        image: Scan,
+        *,
+        mask: Niimg | None = None,
+        confounds: Table | None = None,
+        space: str | None = None,
+        tr: float | None = None,
+        dummy: int | str = "auto",
+        orientation: str | None = None,
+    ) -> Converted:
+        """A scan as the training data hold theirs, for `encode_converted` and `outputs_converted`; see `encode`.
+
+        It does not warn: `shards.conversion.session.assumptions` puts what was assumed, in its `meta`, into words.
         """
         recipe = self.recipe
+        scan = as_run(image, mask, confounds, space=space, tr=tr, dummy=dummy, orientation=orientation)
         # One thread, as in the worker processes of a conversion: sums come out the same.
-        with as_run(image, **stated) as run, threadpool_limits(1):
+        with scan as run, threadpool_limits(1):
             return convert_run(run, recipe.settings, recipe.parcels, recipe.ranker)
 
+    def _read(
+        self,
+        image: Scan,
+        mask: Niimg | None = None,
+        confounds: Table | None = None,
+        space: str | None = None,
+        tr: float | None = None,
+        dummy: int | str = "auto",
+        orientation: str | None = None,
+    ) -> Converted:
+        """A converted scan, with warnings of what was assumed about it."""
+        made = self.convert(
+            image, mask=mask, confounds=confounds, space=space, tr=tr, dummy=dummy, orientation=orientation
+        )
+        for words in _assumed(made.meta):
+            warnings.warn(f"{made.meta['source']}: {words}", stacklevel=3)  # the line that called the public method
+        return made
+
     def encode_converted(self, made: Converted, stage: int | None = None) -> Features:
-        """As `encode_run`."""
+        """As `encode_tokens`."""
         self._check_stage(stage)
         return self._encode(made, made.meta | {"key": made.meta["subject"]}, made.meta["source"], stage)
 
-    def answer(self, image: Scan, **stated: Any) -> np.ndarray:
-        """What a fine-tuned encoder and its head say of a run, straight from NIfTI.
+    def predict(
+        self,
+        image: Scan,
+        *,
+        mask: Niimg | None = None,
+        confounds: Table | None = None,
+        space: str | None = None,
+        tr: float | None = None,
+        dummy: int | str = "auto",
+        orientation: str | None = None,
+    ) -> str | float:
+        """The prediction of a fine-tuned model for a scan, straight from NIfTI.
 
-        The mean over its windows, k by k, as `tools/finetune.py` predicts test subjects. Arguments and errors as in
+        The mean over groups of k windows, as for the test subjects of a fine-tuning. Arguments and errors as in
         `encode`.
 
         Returns
         -------
-        ndarray, float64
-            (K,), the probability of each of `settings.answer.classes`; or (1,), in the unit of the label.
+        str or float
+            The name of the most probable class; or the value, in the unit of the label.
+
+        Raises
+        ------
+        ConfigError
+            If the weights are not of a fine-tuned model.
         """
-        return self.answer_converted(_told(self.convert(image, **stated)))
+        classes = self._labels().classes
+        outputs = self.outputs_converted(self._read(image, mask, confounds, space, tr, dummy, orientation))
+        return classes[int(outputs.argmax())] if classes else float(outputs[0])
+
+    def predict_proba(
+        self,
+        image: Scan,
+        *,
+        mask: Niimg | None = None,
+        confounds: Table | None = None,
+        space: str | None = None,
+        tr: float | None = None,
+        dummy: int | str = "auto",
+        orientation: str | None = None,
+    ) -> np.ndarray:
+        """The probability of each class for a scan. Arguments and errors as in `predict`.
+
+        Returns
+        -------
+        ndarray, float64
+            (K,), in the order of `settings.answer.classes`.
+
+        Raises
+        ------
+        ConfigError
+            If the weights are not of a fine-tuned model, or it predicts a value.
+        """
+        if not self._labels().classes:
+            got = "a model that predicts a value"
+            raise ConfigError(self.run_folder, "predict_proba", got, "a model that predicts classes", "Call predict")
+        return self.outputs_converted(self._read(image, mask, confounds, space, tr, dummy, orientation))
+
+    def answer(self, image: Scan, **stated: Any) -> np.ndarray:
+        """Deprecated: `predict_proba` for classes, `predict` for values.
+
+        Returns
+        -------
+        ndarray, float64
+            (K,), the probability of each class; or (1,), the value.
+        """
+        warn_renamed("SlimBrain.answer", "predict_proba for classes, or predict")
+        return self.outputs_converted(self._read(image, **stated))
+
+    def _labels(self) -> AnswerSettings:
+        """What a fine-tuned model predicts."""
+        if self.head is None or not isinstance(self.settings, FinetuneSettings):
+            got = "none: these weights were pretrained only, and predict no label"
+            hint = "Give the folder of a fine-tuning, or an export of one"
+            raise ConfigError(self.run_folder, "head", got, "a fine-tuned encoder", hint)
+        return self.settings.answer
+
+    def answer_converted(self, made: Converted) -> np.ndarray:
+        """Deprecated: `outputs_converted`."""
+        warn_renamed("SlimBrain.answer_converted", "outputs_converted")
+        return self.outputs_converted(made)
 
     @torch.no_grad()
-    def answer_converted(self, made: Converted) -> np.ndarray:
-        """As `answer`."""
+    def outputs_converted(self, made: Converted) -> np.ndarray:
+        """Outputs of a fine-tuned model for a converted scan.
+
+        Returns
+        -------
+        ndarray, float64
+            (K,), the probability of each class; or (1,), the value in the unit of the label.
+        """
         from slim.inference.predict import predict
 
-        settings = self.settings
-        if self.head is None or not isinstance(settings, FinetuneSettings):
-            hint = "Give the folder of a fine-tuning, or an export of one"
-            raise ConfigError(
-                self.run_folder, "head", "none: these weights answer nothing", "a fine-tuned encoder", hint
-            )
+        labels, settings = self._labels(), self.settings
+        assert self.head is not None and isinstance(settings, FinetuneSettings)
         self._check_windows(made.meta["n_kept"], made.meta["source"])
-        model, classes = Answerer(self.encoder, self.head, settings.precision == "bf16"), len(settings.answer.classes)
+        model, classes = Answerer(self.encoder, self.head, settings.precision == "bf16"), len(labels.classes)
         session = made.meta | {"key": made.meta["subject"]}
         with threads_inside(cores()):
             guess_K = predict(model, classes, made, [session], self.geometry, settings, self.device)[0]
-        return guess_K if classes else guess_K * settings.answer.sd + settings.answer.mean
+        return guess_K if classes else guess_K * labels.sd + labels.mean
 
     def encode_session(
         self, dataset: Dataset, session: dict[str, Any], batch: int = 4, stage: int | None = None
@@ -424,15 +609,6 @@ class SlimBrain:
 def _assumed(meta: dict[str, Any]) -> list[str]:
     """What was assumed about a run; voxels without signal at the rim of a mask, which most runs have, are left out."""
     return assumptions({**meta, "dead_share": 0})
-
-
-def _told(made: Converted) -> Converted:
-    """A converted run, having warned of what was assumed about it."""
-    for words in _assumed(made.meta):
-        warnings.warn(
-            f"{made.meta['source']}: {words}", stacklevel=3
-        )  # the line that called `encode`, `encode_run` or `answer`
-    return made
 
 
 def _is_count(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The tokens of a session, and ways to make one vector of them, or one of each window.
 
-    vector = location(features, features.place_L)
-    vector_WP = vectors(features, "window", "mean", features.place_L)
+    vector = location(features, features.places)
+    vector_WP = vectors(features, "window", "mean", features.places)
 
 Legend: N sessions; S time slots of a session; W windows; L places (cells of the last stage that hold brain); C
 channels; M tokens of all places and slots; Q principal axes; P features of a session.
@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import numpy as np
 
+from shards.core.deprecation import OldName, renamed_state
 from shards.core.errors import ConfigError, DatasetError
 
 
@@ -25,33 +27,43 @@ class Features:
     Attributes
     ----------
     key : the session's key
-    token_SLC : float32; slots in time order, places in ascending order
-    place_L : flat place of each cell in the grid of cells, int64
-    second_S : middle of each slot, s from the start of the run
-    window_S : start of the window that holds each slot, s from the start of the run; float64
+    tokens : float32 (S, L, C); slots in time order, places in ascending order
+    places : int64 (L,), flat index of each place in the grid of cells
+    slot_times : (S,), middle of each slot, s from the start of the scan
+    slot_window_onsets : float64 (S,), start of the window that holds each slot, s from the start of the scan
     tr : TR of the frames that were encoded, s; None where nobody said
     source_tr : TR of the scan, as it was read or stated, s; where it differs the scan was brought to `tr`
     assumed : what was assumed about the scan (its space, orientation, TR, mask), a sentence each
     """
 
     key: str
-    token_SLC: np.ndarray
-    place_L: np.ndarray
-    second_S: np.ndarray
-    window_S: np.ndarray
+    tokens: np.ndarray
+    places: np.ndarray
+    slot_times: np.ndarray
+    slot_window_onsets: np.ndarray
     tr: float | None = None
     source_tr: float | None = None
     assumed: tuple[str, ...] = ()
 
     @property
-    def start_W(self) -> np.ndarray:
-        """Start of each window in time order, s from the start of the run; float64."""
-        return np.unique(self.window_S)
+    def window_onsets(self) -> np.ndarray:
+        """Start of each window in time order, s from the start of the scan; float64 (W,)."""
+        return np.unique(self.slot_window_onsets)
+
+    # the names of version 0.1
+    token_SLC = OldName("tokens")
+    place_L = OldName("places")
+    second_S = OldName("slot_times")
+    window_S = OldName("slot_window_onsets")
+    start_W = OldName("window_onsets")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(renamed_state(Features, state))
 
 
 def common_places(features: Sequence[Features]) -> np.ndarray:
     """Places that hold brain in every session, ascending."""
-    place_L = reduce(np.intersect1d, [item.place_L for item in features])
+    place_L = reduce(np.intersect1d, [item.places for item in features])
     if not len(place_L):
         raise DatasetError("features", "places", "no place that all sessions have", "masks that overlap")
     return place_L
@@ -65,11 +77,11 @@ def at_places(features: Features, place_L: np.ndarray) -> np.ndarray:
     DatasetError
         If it has no tokens at one of them.
     """
-    missing = np.setdiff1d(place_L, features.place_L)
+    missing = np.setdiff1d(place_L, features.places)
     if len(missing):
         got = f"no brain in {len(missing)} of the {len(place_L)} places"
         raise DatasetError(features.key, "places", got, "tokens at all of them", "Pool over places that all have")
-    return features.token_SLC[:, np.searchsorted(features.place_L, place_L)]
+    return features.tokens[:, np.searchsorted(features.places, place_L)]
 
 
 def mean(features: Features, place_L: np.ndarray) -> np.ndarray:
@@ -102,7 +114,7 @@ def principal_axes(features: Sequence[Features], place_L: np.ndarray, count: int
     The mean over time of each session's place is taken off first: what differs between places (anatomy,
     position) would otherwise take the first axes, and it cannot take part in a correlation over time.
     """
-    dim = features[0].token_SLC.shape[2]
+    dim = features[0].tokens.shape[2]
     if count > dim:
         raise ConfigError("task", "components", count, f"at most {dim}, the channels of the encoder")
     scatter_CC = np.zeros((dim, dim))
@@ -149,7 +161,7 @@ def pool(features: Sequence[Features], pooling: str, components: int, train: np.
 
 def windows(features: Features, place_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each window's tokens at these places, the mean over its slots: starts (s), (W,), and (W, L, C), in time order."""
-    start_W, number_S = np.unique(features.window_S, return_inverse=True)
+    start_W, number_S = np.unique(features.slot_window_onsets, return_inverse=True)
     x_SLC = at_places(features, place_L)
     sum_WLC = np.zeros((len(start_W), *x_SLC.shape[1:]), np.float32)
     np.add.at(sum_WLC, number_S, x_SLC)
@@ -157,28 +169,29 @@ def windows(features: Features, place_L: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def vectors(features: Features, per: str, pooling: str, place_L: np.ndarray) -> np.ndarray:
-    """A vector of each window, or of the whole run, float32.
+    """A vector of each window, or of the whole scan, float32.
 
     Parameters
     ----------
     features : Features
-    per : "window" or "run"
+    per : "window" or "scan"
+        "run" is an older word for "scan".
     pooling : "mean", "mean+sd" or "location"
-        For a run see `mean`, `mean_sd` and `location`; `mean+sd` of a window has the SD over places, because a window
+        For a scan see `mean`, `mean_sd` and `location`; `mean+sd` of a window has the SD over places, because a window
         has too few slots for one over time.
     place_L : int array
 
     Returns
     -------
-    ndarray, (W, P) in the order of `features.start_W`, or (P,)
+    ndarray, (W, P) in the order of `features.window_onsets`, or (P,)
 
     Raises
     ------
     ConfigError
-        If `per` or `pooling` is none of these; `cov` and `attentive` are fitted on a set of runs.
+        If `per` or `pooling` is none of these; `cov` and `attentive` are fitted on a set of scans.
     """
     check_fixed(per, pooling)
-    if per == "run":
+    if per != "window":
         return FIXED[pooling](features, place_L)
     _, x_WLC = windows(features, place_L)
     if pooling == "location":
@@ -189,8 +202,8 @@ def vectors(features: Features, per: str, pooling: str, place_L: np.ndarray) -> 
 
 def check_fixed(per: str, pooling: str) -> None:
     """Raise what `vectors` raises."""
-    if per not in ("window", "run"):
-        raise ConfigError("per", "", per, "window or run")
+    if per not in ("window", "scan", "run"):
+        raise ConfigError("per", "", per, "window or scan")
     if pooling not in tuple(FIXED):
         hint = "Others are fitted on a set of scans: slim.SlimBrainTransformer does that"
         raise ConfigError("pooling", "", pooling, ", ".join(FIXED), hint)

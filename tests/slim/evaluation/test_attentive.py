@@ -47,15 +47,15 @@ def made_up(subjects: int, each: int = 1, seed: int = 0) -> tuple[list[Features]
 
 def in_places(item: Features, value: float) -> None:
     """One place gains what another loses: the mean over places is as it was."""
-    item.token_SLC[:, 3, 6] += 3 * value
-    item.token_SLC[:, 7, 6] -= 3 * value
+    item.tokens[:, 3, 6] += 3 * value
+    item.tokens[:, 7, 6] -= 3 * value
 
 
 def in_an_event(item: Features, value: float) -> None:
     """A few tokens of one slot, told by a channel; the other slots take it off the mean again."""
-    item.token_SLC[2, :3, 5] = 4
-    item.token_SLC[2, :3, 6] += 2 * value
-    item.token_SLC[:, :, 6] -= 2 * value * 3 / item.token_SLC[:, :, 0].size
+    item.tokens[2, :3, 5] = 4
+    item.tokens[2, :3, 6] += 2 * value
+    item.tokens[:, :, 6] -= 2 * value * 3 / item.tokens[:, :, 0].size
 
 
 def question(kind: str, subject_N: np.ndarray, truth_S: np.ndarray) -> tuple[Task, Cases]:
@@ -122,7 +122,7 @@ def test_more_than_two_classes():
     sessions, subject_N = made_up(36)
     truth_S = np.arange(36) % 3
     for item, answer in zip(sessions, truth_S, strict=True):
-        item.token_SLC[:, 3, 6 + answer] += 3
+        item.tokens[:, 3, 6 + answer] += 3
     task, cases = question("classification", subject_N, truth_S)
     results, _ = probe.run_task(task, cases, {"ours": Attentive(sessions)}, "")
     assert results["ours"]["auroc"]["value"] > 0.9
@@ -167,7 +167,7 @@ def test_padding_never_matters(lengths: list[int], seed: int):
 
 def test_a_session_is_pooled_alike_alone_and_beside_longer_ones():
     sessions, subject_N = made_up(24)
-    assert len({len(item.token_SLC) for item in sessions}) > 1
+    assert len({len(item.tokens) for item in sessions}) > 1
     method, fold = Attentive(sessions), first_fold("classification", subject_N)
     query_MAC = method.fit(fold, fold.inner())[-1]
     together = method.pool(query_MAC, np.arange(24))
@@ -194,8 +194,8 @@ def test_the_order_of_tokens_does_not_matter():
     fold, rng = first_fold("regression", subject_N), np.random.default_rng(0)
     mixed = []
     for item in sessions:
-        token_TC = item.token_SLC.reshape(-1, DIM)
-        mixed.append(replace(item, token_SLC=rng.permutation(token_TC).reshape(item.token_SLC.shape)))
+        token_TC = item.tokens.reshape(-1, DIM)
+        mixed.append(replace(item, tokens=rng.permutation(token_TC).reshape(item.tokens.shape)))
     query_MAC, again_MAC = (Attentive(each).fit(fold, fold.inner())[1] for each in (sessions, mixed))
     assert query_MAC.abs().max() > 0.01
     torch.testing.assert_close(again_MAC, query_MAC, rtol=1e-2, atol=1e-4)
@@ -208,7 +208,7 @@ def test_channels_may_have_any_unit():
     sessions, subject_N = made_up(24)
     fold = first_fold("regression", subject_N)
     unit_C = np.logspace(-2, 2, DIM, dtype=np.float32)
-    other = [replace(item, token_SLC=item.token_SLC * unit_C + 3 * unit_C) for item in sessions]
+    other = [replace(item, tokens=item.tokens * unit_C + 3 * unit_C) for item in sessions]
     np.testing.assert_allclose(Attentive(other).predict(fold), Attentive(sessions).predict(fold), atol=1e-3)
 
 
@@ -236,7 +236,7 @@ def test_test_sessions_never_influence_the_fit(kind: str):
     fold = first_fold(kind, subject_N)
     before, guess = Attentive(sessions).fit(fold, fold.inner()), Attentive(sessions).predict(fold)
     changed, *kept = fold.test
-    sessions[changed] = replace(sessions[changed], token_SLC=sessions[changed].token_SLC[:3] * 1000)
+    sessions[changed] = replace(sessions[changed], tokens=sessions[changed].tokens[:3] * 1000)
     after, other = Attentive(sessions).fit(fold, fold.inner()), Attentive(sessions).predict(fold)
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert not np.allclose(other[0], guess[0])
@@ -252,7 +252,7 @@ def test_a_member_never_sees_its_inner_fold(kind: str):
     assert inner_n.max() == 4 and all(len(set(inner_n[fold.subject_n == who])) == 1 for who in fold.subject_n)
     before = Attentive(sessions).fit(fold, inner_n)[-1]
     for row in fold.train[inner_n == 1]:
-        sessions[row] = replace(sessions[row], token_SLC=sessions[row].token_SLC[:, ::-1] * 3 + 1)
+        sessions[row] = replace(sessions[row], tokens=sessions[row].tokens[:, ::-1] * 3 + 1)
     answer_n = fold.answer_n.copy()
     answer_n[inner_n == 1] = 1 - answer_n[inner_n == 1]
     after = Attentive(sessions).fit(replace(fold, answer_n=answer_n), inner_n)[-1]

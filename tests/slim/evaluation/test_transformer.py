@@ -43,7 +43,7 @@ def images(cohort: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def features(model: SlimBrain, images: list[str]) -> list[Features]:
-    return [model.encode_run(image) for image in images]
+    return [model.encode_tokens(image) for image in images]
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +135,8 @@ def test_vectors_are_those_of_the_pooling_at_the_training_places(name, model, im
     np.testing.assert_array_equal(made.fit_transform(images[:4], LABELS[:4]), found[:4])
     assert found.dtype == np.float32 and len(made.get_feature_names_out()) == found.shape[1]
     place_L = vectors.common_places(features[:4])
-    np.testing.assert_array_equal(made.place_L_, place_L)
-    whole = [item for item in features if np.isin(place_L, item.place_L).all()]
+    np.testing.assert_array_equal(made.places_, place_L)
+    whole = [item for item in features if np.isin(place_L, item.places).all()]
     if name == "cov":
         axes = vectors.principal_axes(features[:4], place_L, 2)
         expected = [vectors.cov(item, place_L, axes) for item in whole]
@@ -191,21 +191,21 @@ def test_cross_validation_encodes_each_image_once(model, images, tmp_path, monke
 def test_an_image_without_a_place_gets_the_training_mean_with_a_warning(model, images, memory, monkeypatch):
     made = SlimBrainTransformer(model, pooling="location", memory=memory).fit(images[:4])
     whole = made.transform(images[:1])
-    item = model.encode_run(images[0])
-    hole = int(np.flatnonzero(item.place_L == made.place_L_[2])[0])
+    item = model.encode_tokens(images[0])
+    hole = int(np.flatnonzero(item.places == made.places_[2])[0])
 
     def without(count: int) -> Features:
-        keep = np.ones(len(item.place_L), bool)
+        keep = np.ones(len(item.places), bool)
         keep[hole : hole + count] = False
-        return Features(item.key, item.token_SLC[:, keep], item.place_L[keep], item.second_S, item.window_S)
+        return Features(item.key, item.tokens[:, keep], item.places[keep], item.slot_times, item.slot_window_onsets)
 
     monkeypatch.setattr(made, "_encoded", lambda X: [without(1)])
-    with pytest.warns(UserWarning, match=f"no brain in 1 of {len(made.place_L_)} places"):
+    with pytest.warns(UserWarning, match=f"no brain in 1 of {len(made.places_)} places"):
         found = made.transform(images[:1])
-    expected = whole.reshape(len(made.place_L_), -1).copy()
-    expected[2] = made.mean_LC_[2]
+    expected = whole.reshape(len(made.places_), -1).copy()
+    expected[2] = made.mean_tokens_[2]
     np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=1e-6)
-    monkeypatch.setattr(made, "_encoded", lambda X: [without(len(item.place_L) - hole)])
+    monkeypatch.setattr(made, "_encoded", lambda X: [without(len(item.places) - hole)])
     with pytest.raises(DatasetError, match="brain in 2 of"):
         made.transform(images[:1])
 
@@ -249,8 +249,8 @@ def test_a_bad_image_is_named_or_skipped(model, images, memory, tmp_path):
 
 def test_an_image_with_too_little_of_the_brain_is_skipped(model, images, memory, monkeypatch):
     made = SlimBrainTransformer(model, pooling="mean", memory=memory, on_error="skip").fit(images[:4])
-    item = model.encode_run(images[0])
-    less = Features(item.key, item.token_SLC[:, :2], item.place_L[:2], item.second_S, item.window_S)
+    item = model.encode_tokens(images[0])
+    less = Features(item.key, item.tokens[:, :2], item.places[:2], item.slot_times, item.slot_window_onsets)
     monkeypatch.setattr(made, "_encoded", lambda X: [item, less])
     with pytest.warns(UserWarning, match=r"1 of 2 images are skipped: X\[1\] \(.*places: got brain in 2 of"):
         found = made.transform(images[:2])
@@ -306,6 +306,6 @@ def test_attention_is_trained_for_values_and_keeps_people_together(model, images
     made = SlimBrainTransformer(model, pooling="attentive", target="regression", memory=memory)
     values = np.linspace(-1, 1, 6)
     found = made.fit_transform(images, values, groups=np.arange(6))
-    assert found.shape == (6, made.query_AC_.size) and np.isfinite(found).all()
+    assert found.shape == (6, made.queries_.size) and np.isfinite(found).all()
     with pytest.raises(ConfigError, match="y: got 3 people of all of them, expected at least 4"):
         made.fit(images, values, groups=np.arange(6) // 2)

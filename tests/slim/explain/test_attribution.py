@@ -63,7 +63,7 @@ def test_the_score_is_that_of_the_probe(features, kind: str, pooling: str):
     method = Attentive(features) if pooling == "attentive" else Linear(partial(pool, features, pooling, 3))
     guess_K = method.predict(fold)[0]
     score = fit_score(features, pooling, 3, fold, output=1, unit=2.5)
-    token_SLC = torch.from_numpy(at_places(features[5], score.place_L))
+    token_SLC = torch.from_numpy(at_places(features[5], score.places))
     expected = np.log(guess_K[1] / guess_K[0]) if kind == "classification" else guess_K[0]
     assert float(score(token_SLC)) / 2.5 == pytest.approx(expected, rel=1e-4, abs=1e-5)
     if kind == "classification":
@@ -146,8 +146,8 @@ def test_groups_are_those_of_encode_session(sizes: dict, dataset: Path, opened: 
     with torch.no_grad():
         token_SLC = torch.cat([groups.tokens(group, 1.0, 1.0) for group in range(len(groups.batches))])
     expected = model.encode_session(opened, session)
-    np.testing.assert_array_equal(groups.place_L, expected.place_L)
-    np.testing.assert_allclose(token_SLC.numpy(), expected.token_SLC, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(groups.places, expected.places)
+    np.testing.assert_allclose(token_SLC.numpy(), expected.tokens, rtol=1e-4, atol=1e-5)
 
 
 class LinearEncoder(torch.nn.Module):
@@ -174,7 +174,7 @@ def test_exact_for_a_linear_model(model: SlimBrain, opened: Dataset):
     try:
         groups = _Groups(model, opened, session)
         weight_C = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-        score = Score(mean, groups.place_L, weight_C, 3.0, 1.0)
+        score = Score(mean, groups.places, weight_C, 3.0, 1.0)
         found = integrated_gradients(model, opened, session, score, "empty")
     finally:
         model.encoder = was
@@ -182,7 +182,7 @@ def test_exact_for_a_linear_model(model: SlimBrain, opened: Dataset):
     assert found.at_start == pytest.approx(3.0)
     arrays = opened.read(session)
     in_time = np.argsort(arrays["start"])
-    cells = 12 * len(groups.place_L)  # one slot a window
+    cells = 12 * len(groups.places)  # one slot a window
     slope_V = (stand_in.weight_VC.double() @ weight_C).numpy() / cells
     expected_KFMV = arrays["windows"][in_time].astype(np.float64) * slope_V
     np.testing.assert_array_equal(found.start_K, arrays["start"][in_time])
@@ -196,7 +196,7 @@ def test_exact_for_a_linear_model(model: SlimBrain, opened: Dataset):
 def test_shares_sum_to_the_difference_of_the_scores(model, opened, features, pooling: str, start: str):
     score = fit_score(features, pooling, 3, fold_of("regression"))
     found = integrated_gradients(model, opened, opened.sessions[5], score, start, tolerance=0.01)
-    token_SLC = torch.from_numpy(at_places(features[5], score.place_L))
+    token_SLC = torch.from_numpy(at_places(features[5], score.places))
     assert found.score == pytest.approx(float(score(token_SLC)), abs=1e-4)
     assert found.complete and abs(found.total - (found.score - found.at_start)) <= found.allowed
     outside = opened.read(opened.sessions[5], ("brain",))["brain"] == 0
@@ -209,7 +209,7 @@ def test_slope_at_the_end_of_the_path_is_that_of_finite_differences(model, opene
     score = fit_score(features, "cov", 3, fold_of("regression"))
     session = opened.sessions[5]
     groups = _Groups(model, opened, session)
-    at_L = torch.from_numpy(np.searchsorted(groups.place_L, score.place_L))
+    at_L = torch.from_numpy(np.searchsorted(groups.places, score.places))
 
     def value(alpha: float) -> float:
         with torch.no_grad():

@@ -183,7 +183,7 @@ def test_a_session_is_predicted_from_all_its_windows(pretrained: Path, people: P
     again_NK = predict(model, 0, opened, [*whole, *short][::-1], task.geometry, task.settings, device)
     np.testing.assert_allclose(guess_NK, again_NK[::-1], atol=1e-5)
     for row, session in enumerate(short):
-        token_SLC = torch.from_numpy(ours.encode_session(opened, session).token_SLC)
+        token_SLC = torch.from_numpy(ours.encode_session(opened, session).tokens)
         expected = model.head(token_SLC.mean(dim=(0, 1))[None])
         np.testing.assert_allclose(guess_NK[3 + row], expected[0].detach(), atol=1e-4)
     for row, session in enumerate(whole):
@@ -364,7 +364,7 @@ def test_the_encoder_of_the_best_epoch_is_loaded_exported_and_encodes(
     moved = SlimBrain.from_pretrained(tmp_path / "export")
     assert moved.checksum == tuned.checksum
     session = opened.sessions[0]
-    features = [model.encode_session(opened, session).token_SLC for model in (tuned, moved)]
+    features = [model.encode_session(opened, session).tokens for model in (tuned, moved)]
     assert np.array_equal(*features)
     (training,) = about["made"]["training"]  # that of the pretraining
     assert training["sessions"] == opened.manifest["sessions"]["train"]
@@ -399,17 +399,22 @@ def test_what_was_fine_tuned_answers_for_a_run_as_for_a_test_subject(
     split = make_splits(task, cases, "task.yaml")[0][0]
     truth = cases.truth_S[np.unique(cases.subject_N[np.concatenate([split.train, split.val])])]
     expected = guess * truth.std() + truth.mean()
-    np.testing.assert_allclose(tuned.answer(source.bold), expected, rtol=1e-6)
+    assert tuned.predict(source.bold) == pytest.approx(expected[0], rel=1e-6)
+    with pytest.warns(DeprecationWarning, match="SlimBrain.answer is deprecated") as told:
+        np.testing.assert_allclose(tuned.answer(source.bold), expected, rtol=1e-6)
+    assert told[0].filename == __file__
+    with pytest.raises(ConfigError, match="predict_proba: got a model that predicts a value"):
+        tuned.predict_proba(source.bold)
     export.write(tuned, tmp_path / "export")
-    assert np.array_equal(SlimBrain.from_pretrained(tmp_path / "export").answer(source.bold), tuned.answer(source.bold))
+    assert SlimBrain.from_pretrained(tmp_path / "export").predict(source.bold) == tuned.predict(source.bold)
     done = tool("embed.py", tmp_path / "export", source.bold, "--out", tmp_path / "z.npz", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["label"] == "score"
     with np.load(tmp_path / "z.npz") as arrays:
         np.testing.assert_allclose(arrays["answers"], [expected], rtol=1e-6)
         assert arrays["vectors"].shape[0] == session["n_kept"] and not len(arrays["classes"])
-    with pytest.raises(ConfigError, match="head: got none: these weights answer nothing"):
-        SlimBrain.from_pretrained(pretrained).answer(source.bold)
+    with pytest.raises(ConfigError, match="head: got none: these weights were pretrained only"):
+        SlimBrain.from_pretrained(pretrained).predict(source.bold)
     (tmp_path / "export" / "head.safetensors").unlink()
     with pytest.raises(checkpoint.CheckpointError, match=r"head\.safetensors: got no such file"):
         SlimBrain.from_pretrained(tmp_path / "export")
@@ -419,9 +424,7 @@ def test_what_was_fine_tuned_is_not_judged_by_those_it_learned_from(
     whole: tuple[Path, dict], people: Path, tmp_path: Path
 ) -> None:
     run, task = _runs(whole)[0]["run"], write_task(tmp_path)
-    line = (
-        "cohorts: got synthetic, whose labels these weights were fine-tuned on (s), expected people they know nothing"
-    )
+    line = "cohorts: got synthetic, whose labels these weights were fine-tuned on (s), expected cohorts that were not"
     for name in ("probe.py", "finetune.py", "explain.py"):
         done = tool(name, run, "--data", people, "--task", task, "--out", tmp_path / "out")
         assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr

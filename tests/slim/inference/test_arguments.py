@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +16,7 @@ from shards.core.errors import UserError
 from shards.format.reader import Dataset
 from slim.evaluation.transformer import SlimBrainTransformer
 from slim.inference.slim_brain import SlimBrain
+from slim.inference.vectors import Features
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +57,58 @@ ARRAY = np.zeros((4, 4, 4, 9))
         ({"space": 1}, TypeError, r"space: got 1 \(int\), expected 'MNI' or 'native'"),
         ({"orientation": "XYZ"}, ValueError, "orientation: got 'XYZ', expected one letter each"),
         ({"orientation": ("L", "A", "S")}, TypeError, "orientation: got tuple, expected axis codes such as 'LAS'"),
-        ({"TR": 2}, TypeError, "TR: got an unknown argument, expected one of image, .*Did you mean tr"),
-        ({"mask_img": "a.nii"}, TypeError, "Did you mean mask"),
         ({"stage": "last"}, TypeError, "stage: got 'last', expected 1 to 2"),
         ({"stage": 3}, ValueError, "stage: got 3, expected 1 to 2"),
         ({"pooling": ["mean"]}, ValueError, r"pooling: got \['mean'\], expected mean"),
-        ({"per": "volume"}, ValueError, "per: got volume, expected window or run"),
+        ({"per": "volume"}, ValueError, "per: got volume, expected window or scan"),
     ],
 )
 def test_encode(model: SlimBrain, bold: Path, arguments, error, match: str):
     with pytest.raises(error, match=match) as told:
         model.encode(**{"image": bold, **arguments})
     assert isinstance(told.value, UserError) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_windows", "encode_scan", "encode_tokens", "convert", "predict"])
+def test_an_unknown_argument_is_a_type_error(model: SlimBrain, bold: Path, method: str):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'TR'"):
+        getattr(model, method)(bold, TR=2)
+
+
+def test_each_method_returns_one_kind_of_result(model: SlimBrain, bold: Path):
+    z_WP, z_P, features = model.encode_windows(bold), model.encode_scan(bold, "location"), model.encode_tokens(bold)
+    np.testing.assert_array_equal(z_WP, model.encode(bold))
+    assert z_WP.shape == (len(features.window_onsets), features.tokens.shape[2])
+    for word in ("scan", "run"):
+        np.testing.assert_array_equal(z_P, model.encode(bold, per=word, pooling="location"))
+    np.testing.assert_array_equal(z_P, features.tokens.mean(axis=0).ravel())
+
+
+def test_older_names_warn_and_give_the_same(model: SlimBrain, bold: Path):
+    with pytest.warns(DeprecationWarning, match="SlimBrain.encode_run is deprecated; use encode_tokens") as told:
+        features = model.encode_run(bold, tr=0.72)
+    assert told[0].filename == __file__
+    for old, new in (
+        ("token_SLC", "tokens"),
+        ("place_L", "places"),
+        ("second_S", "slot_times"),
+        ("window_S", "slot_window_onsets"),
+        ("start_W", "window_onsets"),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"Features.{old} is deprecated; use {new}") as told:
+            np.testing.assert_array_equal(getattr(features, old), getattr(features, new))
+        assert told[0].filename == __file__
+        with pytest.raises(AttributeError, match=f"{old} is read-only"):
+            setattr(features, old, None)
+
+
+def test_features_that_version_01_cached_are_read():
+    old = Features.__new__(Features)
+    arrays = [np.arange(6.0).reshape(1, 2, 3), np.arange(2), np.arange(1.0), np.arange(1.0)]
+    names = ("token_SLC", "place_L", "second_S", "window_S")
+    old.__setstate__({"key": "sub-01", **dict(zip(names, arrays, strict=True)), "tr": 0.8})
+    assert old.tokens is arrays[0] and old.places is arrays[1] and old.tr == 0.8
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(old)).slot_times, arrays[2])
 
 
 def test_numbers_of_numpy_are_numbers(model: SlimBrain, bold: Path):
@@ -94,7 +136,7 @@ def test_what_was_assumed_is_told(model: SlimBrain, bold: Path):
     made.set_sform(image.affine, 1)
     made.set_qform(image.affine, 1)
     with pytest.warns(UserWarning, match=r"an image in memory: space taken as MNI: header code 1 \(scanner\)") as told:
-        found = model.encode_run(made, **given)
+        found = model.encode_tokens(made, **given)
     assert told[0].filename == __file__ and "\n" not in str(told[0].message)
     assert any(line.startswith("space taken as MNI") for line in found.assumed)
 

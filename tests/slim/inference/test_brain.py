@@ -111,9 +111,9 @@ def test_every_window_is_read_once_in_time_order(run: Path, opened: Dataset):
     assert session["n_kept"] == 12
     found = model.encode_session(opened, session)
     start = np.sort(opened.read(session, ("start",))["start"])
-    np.testing.assert_allclose(found.second_S, (start + 2) * session["tr"], rtol=1e-5)
-    np.testing.assert_array_equal(found.window_S, start * session["tr"])
-    assert found.token_SLC.shape == (12, len(found.place_L), 32) and found.token_SLC.dtype == np.float32
+    np.testing.assert_allclose(found.slot_times, (start + 2) * session["tr"], rtol=1e-5)
+    np.testing.assert_array_equal(found.slot_window_onsets, start * session["tr"])
+    assert found.tokens.shape == (12, len(found.places), 32) and found.tokens.dtype == np.float32
 
     in_time = np.argsort(opened.read(session, ("start",))["start"])
     expected = []
@@ -123,25 +123,25 @@ def test_every_window_is_read_once_in_time_order(run: Path, opened: Dataset):
             x_MC = model.encoder(batch.voxels, batch.whole)
         dense = np.full((8, np.prod(opened.grid.patch_shape), 32), np.nan, np.float32)
         dense.reshape(-1, 32)[batch.whole.cell_M.numpy()] = x_MC.numpy()
-        expected.append(dense[fresh][:, found.place_L])
-    np.testing.assert_allclose(found.token_SLC, np.concatenate(expected), rtol=1e-4, atol=1e-5)
+        expected.append(dense[fresh][:, found.places])
+    np.testing.assert_allclose(found.tokens, np.concatenate(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_features_do_not_depend_on_how_groups_are_batched(run: Path, opened: Dataset):
     model, session = SlimBrain.from_pretrained(run), opened.sessions[1]
     together, apart = (model.encode_session(opened, session, batch) for batch in (2, 1))
-    np.testing.assert_allclose(together.token_SLC, apart.token_SLC, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(together.place_L, apart.place_L)
+    np.testing.assert_allclose(together.tokens, apart.tokens, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(together.places, apart.places)
 
 
 def test_slots_that_straddle_windows_belong_to_the_one_at_their_middle(dataset: Path, tmp_path: Path, opened: Dataset):
     model = SlimBrain.from_pretrained(write_run(tmp_path / "straddling", dataset, STRADDLING))
     found = model.encode_session(opened, opened.sessions[0])
     # 10 slots of 4 frames in 8 windows of 5; of the second group those with their middle in windows 4 to 7
-    assert len(found.token_SLC) == 10 + 5
-    assert (np.diff(found.second_S) > 0).all()
+    assert len(found.tokens) == 10 + 5
+    assert (np.diff(found.slot_times) > 0).all()
     # `second_S` is the mean of the frames' own times, half a frame before the middle of the slot
-    inside_S = (found.second_S - found.window_S) / opened.sessions[0]["tr"] + 0.5
+    inside_S = (found.slot_times - found.slot_window_onsets) / opened.sessions[0]["tr"] + 0.5
     assert (inside_S > -1e-3).all() and (inside_S < 5).all()
 
 
@@ -168,7 +168,7 @@ def test_straight_from_nifti_gives_the_very_numbers_of_the_shards(run: Path, ope
     model, source = SlimBrain.from_pretrained(run), find_runs(cohort / "cohort.yaml")[0]
     session = next(line for line in opened.sessions if line["key"] == source.key)
     assert session["mask_source"] != "computed" and source.confounds is not None
-    found = model.encode_run(source.bold)
+    found = model.encode_tokens(source.bold)
     same(found, model.encode_session(opened, session))
     assert found.key == source.bold.name.split(".nii")[0]
     assert (found.tr, found.source_tr) == (session["tr"], session["source_tr"]) == (0.72, 0.72)
@@ -176,8 +176,8 @@ def test_straight_from_nifti_gives_the_very_numbers_of_the_shards(run: Path, ope
     z_WC = model.encode(str(source.bold))
     assert z_WC.dtype == np.float32 and z_WC.shape == (session["n_kept"], ALIGNED["embed"] * 2)
     start = np.sort(opened.read(session, ("start",))["start"])
-    np.testing.assert_array_equal(found.start_W, start * session["tr"])
-    np.testing.assert_array_equal(z_WC, found.token_SLC.mean(axis=1))  # a slot a window
+    np.testing.assert_array_equal(found.window_onsets, start * session["tr"])
+    np.testing.assert_array_equal(z_WC, found.tokens.mean(axis=1))  # a slot a window
 
 
 def test_a_learned_ranking_and_cleaning_are_those_of_the_data(run: Path, opened: Dataset, cohort: Path, tmp_path: Path):
@@ -203,9 +203,9 @@ def test_a_learned_ranking_and_cleaning_are_those_of_the_data(run: Path, opened:
     writer.pack(out, [{**meta, "split": "train"}], [], manifest, 10**9, lambda _: members, lambda *_: None)
     packed = Dataset(out)
     expected = given.encode_session(packed, packed.sessions[0])
-    assert len(expected.token_SLC) == 9 and "high-pass" in packed.sessions[0]["cleaned"]
-    same(given.encode_run(source.bold), expected)
-    assert not np.array_equal(expected.token_SLC[:1], model.encode_run(source.bold).token_SLC[:1])
+    assert len(expected.tokens) == 9 and "high-pass" in packed.sessions[0]["cleaned"]
+    same(given.encode_tokens(source.bold), expected)
+    assert not np.array_equal(expected.tokens[:1], model.encode_tokens(source.bold).tokens[:1])
 
     shutil.rmtree(tmp_path / "extractor")
     with pytest.raises(ConfigError, match=r"extractor: got none .*checksum"):
@@ -217,15 +217,13 @@ def test_a_learned_ranking_and_cleaning_are_those_of_the_data(run: Path, opened:
 
 def test_vectors_of_windows_and_runs_of_every_stage(run: Path, cohort: Path):
     model, bold = SlimBrain.from_pretrained(run), find_runs(cohort / "cohort.yaml")[1].bold
-    early, last = model.encode_run(bold, stage=1), model.encode_run(bold, stage=2)
-    same(last, model.encode_run(bold))
-    assert early.token_SLC.shape == (*last.token_SLC.shape[:2], ALIGNED["embed"])
-    for name in ("place_L", "second_S", "window_S"):
+    early, last = model.encode_tokens(bold, stage=1), model.encode_tokens(bold, stage=2)
+    same(last, model.encode_tokens(bold))
+    assert early.tokens.shape == (*last.tokens.shape[:2], ALIGNED["embed"])
+    for name in ("places", "slot_times", "slot_window_onsets"):
         np.testing.assert_array_equal(getattr(early, name), getattr(last, name))
-    np.testing.assert_allclose(
-        model.encode(bold, per="run", stage=1), early.token_SLC.mean((0, 1)), rtol=1e-4, atol=1e-6
-    )
-    x_SLC = last.token_SLC
+    np.testing.assert_allclose(model.encode(bold, per="run", stage=1), early.tokens.mean((0, 1)), rtol=1e-4, atol=1e-6)
+    x_SLC = last.tokens
     expected = np.concatenate([x_SLC.mean(axis=1), x_SLC.std(axis=1)], axis=1)
     np.testing.assert_allclose(model.encode(bold, pooling="mean+sd"), expected, rtol=1e-6)
     assert model.encode(bold, pooling="location").shape == (12, x_SLC.shape[1] * x_SLC.shape[2])
@@ -244,7 +242,7 @@ def test_what_cannot_be_encoded_is_told(run: Path, cohort: Path, tmp_path: Path)
         (RunRefused, "mask: got .*no such file", {"image": bold, "mask": tmp_path / "none.nii.gz"}),
         (ConfigError, "tr: got", {"image": bold, "tr": -1}),
         (ConfigError, "orientation: got 'XYZ'", {"image": bold, "orientation": "XYZ"}),
-        (ConfigError, "smooth: got an unknown argument", {"image": bold, "smooth": 6}),
+        (TypeError, "unexpected keyword argument .smooth.", {"image": bold, "smooth": 6}),
         (ConfigError, "image: got ndarray", {"image": np.zeros((4, 4, 4, 9))}),
         (RunRefused, "TR: got 1 of no unit", {"image": nib.Nifti1Image(np.zeros((8, 8, 8, 60)), np.eye(4))}),
     ):

@@ -37,7 +37,7 @@ def test_runs_become_vectors_and_a_refused_one_is_named(run: Path, cohort: Path,
         for number, path in enumerate((first, second)):
             mine = found["run"] == number
             np.testing.assert_array_equal(found["vectors"][mine], model.encode(path))
-            np.testing.assert_array_equal(found["start"][mine], model.encode_run(path).start_W)
+            np.testing.assert_array_equal(found["start"][mine], model.encode_tokens(path).window_onsets)
         about = json.loads(str(found["about"]))
         assert found["tr"].tolist() == found["source_tr"].tolist() == [0.72, 0.72]
     assert (about["checksum"], about["step"], about["pooling"]) == (model.checksum, 7, "mean")
@@ -82,12 +82,12 @@ def test_per_run_at_the_places_all_of_them_have(run: Path, cohort: Path, tmp_pat
     done = tool("embed.py", run, *runs, *words, "--out", out, *shape)
     assert done.returncode == 0, done.stderr
     model = SlimBrain.from_pretrained(run)
-    features = [model.encode_run(source.bold, stage=1) for source in sources]
-    places = np.intersect1d(*(item.place_L for item in features))
+    features = [model.encode_tokens(source.bold, stage=1) for source in sources]
+    places = np.intersect1d(*(item.places for item in features))
     with np.load(out) as found:
         np.testing.assert_array_equal(found["places"], places)
         for item, row in zip(features, found["vectors"], strict=True):
-            expected = item.token_SLC[:, np.isin(item.place_L, places)].mean(axis=0).ravel()
+            expected = item.tokens[:, np.isin(item.places, places)].mean(axis=0).ravel()
             np.testing.assert_array_equal(row, expected)
         assert "start" not in found
 

@@ -39,13 +39,13 @@ def source(cohort: Path, tmp_path: Path) -> RunSource:
 
 
 def test_a_path_and_the_image_loaded_from_it(model: SlimBrain, source: RunSource):
-    expected = model.encode_run(str(source.bold))
+    expected = model.encode_tokens(str(source.bold))
     assert expected.source_tr == 0.8
     looked_at = nib.load(source.bold)
     looked_at.get_fdata()
     for image in (source.bold, nib.load(source.bold), looked_at):
-        found = model.encode_run(image)
-        np.testing.assert_array_equal(found.token_SLC, expected.token_SLC)
+        found = model.encode_tokens(image)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
         assert (found.key, found.source_tr) == (expected.key, 0.8)
         with as_run(image) as run:
             assert (run.bold, run.source, run.mask) == (source.bold, str(source.bold), source.mask)
@@ -73,9 +73,9 @@ def test_what_was_changed_in_memory_counts_and_so_does_what_lies_beside_the_file
     with as_run(image) as run:
         assert run.bold != source.bold and (run.mask, run.confounds) == (source.mask, source.confounds)
         assert run.says_mni and run.source == f"{source.bold} (changed in memory)"
-    found = model.encode_run(image)
+    found = model.encode_tokens(image)
     assert found.source_tr == 0.8  # the sidecar's
-    assert not np.array_equal(found.token_SLC[:1], model.encode_run(source.bold).token_SLC[:1])
+    assert not np.array_equal(found.tokens[:1], model.encode_tokens(source.bold).tokens[:1])
 
     image = nib.load(source.bold)
     image.header["descrip"] = b"looked at"  # nothing that matters
@@ -83,7 +83,7 @@ def test_what_was_changed_in_memory_counts_and_so_does_what_lies_beside_the_file
     image.header.set_zooms(
         (*image.header.get_zooms()[:3], 0.9)
     )  # the TR was set in the header: the sidecar is not asked
-    assert model.encode_run(image).source_tr == 0.9
+    assert model.encode_tokens(image).source_tr == 0.9
 
 
 def test_voxels_changed_in_the_cache_alone_are_refused(model: SlimBrain, source: RunSource):
@@ -172,7 +172,7 @@ def test_vectors_do_not_depend_on_threads(model: SlimBrain, source: RunSource, m
             torch.set_num_threads(threads)
             monkeypatch.setattr(joblib, "cpu_count", lambda allowed=allowed: allowed)
             assert cores() == min(threads, allowed)
-            found.append(model.encode_run(source.bold).token_SLC)
+            found.append(model.encode_tokens(source.bold).tokens)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
