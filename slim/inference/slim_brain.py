@@ -252,17 +252,8 @@ class SlimBrain:
             `slim.evaluation.transformer.SlimBrainTransformer`.
         stage : int, optional
             Of the encoder, from 1; by default the last. Of an earlier one each cell has the mean of its tokens.
-        mask : path or Nifti1Image, optional
-            Brain mask of the scan.
-        confounds : path or DataFrame, optional
-            Confounds of the scan, a row for each frame.
-        space : "MNI" or "native", optional
-        tr : float, optional
-            Seconds; it replaces that of the header.
-        dummy : "auto" or int
-            Volumes to drop at the start.
-        orientation : str, optional
-            Axis codes, such as "LAS", of an image whose header has none.
+        mask, confounds, space, tr, dummy, orientation
+            Of this scan, as a cohort file has them; `tr` in seconds. See `shards.cohorts.niimg.as_run`.
 
         Returns
         -------
@@ -468,13 +459,7 @@ class SlimBrain:
         return self.outputs_converted(self._read(image, mask, confounds, space, tr, dummy, orientation))
 
     def answer(self, image: Scan, **stated: Any) -> np.ndarray:
-        """Deprecated: `predict_proba` for classes, `predict` for values.
-
-        Returns
-        -------
-        ndarray, float64
-            (K,), the probability of each class; or (1,), the value.
-        """
+        """Deprecated: `predict_proba` (K,) for classes, `predict` (1,) for values."""
         warn_renamed("SlimBrain.answer", "predict_proba for classes, or predict")
         return self.outputs_converted(self._read(image, **stated))
 
