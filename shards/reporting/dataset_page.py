@@ -54,17 +54,18 @@ def write(folder: str | Path) -> Path:
     failed = layout.read_lines(dataset.folder / layout.FAILED)
     outlying = find_outlying(dataset.sessions)
     with html.drawing():
-        content = html.page(
-            f"Dataset {dataset.folder.resolve().name}",
-            _lead(dataset, failed),
-            html.notes(_first_look(dataset, failed, outlying)),
-            html.facts(_facts(dataset)),
-            html.section("Cohorts and splits", *_cohorts(dataset, failed)),
-            html.section("Refused runs", *_refused(failed)),
-            html.section("To check", *_to_check(dataset.sessions)),
-            html.section("Quality", *describe(dataset.sessions, outlying)),
-            html.section("Native-space sessions", *_native(dataset.sessions)),
-            html.section("Sessions to look at", *_examples(dataset, outlying)),
+        content = html.render(
+            "dataset.html",
+            title=f"Dataset {dataset.folder.resolve().name}",
+            lead=_lead(dataset, failed),
+            findings=_first_look(dataset, failed, outlying),
+            facts=html.Facts(_facts(dataset)),
+            cohorts=_cohorts(dataset, failed),
+            refused=_refused(failed),
+            to_check=_to_check(dataset.sessions),
+            quality=describe(dataset.sessions, outlying),
+            native=_native(dataset.sessions),
+            examples=_examples(dataset, outlying),
         )
     path = dataset.folder / layout.REPORT / layout.PAGE
     files.write_atomically(path, content)
@@ -192,7 +193,7 @@ def _range(values: Sequence[float], unit: str) -> str:
     return f"{values[0]:g} {unit}" if len(values) == 1 else f"{values[0]:g}–{values[-1]:g} {unit}"
 
 
-def _cohorts(dataset: Dataset, failed: list[Session]) -> list[str]:
+def _cohorts(dataset: Dataset, failed: list[Session]) -> list[html.Part]:
     refused = Counter(line["cohort"] for line in failed)
     of_cohort: dict[str, list[Session]] = defaultdict(list)
     for session in dataset.sessions:
@@ -211,14 +212,14 @@ def _cohorts(dataset: Dataset, failed: list[Session]) -> list[str]:
     rows = [row(name, of_cohort[name], refused[name]) for name in dataset.manifest["cohorts"]]
     if len(rows) > 1:
         rows.append(row("all", dataset.sessions, len(failed)))
-    parts = [
-        html.text("Sessions, and in brackets the subjects they come from. Splits are by subject."),
-        html.table(["Cohort", *SPLITS, "all", "refused", "TR of the scan, s"], rows, numbers=True),
+    parts: list[html.Part] = [
+        html.Text("Sessions, and in brackets the subjects they come from. Splits are by subject."),
+        html.Table(["Cohort", *SPLITS, "all", "refused", "TR of the scan, s"], rows, numbers=True),
     ]
     treated = Counter((session["cohort"], words) for session in dataset.sessions for words in _treated(session))
     if treated:
-        parts.append(html.text("What was done to runs, or taken for granted, before the harmonising:"))
-        parts.append(html.table(["Cohort", "Treatment", "Sessions"], [[*key, treated[key]] for key in sorted(treated)]))
+        parts.append(html.Text("What was done to runs, or taken for granted, before the harmonising:"))
+        parts.append(html.Table(["Cohort", "Treatment", "Sessions"], [[*key, treated[key]] for key in sorted(treated)]))
     return parts
 
 
@@ -244,10 +245,10 @@ def _treated(session: Session) -> list[str]:
     return found
 
 
-def _refused(failed: list[Session]) -> list[str]:
+def _refused(failed: list[Session]) -> list[html.Part]:
     if not failed:
-        return [html.text("None: every run that was found was converted.")]
-    parts = []
+        return [html.Text("None: every run that was found was converted.")]
+    parts: list[html.Part] = []
     advice = [line["hint"] or "Look at the file: mend it, or leave it out of the cohort" for line in failed]
     # The reason repeats the hint at its end; in the table it has a column of its own.
     rows = [
@@ -257,24 +258,24 @@ def _refused(failed: list[Session]) -> list[str]:
     if len(failed) > _ROWS:
         groups = Counter((line["cohort"], what) for line, what in zip(failed, advice, strict=True))
         parts.append(
-            html.table(
+            html.Table(
                 ["Cohort", "What to do", "Runs"], [[*group, count] for group, count in groups.most_common(_ROWS)]
             )
         )
-        parts.append(html.text(f"The first {_ROWS} of {len(failed)}; all are in {layout.FAILED}."))
-    return [*parts, html.table(["Run", "Reason", "What to do"], rows[:_ROWS])]
+        parts.append(html.Text(f"The first {_ROWS} of {len(failed)}; all are in {layout.FAILED}."))
+    return [*parts, html.Table(["Run", "Reason", "What to do"], rows[:_ROWS])]
 
 
-def _to_check(sessions: Sequence[Session]) -> list[str]:
+def _to_check(sessions: Sequence[Session]) -> list[html.Part]:
     """What was assumed or left out, and of which sessions."""
     rows = [[words, len(keys), html.first(keys, 8)] for words, keys in by_assumption(sessions).items()]
     if not rows:
         return []
     intro = "What was assumed of sessions, or left out of them: correct the cohort file or the scans if it is wrong."
-    return [html.text(intro), html.table(["What", "Sessions", "Which"], rows[:_ROWS])]
+    return [html.Text(intro), html.Table(["What", "Sessions", "Which"], rows[:_ROWS])]
 
 
-def _native(sessions: Sequence[Session]) -> list[str]:
+def _native(sessions: Sequence[Session]) -> list[html.Part]:
     moved = [session for session in sessions if "centred_by_mm" in session]
     if not moved:
         return []
@@ -285,11 +286,11 @@ def _native(sessions: Sequence[Session]) -> list[str]:
         rows.append([session["key"], *[f"{mm:+g}" for mm in by_mm], f"{np.linalg.norm(by_mm):.1f}"])
     more = f" The {_ROWS} of {len(moved)} moved farthest:" if len(moved) > _ROWS else ""
     return [
-        html.text(
+        html.Text(
             "The middle of each brain mask was moved to the middle of the grid. Nothing was "
             f"registered, turned or scaled.{more}"
         ),
-        html.table(["Session", "right, mm", "front, mm", "up, mm", "distance, mm"], rows, numbers=True),
+        html.Table(["Session", "right, mm", "front, mm", "up, mm", "distance, mm"], rows, numbers=True),
     ]
 
 
@@ -312,21 +313,21 @@ def choose_examples(sessions: Sequence[Session], outlying: Outlying) -> list[Ses
     return [of_key[key] for key in chosen[:total]]
 
 
-def _examples(dataset: Dataset, outlying: Outlying) -> list[str]:
-    parts = [
-        html.text(
+def _examples(dataset: Dataset, outlying: Outlying) -> list[html.Part]:
+    parts: list[html.Part] = [
+        html.Text(
             "Top: the mean image in three planes of the grid. Thin blue lines are the edges of the patches that are "
             "kept; the brain mask is outlined in orange, the MNI152 brain in white dashes (only in MNI space, where "
             "the two should agree). The left of the picture is the left of the brain."
         ),
-        html.text(
+        html.Text(
             "Below, on one time axis: the parcels' signal, each z-scored; the saliency of every window; a carpet of "
             "single voxels, each z-scored, from the rim of the brain to its depth; DVARS and global signal of the "
             "parcels' means. The strip above the carpet repeats which windows are kept, the faint bands below it the "
             "most salient ones. In the carpet, a stripe from rim to depth is global; one at the rim alone is mostly "
             "motion. A good ranking avoids spikes of DVARS and does not simply follow the global signal."
         ),
-        html.text(
+        html.Text(
             "Where the ranker asks for both, thin lines show the two parts of a score: how much of a window the other "
             "parcels predict (space) and how much the windows before and after it do (time). A window scores no higher "
             "than the lower of the two: a line that stands above the curve is the part that did not decide. Noise is "
@@ -346,9 +347,9 @@ def _examples(dataset: Dataset, outlying: Outlying) -> list[str]:
             f"signal over time; {session['key']}"
         )
         parts += [
-            html.heading(session["key"]),
-            html.facts(_session_facts(session, dataset.grid), small=True),
-            html.picture(shown.draw(outline), alt, caption),
+            html.Heading(session["key"]),
+            html.Facts(_session_facts(session, dataset.grid), small=True),
+            html.Picture.of(shown.draw(outline), alt, caption),
         ]
     return parts
 

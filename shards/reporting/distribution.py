@@ -106,7 +106,7 @@ def find_outlying(sessions: Sequence[Session]) -> Outlying:
     return {sessions[number]["key"]: words[number] for number in order}
 
 
-def describe(sessions: Sequence[Session], outlying: Outlying) -> list[str]:
+def describe(sessions: Sequence[Session], outlying: Outlying) -> list[html.Part]:
     """Parts of the page: a table of the numbers, a picture of their distributions, the outlying sessions by name."""
     present = [measure for measure in MEASURES if any(np.isfinite(measure.of(s)) for s in sessions)]
     rows = []
@@ -116,9 +116,9 @@ def describe(sessions: Sequence[Session], outlying: Outlying) -> list[str]:
         mark_5 = np.percentile(value_S, [0, 5, 50, 95, 100], method="nearest")  # values that a session has
         marks = [measure.words(mark) for mark in mark_5]
         rows.append([measure.title, len(value_S), *marks])
-    parts = [
-        html.table(["Number", "Sessions", "Lowest", "5 %", "Median", "95 %", "Highest"], rows, numbers=True),
-        html.picture(
+    parts: list[html.Part] = [
+        html.Table(["Number", "Sessions", "Lowest", "5 %", "Median", "95 %", "Highest"], rows, numbers=True),
+        html.Picture.of(
             _draw(sessions, present, outlying),
             "Quality numbers of the sessions, a lane per cohort",
             "TR is that of the scan, before resampling. A dot per session (of large cohorts a selection), a lane per "
@@ -128,18 +128,18 @@ def describe(sessions: Sequence[Session], outlying: Outlying) -> list[str]:
         ),
     ]
     if not outlying:
-        return [*parts, html.text("No session lies outside its cohort by the box-plot rule.")]
+        return [*parts, html.Text("No session lies outside its cohort by the box-plot rule.")]
     where = {session["key"]: session["split"] for session in sessions}
     named = [[key, where[key], "; ".join(outlying[key].values())] for key in list(outlying)[:_OUTLYING]]
     parts.append(
-        html.text(
+        html.Text(
             f"{html.count(len(outlying), 'session')} beyond the quartiles of the cohort by more than 1.5 "
             "interquartile ranges, worst first"
             + (f" (the first {_OUTLYING})." if len(outlying) > _OUTLYING else ".")
             + " They are in the dataset: decide whether to leave them out of the cohort."
         )
     )
-    return [*parts, html.table(["Session", "Split", "What is outlying"], named)]
+    return [*parts, html.Table(["Session", "Split", "What is outlying"], named)]
 
 
 def _draw(sessions: Sequence[Session], measures: Sequence[Measure], outlying: Outlying) -> Figure:

@@ -100,14 +100,14 @@ def _figure(
     caption: str,
     zero: bool = False,
     limit: tuple[float, str] | None = None,
-) -> str:
-    """Panels (y label, curves, log) over one step axis; nothing where no field was logged.
+) -> list[html.Part]:
+    """Title and picture of panels (y label, curves, log) over one step axis; nothing where no field was logged.
 
     With `zero` the line of no gain is drawn and all below it shaded; `limit` draws and names another line.
     """
     panels = [panel for panel in panels if any(np.isfinite(values(lines, curve.field)).any() for curve in panel[1])]
     if not panels:
-        return ""
+        return []
     figure = Figure(figsize=(5.4, 3.1 if len(panels) == 1 else 0.5 + 1.3 * len(panels)), layout="constrained")
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (label, curves, log) in zip(grid, panels, strict=True):
@@ -124,7 +124,7 @@ def _figure(
     if limit is not None:
         axes.axhline(limit[0], color=html.RED, lw=1, ls="--")
         _say(axes, *limit)
-    return f"<div>{html.heading(title)}{html.picture(figure, f'{title}, by optimizer step', caption)}</div>"
+    return [html.Heading(title), html.Picture.of(figure, f"{title}, by optimizer step", caption)]
 
 
 def _say(axes: Axes, height: float, words: str) -> None:
@@ -148,7 +148,7 @@ def _kinds(prefix: str) -> list[Curve]:
 
 def sections(
     settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line], guess: float | None = None
-) -> list[str]:
+) -> list[html.Section]:
     """All curves of a run, in sections; what was not logged is left out.
 
     Parameters
@@ -167,15 +167,15 @@ def sections(
         learning = _predicting(settings, lines)
     how = "Line: running mean. Pale: the logged values themselves, or their range where many share a place."
     named = (("Learning", learning), ("Health", _health(settings, lines)), ("Speed and memory", _machine(lines)))
-    parts: list[str] = []
+    found: list[html.Section] = []
     for title, pictures in named:
         shown = [picture for picture in pictures if picture]
         if shown:
-            parts.append(html.section(title, "" if parts else html.text(how), html.pairs(*shown)))
-    return parts
+            found.append(html.Section(title, [*([] if found else [html.Text(how)]), html.Pairs(shown)]))
+    return found
 
 
-def _answering(lines: Sequence[Line], guess: float | None) -> list[str]:
+def _answering(lines: Sequence[Line], guess: float | None) -> list[list[html.Part]]:
     """Fine-tuning."""
     training = [Curve("loss", "training, by step", html.BLUE)]
     validation = [Curve("val_loss", "validation, by epoch", html.ORANGE, noisy=False)]
@@ -198,7 +198,7 @@ def _answering(lines: Sequence[Line], guess: float | None) -> list[str]:
     ]
 
 
-def _predicting(settings: PretrainSettings, lines: Sequence[Line]) -> list[str]:
+def _predicting(settings: PretrainSettings, lines: Sequence[Line]) -> list[list[html.Part]]:
     """Pretraining."""
     terms = [
         Curve("loss", "total", html.INK),
@@ -250,7 +250,7 @@ def _predicting(settings: PretrainSettings, lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def _health(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line]) -> list[str]:
+def _health(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line]) -> list[list[html.Part]]:
     clip = settings.optimizer.clip
     return [
         _figure(
@@ -311,7 +311,7 @@ def _health(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line]
     ]
 
 
-def _machine(lines: Sequence[Line]) -> list[str]:
+def _machine(lines: Sequence[Line]) -> list[list[html.Part]]:
     return [
         _figure(
             "Speed",

@@ -181,7 +181,7 @@ def _name(method: str) -> str:
     return _METHODS.get(method, method.replace("_", " "))
 
 
-def probes(tasks: Sequence[Found]) -> list[str]:
+def probes(tasks: Sequence[Found]) -> list[html.Part]:
     """All tasks in one table, then each with its intervals drawn."""
     if not tasks:
         return []
@@ -193,12 +193,12 @@ def probes(tasks: Sequence[Found]) -> list[str]:
     ]
     head = ["Features", *[f"{task.name}, {metrics.words(metric)}" for task, metric in judged]]
     return [
-        html.text(
+        html.Text(
             "Values with 95 % intervals over people; p from shuffled labels, where it was asked for. The weights are "
             "worth something where this run beats the same encoder with random weights. Functional connectivity is "
             "what has to be beaten for traits of a person. What the mean image can tell is anatomy, not activity."
         ),
-        html.table(head, rows, numbers=True) if len(judged) > 1 else "",
+        *([html.Table(head, rows, numbers=True)] if len(judged) > 1 else []),
         *[part for task in tasks for part in _probe(task)],
     ]
 
@@ -225,23 +225,24 @@ def _about(task: Found) -> str:
     elif seen:
         found.append(f"{seen} of {facts.get('subjects', 'the')} subjects seen in pretraining, without labels")
     words = "; ".join(found)
-    return html.text(words[0].upper() + words[1:] + ".") if words else ""
+    return words[0].upper() + words[1:] + "." if words else ""
 
 
-def _probe(task: Found) -> list[str]:
+def _probe(task: Found) -> list[html.Part]:
     names = task.metrics
     rows = [[_name(method), *[_words(cells.get(metric)) for metric in names]] for method, cells in task.cells.items()]
     for method, cells in task.differences.items():
         rows.append([f"this run minus {_name(method)}", *[_words(cells.get(metric)) for metric in names]])
+    about = _about(task)
     return [
-        html.heading(task.name),
-        _about(task),
-        html.table(["Features", *[metrics.words(metric) for metric in names]], rows, numbers=True),
+        html.Heading(task.name),
+        *([html.Text(about)] if about else []),
+        html.Table(["Features", *[metrics.words(metric) for metric in names]], rows, numbers=True),
         _drawn(task),
     ]
 
 
-def _drawn(task: Found) -> str:
+def _drawn(task: Found) -> html.Picture:
     """A panel a metric, a point and its interval a method."""
     names = task.metrics
     width = min(11, 2.6 + 2.7 * len(names))
@@ -265,10 +266,12 @@ def _drawn(task: Found) -> str:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
     caption = metrics.caption("Dashed", names, levels)
-    return html.picture(figure, f"Probe results of {task.name} with 95 % intervals", f"{caption}." if caption else "")
+    return html.Picture.of(
+        figure, f"Probe results of {task.name} with 95 % intervals", f"{caption}." if caption else ""
+    )
 
 
-def explanations(folder: Path) -> list[str]:
+def explanations(folder: Path) -> list[html.Part]:
     """Where and when the predictions come from, of every task that was explained.
 
     Raises
@@ -276,7 +279,7 @@ def explanations(folder: Path) -> list[str]:
     ConfigError
         If what `tools/explain.py` wrote cannot be read.
     """
-    parts = []
+    parts: list[html.Part] = []
     for path in sorted(folder.glob("*.json")):
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -298,10 +301,10 @@ def explanations(folder: Path) -> list[str]:
         "not what causes the trait; where voxels carry the same, the division among them is the model's. The NIfTI "
         "maps lie beside this page, in explain/."
     )
-    return [html.text(intro), *parts]
+    return [html.Text(intro), *parts]
 
 
-def _explanation(name: str, facts: dict[str, Any], maps: bytes, windows: bytes) -> list[str]:
+def _explanation(name: str, facts: dict[str, Any], maps: bytes, windows: bytes) -> list[html.Part]:
     start = {
         "still": "every voxel at its run mean, anatomy kept",
         "empty": "every voxel at its run mean, and no anatomy",
@@ -317,17 +320,17 @@ def _explanation(name: str, facts: dict[str, Any], maps: bytes, windows: bytes) 
     off = [line["key"] for line in sessions if not line["complete"]]
     told = f" In {len(off)} of them the shares do not sum to the score, first {off[0]}." if off else ""
     return [
-        html.heading(name),
-        html.text(about + told),
-        html.embedded(
+        html.Heading(name),
+        html.Text(about + told),
+        html.Picture(
             maps,
             f"Slices of the brain with the shares in {name}",
             "Mean over the sessions, smoothed for the eye, on their mean image; the largest tenth is coloured. Above: "
             "how much a voxel takes part, in either direction. Below: red raises the score, blue lowers it. "
             "Where a cell of the model holds little brain, as at its rim, each of the few voxels has a larger share.",
         ),
-        html.table([f"Strongest places: x y z, mm ({where})", "mean |share|"], rows),
-        html.embedded(
+        html.Table([f"Strongest places: x y z, mm ({where})", "mean |share|"], rows),
+        html.Picture(
             windows,
             f"Saliency of the windows, and their shares in {name}, over time",
             "Above, for some of the sessions: the score by which windows were ranked. Below: how much a voxel of each "

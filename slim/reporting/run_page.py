@@ -74,16 +74,19 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
         name, guess = f"{folder.resolve().parent.name}, {name}", Answers.read(folder).guess
         judged = answered(lines, is_over(lines, steps), guess)
     with html.drawing():
-        content = html.page(
-            f"Run {name}",
-            _lead(lines, steps),
-            html.notes([*verdict(lines, steps, judged, unreadable), *run_health.verdict(tasks)]),
-            html.facts(_numbers(settings, lines)),
-            html.section("Probes: is it of use?", *run_health.probes(tasks)),
-            html.section("Looking inside", *run_health.explanations(folder / REPORT / EXPLAIN)),
-            *curves.sections(settings, lines, guess),
-            html.section("Checkpoints", *_checkpoints(folder / CHECKPOINTS)),
-            html.section("Configuration", html.folded(f"{CONFIG}, as merged", merged)),
+        content = html.render(
+            "run.html",
+            "slim.reporting",
+            title=f"Run {name}",
+            lead=_lead(lines, steps),
+            findings=[*verdict(lines, steps, judged, unreadable), *run_health.verdict(tasks)],
+            facts=html.Facts(_numbers(settings, lines)),
+            probes=run_health.probes(tasks),
+            explanations=run_health.explanations(folder / REPORT / EXPLAIN),
+            curves=curves.sections(settings, lines, guess),
+            checkpoints=_checkpoints(folder / CHECKPOINTS),
+            configuration_file=CONFIG,
+            configuration=merged,
         )
     path = folder / REPORT / PAGE
     files.write_atomically(path, content)
@@ -324,7 +327,7 @@ def _aim(settings: PretrainSettings | FinetuneSettings) -> dict[str, object]:
     return {"Task": settings.answer.task, "Head": f"{settings.head.pooling} pooling", "Begun from": start}
 
 
-def _checkpoints(folder: Path) -> list[str]:
+def _checkpoints(folder: Path) -> list[html.Part]:
     rows: list[list[object]] = []
     for path in folders(folder):
         if is_complete(path):
@@ -334,5 +337,5 @@ def _checkpoints(folder: Path) -> list[str]:
         else:
             rows.append([path.name, "", "incomplete: passed over when the run goes on", "", ""])
     if not rows:
-        return [html.text("None yet: a run that stops now starts again from step 0.")]
-    return [html.table(["Folder", "Step", "State", "Processes", "MB"], rows)]
+        return [html.Text("None yet: a run that stops now starts again from step 0.")]
+    return [html.Table(["Folder", "Step", "State", "Processes", "MB"], rows)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import runpy
 import sys
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from helpers.commands import ROOT
+from shards.reporting import html
 
 NASTY = '<script>alert("1")</script> & co'
 
@@ -57,6 +59,11 @@ class Reader(HTMLParser):
                 assert image.format == "PNG"
                 found.append((attrs["alt"], image))
         return found
+
+
+def page_of(parts: Sequence[html.Part]) -> str:
+    """A page with these parts alone."""
+    return html.render("page.html", title="title", lead="lead", findings=[], content=parts)
 
 
 def check_self_contained(content: str) -> Reader:

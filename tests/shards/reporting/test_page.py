@@ -12,7 +12,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from helpers.pages import NASTY, Reader, check_self_contained, command
+from helpers.pages import NASTY, Reader, check_self_contained, command, page_of
 from shards.conversion import writer
 from shards.conversion.splits import SPLITS
 from shards.core import files
@@ -291,7 +291,7 @@ def test_thousands_of_sessions_stay_one_page():
     assert len(chosen) == dataset_page._MOST_EXAMPLES
     assert len({line["cohort"] for line in chosen[2:]}) == len(chosen) - 2
     with html.drawing():
-        shown = "".join(distribution.describe(sessions, outlying))
+        shown = page_of(distribution.describe(sessions, outlying))
     assert len(shown) < 500_000
 
 
@@ -299,7 +299,7 @@ def test_many_refused_runs_are_grouped():
     failed = [
         {"key": f"k{n}", "cohort": "c", "reason": f"file {n}: bad. Mend it", "hint": "Mend it"} for n in range(500)
     ]
-    text = Reader("".join(dataset_page._refused(failed))).text
+    text = Reader(page_of(dataset_page._refused(failed))).text
     assert "c Mend it 500" in text and "k99" in text and "k100" not in text
     assert "The first 100 of 500" in text
 
@@ -316,7 +316,7 @@ def test_fewer_colours_look_the_same():
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         exact = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
-        ((_, image),) = Reader(html.picture(figure, "words")).pictures()
+        ((_, image),) = Reader(page_of([html.Picture.of(figure, "words")])).pictures()
     seen = np.asarray(image.convert("RGB")).astype(int)
     assert image.mode == "P" and seen.shape == exact.shape
     assert abs(seen - exact).max() < 32 and abs(seen - exact).mean() < 2

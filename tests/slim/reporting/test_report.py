@@ -363,7 +363,7 @@ def test_chance_is_named_where_it_is_drawn(monkeypatch, tmp_path, facts, names, 
 
     monkeypatch.setattr(Axes, "axvline", spy)
     scores = {"ours": {name: cell(0.5) for name in names}}
-    page = run_health._drawn(run_health.Found("t", scores, {}, facts))
+    page = run_health._drawn(run_health.Found("t", scores, {}, facts)).caption
     assert ("Dashed" in page) == bool(told) and told in page
     drawn, lines[:] = list(lines), []
     titles: list[str] = []
