@@ -21,10 +21,10 @@ from shards.core.errors import ConfigError, DatasetError, Stopped, is_full
 from shards.core.files import sha256, sync_folder
 from shards.core.room import has_room
 from shards.format.layout import read_manifest
-from shards.preprocessing.confounds import CleanSettings
 from slim import __version__
 from slim.checkpoints.weights import CARD, CONFIG, EXTRACTOR, FORMAT, HEAD, MODEL, PARCELS, SUMS
-from slim.config import FinetuneSettings, PretrainSettings, TrainSettings, check_run
+from slim.config import PretrainSettings, TrainSettings
+from slim.inference import model_card
 
 if TYPE_CHECKING:
     from slim.inference.slim_brain import SlimBrain
@@ -86,7 +86,7 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
         (temporary / SUMS).write_text(
             "".join(f"{sha256(temporary / name)}  {name}\n" for name in names), encoding="utf-8"
         )
-        (temporary / CARD).write_text(card(about), encoding="utf-8")
+        (temporary / CARD).write_text(model_card.write(about), encoding="utf-8")
         for path in temporary.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as file:
@@ -139,139 +139,3 @@ def _training(settings: PretrainSettings, first: dict[str, Any]) -> list[dict[st
             about |= {name: manifest[name]["train"] for name in ("subjects", "sessions")}
         found.append(about)
     return found
-
-
-def card(about: dict[str, Any]) -> str:
-    """The model card, Markdown, from what `config.json` says."""
-    made, settings, data = about["made"], check_run(about["settings"], CONFIG), about["data"]
-    grid, chosen = data["grid"], data["configuration"]["settings"]
-    cleaning = CleanSettings.model_validate(chosen["clean"]).words or "none"
-    windows, parcels = data["windows"], chosen["parcels"]
-    cubes = f"cubes of {parcels['cube_mm']:g} mm of the brain mask"
-    shape = " x ".join(map(str, grid["shape"]))
-    versions = ", ".join(f"{name} {number}" for name, number in sorted(made["versions"].items()))
-    low, high = data["tr_range"]
-    return f"""---
-library_name: slim-brain
-tags: [fmri, neuroimaging, self-supervised, feature-extraction]
----
-
-# {made["run"]}, step {made["step"]}
-
-The encoder of SLIM-Brain (arXiv 2512.21881, in the implementation `slim-brain`), a voxel-level, atlas-free model of
-fMRI: {made["parameters"] / 1e6:.1f} M parameters, preset `{settings.model_name}`, {_learned(made)}.
-It turns a preprocessed BOLD run into a vector for each of its most salient windows of {windows["frames"]} frames.
-
-    pip install slim-brain
-
-```python
-from slim import SlimBrain
-
-model = SlimBrain.from_pretrained("THIS FOLDER")     # or its name on the hub, OWNER/NAME
-z = model.encode("sub-01_bold.nii.gz")               # (windows, channels), float32
-```
-
-or `python tools/embed.py THIS_FOLDER run.nii.gz --out vectors.npz`. Every file but this one is compared with
-`{SUMS}` when it is loaded.
-
-## What it was trained on
-
-{_trained(made)}
-
-{_seen(about)}
-
-## How
-
-{_how(settings, made)}
-- View of the values: `{settings.view}`; {settings.windows.k} windows pass through the encoder together.
-- Source: commit {made["commit"]}; {versions}.
-
-## What a run goes through
-
-- Space: RAS+, {shape} voxels of {grid["mm"]:g} mm around the MNI brain, cubic B-spline. Nothing is registered.
-- Time: TR {data["tr"]:g} s; runs with a TR outside {low:g} to {high:g} s are resampled.
-- Cleaning: {cleaning}.
-- Normalisation: {data["normalisation"]}.
-- Windows: of {windows["frames"]} frames, the {windows["keep"]} most salient by `{data["ranker"]["name"]}`.
-- Parcels that it sees: {cubes if parcels["image"] is None else parcels["image"]["name"]}.
-
-`{CONFIG}` has every setting.
-
-## Limits
-
-- Not a medical device: nothing here was tested for decisions about people.
-- It saw the cohorts above. On other scanners, ages, tasks or preprocessing it may do worse, and nothing warns of that;
-  compare with random weights under the same pooling (`tools/probe.py`) and with functional connectivity.
-- Vectors of a person carry anatomy and connectivity, by which people can be recognised: treat them as personal data.
-
-## Licence and data agreements
-
-The software is Apache-2.0. What may be done with these weights also depends on the agreements under which the data
-above were obtained (HCP, ABCD, ADNI and others restrict what is derived from them). Who shares this folder states its
-licence here.
-"""
-
-
-def _learned(made: dict[str, Any]) -> str:
-    if "finetuned" not in made:
-        return "pretrained without labels"
-    before = "trained from random weights" if made["finetuned"]["from_scratch"] else "pretrained, then fine-tuned"
-    return f"{before} on the labels of `{made['finetuned']['task']}`"
-
-
-def _trained(made: dict[str, Any]) -> str:
-    """The datasets, and what of them was used."""
-    parts = []
-    if made["training"]:
-        head = ["| dataset | cohorts | people | sessions | weight |", "|---|---|---|---|---|"]
-        rows = "\n".join([*head, *map(_row, made["training"])])
-        parts.append(f"{rows}\n\nThese are the training splits of the pretraining. It used no labels.")
-    if "finetuned" in made:
-        tuned = made["finetuned"]
-        parts.append(
-            f"Labels of `{tuned['task']}` were learned from people of {', '.join(tuned['cohorts'])}. Do not judge it "
-            "by people of these cohorts: their vectors tell what was learned."
-        )
-    return "\n\n".join(parts)
-
-
-def _seen(about: dict[str, Any]) -> str:
-    """Whether the people of the pretraining are known, and how they are written down."""
-    if "seen" not in about:
-        return "Version 0.1 did not write down who was seen in pretraining: compare cohorts before you test on people."
-    count = len(about["seen"]["people"])
-    return (
-        f"`{CONFIG}` holds a salted hash of each of the {count} people seen in pretraining, and no names. "
-        "`tools/probe.py` counts them among the people it tests. Whoever has a list of names, or guesses one, can "
-        "test it against the hashes."
-    )
-
-
-_KIND = {"encoder": "one that was trained", "target": "moving average"}
-
-
-def _how(settings: PretrainSettings | FinetuneSettings, made: dict[str, Any]) -> str:
-    """How the encoder was trained."""
-    if isinstance(settings, FinetuneSettings):
-        answer, about = settings.answer, f"`{settings.answer.label}`"
-        if answer.classes:
-            about += f", one of {', '.join(answer.classes)}"
-        return (
-            f"- Fine-tuned with a head ({settings.head.pooling} pooling) for {about}; both are those after "
-            f"{made['step']} optimizer steps, the best for the validation subjects.\n"
-            "- `model.predict(image)` predicts the label of a scan, `model.predict_proba(image)` gives the "
-            "probability of each class."
-        )
-    jepa, sig, mae = settings.loss_weights
-    return (
-        f"- Objective `{settings.objective}`: JEPA {jepa:g}, SIG {sig:g}, MAE {mae:g}; {made['step']} optimizer "
-        "steps.\n"
-        f"- Of the two encoders of a run, this is the {_KIND[made['weights']]}."
-    )
-
-
-def _row(line: dict[str, Any]) -> str:
-    if "unknown" in line:
-        return f"| {line['dataset']} | {line['unknown']} | | | {line['weight']:g} |"
-    cohorts = ", ".join(line["cohorts"])
-    return f"| {line['dataset']} | {cohorts} | {line['subjects']} | {line['sessions']} | {line['weight']:g} |"
