@@ -100,9 +100,29 @@ def read_windows(dataset: Samples, session: dict, rank_K: Sequence[int] | np.nda
     )
 
 
-def firsts(count: int, k: int) -> list[int]:
-    """First window of each group of k of `count` in time order; the last one reaches back where k leaves a rest."""
-    return [*range(0, count - k, k), count - k]
+@dataclass(frozen=True)
+class WindowGroup:
+    """The windows of a session that pass through the model together.
+
+    Attributes
+    ----------
+    windows : slice
+        Of the session's windows in time order.
+    repeated : int
+        The first so many are in the group before, too.
+    """
+
+    windows: slice
+    repeated: int
+
+
+def window_groups(count: int, k: int) -> list[WindowGroup]:
+    """`count` windows in groups of k; the last group starts earlier, and repeats windows, where k leaves a rest."""
+    firsts = [*range(0, count - k, k), count - k]
+    return [
+        WindowGroup(slice(first, first + k), before + k - first)
+        for before, first in zip([-k, *firsts], firsts, strict=False)
+    ]
 
 
 def _nothing(geometry: Geometry, voxels: int, settings: TrainSettings) -> Sample:

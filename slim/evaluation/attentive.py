@@ -34,19 +34,12 @@ from slim.evaluation.linear import PENALTIES, fit_predict, held_out_losses
 from slim.evaluation.splits import Fold
 from slim.inference.slim_brain import Features
 from slim.inference.vectors import at_places, common_places
+from slim.model import pooling
 
 QUERIES = 4
 STEPS = (0, 5, 10, 20, 40)  # after which training may end
 _RATE = 0.03
 _BATCH = 64  # sessions of a step
-
-
-def attend(query_MAC: Tensor, token_BTC: Tensor, valid_BT: Tensor) -> Tensor:
-    """Means of the valid tokens of each session, weighted by their softmax match with each query, (B, M, A, C)."""
-    score_BTH = token_BTC @ query_MAC.flatten(0, 1).T
-    weight_BTH = score_BTH.masked_fill(~valid_BT[:, :, None], -torch.inf).softmax(dim=1)
-    mean_BHC = torch.bmm(weight_BTH.transpose(1, 2), token_BTC)
-    return mean_BHC.unflatten(1, query_MAC.shape[:2])
 
 
 class Members(nn.Module):
@@ -85,7 +78,7 @@ class Members(nn.Module):
 
     def forward(self, token_BTC: Tensor, valid_BT: Tensor, seen_BM: Tensor) -> Tensor:
         """Logits or values (B, M, K), from features z-scored over the sessions of the batch that a member sees."""
-        x_BMP = (attend(self.query(), token_BTC, valid_BT) * self.scale_MC[:, None]).flatten(2)
+        x_BMP = (pooling.attentive(self.query(), token_BTC, valid_BT) * self.scale_MC[:, None]).flatten(2)
         share_BM1 = (seen_BM / seen_BM.sum(dim=0).clamp(min=1))[:, :, None]
         x_BMP = x_BMP - (x_BMP * share_BM1).sum(dim=0)
         x_BMP = x_BMP * ((x_BMP**2 * share_BM1).sum(dim=0) + 1e-8).rsqrt()
@@ -167,7 +160,7 @@ class Attentive:
     def pool(self, query_MAC: Tensor, rows: np.ndarray) -> np.ndarray:
         """What each member's queries gather from these sessions, float32 (len(rows), M, P)."""
         batches = (self._tokens(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH))
-        return np.concatenate([attend(query_MAC, *batch).flatten(2).cpu().numpy() for batch in batches])
+        return np.concatenate([pooling.attentive(query_MAC, *batch).flatten(2).cpu().numpy() for batch in batches])
 
     def _tokens(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, C) of these sessions, and which of them are not padding (B, T).
@@ -193,7 +186,7 @@ class Attentive:
         for seen_n in seen_nM.T:
             mean_nC, variance_nC = self.mean_NC[train[seen_n]], self.variance_NC[train[seen_n]]
             sd_C = np.sqrt(variance_nC.mean(axis=0) + mean_nC.var(axis=0))
-            alive_C = sd_C > 1e-5 * (np.abs(mean_nC.mean(axis=0)) + sd_C + 1e-30)
+            alive_C = pooling.varies(mean_nC.mean(axis=0), sd_C)
             scales.append(alive_C / np.where(alive_C, sd_C, 1))
         return np.stack(scales)
 

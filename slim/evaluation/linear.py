@@ -12,6 +12,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from slim.evaluation.splits import Fold
+from slim.model.pooling import varies
 
 # On features scaled as below; the lightest all but interpolates.
 PENALTIES = tuple(float(value) for value in np.logspace(-3, 3, 7))
@@ -47,8 +48,7 @@ def choose_penalty(fold: Fold, train_nP: np.ndarray) -> float:
 def scaling(train_nP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and scale of each feature, (P,) each: SD times sqrt(P); infinite for one without variance in training."""
     mean_P, sd_P = train_nP.mean(axis=0, dtype=np.float64), train_nP.std(axis=0, dtype=np.float64)
-    # A constant that was pooled in float32 varies by some 1e-6 of itself.
-    alive_P = sd_P > 1e-5 * (np.abs(mean_P) + sd_P + 1e-30)
+    alive_P = varies(mean_P, sd_P)
     return mean_P, np.where(alive_P, sd_P, np.inf) * np.sqrt(max(alive_P.sum(), 1))
 
 

@@ -36,11 +36,12 @@ from shards.conversion.session import fingerprint
 from shards.core.deprecation import OldName, renamed_state
 from shards.core.errors import ArgumentError, ConfigError, DatasetError, RunRefused, UserError
 from slim import __version__
-from slim.evaluation.attentive import Attentive, attend
+from slim.evaluation.attentive import Attentive
 from slim.evaluation.splits import Fold
 from slim.inference import vectors
 from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import Features
+from slim.model import pooling
 
 POOLINGS = (*vectors.FIXED, "cov", "attentive")
 _LEAST_PEOPLE = {"classification": 2, "regression": 4}  # of each class; of all: they are divided to choose steps
@@ -247,7 +248,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         if self.pooling == "attentive":
             token_1TC = torch.from_numpy(vectors.at_places(item, self.places_)).flatten(0, 1)[None]
             valid_1T = torch.ones(token_1TC.shape[:2], dtype=torch.bool)
-            return attend(torch.from_numpy(self.queries_)[None], token_1TC, valid_1T).flatten().numpy()
+            return pooling.attentive(torch.from_numpy(self.queries_)[None], token_1TC, valid_1T).flatten().numpy()
         return vectors.FIXED[self.pooling](item, self.places_)
 
     def _completed(self, item: Features) -> Features:

@@ -6,8 +6,6 @@
 
     score(token_SLC)                                                               # a logit, or the predicted value
 
-Poolings are those of `slim.inference.vectors`, in torch.
-
 Legend: S time slots, L places, C channels of a session's tokens; W windows of a session; Q principal axes; N sessions,
 or windows (n of training); P pooled features; A axes of the training side.
 """
@@ -28,7 +26,7 @@ from slim.evaluation.probe import window_vectors
 from slim.evaluation.splits import Fold
 from slim.evaluation.task import Cases
 from slim.inference.vectors import Features, at_places, common_places, principal_axes
-from slim.model.correlation import correlations
+from slim.model import pooling as in_torch
 
 
 @dataclass
@@ -53,23 +51,6 @@ class Score:
 
     def __call__(self, token_SLC: Tensor) -> Tensor:
         return self.pool(token_SLC).double() @ self.weight_P.to(token_SLC.device) + self.offset
-
-
-def mean(token_SLC: Tensor) -> Tensor:
-    return token_SLC.mean(dim=(0, 1))
-
-
-def mean_sd(token_SLC: Tensor) -> Tensor:
-    variance_LC = token_SLC.var(dim=0, correction=0)
-    return torch.cat([mean(token_SLC), variance_LC.clamp(min=1e-12).sqrt().mean(dim=0)])
-
-
-def location(token_SLC: Tensor) -> Tensor:
-    return token_SLC.mean(dim=0).flatten()
-
-
-def cov(token_SLC: Tensor, axes_CQ: Tensor) -> Tensor:
-    return correlations((token_SLC @ axes_CQ.to(token_SLC)).flatten(1).double())
 
 
 def fit_score(
@@ -98,7 +79,7 @@ def fit_score(
         def pool(token_SLC: Tensor) -> Tensor:
             token_1TC = token_SLC.flatten(0, 1)[None]
             valid_1T = torch.ones(token_1TC.shape[:2], dtype=torch.bool, device=token_1TC.device)
-            return attentive.attend(query_1AC.to(token_1TC), token_1TC, valid_1T).flatten()
+            return in_torch.attentive(query_1AC.to(token_1TC), token_1TC, valid_1T).flatten()
 
     else:
         if pooling == "cov":
@@ -106,10 +87,10 @@ def fit_score(
             axes_CQ = torch.from_numpy(principal_axes(train, place_L, components).copy())
 
             def pool(token_SLC: Tensor) -> Tensor:
-                return cov(token_SLC, axes_CQ)
+                return in_torch.cov(token_SLC, axes_CQ)
 
         else:
-            pool = {"mean": mean, "mean+sd": mean_sd, "location": location}[pooling]
+            pool = in_torch.FIXED[pooling]
         pooled = [pool(torch.from_numpy(at_places(features[row], place_L))) for row in fold.train]
         train_nP = torch.stack(pooled).float().numpy()
         penalty = choose_penalty(fold, train_nP)

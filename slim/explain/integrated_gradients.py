@@ -35,7 +35,7 @@ from torch import Tensor
 from shards.core.errors import ConfigError
 from shards.format.reader import Dataset
 from slim.data.collate import collate
-from slim.data.samples import firsts, read_windows
+from slim.data.samples import read_windows, window_groups
 from slim.explain.differentiable_probe import Score
 from slim.inference.slim_brain import SlimBrain
 
@@ -95,15 +95,14 @@ class _Groups:
         arrays = dataset.read(session, ("start", "patch"))
         in_time = np.argsort(arrays["start"], kind="stable")
         self.start_K, self.patch_M3 = arrays["start"][in_time], arrays["patch"]
-        self.firsts = firsts(count, k)
+        self.groups = window_groups(count, k)
         geometry = model.geometry
         window_S = geometry.window_of_slot(model.frames)
-        self.batches, self.fresh, read = [], [], 0
-        for first in self.firsts:
-            sample = read_windows(dataset, session, in_time[first : first + k].tolist())
+        self.batches, self.fresh = [], []
+        for group in self.groups:
+            sample = read_windows(dataset, session, in_time[group.windows].tolist())
             self.batches.append(collate([sample], geometry, model.settings.chunk_tokens).pack())
-            self.fresh.append(torch.from_numpy(first + window_S >= read))
-            read = first + k
+            self.fresh.append(torch.from_numpy(window_S >= group.repeated))
         cell_M = self.batches[0].to("cpu").whole.cell_M.numpy()
         self.places = np.unique(cell_M % math.prod(geometry.cells[1:]))
         self.shape = (k, model.frames, len(self.patch_M3), dataset.grid.voxels)
@@ -124,7 +123,7 @@ class _Groups:
 
     def windows(self, group: int) -> slice:
         """The windows of a group among the K."""
-        return slice(self.firsts[group], self.firsts[group] + self.shape[0])
+        return self.groups[group].windows
 
     def times_value(self, slope_KFMV: np.ndarray) -> np.ndarray:
         """Slopes times the fluctuation; windows that two groups share count once."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from shards.format.reader import Samples
 from slim.config import FinetuneSettings
 from slim.data.collate import collate
-from slim.data.samples import firsts, read_windows
+from slim.data.samples import read_windows, window_groups
 from slim.model.geometry import Geometry
 
 
@@ -43,7 +43,8 @@ def predict(
     """
     rank, world = (dist.get_rank(), world_size()) if dist.is_initialized() else (0, 1)
     k, size = settings.windows.k, settings.run.batch
-    samples = [(row, first) for row, session in enumerate(sessions) for first in firsts(session["n_kept"], k)]
+    groups_N = [window_groups(session["n_kept"], k) for session in sessions]
+    samples = [(row, group.windows) for row, groups in enumerate(groups_N) for group in groups]
     sum_NK = torch.zeros(len(sessions), max(1, classes), dtype=torch.float64, device=device)
     micro_batches = [samples[at : at + size] for at in range(0, len(samples), size)]
 
@@ -54,13 +55,13 @@ def predict(
     for number in range(rank, math.ceil(len(micro_batches) / world) * world, world):
         # At ZeRO stage 3 all processes take part in every forward pass: who has nothing left does one for nothing.
         mine = micro_batches[min(number, len(micro_batches) - 1)]
-        read = [read_windows(dataset, sessions[row], in_time(row)[first : first + k].tolist()) for row, first in mine]
+        read = [read_windows(dataset, sessions[row], in_time(row)[windows].tolist()) for row, windows in mine]
         guess_BK, _ = forward(collate(read, geometry, settings.chunk_tokens).to(device))
         guess_BK = guess_BK.double().softmax(dim=1) if classes else guess_BK.double()
         if number < len(micro_batches):
             sum_NK.index_add_(0, torch.tensor([row for row, _ in mine], device=device), guess_BK)
     sum_over_processes(sum_NK)
-    count_N = np.array([len(firsts(session["n_kept"], k)) for session in sessions])
+    count_N = np.array([len(groups) for groups in groups_N])
     return sum_NK.cpu().numpy() / count_N[:, None]
 
 

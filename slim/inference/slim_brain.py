@@ -36,7 +36,7 @@ from slim.checkpoints.seen import Person, Seen, person
 from slim.checkpoints.weights import Weights, find
 from slim.config import AnswerSettings, FinetuneSettings
 from slim.data.collate import collate
-from slim.data.samples import Sample, firsts, read_windows, unlike
+from slim.data.samples import Sample, read_windows, unlike, window_groups
 from slim.inference.cores import cores, spread, threads_inside
 from slim.inference.preprocessing import Recipe, read_recipe
 from slim.inference.vectors import Features, check_fixed, vectors
@@ -551,21 +551,19 @@ class SlimBrain:
         self._check_windows(count, where)
         start_K = samples.read(session, ("start",))["start"]
         in_time = np.argsort(start_K, kind="stable")
-        first_G = firsts(count, k)
-        groups = [read_windows(samples, session, in_time[first : first + k].tolist()) for first in first_G]
+        group_G = window_groups(count, k)
+        groups = [read_windows(samples, session, in_time[group.windows].tolist()) for group in group_G]
         size = 1 if self.device.type == "cpu" else batch
         parts = [groups[at : at + size] for at in range(0, len(groups), size)]
         passed = spread(lambda part: self._pass(part, stage), parts, batch // size)
         place_L = passed[0][1]
         window_S = self.geometry.window_of_slot(self.frames)
         tokens, seconds, starts = [], [], []
-        read = 0
-        for sample, x_SLC, first in zip(groups, (x for x_GSLC, _ in passed for x in x_GSLC), first_G, strict=True):
-            fresh_S = first + window_S >= read
-            read = first + k
+        for sample, x_SLC, group in zip(groups, (x for x_GSLC, _ in passed for x in x_GSLC), group_G, strict=True):
+            fresh_S = window_S >= group.repeated
             tokens.append(x_SLC[fresh_S])
             seconds.append(sample.second.reshape(len(window_S), -1).mean(axis=1)[fresh_S])
-            starts.append(start_K[in_time[first + window_S]][fresh_S] * float(session["tr"]))
+            starts.append(start_K[in_time[group.windows][window_S]][fresh_S] * float(session["tr"]))
         return Features(
             session["key"],
             np.concatenate(tokens),

@@ -15,9 +15,12 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from shards.core.deprecation import OldName, renamed_state
 from shards.core.errors import ConfigError, DatasetError
+from slim.model import pooling as in_torch
 
 
 @dataclass
@@ -85,19 +88,26 @@ def at_places(features: Features, place_L: np.ndarray) -> np.ndarray:
 
 
 def mean(features: Features, place_L: np.ndarray) -> np.ndarray:
-    """Mean over slots and places, (C,)."""
-    return at_places(features, place_L).mean(axis=(0, 1))
+    """Mean over slots and places, float32 (C,)."""
+    return _float32(in_torch.mean(_tensor(at_places(features, place_L))))
 
 
 def mean_sd(features: Features, place_L: np.ndarray) -> np.ndarray:
-    """Mean over slots and places, then the SD over slots averaged over places, (2 C,)."""
-    x_SLC = at_places(features, place_L)
-    return np.concatenate([x_SLC.mean(axis=(0, 1)), x_SLC.std(axis=0).mean(axis=0)])
+    """Mean over slots and places, then the SD over slots averaged over places, float32 (2 C,)."""
+    return _float32(in_torch.mean_sd(_tensor(at_places(features, place_L))))
 
 
 def location(features: Features, place_L: np.ndarray) -> np.ndarray:
-    """Mean over slots of each place, (L C,)."""
-    return at_places(features, place_L).mean(axis=0).ravel()
+    """Mean over slots of each place, float32 (L C,)."""
+    return _float32(in_torch.location(_tensor(at_places(features, place_L))))
+
+
+def _tensor(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x))
+
+
+def _float32(x: Tensor) -> np.ndarray:
+    return x.float().numpy()
 
 
 # Those that nothing is fitted for.
@@ -130,12 +140,7 @@ def cov(features: Features, place_L: np.ndarray, axes_CQ: np.ndarray) -> np.ndar
 
     The upper triangle, row by row. A series that does not vary correlates 0 with all others.
     """
-    x_SLQ = at_places(features, place_L) @ axes_CQ.astype(np.float32)
-    x_SP = x_SLQ.reshape(len(x_SLQ), -1).astype(np.float64)
-    x_SP -= x_SP.mean(axis=0)
-    norm_P = np.sqrt((x_SP**2).sum(axis=0))
-    x_SP = x_SP / np.where(norm_P > 1e-12, norm_P, np.inf)
-    return (x_SP.T @ x_SP)[np.triu_indices(x_SP.shape[1], 1)].astype(np.float32)
+    return _float32(in_torch.cov(_tensor(at_places(features, place_L)), _tensor(axes_CQ)))
 
 
 def pool(features: Sequence[Features], pooling: str, components: int, train: np.ndarray) -> np.ndarray:
@@ -162,10 +167,8 @@ def pool(features: Sequence[Features], pooling: str, components: int, train: np.
 def windows(features: Features, place_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each window's tokens at these places, the mean over its slots: starts (s), (W,), and (W, L, C), in time order."""
     start_W, number_S = np.unique(features.slot_window_onsets, return_inverse=True)
-    x_SLC = at_places(features, place_L)
-    sum_WLC = np.zeros((len(start_W), *x_SLC.shape[1:]), np.float32)
-    np.add.at(sum_WLC, number_S, x_SLC)
-    return start_W, sum_WLC / np.bincount(number_S)[:, None, None].astype(np.float32)
+    token_SLC = _tensor(at_places(features, place_L))
+    return start_W, _float32(in_torch.group_means(token_SLC, _tensor(number_S), len(start_W)))
 
 
 def vectors(features: Features, per: str, pooling: str, place_L: np.ndarray) -> np.ndarray:
@@ -196,8 +199,9 @@ def vectors(features: Features, per: str, pooling: str, place_L: np.ndarray) -> 
     _, x_WLC = windows(features, place_L)
     if pooling == "location":
         return x_WLC.reshape(len(x_WLC), -1)
-    mean_WC = x_WLC.mean(axis=1)
-    return mean_WC if pooling == "mean" else np.concatenate([mean_WC, x_WLC.std(axis=1)], axis=1)
+    token_WLC = _tensor(x_WLC)
+    mean_WC = token_WLC.mean(dim=1, dtype=torch.float64)
+    return _float32(mean_WC if pooling == "mean" else torch.cat([mean_WC, in_torch.sd(token_WLC, 1)], dim=1))
 
 
 def check_fixed(per: str, pooling: str) -> None:

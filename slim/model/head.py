@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shards.core.errors import ConfigError
 from slim.config import HeadSettings
-from slim.model.correlation import correlations
+from slim.model import pooling
 from slim.model.hiera import Hiera
 from slim.model.inputs import Batch
 from slim.model.ragged import Plan
@@ -72,27 +72,14 @@ class Head(nn.Module):
 
     def pool(self, x_MC: Tensor, whole: Plan, samples: int) -> Tensor:
         """One vector for each sample, (B, P), of tokens at the cells of a plan."""
-        sample_M = whole.sample_M
         if self.axis_CQ is not None:
-            shape = (samples, self.slots, self.places, self.axis_CQ.shape[1])
-            index_M = sample_M.long() * self.slots * self.places + whole.cell_M
-            series_BSLQ = x_MC.new_zeros(math.prod(shape[:3]), shape[3]).index_copy(0, index_M, x_MC @ self.axis_CQ)
-            return torch.stack([correlations(x_SP) for x_SP in series_BSLQ.view(shape).flatten(2)])
+            shape = (samples, self.slots, self.places)
+            return pooling.ragged_cov(x_MC, self.axis_CQ, whole.sample_M, whole.cell_M, shape)
         if self.query is None:
             logit_MH = x_MC.new_zeros(len(x_MC), 1)
         else:
             logit_MH = x_MC @ self.query.T / x_MC.shape[1] ** 0.5
-        index_M = sample_M.long()
-        index_MH = index_M[:, None].expand(logit_MH.shape)
-        largest_BH = logit_MH.new_full((samples, logit_MH.shape[1]), -torch.inf)
-        largest_BH = largest_BH.scatter_reduce(0, index_MH, logit_MH.detach(), "amax")
-        weight_MH = torch.exp(logit_MH - largest_BH[index_M])
-        total_BH = weight_MH.new_zeros(largest_BH.shape).index_add(0, index_M, weight_MH)
-        share_MH = weight_MH / total_BH[index_M]
-        pooled = [
-            x_MC.new_zeros(samples, x_MC.shape[1]).index_add(0, index_M, x_MC * s_M[:, None]) for s_M in share_MH.T
-        ]
-        return torch.cat(pooled, dim=1)
+        return pooling.ragged(x_MC, logit_MH, whole.sample_M, samples)
 
     def forward(self, pooled_BP: Tensor) -> Tensor:
         """Logits of the classes, or the value, (B, K)."""
@@ -119,7 +106,7 @@ class Head(nn.Module):
         would be a large one of the output.
         """
         sd_P = variance_P.clamp_min(0).sqrt()
-        alive_P = sd_P > 1e-5 * (mean_P.abs() + sd_P + 1e-30)  # as in `slim.evaluation.linear`
+        alive_P = pooling.varies(mean_P, sd_P)
         self.centre_P.copy_(mean_P)
         self.scale_P.copy_(torch.where(alive_P, 1 / torch.where(alive_P, sd_P, 1.0), 0.0))
         if self.axis_CQ is not None:

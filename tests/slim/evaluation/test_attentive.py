@@ -14,12 +14,13 @@ from torch import nn
 
 from shards.core.settings import check
 from slim.evaluation import attentive, probe
-from slim.evaluation.attentive import Attentive, attend
+from slim.evaluation.attentive import Attentive
 from slim.evaluation.linear import Linear
 from slim.evaluation.splits import Fold
 from slim.evaluation.task import Cases, Task, make_splits
 from slim.inference import vectors
 from slim.inference.slim_brain import Features
+from slim.model import pooling
 
 PLACES, DIM = 12, 10  # channels 0 to 4 tell the place, 5 tells an event, the rest are noise
 TASK = {"name": "t", "label": "x", "bootstrap": 100, "split": {"folds": 4, "repeats": 1}}
@@ -147,7 +148,7 @@ def test_is_multi_head_attention_of_constant_queries(lengths: list[int], seed: i
 
     of_query, of_key, of_value = reference.in_proj_weight.unflatten(0, (3, heads, size))
     query_1AC = torch.einsum("ae,aec->ac", of_query @ query_C, of_key)[None] / size**0.5
-    gathered_BAC = attend(query_1AC, token_BTC, valid_BT)[:, 0]
+    gathered_BAC = pooling.attentive(query_1AC, token_BTC, valid_BT)[:, 0]
     value_BC = torch.einsum("bac,aec->bae", gathered_BAC, of_value).flatten(1)
     torch.testing.assert_close(value_BC @ reference.out_proj.weight.T, expected[:, 0])
 
@@ -159,9 +160,9 @@ def test_padding_never_matters(lengths: list[int], seed: int):
     query_MAC = torch.randn(2, 3, 5, generator=g)
     token_BTC = torch.randn(len(lengths), max(lengths), 5, generator=g)
     valid_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    together = attend(query_MAC, torch.where(valid_BT[:, :, None], token_BTC, 1e6), valid_BT)
+    together = pooling.attentive(query_MAC, torch.where(valid_BT[:, :, None], token_BTC, 1e6), valid_BT)
     for row, length in enumerate(lengths):
-        alone = attend(query_MAC, token_BTC[row : row + 1, :length], valid_BT[row : row + 1, :length])
+        alone = pooling.attentive(query_MAC, token_BTC[row : row + 1, :length], valid_BT[row : row + 1, :length])
         torch.testing.assert_close(together[row], alone[0], rtol=1e-5, atol=1e-5)
 
 

@@ -26,10 +26,11 @@ from slim.evaluation.probe import encoder_method, make_fold
 from slim.evaluation.splits import Fold
 from slim.evaluation.task import find_cases, load_task, make_splits
 from slim.explain import explain
-from slim.explain.differentiable_probe import Score, _weights, cov, fit_score, fit_state_score, location, mean, mean_sd
+from slim.explain.differentiable_probe import Score, _weights, fit_score, fit_state_score
 from slim.explain.integrated_gradients import _Groups, check_start, integrated_gradients
 from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import at_places, common_places, pool, principal_axes
+from slim.model.pooling import FIXED, cov, mean, mean_sd
 
 POOLINGS = ["mean", "mean+sd", "location", "cov", "attentive"]
 
@@ -120,15 +121,21 @@ def test_logits_of_three_classes_are_those_of_scikit_learn():
 
 
 @pytest.mark.parametrize("pooling", ["mean", "mean+sd", "location", "cov"])
-def test_poolings_in_torch_are_those_of_numpy(features, pooling: str):
-    train = np.arange(5)
-    expected = pool(features, pooling, 3, train)[5]
+def test_poolings_are_those_of_numpy(features, pooling: str):
     place_L = common_places(features)
-    token_SLC = torch.from_numpy(at_places(features[5], place_L))
+    x_SLC = at_places(features[5], place_L)
     if pooling == "cov":
-        found = cov(token_SLC, torch.tensor(principal_axes(features[:5], place_L, 3).copy()))
+        axes_CQ = principal_axes(features[:5], place_L, 3)
+        found = cov(torch.from_numpy(x_SLC), torch.tensor(axes_CQ.copy()))
+        x_SP = (x_SLC @ axes_CQ).reshape(len(x_SLC), -1)
+        expected = np.corrcoef(x_SP.T)[np.triu_indices(x_SP.shape[1], 1)]
     else:
-        found = {"mean": mean, "mean+sd": mean_sd, "location": location}[pooling](token_SLC)
+        found, x_SLC = FIXED[pooling](torch.from_numpy(x_SLC)), x_SLC.astype(np.float64)
+        expected = {
+            "mean": x_SLC.mean(axis=(0, 1)),
+            "mean+sd": np.r_[x_SLC.mean(axis=(0, 1)), x_SLC.std(axis=0).mean(axis=0)],
+            "location": x_SLC.mean(axis=0).ravel(),
+        }[pooling]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 

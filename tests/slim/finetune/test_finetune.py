@@ -37,7 +37,7 @@ from shards.format.reader import Dataset
 from slim.checkpoints import checkpoint
 from slim.config import FinetuneSettings, load_run
 from slim.data.collate import collate
-from slim.data.samples import firsts, read_windows
+from slim.data.samples import read_windows, window_groups
 from slim.evaluation import probe
 from slim.evaluation.probe import make_fold
 from slim.evaluation.splits import Split
@@ -167,9 +167,11 @@ def test_validation_is_of_subjects_and_as_in_scikit_learn() -> None:
 
 @given(st.integers(1, 12), st.integers(0, 40))
 def test_every_window_is_read_and_no_group_reaches_beyond(k: int, more: int) -> None:
-    starts = list(firsts(k + more, k))
-    assert {first + n for first in starts for n in range(k)} == set(range(k + more))
-    assert len(starts) == -(-(k + more) // k)
+    windows = list(range(k + more))
+    groups = window_groups(k + more, k)
+    assert all(len(windows[group.windows]) == k for group in groups) and len(groups) == -(-(k + more) // k)
+    # Without those that a group repeats, each window comes once, in time order.
+    assert [window for group in groups for window in windows[group.windows][group.repeated :]] == windows
 
 
 def test_a_session_is_predicted_from_all_its_windows(pretrained: Path, people: Path, tmp_path: Path) -> None:
