@@ -223,7 +223,7 @@ def what_next(run: Path | None) -> str:
     """What the same command would do after a failure, by the checkpoints and the configuration of a run."""
     from slim.config import load_run
 
-    again = "the same command goes on from the last complete checkpoint"
+    again = "the same command continues from the last complete checkpoint"
     if run is None:
         return again
     with suppress(UserError):
@@ -243,7 +243,7 @@ def judge(
         With their outcomes.
     processes : int
     codes : mapping of int to int, optional
-        By rank, exit status (negative: signal) of those that ended by themselves, or by somebody else's hand.
+        By rank, exit status (negative: signal) of those that ended by themselves or were killed from outside.
     run : Path, optional
         Whose checkpoints say what the same command would do.
 

@@ -82,7 +82,7 @@ def pretrain(words: list[str]) -> int:
     if args.follow and ended == DONE:
         following = then
     elif ended == RESUME:
-        following = f"look at {facts['log']}; the same command goes on from the last complete checkpoint"
+        following = f"look at {facts['log']}; the same command continues from the last complete checkpoint"
     summary(facts, following, args.json)
     return ended
 
@@ -115,7 +115,7 @@ def finetune(words: list[str]) -> int:
         ended, facts["status"] = max(ends), ends
         following = then
         if ended != DONE:
-            following = f"look at {jobs[ends.index(ended)]['log']}; the same command goes on"
+            following = f"look at {jobs[ends.index(ended)]['log']}; the same command continues"
     summary(facts, following, args.json)
     return ended
 
@@ -131,7 +131,7 @@ class Asked:
     Raises
     ------
     ConfigError
-        If it cannot be meant.
+        If a value is not valid.
     """
 
     def __init__(self, args: argparse.Namespace):

@@ -73,7 +73,7 @@ def train(settings: Any) -> None:
     if not result["finished"]:
         raise Stopped(
             f"by {result['stopped']} at step {result['step']} of {result['steps']} of {settings.run.out}; "
-            "the same command goes on from there"
+            "the same command continues from there"
         )
 
 

@@ -32,7 +32,7 @@ def main() -> int:
         again = "with run.resume=auto " if settings.run.resume == "never" else ""
         following = (
             f"stopped by {result['stopped']} at step {result['step']} of {result['steps']}; "
-            f"{again}the same command goes on from there"
+            f"{again}the same command continues from there"
         )
     summary(facts, following, args.json)
     return status

@@ -323,6 +323,6 @@ def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
     if log.exists():
         sys.stderr.write(printable_lines(log.read_bytes()))
     facts |= {"status": ended.get("status", RESUME), "failed": ended.get("failed", []), **ended.get("facts", {})}
-    following = ended.get("next") or f"look at {folder / conversion_task.PLACE}; the same command goes on"
+    following = ended.get("next") or f"look at {folder / conversion_task.PLACE}; the same command continues"
     summary(facts, following, as_json)
     return facts["status"]

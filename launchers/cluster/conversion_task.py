@@ -103,7 +103,7 @@ def work(name: str, dataset: Path, task: int) -> dict[str, Any]:
         if lines := failures(dataset, [run.key for run in unsettled]):
             for line in lines:
                 print(f"failed: {line}")
-            error = f"{len(unsettled)} of {len(conversion.runs)} runs are left; the same command goes on with them"
+            error = f"{len(unsettled)} of {len(conversion.runs)} runs are left; the same command continues with them"
             return {"status": RESUME, "error": error, "failed": lines}
         refused_all = steps.lacks_extractor(conversion)  # for want of a run to learn from
         status, facts, following = steps.all_refused(conversion) if refused_all else steps.finish(conversion)

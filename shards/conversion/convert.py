@@ -216,7 +216,7 @@ class Conversion:
                 raise DatasetError(
                     self.folder,
                     "--out",
-                    f"a folder in which {holder} is converting",
+                    f"a folder that {holder} is writing to",
                     "one conversion at a time",
                     "Wait for it, or give another --out",
                 ) from None
@@ -454,7 +454,7 @@ class Conversion:
             if not is_full(error):
                 raise
             raise Stopped(
-                f"no space left in {self.folder} for {what}", "make room, then the same command goes on from there"
+                f"no space left in {self.folder} for {what}", "make room, then the same command continues from there"
             ) from None
 
     def _map(self, step: str, runs: list[RunSource], ranker: Ranker | None) -> None:
@@ -492,7 +492,7 @@ class Conversion:
         except BrokenProcessPool:
             raise Stopped(
                 f"a worker process died during {step}, perhaps for want of memory",
-                "the same command goes on from there, with fewer --workers if need be",
+                "the same command continues from there, with fewer --workers if need be",
             ) from None
         finally:
             for name, value in threads.items():

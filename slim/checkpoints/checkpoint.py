@@ -242,7 +242,7 @@ def _room_for(folder: Path, size: int = 0) -> Iterator[None]:
         remove(folder)
         raise Stopped(
             f"no space left for {folder}",
-            "make room, or set run.keep lower: the same command goes on from the last complete checkpoint",
+            "make room, or set run.keep lower: the same command continues from the last complete checkpoint",
         ) from error
 
 

@@ -95,7 +95,7 @@ def _acquire(folder: Path) -> _Held:
                 if time.monotonic() < end:
                     time.sleep(1)
                     continue
-                after = "the same command goes on once it has ended"
+                after = "the same command continues once it has ended"
                 raise Stopped(f"{folder} is still held by {holder}", after) from None
             raise ConfigError(
                 folder,

@@ -2,7 +2,7 @@
 
 - JEPA: smooth-L1 between predicted and target features at the target cells. Targets are those of the EMA encoder on all
   brain tokens, layer-normed, centred by the running mean of their place and slot and standardised per channel, so that
-  the trivial predictor (the mean of the place) has nothing to win.
+  the trivial predictor (the mean of the place) gains nothing.
 - SIG: keeps the context features from collapsing onto few dimensions. The Epps-Pulley statistic of random slices of the
   place-centred features against a standard normal (after LeJEPA, Balestriero & LeCun, arXiv 2511.08544).
 - MAE: voxels of some target cells (each voxel's own z-score) rebuilt from the same predictor, mean squared error over

@@ -51,7 +51,7 @@ def test_what_to_do_next_is_said_once(then: str, tmp_path: Path) -> None:
     (tmp_path / "0.json").write_text(json.dumps(told))
     with pytest.raises(Stopped) as stop:
         job.judge(tmp_path, 1)
-    added = then or "the same command goes on from the last complete checkpoint"
+    added = then or "the same command continues from the last complete checkpoint"
     assert str(stop.value) == f"process 0: the same command failed; {added}"
 
 

@@ -81,7 +81,7 @@ def test_the_processes_of_a_conversion_hold_it_together_and_others_stay_out(coho
     with conversion([source], out) as one, conversion([source], out) as two, conversion([source], out) as stranger:
         one.hold("job 7 of a cluster", together=True)
         two.hold("job 7 of a cluster", together=True)
-        with pytest.raises(DatasetError, match="a folder in which job 7 of a cluster is converting"):
+        with pytest.raises(DatasetError, match="a folder that job 7 of a cluster is writing to"):
             stranger.open()
         one.close()
         with pytest.raises(DatasetError, match="one conversion at a time"):

@@ -115,7 +115,7 @@ def test_what_fails_twice_is_listed_and_the_same_command_goes_on(
     assert tries(out) == ["pack None", "rank 0", "rank 1", "rank 1"]
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
     assert line.startswith("failed: task 1, 3 of its 3 runs left: node") and "SIGKILL" in line
-    assert "error: 3 of 6 runs are left; the same command goes on with them" in done.stderr
+    assert "error: 3 of 6 runs are left; the same command continues with them" in done.stderr
     assert facts_of(done)["status"] == 3 and len(facts_of(done)["failed"]) == 1
     facts = facts_of(slurm(cluster, "status", out, "--json"))
     assert (facts["ranked"], facts["refused"], facts["left"]) == (3, 0, 3) and facts["failed"] and facts["error"]

@@ -1,4 +1,4 @@
-"""Finding runs: BIDS derivatives and file patterns on small folder trees, and one line for what cannot be meant."""
+"""Finding runs: BIDS derivatives and file patterns on small folder trees, and one line for each invalid entry."""
 
 from __future__ import annotations
 

@@ -324,7 +324,7 @@ def test_the_best_epoch_is_kept_and_test_subjects_are_scored_in_the_report(whole
 def test_killed_and_resumed_equals_uninterrupted(
     command: Command, pretrained: Path, people: Path, whole: tuple[Path, dict], tmp_path: Path
 ) -> None:
-    """kill -9 of everything in the midst of a fine-tuning; the same command goes on to the same numbers."""
+    """kill -9 of everything in the midst of a fine-tuning; the same command continues to the same numbers."""
     out, hook = tmp_path / "out", at_each_step(tmp_path / "hook", "if number == 3: time.sleep(600)")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **hook}
     words = finetune(pretrained, people, out, split=SCORE["split"] | {"repeats": 1})

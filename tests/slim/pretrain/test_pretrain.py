@@ -87,7 +87,7 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
     child.send_signal(signal.SIGTERM)
     stdout, stderr = child.communicate(timeout=120)
     assert child.returncode == 3, stderr
-    assert "the same command goes on" in stdout
+    assert "the same command continues" in stdout
     done_before = len(losses(out))
     assert 2 <= done_before < 6
     done = pretrain(command, dataset, out)

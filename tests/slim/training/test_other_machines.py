@@ -176,7 +176,7 @@ def test_a_run_whose_loading_processes_stand_still_ends(how: str, dataset, tmp_p
     assert not left
     if how == "SIGTERM":
         assert child.returncode == 3
-        after = "the same command goes on from the last complete checkpoint: there is none yet, so from step 0"
+        after = "the same command continues from the last complete checkpoint: there is none yet, so from step 0"
         assert f"SIGTERM came while waiting for data; {after}" in said
 
 
