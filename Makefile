@@ -6,7 +6,7 @@
 # make test-oldest  the tests with the oldest dependencies that pyproject.toml admits; make test-newest: with the newest
 # make slurm        as root: the SLURM packages of Debian
 # make experiments  does pretraining learn? many hours of two cores: runs/experiments/tables.md
-# make lint         ruff and mypy
+# make lint         ruff, mypy and shellcheck
 
 PYTHON ?= python3
 VENV := .venv
@@ -65,6 +65,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launchers/cluster/templates/*.sh tests/slurm/install.sh
 
 clean:
 	rm -rf $(VENV) $(VENV)-test-* runs build dist *.egg-info

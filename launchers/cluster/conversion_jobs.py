@@ -34,9 +34,9 @@ from launchers.cluster.scheduler import (
     require_slurm,
     states,
 )
-from launchers.cluster.script import CHECK, Script, arguments, probe
+from launchers.cluster.script import Script, lines, probe
 from shards.core import files
-from shards.core.cli import DONE, REFUSED, RESUME, WRONG, progress, summary
+from shards.core.cli import DONE, REFUSED, RESUME, progress, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable_lines
 from shards.format import layout
@@ -45,20 +45,6 @@ if TYPE_CHECKING:  # they import torch
     from shards.conversion.convert import Conversion
     from slim.ranking.extractor import Extractor
 
-_COMMAND = r"""
-export OMP_NUM_THREADS=1
-outcome=$FOLDER/{place}/outcome/{outcome}.json
-"$PYTHON" -m launchers.cluster.is_done "$outcome" 2>/dev/null && exit 0  # done by the first of two tries
-srun --nodes=1 --ntasks=1 --cpus-per-task={cpus}{arguments} sh -c '{check}
-    exec "$PYTHON" -u -m launchers.cluster.conversion_task "$@"' sh {stage} "$FOLDER" \
-    ${{SLURM_ARRAY_TASK_ID:+"$SLURM_ARRAY_TASK_ID"}}
-status=$?
-if [ $status -ne {wrong} ] && ! [ -e "$outcome" ]; then
-    [ $status -ne 137 ] || killed=' (SIGKILL: was the machine out of memory?)'
-    echo "error: $SLURMD_NODENAME: ended with status $status$killed"
-fi
-exit $status
-"""
 _WORDS = {
     "extractor": "one job, and another one if it fails",
     "rank": "once there is an extractor; and another such array for tasks that fail",
@@ -185,14 +171,13 @@ class Chain:
         cpus = self._settings.cpus_per_task or 1
         scripts = {}
         for stage, options in {**stages, "pack": {}}.items():
-            command = _COMMAND.format(
-                place=conversion_task.PLACE,
-                outcome="$SLURM_ARRAY_TASK_ID" if options else stage,
-                cpus=cpus,
-                arguments=arguments(self._settings),
-                check=CHECK,
-                stage=stage,
-                wrong=WRONG,
+            command = lines(
+                "convert.sh",
+                self._settings,
+                {},
+                TASK_CPUS=cpus,
+                STAGE=stage,
+                OUTCOMES=f"{conversion_task.PLACE}/outcome",
             )
             scripts[stage] = Script(
                 self._settings,

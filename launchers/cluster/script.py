@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,7 @@ from shards.core.errors import ConfigError
 
 ROOT = Path(launchers.__file__).parent.parent  # of this software
 _DIRECTIVES = ("#SBATCH", "#PBS", "#BSUB")  # sbatch reads the first comments of a script, also those of other systems
-# Lines of `sh` on a node, in single quotes: does it see the folder, and Python with this software?
-CHECK = f"""
-    refuse() {{ echo "error: $(hostname): $1"; exit {WRONG}; }}
-    test -d "$FOLDER" || refuse "$FOLDER: got no such folder, expected one that every node sees. Use a shared one"
-    command -v "$PYTHON" >/dev/null || refuse "$PYTHON: got no such command, expected Python. Set python or setup"
-    "$PYTHON" -c "import launchers" || refuse "$PYTHON: got no package launchers, expected to see ${{PYTHONPATH%%:*}}"
-"""
+_TEMPLATES = Path(__file__).with_name("templates")
 
 
 class _Writer(SlurmExecutor):
@@ -155,9 +150,31 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUTF8=1
         return found[1]
 
 
-def arguments(settings: SlurmSettings) -> str:
-    """The arguments of `srun` as words of a shell, a blank before each."""
-    return "".join(f" {shlex.quote(word)}" for word in settings.srun)
+def lines(template: str, settings: SlurmSettings, exported: Mapping[str, object], **values: object) -> str:
+    """A template of bash behind lines that set the variables it reads.
+
+    Parameters
+    ----------
+    template : str
+        File name in `templates/`. It is valid bash as it stands: values come to it as variables.
+    settings : SlurmSettings
+        Its options of `srun` are the array SRUN.
+    exported : mapping of str to object
+        Variables that processes of the job see, too.
+    values : object
+        Variables of the script alone. All have CHECK, the text of `check.sh`.
+    """
+    told = [
+        *(f"export {name}={shlex.quote(str(value))}" for name, value in {"WRONG": WRONG, **exported}.items()),
+        *(f"{name}={shlex.quote(str(value))}" for name, value in {"CHECK": _check(), **values}.items()),
+        f"SRUN=({' '.join(map(shlex.quote, settings.srun))})",
+    ]
+    return "\n".join(told) + "\n\n" + (_TEMPLATES / template).read_text(encoding="utf-8")
+
+
+def _check() -> str:
+    """Lines of `sh` that look, on a node, whether it can do the work."""
+    return (_TEMPLATES / "check.sh").read_text(encoding="utf-8")
 
 
 def _setup(settings: SlurmSettings) -> list[str]:
@@ -214,12 +231,13 @@ def probe(settings: SlurmSettings, nodes: int, folder: Path) -> None:
         try:
             there = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".seen-"))
             done = subprocess.run(
-                ["srun", *words, *settings.srun, "bash", "-c", "\n".join([*_setup(settings), CHECK])],
+                ["srun", *words, *settings.srun, "bash", "-c", "\n".join([*_setup(settings), _check()])],
                 env={
                     **environment.for_slurm(),
                     "FOLDER": there,
                     "PYTHON": settings.python or sys.executable,
                     "PYTHONPATH": path,
+                    "WRONG": str(WRONG),
                 },
                 capture_output=True,
                 text=True,
