@@ -15,9 +15,10 @@ import pytest
 from launchers import environment
 from launchers.cluster import conversion_jobs, conversion_task, scheduler, tracking
 from launchers.cluster.scheduler import SlurmSettings, check_cluster, gpus_of
+from launchers.cluster.training_job import Batch
 from shards.core.errors import ConfigError
 from shards.core.settings import load
-from slim.checkpoints.run_folder import SLURM, Batch
+from slim.checkpoints.run_folder import SLURM
 
 # Knows job 12 of cluster far, and no other; every answer stands below the name of the cluster that was asked.
 _ANSWERS = """#!/bin/bash
