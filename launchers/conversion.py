@@ -11,7 +11,7 @@ import torch
 
 from shards.conversion import dry_run as survey
 from shards.conversion.convert import Conversion, ConvertSettings
-from shards.conversion.session import Parcels, Ranker, by_assumption, is_harmonised
+from shards.conversion.session import Parcels, WindowRanker, by_assumption, is_harmonised
 from shards.core.cli import DONE, REFUSED, progress, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable
@@ -98,7 +98,7 @@ def lacks_extractor(conversion: Conversion) -> bool:
     return learns and not (conversion.folder / layout.EXTRACTOR / CONFIG_FILE).is_file()  # which is written last
 
 
-def ranker_of(conversion: Conversion) -> Ranker:
+def ranker_of(conversion: Conversion) -> WindowRanker:
     """The ranker of a conversion, whose extractor, if it has one, is in its place."""
     name = conversion.configuration["ranking"]["name"]
     return make_ranker(name, conversion.folder / layout.EXTRACTOR if name == "mutual" else None)

@@ -102,18 +102,18 @@ class DataItem(Settings):
         return keep(value)  # settings are written into runs, checkpoints and pages
 
 
-class WindowSettings(Settings):
+class DrawSettings(Settings):
     k: int = Field(8, ge=2, le=100_000, description="windows of a sample")
     best: int = Field(32, ge=2, le=10**6, description="they are drawn from this many most salient ones")
 
     @model_validator(mode="after")
-    def _enough(self) -> WindowSettings:
+    def _enough(self) -> DrawSettings:
         if self.best < self.k:
             raise ValueError(f"best >= k: {self.best} >= {self.k} does not hold")
         return self
 
 
-class MaskSettings(Settings):
+class TokenMaskSettings(Settings):
     """Shares of brain tokens; context is the product of its two."""
 
     context_places: float = Field(0.6, gt=0, lt=1)
@@ -238,7 +238,7 @@ class TrainSettings(Settings):
     model: ModelSettings
     model_name: str = Field("custom", description="set by `model`")
     view: View = "both"
-    windows: WindowSettings = WindowSettings()
+    windows: DrawSettings = DrawSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     precision: Literal["bf16", "fp32"] = "bf16"
     chunk_tokens: int | None = Field(
@@ -263,7 +263,7 @@ class TrainSettings(Settings):
 class PretrainSettings(TrainSettings):
     """A pretraining configuration."""
 
-    mask: MaskSettings = MaskSettings()
+    mask: TokenMaskSettings = TokenMaskSettings()
     objective: Literal["default", "jepa", "mae"] = "default"
     loss: LossSettings = LossSettings()
     ema: EmaSettings = EmaSettings()

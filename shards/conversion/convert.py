@@ -31,14 +31,14 @@ from shards.cohorts.scan import RunSource
 from shards.conversion import writer
 from shards.conversion.session import (
     Parcels,
-    Ranker,
     SessionSettings,
+    WindowRanker,
     convert,
     fingerprint,
     harmonised_path,
     is_harmonised,
 )
-from shards.conversion.splits import Person, SplitSettings, assign, read_table, write_table
+from shards.conversion.splits import DatasetSplitSettings, Person, assign, read_table, write_table
 from shards.core import files
 from shards.core.cli import progress
 from shards.core.errors import ConfigError, DatasetError, RunRefused, Stopped, is_full
@@ -70,7 +70,7 @@ class ShardSettings(Settings):
 class ConvertSettings(SessionSettings):
     """Everything a conversion depends on beside its cohorts and its ranker."""
 
-    split: SplitSettings = SplitSettings()
+    split: DatasetSplitSettings = DatasetSplitSettings()
     extractor: ExtractorSettings = ExtractorSettings()
     shards: ShardSettings = ShardSettings()
 
@@ -307,7 +307,7 @@ class Conversion:
         """The runs that are neither ranked nor refused yet."""
         return [run for run in self.runs if not self._settled(run)]
 
-    def rank(self, ranker: Ranker, runs: Iterable[RunSource]) -> None:
+    def rank(self, ranker: WindowRanker, runs: Iterable[RunSource]) -> None:
         """Rank runs and write their members, harmonising them first where that was not done."""
         self._map("rank", [run for run in runs if not self._settled(run)], ranker)
 
@@ -457,7 +457,7 @@ class Conversion:
                 f"no space left in {self.folder} for {what}", "make room, then the same command continues from there"
             ) from None
 
-    def _map(self, step: str, runs: list[RunSource], ranker: Ranker | None) -> None:
+    def _map(self, step: str, runs: list[RunSource], ranker: WindowRanker | None) -> None:
         """Run `convert` over runs in worker processes; a refused run is written down and the rest goes on."""
         if not runs:
             return

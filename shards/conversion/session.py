@@ -31,10 +31,10 @@ from shards.preprocessing import quality
 from shards.preprocessing.bold import Bold, open_bold
 from shards.preprocessing.confounds import CleanSettings
 from shards.preprocessing.harmonise import GridSettings, Harmonised, frames_at, harmonise, place, read_confounds
-from shards.preprocessing.masks import MaskSettings
+from shards.preprocessing.masks import BrainMaskSettings
 
 
-class Ranker(Protocol):
+class WindowRanker(Protocol):
     """Scores the windows of a run; see `slim.ranking.saliency` for those there are."""
 
     name: str
@@ -82,7 +82,7 @@ class SessionSettings(Settings):
     """What a session's sample depends on beside its run and the ranker."""
 
     grid: GridSettings = GridSettings()
-    mask: MaskSettings = MaskSettings()
+    mask: BrainMaskSettings = BrainMaskSettings()
     clean: CleanSettings = CleanSettings()
     parcels: ParcelSettings = ParcelSettings()
     windows: WindowSettings = WindowSettings()
@@ -176,7 +176,7 @@ def survey(run: RunSource, settings: SessionSettings) -> dict[str, Any]:
 
 
 def convert(
-    run: RunSource, settings: SessionSettings, folder: Path, parcels: Parcels, ranker: Ranker | None
+    run: RunSource, settings: SessionSettings, folder: Path, parcels: Parcels, ranker: WindowRanker | None
 ) -> dict[str, Any] | None:
     """Harmonise one run and, with a ranker, write its members.
 
@@ -235,7 +235,7 @@ class Converted:
         return sample.unpack(io.BytesIO(self.data), session["source"], names, windows)
 
 
-def convert_run(run: RunSource, settings: SessionSettings, parcels: Parcels, ranker: Ranker) -> Converted:
+def convert_run(run: RunSource, settings: SessionSettings, parcels: Parcels, ranker: WindowRanker) -> Converted:
     """What `convert` writes of a run, written nowhere.
 
     Raises
@@ -338,14 +338,16 @@ def _harmonise(run: RunSource, settings: SessionSettings, parcels: Parcels) -> _
     return _Session(result, roi_RT, centre_R3, number_R, meta)
 
 
-def _converted(run: RunSource, session: _Session, settings: SessionSettings, ranker: Ranker) -> Converted:
+def _converted(run: RunSource, session: _Session, settings: SessionSettings, ranker: WindowRanker) -> Converted:
     arrays = _ranked(run, session, settings, ranker)
     data = sample.pack(arrays)
     meta = session.meta | {"zarr_size": len(data), "n_kept": len(arrays["start"])}
     return Converted(meta, data, settings.grid.grid())
 
 
-def _ranked(run: RunSource, session: _Session, settings: SessionSettings, ranker: Ranker) -> dict[str, np.ndarray]:
+def _ranked(
+    run: RunSource, session: _Session, settings: SessionSettings, ranker: WindowRanker
+) -> dict[str, np.ndarray]:
     """The arrays of a sample: the K most salient windows in rank order; of equal scores the earlier comes first.
 
     Windows with volumes that repeat an earlier one are never kept; they get the lowest score of the others.

@@ -28,7 +28,7 @@ _VALUES = 10  # more different numbers than this are divided into bins
 Person = tuple[str, str]  # people, subject
 
 
-class SplitSettings(Settings):
+class DatasetSplitSettings(Settings):
     """Which split a subject goes to. `stratify`, `family` and `column` name columns of the participants table."""
 
     seed: int = 0
@@ -38,7 +38,7 @@ class SplitSettings(Settings):
     column: str | None = Field(None, description="take the split (train, val or test) from there instead")
 
     @model_validator(mode="after")
-    def _consistent(self) -> SplitSettings:
+    def _consistent(self) -> DatasetSplitSettings:
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"shares of 0 or more that add up to 1, not to {sum(self.shares):g}")
         if self.column and (self.stratify or self.family):
@@ -47,14 +47,14 @@ class SplitSettings(Settings):
 
 
 def assign(
-    runs: Iterable[RunSource], settings: SplitSettings, settled: Mapping[Person, str]
+    runs: Iterable[RunSource], settings: DatasetSplitSettings, settled: Mapping[Person, str]
 ) -> tuple[dict[Person, str], dict[Person, RunRefused]]:
     """The split of everybody who was scanned.
 
     Parameters
     ----------
     runs : iterable of RunSource
-    settings : SplitSettings
+    settings : DatasetSplitSettings
     settled : mapping of person to split
         What was written down before.
 

@@ -33,7 +33,7 @@ from shards.format.grid import Grid
 from shards.preprocessing import confounds, quality
 from shards.preprocessing.bold import LEAST_FRAMES, Bold, open_bold
 from shards.preprocessing.confounds import CleanSettings
-from shards.preprocessing.masks import MaskSettings, find_mask
+from shards.preprocessing.masks import BrainMaskSettings, find_mask
 from shards.preprocessing.resampling import antialias, field_of_view, low_pass, resample_mask, spline_weights
 from shards.preprocessing.space import check_space
 
@@ -157,7 +157,7 @@ class Placed:
     facts: dict[str, Any]
 
 
-def place(run: RunSource, settings: GridSettings, mask_settings: MaskSettings, clean: CleanSettings) -> Placed:
+def place(run: RunSource, settings: GridSettings, mask_settings: BrainMaskSettings, clean: CleanSettings) -> Placed:
     """Everything that can be said of a run before its frames are read (unless its mask is computed from them).
 
     Raises
@@ -214,7 +214,7 @@ def place(run: RunSource, settings: GridSettings, mask_settings: MaskSettings, c
 def harmonise(
     run: RunSource,
     settings: GridSettings,
-    mask_settings: MaskSettings | None = None,
+    mask_settings: BrainMaskSettings | None = None,
     clean: CleanSettings | None = None,
 ) -> Harmonised:
     """Bring one run to the common grid and TR.
@@ -225,7 +225,7 @@ def harmonise(
         If the run cannot be placed (see `place`), or its values are not finite or do not vary.
     """
     clean = clean or CleanSettings()
-    mask_settings = mask_settings or MaskSettings()
+    mask_settings = mask_settings or BrainMaskSettings()
     placed = place(run, settings, mask_settings, clean)
     bold, grid = placed.bold, settings.grid()
     # one array from reading to the end: the frames of the scan, which become those of the grid's TR in place

@@ -24,7 +24,7 @@ _LEVEL, _NEAR, _PLATEAU = 0.75, 0.98, 0.25
 _FEW = 10  # largest label of tissues; masks in per cent and of 0 to 255 have larger values
 
 
-class MaskSettings(Settings):
+class BrainMaskSettings(Settings):
     """What a brain mask must be like."""
 
     ml: tuple[float, float] = Field(
@@ -37,7 +37,7 @@ class MaskSettings(Settings):
     )
 
     @model_validator(mode="after")
-    def _ordered(self) -> MaskSettings:
+    def _ordered(self) -> BrainMaskSettings:
         if not 0 <= self.ml[0] < self.ml[1]:
             raise ValueError(f"two rising volumes: 0 <= {self.ml[0]:g} < {self.ml[1]:g} does not hold")
         return self
@@ -61,7 +61,7 @@ class Mask:
     rule: str
 
 
-def find_mask(bold: Bold, settings: MaskSettings) -> Mask:
+def find_mask(bold: Bold, settings: BrainMaskSettings) -> Mask:
     """The brain mask of a run.
 
     Raises

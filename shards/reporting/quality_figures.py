@@ -24,7 +24,8 @@ from shards.preprocessing import quality
 from shards.reporting import html
 
 Extent = tuple[float, float, float, float]  # mm: left, right, bottom, top
-View = tuple[str, np.ndarray, Extent, str]  # title, picture, extent, letters of the left, right, lower and upper margin
+# title, picture, extent, letters of the left, right, lower and upper margin
+Plane = tuple[str, np.ndarray, Extent, str]
 
 _BEST = 8  # most salient windows marked: as many as a published training sample holds
 _PLANES = (("Sagittal, x", "PAIS"), ("Coronal, y", "LRIS"), ("Axial, z", "LRPA"))
@@ -33,7 +34,7 @@ _PARTS = (("scores_space", html.ORANGE, "space part"), ("scores_time", html.PURP
 _BACK = "#10151c"  # nearly black, as neuroimagers are used to
 
 
-def slices(volume_XYZ: np.ndarray, grid: Grid, place: Sequence[int]) -> list[View]:
+def slices(volume_XYZ: np.ndarray, grid: Grid, place: Sequence[int]) -> list[Plane]:
     """Sagittal, coronal and axial slice of a volume, ready for `imshow(origin="lower")`.
 
     Parameters
@@ -256,14 +257,14 @@ def _legend(axes: Axes) -> None:
 
 
 def draw_slice(
-    axes: Axes, view: View, mask: np.ndarray, edge_E22: np.ndarray, limits: np.ndarray, sure: bool = True
+    axes: Axes, view: Plane, mask: np.ndarray, edge_E22: np.ndarray, limits: np.ndarray, sure: bool = True
 ) -> None:
     """A slice with the outline of the mask and the edges of the kept patches.
 
     Parameters
     ----------
     axes : Axes
-    view : View
+    view : Plane
         Of the mean image, NaN outside the brain.
     mask : bool, as the picture of the view
     edge_E22 : ndarray

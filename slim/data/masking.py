@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shards.format.stream import generator
-from slim.config import KINDS, MaskSettings
+from slim.config import KINDS, TokenMaskSettings
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ def choose(size_L: np.ndarray, share: float, rng: np.random.Generator) -> np.nda
     return chosen
 
 
-def draw(size_SL: np.ndarray, settings: MaskSettings, seed: int, epoch: int, key: str) -> Mask:
+def draw(size_SL: np.ndarray, settings: TokenMaskSettings, seed: int, epoch: int, key: str) -> Mask:
     """Draw context and targets of one sample.
 
     Parameters
     ----------
     size_SL : int (S, L)
         Brain tokens of each cell; cells without any belong to nothing.
-    settings : MaskSettings
+    settings : TokenMaskSettings
     seed, epoch : int
     key : str
     """

@@ -19,7 +19,7 @@ from shards.core.settings import Settings
 _INNER_FOLDS = 5
 
 
-class SplitSettings(Settings):
+class TaskSplitSettings(Settings):
     """How subjects are divided."""
 
     kind: Literal["folds", "holdout", "dataset", "all"] = Field(
@@ -133,13 +133,13 @@ def strata(truth_S: np.ndarray, kind: str) -> np.ndarray:
 
 
 def divide(
-    settings: SplitSettings, kind: str, truth_S: np.ndarray, family_S: np.ndarray, subject_N: np.ndarray
+    settings: TaskSplitSettings, kind: str, truth_S: np.ndarray, family_S: np.ndarray, subject_N: np.ndarray
 ) -> list[list[Split]]:
     """Subjects divided `settings.repeats` times: a list of repeats, each a list of splits.
 
     Parameters
     ----------
-    settings : SplitSettings
+    settings : TaskSplitSettings
         Of the kinds `folds` or `holdout`.
     kind : str
         Type of the task; classes, or quarters of the values, are divided alike.

@@ -20,7 +20,7 @@ from slim.checkpoints.seen import person
 from slim.evaluation import events
 from slim.evaluation.events import EventSettings
 from slim.evaluation.labels import is_missing, number, refuse_lookalikes, word
-from slim.evaluation.splits import Fold, Split, SplitSettings, divide
+from slim.evaluation.splits import Fold, Split, TaskSplitSettings, divide
 
 __all__ = ["Cases", "Fold", "Split", "Task", "find_cases", "load_task", "make_splits"]
 
@@ -47,7 +47,7 @@ class Task(Settings):
     edges: tuple[float, ...] = Field(default=(), description="numbers that part the column into classes, ascending")
     missing: tuple[str, ...] = Field(default=(), description="values that stand for a missing one, such as -9999")
     events: EventSettings | None = Field(default=None, description="tables of what is decoded; type: state")
-    split: SplitSettings = SplitSettings()
+    split: TaskSplitSettings = TaskSplitSettings()
     pooling: Pooling = "cov"
     components: int = Field(default=3, ge=1, description="principal components of the tokens, for `cov`")
     confounds: tuple[str, ...] = Field(

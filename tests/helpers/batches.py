@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from slim.config import MaskSettings, ModelSettings, PretrainSettings
+from slim.config import ModelSettings, PretrainSettings, TokenMaskSettings
 from slim.data.collate import collate
 from slim.data.masking import draw
 from slim.data.samples import Sample, cell_sizes
@@ -46,5 +46,5 @@ def settings(**other: object) -> PretrainSettings:
 def make_batch(*seeds: int, epoch: int = 0) -> Batch:
     samples = [make_sample(seed) for seed in seeds]
     for sample in samples:
-        sample.mask = draw(cell_sizes(GEOMETRY, sample.place), MaskSettings(), 0, epoch, sample.key)
+        sample.mask = draw(cell_sizes(GEOMETRY, sample.place), TokenMaskSettings(), 0, epoch, sample.key)
     return collate(samples, GEOMETRY, 100)

@@ -42,7 +42,7 @@ from shards.core.errors import ConfigError
 from shards.core.settings import Settings
 from shards.format.grid import Grid
 from shards.format.patches import gather, patch_places
-from slim.config import PRESETS, MaskSettings, ModelSettings, PretrainSettings
+from slim.config import PRESETS, ModelSettings, PretrainSettings, TokenMaskSettings
 from slim.data.collate import collate
 from slim.data.masking import draw
 from slim.data.samples import Sample, cell_sizes
@@ -197,7 +197,7 @@ def make_scene(bench: Bench) -> Scene:
     size_SL = cell_sizes(geometry, brain.place)
     if np.count_nonzero(size_SL) < 2:
         raise ConfigError("command line", "shape", bench.shape, "a grid on which the brain has two cells or more")
-    brain.mask = draw(size_SL, MaskSettings(), bench.seed, 0, brain.key)
+    brain.mask = draw(size_SL, TokenMaskSettings(), bench.seed, 0, brain.key)
     batch = collate([brain], geometry, None)
     volume_T1XYZ = torch.from_numpy(volume_TXYZ)[:, None].contiguous(memory_format=torch.channels_last_3d)
     return Scene(

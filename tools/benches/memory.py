@@ -21,7 +21,7 @@ from rich.table import Table
 from benches.common import Figure, Ratio, Result
 from shards.core.settings import Settings
 from shards.format.grid import Grid
-from slim.config import PRESETS, DataItem, PretrainSettings, RunSettings, WindowSettings
+from slim.config import PRESETS, DataItem, DrawSettings, PretrainSettings, RunSettings
 from slim.planning.step_cost import Cost, cost, mni_brain
 
 GIB, TFLOP = 2**30, 10**12
@@ -70,7 +70,7 @@ class Case:
         return PretrainSettings(
             data=(DataItem(path="none"),),
             model=PRESETS[self.model],
-            windows=WindowSettings(k=k, best=max(k, 32)),
+            windows=DrawSettings(k=k, best=max(k, 32)),
             objective=self.objective,
             precision=self.precision,
             run=RunSettings(out="none", batch=self.batch),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.cohorts.scan import RunSource
-from shards.conversion.splits import SPLITS, SplitSettings, assign, read_table, split_people, write_table
+from shards.conversion.splits import SPLITS, DatasetSplitSettings, assign, read_table, split_people, write_table
 from shards.core.errors import ConfigError, DatasetError
 
 NAMES = st.lists(st.text("abc0123", min_size=1, max_size=6), min_size=1, max_size=80, unique=True)
@@ -96,7 +96,7 @@ def runs(*labels: dict) -> list[RunSource]:
 
 def test_a_column_of_numbers_is_stratified_by_fifths():
     sample = runs(*({"age": 20 + number * 0.5} for number in range(100)))
-    splits, torn = assign(sample, SplitSettings(stratify="age"), {})
+    splits, torn = assign(sample, DatasetSplitSettings(stratify="age"), {})
     assert not torn and Counter(splits.values()) == {"train": 70, "val": 10, "test": 20}
     for fifth in range(5):
         part = Counter(splits["c", str(number)] for number in range(20 * fifth, 20 * fifth + 20))
@@ -105,22 +105,22 @@ def test_a_column_of_numbers_is_stratified_by_fifths():
 
 def test_the_split_is_taken_from_a_column_on_request():
     sample = runs({"part": "train"}, {"part": "Validation"}, {"part": "test"}, {"part": "both"}, {"part": None})
-    splits, torn = assign(sample, SplitSettings(column="part"), {})
+    splits, torn = assign(sample, DatasetSplitSettings(column="part"), {})
     assert splits == {("c", "0"): "train", ("c", "1"): "val", ("c", "2"): "test"}
     assert {person[1]: problem.got for person, problem in torn.items()} == {
         "3": "both for subject 3",
         "4": "None for subject 4",
     }
     with pytest.raises(DatasetError, match=r"splits\.tsv: part: got train for subject 0, expected test"):
-        assign(sample[:1], SplitSettings(column="part"), {("c", "0"): "test"})
+        assign(sample[:1], DatasetSplitSettings(column="part"), {("c", "0"): "test"})
     with pytest.raises(ConfigError, match=r"split\.column: got no label fold"):
-        assign(sample, SplitSettings(column="fold"), {})
+        assign(sample, DatasetSplitSettings(column="fold"), {})
 
 
 @pytest.mark.parametrize("field", ["column", "family", "stratify"])
 def test_a_subject_whose_sessions_disagree_would_be_in_two_splits(field):
     sample = runs({"who": "x", "part": "train"}, {"who": "x", "part": "test"}, {"who": "y", "part": "train"})
-    splits, torn = assign(sample, SplitSettings(**{field: "part"}), {})
+    splits, torn = assign(sample, DatasetSplitSettings(**{field: "part"}), {})
     assert set(splits) == {("c", "y")} and list(torn) == [("c", "x")]
     assert "part: got test and train for subject x, expected one value" in torn["c", "x"].line()
 

@@ -19,13 +19,13 @@ from shards.cohorts.scan import RunSource
 from shards.core.errors import ConfigError, RunRefused
 from shards.format.grid import Grid
 from shards.preprocessing.bold import Bold, open_bold
-from shards.preprocessing.masks import MaskSettings, find_mask
+from shards.preprocessing.masks import BrainMaskSettings, find_mask
 from slim.ranking.parcels import read_labels
 
 SHAPE = (9, 11, 9)
 AFFINE = oblique((16, 16, 16), 0, (-1, -17, 5), SHAPE)
 GRID = Grid(mm=16, shape=(12, 12, 12))
-SETTINGS = MaskSettings(ml=(1, 10**6))
+SETTINGS = BrainMaskSettings(ml=(1, 10**6))
 FLOATS = (0.0, -0.0, 1.0, -1.0, 0.72, 720.0, 1e-45, 1e30, 3e38, float("nan"), float("inf"), float("-inf"))
 
 

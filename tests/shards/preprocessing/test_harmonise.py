@@ -24,7 +24,7 @@ from helpers.scans import SMALL, brain, fluctuation, grid_image, oblique, save, 
 from shards.core.errors import RunRefused
 from shards.preprocessing import quality
 from shards.preprocessing.harmonise import GridSettings, harmonise
-from shards.preprocessing.masks import MaskSettings
+from shards.preprocessing.masks import BrainMaskSettings
 from shards.preprocessing.resampling import spline_weights
 
 
@@ -167,7 +167,7 @@ def test_a_run_on_the_lattice_is_copied_exactly(tmp_path, flip):
         data, mask = data[::-1], mask[::-1]
         affine = affine @ np.array([[-1, 0, 0, shape[0] - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     run = source(save(tmp_path / "b.nii", data, affine), save(tmp_path / "m.nii", mask, affine), dummy=0)
-    result = harmonise(run, grid, MaskSettings(ml=(0, 3000), outside=1))
+    result = harmonise(run, grid, BrainMaskSettings(ml=(0, 3000), outside=1))
     place = apply_affine(np.linalg.inv(affine) @ grid.grid().affine, np.argwhere(result.brain_XYZ))
     index = tuple(np.rint(place).astype(int).T)
     np.testing.assert_allclose(place, np.rint(place), atol=1e-6)

@@ -14,7 +14,7 @@ from helpers.scans import FRAMES, SMALL, brain, oblique, save, saved, signal, so
 from shards.conversion.session import SessionSettings, WindowSettings, assumptions, convert_run
 from shards.core.errors import RunRefused
 from shards.preprocessing.harmonise import GridSettings, harmonise
-from shards.preprocessing.masks import MaskSettings, threshold
+from shards.preprocessing.masks import BrainMaskSettings, threshold
 from shards.preprocessing.resampling import resample_mask
 from shards.preprocessing.space import template
 from slim.ranking.parcels import make_parcels
@@ -88,7 +88,7 @@ def test_voxels_without_signal_are_left_out_and_refused_above_a_limit(tmp_path):
         assert result.baseline_PV.shape == result.spread_PV.shape
         assert f"{result.facts['dead_share']:.1%} of the mask is without signal" in assumptions(result.facts)[-1]
         with pytest.raises(RunRefused, match=r"mask: got \d+% of its voxels without signal.*at most 3%"):
-            harmonise(run_of(tmp_path, data), grid, MaskSettings(dead=0.03))
+            harmonise(run_of(tmp_path, data), grid, BrainMaskSettings(dead=0.03))
     assert whole.facts["dead_share"] == 0
 
 
@@ -155,7 +155,7 @@ def test_the_space_is_what_was_stated_or_what_header_and_brain_say(tmp_path):
             RunRefused, match=rf"space: got header code {code} .*Dice 0\.\d\d, expected .*0\.75 or more"
         ):
             harmonise(in_mni(tmp_path, away, code), GRID_6)
-    harmonise(in_mni(tmp_path, away, 1), GRID_6, MaskSettings(mni_dice=0.2))
+    harmonise(in_mni(tmp_path, away, 1), GRID_6, BrainMaskSettings(mni_dice=0.2))
 
     for stated in ({"space": "MNI"}, {"name": "sub-1_space-MNI152NLin6Asym_desc-preproc_bold.nii"}):
         told = harmonise(in_mni(tmp_path, away, 1, **stated), GRID_6)

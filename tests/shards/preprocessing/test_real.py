@@ -18,7 +18,7 @@ from shards.format.grid import Grid
 from shards.format.reader import Dataset
 from shards.preprocessing.bold import open_bold
 from shards.preprocessing.harmonise import GridSettings, harmonise
-from shards.preprocessing.masks import MaskSettings
+from shards.preprocessing.masks import BrainMaskSettings
 
 pytestmark = pytest.mark.real
 
@@ -186,7 +186,7 @@ def test_the_volume_before_the_steady_state_is_found(real):
         run = stored(real, "tedana", echo, mask=real / "tedana" / "mask.nii.gz")
         with pytest.raises(RunRefused, match="a brain of 3311 ml"):  # nearly the whole box
             harmonise(run, COARSE)
-        assert harmonise(run, COARSE, MaskSettings(ml=(300, 3500))).facts["dropped_frames"] == 1
+        assert harmonise(run, COARSE, BrainMaskSettings(ml=(300, 3500))).facts["dropped_frames"] == 1
 
 
 def test_a_header_nobody_filled_in_needs_tr_and_orientation_from_the_cohort_file(real):
@@ -199,7 +199,7 @@ def test_a_header_nobody_filled_in_needs_tr_and_orientation_from_the_cohort_file
         with pytest.raises(RunRefused, match=message):
             harmonise(replace(run, **stated), COARSE)
     meant = replace(run, space="native", tr=2.0, orientation="RAS")
-    result = harmonise(meant, COARSE, MaskSettings(ml=(1, 2500)))
+    result = harmonise(meant, COARSE, BrainMaskSettings(ml=(1, 2500)))
     assert result.facts["orientation_assumed"] == "RAS" and len(result.raw_TN) == int(63 * 2 / 0.72) + 1
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slim.config import KINDS, MaskSettings
+from slim.config import KINDS, TokenMaskSettings
 from slim.data.masking import choose, draw
 
 
@@ -24,7 +24,7 @@ def sizes(seed: int = 0, slots: int = 8, places: int = 60) -> np.ndarray:
 @given(st.integers(0, 10**6), st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.floats(0.1, 1.0))
 def test_shares_are_met_within_one_cell(seed: int, places: float, times: float, targets: float) -> None:
     size = sizes(seed)
-    chosen = MaskSettings(context_places=places, context_times=times, targets=targets)
+    chosen = TokenMaskSettings(context_places=places, context_times=times, targets=targets)
     mask = draw(size, chosen, seed, 3, "key")
     per_place, slots = size[0], size.shape[0]
     slot, place = np.divmod(mask.context_K, size.shape[1])
@@ -50,7 +50,7 @@ def kind_of_all(size: np.ndarray, mask) -> tuple[np.ndarray, np.ndarray]:
 
 def test_context_and_targets_are_what_their_names_say() -> None:
     size = sizes()
-    mask = draw(size, MaskSettings(), 0, 0, "a")
+    mask = draw(size, TokenMaskSettings(), 0, 0, "a")
     context, kind = kind_of_all(size, mask)
     assert np.array_equal(np.flatnonzero(context), mask.context_K)
     assert np.array_equal(kind[mask.target_K], mask.kind_K)
@@ -61,14 +61,14 @@ def test_context_and_targets_are_what_their_names_say() -> None:
 
 def test_pure_function_of_seed_epoch_and_key() -> None:
     size = sizes()
-    one = draw(size, MaskSettings(), 1, 2, "key")
+    one = draw(size, TokenMaskSettings(), 1, 2, "key")
     np.random.seed(0)  # noqa: NPY002 - a global generator must not matter
-    again = draw(size, MaskSettings(), 1, 2, "key")
+    again = draw(size, TokenMaskSettings(), 1, 2, "key")
     assert all(np.array_equal(getattr(one, name), getattr(again, name)) for name in vars(one))
     for other in (
-        draw(size, MaskSettings(), 2, 2, "key"),
-        draw(size, MaskSettings(), 1, 3, "key"),
-        draw(size, MaskSettings(), 1, 2, "yek"),
+        draw(size, TokenMaskSettings(), 2, 2, "key"),
+        draw(size, TokenMaskSettings(), 1, 3, "key"),
+        draw(size, TokenMaskSettings(), 1, 2, "yek"),
     ):
         assert not np.array_equal(one.context_K, other.context_K)
 
@@ -92,7 +92,7 @@ def test_every_place_and_slot_is_context_and_target_equally_often() -> None:
     context, target = np.zeros(size.size), np.zeros(size.size)
     draws = 3000
     for epoch in range(draws):
-        mask = draw(size, MaskSettings(context_places=0.5, context_times=0.5, targets=0.5), 0, epoch, "key")
+        mask = draw(size, TokenMaskSettings(context_places=0.5, context_times=0.5, targets=0.5), 0, epoch, "key")
         context[mask.context_K] += 1
         target[mask.target_K] += 1
     there = size.ravel() > 0

@@ -14,7 +14,7 @@ from helpers.tasks import GROUP, SCORE, WHO, cases_of, sessions, task
 from shards.core.errors import ConfigError
 from slim.evaluation import baselines, linear, metrics, probe
 from slim.evaluation.linear import PENALTIES, Linear
-from slim.evaluation.splits import SplitSettings, divide
+from slim.evaluation.splits import TaskSplitSettings, divide
 from slim.evaluation.task import make_splits
 
 HOLDOUT = {"kind": "holdout", "repeats": 3}
@@ -33,7 +33,7 @@ def test_families_stay_together_and_everybody_is_somewhere(subjects: int, size: 
     family_S = rng.permutation(np.arange(subjects) // size)
     truth_S = rng.integers(0, 2, subjects) if of != "regression" else rng.normal(size=subjects)
     subject_N = np.repeat(np.arange(subjects), 2)
-    chosen = SplitSettings(kind=kind, folds=3, repeats=2, seed=seed)
+    chosen = TaskSplitSettings(kind=kind, folds=3, repeats=2, seed=seed)
     for splits in divide(chosen, of, truth_S, family_S, subject_N):
         for split in splits:
             sides = [set(family_S[subject_N[rows]]) for rows in (split.train, split.val, split.test)]

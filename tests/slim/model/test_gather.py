@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.batches import GEOMETRY, GLOBAL, SIZES, V, make_sample
-from slim.config import MaskSettings, ModelSettings
+from slim.config import ModelSettings, TokenMaskSettings
 from slim.data.collate import collate
 from slim.data.masking import draw
 from slim.data.samples import Sample, cell_sizes
@@ -248,7 +248,7 @@ def test_context_alone_equals_a_sample_that_holds_nothing_else(device: str) -> N
     model = encoder()
     sample = make_sample(11, 0.7)
     sample.mask = draw(
-        cell_sizes(GEOMETRY, sample.place), MaskSettings(context_places=0.5, context_times=0.5), 0, 0, "k"
+        cell_sizes(GEOMETRY, sample.place), TokenMaskSettings(context_places=0.5, context_times=0.5), 0, 0, "k"
     )
     batch = collate([sample], GEOMETRY, None).to(device)
     assert batch.context is not None
@@ -375,7 +375,7 @@ def test_plan_lists_every_token_once() -> None:
 def test_a_packed_batch_is_the_same_in_few_tensors() -> None:
     """Every tensor sent by a loading process takes a file descriptor; a plan alone has hundreds."""
     sample = make_sample(13)
-    sample.mask = draw(cell_sizes(GEOMETRY, sample.place), MaskSettings(), 0, 0, "k")
+    sample.mask = draw(cell_sizes(GEOMETRY, sample.place), TokenMaskSettings(), 0, 0, "k")
     batch = collate([sample, sample], GEOMETRY, 40)
 
     def tensors(item: object) -> list[torch.Tensor]:
