@@ -24,7 +24,7 @@ _COMMAND = """
 import sys
 from pathlib import Path
 from shards.core.cli import run
-from shards.format.layout import write_atomically
+from shards.core.files import write_atomically
 
 def main():
     _, place, size, lines = sys.argv

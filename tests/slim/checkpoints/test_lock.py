@@ -26,7 +26,7 @@ from slim.checkpoints import lock
 
 HOLD = """
 import sys, time
-from slim import lock
+from slim.checkpoints import lock
 with lock.holding(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
