@@ -88,7 +88,7 @@ def test_per_run_at_the_places_all_of_them_have(run: Path, cohort: Path, tmp_pat
         np.testing.assert_array_equal(found["places"], places)
         for item, row in zip(features, found["vectors"], strict=True):
             expected = item.tokens[:, np.isin(item.places, places)].mean(axis=0).ravel()
-            np.testing.assert_array_equal(row, expected)
+            np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-6)
         assert "start" not in found
 
 
