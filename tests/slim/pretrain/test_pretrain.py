@@ -107,7 +107,7 @@ def test_killed_and_resumed_equals_uninterrupted(dataset: Path, whole: Path, com
     _, stderr = child.communicate(timeout=120)
     assert child.returncode == 3, stderr
     assert "process 1 died (SIGKILL" in stderr.splitlines()[-1]  # the cause, not what follows from it
-    assert "goes on from the last complete checkpoint" in stderr
+    assert "continues from the last complete checkpoint" in stderr
     done = pretrain(command, dataset, out, "run.checkpoint_every=2")
     assert done.returncode == 0, done.stderr
     assert losses(out) == losses(whole)

@@ -136,7 +136,7 @@ def test_a_process_that_dies_at_the_start_does_not_leave_the_others_waiting(
         time.sleep(0.005)
     os.kill(ranks_of(tmp_path / "run")[1], signal.SIGKILL)
     _, stderr = child.communicate(timeout=120)
-    assert child.returncode == 3 and "goes on from the last complete checkpoint" in stderr
+    assert child.returncode == 3 and "continues from the last complete checkpoint" in stderr
     assert not ranks_of(tmp_path / "run")
 
 
