@@ -65,7 +65,10 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(cluster: Cluster, datase
         'export SITE="a b"',
     ):
         assert line in done.stdout.splitlines(), line
-    assert done.stdout.count("--container-image=image.sqsh") == 3
+    (chosen,) = [line for line in done.stdout.splitlines() if "--container-image=image.sqsh" in line]
+    assert chosen.startswith("SRUN=(")
+    calls = re.findall(r"\bsrun --(?:[^\n]*\\\n)*[^\n]*", done.stdout)
+    assert len(calls) == 3 and all('"${SRUN[@]}"' in call for call in calls)
     last = done.stdout.splitlines()[-1]
     assert re.search(r"Job \d+ to start at .* in partition short", last)
     assert not out.exists()
