@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+from helpers.commands import ROOT
 from launchers import job
 from launchers.cluster.is_done import is_done
 from shards.core.cli import CRASHED
