@@ -1,6 +1,5 @@
 # make quickstart   set-up from nothing, then the whole pipeline on a small synthetic cohort: runs/quickstart/
 # make test         set-up from nothing, then the tests
-# make test-fast    those that start no process and load no DeepSpeed: a minute or so, for the inner loop
 # make test-slurm   those on a real SLURM of two nodes, which needs its packages
 # make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills, 10 000 damaged inputs
 # make test-oldest  the tests with the oldest dependencies that pyproject.toml admits; make test-newest: with the newest
@@ -16,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test test-fast test-slurm test-slow test-oldest test-newest slurm lint experiments clean
+.PHONY: quickstart test test-slurm test-slow test-oldest test-newest slurm lint experiments clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -38,9 +37,6 @@ quickstart: $(READY)
 
 test: $(READY)
 	$(PYTEST) -m 'not slow' --ignore=tests/slurm
-
-test-fast: $(READY)
-	$(PYTEST) -m 'not slow and not process' --ignore=tests/slurm
 
 test-slurm: $(READY)
 	$(PYTEST) -m 'not slow' tests/slurm

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,32 +23,6 @@ from shards.reporting import dataset_page
 # How long an example takes says how busy the machine is.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
-
-
-# Fixtures that start processes: tests that use them are no part of `make test-fast`.
-PROCESSES = {"command", "cohort", "dataset", "opened"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark `process` what uses a fixture that starts processes; other tests say so themselves."""
-    for item in items:
-        if PROCESSES & set(getattr(item, "fixturenames", ())):
-            item.add_marker("process")
-
-
-@pytest.fixture(autouse=True)
-def _no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In `make test-fast` no test starts a process or loads DeepSpeed."""
-    if "not process" not in request.config.option.markexpr:
-        return
-
-    def refuse(*_: object, **__: object) -> None:
-        pytest.fail("starts a process: mark it with pytest.mark.process")
-
-    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
-    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
-    if "deepspeed" not in sys.modules:
-        monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it raises ImportError
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
