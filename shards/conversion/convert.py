@@ -491,7 +491,7 @@ class Conversion:
                         advance(1, run.key if refused is None else f"{run.key} refused: {refused['reason']}")
         except BrokenProcessPool:
             raise Stopped(
-                f"a worker process died during {step}, perhaps for want of memory",
+                f"a worker process died during {step}, perhaps because memory ran out",
                 "the same command continues from there, with fewer --workers if need be",
             ) from None
         finally:

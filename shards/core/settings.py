@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -189,12 +190,11 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
 
 def _as_typed(tree: Overridden, location: tuple[Any, ...]) -> Overridden:
     """A copy of a tree with the text that was typed in one place."""
-    result = Overridden(json.loads(json.dumps(tree, default=str)))
-    result.words = {place: word for place, word in tree.words.items() if place != location}
+    result = copy.deepcopy(tree)
     node: dict[str, Any] = result
     for part in location[:-1]:
         node = node[part]
-    node[location[-1]] = tree.words[location]
+    node[location[-1]] = result.words.pop(location)
     return result
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from upath import UPath
-from zarr.storage import MemoryStore
 
 from shards.core.errors import DatasetError
 from shards.format import remote
@@ -78,10 +77,6 @@ AXES = {
 }
 CARPET_STEPS = 20  # a carpet value of 20 is one SD of the voxel
 DAMAGED = "Copy the dataset again, or convert it anew into another folder"
-
-
-async def _list(store: MemoryStore) -> list[str]:
-    return [name async for name in store.list()]
 
 
 def read_json(text: str, where: str, expected: str, hint: str = "") -> dict[str, Any]:

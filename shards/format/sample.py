@@ -20,7 +20,7 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from shards.core.errors import SampleCorrupt
-from shards.format.layout import ARRAYS, AXES, DAMAGED, OPTIONAL, ZARR_MEMBER, _list
+from shards.format.layout import ARRAYS, AXES, DAMAGED, OPTIONAL, ZARR_MEMBER
 
 _PRECISION = 1e-3  # largest RMS error of a stored voxel, in units of its own SD
 
@@ -240,3 +240,7 @@ def members_read(members: Iterable[str], names: Collection[str] | None, windows:
         return name in wanted and (rows is None or not is_row or rest[1] in rows)
 
     return [member for member in members if is_read(member)]
+
+
+async def _list(store: MemoryStore) -> list[str]:
+    return [name async for name in store.list()]

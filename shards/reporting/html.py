@@ -20,7 +20,7 @@ from PIL import Image
 from shards.core import templates
 from shards.core.findings import Finding
 
-# Okabe & Ito's colours, told apart by colour-blind readers too.
+# Okabe & Ito's colours, which colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 INK, GREY, PALE = "#1f2933", "#7b8794", "#cbd2d9"
 

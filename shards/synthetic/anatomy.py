@@ -10,7 +10,7 @@ from nibabel.affines import apply_affine
 from nilearn.datasets import load_mni152_brain_mask, load_mni152_gm_template
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from shards.synthetic.truth import NETWORKS, _both
+from shards.synthetic.truth import NETWORKS, both_sides
 
 FOCUS_SD_MM = 13.0
 BASELINE = 10_000.0
@@ -68,7 +68,7 @@ def anatomy(voxel_mm: float) -> Anatomy:
     mm_V3 = mm_3XYZ[:, mask_XYZ].T.astype(np.float32)
 
     # Grey matter is brighter in EPI than white matter; signal is lost above the sinuses and the ear canals.
-    loss_V = 0.4 * blobs([(0, 40, -20), *_both(50, -10, -34)], mm_V3)
+    loss_V = 0.4 * blobs([(0, 40, -20), *both_sides(50, -10, -34)], mm_V3)
     template_V = BASELINE * (0.8 + 0.35 * grey_V) * (1 - loss_V)
     map_NV = np.stack([blobs(foci, mm_V3) for foci in NETWORKS.values()]) * (0.25 + 0.75 * grey_V)
     map_NV *= NETWORK_PERCENT / np.sqrt((map_NV**2).sum(0).mean())

@@ -19,25 +19,25 @@ GENERATOR = "SLIM-Brain synthetic cohort"
 RECIPE = 2  # raise it when the same parameters no longer give the same bytes
 
 
-def _both(x: int, y: int, z: int) -> list[tuple[int, int, int]]:
+def both_sides(x: int, y: int, z: int) -> list[tuple[int, int, int]]:
     """A focus in either hemisphere."""
     return [(-x, y, z), (x, y, z)]
 
 
 # Foci of each network, MNI mm.
 NETWORKS: dict[str, list[tuple[int, int, int]]] = {
-    "visual": [*_both(10, -90, 2), *_both(40, -74, -2)],
-    "somatomotor-hand": [*_both(38, -26, 56), (0, -18, 62)],
-    "somatomotor-face": [*_both(54, -8, 32)],
-    "auditory": [*_both(54, -22, 8)],
-    "dorsal-attention": [*_both(26, -60, 54), *_both(26, -4, 54)],
-    "salience": [(0, 18, 42), *_both(38, 18, -2), *_both(28, 46, 26)],
+    "visual": [*both_sides(10, -90, 2), *both_sides(40, -74, -2)],
+    "somatomotor-hand": [*both_sides(38, -26, 56), (0, -18, 62)],
+    "somatomotor-face": [*both_sides(54, -8, 32)],
+    "auditory": [*both_sides(54, -22, 8)],
+    "dorsal-attention": [*both_sides(26, -60, 54), *both_sides(26, -4, 54)],
+    "salience": [(0, 18, 42), *both_sides(38, 18, -2), *both_sides(28, 46, 26)],
     "frontoparietal-left": [(-42, 26, 32), (-46, -52, 46), (-58, -44, -8)],
     "frontoparietal-right": [(42, 26, 32), (46, -52, 46), (58, -44, -8)],
-    "default": [(0, -54, 28), (0, 52, 2), *_both(46, -66, 32)],
-    "limbic": [*_both(24, -8, -22), *_both(38, 10, -34), (0, 34, -18)],
-    "subcortical": [*_both(12, -18, 8), *_both(22, 4, 2)],
-    "cerebellar": [*_both(28, -66, -38), (0, -58, -20)],
+    "default": [(0, -54, 28), (0, 52, 2), *both_sides(46, -66, 32)],
+    "limbic": [*both_sides(24, -8, -22), *both_sides(38, 10, -34), (0, 34, -18)],
+    "subcortical": [*both_sides(12, -18, 8), *both_sides(22, 4, 2)],
+    "cerebellar": [*both_sides(28, -66, -38), (0, -58, -20)],
 }
 
 # Mean correlations in the population; pairs that are not named have `USUAL_CORRELATION`.

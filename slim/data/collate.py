@@ -20,7 +20,7 @@ from shards.format.reader import Dataset
 from shards.format.stream import Item
 from slim.config import TrainSettings
 from slim.data.masking import Mask
-from slim.data.samples import Sample, _nothing, draw_sample
+from slim.data.samples import Sample, draw_sample, empty_sample
 from slim.model.geometry import Geometry
 from slim.model.inputs import Batch, PackedBatch, Targets, Voxels
 from slim.model.ragged import Plan, integers, plan, segments
@@ -36,7 +36,9 @@ def load_batch(
             samples.append(draw_sample(item, datasets[item.dataset], geometry, settings))
         except SampleCorrupt as error:
             damaged[item.session["key"]] = error.line()
-    batch = collate(samples or [_nothing(geometry, datasets[0].grid.voxels, settings)], geometry, settings.chunk_tokens)
+    batch = collate(
+        samples or [empty_sample(geometry, datasets[0].grid.voxels, settings)], geometry, settings.chunk_tokens
+    )
     return replace(batch, damaged=damaged, empty=not samples).pack()
 
 

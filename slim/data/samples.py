@@ -125,7 +125,7 @@ def window_groups(count: int, k: int) -> list[WindowGroup]:
     ]
 
 
-def _nothing(geometry: Geometry, voxels: int, settings: TrainSettings) -> Sample:
+def empty_sample(geometry: Geometry, voxels: int, settings: TrainSettings) -> Sample:
     """A sample of zeros in two cells: every process takes part in every backward pass, whatever it has read."""
     frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
     place = np.unique(geometry.cell_of[:places], return_index=True)[1][:2]

@@ -42,8 +42,9 @@ from slim.inference import vectors
 from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import Features
 from slim.model import pooling
+from slim.model.pooling import FIXED
 
-POOLINGS = (*vectors.FIXED, "cov", "attentive")
+POOLINGS = (*FIXED, "cov", "attentive")
 _LEAST_PEOPLE = {"classification": 2, "regression": 4}  # of each class; of all: they are divided to choose steps
 _LEAST_PLACES = 0.5  # of the training images' places, that an image must have
 _HERE = "SlimBrainTransformer"
@@ -249,7 +250,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             token_1TC = torch.from_numpy(vectors.at_places(item, self.places_)).flatten(0, 1)[None]
             valid_1T = torch.ones(token_1TC.shape[:2], dtype=torch.bool)
             return pooling.attentive(torch.from_numpy(self.queries_)[None], token_1TC, valid_1T).flatten().numpy()
-        return vectors.FIXED[self.pooling](item, self.places_)
+        return vectors.fixed(item, self.places_, self.pooling)
 
     def _completed(self, item: Features) -> Features:
         """The tokens at the training images' places, with their mean where this image has no brain."""

@@ -9,7 +9,7 @@ channels; M tokens of all places and slots; Q principal axes; P features of a se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -87,19 +87,9 @@ def at_places(features: Features, place_L: np.ndarray) -> np.ndarray:
     return features.tokens[:, np.searchsorted(features.places, place_L)]
 
 
-def mean(features: Features, place_L: np.ndarray) -> np.ndarray:
-    """Mean over slots and places, float32 (C,)."""
-    return _float32(in_torch.mean(_tensor(at_places(features, place_L))))
-
-
-def mean_sd(features: Features, place_L: np.ndarray) -> np.ndarray:
-    """Mean over slots and places, then the SD over slots averaged over places, float32 (2 C,)."""
-    return _float32(in_torch.mean_sd(_tensor(at_places(features, place_L))))
-
-
-def location(features: Features, place_L: np.ndarray) -> np.ndarray:
-    """Mean over slots of each place, float32 (L C,)."""
-    return _float32(in_torch.location(_tensor(at_places(features, place_L))))
+def fixed(features: Features, place_L: np.ndarray, pooling: str) -> np.ndarray:
+    """One of `slim.model.pooling.FIXED`, of the tokens at these places, float32 (P,)."""
+    return _float32(in_torch.FIXED[pooling](_tensor(at_places(features, place_L))))
 
 
 def _tensor(x: np.ndarray) -> Tensor:
@@ -108,14 +98,6 @@ def _tensor(x: np.ndarray) -> Tensor:
 
 def _float32(x: Tensor) -> np.ndarray:
     return x.float().numpy()
-
-
-# Those that nothing is fitted for.
-FIXED: dict[str, Callable[[Features, np.ndarray], np.ndarray]] = {
-    "mean": mean,
-    "mean+sd": mean_sd,
-    "location": location,
-}
 
 
 def principal_axes(features: Sequence[Features], place_L: np.ndarray, count: int) -> np.ndarray:
@@ -161,7 +143,7 @@ def pool(features: Sequence[Features], pooling: str, components: int, train: np.
     if pooling == "cov":
         axes_CQ = principal_axes([features[row] for row in train], place_L, components)
         return np.stack([cov(item, place_L, axes_CQ) for item in features])
-    return np.stack([FIXED[pooling](item, place_L) for item in features])
+    return np.stack([fixed(item, place_L, pooling) for item in features])
 
 
 def windows(features: Features, place_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +177,7 @@ def vectors(features: Features, per: str, pooling: str, place_L: np.ndarray) -> 
     """
     check_fixed(per, pooling)
     if per != "window":
-        return FIXED[pooling](features, place_L)
+        return fixed(features, place_L, pooling)
     _, x_WLC = windows(features, place_L)
     if pooling == "location":
         return x_WLC.reshape(len(x_WLC), -1)
@@ -208,6 +190,6 @@ def check_fixed(per: str, pooling: str) -> None:
     """Raise what `vectors` raises."""
     if per not in ("window", "scan", "run"):
         raise ConfigError("per", "", per, "window or scan")
-    if pooling not in tuple(FIXED):
+    if pooling not in tuple(in_torch.FIXED):
         hint = "Others are fitted on a set of scans: slim.SlimBrainTransformer does that"
-        raise ConfigError("pooling", "", pooling, ", ".join(FIXED), hint)
+        raise ConfigError("pooling", "", pooling, ", ".join(in_torch.FIXED), hint)

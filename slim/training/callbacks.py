@@ -17,8 +17,8 @@ import torch
 from shards.core.cli import progress
 from slim.checkpoints.mirror import Mirror
 from slim.config import TrainSettings
-from slim.training import mfu
 from slim.training.metrics import Monitor
+from slim.training.mfu import utilisation_of
 from slim.training.stall import Watch
 
 
@@ -211,26 +211,6 @@ class MirrorCopies(Callback):
         if trouble is not None and trouble != self._told:
             self._warn(trouble)
         self._told = trouble
-
-
-def utilisation_of(
-    settings: TrainSettings, device: torch.device, flops_per_token: Callable[[], float] | None
-) -> Callable[[dict[str, Any]], float] | None:
-    """From a line of metrics.jsonl to its model FLOPs utilisation; None where the GPU's peak is not known.
-
-    Parameters
-    ----------
-    flops_per_token : callable, optional
-        Counts the FLOPs of a step per token of brain; called only where they are needed.
-    """
-    if device.type != "cuda" or flops_per_token is None:
-        return None
-    peak = mfu.peak_flops(torch.cuda.get_device_name(device), settings.precision)
-    if peak is None:
-        return None
-    seconds_per_token = flops_per_token() / peak
-    samples = settings.run.batch * settings.run.accumulate  # of one process
-    return lambda line: seconds_per_token * line["tokens_brain"] * samples / line["seconds"]
 
 
 def usual(

@@ -40,7 +40,7 @@ def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def _whole_parameter(parameter: Tensor) -> Tensor:
+def whole_parameter(parameter: Tensor) -> Tensor:
     """The whole fp32 value of a parameter that ZeRO stage 3 has spread over the processes."""
     from deepspeed.utils import safe_get_full_fp32_param
 

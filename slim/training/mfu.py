@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from slim.config import TrainSettings
+
 # Dense bf16 TFLOP/s by name of the device, from NVIDIA's data sheets; the first that fits.
 _PEAK = (
     ("H100 PCIe", 756),
@@ -28,3 +35,23 @@ def peak_flops(device: str, precision: str) -> float | None:
         return None
     words = {*device.replace("-", " ").split()}
     return next((1e12 * peak for name, peak in _PEAK if words.issuperset(name.split())), None)
+
+
+def utilisation_of(
+    settings: TrainSettings, device: torch.device, flops_per_token: Callable[[], float] | None
+) -> Callable[[dict[str, Any]], float] | None:
+    """From a line of metrics.jsonl to its model FLOPs utilisation; None where the GPU's peak is not known.
+
+    Parameters
+    ----------
+    flops_per_token : callable, optional
+        Counts the FLOPs of a step per token of brain; called only where they are needed.
+    """
+    if device.type != "cuda" or flops_per_token is None:
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(device), settings.precision)
+    if peak is None:
+        return None
+    seconds_per_token = flops_per_token() / peak
+    samples = settings.run.batch * settings.run.accumulate  # of one process
+    return lambda line: seconds_per_token * line["tokens_brain"] * samples / line["seconds"]

@@ -29,7 +29,7 @@ from slim.data import loader
 from slim.model.inputs import Batch
 from slim.training import compatibility, reshard, schedule
 from slim.training.callbacks import Callback, Start, Step
-from slim.training.engine import _whole_parameter, deepspeed_config
+from slim.training.engine import deepspeed_config, whole_parameter
 from slim.training.metrics import averages, peak_memory_bytes, spread_of
 from slim.training.optim import GuardedAdamW
 from slim.training.resume import find_checkpoint
@@ -70,7 +70,7 @@ class Trainer:
 
         self.learner = task.learner(device)
         self._groups = self.learner.groups()
-        self.full = _whole_parameter if settings.zero.stage == 3 else None
+        self.full = whole_parameter if settings.zero.stage == 3 else None
         chosen = settings.optimizer
         groups = [{"params": group.parameters} for group in self._groups]
         self._adam = GuardedAdamW(groups, lr=chosen.lr, betas=chosen.betas)

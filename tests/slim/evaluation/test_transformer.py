@@ -147,7 +147,7 @@ def test_vectors_are_those_of_the_pooling_at_the_training_places(name, model, im
         expected = list(attentive.pool(attentive.choose(fold)[0], everyone)[:, 0])
         whole = features[:4]
     else:
-        expected = [vectors.FIXED[name](item, place_L) for item in whole]
+        expected = [vectors.fixed(item, place_L, name) for item in whole]
     rows = [features.index(item) for item in whole]
     np.testing.assert_allclose(found[rows], expected, rtol=1e-5, atol=1e-5)
 

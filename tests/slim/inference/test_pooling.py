@@ -24,9 +24,9 @@ def test_poolings_are_what_their_names_say():
     item = made_up(0)
     here = item.places[[1, 3]]
     x_SLC = item.tokens[:, [1, 3]]
-    np.testing.assert_allclose(vectors.mean(item, here), x_SLC.mean((0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(vectors.location(item, here), x_SLC.mean(0).ravel(), rtol=1e-5)
-    both = vectors.mean_sd(item, here)
+    np.testing.assert_allclose(vectors.fixed(item, here, "mean"), x_SLC.mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(vectors.fixed(item, here, "location"), x_SLC.mean(0).ravel(), rtol=1e-5)
+    both = vectors.fixed(item, here, "mean+sd")
     np.testing.assert_allclose(both, np.r_[x_SLC.mean((0, 1)), x_SLC.std(0).mean(0)], rtol=1e-5)
 
 
