@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from learning.tables import Tables
-from learning.trials import LENGTHS, PARTS, RANKERS, TARGETS, VIEWS, Experiments, answer_all
-
+from launchers.experiments.tables import Tables
+from launchers.experiments.trials import LENGTHS, PARTS, RANKERS, TARGETS, VIEWS, Experiments, answer_all
 from shards.core.cli import DONE, Parser, run, summary
 from shards.core.errors import ConfigError
 from shards.core.files import dump, write_atomically

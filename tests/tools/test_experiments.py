@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from helpers.commands import Command
-from tools.learning import comparison
+from launchers.experiments import comparison
 
 TASKS = ("group", "score", "fingerprint", "state")
 

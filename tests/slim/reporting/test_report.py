@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.pages import NASTY, Reader, check_self_contained, command
+from launchers.experiments.comparison import Question
 from shards.core.errors import ConfigError
 from slim.checkpoints.checkpoint import seal, tag
 from slim.config import PRESETS, check_run, load_run
@@ -20,7 +21,6 @@ from slim.evaluation.task import Task
 from slim.finetune.labels import Answers
 from slim.finetune.task import validation_loss
 from slim.reporting import curves, run_health, run_page
-from tools.learning.comparison import Question
 
 
 def line(step: int, **changes) -> dict:

@@ -153,9 +153,9 @@ class Experiments:
         """
         import torch
 
+        from launchers.experiments import comparison
         from shards.format.reader import Dataset
         from slim.inference.slim_brain import SlimBrain
-        from tools.learning import comparison
 
         torch.set_num_threads(1)
         path = self.draws_path(trial)
@@ -175,8 +175,8 @@ class Experiments:
         comparison.save(path, comparison.encoder_draws(features, questions, poolings))
 
     def questions(self, dataset: Any, snr: float) -> list[Any]:
+        from launchers.experiments import comparison
         from slim.evaluation.task import load_task
-        from tools.learning import comparison
 
         tasks = {}
         for name in TASKS:
@@ -190,8 +190,8 @@ class Experiments:
 
     def baselines(self, snr: float) -> None:
         """Score what needs no encoder."""
+        from launchers.experiments import comparison
         from shards.format.reader import Dataset
-        from tools.learning import comparison
 
         if all(self.baseline_path(snr, name).exists() for name in BASELINES):
             return

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from learning.trials import BASELINES, OBJECTIVES, POOLINGS, RANDOM, TASKS, Experiments, Trial, Variant
+from launchers.experiments.trials import BASELINES, OBJECTIVES, POOLINGS, RANDOM, TASKS, Experiments, Trial, Variant
 from slim.evaluation import metrics
 
 _TYPES = ("classification", "regression", "fingerprint", "state")
@@ -44,7 +44,7 @@ class Tables:
 
     def draws(self, variant: str, snr: float, random: str = "", seeds: int | None = None) -> list[dict[str, Any]]:
         """Of each seed of a variant that is there; of random weights in its place, see `evaluate`."""
-        from tools.learning import comparison
+        from launchers.experiments import comparison
 
         paths = [self.work.draws_path(t) for t in self.trials if (t.variant.name, t.snr) == (variant, snr)][:seeds]
         if random:
@@ -53,20 +53,20 @@ class Tables:
 
     def scores(self, variant: str, snr: float, random: str = "", seeds: int | None = None) -> dict[str, Any] | None:
         """Mean scores of a variant over its seeds, by task."""
-        from tools.learning import comparison
+        from launchers.experiments import comparison
 
         found = self.draws(variant, snr, random, seeds)
         return comparison.summarise(found) if found else None
 
     def baseline_draws(self, name: str, snr: float) -> list[dict[str, Any]]:
         """Of a baseline, if it is there."""
-        from tools.learning import comparison
+        from launchers.experiments import comparison
 
         path = self.work.baseline_path(snr, name)
         return [comparison.load(path)] if path.exists() else []
 
     def baseline(self, name: str, snr: float) -> dict[str, Any] | None:
-        from tools.learning import comparison
+        from launchers.experiments import comparison
 
         found = self.baseline_draws(name, snr)
         return comparison.summarise(found) if found else None
@@ -126,7 +126,7 @@ class Tables:
 
     def verdict(self, snr: float) -> str:
         """What the default is better than, and on which tasks: by intervals that lie apart, and by differences."""
-        from tools.learning import comparison
+        from launchers.experiments import comparison
 
         ours = self.draws("default", snr)
         rivals = {words: self.draws("default", snr, random) for random, words in RANDOM.items()}
