@@ -11,6 +11,7 @@ all else that a pretraining configuration says of data, optimizer, precision, ze
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from launchers import finetuning, local
@@ -29,13 +30,13 @@ def main() -> int:
     method = finetuning.open_call(args, train)  # what is wrong with the call is told before anything is trained
 
     from slim.checkpoints.seen import Person
-    from slim.evaluation import probe
+    from slim.evaluation import display, probe
     from slim.finetune.method import SCRATCH
 
     task, name, step = method.task, method.name, method.ours.step
     report = finetuning.report_of(method, args)
     seen = set[Person]() if name == SCRATCH else method.ours.seen_people(method.dataset)
-    found, _ = probe.run_task(task, method.cases, {name: method}, args.task)
+    found = probe.run_task(task, method.cases, {name: method}, args.task)
     facts = {
         "run": str(args.run),
         "data": args.data,
@@ -46,17 +47,18 @@ def main() -> int:
             mode="json", include={"head", "optimizer", "run", "zero", "precision"}
         ),
     }
-    about = probe.task_facts(task, method.cases, method.splits) | {name: facts}
-    whole = probe.write_report(report, {task.name: {name: found[name]}}, {task.name: about})
-    results, about = whole["tasks"][task.name], whole["facts"][task.name]
-    _table(task.name, results, about)
+    about = probe.task_facts(task, method.cases, method.splits).with_facts(**{name: facts})
+    whole = probe.write_report(report, [replace(found, facts=about)])
+    result, tree = whole.results[task.name], whole.tree()
+    title = f"{task.name}: {result.facts.test_subjects} test subjects in each division"
+    display.print_table(result, title, compared=False)
     summary(
         {
             "report": str(report / PROBE),
             "runs": str(method.folder),
             "best_steps": ", ".join(str(one["best_step"]) for one in method.runs),
-            "tasks": {task.name: results},
-            "facts": {task.name: about},
+            "tasks": {task.name: tree["tasks"][task.name]},
+            "facts": {task.name: tree["facts"][task.name]},
         },
         "" if args.from_scratch else "the same with --from-scratch tells what pretraining adds",
         args.json,
@@ -75,27 +77,6 @@ def train(settings: Any) -> None:
             f"by {result['stopped']} at step {result['step']} of {result['steps']} of {settings.run.out}; "
             "the same command continues from there"
         )
-
-
-def _table(name: str, results: dict[str, Any], facts: dict[str, Any]) -> None:
-    """All methods of the task, those of probe.py among them."""
-    from rich.console import Console
-    from rich.table import Table
-
-    def cell(score: dict[str, float | None]) -> str:
-        text = ["n/a" if score[part] is None else f"{score[part]:.3f}" for part in ("value", "low", "high")]
-        return rf"{text[0]} \[{text[1]}, {text[2]}]"
-
-    table = Table(title=f"{name}: {facts['test_subjects']} test subjects in each division", title_justify="left")
-    metrics = list(next(iter(results.values())))
-    for column in ("method", *metrics):
-        table.add_column(column.replace("_", " "), no_wrap=True)
-    for method, scores in results.items():
-        table.add_row(method.replace("_", " "), *[cell(scores[metric]) for metric in metrics])
-    console = Console()
-    if not console.is_terminal:
-        console.width = 130  # a log file has no width of its own
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ another task adds to the same report.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shards.core.cli import DONE, Parser, progress, run, summary
 from shards.core.errors import ConfigError
@@ -22,6 +23,7 @@ from slim.evaluation.splits import Split
 from slim.evaluation.task import Cases, Task, find_cases, load_task, make_splits
 
 if TYPE_CHECKING:
+    from slim.evaluation.results import TaskResult
     from slim.inference.slim_brain import SlimBrain
 
 
@@ -114,25 +116,25 @@ def main() -> int:
                 score(task, case, split, name, method)
             advance(1, task.name)
 
-    results: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
+    results: list[TaskResult] = []
     seen = _seen(trained, dataset)
     for task, case, split in asked:
-        results[task.name], facts[task.name] = probe.summarise(task, case, split, scored[task.name])
-        facts[task.name] |= {
-            "run": args.runs[0],
-            "runs": args.runs,
-            "random_seeds": seeds[: args.random_seeds],
-            "data": str(args.data),
-            "step": ours.step,
-            "weights": ours.made["weights"],
-            "subjects_seen_in_pretraining": None if seen is None else len(seen.intersection(case.subjects)),
-        }
-    report = probe.write_report(out, results, facts)
-    for task in tasks:
-        _table(task.name, results[task.name], facts[task.name])
+        result = probe.summarise(task, case, split, scored[task.name])
+        facts = result.facts.with_facts(
+            run=args.runs[0],
+            runs=args.runs,
+            random_seeds=seeds[: args.random_seeds],
+            data=str(args.data),
+            step=ours.step,
+            weights=ours.made["weights"],
+            subjects_seen_in_pretraining=None if seen is None else len(seen.intersection(case.subjects)),
+        )
+        results.append(replace(result, facts=facts))
+    report = probe.write_report(out, results)
+    for result in results:
+        _print(result)
     summary(
-        {"report": str(out / PROBE), "step": ours.step, **report},
+        {"report": str(out / PROBE), "step": ours.step, **report.tree()},
         f"look at {out / (tasks[0].name + '.png')}",
         args.json,
     )
@@ -161,41 +163,19 @@ def _seen(models: list[SlimBrain], dataset: Dataset) -> set[Person] | None:
     return everybody
 
 
-def _table(name: str, results: dict[str, Any], facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _print(result: TaskResult) -> None:
+    from slim.evaluation import display
 
-    def cell(score: dict[str, Any]) -> str:
-        parts = ("value", "low", "high")
-        text = {part: "n/a" if score[part] is None else f"{score[part]:.3f}" for part in parts}
-        return f"{text['value']} [{text['low']}, {text['high']}]".replace("[", r"\[")
-
-    table = Table(
-        title=f"{name}: {facts['sessions']} sessions, {facts['test_subjects']} test subjects, "
-        f"{facts['pooling']} pooling",
-        title_justify="left",
-    )
-    metrics = list(results["ours"])
-    for column in ("method", *metrics):
-        table.add_column(column.replace("_", " "), no_wrap=True)
-    for method, scores in results.items():
-        table.add_row(method.replace("_", " "), *[cell(scores[metric]) for metric in metrics])
-    table.add_section()
-    for method, scores in facts["differences"].items():
-        table.add_row(f"ours - {method}", *[cell(scores[metric]) for metric in metrics])
-    if "chance" in facts:
-        table.add_row("chance", *[f"{facts['chance'][metric]:.3f}" for metric in metrics])
-    console = Console()
-    if not console.is_terminal:
-        console.width = 130  # a log file has no width of its own
-    console.print(table)
-    for reason, count in facts["left_out"].items():
+    facts = result.facts
+    about = f"{facts.sessions} sessions, {facts.test_subjects} test subjects, {facts.pooling} pooling"
+    display.print_table(result, f"{result.name}: {about}")
+    for reason, count in facts.left_out.items():
         print(f"  {count} sessions left out: {reason}")
-    seen = facts["subjects_seen_in_pretraining"]
-    if seen is None:
+    if facts.subjects_seen_in_pretraining is None:
         print("  it is not known who was seen in pretraining: version 0.1 did not write it down")
     else:
-        print(f"  {seen} of {facts['subjects']} subjects were seen in pretraining, without labels")
+        seen = facts.subjects_seen_in_pretraining
+        print(f"  {seen} of {facts.subjects} subjects were seen in pretraining, without labels")
 
 
 if __name__ == "__main__":

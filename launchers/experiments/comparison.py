@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ import torch
 from shards.core.files import atomically
 from shards.format.reader import Dataset
 from slim.evaluation import metrics, probe
+from slim.evaluation.results import Estimate
 from slim.evaluation.task import Cases, Task, find_cases, make_splits
 from slim.inference.slim_brain import Features, SlimBrain
 
@@ -106,16 +106,13 @@ def load(path: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def summarise(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
+def summarise(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Estimate]:
     """Mean over seeds of each task's score, its 95 % interval over subjects, and the score of every seed.
 
     What not all seeds were asked is left out.
     """
     return {
-        name: {
-            **metrics.interval(np.mean([draws[name] for draws in seeds], axis=0)),
-            "seeds": [float(draws[name][0]) for draws in seeds],
-        }
+        name: Estimate.of_draws(*[draws[name] for draws in seeds])
         for name in seeds[0]
         if all(name in draws for draws in seeds)
     }
@@ -123,7 +120,7 @@ def summarise(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, dict[str, 
 
 def differences(
     ours: Sequence[Mapping[str, np.ndarray]], theirs: Sequence[Mapping[str, np.ndarray]]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Estimate]:
     """Ours less theirs, each the mean over its seeds, with 95 % intervals: both are scored on the same draws of people.
 
     Of the tasks that all of them were asked.
@@ -134,9 +131,4 @@ def differences(
     def mean(seeds: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndarray:
         return np.mean([draws[name] for draws in seeds], axis=0)
 
-    return {name: metrics.interval(mean(ours, name) - mean(theirs, name)) for name in names}
-
-
-def apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the first is better and the intervals do not overlap."""
-    return bool(one["low"] > other["high"])
+    return {name: Estimate.of_draws(mean(ours, name) - mean(theirs, name)) for name in names}

@@ -8,20 +8,24 @@ import numpy as np
 
 from launchers.experiments.trials import BASELINES, OBJECTIVES, POOLINGS, RANDOM, TASKS, Experiments, Trial, Variant
 from slim.evaluation import metrics
+from slim.evaluation.results import Estimate
 
 _TYPES = ("classification", "regression", "fingerprint", "state")
 HEAD = [*(f"{task}, {metrics.words(metrics.HEADLINE[kind])}" for task, kind in zip(TASKS, _TYPES, strict=True)), "rank"]
 
 
-def cell(score: dict[str, Any]) -> str:
-    spread = f" ±{np.std(score['seeds']):.2f}".replace("0.", ".") if len(score["seeds"]) > 1 else ""
-    return f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]".replace("0.", ".") + spread
+def cell(score: Estimate) -> str:
+    seeds = [seed for seed in score.seeds or () if seed is not None]
+    spread = f" ±{np.std(seeds):.2f}".replace("0.", ".") if len(seeds) > 1 else ""
+    low, high = score.interval or (np.nan, np.nan)
+    return f"{score.value:.2f} [{low:.2f}, {high:.2f}]".replace("0.", ".") + spread
 
 
-def gap(score: dict[str, Any]) -> str:
+def gap(score: Estimate) -> str:
     """A difference and its interval, bold where that does not hold 0."""
-    text = f"{score['value']:+.3f} [{score['low']:+.3f}, {score['high']:+.3f}]".replace("0.", ".")
-    return f"**{text}**" if score["low"] > 0 or score["high"] < 0 else text
+    low, high = score.interval or (np.nan, np.nan)
+    text = f"{score.value:+.3f} [{low:+.3f}, {high:+.3f}]".replace("0.", ".")
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -51,7 +55,9 @@ class Tables:
             paths = [path.with_name(f"{random}-{path.name}") for path in paths]
         return [comparison.load(path) for path in paths if path.exists()]
 
-    def scores(self, variant: str, snr: float, random: str = "", seeds: int | None = None) -> dict[str, Any] | None:
+    def scores(
+        self, variant: str, snr: float, random: str = "", seeds: int | None = None
+    ) -> dict[str, Estimate] | None:
         """Mean scores of a variant over its seeds, by task."""
         from launchers.experiments import comparison
 
@@ -65,7 +71,7 @@ class Tables:
         path = self.work.baseline_path(snr, name)
         return [comparison.load(path)] if path.exists() else []
 
-    def baseline(self, name: str, snr: float) -> dict[str, Any] | None:
+    def baseline(self, name: str, snr: float) -> dict[str, Estimate] | None:
         from launchers.experiments import comparison
 
         found = self.baseline_draws(name, snr)
@@ -75,11 +81,13 @@ class Tables:
         found = [self.work.rank(t) for t in self.trials if (t.variant.name, t.snr) == (variant, snr)]
         return f"{np.mean(found):.0f}" if found else ""
 
-    def row(self, words: str, scores: dict[str, Any] | None, rank: str, snr: float) -> list[list[str]]:
+    def row(self, words: str, scores: dict[str, Estimate] | None, rank: str, snr: float) -> list[list[str]]:
         """A row of a table; none where nothing is there."""
         if scores is None:
             return []
-        self.results.setdefault(f"snr {snr:g}", {})[words] = scores
+        self.results.setdefault(f"snr {snr:g}", {})[words] = {
+            name: one.tree() | {"seeds": list(one.seeds or ())} for name, one in scores.items()
+        }
         names = [f"synthetic_{task}" for task in TASKS]
         return [[words, *[cell(scores[name]) if name in scores else "" for name in names], rank]]
 
@@ -89,7 +97,7 @@ class Tables:
         if scores is None:
             return []
         (row,) = self.row(words, scores, "" if random else self.ranks(variant, snr), snr)
-        count = len(next(iter(scores.values()))["seeds"])
+        count = len(next(iter(scores.values())).seeds or ())
         return [row if count == wanted else [f"{words} ({count} of {wanted} seeds)", *row[1:]]]
 
     def main(self, snr: float) -> str:
@@ -137,9 +145,9 @@ class Tables:
             if not ours or not theirs or scores is None:
                 continue
             other, less = comparison.summarise(theirs), comparison.differences(ours, theirs)
-            better = [t for t in TASKS if (n := f"synthetic_{t}") in other and comparison.apart(scores[n], other[n])]
+            better = [t for t in TASKS if (n := f"synthetic_{t}") in other and scores[n].better_than(other[n])]
             self.results[f"snr {snr:g}"][f"better than {words}, intervals apart"] = better
-            self.results[f"snr {snr:g}"][f"default less {words}"] = less
+            self.results[f"snr {snr:g}"][f"default less {words}"] = {name: one.tree() for name, one in less.items()}
             names = [f"synthetic_{task}" for task in TASKS]
             rows.append([words, *[gap(less[name]) if name in less else "" for name in names], ", ".join(better)])
         if not rows:

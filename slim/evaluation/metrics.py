@@ -10,14 +10,14 @@ equal values; K classes; N sessions; P features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 SMALLER_IS_BETTER = ("mse",)
 # The one metric that a task is judged by, on the page of a run as in tables, by type of the task.
 HEADLINE = {"classification": "auroc", "regression": "r", "fingerprint": "map", "state": "accuracy"}
-_GUESSED = {"auroc": 0.5, "r": 0.0, "r2": 0.0, "mse": 1.0}
+# What guessing scores, whatever the data.
+GUESSED = {"auroc": 0.5, "r": 0.0, "r2": 0.0, "mse": 1.0}
 _WORDS = {"auroc": "AUROC", "map": "mAP", "top1": "top-1", "r2": "R²", "mse": "MSE", "f1": "F1"}
 _BLOCK = 2**21  # weights that are held at a time, 16 MB
 
@@ -25,28 +25,6 @@ _BLOCK = 2**21  # weights that are held at a time, 16 MB
 def words(metric: str) -> str:
     """How a metric is written; of errors, that lower is better."""
     return _WORDS.get(metric, metric.replace("_", " ")) + (" (lower is better)" if metric in SMALLER_IS_BETTER else "")
-
-
-def chance(facts: Mapping[str, Any], metric: str) -> float | None:
-    """What guessing scores; None where that depends on the data, or is not known.
-
-    Parameters
-    ----------
-    facts : mapping
-        Of the task, as a report has them: `type`, `classes`, and of a fingerprint `chance`.
-    metric : str
-    """
-    told = (facts.get("chance") or {}).get(metric)
-    if told is not None or facts.get("type") == "fingerprint":
-        return told
-    if metric == "balanced_accuracy" and facts.get("classes"):
-        return 1 / len(facts["classes"])
-    return _GUESSED.get(metric)
-
-
-def levels(facts: Mapping[str, Any], metrics: Iterable[str]) -> dict[str, float]:
-    """`chance` of those metrics that have one."""
-    return {metric: level for metric in metrics if (level := chance(facts, metric)) is not None}
 
 
 def caption(line: str, metrics: Sequence[str], levels: Mapping[str, float]) -> str:
@@ -120,16 +98,6 @@ def permuted(
     """
     found = [{name: value_D[0] for name, value_D in score(truth_U[order_U]).items()} for order_U in orders]
     return {name: np.array([each[name] for each in found]) for name in (found[0] if found else ())}
-
-
-def interval(value_D: np.ndarray) -> dict[str, float | None]:
-    """Score and its 95 % percentile interval; draws that leave it undefined (no such class) do not count."""
-    known = value_D[1:][np.isfinite(value_D[1:])]
-    low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (np.nan, np.nan)
-    return {
-        name: float(value) if np.isfinite(value) else None
-        for name, value in (("value", value_D[0]), ("low", low), ("high", high))
-    }
 
 
 def classification(

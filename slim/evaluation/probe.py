@@ -17,7 +17,7 @@ classes or 1; D the score and its draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,20 +25,18 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from shards.core.files import dump, write_atomically
 from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import PROBE
 from slim.evaluation import baselines as baseline
-from slim.evaluation import metrics, results
+from slim.evaluation import display, metrics
 from slim.evaluation.attentive import Attentive
 from slim.evaluation.linear import Linear
+from slim.evaluation.results import OURS, Estimate, Estimates, Report, TaskFacts, TaskResult, averaged
 from slim.evaluation.splits import Fold, Split
 from slim.evaluation.task import Cases, Task, make_splits
 from slim.inference.slim_brain import Features
 from slim.inference.vectors import common_places, pool, windows
 
-OURS = "ours"
-_QUESTION = ("type", "label", "split", "subjects", "test_subjects")  # facts that say what was asked of whom
 # Methods whose paired difference to ours is reported.
 COMPARED = ("random", "connectome", "connectome_kept", "parcel_means")
 
@@ -165,7 +163,7 @@ def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], metho
         orders = metrics.shuffles(group_U, task.permutations, seed)
         measure = _measure(task, guess_UK, np.ones((1, len(tested))), number_U)
         shuffled.append(metrics.permuted(measure, truth_U, orders))
-    return _mean(scores), _mean(shuffled)
+    return averaged(scores), averaged(shuffled)
 
 
 def _measure(
@@ -176,10 +174,6 @@ def _measure(
         weight_DU = weight_DS[:, number_U]
         return lambda truth_U: metrics.regression(truth_U, guess_UK[:, 0], weight_DU)
     return metrics.Classification(guess_UK, weight_DS, number_U)
-
-
-def _mean(scores: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.mean([each[name] for each in scores], axis=0) for name in (scores[0] if scores else ())}
 
 
 def baselines(task: Task, cases: Cases, dataset: Dataset) -> dict[str, Method]:
@@ -241,9 +235,7 @@ def _fixed(vector_NP: np.ndarray) -> Linear:
     return Linear(lambda train: vector_NP)
 
 
-def run_task(
-    task: Task, cases: Cases, methods: Mapping[str, Method], where: str | Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_task(task: Task, cases: Cases, methods: Mapping[str, Method], where: str | Path) -> TaskResult:
     """All methods on one task, `ours` among them: `score_and_permute`, then `summarise`."""
     splits = make_splits(task, cases, where)
     each = {name: [score_and_permute(task, cases, splits, method)] for name, method in methods.items()}
@@ -252,7 +244,7 @@ def run_task(
 
 def summarise(
     task: Task, cases: Cases, splits: list[list[Split]], scored: Mapping[str, Sequence[Scores]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> TaskResult:
     """What a report says of one task.
 
     Parameters
@@ -261,35 +253,27 @@ def summarise(
     scored : mapping of method to one Scores a training seed
         Those of several seeds are averaged draw by draw: an interval is then that of the recipe's mean score over
         which subjects were tested.
-
-    Returns
-    -------
-    results, facts : dict
-        `results[method][metric]` is {"value", "low", "high", "p"}, the 95 % interval over subjects and the p of a
-        permutation test, and of several seeds {"seeds"}, the score of each; `facts` says what was done, with
-        `differences[method][metric]` of ours minus that method, on the same draws.
     """
-    scores: dict[str, dict[str, np.ndarray]] = {}
-    results: dict[str, dict[str, dict[str, Any]]] = {}
+    means: dict[str, dict[str, np.ndarray]] = {}
+    estimates: Estimates = {}
     for name, each in scored.items():
-        scores[name], shuffled = (_mean([found[part] for found in each]) for part in (0, 1))
-        results[name] = {
-            metric: {**metrics.interval(value_D), "p": metrics.p_value(metric, value_D[0], shuffled[metric])}
-            for metric, value_D in scores[name].items()
+        means[name], shuffled = (averaged([found[part] for found in each]) for part in (0, 1))
+        estimates[name] = {
+            metric: Estimate.of_draws(
+                *[found[metric] for found, _ in each], p=metrics.p_value(metric, mean_D[0], shuffled[metric])
+            )
+            for metric, mean_D in means[name].items()
         }
-        if len(each) > 1:
-            for metric, result in results[name].items():
-                result["seeds"] = [float(found[metric][0]) for found, _ in each]
-    return results, task_facts(task, cases, splits) | {
-        "differences": {
-            name: {metric: metrics.interval(scores[OURS][metric] - value_D) for metric, value_D in scores[name].items()}
-            for name in COMPARED
-            if name in scores
-        }
+    differences = {
+        name: {metric: Estimate.of_draws(means[OURS][metric] - mean_D) for metric, mean_D in means[name].items()}
+        for name in COMPARED
+        if name in means and OURS in means
     }
+    facts = task_facts(task, cases, splits).with_facts(differences=differences)
+    return TaskResult(name=task.name, estimates=estimates, facts=facts)
 
 
-def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> dict[str, Any]:
+def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts:
     """What was asked, of whom and how: the part of a report that all methods share."""
     tested = np.unique(np.concatenate([cases.subject_N[split.test] for split in splits[0]]))
     facts: dict[str, Any] = {
@@ -314,83 +298,21 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> dict[str,
         facts["classes"] = {name: int((cases.truth_S[tested] == k).sum()) for k, name in enumerate(cases.classes)}
     if task.type == "fingerprint":
         facts["chance"] = metrics.fingerprint_chance(cases.subject_N[splits[0][0].test])
-    return facts
+    return TaskFacts.model_validate(facts)
 
 
-def write_report(folder: Path, tasks: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def write_report(folder: Path, results: Iterable[TaskResult]) -> Report:
     """Put these tasks into `folder/report.json`, beside those that are there, and draw `folder/NAME.png`.
-
-    Methods that answered the same task of the same subjects before stay, unless they are among the new ones.
-
-    Returns
-    -------
-    dict
-        The whole report: {"tasks": {name: results}, "facts": {name: facts}}.
 
     Raises
     ------
     ConfigError
         If the file there is no such report.
     """
-    report = read_report(folder)
-    for name, scores in tasks.items():
-        before = report["facts"].get(name)
-        if before is not None and name in report["tasks"] and differs(before, facts[name]) is None:
-            scores, about = report["tasks"][name] | scores, before | facts[name]
-        else:
-            about = facts[name]
-        report["tasks"][name], report["facts"][name] = scores, about
-        folder.mkdir(parents=True, exist_ok=True)
-        plot(name, scores, about, folder / f"{name}.png")
-    write_atomically(folder / PROBE, dump(report) + "\n")
+    report = Report.read(folder / PROBE)
+    folder.mkdir(parents=True, exist_ok=True)
+    for result in results:
+        whole = report.add(result)
+        display.save_forest(whole, folder / f"{whole.name}.png")
+    report.write(folder)
     return report
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """The report in a folder, an empty one where there is none; ConfigError if the file is something else."""
-    path = folder / PROBE
-    if not path.exists():
-        return {"tasks": {}, "facts": {}}
-    return results.read(path)
-
-
-def differs(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """The first fact by which two tasks are not the same question to the same subjects, if there is one."""
-    pairs = ((name, dump(one.get(name)), dump(other.get(name))) for name in _QUESTION)
-    return next((name for name, mine, theirs in pairs if mine != theirs), None)
-
-
-def plot(name: str, results: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
-    """One panel a metric, as a PNG: a point and its interval for each method; dotted, chance where it is known."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    methods, names = list(results), list(next(iter(results.values())))
-    figure = Figure(figsize=(1.4 + 2.5 * len(names), 1.5 + 0.36 * len(methods)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    levels = metrics.levels(facts, names)
-    for axis, metric in zip(panels, names, strict=True):
-        for row, method in enumerate(methods):
-            value = results[method][metric]
-            colour = "tab:blue" if method == OURS else "0.35"
-            if value["low"] is not None:
-                axis.plot([value["low"], value["high"]], [row, row], color=colour, lw=2)
-            if value["value"] is not None:
-                axis.plot(value["value"], row, "o", color=colour, ms=6)
-        if metric in levels:
-            axis.axvline(levels[metric], color="tab:red", ls=":", lw=1)
-        axis.set_title(metrics.words(metric), fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.tick_params(axis="y", length=0)
-        axis.grid(axis="x", color="0.9")
-        axis.spines[["top", "right", "left"]].set_visible(False)
-    panels[0].set_yticks(range(len(methods)), [method.replace("_", " ") for method in methods])
-    panels[0].set_ylim(len(methods) - 0.5, -0.5)
-    dotted = metrics.caption("dotted", names, levels)
-    figure.suptitle(
-        f"{name}: {facts['test_subjects']} test subjects, {facts['pooling']} pooling, "
-        f"95 % intervals over subjects{'; ' if dotted else ''}{dotted}",
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=130)

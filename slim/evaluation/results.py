@@ -1,98 +1,326 @@
-"""The report of probes as it stands in a file: its parts are checked before they are added to or shown.
+"""What was found of a task: scores with their intervals, and the report that keeps them.
 
-It may hold more: other versions add facts, and what is no method or metric is not shown.
+    FOLDER/report.json    {"tasks": {NAME: {METHOD: {METRIC: {"value", "low", "high", "p"}}}}, "facts": {NAME: {...}}}
+
+Its parts are checked before they are added to or shown. It may hold more: other versions add facts, and what is no
+method or metric is not shown.
+
+Legend: D the score and its bootstrap draws.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from shards.core.errors import ConfigError
-from shards.core.files import trouble
+from shards.core.files import dump, trouble, write_atomically
 from shards.core.settings import check
+from slim.checkpoints.run_folder import PROBE
+from slim.evaluation import metrics
 
+OURS = "ours"
 Number = Annotated[float, Field(strict=True, ge=-1e12, le=1e12)]
 # A name stands in a picture, whose text has a syntax of its own.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.()+-]{0,79}$")]
 Count = Annotated[StrictInt, Field(ge=0, le=10**12)]
 _MOST = 100  # methods of a task, metrics of a method
+_QUESTION = ("type", "label", "split", "subjects", "test_subjects")  # facts that say what was asked of whom
+# What a task is judged by whose report does not tell its type, or lacks the metric of it: the first that it has.
+_ELSE = ("auroc", "r", "map", "balanced_accuracy", "accuracy")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class Estimate(BaseModel):
+    """A score and what is known of its error.
 
+    Attributes
+    ----------
+    value : float or None
+        None where it is undefined.
+    low, high : float or None
+        Ends of the 95 % interval over subjects.
+    p : float or None
+        Of a permutation test.
+    seeds : tuple of float, optional
+        Score of each training seed whose mean `value` is.
+    """
 
-class _Cell(_Part):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
     value: Number | None
     low: Number | None = None
     high: Number | None = None
     p: Number | None = None
+    seeds: tuple[float | None, ...] | None = None
 
     @model_validator(mode="after")
-    def _has_both_ends(self) -> _Cell:
+    def _has_both_ends(self) -> Estimate:
         if (self.low is None) != (self.high is None):
             raise ValueError("both ends of an interval, or none")
         return self
 
+    @classmethod
+    def of_draws(cls, *seeds_D: np.ndarray, **more: Any) -> Estimate:
+        """The mean over training seeds, draw by draw, and its 95 % percentile interval.
 
-Cells = dict[Name, Annotated[dict[Name, _Cell], Field(max_length=_MOST)]]
+        The interval is that of the recipe's mean score over which subjects were tested. Draws that leave the score
+        undefined (no such class) do not count.
+
+        Parameters
+        ----------
+        *seeds_D : float array
+            Of each seed the score, then its bootstrap draws; all on the same draws of subjects.
+        **more
+            Other fields.
+        """
+        value_D = np.mean(seeds_D, axis=0)
+        known = value_D[1:][np.isfinite(value_D[1:])]
+        low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (np.nan, np.nan)
+        seeds = tuple(_finite(seed_D[0]) for seed_D in seeds_D)
+        # scores beyond `Number` are written as they are
+        return cls.model_construct(value=_finite(value_D[0]), low=_finite(low), high=_finite(high), seeds=seeds, **more)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Both ends; None where there is no interval."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    def better_than(self, other: Estimate) -> bool | None:
+        """Whether it is higher and the intervals do not overlap; None where one has no interval."""
+        if self.interval is None or other.interval is None:
+            return None
+        return self.interval[0] > other.interval[1]
+
+    def tree(self) -> dict[str, Any]:
+        """For JSON: the fields that were given, and the seeds where there are several."""
+        one_seed = self.seeds is None or len(self.seeds) < 2
+        return self.model_dump(mode="json", exclude_unset=True, exclude={"seeds"} if one_seed else None)
 
 
-class _Split(_Part):
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+Estimates = dict[Name, Annotated[dict[Name, Estimate], Field(max_length=_MOST)]]  # method to metric to estimate
+
+
+class SplitFacts(BaseModel):
+    """How subjects were divided, as far as it is shown."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
     kind: StrictStr | None = None
     folds: Count | None = None
     repeats: Count | None = None
 
     @model_validator(mode="after")
-    def _is_counted(self) -> _Split:
+    def _is_counted(self) -> SplitFacts:
         if self.kind == "folds" and (self.folds is None or self.repeats is None):
             raise ValueError("folds and repeats of a split by folds")
         return self
 
 
-class _Facts(_Part):
+class TaskFacts(BaseModel):
+    """What was asked, of whom and how. It may hold more, such as what was done for one method."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
     type: StrictStr | None = None
     label: StrictStr | None = None
     pooling: StrictStr | None = None
-    split: _Split | None = None
+    split: SplitFacts | None = None
+    sessions: Count | None = None
     subjects: Count | None = None
     test_subjects: Count | None = None
     subjects_seen_in_pretraining: Count | None = None
+    left_out: dict[str, Count] = {}
     seeds: list[Any] | StrictInt | None = None
     classes: dict[str, Any] | list[Any] | None = None
     chance: dict[str, Number | None] | None = None
-    differences: Annotated[Cells, Field(max_length=_MOST)] = {}
+    differences: Annotated[Estimates, Field(max_length=_MOST)] = {}
+
+    def tree(self) -> dict[str, Any]:
+        """For JSON: the fields that were given."""
+        found = self.model_dump(mode="json", exclude_unset=True)
+        if "differences" in found:
+            found["differences"] = _trees(self.differences)
+        return found
+
+    def with_facts(self, **more: Any) -> TaskFacts:
+        """These and more."""
+        return TaskFacts.model_validate({**self.tree(), **more})
+
+    def says_unknown(self, fact: str) -> bool:
+        """Whether a fact is there and says that it is not known."""
+        return fact in self.model_fields_set and getattr(self, fact) is None
+
+    def chance_of(self, metric: str) -> float | None:
+        """What guessing scores; None where that depends on the data, or is not known."""
+        told = (self.chance or {}).get(metric)
+        if told is not None or self.type == "fingerprint":
+            return told
+        if metric == "balanced_accuracy" and self.classes:
+            return 1 / len(self.classes)
+        return metrics.GUESSED.get(metric)
 
 
-class _Report(_Part):
-    tasks: dict[str, Annotated[Cells, Field(max_length=_MOST)]]
-    facts: dict[str, _Facts] = {}
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One task: the scores of all methods, and what was done.
 
-
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The `tasks` and `facts` of a report as they stand in the file.
-
-    Raises
-    ------
-    ConfigError
-        If the file is no report.
+    Attributes
+    ----------
+    name : str
+    estimates : dict of method to dict of metric to Estimate
+    facts : TaskFacts
+        With `differences`, of this encoder minus a method, on the same draws of subjects.
     """
-    hint = "Move it away, or run the probe again"
-    if found := trouble(path):
-        raise ConfigError(path, "", found.got, "a report.json that probe.py wrote", found.hint)
-    try:
-        report = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        got = f"what cannot be read ({type(error).__name__}: {error})"
-        raise ConfigError(path, "", got, "a report.json that probe.py wrote", hint) from None
-    if not isinstance(report, dict) or not isinstance(report.get("tasks"), dict):
-        raise ConfigError(path, "", "no report of probes", "a report.json that probe.py wrote", hint)
-    check(_Report, {**report, "tasks": {name: _measured(task) for name, task in report["tasks"].items()}}, path)
-    return {part: dict(report.get(part) or {}) for part in ("tasks", "facts")}
+
+    name: str
+    estimates: Estimates
+    facts: TaskFacts
+
+    @property
+    def metrics(self) -> list[str]:
+        """Of all methods, in the order they are met."""
+        return list(dict.fromkeys(metric for mine in self.estimates.values() for metric in mine))
+
+    @property
+    def judged_by(self) -> str | None:
+        """The metric of the task's type, as in all tables: see `slim.evaluation.metrics.HEADLINE`."""
+        usual = metrics.HEADLINE.get(str(self.facts.type))
+        return next((metric for metric in (usual, *_ELSE) if metric and self.estimate(OURS, metric)), None)
+
+    @property
+    def levels(self) -> dict[str, float]:
+        """What guessing scores, of those metrics where it is known."""
+        return {metric: level for metric in self.metrics if (level := self.facts.chance_of(metric)) is not None}
+
+    def estimate(self, method: str, metric: str) -> Estimate | None:
+        """That of a method; None where it is not there or undefined."""
+        found = self.estimates.get(method, {}).get(metric)
+        return found if found is not None and found.value is not None else None
+
+    def compare(self, method: str, mine: str = OURS) -> int | None:
+        """1 where `mine` is better than a method, -1 where it is worse, 0 where neither is clearly better.
+
+        By the paired difference where there is one, else by intervals that do not overlap. None without an answer.
+        """
+        metric = self.judged_by
+        first, second = (self.estimate(name, metric) if metric else None for name in (mine, method))
+        if metric is None or first is None or second is None:
+            return None
+        paired = self.facts.differences.get(method, {}).get(metric) if mine == OURS else None
+        if paired is not None and paired.interval is not None:
+            return int(paired.interval[0] > 0) - int(paired.interval[1] < 0)
+        better, worse = first.better_than(second), second.better_than(first)
+        return None if better is None or worse is None else int(better) - int(worse)
+
+    def only(self, methods: Iterable[str]) -> TaskResult:
+        """The same with these methods alone, in this order."""
+        return replace(self, estimates={name: self.estimates[name] for name in methods if name in self.estimates})
+
+
+def _trees(estimates: Estimates) -> dict[str, dict[str, Any]]:
+    return {name: {metric: one.tree() for metric, one in mine.items()} for name, mine in estimates.items()}
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    tasks: dict[str, Annotated[Estimates, Field(max_length=_MOST)]]
+    facts: dict[str, TaskFacts] = {}
+
+
+class Report:
+    """The report of a folder. What other versions put there is kept as it stands."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, Any] = {}
+        self._facts: dict[str, Any] = {}
+        self._results: dict[str, TaskResult] = {}
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """That in a file; an empty one where there is none.
+
+        Raises
+        ------
+        ConfigError
+            If the file is no report.
+        """
+        report = cls()
+        if not path.exists():
+            return report
+        hint = "Move it away, or run the probe again"
+        expected = "a report.json that probe.py wrote"
+        if found := trouble(path):
+            raise ConfigError(path, "", found.got, expected, found.hint)
+        try:
+            tree = json.loads(path.read_bytes().decode("utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
+            got = f"what cannot be read ({type(error).__name__}: {error})"
+            raise ConfigError(path, "", got, expected, hint) from None
+        if not isinstance(tree, dict) or not isinstance(tree.get("tasks"), dict):
+            raise ConfigError(path, "", "no report of probes", expected, hint)
+        measured = {name: _measured(task) for name, task in tree["tasks"].items()}
+        checked = check(_Checked, {**tree, "tasks": measured}, path)
+        report._tasks, report._facts = dict(tree["tasks"]), dict(tree.get("facts") or {})
+        for name, estimates in checked.tasks.items():
+            report._results[name] = TaskResult(
+                name=name, estimates=estimates, facts=checked.facts.get(name, TaskFacts())
+            )
+        return report
+
+    @property
+    def results(self) -> dict[str, TaskResult]:
+        """Of each task, by name."""
+        return {name: self._results[name] for name in sorted(self._results)}
+
+    def differs(self, name: str, facts: TaskFacts) -> tuple[str, object, object] | None:
+        """The first fact by which a task is another question, or of other subjects, than the report has it.
+
+        Returns
+        -------
+        tuple or None
+            Name of the fact, its value in `facts`, and that in the report; None where there is no such task, or
+            nothing differs.
+        """
+        if name not in self._facts:
+            return None
+        before, asked = self._facts[name], facts.tree()
+        pairs = ((fact, asked.get(fact), before.get(fact)) for fact in _QUESTION)
+        return next((found for found in pairs if dump(found[1]) != dump(found[2])), None)
+
+    def add(self, result: TaskResult) -> TaskResult:
+        """Put a task into the report; all that is now known of it.
+
+        Methods that answered the same task of the same subjects before stay, unless they are among the new ones.
+        """
+        name = result.name
+        tasks, facts = _trees(result.estimates), result.facts.tree()
+        if name in self._results and name in self._facts and self.differs(name, result.facts) is None:
+            before = self._results[name]
+            facts = self._facts[name] | facts
+            merged = TaskFacts.model_validate(facts)
+            tasks = self._tasks[name] | tasks
+            result = TaskResult(name=name, estimates={**before.estimates, **result.estimates}, facts=merged)
+        self._tasks[name], self._facts[name], self._results[name] = tasks, facts, result
+        return result
+
+    def tree(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"tasks": self._tasks, "facts": self._facts}
+
+    def write(self, folder: Path) -> None:
+        """To FOLDER/report.json."""
+        write_atomically(folder / PROBE, dump(self.tree()) + "\n")
 
 
 def _measured(task: Any) -> Any:
@@ -104,3 +332,8 @@ def _measured(task: Any) -> Any:
         name: {metric: cell for metric, cell in cells.items() if isinstance(cell, dict) and "value" in cell}
         for name, cells in methods.items()
     }
+
+
+def averaged(seeds: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Mean of each metric, draw by draw."""
+    return {name: np.mean([each[name] for each in seeds], axis=0) for name in (seeds[0] if seeds else ())}

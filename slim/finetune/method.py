@@ -23,6 +23,7 @@ from slim.checkpoints.run_folder import CHECKPOINTS, PROBE
 from slim.checkpoints.seen import Seen
 from slim.config import AnswerSettings, FinetuneSettings, renamed_assignments
 from slim.evaluation import probe
+from slim.evaluation.results import Report
 from slim.evaluation.splits import Fold, Split
 from slim.evaluation.task import Cases, Task
 from slim.finetune.labels import Answers
@@ -210,10 +211,9 @@ class Finetuned:
 
 def check_report(folder: Path, task: Task, cases: Cases, splits: list[list[Split]]) -> None:
     """ConfigError where the report in a folder asked the task otherwise: scores would not stand side by side."""
-    before = probe.read_report(folder)["facts"].get(task.name)
-    asked = probe.task_facts(task, cases, splits)
-    name = None if before is None else probe.differs(before, asked)
-    if before is not None and name is not None:
+    report = Report.read(folder / PROBE)
+    differing = report.differs(task.name, probe.task_facts(task, cases, splits))
+    if differing is not None:
+        name, asked, before = differing
         hint = "Probe again, so that all methods answer the same task, or give another --out"
-        got = f"{before.get(name)}, as in the report"
-        raise ConfigError(folder / PROBE, f"{task.name}.{name}", asked[name], got, hint)
+        raise ConfigError(folder / PROBE, f"{task.name}.{name}", asked, f"{before}, as in the report", hint)

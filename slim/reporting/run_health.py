@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from shards.core.errors import ConfigError
 from shards.core.findings import Finding, bad, good, look
 from shards.reporting import html
-from slim.evaluation import metrics, results
+from slim.evaluation import display, metrics
+from slim.evaluation.results import OURS, Estimate, Report, TaskResult
 
-Cell = dict[str, Any]  # value, low, high and p, as far as they are there
-
-_OURS = "ours"
 _METHODS = {
-    _OURS: "this run",
+    OURS: "this run",
     "finetuned": "this run, fine-tuned",
     "random": "same encoder, random weights",
     "scratch": "same encoder, trained on the task alone",
@@ -32,89 +27,26 @@ _METHODS = {
     "mean_image": "mean image",
     "confounds": "confounds alone",
 }
-# What a task is judged by whose report does not tell its type, or lacks the metric of it: the first that it has.
-_ELSE = ("auroc", "r", "map", "balanced_accuracy", "accuracy")
 
 
-@dataclass
-class Found:
-    """One task of a probe's report.
-
-    Attributes
-    ----------
-    name : of the task
-    cells : method to metric to cell, methods in the order they are shown
-    differences : the same of this run minus a method, on the same draws of subjects
-    facts : what was done
-    """
-
-    name: str
-    cells: dict[str, dict[str, Cell]]
-    differences: dict[str, dict[str, Cell]]
-    facts: dict[str, Any]
-
-    @property
-    def metrics(self) -> list[str]:
-        return list(dict.fromkeys(metric for cells in self.cells.values() for metric in cells))
-
-    @property
-    def judged_by(self) -> str | None:
-        """The metric of the task's type, as in all tables: see `slim.evaluation.metrics.HEADLINE`."""
-        usual = metrics.HEADLINE.get(str(self.facts.get("type")))
-        return next((metric for metric in (usual, *_ELSE) if metric and self.cell(_OURS, metric)), None)
-
-    def cell(self, method: str, metric: str) -> Cell | None:
-        cell = self.cells.get(method, {}).get(metric)
-        return cell if cell and cell["value"] is not None else None
-
-    def compare(self, method: str, mine: str = _OURS) -> int | None:
-        """1 where `mine` is better than a method, -1 where it is worse, 0 where neither is clearly better.
-
-        By the paired difference where there is one, else by intervals that do not overlap. None without an answer.
-        """
-        metric = self.judged_by
-        if metric is None or not self.cell(mine, metric) or not self.cell(method, metric):
-            return None
-        paired = self.differences.get(method, {}).get(metric) if mine == _OURS else None
-        if paired and paired.get("low") is not None:
-            return int(paired["low"] > 0) - int(paired["high"] < 0)
-        first, second = self.cell(mine, metric), self.cell(method, metric)
-        assert first and second
-        if first.get("low") is None or second.get("low") is None:
-            return None
-        return int(first["low"] > second["high"]) - int(first["high"] < second["low"])
-
-
-def read_tasks(path: Path) -> list[Found]:
-    """The tasks of a probe's report, by name; none where it is not there.
+def read_tasks(path: Path) -> list[TaskResult]:
+    """The tasks of a probe's report, by name, with the methods in the order they are shown; none without the file.
 
     Raises
     ------
     ConfigError
         If the file is no such report.
     """
-    if not path.is_file():
-        return []
-    report = results.read(path)
-    found = [_found(name, report["tasks"][name], report["facts"].get(name, {})) for name in sorted(report["tasks"])]
-    return [task for task in found if task.metrics]
+    found = []
+    for task in Report.read(path).results.values():
+        methods = [*_METHODS, *sorted(set(task.estimates) - set(_METHODS))]
+        shown = task.only(method for method in methods if task.estimates.get(method))
+        if shown.metrics:
+            found.append(shown)
+    return found
 
 
-def _found(name: str, task: dict[str, Any], facts: dict[str, Any]) -> Found:
-    cells = {}
-    for method in [*_METHODS, *sorted(set(task) - set(_METHODS))]:
-        mine = task.get(method)
-        kept = {
-            metric: cell
-            for metric, cell in (mine.items() if isinstance(mine, dict) else ())
-            if isinstance(cell, dict) and "value" in cell
-        }
-        if kept:
-            cells[method] = kept
-    return Found(name, cells, facts.get("differences") or {}, facts)
-
-
-def verdict(tasks: Sequence[Found]) -> list[Finding]:
+def verdict(tasks: Sequence[TaskResult]) -> list[Finding]:
     """Is it of use?"""
     found = []
     better, worse, alike = _sorted(tasks, "random")
@@ -151,12 +83,12 @@ def verdict(tasks: Sequence[Found]) -> list[Finding]:
     return found
 
 
-def _p(task: Found) -> float | None:
-    cell = task.cell(_OURS, task.judged_by) if task.judged_by else None
-    return cell.get("p") if cell else None
+def _p(task: TaskResult) -> float | None:
+    found = task.estimate(OURS, task.judged_by) if task.judged_by else None
+    return None if found is None else found.p
 
 
-def _sorted(tasks: Sequence[Found], method: str, mine: str = _OURS) -> tuple[list[str], list[str], list[str]]:
+def _sorted(tasks: Sequence[TaskResult], method: str, mine: str = OURS) -> tuple[list[str], list[str], list[str]]:
     """Names of the tasks on which `mine` is better than a method, worse, and neither."""
     signs = {task.name: task.compare(method, mine) for task in tasks}
     better, worse, alike = ([name for name, sign in signs.items() if sign == wanted] for wanted in (1, -1, 0))
@@ -167,29 +99,28 @@ def _listed(names: Sequence[str], form: str) -> str:
     return form.format(", ".join(names)) if names else ""
 
 
-def _words(cell: Cell | None, digits: int = 3) -> str:
+def _words(found: Estimate | None, digits: int = 3) -> str:
     """Value [low, high], p."""
-    if cell is None or cell["value"] is None:
+    if found is None or found.value is None:
         return "–"
-    ends = "" if cell.get("low") is None else f" [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
-    p = cell.get("p")
-    chance = "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.3f}"
-    return f"{cell['value']:.{digits}f}{ends}{chance}"
+    ends = "" if found.interval is None else " [{:.{n}f}, {:.{n}f}]".format(*found.interval, n=digits)
+    chance = "" if found.p is None else ", p < 0.001" if found.p < 0.001 else f", p = {found.p:.3f}"
+    return f"{found.value:.{digits}f}{ends}{chance}"
 
 
 def _name(method: str) -> str:
     return _METHODS.get(method, method.replace("_", " "))
 
 
-def probes(tasks: Sequence[Found]) -> list[html.Part]:
+def probes(tasks: Sequence[TaskResult]) -> list[html.Part]:
     """All tasks in one table, then each with its intervals drawn."""
     if not tasks:
         return []
     judged = [(task, metric) for task in tasks if (metric := task.judged_by) is not None]
     rows = [
-        [_name(method), *[_words(task.cell(method, metric), 2) for task, metric in judged]]
+        [_name(method), *[_words(task.estimate(method, metric), 2) for task, metric in judged]]
         for method in _METHODS
-        if any(task.cell(method, metric) for task, metric in judged)
+        if any(task.estimate(method, metric) for task, metric in judged)
     ]
     head = ["Features", *[f"{task.name}, {metrics.words(metric)}" for task, metric in judged]]
     return [
@@ -203,35 +134,36 @@ def probes(tasks: Sequence[Found]) -> list[html.Part]:
     ]
 
 
-def _about(task: Found) -> str:
+def _about(task: TaskResult) -> str:
     """What was done, as far as the report tells."""
     facts, found = task.facts, []
-    if facts.get("type"):
-        found.append(str(facts["type"]) + (f" of {facts['label']}" if facts.get("label") else ""))
-    if facts.get("test_subjects") is not None:
-        found.append(f"{facts['test_subjects']} people tested")
-    if facts.get("pooling"):
-        found.append(f"{facts['pooling']} pooling")
-    split = facts.get("split") or {}
-    if split.get("kind") == "folds":
-        found.append(f"{split['folds']} folds by person, dealt {split['repeats']} times")
-    elif split.get("kind"):
-        found.append(f"split: {split['kind']}")
-    if isinstance(facts.get("seeds"), list):
-        found.append(html.count(len(facts["seeds"]), "seed"))
-    seen = facts.get("subjects_seen_in_pretraining", 0)
-    if seen is None:
+    if facts.type:
+        found.append(facts.type + (f" of {facts.label}" if facts.label else ""))
+    if facts.test_subjects is not None:
+        found.append(f"{facts.test_subjects} people tested")
+    if facts.pooling:
+        found.append(f"{facts.pooling} pooling")
+    if facts.split is not None and facts.split.kind == "folds":
+        found.append(f"{facts.split.folds} folds by person, dealt {facts.split.repeats} times")
+    elif facts.split is not None and facts.split.kind:
+        found.append(f"split: {facts.split.kind}")
+    if isinstance(facts.seeds, list):
+        found.append(html.count(len(facts.seeds), "seed"))
+    if facts.subjects_seen_in_pretraining:
+        whom = "the" if facts.subjects is None else facts.subjects
+        found.append(f"{facts.subjects_seen_in_pretraining} of {whom} subjects seen in pretraining, without labels")
+    elif facts.says_unknown("subjects_seen_in_pretraining"):
         found.append("who was seen in pretraining is not known (version 0.1)")
-    elif seen:
-        found.append(f"{seen} of {facts.get('subjects', 'the')} subjects seen in pretraining, without labels")
     words = "; ".join(found)
     return words[0].upper() + words[1:] + "." if words else ""
 
 
-def _probe(task: Found) -> list[html.Part]:
+def _probe(task: TaskResult) -> list[html.Part]:
     names = task.metrics
-    rows = [[_name(method), *[_words(cells.get(metric)) for metric in names]] for method, cells in task.cells.items()]
-    for method, cells in task.differences.items():
+    rows = [
+        [_name(method), *[_words(cells.get(metric)) for metric in names]] for method, cells in task.estimates.items()
+    ]
+    for method, cells in task.facts.differences.items():
         rows.append([f"this run minus {_name(method)}", *[_words(cells.get(metric)) for metric in names]])
     about = _about(task)
     return [
@@ -242,30 +174,10 @@ def _probe(task: Found) -> list[html.Part]:
     ]
 
 
-def _drawn(task: Found) -> html.Picture:
+def _drawn(task: TaskResult) -> html.Picture:
     """A panel a metric, a point and its interval a method."""
-    names = task.metrics
-    width = min(11, 2.6 + 2.7 * len(names))
-    figure = Figure(figsize=(width, 0.9 + 0.34 * len(task.cells)))
-    figure.set_layout_engine("constrained", wspace=0.06)
-    grid = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    levels = metrics.levels(task.facts, names)
-    for axes, metric in zip(grid, names, strict=True):
-        for place, method in enumerate(task.cells):
-            cell = task.cell(method, metric)
-            if cell is None:
-                continue
-            colour = html.BLUE if method in (_OURS, "finetuned") else html.GREY
-            if cell.get("low") is not None:
-                axes.plot([cell["low"], cell["high"]], [place, place], color=colour, lw=2.5)
-            axes.plot(cell["value"], place, "o", color=colour, ms=7, mec="white")
-        if metric in levels:
-            axes.axvline(levels[metric], color=html.RED, lw=1, ls="--")
-        axes.set(title=metrics.words(metric), ylim=(len(task.cells) - 0.5, -0.5))
-        axes.set_yticks(range(len(task.cells)), [_name(method) for method in task.cells])
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x")
-    caption = metrics.caption("Dashed", names, levels)
+    figure = display.forest(task, _name, (OURS, "finetuned"))
+    caption = metrics.caption("Dashed", task.metrics, task.levels)
     return html.Picture.of(
         figure, f"Probe results of {task.name} with 95 % intervals", f"{caption}." if caption else ""
     )

@@ -10,6 +10,7 @@ import pytest
 
 from helpers.commands import Command
 from launchers.experiments import comparison
+from slim.evaluation.results import Estimate
 
 TASKS = ("group", "score", "fingerprint", "state")
 
@@ -31,17 +32,18 @@ def write(out: Path, name: str, value: float, spread: float = 0.01, rank: float 
 def test_seeds_are_averaged_draw_by_draw():
     draws = [{"t": np.array([0.1, 0.0, 0.4])}, {"t": np.array([0.3, 0.2, 0.0])}]
     found = comparison.summarise(draws)["t"]
-    assert found["value"] == pytest.approx(0.2) and found["seeds"] == [0.1, 0.3]
-    assert 0.1 <= found["low"] <= found["high"] <= 0.2
-    assert comparison.apart({"low": 0.5}, {"high": 0.4}) and not comparison.apart({"low": 0.4}, {"high": 0.5})
+    assert found.value == pytest.approx(0.2) and found.seeds == (0.1, 0.3)
+    assert 0.1 <= found.low <= found.high <= 0.2
+    high, low = Estimate(value=0.6, low=0.5, high=0.7), Estimate(value=0.3, low=0.2, high=0.4)
+    assert high.better_than(low) and not low.better_than(high) and not high.better_than(high)
 
 
 def test_differences_are_taken_draw_by_draw():
     ours = [{"t": np.array([0.5, 0.6, 0.7]), "u": np.zeros(3)}, {"t": np.array([0.7, 0.6, 0.7]), "u": np.zeros(3)}]
     found = comparison.differences(ours, [{"t": np.array([0.5, 0.5, 0.6])}])
     assert found.keys() == {"t"}  # the other was not asked of all
-    assert found["t"]["value"] == pytest.approx(0.1)
-    assert found["t"]["low"] == pytest.approx(0.1) == pytest.approx(found["t"]["high"])
+    assert found["t"].value == pytest.approx(0.1)
+    assert found["t"].low == pytest.approx(0.1) == pytest.approx(found["t"].high)
 
 
 @pytest.mark.parametrize(("ours", "better"), [(0.9, 4), (0.51, 0)])

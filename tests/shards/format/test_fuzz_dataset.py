@@ -23,7 +23,7 @@ from shards.core import files
 from shards.core.errors import DatasetError, SampleCorrupt
 from shards.format import layout, sample
 from shards.format.reader import Dataset
-from slim.evaluation.probe import read_report
+from slim.evaluation.results import Report
 from slim.reporting.run_health import probes, read_tasks, verdict
 
 WORDS = [
@@ -137,7 +137,7 @@ def report(folder: Path, content: bytes) -> None:
     """A report that is added to, and the same one on a page."""
     path = folder / "report.json"
     path.write_bytes(content)
-    answer(lambda: read_report(folder), len(content))
+    answer(lambda: Report.read(path), len(content))
 
     def call() -> None:
         tasks = read_tasks(path)

@@ -94,11 +94,11 @@ def test_finds_what_the_mean_hides(plant: Callable[[Features, float], None], kin
     for item, subject in zip(sessions, subject_N, strict=True):
         plant(item, 2.0 * truth_S[subject] - 1 if kind == "classification" else truth_S[subject])
     task, cases = question(kind, subject_N, truth_S)
-    results, _ = probe.run_task(task, cases, {"ours": Attentive(sessions), "random": by_mean(sessions)}, "")
+    result = probe.run_task(task, cases, {"ours": Attentive(sessions), "random": by_mean(sessions)}, "")
     if kind == "classification":
-        assert results["ours"]["auroc"]["value"] > 0.9 and results["random"]["auroc"]["value"] < 0.7
+        assert result.estimates["ours"]["auroc"].value > 0.9 and result.estimates["random"]["auroc"].value < 0.7
     else:
-        assert results["ours"]["r"]["value"] > 0.7 and results["random"]["r"]["value"] < 0.4
+        assert result.estimates["ours"]["r"].value > 0.7 and result.estimates["random"]["r"].value < 0.4
 
 
 def test_shuffled_answers_give_chance():
@@ -125,8 +125,8 @@ def test_more_than_two_classes():
     for item, answer in zip(sessions, truth_S, strict=True):
         item.tokens[:, 3, 6 + answer] += 3
     task, cases = question("classification", subject_N, truth_S)
-    results, _ = probe.run_task(task, cases, {"ours": Attentive(sessions)}, "")
-    assert results["ours"]["auroc"]["value"] > 0.9
+    result = probe.run_task(task, cases, {"ours": Attentive(sessions)}, "")
+    assert result.estimates["ours"]["auroc"].value > 0.9
 
 
 # what it is

@@ -142,10 +142,12 @@ def test_states_are_decoded_for_subjects_nobody_was_trained_on(tmp_path: Path):
     noise = rng.normal(size=(240, 30)) + rng.normal(size=(20, 30))[cases.subject_N]
     planted = noise + 4 * cases.state_N[:, None] * (np.arange(30) < 3)
     methods = {name: Linear(lambda train, x=x: x) for name, x in (("ours", planted), ("random", noise))}
-    results, facts = probe.run_task(task, cases, methods, "task.yaml")
-    assert results["ours"]["accuracy"]["value"] > 0.85 and results["ours"]["accuracy"]["p"] == 0.01
-    assert results["random"]["accuracy"]["value"] < 0.65 and results["random"]["auroc"]["p"] > 0.01
-    assert facts["windows"] == 240 and sum(facts["classes"].values()) == 12 * facts["test_subjects"]
+    result = probe.run_task(task, cases, methods, "task.yaml")
+    assert result.estimates["ours"]["accuracy"].value > 0.85 and result.estimates["ours"]["accuracy"].p == 0.01
+    assert result.estimates["random"]["accuracy"].value < 0.65 and result.estimates["random"]["auroc"].p > 0.01
+    assert (
+        result.facts.tree()["windows"] == 240 and sum(result.facts.classes.values()) == 12 * result.facts.test_subjects
+    )
 
 
 def test_windows_are_drawn_with_their_subject(tmp_path: Path):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from slim.evaluation import metrics
+from slim.evaluation.results import Estimate
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -105,16 +106,16 @@ def test_intervals_cover():
         right = rng.random(60) < 0.7
         probability = np.eye(2)[np.where(right, truth, 1 - truth)]
         weights = metrics.bootstrap_weights(60, 300, trial)
-        found = metrics.interval(metrics.classification(truth, probability, weights)["accuracy"])
-        assert found["low"] <= found["value"] <= found["high"]
-        covered.append(found["low"] <= 0.7 <= found["high"])
+        found = Estimate.of_draws(metrics.classification(truth, probability, weights)["accuracy"])
+        assert found.low <= found.value <= found.high
+        covered.append(found.low <= 0.7 <= found.high)
     assert 0.9 <= np.mean(covered) <= 0.98
 
 
 def test_undefined_scores_are_none_not_nan():
     found = metrics.regression(np.arange(4.0), np.zeros(4), metrics.bootstrap_weights(4, 100, 0))
-    assert metrics.interval(found["r"]) == {"value": None, "low": None, "high": None}
-    json.dumps(metrics.interval(found["mse"]), allow_nan=False)
+    assert Estimate.of_draws(found["r"]).tree() == {"value": None, "low": None, "high": None}
+    json.dumps(Estimate.of_draws(found["mse"]).tree(), allow_nan=False)
 
 
 def test_fingerprint_on_constructed_data():

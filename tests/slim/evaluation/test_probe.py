@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,8 +229,8 @@ def test_shuffled_labels_give_chance_and_planted_ones_are_found():
     assert 0.38 < np.mean(scores) < 0.62
     planted = noise.copy()
     planted[:, :20] += 1.5 * found.truth_S[found.subject_N][:, None]
-    results, _ = probe.run_task(chosen, found, {"ours": Linear(lambda train: planted)}, "")
-    assert results["ours"]["auroc"]["value"] > 0.9 and results["ours"]["auroc"]["low"] > 0.8
+    result = probe.run_task(chosen, found, {"ours": Linear(lambda train: planted)}, "")
+    assert result.estimates["ours"]["auroc"].value > 0.9 and result.estimates["ours"]["auroc"].low > 0.8
 
 
 def test_a_planted_score_is_found():
@@ -239,9 +240,9 @@ def test_a_planted_score_is_found():
     vectors = rng.normal(size=(80, 100))
     vectors[:, :30] += found.truth_S[found.subject_N][:, None] / 12
     methods = dict.fromkeys(("ours", "random"), Linear(lambda train: vectors))
-    results, facts = probe.run_task(chosen, found, methods, "")
-    assert results["ours"]["r"]["value"] > 0.8 and results["ours"]["mse"]["value"] < 0.5
-    assert all(end == 0 for score in facts["differences"]["random"].values() for end in score.values())
+    result = probe.run_task(chosen, found, methods, "")
+    assert result.estimates["ours"]["r"].value > 0.8 and result.estimates["ours"]["mse"].value < 0.5
+    assert all(one.value == one.low == one.high == 0 for one in result.facts.differences["random"].values())
 
 
 def test_more_than_two_classes():
@@ -250,22 +251,22 @@ def test_more_than_two_classes():
     found = cases_of(chosen, sessions(30, group=lambda s: s % 3))
     vectors = rng.normal(size=(60, 20))
     vectors[np.arange(60), found.truth_S[found.subject_N]] += 5
-    results, facts = probe.run_task(chosen, found, {"ours": Linear(lambda train: vectors)}, "")
-    assert results["ours"]["accuracy"]["value"] > 0.9 and facts["classes"] == {"0": 10, "1": 10, "2": 10}
+    result = probe.run_task(chosen, found, {"ours": Linear(lambda train: vectors)}, "")
+    assert result.estimates["ours"]["accuracy"].value > 0.9 and result.facts.classes == {"0": 10, "1": 10, "2": 10}
 
 
 def test_a_report_keeps_other_tasks(tmp_path: Path):
     chosen, found = groups(12)
     vectors = np.random.default_rng(0).normal(size=(24, 5))
-    results, facts = probe.run_task(chosen, found, {"ours": Linear(lambda train: vectors)}, "")
-    probe.write_report(tmp_path, {"a": results}, {"a": facts})
-    probe.write_report(tmp_path, {"b": results}, {"b": facts})
+    result = probe.run_task(chosen, found, {"ours": Linear(lambda train: vectors)}, "")
+    probe.write_report(tmp_path, [replace(result, name="a")])
+    probe.write_report(tmp_path, [replace(result, name="b")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert sorted(report["tasks"]) == sorted(report["facts"]) == ["a", "b"]
     assert (tmp_path / "a.png").stat().st_size > 5000 and (tmp_path / "b.png").exists()
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"report\.json"):
-        probe.write_report(tmp_path, {"a": results}, {"a": facts})
+        probe.write_report(tmp_path, [replace(result, name="a")])
 
 
 # baselines

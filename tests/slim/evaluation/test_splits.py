@@ -156,12 +156,12 @@ def test_p_of_what_is_not_there_is_uniform_and_of_what_is_there_small():
     for _ in range(20):
         noise = rng.normal(size=(40, 8))
         found.truth_S = rng.permutation(found.truth_S)
-        results, _ = probe.run_task(chosen, found, {"ours": Linear(lambda train, x=noise: x)}, "")
-        values.append(results["ours"]["auroc"]["p"])
+        result = probe.run_task(chosen, found, {"ours": Linear(lambda train, x=noise: x)}, "")
+        values.append(result.estimates["ours"]["auroc"].p)
     assert 0.25 < np.mean(values) < 0.75
     planted = rng.normal(size=(40, 8)) + 2 * found.truth_S[found.subject_N][:, None]
-    results, _ = probe.run_task(chosen, found, {"ours": Linear(lambda train: planted)}, "")
-    assert results["ours"]["auroc"]["p"] == 0.01
+    result = probe.run_task(chosen, found, {"ours": Linear(lambda train: planted)}, "")
+    assert result.estimates["ours"]["auroc"].p == 0.01
 
 
 def test_fingerprints_have_a_p_too():
@@ -170,5 +170,5 @@ def test_fingerprints_have_a_p_too():
     found = cases_of(chosen, sessions(20, 2))
     person = rng.normal(size=(20, 30))[found.subject_N]
     for vectors, low, high in ((person, 0.01, 0.01), (rng.normal(size=(40, 30)), 0.02, 1.0)):
-        results, _ = probe.run_task(chosen, found, {"ours": Linear(lambda train, x=vectors: x)}, "")
-        assert low <= results["ours"]["map"]["p"] <= high
+        result = probe.run_task(chosen, found, {"ours": Linear(lambda train, x=vectors: x)}, "")
+        assert low <= result.estimates["ours"]["map"].p <= high

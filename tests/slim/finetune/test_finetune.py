@@ -40,6 +40,7 @@ from slim.data.collate import collate
 from slim.data.samples import read_windows, window_groups
 from slim.evaluation import probe
 from slim.evaluation.probe import make_fold
+from slim.evaluation.results import Estimate, TaskFacts, TaskResult
 from slim.evaluation.splits import Split
 from slim.evaluation.task import Task, find_cases, make_splits
 from slim.finetune.labels import Answers
@@ -288,17 +289,23 @@ def test_scores_stand_beside_those_of_the_same_question_alone(tmp_path: Path, pe
     cases = find_cases(task, opened, 8, "task.yaml")
     splits = make_splits(task, cases, "task.yaml")
     facts = probe.task_facts(task, cases, splits)
+
+    def result(methods: dict, facts: TaskFacts) -> TaskResult:
+        made = {method: {m: Estimate(**one) for m, one in cells.items()} for method, cells in methods.items()}
+        return TaskResult(name="s", estimates=made, facts=facts)
+
     ours, tuned, scratch = ({"r": {"value": r, "low": r, "high": r, "p": 0.1}} for r in (0.1, 0.2, 0.3))
     for name, scores in (("finetuned", tuned), ("ours", ours), ("scratch", scratch)):  # in any order
         check_report(tmp_path, task, cases, splits)
-        probe.write_report(tmp_path, {"s": {name: scores}}, {"s": facts | {name: {"step": 7}}})
+        about = facts.with_facts(**{name: {"step": 7}})
+        probe.write_report(tmp_path, [result({name: scores}, about)])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["tasks"]["s"] == {"finetuned": tuned, "ours": ours, "scratch": scratch}
     assert report["facts"]["s"].keys() >= {"finetuned", "scratch", "type"}
     other = check(Task, SCORE | {"split": SCORE["split"] | {"seed": 1}}, "task.yaml")
     with pytest.raises(ConfigError, match=r"report\.json: s\.split"):
         check_report(tmp_path, other, cases, splits)
-    probe.write_report(tmp_path, {"s": {"ours": ours}}, {"s": probe.task_facts(other, cases, splits)})
+    probe.write_report(tmp_path, [result({"ours": ours}, probe.task_facts(other, cases, splits))])
     assert json.loads((tmp_path / "report.json").read_text())["tasks"]["s"] == {"ours": ours}
 
 

@@ -16,7 +16,9 @@ from launchers.experiments.comparison import Question
 from shards.core.errors import ConfigError
 from slim.checkpoints.checkpoint import seal, tag
 from slim.config import PRESETS, check_run, load_run
-from slim.evaluation import metrics, probe
+from slim.evaluation import metrics
+from slim.evaluation.display import save_forest
+from slim.evaluation.results import Estimate, TaskFacts, TaskResult
 from slim.evaluation.task import Task
 from slim.finetune.labels import Answers
 from slim.finetune.task import validation_loss
@@ -275,6 +277,11 @@ def cell(value: float, half: float = 0.05, **more) -> dict:
     return {"value": value, "low": value - half, "high": value + half, **more}
 
 
+def result(name: str, methods: dict, facts: dict) -> TaskResult:
+    made = {method: {metric: Estimate(**one) for metric, one in cells.items()} for method, cells in methods.items()}
+    return TaskResult(name=name, estimates=made, facts=TaskFacts(**facts))
+
+
 def said(folder: Path, tasks: dict, facts: dict | None = None) -> str:
     """The verdict on a probe's report."""
     path = folder / "report.json"
@@ -331,9 +338,7 @@ def test_a_state_task_is_judged_as_the_tables_judge_it(tmp_path):
     assert "on 1 of 1 task: s" in said(tmp_path, tasks, {"s": {"type": "classification"}})
     sessions = {kind: Question(Task.model_construct(type=kind), None, "") for kind in metrics.HEADLINE}
     for kind, question in sessions.items():
-        found = run_health.Found(
-            "s", {"ours": {name: cell(0.5) for name in metrics.HEADLINE.values()}}, {}, {"type": kind}
-        )
+        found = result("s", {"ours": {name: cell(0.5) for name in metrics.HEADLINE.values()}}, {"type": kind})
         assert found.judged_by == question.metric
 
 
@@ -363,14 +368,14 @@ def test_chance_is_named_where_it_is_drawn(monkeypatch, tmp_path, facts, names, 
 
     monkeypatch.setattr(Axes, "axvline", spy)
     scores = {"ours": {name: cell(0.5) for name in names}}
-    page = run_health._drawn(run_health.Found("t", scores, {}, facts)).caption
+    page = run_health._drawn(result("t", scores, facts)).caption
     assert ("Dashed" in page) == bool(told) and told in page
     drawn, lines[:] = list(lines), []
     titles: list[str] = []
     monkeypatch.setattr(Figure, "suptitle", lambda figure, text, **named: titles.append(text))
-    probe.plot("t", scores, {"test_subjects": 3, "pooling": "mean", **facts}, tmp_path / "t.png")
-    assert lines == drawn == [level for name in names if (level := metrics.chance(facts, name)) is not None]
-    assert titles[0].endswith(told.lower().replace("auroc", "AUROC").replace("dashed", "; dotted").rstrip("."))
+    save_forest(result("t", scores, {"test_subjects": 3, "pooling": "mean", **facts}), tmp_path / "t.png")
+    assert lines == drawn == [level for name in names if (level := TaskFacts(**facts).chance_of(name)) is not None]
+    assert titles[0].endswith(told.lower().replace("auroc", "AUROC").replace("dashed", "; dashed").rstrip("."))
 
 
 @pytest.mark.parametrize(
@@ -382,7 +387,7 @@ def test_chance_is_named_where_it_is_drawn(monkeypatch, tmp_path, facts, names, 
     ],
 )
 def test_who_was_seen_in_pretraining_is_told(facts, said):
-    page = run_health._about(run_health.Found("t", {}, {}, facts))
+    page = run_health._about(result("t", {}, facts))
     assert said in page and ("pretraining" in page) == bool(said)
 
 

@@ -1,0 +1,105 @@
+"""Results of a task as a table in the terminal and as a picture, for all commands and pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from shards.reporting import html
+from slim.evaluation import metrics
+from slim.evaluation.results import OURS, Estimate, TaskResult
+
+_WIDTH = 130  # characters of a line in a log file, which has no width of its own
+
+
+def words_of(method: str) -> str:
+    """A method's name as it is written."""
+    return method.replace("_", " ")
+
+
+def print_table(result: TaskResult, title: str, compared: bool = True) -> None:
+    """Print a row for each method and a column for each metric.
+
+    Parameters
+    ----------
+    result : TaskResult
+    title : str
+    compared : bool
+        Whether the paired differences and what guessing scores follow, where they are known.
+    """
+    names, facts = result.metrics, result.facts
+    table = Table(title=title, title_justify="left")
+    for column in ("method", *names):
+        table.add_column(words_of(column), no_wrap=True)
+    for method, mine in result.estimates.items():
+        table.add_row(words_of(method), *[_cell(mine.get(metric)) for metric in names])
+    if compared:
+        table.add_section()
+        for method, mine in facts.differences.items():
+            table.add_row(f"ours - {method}", *[_cell(mine.get(metric)) for metric in names])
+        if facts.chance is not None:
+            levels = [facts.chance.get(metric) for metric in names]
+            table.add_row("chance", *["n/a" if level is None else f"{level:.3f}" for level in levels])
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH
+    console.print(table)
+
+
+def _cell(found: Estimate | None) -> str:
+    if found is None:
+        return "n/a"
+    value, low, high = ("n/a" if one is None else f"{one:.3f}" for one in (found.value, found.low, found.high))
+    return rf"{value} \[{low}, {high}]"
+
+
+def forest(result: TaskResult, label: Callable[[str], str] = words_of, ours: Collection[str] = (OURS,)) -> Figure:
+    """A panel for each metric, a point and its interval for each method; dashed, chance where it is known.
+
+    Parameters
+    ----------
+    result : TaskResult
+    label : callable
+        How a method is written.
+    ours : collection of str
+        Methods to be coloured.
+    """
+    names, levels, count = result.metrics, result.levels, len(result.estimates)
+    figure = Figure(figsize=(min(11, 2.6 + 2.7 * len(names)), 0.9 + 0.34 * count))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", wspace=0.06)
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, names, strict=True):
+        for place, method in enumerate(result.estimates):
+            found = result.estimate(method, metric)
+            if found is None or found.value is None:
+                continue
+            colour = html.BLUE if method in ours else html.GREY
+            if found.interval is not None:
+                axes.plot(found.interval, [place, place], color=colour, lw=2.5)
+            axes.plot(found.value, place, "o", color=colour, ms=7, mec="white")
+        if metric in levels:
+            axes.axvline(levels[metric], color=html.RED, lw=1, ls="--")
+        axes.set(title=metrics.words(metric), ylim=(count - 0.5, -0.5))
+        axes.set_yticks(range(count), [label(method) for method in result.estimates])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+    return figure
+
+
+def save_forest(result: TaskResult, path: Path) -> None:
+    """The same as a PNG that stands for itself."""
+    chance = metrics.caption("dashed", result.metrics, result.levels)
+    with html.drawing():
+        figure = forest(result)
+        figure.suptitle(
+            f"{result.name}: {result.facts.test_subjects} test subjects, {result.facts.pooling} pooling, "
+            f"95 % intervals over subjects{'; ' if chance else ''}{chance}",
+            fontsize=9,
+        )
+        figure.savefig(path, dpi=130)
