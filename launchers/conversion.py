@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from shards.core.errors import ConfigError
 from shards.core.files import printable
 from shards.core.settings import check, override
 from shards.format import layout
+from shards.format.reader import Dataset
+from shards.format.refusal import Refusal
 from slim.ranking.extractor import CONFIG_FILE, Extractor
 from slim.ranking.extractor_training import train_extractor
 from slim.ranking.parcels import make_parcels
@@ -128,7 +131,7 @@ def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train
         conversion.harmonise(conversion.runs)
         if len(conversion.refused()) == len(conversion.runs):
             return False
-        reason = conversion.refused()[0]["reason"]
+        reason = conversion.refused()[0].reason
         raise ConfigError(
             conversion.cohorts[0],
             "root",
@@ -156,11 +159,11 @@ def finish(conversion: Conversion) -> Ended:
     _tell_losses(conversion, refused, str(report))
     facts = {
         "dataset": str(conversion.folder),
-        "sessions": sum(manifest["sessions"].values()),
-        **manifest["sessions"],
+        "sessions": sum(manifest.sessions.values()),
+        **manifest.sessions,
         "refused": len(refused),
-        "shards": len(manifest["shards"]),
-        "bytes": sum(shard["bytes"] for shard in manifest["shards"]),
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
         "report": str(report),
     }
     next_step = f"look at {report}, then python tools/pretrain.py CONFIG.yaml data={conversion.folder}"
@@ -172,7 +175,7 @@ def all_refused(conversion: Conversion) -> Ended:
     refused = conversion.refused()
     conversion.write_refused()
     _tell_passed_over(conversion)
-    _tell([f"refused: {line['reason']}" for line in refused], layout.FAILED)
+    _tell([f"refused: {line.reason}" for line in refused], layout.FAILED)
     path = conversion.folder / layout.FAILED
     return REFUSED, {"sessions": 0, "refused": len(refused)}, f"see {path}: no dataset was written"
 
@@ -186,34 +189,37 @@ def dry_run(conversion: Conversion, as_json: bool) -> int:
     for problem in refused:
         print(f"will be refused: {problem.line()}")
     cohorts = survey.cohorts(conversion, found)
-    for name, facts in cohorts.items():
-        print("\n".join(survey.words(name, facts)))
+    for name, about in cohorts.items():
+        print("\n".join(survey.words(name, about)))
     _tell_passed_over(conversion)
     counts = {
         "runs": len(conversion.runs),
         "subjects": len({source.person for source in conversion.runs}),
         "will_be_refused": len(refused),
     }
-    more = {"cohorts": cohorts, "reasons": [problem.line() for problem in refused]}
+    more = {
+        "cohorts": {name: asdict(facts) for name, facts in cohorts.items()},
+        "reasons": [problem.line() for problem in refused],
+    }
     titles = {"will_be_refused": "refusals"}  # the lines above say "will be refused" of one run each
     summary(counts | more, "run it without --dry-run", as_json, titles)
     return REFUSED if refused else DONE
 
 
-def _tell_losses(conversion: Conversion, refused: list[dict[str, Any]], report: str) -> None:
+def _tell_losses(conversion: Conversion, refused: list[Refusal], report: str) -> None:
     """What was refused, left out, passed over, or taken on an assumption."""
-    _tell([f"refused: {line['reason']}" for line in refused], layout.FAILED)
-    lines = layout.read_lines(conversion.folder / layout.SESSIONS)
-    kept = {line["key"] for line in lines} | {line["key"] for line in refused}
+    _tell([f"refused: {line.reason}" for line in refused], layout.FAILED)
+    sessions = Dataset(conversion.folder).sessions
+    kept = {session.key for session in sessions} | {line.key for line in refused}
     _tell([f"left out: {key} is no longer found" for key in conversion.before if key not in kept], "no file")
     _tell_passed_over(conversion)
     moved = [
-        f"native space: {line['key']} moved by {line['centred_by_mm']} mm to the middle of the grid; not registered"
-        for line in lines
-        if "centred_by_mm" in line
+        f"native space: {session.key} moved by {session.centred_by_mm} mm to the middle of the grid; not registered"
+        for session in sessions
+        if session.centred_by_mm is not None
     ]
     _tell(moved, layout.SESSIONS)
-    to_check = by_assumption(lines).items()
+    to_check = by_assumption(sessions).items()
     _tell([f"{keys[0]}{f' and {len(keys) - 1} more' * (len(keys) > 1)}: {words}" for words, keys in to_check], report)
 
 

@@ -76,8 +76,7 @@ def _prepare(folder: Path, settings: TrainSettings) -> Path:
             print(f"warning: {line}", flush=True)
         for change in changes:
             print(f"changed: {change}", flush=True)
-    manifest = task.datasets[0].manifest
-    write_atomically(folder / DATASET, dump({name: value for name, value in manifest.items() if name != "shards"}))
+    write_atomically(folder / DATASET, dump(task.datasets[0].manifest.data.tree()))
     if (seen := task.seen()) is not None:
         seen.write(folder)
     for line in task.too_short():

@@ -86,7 +86,7 @@ def main() -> int:
     features, sessions = {}, cases.distinct()
     with progress("encode", len(sessions), "sessions") as advance:
         for session in sessions:
-            features[session["key"]] = model.encode_session(dataset, session)
+            features[session.key] = model.encode_session(dataset, session)
             advance(1, "")
     facts = {
         "task": task.name,

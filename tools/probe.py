@@ -85,7 +85,7 @@ def main() -> int:
     # What is wrong with a task is told before anything is encoded.
     splits = [make_splits(task, case, path) for task, case, path in zip(tasks, cases, args.task, strict=True)]
 
-    sessions = {session["key"]: session for case in cases for session in case.sessions}
+    sessions = {session.key: session for case in cases for session in case.sessions}
     # With a run's seed, random weights are those that training began with.
     seeds = [model.settings.run.seed for model in trained]
     while len(seeds) < args.random_seeds:

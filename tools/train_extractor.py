@@ -52,7 +52,7 @@ def main() -> int:
         for dataset, session in drawn:
             arrays = dataset.read(session, ("roi", "roi_centre"))
             series.append((arrays["roi"], arrays["roi_centre"]))
-            advance(1, session["key"])
+            advance(1, session.key)
     with progress("train the temporal extractor", chosen.steps, "steps") as advance:
         extractor = train_extractor(series, frames, chosen.steps, chosen.seed, advance)
     extractor.save(args.out)

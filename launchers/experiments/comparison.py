@@ -52,7 +52,7 @@ def ask(tasks: Mapping[str, Task], dataset: Dataset, least_windows: int, event_r
 
 def encode(model: SlimBrain, dataset: Dataset) -> dict[str, Features]:
     """Features of every session, by key."""
-    return {session["key"]: model.encode_session(dataset, session) for session in dataset.sessions}
+    return {session.key: model.encode_session(dataset, session) for session in dataset.sessions}
 
 
 @torch.no_grad()

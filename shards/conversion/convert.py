@@ -42,10 +42,13 @@ from shards.conversion.splits import DatasetSplitSettings, Person, assign, read_
 from shards.core import files
 from shards.core.cli import progress
 from shards.core.errors import ConfigError, DatasetError, RunRefused, Stopped, is_full
-from shards.core.settings import Settings, digest
+from shards.core.settings import Settings, check, digest
 from shards.core.workers import end_with_parent, why_no_workers
 from shards.format import layout, sample
+from shards.format.manifest import DataRecord, GridRecord, Manifest, WindowsRecord
 from shards.format.reader import Dataset
+from shards.format.refusal import Refusal, read_refusals
+from shards.format.session_record import ScanRecord, SessionRecord
 
 S = TypeVar("S")
 
@@ -117,8 +120,8 @@ class Conversion:
         self.hash = digest(self.configuration)
         self.work = self.folder / layout.WORK
         self.previous: Dataset | None = None
-        self.before: dict[str, dict[str, Any]] = {}  # its sessions by key
-        self.refused_before: dict[str, dict[str, Any]] = {}  # its refused runs by key
+        self.before: dict[str, SessionRecord] = {}  # its sessions by key
+        self.refused_before: dict[str, Refusal] = {}  # its refused runs by key
         self.found: list[Cohort] = []
         self.runs: list[RunSource] = []
         self.splits: dict[Person, str] = {}
@@ -150,12 +153,11 @@ class Conversion:
             writer.finish_commit(self.folder)
         if (self.folder / layout.MANIFEST).exists():
             self.previous = Dataset(self.folder)
-            self.before = {line["key"]: line for line in self.previous.sessions}
-            self._same_configuration(
-                self.previous.manifest["configuration_hash"], self.previous.manifest.get("configuration")
-            )
+            self.before = {session.key: session for session in self.previous.sessions}
+            manifest = self.previous.manifest
+            self._same_configuration(manifest.configuration_hash, manifest.configuration)
         if not self.retry:
-            self.refused_before = {line["key"]: line for line in layout.read_lines(self.folder / layout.FAILED)}
+            self.refused_before = {line.key: line for line in read_refusals(self.folder / layout.FAILED)}
 
     def begin(self) -> None:
         """Make the folder; write down which configuration it is for and who is in which split.
@@ -266,7 +268,7 @@ class Conversion:
             if name in names[:number]:
                 raise ConfigError(self.cohorts[number], "name", f"{name} a second time", "one cohort per name")
         if self.previous is not None:
-            lost = set(self.previous.manifest["cohorts"]) - set(names)
+            lost = set(self.previous.manifest.cohorts) - set(names)
             if lost:
                 raise DatasetError(
                     self.folder,
@@ -311,16 +313,17 @@ class Conversion:
         """Rank runs and write their members, harmonising them first where that was not done."""
         self._map("rank", [run for run in runs if not self._settled(run)], ranker)
 
-    def pack(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+    def pack(self, identity: dict[str, Any]) -> Manifest | None:
         """Write the dataset from the finished sessions; does nothing if it is there already.
 
         Returns
         -------
-        dict or None
-            The manifest; None if every run was refused: there is nothing to pack.
+        Manifest or None
+            None if every run was refused: there is nothing to pack.
         """
-        sessions, failed = [], []
-        if self.previous is not None and self.previous.manifest["ranker"] != identity:
+        sessions: list[ScanRecord] = []
+        failed: list[Refusal] = []
+        if self.previous is not None and self.previous.manifest.ranker != identity:
             raise DatasetError(
                 self.folder,
                 "ranker",
@@ -329,7 +332,6 @@ class Conversion:
                 "Restore it, or give another --out",
             )
         for run in self.runs:
-            meta_path, _ = writer.member_paths(self.folder, run.key)
             if refused := self._refusal(run):
                 failed.append(refused)
                 continue
@@ -341,10 +343,10 @@ class Conversion:
                     "all runs ranked before they are packed",
                     "Run it without --only",
                 )
-            meta = layout.read_lines(meta_path)[0] if meta_path.exists() else self.before[run.key]
-            sessions.append({**meta, "split": self.splits[run.person]})
-        failed.sort(key=lambda line: line["key"])
-        self.refused_before = {line["key"]: line for line in failed}
+            scan = self._ranked(run) or self.before[run.key]
+            sessions.append(scan.model_copy(update={"split": self.splits[run.person]}))
+        failed.sort(key=lambda line: line.key)
+        self.refused_before = {line.key: line for line in failed}
         if not sessions:
             if self.previous is not None:
                 hint = "The dataset is left as it was; see the cohort files"
@@ -354,30 +356,24 @@ class Conversion:
             self._clean()
             return self.previous.manifest
         settings = self.settings
-        grid = settings.grid.grid()
-        manifest = {
-            "format": layout.FORMAT,
-            "configuration": self.configuration,
-            "configuration_hash": self.hash,
-            "grid": {
-                "mm": grid.mm,
-                "shape": list(grid.shape),
-                "patch": grid.patch,
-                "centre_mm": list(grid.centre_mm),
-                "affine": grid.affine.tolist(),
-            },
-            "tr": settings.grid.tr,
-            "tr_range": list(settings.grid.tr_range),
-            "normalisation": "global z inside the mask; baseline = voxel mean, windows = fluctuation around it",
-            "windows": settings.windows.model_dump(),
-            "ranker": identity,
-            "split": settings.split.model_dump(mode="json"),
-            "cohorts": sorted({run.cohort for run in self.runs}),
-        }
+        data = DataRecord(
+            format=layout.FORMAT,
+            configuration=self.configuration,
+            configuration_hash=self.hash,
+            grid=GridRecord.of(settings.grid.grid()),
+            tr=settings.grid.tr,
+            tr_range=list(settings.grid.tr_range),
+            normalisation="global z inside the mask; baseline = voxel mean, windows = fluctuation around it",
+            windows=WindowsRecord.model_validate(settings.windows.model_dump()),
+            ranker=identity,
+            split=settings.split.model_dump(mode="json"),
+            cohorts=sorted({run.cohort for run in self.runs}),
+            sessions={},
+        )
         (self.folder / layout.REPORT / layout.PAGE).unlink(missing_ok=True)  # it shows the dataset as it was
         with progress("pack", len(sessions), "sessions") as advance, self._room("the shards"):
             manifest = writer.pack(
-                self.folder, sessions, failed, manifest, int(settings.shards.mb * 1e6), self._members, advance
+                self.folder, sessions, failed, data, int(settings.shards.mb * 1e6), self._members, advance
             )
         self._clean()
         return manifest
@@ -387,33 +383,35 @@ class Conversion:
         for name in ("members", "harmonised", "failed"):
             shutil.rmtree(self.work / name, ignore_errors=True)
 
-    def refused(self) -> list[dict[str, Any]]:
-        """Lines of the refused runs."""
+    def refused(self) -> list[Refusal]:
+        """Of the refused runs."""
         return [line for run in self.runs if (line := self._refusal(run))]
 
     def write_refused(self) -> None:
         """Write `failed.jsonl` where nothing else can be written."""
-        files.write_atomically(self.folder / layout.FAILED, files.dump_lines(self.refused()))
+        files.write_atomically(self.folder / layout.FAILED, files.dump_lines(line.tree() for line in self.refused()))
 
-    def _changed(self, sessions: list[dict[str, Any]], failed: list[dict[str, Any]]) -> bool:
-        def identity(lines: Iterable[dict[str, Any]]) -> list[tuple[str, str, str]]:
-            return sorted((line["key"], line["fingerprint"], line.get("split", "")) for line in lines)
+    def _changed(self, sessions: Sequence[ScanRecord], failed: Sequence[Refusal]) -> bool:
+        def kept(sessions: Iterable[ScanRecord]) -> list[tuple[str, str, str]]:
+            return sorted((session.key, session.fingerprint, session.split) for session in sessions)
+
+        def refused(lines: Iterable[Refusal]) -> list[tuple[str, str]]:
+            return sorted((line.key, line.fingerprint) for line in lines)
 
         assert self.previous is not None
-        return identity(sessions) != identity(self.previous.sessions) or identity(failed) != identity(
-            layout.read_lines(self.folder / layout.FAILED)
-        )
+        before = read_refusals(self.folder / layout.FAILED)
+        return kept(sessions) != kept(self.previous.sessions) or refused(failed) != refused(before)
 
-    def _members(self, session: dict[str, Any]) -> tuple[bytes, bytes]:
+    def _members(self, scan: ScanRecord) -> tuple[bytes, bytes]:
         """Bytes of a session's two members, from `work/` or from the dataset as it is."""
-        inner = ("shard", "json_offset", "json_size", "zarr_offset", "zarr_size", "fingerprint")
-        meta = files.dump({name: value for name, value in session.items() if name not in inner}).encode()
-        _, data_path = writer.member_paths(self.folder, session["key"])
+        meta = files.dump(scan.member()).encode()
+        _, data_path = writer.member_paths(self.folder, scan.key)
         if data_path.exists():
             return meta, data_path.read_bytes()
-        with open(self.folder / layout.SHARDS / session["shard"], "rb") as file:
-            file.seek(session["zarr_offset"])
-            return meta, file.read(session["zarr_size"])
+        session = self.before[scan.key]
+        with open(self.folder / layout.SHARDS / session.shard, "rb") as file:
+            file.seek(session.zarr_offset)
+            return meta, file.read(session.zarr_size)
 
     def _done_arrays(self, run: RunSource, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Arrays of a finished session, from `work/` or from the dataset as it is."""
@@ -427,12 +425,12 @@ class Conversion:
     def _refusal_path(self, run: RunSource) -> Path:
         return self.work / "failed" / f"{run.key}.json"
 
-    def _refusal(self, run: RunSource) -> dict[str, Any] | None:
-        """The line of a run that was refused, in this conversion or an earlier one, and has not changed since."""
-        lines = layout.read_lines(self._refusal_path(run))
-        lines += [self.refused_before[run.key]] if run.key in self.refused_before else []
-        current = bool(lines) and lines[0]["fingerprint"] == fingerprint(run) and not self._done(run)
-        return lines[0] if current else None
+    def _refusal(self, run: RunSource) -> Refusal | None:
+        """That of a run that was refused, in this conversion or an earlier one, and has not changed since."""
+        here = read_refusals(self._refusal_path(run))
+        found = here[0] if here else self.refused_before.get(run.key)
+        current = found is not None and found.fingerprint == fingerprint(run) and not self._done(run)
+        return found if current else None
 
     def _settled(self, run: RunSource) -> bool:
         """Whether there is nothing left to do for a run."""
@@ -440,10 +438,15 @@ class Conversion:
 
     def _done(self, run: RunSource) -> bool:
         """Whether a run's members are written, here or in the dataset, from the source as it is now."""
-        meta_path, data_path = writer.member_paths(self.folder, run.key)
-        lines = layout.read_lines(meta_path) if meta_path.exists() and data_path.exists() else []
-        lines += [self.before[run.key]] if run.key in self.before else []
-        return bool(lines) and lines[0]["fingerprint"] == fingerprint(run)
+        _, data_path = writer.member_paths(self.folder, run.key)
+        scan = (self._ranked(run) if data_path.exists() else None) or self.before.get(run.key)
+        return scan is not None and scan.fingerprint == fingerprint(run)
+
+    def _ranked(self, run: RunSource) -> ScanRecord | None:
+        """What is known of a run that waits to be packed."""
+        path, _ = writer.member_paths(self.folder, run.key)
+        lines = layout.read_lines(path)
+        return check(ScanRecord, lines[0], path, DatasetError) if lines else None
 
     @contextmanager
     def _room(self, what: str) -> Iterator[None]:
@@ -483,12 +486,13 @@ class Conversion:
                     for future in finished:
                         run = pending.pop(future)
                         with self._room(run.key):
-                            refused = future.result()
-                            if refused is None:
-                                self._refusal_path(run).unlink(missing_ok=True)
+                            found = future.result()
+                            if isinstance(found, Refusal):
+                                files.write_atomically(self._refusal_path(run), files.dump(found.tree()) + "\n")
                             else:
-                                files.write_atomically(self._refusal_path(run), files.dump(refused) + "\n")
-                        advance(1, run.key if refused is None else f"{run.key} refused: {refused['reason']}")
+                                self._refusal_path(run).unlink(missing_ok=True)
+                        refused = isinstance(found, Refusal)
+                        advance(1, f"{run.key} refused: {found.reason}" if refused else run.key)
         except BrokenProcessPool:
             raise Stopped(
                 f"a worker process died during {step}, perhaps because memory ran out",

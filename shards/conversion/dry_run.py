@@ -6,29 +6,63 @@ Headers, masks and tables are read, frames are not.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
 
 from shards.cohorts.scan import RunSource
 from shards.conversion.convert import Conversion
-from shards.conversion.session import assumptions, survey
+from shards.conversion.session import Survey, assumptions, survey
 from shards.core.cli import progress
 from shards.core.errors import RunRefused
 from shards.core.files import printable
 
-Facts = dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class CohortSurvey:
+    """What would be converted of a cohort.
+
+    Attributes
+    ----------
+    runs, subjects, sessions : int
+    splits : dict of str to int
+        Subjects of each split.
+    tr, voxel_mm, masks : dict of str to int
+        Runs of each TR (s), of each voxel size (mm), with and without a mask of their own; of those that can be opened.
+    frames : list of int
+        Least, median and most frames of a run; empty where none can be opened.
+    confounds : int
+        Runs with a confounds table.
+    labels : dict of str to int
+        Subjects that have a value of each column.
+    passed_over, notes : list of str
+        Files that are not taken, and what else is to be told.
+    """
+
+    runs: int
+    subjects: int
+    sessions: int
+    splits: dict[str, int]
+    tr: dict[str, int]
+    voxel_mm: dict[str, int]
+    frames: list[int]
+    masks: dict[str, int]
+    confounds: int
+    labels: dict[str, int]
+    passed_over: list[str]
+    notes: list[str]
 
 
-def look(conversion: Conversion) -> tuple[list[tuple[RunSource, Facts]], list[RunRefused]]:
+def look(conversion: Conversion) -> tuple[list[tuple[RunSource, Survey]], list[RunRefused]]:
     """What the header, mask and tables of every run tell, and those that are certain to be refused."""
 
-    def one(run: RunSource) -> Facts | RunRefused:
+    def one(run: RunSource) -> Survey | RunRefused:
         try:
             return survey(run, conversion.settings)
         except RunRefused as refused:
             return refused
 
-    found: list[tuple[RunSource, Facts]] = []
+    found: list[tuple[RunSource, Survey]] = []
     refused: list[RunRefused] = []
     with (
         progress("look", len(conversion.runs), "runs") as advance,
@@ -43,21 +77,21 @@ def look(conversion: Conversion) -> tuple[list[tuple[RunSource, Facts]], list[Ru
     return found, refused
 
 
-def line(run: RunSource, facts: Facts, split: str) -> str:
+def line(run: RunSource, facts: Survey, split: str) -> str:
     """A run on one line."""
-    size = " x ".join(f"{edge:g}" for edge in facts["voxel_mm"])
-    moved = f", moved by {facts['centred_by_mm']} mm" if "centred_by_mm" in facts else ""
+    size = " x ".join(f"{edge:g}" for edge in facts.voxel_mm)
+    moved = f", moved by {facts.centred_by_mm} mm" if facts.centred_by_mm is not None else ""
     notes = "".join(f"; {words}" for words in assumptions(facts))
-    tr_source = "sidecar" if facts["tr_source"].endswith(".json") else facts["tr_source"]
+    tr_source = "sidecar" if facts.tr_source.endswith(".json") else facts.tr_source
     return (
-        f"{split:<5} {run.key}  {run.source}  {facts['frames']} frames, TR {facts['tr']:g} s ({tr_source}), "
+        f"{split:<5} {run.key}  {run.source}  {facts.frames} frames, TR {facts.tr:g} s ({tr_source}), "
         f"{size} mm, mask {'computed' if run.mask is None else 'given'}{moved}{notes}"
     )
 
 
-def cohorts(conversion: Conversion, found: list[tuple[RunSource, Facts]]) -> dict[str, Facts]:
+def cohorts(conversion: Conversion, found: list[tuple[RunSource, Survey]]) -> dict[str, CohortSurvey]:
     """Per cohort, of all its runs: counts, and of those that can be opened: TRs, voxel sizes, masks, frames."""
-    opened: dict[str, list[Facts]] = defaultdict(list)
+    opened: dict[str, list[Survey]] = defaultdict(list)
     for run, facts in found:
         opened[run.cohort].append(facts)
     result = {}
@@ -70,49 +104,49 @@ def cohorts(conversion: Conversion, found: list[tuple[RunSource, Facts]]) -> dic
             if value is not None
         )
         people = {run.person for run in runs}
-        frames = sorted(facts["frames"] for facts in facts_of)
-        result[cohort.settings.name] = {
-            "runs": len(runs),
-            "subjects": len(people),
-            "sessions": len({(run.person, run.session) for run in runs}),
-            "splits": dict(Counter(conversion.splits.get(person, "refused") for person in sorted(people))),
-            "tr": _counts(f"{facts['tr']:g}" for facts in facts_of),
-            "voxel_mm": _counts(" x ".join(f"{edge:g}" for edge in facts["voxel_mm"]) for facts in facts_of),
-            "frames": [frames[0], frames[len(frames) // 2], frames[-1]] if frames else [],
-            "masks": _counts("computed" if run.mask is None else "given" for run in runs),
-            "confounds": sum(run.confounds is not None for run in runs),
-            "labels": dict(sorted(labelled.items())),
-            "passed_over": [printable(path) for path in cohort.passed_over],
-            "notes": cohort.notes,
-        }
+        frames = sorted(facts.frames for facts in facts_of)
+        result[cohort.settings.name] = CohortSurvey(
+            runs=len(runs),
+            subjects=len(people),
+            sessions=len({(run.person, run.session) for run in runs}),
+            splits=dict(Counter(conversion.splits.get(person, "refused") for person in sorted(people))),
+            tr=_counts(f"{facts.tr:g}" for facts in facts_of),
+            voxel_mm=_counts(" x ".join(f"{edge:g}" for edge in facts.voxel_mm) for facts in facts_of),
+            frames=[frames[0], frames[len(frames) // 2], frames[-1]] if frames else [],
+            masks=_counts("computed" if run.mask is None else "given" for run in runs),
+            confounds=sum(run.confounds is not None for run in runs),
+            labels=dict(sorted(labelled.items())),
+            passed_over=[printable(path) for path in cohort.passed_over],
+            notes=cohort.notes,
+        )
     return result
 
 
-def _counts(values: Any) -> dict[str, int]:
+def _counts(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def words(name: str, facts: Facts) -> list[str]:
+def words(name: str, facts: CohortSurvey) -> list[str]:
     """A cohort's facts as lines for people."""
 
     def listed(counts: dict[str, int], unit: str = "") -> str:
         return ", ".join(f"{value}{unit} ({count})" for value, count in counts.items())
 
-    everybody = facts["subjects"]
-    splits = ", ".join(f"{count} {split}" for split, count in facts["splits"].items())
-    lines = [f"{name}: {facts['runs']} runs, {facts['sessions']} sessions, {everybody} subjects ({splits})"]
-    if facts["frames"]:
-        least, middle, most = facts["frames"]
+    everybody = facts.subjects
+    splits = ", ".join(f"{count} {split}" for split, count in facts.splits.items())
+    lines = [f"{name}: {facts.runs} runs, {facts.sessions} sessions, {everybody} subjects ({splits})"]
+    if facts.frames:
+        least, middle, most = facts.frames
         lines += [
-            f"  TR: {listed(facts['tr'], ' s')}; frames: {least} to {most}, median {middle}",
-            f"  voxels: {listed(facts['voxel_mm'], ' mm')}",
+            f"  TR: {listed(facts.tr, ' s')}; frames: {least} to {most}, median {middle}",
+            f"  voxels: {listed(facts.voxel_mm, ' mm')}",
         ]
     labels = [
-        column if count == everybody else f"{column} (of {count} subjects)" for column, count in facts["labels"].items()
+        column if count == everybody else f"{column} (of {count} subjects)" for column, count in facts.labels.items()
     ]
     more = f" and {len(labels) - 20} more" if len(labels) > 20 else ""
     return [
         *lines,
-        f"  masks: {listed(facts['masks'])}; confounds tables: {facts['confounds']}",
+        f"  masks: {listed(facts.masks)}; confounds tables: {facts.confounds}",
         f"  labels: {', '.join(labels[:20]) or 'none'}{more}",
     ]

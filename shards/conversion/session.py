@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,10 +23,12 @@ from shards.cohorts.scan import RunSource
 from shards.conversion import writer
 from shards.core import files, nifti
 from shards.core.errors import RunRefused
-from shards.core.settings import Settings, digest
+from shards.core.settings import Settings, check, digest
 from shards.format import layout, sample
 from shards.format.grid import Grid
 from shards.format.patches import gather, parcel_means
+from shards.format.refusal import Refusal
+from shards.format.session_record import ScanFacts, ScanRecord
 from shards.preprocessing import quality
 from shards.preprocessing.bold import Bold, open_bold
 from shards.preprocessing.confounds import CleanSettings
@@ -119,43 +121,46 @@ def is_harmonised(folder: Path, run: RunSource) -> bool:
         return str(arrays["fingerprint"]) == fingerprint(run)
 
 
-def assumptions(facts: Mapping[str, Any]) -> list[str]:
-    """What was assumed of a run, and what in it contradicts itself or is missing, in a sentence each.
-
-    Parameters
-    ----------
-    facts : mapping
-        Its line of `sessions.jsonl`, or what `survey` found.
-    """
+def assumptions(facts: ScanFacts) -> list[str]:
+    """What was assumed of a run, and what in it contradicts itself or is missing, in a sentence each."""
     found = []
-    if words := facts.get("space_assumed"):
+    if words := facts.space_assumed:
         found.append(f"space {words}")
-    if words := facts.get("orientation_assumed"):
+    if words := facts.orientation_assumed:
         found.append(f"orientation {words} assumed, its header has none: check left and right")
-    if words := facts.get("forms_disagree"):
+    if words := facts.forms_disagree:
         found.append(f"{words}: they disagree on left and right; the sform was used")
-    if facts.get("tr_source") == "header" and facts.get("source_tr", facts.get("tr")) == 1:
+    if facts.tr_source == "header" and (facts.source_tr or facts.tr) == 1:
         found.append("TR 1 s is from the header alone, which often says 1 where nobody filled it in: check it")
-    if words := facts.get("mask_rule"):
+    if words := facts.mask_rule:
         found.append(f"mask of {words}")
-    if share := facts.get("dead_share"):
+    if share := facts.dead_share:
         found.append(f"{share:.1%} of the mask is without signal and was left out")
-    if count := facts.get("repeated_frames"):
+    if count := facts.repeated_frames:
         found.append(f"{count} volumes repeat an earlier one; windows that hold them were not kept")
     return found
 
 
-def by_assumption(sessions: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+def by_assumption(sessions: Iterable[ScanRecord]) -> dict[str, list[str]]:
     """Every sentence of `assumptions`, with the keys of the sessions that it is about."""
     found: dict[str, list[str]] = {}
     for session in sessions:
         for words in assumptions(session):
-            found.setdefault(words, []).append(session["key"])
+            found.setdefault(words, []).append(session.key)
     return found
 
 
-def survey(run: RunSource, settings: SessionSettings) -> dict[str, Any]:
-    """What is known of a run before its frames are read: frames, TR, voxel size (mm), shape, mask.
+class Survey(ScanFacts):
+    """What is known of a run before its frames are read."""
+
+    tr_source: str
+    frames: int
+    shape: tuple[int, int, int]
+    voxel_mm: tuple[float, float, float]
+
+
+def survey(run: RunSource, settings: SessionSettings) -> Survey:
+    """What is known of a run before its frames are read.
 
     Raises
     ------
@@ -163,27 +168,27 @@ def survey(run: RunSource, settings: SessionSettings) -> dict[str, Any]:
         If it is certain by now that the run will be refused.
     """
     bold = _open(run, settings)
-    facts: dict[str, Any] = {"frames": bold.frames, "tr": bold.tr, "tr_source": bold.tr_source}
-    facts |= {"shape": list(bold.shape), "voxel_mm": list(bold.voxel_mm)}
+    facts: dict[str, object] = {"tr_source": bold.tr_source}
     if run.mask is not None:
-        facts |= place(run, settings.grid, settings.mask, settings.clean).facts
+        facts = place(run, settings.grid, settings.mask, settings.clean).facts
     else:  # it is computed from the frames
         read_confounds(bold, settings.clean)
         if not bold.centred and not run.says_mni:
             words = f"not stated, {nifti.code_words(bold.image)}: the overlap of the brain with MNI152 will decide"
             facts["space_assumed"] = words
-    return facts
+    about = {"frames": bold.frames, "tr": bold.tr, "shape": bold.shape, "voxel_mm": bold.voxel_mm}
+    return Survey.model_validate(facts | about)
 
 
 def convert(
     run: RunSource, settings: SessionSettings, folder: Path, parcels: Parcels, ranker: WindowRanker | None
-) -> dict[str, Any] | None:
+) -> ScanRecord | Refusal:
     """Harmonise one run and, with a ranker, write its members.
 
     Returns
     -------
-    dict or None
-        Its line of `failed.jsonl` if it is refused.
+    ScanRecord or Refusal
+        What is known of the scan; why it cannot be converted.
     """
     stamp = fingerprint(run)
     path = harmonised_path(folder, run)
@@ -195,22 +200,17 @@ def convert(
             if ranker is None:
                 session.save(path, stamp)
         if ranker is None:
-            return None
+            return session.meta
         made = _converted(run, session, settings, ranker)
         meta_path, data_path = writer.member_paths(folder, run.key)
         files.write_atomically(data_path, made.data)
-        files.write_atomically(meta_path, files.dump(made.meta | {"fingerprint": stamp}) + "\n")
+        meta = made.meta.model_copy(update={"fingerprint": stamp})
+        files.write_atomically(meta_path, files.dump(meta.tree()) + "\n")
         path.unlink(missing_ok=True)
     except RunRefused as refused:
-        return {
-            "key": run.key,
-            "cohort": run.cohort,
-            "source": run.source,
-            "reason": refused.line(),
-            "hint": refused.hint,
-            "fingerprint": stamp,
-        }
-    return None
+        reason, hint = refused.line(), refused.hint
+        return Refusal(key=run.key, cohort=run.cohort, source=run.source, reason=reason, hint=hint, fingerprint=stamp)
+    return meta
 
 
 @dataclass(frozen=True)
@@ -219,20 +219,20 @@ class Converted:
 
     Attributes
     ----------
-    meta : dict, what its line of `sessions.jsonl` would say, without where it lies
+    meta : ScanRecord
     data : bytes of its Zarr member
     grid : Grid
     """
 
-    meta: dict[str, Any]
+    meta: ScanRecord
     data: bytes
     grid: Grid
 
     def read(
-        self, session: dict[str, Any], names: Iterable[str] | None = None, windows: Iterable[int] | None = None
+        self, session: ScanRecord, names: Iterable[str] | None = None, windows: Iterable[int] | None = None
     ) -> dict[str, np.ndarray]:
         """Arrays of its session, the only one; as `shards.format.reader.Dataset.read`."""
-        return sample.unpack(io.BytesIO(self.data), session["source"], names, windows)
+        return sample.unpack(io.BytesIO(self.data), session.source, names, windows)
 
 
 def convert_run(run: RunSource, settings: SessionSettings, parcels: Parcels, ranker: WindowRanker) -> Converted:
@@ -254,13 +254,13 @@ class _Session:
     roi_RT: np.ndarray
     centre_R3: np.ndarray
     number_R: np.ndarray
-    meta: dict[str, Any]
+    meta: ScanRecord
 
     def save(self, path: Path, stamp: str) -> None:
         """Keep it until it is ranked; brain voxels only, uncompressed."""
         arrays: dict[str, Any] = {
             "fingerprint": stamp,
-            "meta": files.dump(self.meta),
+            "meta": files.dump(self.meta.tree()),
             "roi": self.roi_RT,
             "roi_centre": self.centre_R3,
             "roi_number": self.number_R,
@@ -276,9 +276,9 @@ class _Session:
 def _load(path: Path) -> _Session:
     with np.load(path) as stored:
         arrays = dict(stored)
-    meta = json.loads(str(arrays["meta"]))
+    meta = check(ScanRecord, json.loads(str(arrays["meta"])), path)
     result = Harmonised(
-        arrays["raw"], arrays["brain"], int(arrays["edge"]), meta["tr"], meta["source_tr"], {}, arrays["repeated"]
+        arrays["raw"], arrays["brain"], int(arrays["edge"]), meta.tr, meta.source_tr, {}, arrays["repeated"]
     )
     return _Session(result, arrays["roi"], arrays["roi_centre"], arrays["roi_number"], meta)
 
@@ -335,13 +335,13 @@ def _harmonise(run: RunSource, settings: SessionSettings, parcels: Parcels) -> _
         "n_parcels": len(number_R),
         **result.facts,
     }
-    return _Session(result, roi_RT, centre_R3, number_R, meta)
+    return _Session(result, roi_RT, centre_R3, number_R, ScanRecord.model_validate(meta))
 
 
 def _converted(run: RunSource, session: _Session, settings: SessionSettings, ranker: WindowRanker) -> Converted:
     arrays = _ranked(run, session, settings, ranker)
     data = sample.pack(arrays)
-    meta = session.meta | {"zarr_size": len(data), "n_kept": len(arrays["start"])}
+    meta = session.meta.model_copy(update={"zarr_size": len(data), "n_kept": len(arrays["start"])})
     return Converted(meta, data, settings.grid.grid())
 
 
@@ -352,7 +352,7 @@ def _ranked(
 
     Windows with volumes that repeat an earlier one are never kept; they get the lowest score of the others.
     """
-    frames, result, n_windows = settings.windows.frames, session.result, session.meta["n_windows"]
+    frames, result, n_windows = settings.windows.frames, session.result, session.meta.n_windows
     measured_W = ~result.repeated_T[: n_windows * frames].reshape(n_windows, frames).any(axis=1)
     if (count := np.count_nonzero(measured_W)) < settings.windows.minimum:
         got = f"{count} windows without volumes that repeat an earlier one, of {n_windows}"

@@ -13,11 +13,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from shards.conversion.splits import SPLITS
 from shards.core import files
 from shards.format import layout
+from shards.format.manifest import DataRecord, Manifest, ShardRecord
+from shards.format.refusal import Refusal
+from shards.format.session_record import ScanRecord, SessionRecord
 
 _MARKER = "commit"
 
@@ -30,23 +32,22 @@ def member_paths(folder: Path, key: str) -> tuple[Path, Path]:
 
 def pack(
     folder: Path,
-    sessions: list[dict[str, Any]],
-    failed: list[dict[str, Any]],
-    manifest: dict[str, Any],
+    sessions: list[ScanRecord],
+    failed: list[Refusal],
+    data: DataRecord,
     shard_bytes: int,
-    read_members: Callable[[dict[str, Any]], tuple[bytes, bytes]],
+    read_members: Callable[[ScanRecord], tuple[bytes, bytes]],
     advance: Callable[[int, str], None],
-) -> dict[str, Any]:
+) -> Manifest:
     """Write the shards of a dataset and put them in place.
 
     Parameters
     ----------
     folder : Path
         The dataset.
-    sessions, failed : list of dict
-        Lines of `sessions.jsonl` (without location) and `failed.jsonl`.
-    manifest : dict
-        All of the manifest but shards and counts.
+    sessions, failed : list of ScanRecord, list of Refusal
+    data : DataRecord
+        The manifest without shards; its counts are replaced.
     shard_bytes : int
         A shard is closed once it holds this many bytes.
     read_members : callable
@@ -56,45 +57,36 @@ def pack(
 
     Returns
     -------
-    dict
-        The manifest as written.
+    Manifest
+        As written.
     """
     following = folder / layout.WORK / "next"
     shutil.rmtree(following, ignore_errors=True)
     (following / layout.SHARDS).mkdir(parents=True)
-    lines: list[dict[str, Any]] = []
-    shards: list[dict[str, Any]] = []
+    lines: list[SessionRecord] = []
+    shards: list[ShardRecord] = []
     for split in SPLITS:
-        ordered = sorted((s for s in sessions if s["split"] == split), key=lambda s: s["key"])
+        ordered = sorted((s for s in sessions if s.split == split), key=lambda s: s.key)
         for number, part in enumerate(_fill(ordered, shard_bytes)):
             path = following / layout.SHARDS / f"{split}-{number:06d}.tar"
             _write_tar(path, part, read_members, advance)
-            shards.append(
-                {
-                    "name": path.name,
-                    "split": split,
-                    "samples": len(part),
-                    "bytes": path.stat().st_size,
-                    "sha256": files.sha256(path),
-                }
-            )
+            size, checksum = path.stat().st_size, files.sha256(path)
+            shards.append(ShardRecord(name=path.name, split=split, samples=len(part), bytes=size, sha256=checksum))
             lines += _locate(path, part)
     files.sync_folder(following / layout.SHARDS)
-    lines.sort(key=lambda line: line["key"])
-    counts = Counter(line["split"] for line in lines)
-    subjects = {
-        split: len({(line["cohort"], line["subject"]) for line in lines if line["split"] == split}) for split in SPLITS
-    }
-    manifest = {
-        **manifest,
-        "shards": shards,
+    lines.sort(key=lambda line: line.key)
+    counts = Counter(line.split for line in lines)
+    subjects = {split: len({(line.cohort, line.subject) for line in lines if line.split == split}) for split in SPLITS}
+    sizes = {
         "sessions": {split: counts.get(split, 0) for split in SPLITS},
         "subjects": subjects,
         "failed": len(failed),
+        "shards": [shard.tree() for shard in shards],
     }
-    files.write_atomically(following / layout.SESSIONS, files.dump_lines(lines))
-    files.write_atomically(following / layout.FAILED, files.dump_lines(failed))
-    files.write_atomically(following / layout.MANIFEST, files.dump(manifest) + "\n")
+    manifest = Manifest.model_validate(data.tree() | sizes)
+    files.write_atomically(following / layout.SESSIONS, files.dump_lines(line.tree() for line in lines))
+    files.write_atomically(following / layout.FAILED, files.dump_lines(line.tree() for line in failed))
+    files.write_atomically(following / layout.MANIFEST, files.dump(manifest.tree()) + "\n")
     files.write_atomically(folder / layout.WORK / _MARKER, "")
     finish_commit(folder)
     return manifest
@@ -120,13 +112,13 @@ def finish_commit(folder: Path) -> None:
     shutil.rmtree(following, ignore_errors=True)
 
 
-def _fill(sessions: list[dict[str, Any]], shard_bytes: int) -> Iterator[list[dict[str, Any]]]:
+def _fill(sessions: list[ScanRecord], shard_bytes: int) -> Iterator[list[ScanRecord]]:
     """Sessions, in order, in shards of about `shard_bytes`."""
-    part: list[dict[str, Any]] = []
+    part: list[ScanRecord] = []
     size = 0
     for session in sessions:
         part.append(session)
-        size += session["zarr_size"]
+        size += session.zarr_size
         if size >= shard_bytes:
             yield part
             part, size = [], 0
@@ -136,8 +128,8 @@ def _fill(sessions: list[dict[str, Any]], shard_bytes: int) -> Iterator[list[dic
 
 def _write_tar(
     path: Path,
-    sessions: list[dict[str, Any]],
-    read_members: Callable[[dict[str, Any]], tuple[bytes, bytes]],
+    sessions: list[ScanRecord],
+    read_members: Callable[[ScanRecord], tuple[bytes, bytes]],
     advance: Callable[[int, str], None],
 ) -> None:
     import webdataset as wds  # here: who reads weights and runs needs no webdataset
@@ -149,20 +141,20 @@ def _write_tar(
         ) as tar:
             for session in sessions:
                 meta, data = read_members(session)
-                tar.write({"__key__": session["key"], layout.JSON_MEMBER: meta, layout.ZARR_MEMBER: data})
+                tar.write({"__key__": session.key, layout.JSON_MEMBER: meta, layout.ZARR_MEMBER: data})
                 advance(1, "")
         file.flush()
         os.fsync(file.fileno())
 
 
-def _locate(path: Path, sessions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sessions' lines with the byte offset and size of both members."""
+def _locate(path: Path, sessions: list[ScanRecord]) -> list[SessionRecord]:
+    """The sessions with the byte offset and size of both members."""
     with tarfile.open(path) as tar:
         at = {member.name: (member.offset_data, member.size) for member in tar}
     lines = []
     for session in sessions:
-        line = {**session, "shard": path.name}
+        line = {**session.tree(), "shard": path.name}
         for short, suffix in (("json", layout.JSON_MEMBER), ("zarr", layout.ZARR_MEMBER)):
-            line[f"{short}_offset"], line[f"{short}_size"] = at[f"{session['key']}.{suffix}"]
-        lines.append(line)
+            line[f"{short}_offset"], line[f"{short}_size"] = at[f"{session.key}.{suffix}"]
+        lines.append(SessionRecord.model_validate(line))
     return lines

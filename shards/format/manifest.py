@@ -1,6 +1,6 @@
-"""What `manifest.json` and `sessions.jsonl` must hold, checked before anything is read by them.
+"""The manifest of a dataset: what it is and how it was made.
 
-They may hold more: other versions add facts, and a page or a probe asks for them by name.
+A dataset of another version may lack the newer facts: they are None, or empty.
 """
 
 from __future__ import annotations
@@ -8,100 +8,120 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic import Field, StrictInt, StrictStr, model_validator
 from upath import UPath
 
 from shards.core.errors import DatasetError
-from shards.core.settings import check, shown
-from shards.format import layout
+from shards.core.settings import check
+from shards.format import layout, remote
+from shards.format.grid import Grid
+from shards.format.record import Length, Number, Record, Size
 
-Size = Annotated[StrictInt, Field(ge=0, lt=2**62)]
 _MOST_VOXELS = 1 << 31  # of a grid
-Length = Annotated[float, Field(gt=0, lt=1e6, strict=True)]
 
 
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class ShardRecord(Record):
+    """A file of samples."""
 
-
-class _Shard(_Facts):
     name: StrictStr = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     bytes: Size
+    split: StrictStr = ""
+    samples: Size = 0
+    sha256: StrictStr = ""
 
 
-class _Grid(_Facts):
+class GridRecord(Record):
+    """The grid, as `shards.format.grid.Grid`."""
+
     mm: Length
     shape: tuple[Size, Size, Size]
     patch: Size
-    centre_mm: tuple[float, float, float]
+    centre_mm: tuple[Number, Number, Number]
+    affine: list[list[Number]] | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> _Grid:
+    def _whole(self) -> GridRecord:
         x, y, z = self.shape
         if not 0 < x * y * z <= _MOST_VOXELS or self.patch < 1 or any(size % self.patch for size in self.shape):
             raise ValueError("a patch that divides every entry of a shape of a grid")
         return self
 
+    @classmethod
+    def of(cls, grid: Grid) -> GridRecord:
+        """That of a grid."""
+        affine = grid.affine.tolist()
+        return cls(mm=grid.mm, shape=grid.shape, patch=grid.patch, centre_mm=grid.centre_mm, affine=affine)
 
-class _Windows(_Facts):
+    def grid(self) -> Grid:
+        """The grid."""
+        return Grid(self.mm, self.shape, self.patch, self.centre_mm)
+
+
+class WindowsRecord(Record):
+    """How windows were cut and chosen."""
+
     frames: Annotated[StrictInt, Field(ge=1, le=10_000)]
+    keep: Size | None = None
+    minimum: Size | None = None
 
 
-class _Manifest(_Facts):
+class DataRecord(Record):
+    """A manifest without its shards, as a run and an exported model keep it of the data they were made with.
+
+    Attributes
+    ----------
+    format : int
+        Version of the format.
+    configuration, configuration_hash : dict, str
+        Settings and ranking of the conversion, and their hash.
+    grid, windows : GridRecord, WindowsRecord
+    tr, tr_range : float, list of float
+        Seconds: the TR of the grid, and those that are resampled to it.
+    normalisation : str
+        What the stored values are, in words.
+    ranker, split : dict
+        What the scores depend on; how people were divided.
+    cohorts : list of str
+    sessions, subjects : dict of str to int
+        Of each split.
+    failed : int
+        Refused scans.
+    """
+
+    format: Size = layout.FORMAT
+    configuration: dict[str, Any] = Field(default_factory=dict)
+    configuration_hash: StrictStr = ""
+    grid: GridRecord
+    tr: Number | None = None
+    tr_range: list[Number] = Field(default_factory=list)
+    normalisation: StrictStr = ""
+    windows: WindowsRecord
+    ranker: dict[str, Any] = Field(default_factory=dict)
+    split: dict[str, Any] = Field(default_factory=dict)
+    cohorts: list[StrictStr] = Field(default_factory=list)
     sessions: dict[str, Size]
-    shards: tuple[_Shard, ...]
-    grid: _Grid
-    windows: _Windows
+    subjects: dict[str, Size] = Field(default_factory=dict)
+    failed: Size = 0
 
 
-class _Session(_Facts):
-    """A line of `sessions.jsonl`, as far as reading and probing need it."""
+class Manifest(DataRecord):
+    """`manifest.json` of a dataset."""
 
-    key: StrictStr = Field(max_length=255, pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9._+-]*$")  # names files of results
-    cohort: StrictStr
-    subject: StrictStr
-    split: StrictStr
-    labels: dict[str, Any]
-    tr: Length
-    n_kept: Size
-    shard: StrictStr
-    zarr_offset: Size
-    zarr_size: Size
+    shards: tuple[ShardRecord, ...]
 
+    @property
+    def data(self) -> DataRecord:
+        """All of it but the shards."""
+        return DataRecord.model_validate({name: value for name, value in self.tree().items() if name != "shards"})
 
-def check_manifest(manifest: dict[str, Any], where: Path | UPath) -> None:
-    """Refuse a manifest that lacks something, or holds what it cannot.
+    @classmethod
+    def read(cls, folder: str | Path | UPath) -> Manifest:
+        """The manifest of a dataset, by its path or URL.
 
-    Raises
-    ------
-    DatasetError
-        Naming the field.
-    """
-    check(_Manifest, manifest, str(where), DatasetError)
-
-
-def check_sessions(sessions: list[dict[str, Any]], manifest: dict[str, Any], where: Path | UPath) -> None:
-    """Refuse sessions that are not as many as the manifest says, or that lie outside the dataset's shards.
-
-    Raises
-    ------
-    DatasetError
-        Naming the first such line and its field.
-    """
-    expected = sum(manifest["sessions"].values())
-    if len(sessions) != expected:
-        raise DatasetError(str(where), "", f"{len(sessions)} sessions", f"{expected}", layout.DAMAGED)
-    size = {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
-    keys: set[str] = set()
-    for number, session in enumerate(sessions, 1):
-        place = f"{where}: line {number}"
-        check(_Session, session, place, DatasetError)
-        shard, key = session["shard"], session["key"]
-        if shard not in size:
-            raise DatasetError(place, "shard", shown(shard), "one of the manifest's", layout.DAMAGED)
-        if session["zarr_offset"] + session["zarr_size"] > size[shard]:
-            got = f"{session['zarr_size']} bytes at {session['zarr_offset']} of {shard}"
-            raise DatasetError(place, "zarr_offset, zarr_size", got, f"a part of its {size[shard]}", layout.DAMAGED)
-        if key in keys:
-            raise DatasetError(place, "key", f"{shown(key)} a second time", "a key for each session", layout.DAMAGED)
-        keys.add(key)
+        Raises
+        ------
+        DatasetError
+            If the folder is no finished dataset, or one of another format version, or cannot be reached; if a field is
+            missing or holds what it cannot.
+        """
+        return check(cls, layout.read_manifest(folder), str(remote.place(folder) / layout.MANIFEST), DatasetError)

@@ -9,25 +9,29 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 from upath import UPath
 
 from shards.core.errors import DatasetError, SampleCorrupt, Stopped
-from shards.format import layout, manifest, remote, sample
+from shards.format import layout, remote, sample
 from shards.format.byte_range import LocalSpan
 from shards.format.grid import Grid
+from shards.format.manifest import Manifest
+from shards.format.session_record import ScanRecord, SessionRecord, read_sessions
+
+ScanT = TypeVar("ScanT", bound=ScanRecord, contravariant=True)
 
 
-class Samples(Protocol):
+class Samples(Protocol[ScanT]):
     """Where samples are read from: a `Dataset`, or a `shards.conversion.session.Converted` scan in memory."""
 
     @property
     def grid(self) -> Grid: ...
 
     def read(
-        self, session: dict[str, Any], names: Iterable[str] | None = None, windows: Iterable[int] | None = None
+        self, session: ScanT, names: Iterable[str] | None = None, windows: Iterable[int] | None = None
     ) -> dict[str, np.ndarray]: ...
 
 
@@ -42,8 +46,8 @@ class Dataset:
     Attributes
     ----------
     folder : Path, or elsewhere UPath
-    manifest : dict
-    sessions : list of dict, sorted by key, a line of `sessions.jsonl` each
+    manifest : Manifest
+    sessions : list of SessionRecord, sorted by key
 
     Raises
     ------
@@ -54,36 +58,33 @@ class Dataset:
     def __init__(self, folder: str | Path | UPath):
         # What is done with it, joining and naming, a UPath does as a Path, though it is not derived from it.
         self.folder = cast(Path, remote.place(folder))
-        self.manifest = layout.read_manifest(self.folder)
-        manifest.check_manifest(self.manifest, self.folder / layout.MANIFEST)
-        self.sessions = layout.read_lines(self.folder / layout.SESSIONS)
-        manifest.check_sessions(self.sessions, self.manifest, self.folder / layout.SESSIONS)
-        shards = self.manifest["shards"]
-        paths = [self.folder / layout.SHARDS / shard["name"] for shard in shards]
+        self.manifest = Manifest.read(self.folder)
+        self.sessions = read_sessions(self.folder, self.manifest)
+        shards = self.manifest.shards
+        paths = [self.folder / layout.SHARDS / shard.name for shard in shards]
         for path, shard, size in zip(paths, shards, remote.sizes(paths), strict=True):
-            if size != shard["bytes"]:
+            if size != shard.bytes:
                 got = "no such file" if size is None else f"{size} bytes"
-                raise DatasetError(path, "", got, f"{shard['bytes']} bytes", layout.DAMAGED)
+                raise DatasetError(path, "", got, f"{shard.bytes} bytes", layout.DAMAGED)
         if paths and isinstance(paths[0], UPath):
-            remote.require_ranges(paths[0], shards[0]["bytes"])
+            remote.require_ranges(paths[0], shards[0].bytes)
 
     @property
     def grid(self) -> Grid:
         """The grid the samples lie on."""
-        grid = self.manifest["grid"]
-        return Grid(grid["mm"], tuple(grid["shape"]), grid["patch"], tuple(grid["centre_mm"]))
+        return self.manifest.grid.grid()
 
     @property
     def frames(self) -> int:
         """F, frames of a window."""
-        return self.manifest["windows"]["frames"]
+        return self.manifest.windows.frames
 
-    def of_split(self, split: str) -> list[dict[str, Any]]:
+    def of_split(self, split: str) -> list[SessionRecord]:
         """Sessions of `train`, `val` or `test`; `all` for every session."""
-        return [session for session in self.sessions if split in ("all", session["split"])]
+        return [session for session in self.sessions if split in ("all", session.split)]
 
     def read(
-        self, session: dict[str, Any], names: Iterable[str] | None = None, windows: Iterable[int] | None = None
+        self, session: SessionRecord, names: Iterable[str] | None = None, windows: Iterable[int] | None = None
     ) -> dict[str, np.ndarray]:
         """Arrays of one session; see `shards.format.sample.unpack`.
 
@@ -102,18 +103,18 @@ class Dataset:
             raise
 
     def _read(
-        self, session: dict[str, Any], names: Iterable[str] | None, windows: Iterable[int] | None
+        self, session: SessionRecord, names: Iterable[str] | None, windows: Iterable[int] | None
     ) -> dict[str, np.ndarray]:
-        path = self.folder / layout.SHARDS / session["shard"]
-        where = f"{path} ({session['key']})"
+        path = self.folder / layout.SHARDS / session.shard
+        where = f"{path} ({session.key})"
         if isinstance(path, UPath):
             names, windows = (None if wanted is None else [*wanted] for wanted in (names, windows))
-            far = remote.RemoteSpan(path, session["zarr_offset"], session["zarr_size"], where)
+            far = remote.RemoteSpan(path, session.zarr_offset, session.zarr_size, where)
             far.fetch_members(lambda members: sample.members_read(members, names, windows))
             with io.BufferedReader(far, 1 << 16) as file:
                 return sample.unpack(file, where, names, windows)
         try:
-            span = LocalSpan(path, session["zarr_offset"], session["zarr_size"])
+            span = LocalSpan(path, session.zarr_offset, session.zarr_size)
         except OSError as error:
             raise SampleCorrupt(where, "", error.strerror or "unreadable", "a shard") from None
         with io.BufferedReader(span, 1 << 16) as file:

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from shards.core.errors import ConfigError
 from shards.core.settings import digest
 from shards.format.reader import Dataset
+from shards.format.session_record import SessionRecord
 
 B = TypeVar("B")
 
@@ -29,7 +30,7 @@ class Item:
     """A session of one of the datasets, at an epoch."""
 
     dataset: int
-    session: dict[str, Any]
+    session: SessionRecord
     epoch: int
 
 
@@ -48,7 +49,7 @@ class Stream:
 
     Attributes
     ----------
-    sessions : list of list of dict
+    sessions : list of list of SessionRecord
         The sessions of each dataset that are streamed.
     short : list of int
         How many of each dataset were left out, because they have fewer windows.
@@ -66,10 +67,10 @@ class Stream:
         found = [dataset.of_split(split) for dataset in self.datasets]
         if not any(found):
             raise ConfigError(self.datasets[0].folder, split, "no session", "at least one session to train on")
-        self.sessions = [[s for s in part if not least_windows or s["n_kept"] >= least_windows] for part in found]
+        self.sessions = [[s for s in part if not least_windows or s.n_kept >= least_windows] for part in found]
         self.short = [len(whole) - len(part) for whole, part in zip(found, self.sessions, strict=True)]
         if not any(self.sessions):
-            most = max(session["n_kept"] for part in found for session in part)
+            most = max(session.n_kept for part in found for session in part)
             raise ConfigError(
                 self.datasets[0].folder,
                 split,
@@ -84,7 +85,7 @@ class Stream:
 
     def digest(self) -> str:
         """Hash of all that decides which sample lies at which position."""
-        keys = [[session["key"] for session in part] for part in self.sessions]
+        keys = [[session.key for session in part] for part in self.sessions]
         return digest([self.seed, self.weights, keys])
 
     def _epoch(self, epoch: int) -> list[tuple[int, int]]:

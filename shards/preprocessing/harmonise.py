@@ -84,7 +84,7 @@ class Harmonised:
     edge: int
     tr: float
     source_tr: float
-    facts: dict[str, Any]
+    facts: dict[str, object]
     repeated_T: np.ndarray
 
     @cached_property
@@ -154,7 +154,7 @@ class Placed:
     affine: np.ndarray
     brain_XYZ: np.ndarray
     table: Any
-    facts: dict[str, Any]
+    facts: dict[str, object]
 
 
 def place(run: RunSource, settings: GridSettings, mask_settings: BrainMaskSettings, clean: CleanSettings) -> Placed:
@@ -188,7 +188,7 @@ def place(run: RunSource, settings: GridSettings, mask_settings: BrainMaskSettin
     if not brain_XYZ.any() or unscanned > 0.5:
         got = f"{unscanned:.0%} of the mask outside the scan" if unscanned > 0.5 else "no brain voxel on the grid"
         raise RunRefused(run.source, "mask", got, "a mask that overlaps run and grid", "Give the run's own mask")
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "mask_outside_grid": round(outside, 4),
         "mask_outside_scan": round(unscanned, 4),
         "mask_source": mask.source,

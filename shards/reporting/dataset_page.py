@@ -23,9 +23,11 @@ from shards.core.findings import Finding, bad, good, look
 from shards.format import layout
 from shards.format.grid import Grid
 from shards.format.reader import Dataset
+from shards.format.refusal import Refusal, read_refusals
+from shards.format.session_record import SessionRecord
 from shards.preprocessing import space
 from shards.reporting import html, quality_figures
-from shards.reporting.distribution import MEASURES, Outlying, Session, describe, find_outlying
+from shards.reporting.distribution import MEASURES, Outlying, describe, find_outlying
 
 _ROWS = 100  # refused or moved sessions listed one by one
 _TRS = 4  # more of them in a cohort are told as a range
@@ -51,7 +53,7 @@ def write(folder: str | Path) -> Path:
         If the folder is no whole dataset, or a sample that is to be drawn is damaged.
     """
     dataset = Dataset(folder)
-    failed = layout.read_lines(dataset.folder / layout.FAILED)
+    failed = read_refusals(dataset.folder / layout.FAILED)
     outlying = find_outlying(dataset.sessions)
     with html.drawing():
         content = html.render(
@@ -72,26 +74,26 @@ def write(folder: str | Path) -> Path:
     return path
 
 
-def _subjects(sessions: Sequence[Session]) -> int:
-    return len({(session["cohort"], session["subject"]) for session in sessions})
+def _subjects(sessions: Sequence[SessionRecord]) -> int:
+    return len({(session.cohort, session.subject) for session in sessions})
 
 
-def _lead(dataset: Dataset, failed: list[Session]) -> str:
+def _lead(dataset: Dataset, failed: list[Refusal]) -> str:
     sessions = dataset.sessions
-    hours = sum(session["frames"] * session["tr"] for session in sessions) / 3600
-    cohorts = html.count(len(dataset.manifest["cohorts"]), "cohort")
+    hours = sum(session.frames * session.tr for session in sessions) / 3600
+    cohorts = html.count(len(dataset.manifest.cohorts), "cohort")
     return (
         f"{html.count(len(sessions), 'session')} of {html.count(_subjects(sessions), 'subject')} from {cohorts}, "
         f"{hours:.1f} hours; {html.count(len(failed), 'run')} refused."
     )
 
 
-def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> list[Finding]:
+def _first_look(dataset: Dataset, failed: list[Refusal], outlying: Outlying) -> list[Finding]:
     """What a reader should know before anything else."""
     sessions, found = dataset.sessions, []
     homes: dict[tuple[str, str], set[str]] = defaultdict(set)
     for session in sessions:
-        homes[session["cohort"], session["subject"]].add(session["split"])
+        homes[session.cohort, session.subject].add(session.split)
     torn = sorted("/".join(subject) for subject, splits in homes.items() if len(splits) > 1)
     if torn:
         found.append(
@@ -101,7 +103,7 @@ def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> 
                 "scores will be too good. Make the dataset anew.",
             )
         )
-    empty = [split for split in SPLITS if not dataset.manifest["sessions"].get(split)]
+    empty = [split for split in SPLITS if not dataset.manifest.sessions.get(split)]
     if empty:
         found.append(look("splits_empty", f"No session in {' and '.join(empty)}: too few subjects for the shares."))
     if failed:
@@ -114,7 +116,7 @@ def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> 
         )
     if outlying:
         found.append(look("quality", f"{html.count(len(outlying), 'session')} of outlying quality, named below."))
-    moved = sum("centred_by_mm" in session for session in sessions)
+    moved = sum(session.centred_by_mm is not None for session in sessions)
     if moved:
         found.append(
             look(
@@ -130,9 +132,9 @@ def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> 
         ("dead_share", "with a mask that takes in voxels without signal, which were left out"),
         ("repeated_frames", "with volumes that repeat an earlier one; windows that hold them were not kept"),
     ):
-        if number := sum(bool(session.get(field)) for session in sessions):
+        if number := sum(bool(getattr(session, field)) for session in sessions):
             found.append(look(field, f'{html.count(number, "session")} {words}: see "To check" below.'))
-    assumed = Counter(session["orientation_assumed"] for session in sessions if session.get("orientation_assumed"))
+    assumed = Counter(session.orientation_assumed for session in sessions if session.orientation_assumed)
     for orientation, number in sorted(assumed.items()):
         found.append(
             look(
@@ -141,13 +143,13 @@ def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> 
                 "assumed. Left and right cannot be verified; their letters carry a question mark.",
             )
         )
-    whole = sum(session["n_kept"] == session["n_windows"] for session in sessions)
+    whole = sum(session.n_kept == session.n_windows for session in sessions)
     if whole:
         found.append(
             look(
                 "windows",
                 f"In {whole} of {html.count(len(sessions), 'session')} every window was kept, as "
-                f"there are no more than {dataset.manifest['windows']['keep']}: the ranking "
+                f"there are no more than {dataset.manifest.windows.keep}: the ranking "
                 "orders them but drops none.",
             )
         )
@@ -157,35 +159,35 @@ def _first_look(dataset: Dataset, failed: list[Session], outlying: Outlying) -> 
 
 
 def _facts(dataset: Dataset) -> dict[str, object]:
-    manifest, grid, windows = dataset.manifest, dataset.grid, dataset.manifest["windows"]
-    source_trs = sorted({round(session["source_tr"], 4) for session in dataset.sessions})
-    trs = sorted({round(session["tr"], 4) for session in dataset.sessions})
-    ranker = manifest["ranker"]["name"]
-    learned = manifest["ranker"].get("extractor")
-    size = sum(shard["bytes"] for shard in manifest["shards"])
+    manifest, grid, windows = dataset.manifest, dataset.grid, dataset.manifest.windows
+    source_trs = sorted({round(session.source_tr, 4) for session in dataset.sessions})
+    trs = sorted({round(session.tr, 4) for session in dataset.sessions})
+    ranker = manifest.ranker["name"]
+    learned = manifest.ranker.get("extractor")
+    size = sum(shard.bytes for shard in manifest.shards)
     return {
         **{
-            f"{split}: sessions (subjects)": f"{manifest['sessions'][split]} ({manifest['subjects'][split]})"
+            f"{split}: sessions (subjects)": f"{manifest.sessions[split]} ({manifest.subjects[split]})"
             for split in SPLITS
         },
         "Grid": f"{' × '.join(map(str, grid.shape))} voxels of {grid.mm:g} mm, RAS+",
         "Patch": f"{grid.patch} × {grid.patch} × {grid.patch} voxels",
         "TR": _range(trs, "s") + ("" if source_trs == trs else f", scanned at {_range(source_trs, 's')}"),
-        "Windows": f"{windows['frames']} frames; the {windows['keep']} most salient kept",
+        "Windows": f"{windows.frames} frames; the {windows.keep} most salient kept",
         "Parcels": _parcels(dataset),
         "Ranker": f"{ranker}, extractor {learned[:12]}" if learned else ranker,
-        "Normalisation": manifest["normalisation"],
-        "Shards": f"{html.count(len(manifest['shards']), 'file')}, {size / 1e9:.3g} GB"
+        "Normalisation": manifest.normalisation,
+        "Shards": f"{html.count(len(manifest.shards), 'file')}, {size / 1e9:.3g} GB"
         if size >= 1e9
-        else f"{html.count(len(manifest['shards']), 'file')}, {size / 1e6:.3g} MB",
-        "Format, configuration": f"{manifest['format']}, {manifest['configuration_hash'][:12]}",
+        else f"{html.count(len(manifest.shards), 'file')}, {size / 1e6:.3g} MB",
+        "Format, configuration": f"{manifest.format}, {manifest.configuration_hash[:12]}",
     }
 
 
 def _parcels(dataset: Dataset) -> str:
-    image = dataset.manifest["configuration"].get("settings", {}).get("parcels", {}).get("image")
+    image = dataset.manifest.configuration.get("settings", {}).get("parcels", {}).get("image")
     kind = f"{image['name']}, {image['sha256'][:12]}" if image else "cubes of the brain mask"
-    numbers = sorted({session["n_parcels"] for session in dataset.sessions if "n_parcels" in session})
+    numbers = sorted({session.n_parcels for session in dataset.sessions if session.n_parcels is not None})
     return f"{_range(numbers, 'parcels')}: {kind}" if numbers else kind
 
 
@@ -193,14 +195,14 @@ def _range(values: Sequence[float], unit: str) -> str:
     return f"{values[0]:g} {unit}" if len(values) == 1 else f"{values[0]:g}–{values[-1]:g} {unit}"
 
 
-def _cohorts(dataset: Dataset, failed: list[Session]) -> list[html.Part]:
-    refused = Counter(line["cohort"] for line in failed)
-    of_cohort: dict[str, list[Session]] = defaultdict(list)
+def _cohorts(dataset: Dataset, failed: list[Refusal]) -> list[html.Part]:
+    refused = Counter(line.cohort for line in failed)
+    of_cohort: dict[str, list[SessionRecord]] = defaultdict(list)
     for session in dataset.sessions:
-        of_cohort[session["cohort"]].append(session)
+        of_cohort[session.cohort].append(session)
 
-    def row(name: str, sessions: list[Session], refused: int) -> list[object]:
-        parts = [[s for s in sessions if s["split"] == split] for split in SPLITS]
+    def row(name: str, sessions: list[SessionRecord], refused: int) -> list[object]:
+        parts = [[s for s in sessions if s.split == split] for split in SPLITS]
         return [
             name,
             *[f"{len(part)} ({_subjects(part)})" for part in parts],
@@ -209,54 +211,54 @@ def _cohorts(dataset: Dataset, failed: list[Session]) -> list[html.Part]:
             _trs(sessions),
         ]
 
-    rows = [row(name, of_cohort[name], refused[name]) for name in dataset.manifest["cohorts"]]
+    rows = [row(name, of_cohort[name], refused[name]) for name in dataset.manifest.cohorts]
     if len(rows) > 1:
         rows.append(row("all", dataset.sessions, len(failed)))
     parts: list[html.Part] = [
         html.Text("Sessions, and in brackets the subjects they come from. Splits are by subject."),
         html.Table(["Cohort", *SPLITS, "all", "refused", "TR of the scan, s"], rows, numbers=True),
     ]
-    treated = Counter((session["cohort"], words) for session in dataset.sessions for words in _treated(session))
+    treated = Counter((session.cohort, words) for session in dataset.sessions for words in _treated(session))
     if treated:
         parts.append(html.Text("What was done to runs, or taken for granted, before the harmonising:"))
         parts.append(html.Table(["Cohort", "Treatment", "Sessions"], [[*key, treated[key]] for key in sorted(treated)]))
     return parts
 
 
-def _trs(sessions: Sequence[Session]) -> str:
+def _trs(sessions: Sequence[SessionRecord]) -> str:
     """TRs with the number of sessions, the most frequent first; no number where all share one."""
-    found = Counter(round(session["source_tr"], 4) for session in sessions).most_common()
+    found = Counter(round(session.source_tr, 4) for session in sessions).most_common()
     if len(found) > _TRS:
         return f"{min(found)[0]:g}–{max(found)[0]:g}"
     return ", ".join(f"{tr:g} ({number})" if len(found) > 1 else f"{tr:g}" for tr, number in found)
 
 
-def _treated(session: Session) -> list[str]:
+def _treated(session: SessionRecord) -> list[str]:
     """What was done to a run beyond the usual, in words that sessions share."""
     found = []
-    if session.get("dropped_frames"):
-        found.append(f"{html.count(session['dropped_frames'], 'leading frame')} dropped")
-    if session.get("orientation_assumed"):
-        found.append(f"orientation {session['orientation_assumed']} assumed")
-    if session.get("mask_source") == "computed":
+    if session.dropped_frames:
+        found.append(f"{html.count(session.dropped_frames, 'leading frame')} dropped")
+    if session.orientation_assumed:
+        found.append(f"orientation {session.orientation_assumed} assumed")
+    if session.mask_source == "computed":
         found.append("brain mask computed from the run")
-    if session.get("cleaned"):
-        found.append(f"cleaned: {session['cleaned']}")
+    if session.cleaned:
+        found.append(f"cleaned: {session.cleaned}")
     return found
 
 
-def _refused(failed: list[Session]) -> list[html.Part]:
+def _refused(failed: list[Refusal]) -> list[html.Part]:
     if not failed:
         return [html.Text("None: every run that was found was converted.")]
     parts: list[html.Part] = []
-    advice = [line["hint"] or "Look at the file: mend it, or leave it out of the cohort" for line in failed]
+    advice = [line.hint or "Look at the file: mend it, or leave it out of the cohort" for line in failed]
     # The reason repeats the hint at its end; in the table it has a column of its own.
     rows = [
-        [line["key"], " ".join(line["reason"].removesuffix(line["hint"]).split()), what]
+        [line.key, " ".join(line.reason.removesuffix(line.hint).split()), what]
         for line, what in zip(failed, advice, strict=True)
     ]
     if len(failed) > _ROWS:
-        groups = Counter((line["cohort"], what) for line, what in zip(failed, advice, strict=True))
+        groups = Counter((line.cohort, what) for line, what in zip(failed, advice, strict=True))
         parts.append(
             html.Table(
                 ["Cohort", "What to do", "Runs"], [[*group, count] for group, count in groups.most_common(_ROWS)]
@@ -266,7 +268,7 @@ def _refused(failed: list[Session]) -> list[html.Part]:
     return [*parts, html.Table(["Run", "Reason", "What to do"], rows[:_ROWS])]
 
 
-def _to_check(sessions: Sequence[Session]) -> list[html.Part]:
+def _to_check(sessions: Sequence[SessionRecord]) -> list[html.Part]:
     """What was assumed or left out, and of which sessions."""
     rows = [[words, len(keys), html.first(keys, 8)] for words, keys in by_assumption(sessions).items()]
     if not rows:
@@ -275,15 +277,14 @@ def _to_check(sessions: Sequence[Session]) -> list[html.Part]:
     return [html.Text(intro), html.Table(["What", "Sessions", "Which"], rows[:_ROWS])]
 
 
-def _native(sessions: Sequence[Session]) -> list[html.Part]:
-    moved = [session for session in sessions if "centred_by_mm" in session]
+def _native(sessions: Sequence[SessionRecord]) -> list[html.Part]:
+    moved = [(session, session.centred_by_mm) for session in sessions if session.centred_by_mm is not None]
     if not moved:
         return []
-    moved.sort(key=lambda session: (-np.linalg.norm(session["centred_by_mm"]), session["key"]))
+    moved.sort(key=lambda item: (-np.linalg.norm(item[1]), item[0].key))
     rows = []
-    for session in moved[:_ROWS]:
-        by_mm = session["centred_by_mm"]
-        rows.append([session["key"], *[f"{mm:+g}" for mm in by_mm], f"{np.linalg.norm(by_mm):.1f}"])
+    for session, by_mm in moved[:_ROWS]:
+        rows.append([session.key, *[f"{mm:+g}" for mm in by_mm], f"{np.linalg.norm(by_mm):.1f}"])
     more = f" The {_ROWS} of {len(moved)} moved farthest:" if len(moved) > _ROWS else ""
     return [
         html.Text(
@@ -294,17 +295,17 @@ def _native(sessions: Sequence[Session]) -> list[html.Part]:
     ]
 
 
-def choose_examples(sessions: Sequence[Session], outlying: Outlying) -> list[Session]:
+def choose_examples(sessions: Sequence[SessionRecord], outlying: Outlying) -> list[SessionRecord]:
     """The sessions that are drawn: the two of worst quality, then one cohort after the other.
 
     Within a cohort the order is that of a hash of the key: arbitrary, but the same every time.
     """
-    of_key = {session["key"]: session for session in sessions}
+    of_key = {session.key: session for session in sessions}
     chosen = list(outlying)[:2]
     queues: dict[str, list[str]] = defaultdict(list)
     for key in sorted(of_key, key=lambda key: hashlib.sha256(key.encode()).digest()):
         if key not in chosen:
-            queues[of_key[key]["cohort"]].append(key)
+            queues[of_key[key].cohort].append(key)
     total = min(max(_EXAMPLES, len(queues) + len(chosen)), _MOST_EXAMPLES)
     turn = 0
     while len(chosen) < total and any(len(queue) > turn for queue in queues.values()):
@@ -340,45 +341,43 @@ def _examples(dataset: Dataset, outlying: Outlying) -> list[html.Part]:
         arrays = dataset.read(session, names)
         shown = quality_figures.Shown(dataset.grid, dataset.frames, session, arrays)
         caption = shown.words()
-        if session["key"] in outlying:
-            caption += f" Outlying: {'; '.join(outlying[session['key']].values())}."
+        if session.key in outlying:
+            caption += f" Outlying: {'; '.join(outlying[session.key].values())}."
         alt = (
             "Three planes of the mean image with mask and patch grid; parcels, saliency, carpet, DVARS and global "
-            f"signal over time; {session['key']}"
+            f"signal over time; {session.key}"
         )
         parts += [
-            html.Heading(session["key"]),
+            html.Heading(session.key),
             html.Facts(_session_facts(session, dataset.grid), small=True),
             html.Picture.of(shown.draw(outline), alt, caption),
         ]
     return parts
 
 
-def _session_facts(session: Session, grid: Grid) -> dict[str, object]:
+def _session_facts(session: SessionRecord, grid: Grid) -> dict[str, object]:
     """What is known of a session, where it is known."""
     facts: dict[str, object] = {
-        "Cohort, subject, split": f"{session['cohort']}, {session['subject']}, {session['split']}",
-        "Frames": f"{session['frames']} of {session['tr']:g} s, scanned at {session['source_tr']:.4g} s",
-        "Kept": f"{session['n_kept']} of {html.count(session['n_windows'], 'window')}, "
-        f"{session['n_patches']} of {math.prod(grid.patch_shape)} patches",
+        "Cohort, subject, split": f"{session.cohort}, {session.subject}, {session.split}",
+        "Frames": f"{session.frames} of {session.tr:g} s, scanned at {session.source_tr:.4g} s",
+        "Kept": f"{session.n_kept} of {html.count(session.n_windows, 'window')}, "
+        f"{session.n_patches} of {math.prod(grid.patch_shape)} patches",
     }
     for measure in MEASURES:
         value = measure.of(session)
         if np.isfinite(value) and measure.field != "source_tr":
             facts[measure.title] = measure.words(value)
-    if "mask_source" in session:
-        facts["Brain mask"] = (
-            "computed from the run" if session["mask_source"] == "computed" else session["mask_source"]
-        )
-    if "centred_by_mm" in session:
-        moved = ", ".join(f"{mm:+g}" for mm in session["centred_by_mm"])
+    if session.mask_source is not None:
+        facts["Brain mask"] = "computed from the run" if session.mask_source == "computed" else session.mask_source
+    if session.centred_by_mm is not None:
+        moved = ", ".join(f"{mm:+g}" for mm in session.centred_by_mm)
         facts["Native space"] = f"moved by ({moved}) mm to the grid's middle; nothing was registered"
-    if session.get("orientation_assumed"):
-        facts["Orientation"] = f"{session['orientation_assumed']} assumed; left and right cannot be verified"
+    if session.orientation_assumed:
+        facts["Orientation"] = f"{session.orientation_assumed} assumed; left and right cannot be verified"
     if words := assumptions(session):
         facts["To check"] = "; ".join(words)
-    if "dropped_frames" in session:
-        facts["Leading frames dropped"] = session["dropped_frames"]
-    if session.get("cleaned"):
-        facts["Cleaned"] = session["cleaned"]
+    if session.dropped_frames is not None:
+        facts["Leading frames dropped"] = session.dropped_frames
+    if session.cleaned:
+        facts["Cleaned"] = session.cleaned
     return facts

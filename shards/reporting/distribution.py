@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from shards.format.session_record import SessionRecord
 from shards.reporting import html
 
-Session = dict[str, Any]
 Outlying = dict[str, dict[str, str]]  # key: field: words
 
 _OUTLYING = 30  # outlying sessions named
@@ -40,13 +39,13 @@ class Measure:
     least: float
     own: bool = False
 
-    def of(self, session: Session) -> float:
+    def of(self, session: SessionRecord) -> float:
         """Its value in `unit`; NaN where the session has none."""
-        value = session.get(self.field)
+        value = getattr(session, self.field)
         if value is None:
             return np.nan
         if self.field == "dvars_outliers":
-            return 100 * value / max(session["frames"] - 1, 1)
+            return 100 * value / max(session.frames - 1, 1)
         return 100 * value if self.unit == "%" else value
 
     def words(self, value: float) -> str:
@@ -65,7 +64,7 @@ MEASURES = (
 )
 
 
-def find_outlying(sessions: Sequence[Session]) -> Outlying:
+def find_outlying(sessions: Sequence[SessionRecord]) -> Outlying:
     """Sessions whose quality lies outside that of their cohort, worst first; those whose TR alone differs, last.
 
     A number is outlying if it lies beyond the quartiles by more than 1.5 interquartile ranges (the box-plot
@@ -79,7 +78,7 @@ def find_outlying(sessions: Sequence[Session]) -> Outlying:
     """
     members: dict[str, list[int]] = defaultdict(list)
     for number, session in enumerate(sessions):
-        members[session["cohort"]].append(number)
+        members[session.cohort].append(number)
     worst = np.zeros(len(sessions))
     words: dict[int, dict[str, str]] = defaultdict(dict)
     for measure in MEASURES:
@@ -102,11 +101,11 @@ def find_outlying(sessions: Sequence[Session]) -> Outlying:
                         f"{measure.title} {measure.words(value)} (middle half "
                         f"{measure.words(low)} to {measure.words(high)})"
                     )
-    order = sorted(words, key=lambda number: (-worst[number], sessions[number]["key"]))
-    return {sessions[number]["key"]: words[number] for number in order}
+    order = sorted(words, key=lambda number: (-worst[number], sessions[number].key))
+    return {sessions[number].key: words[number] for number in order}
 
 
-def describe(sessions: Sequence[Session], outlying: Outlying) -> list[html.Part]:
+def describe(sessions: Sequence[SessionRecord], outlying: Outlying) -> list[html.Part]:
     """Parts of the page: a table of the numbers, a picture of their distributions, the outlying sessions by name."""
     present = [measure for measure in MEASURES if any(np.isfinite(measure.of(s)) for s in sessions)]
     rows = []
@@ -129,7 +128,7 @@ def describe(sessions: Sequence[Session], outlying: Outlying) -> list[html.Part]
     ]
     if not outlying:
         return [*parts, html.Text("No session lies outside its cohort by the box-plot rule.")]
-    where = {session["key"]: session["split"] for session in sessions}
+    where = {session.key: session.split for session in sessions}
     named = [[key, where[key], "; ".join(outlying[key].values())] for key in list(outlying)[:_OUTLYING]]
     parts.append(
         html.Text(
@@ -142,8 +141,8 @@ def describe(sessions: Sequence[Session], outlying: Outlying) -> list[html.Part]
     return [*parts, html.Table(["Session", "Split", "What is outlying"], named)]
 
 
-def _draw(sessions: Sequence[Session], measures: Sequence[Measure], outlying: Outlying) -> Figure:
-    sizes = Counter(session["cohort"] for session in sessions)
+def _draw(sessions: Sequence[SessionRecord], measures: Sequence[Measure], outlying: Outlying) -> Figure:
+    sizes = Counter(session.cohort for session in sessions)
     names = [name for name, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:_LANES]]
     rest = "other cohorts"
     lanes = [*sorted(names), *([rest] if len(sizes) > len(names) else [])]
@@ -151,13 +150,13 @@ def _draw(sessions: Sequence[Session], measures: Sequence[Measure], outlying: Ou
     row = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(row, measures, strict=True):
         for lane, name in enumerate(lanes):
-            mine = [s for s in sessions if s["cohort"] == name or (name == rest and s["cohort"] not in names)]
+            mine = [s for s in sessions if s.cohort == name or (name == rest and s.cohort not in names)]
             mine = [s for s in mine if np.isfinite(measure.of(s))]
             if not mine:
                 continue
-            mine.sort(key=lambda s: (measure.of(s), s["key"]))
+            mine.sort(key=lambda s: (measure.of(s), s.key))
             value_S = np.array([measure.of(s) for s in mine])
-            far_S = np.array([measure.field in outlying.get(s["key"], ()) for s in mine])
+            far_S = np.array([measure.field in outlying.get(s.key, ()) for s in mine])
             low, middle, high = np.percentile(value_S, [25, 50, 75])
             axes.fill_betweenx([lane - 0.34, lane + 0.34], low, high, color=html.PALE, alpha=0.6, lw=0)
             axes.plot([middle, middle], [lane - 0.34, lane + 0.34], color=html.INK, lw=1.5, zorder=5)

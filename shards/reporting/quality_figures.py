@@ -20,6 +20,7 @@ from scipy.ndimage import map_coordinates
 from shards.format.grid import Grid
 from shards.format.layout import CARPET_STEPS
 from shards.format.patches import scatter
+from shards.format.session_record import SessionRecord
 from shards.preprocessing import quality
 from shards.reporting import html
 
@@ -94,17 +95,16 @@ class Shown:
     grid : Grid
     frames : int
         Frames of a window.
-    session : dict
-        Its line of `sessions.jsonl`.
+    session : SessionRecord
     arrays : dict of ndarray
         `baseline`, `brain`, `carpet`, `patch`, `roi`, `scores`, `start`; `scores_space` and `scores_time` if the
         sample has them.
     """
 
-    def __init__(self, grid: Grid, frames: int, session: dict[str, Any], arrays: dict[str, np.ndarray]):
-        self.grid, self.frames, self.tr = grid, frames, session["tr"]
-        self.registered = session["space"] != "native"
-        self.sure = not session.get("orientation_assumed")
+    def __init__(self, grid: Grid, frames: int, session: SessionRecord, arrays: dict[str, np.ndarray]):
+        self.grid, self.frames, self.tr = grid, frames, session.tr
+        self.registered = session.space != "native"
+        self.sure = not session.orientation_assumed
         self.patch_P3 = arrays["patch"]
         self.brain_XYZ = scatter(arrays["brain"], self.patch_P3, grid.shape, grid.patch) > 0
         self.baseline_XYZ = scatter(arrays["baseline"], self.patch_P3, grid.shape, grid.patch)
@@ -202,8 +202,10 @@ class Shown:
         for part_W, colour, name in self.parts:  # behind the score: what can be seen of a part did not decide it
             axes.stairs(np.maximum(part_W, bottom), edge_W, baseline=None, color=colour, lw=1, label=name, zorder=0.9)
         if not seen_W.all():
-            at = (np.flatnonzero(~seen_W) + 0.5) * width
-            axes.plot(at, np.full(len(at), bottom + margin / 2), "v", color=html.RED, ms=5, label="below the axis")
+            middle = (np.flatnonzero(~seen_W) + 0.5) * width
+            axes.plot(
+                middle, np.full(len(middle), bottom + margin / 2), "v", color=html.RED, ms=5, label="below the axis"
+            )
         axes.set(title="Saliency of the windows", ylabel="score", ylim=(bottom, top + margin))
         _legend(axes)
 

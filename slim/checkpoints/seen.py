@@ -19,16 +19,12 @@ from typing import Any
 
 from shards.core.errors import ConfigError
 from shards.core.files import dump, write_atomically
+from shards.format.session_record import SessionRecord
 from slim.checkpoints.run_folder import SEEN
 
 _DIGITS = 24  # of a hash: 96 bits
 
 Person = tuple[str, str]  # people, subject
-
-
-def person(session: dict[str, Any]) -> Person:
-    """Whose a session of a dataset is: equal for cohorts that share their people."""
-    return session.get("people") or session["cohort"], session["subject"]
 
 
 @dataclass(frozen=True)
@@ -50,10 +46,10 @@ class Seen:
     sessions: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, sessions: Sequence[Iterable[dict[str, Any]]]) -> Seen:
+    def of(cls, sessions: Sequence[Iterable[SessionRecord]]) -> Seen:
         """Of the training sessions of each dataset."""
         parts = [[*part] for part in sessions]
-        names = frozenset(_name(person(session)) for part in parts for session in part)
+        names = frozenset(_name(session.person) for part in parts for session in part)
         return cls(names, None, tuple(map(len, parts)))
 
     def has(self, who: Person) -> bool:

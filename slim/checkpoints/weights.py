@@ -25,11 +25,11 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from torch import nn
 
 from shards.core import files
-from shards.core.errors import ConfigError, DatasetError
+from shards.core.errors import ConfigError
 from shards.core.files import printable
 from shards.core.settings import check
 from shards.format import layout
-from shards.format.manifest import check_manifest
+from shards.format.manifest import DataRecord
 from slim.checkpoints import checkpoint
 from slim.checkpoints.checkpoint import CheckpointError
 from slim.checkpoints.provenance import Provenance
@@ -82,7 +82,7 @@ class _Ranker(_Facts):
 
 
 class _Data(_Facts):
-    """A manifest, beyond what `shards.format.manifest` asks for."""
+    """Of the data, beyond what `shards.format.manifest` asks for."""
 
     configuration: _Configuration
     ranker: _Ranker
@@ -96,7 +96,7 @@ class Weights:
     Attributes
     ----------
     settings : PretrainSettings or FinetuneSettings of the run
-    data : dict, the manifest (without shards) of the first dataset it was trained on
+    data : DataRecord, of the first dataset it was trained on
     made : dict, how they came about: `run`, `step`, `weights` ("encoder" or "target"), `commit`, `versions`;
         `training`, what is known of each dataset of the pretraining, once they were exported; and of a fine-tuned
         encoder `finetuned`: `task`, `cohorts` whose labels it was shown, `head`, `from_scratch`
@@ -111,7 +111,7 @@ class Weights:
     """
 
     settings: TrainSettings
-    data: dict[str, Any]
+    data: DataRecord
     made: dict[str, Any]
     path: Path
     prefix: str
@@ -210,7 +210,7 @@ def _of_run(folder: Path, kind: str) -> Weights:
         "versions": provenance.named() | facts["versions"],
     }
     path, prefix, head = found / checkpoint.WEIGHTS, f"{kind}.", None
-    data = _manifest(_tree(found / RUN_DATA), found / RUN_DATA)
+    data = _data(_tree(found / RUN_DATA), found / RUN_DATA)
     _check_size(settings, data, path)
     if isinstance(settings, FinetuneSettings):
         made |= _finetuned(path, kind, settings, data)
@@ -226,7 +226,7 @@ def _name(run: Path, settings: TrainSettings) -> str:
     return f"{run.parent.name}-{run.name}" if isinstance(settings, FinetuneSettings) else run.name
 
 
-def _finetuned(path: Path, kind: str, settings: FinetuneSettings, data: dict[str, Any]) -> dict[str, Any]:
+def _finetuned(path: Path, kind: str, settings: FinetuneSettings, data: DataRecord) -> dict[str, Any]:
     """What is known of a fine-tuned encoder beside that of any run: its `step` is that of the best epoch."""
     if kind != "encoder":
         raise CheckpointError(path, "weights", "those of a fine-tuning", "encoder, as it keeps no moving average")
@@ -238,7 +238,7 @@ def _finetuned(path: Path, kind: str, settings: FinetuneSettings, data: dict[str
         hint = "Let it train for an epoch; if it has, lower optimizer.lr"
         raise CheckpointError(path, "val_loss", "no finite number yet", "one, by which the best epoch is told", hint)
     before = settings.before or {}
-    seen = {*data["cohorts"], *before.get("finetuned", {}).get("cohorts", [])}
+    seen = {*data.cohorts, *before.get("finetuned", {}).get("cohorts", [])}
     tuned = {
         "task": settings.answer.task,
         "cohorts": sorted(seen),
@@ -269,8 +269,9 @@ def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
         raise CheckpointError(folder / SUMS, "", f"no checksum of {HEAD}", "that of a fine-tuned export", _AGAIN)
     paths = (head, folder, Path(f"{name}-results"), folder / EXTRACTOR, image)
     seen = Seen.from_tree(about["seen"], folder / CONFIG) if "seen" in about else None
-    _check_size(settings, _manifest(about["data"], folder / CONFIG), folder / MODEL)
-    return Weights(settings, about["data"], made, folder / MODEL, "", *paths, seen)
+    data = _data(about["data"], folder / CONFIG)
+    _check_size(settings, data, folder / MODEL)
+    return Weights(settings, data, made, folder / MODEL, "", *paths, seen)
 
 
 def _tree(path: Path) -> dict[str, Any]:
@@ -294,19 +295,19 @@ def _tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _manifest(data: Any, where: Path) -> dict[str, Any]:
-    """The manifest (without shards) of the training data, if it is one; else CheckpointError."""
-    if not isinstance(data, dict):
-        raise CheckpointError(where, "data", type(data).__name__, "a manifest without shards", _AGAIN)
+def _data(tree: Any, where: Path) -> DataRecord:
+    """What is known of the training data, if it is that; else CheckpointError."""
+    if not isinstance(tree, dict):
+        raise CheckpointError(where, "data", type(tree).__name__, "a manifest without shards", _AGAIN)
     try:
-        check_manifest({**data, "shards": []}, where)
-    except DatasetError as error:
+        data = check(DataRecord, tree, where, CheckpointError)
+    except CheckpointError as error:
         raise CheckpointError(error.where, error.field, error.got, error.expected, _AGAIN) from None
-    check(_Data, data, where, CheckpointError)
+    check(_Data, tree, where, CheckpointError)
     return data
 
 
-def _check_size(settings: TrainSettings, data: dict[str, Any], path: Path) -> None:
+def _check_size(settings: TrainSettings, data: DataRecord, path: Path) -> None:
     """Refuse a model whose weights cannot be in the file: it is found before anything is allocated.
 
     Raises
@@ -325,11 +326,11 @@ def _check_size(settings: TrainSettings, data: dict[str, Any], path: Path) -> No
         )
 
 
-def fewest_parameters(settings: TrainSettings, data: dict[str, Any]) -> int:
+def fewest_parameters(settings: TrainSettings, data: DataRecord) -> int:
     """Numbers that the encoder of these settings has at the least: its matrices and positions."""
-    model, grid = settings.model, data["grid"]
-    places = math.prod(size // grid["patch"] for size in grid["shape"])
-    count = (places + settings.windows.k * data["windows"]["frames"] + grid["patch"] ** 3) * model.embed
+    model, grid = settings.model, data.grid.grid()
+    places = math.prod(grid.patch_shape)
+    count = (places + settings.windows.k * data.windows.frames + grid.voxels) * model.embed
     for stage, depth in enumerate(model.depths):
         dim = model.embed * 2**stage
         count += depth * (2 * dim**2 + 2 * dim * int(dim * model.mlp_ratio))

@@ -35,7 +35,7 @@ def load_batch(
         try:
             samples.append(draw_sample(item, datasets[item.dataset], geometry, settings))
         except SampleCorrupt as error:
-            damaged[item.session["key"]] = error.line()
+            damaged[item.session.key] = error.line()
     batch = collate(
         samples or [empty_sample(geometry, datasets[0].grid.voxels, settings)], geometry, settings.chunk_tokens
     )

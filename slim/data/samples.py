@@ -5,7 +5,7 @@ Legend: T frames; P patches; V voxels of a patch; S slots; L places of cells; K 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from shards.core.errors import ConfigError, SampleCorrupt
-from shards.format.reader import Dataset, Samples
+from shards.format.manifest import DataRecord
+from shards.format.reader import Dataset, Samples, ScanT
 from shards.format.stream import Item, generator
 from slim.config import PretrainSettings, TrainSettings
 from slim.data.masking import Mask, draw
@@ -42,14 +43,15 @@ class Sample:
 _SHARED = ("grid", "windows.frames", "tr", "tr_range", "normalisation")
 
 
-def unlike(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+def unlike(data: DataRecord, other: DataRecord) -> tuple[str, Any, Any] | None:
     """The first in which two datasets differ that one model is to read: field, and both values; None if they fit."""
+    one, two = data.tree(), other.tree()
 
-    def value(of: Mapping[str, Any], field: str) -> Any:
+    def value(of: dict[str, Any], field: str) -> Any:
         name, _, part = field.partition(".")
-        return of[name][part] if part else of[name]
+        return of[name][part] if part else of.get(name)
 
-    pairs = ((field, value(manifest, field), value(other, field)) for field in _SHARED)
+    pairs = ((field, value(one, field), value(two, field)) for field in _SHARED)
     return next((found for found in pairs if found[1] != found[2]), None)
 
 
@@ -74,7 +76,7 @@ def geometry_for(settings: TrainSettings, datasets: Sequence[Dataset]) -> Geomet
     return geometry
 
 
-def read_windows(dataset: Samples, session: dict, rank_K: Sequence[int] | np.ndarray, epoch: int = 0) -> Sample:
+def read_windows(dataset: Samples[ScanT], session: ScanT, rank_K: Sequence[int] | np.ndarray, epoch: int = 0) -> Sample:
     """The windows of these ranks, put into time order.
 
     Raises
@@ -86,10 +88,10 @@ def read_windows(dataset: Samples, session: dict, rank_K: Sequence[int] | np.nda
     start_K = arrays["start"][np.asarray(rank_K)]
     in_time = np.argsort(start_K, kind="stable")
     k, frames, patches, voxels = arrays["windows"].shape
-    second = (start_K[in_time][:, None] + np.arange(frames)) * session["tr"]
+    second = (start_K[in_time][:, None] + np.arange(frames)) * session.tr
     place = np.ravel_multi_index(tuple(arrays["patch"].T.astype(np.intp)), dataset.grid.patch_shape)
     return Sample(
-        session["key"],
+        session.key,
         epoch,
         arrays["windows"][in_time].reshape(k * frames, patches, voxels),
         arrays["baseline"],
@@ -147,8 +149,8 @@ def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: Trai
     ConfigError
         If it has fewer windows than are drawn; a `Stream` with `least_windows` has no such session.
     """
-    windows, seed, key = settings.windows, settings.run.seed, item.session["key"]
-    best = min(windows.best, item.session["n_kept"])
+    windows, seed, key = settings.windows, settings.run.seed, item.session.key
+    best = min(windows.best, item.session.n_kept)
     if best < windows.k:
         hint = "Lower windows.k or convert with a larger windows.minimum"
         raise ConfigError(f"{dataset.folder} ({key})", "windows", f"{best} windows", f"windows.k = {windows.k}", hint)

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
 
 import numpy as np
 
 from shards.core.errors import DatasetError
 from shards.format.reader import Dataset
+from shards.format.session_record import SessionRecord
 from slim.evaluation.labels import number, word
-from slim.evaluation.task import fact
 
 
 def connectomes(
-    dataset: Dataset, sessions: list[dict[str, Any]], advance: Callable[[int], None] | None = None
+    dataset: Dataset, sessions: list[SessionRecord], advance: Callable[[int], None] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Functional connectivity: correlations (Ledoit-Wolf) between parcels, float32 (N, E).
 
@@ -63,7 +62,7 @@ def _correlations(series: list[np.ndarray]) -> np.ndarray:
 
 
 def mean_image(
-    dataset: Dataset, sessions: list[dict[str, Any]], advance: Callable[[int], None] | None = None
+    dataset: Dataset, sessions: list[SessionRecord], advance: Callable[[int], None] | None = None
 ) -> np.ndarray:
     """Each run's mean image (global z) on the voxels that are brain in all sessions, float32 (N, W).
 
@@ -89,7 +88,7 @@ def mean_image(
 
 
 def parcel_means(
-    dataset: Dataset, sessions: list[dict[str, Any]], window_N: np.ndarray, advance: Callable[[int], None] | None = None
+    dataset: Dataset, sessions: list[SessionRecord], window_N: np.ndarray, advance: Callable[[int], None] | None = None
 ) -> np.ndarray:
     """Mean of each parcel's z-scored series over a window, float32 (N, R), on the parcels all sessions have.
 
@@ -108,9 +107,9 @@ def parcel_means(
     """
     series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for session in sessions:
-        if session["key"] not in series:
+        if session.key not in series:
             arrays = dataset.read(session, ("roi", "roi_number"))
-            series[session["key"]] = arrays["roi"], arrays["roi_number"]
+            series[session.key] = arrays["roi"], arrays["roi_number"]
             if advance:
                 advance(1)
     common = reduce(np.intersect1d, [label for _, label in series.values()])
@@ -118,15 +117,15 @@ def parcel_means(
         raise DatasetError(dataset.folder, "roi", "no parcel that all sessions have", "at least 1")
     rows = []
     for session, start in zip(sessions, window_N, strict=True):
-        roi_RT, label_R = series[session["key"]]
+        roi_RT, label_R = series[session.key]
         x_RT = roi_RT[_rows(label_R, common)].astype(np.float64)
-        first = round(start / session["tr"])
+        first = round(start / session.tr)
         z_RT = (x_RT - x_RT.mean(axis=1, keepdims=True)) / np.maximum(x_RT.std(axis=1, keepdims=True), 1e-12)
         rows.append(z_RT[:, first : first + dataset.frames].mean(axis=1))
     return np.stack(rows).astype(np.float32)
 
 
-def confounds(sessions: list[dict[str, Any]], names: Sequence[str]) -> np.ndarray:
+def confounds(sessions: list[SessionRecord], names: Sequence[str]) -> np.ndarray:
     """Columns such as age, sex or site as features, float32 (N, F): numbers as they are, words one-hot.
 
     Parameters
@@ -137,7 +136,7 @@ def confounds(sessions: list[dict[str, Any]], names: Sequence[str]) -> np.ndarra
     """
     columns: list[np.ndarray] = []
     for name in names:
-        values = [fact(session, name) for session in sessions]
+        values = [session.fact(name) for session in sessions]
         numbers = [number(value) for value in values]
         if None not in numbers:
             columns.append(np.array(numbers, np.float32)[:, None])

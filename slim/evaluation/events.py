@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 from shards.core import tables
 from shards.core.errors import ConfigError
 from shards.core.settings import PathText, Settings
+from shards.format.session_record import SessionRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +51,7 @@ class EventSettings(Settings):
         return value
 
 
-def read(settings: EventSettings, root: Path, session: dict[str, Any], where: str | Path) -> pd.DataFrame:
+def read(settings: EventSettings, root: Path, session: SessionRecord, where: str | Path) -> pd.DataFrame:
     """The events of a session: onset and end (s from the start of the harmonised run), and state.
 
     Raises
@@ -58,18 +59,18 @@ def read(settings: EventSettings, root: Path, session: dict[str, Any], where: st
     ConfigError
         If the table is missing, or lacks a column, or an onset or duration is no number.
     """
-    path = root / settings.path.format(**{name: session[name] for name in FIELDS})
+    path = root / settings.path.format(**{name: getattr(session, name) for name in FIELDS})
     import pandas as pd  # takes half a second to import
 
     if not (path.is_file() or path.is_symlink()):
         raise ConfigError(
-            where, "events.path", f"no file {path}", f"the events of {session['key']}", "Give --events FOLDER"
+            where, "events.path", f"no file {path}", f"the events of {session.key}", "Give --events FOLDER"
         )
     table = tables.read(path, "a BIDS table of events")
     for column in ("onset", "duration", settings.column):
         if column not in table:
             raise ConfigError(path, column, f"columns {', '.join(table.columns)}", f"a column {column}")
-    dropped_s = session.get("dropped_frames", 0) * session["source_tr"]
+    dropped_s = (session.dropped_frames or 0) * session.source_tr
     onset_E = table.numbers("onset") - dropped_s
     length_E = np.nan_to_num(table.numbers("duration"))
     found = pd.DataFrame({"onset": onset_E, "end": onset_E + length_E, "state": table.texts(settings.column)})

@@ -180,8 +180,8 @@ def baselines(task: Task, cases: Cases, dataset: Dataset) -> dict[str, Method]:
     """The methods of a task that need no encoder."""
     methods: dict[str, Method] = {}
     sessions = cases.distinct()
-    at = {session["key"]: row for row, session in enumerate(sessions)}
-    row_N = np.array([at[session["key"]] for session in cases.sessions])
+    at = {session.key: row for row, session in enumerate(sessions)}
+    row_N = np.array([at[session.key] for session in cases.sessions])
     if cases.window_N is not None:
         methods["parcel_means"] = _fixed(baseline.parcel_means(dataset, cases.sessions, cases.window_N))
     else:
@@ -199,9 +199,9 @@ def encoder_method(
     task: Task, cases: Cases, features: Mapping[str, Features], device: torch.device | str = "cpu"
 ) -> Method:
     """The probe of an encoder under the task's pooling, given the features of every session by key."""
-    mine = [features[session["key"]] for session in cases.sessions]
+    mine = [features[session.key] for session in cases.sessions]
     if cases.window_N is not None:
-        return _fixed(window_vectors([features[s["key"]] for s in cases.distinct()], cases, task.pooling))
+        return _fixed(window_vectors([features[s.key] for s in cases.distinct()], cases, task.pooling))
     if task.pooling == "attentive":
         return Attentive(mine, device)
     if task.pooling == "cov":
@@ -225,7 +225,7 @@ def window_vectors(features: Sequence[Features], cases: Cases, pooling: str) -> 
     start_of = {item.key: windows(item, place_L) for item in features}
     rows = []
     for session, start in zip(cases.sessions, cases.window_N, strict=True):
-        start_W, x_WLC = start_of[session["key"]]
+        start_W, x_WLC = start_of[session.key]
         x_LC = x_WLC[int(np.argmin(np.abs(start_W - start)))]
         rows.append(x_LC.ravel() if pooling == "location" else x_LC.mean(axis=0))
     return np.stack(rows)

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from shards.core.errors import ConfigError, DatasetError
 from shards.core.settings import Settings, load
 from shards.format.reader import Dataset
-from slim.checkpoints.seen import person
+from shards.format.session_record import SessionRecord
 from slim.evaluation import events
 from slim.evaluation.events import EventSettings
 from slim.evaluation.labels import is_missing, number, refuse_lookalikes, word
@@ -127,7 +127,7 @@ class Cases:
     state_N : class number of each row's window; None where sessions answer
     """
 
-    sessions: list[dict[str, Any]]
+    sessions: list[SessionRecord]
     subject_N: np.ndarray
     subjects: list[tuple[str, str]]
     truth_S: np.ndarray
@@ -146,7 +146,7 @@ class Cases:
         """What each row answers."""
         return self.truth_S[self.subject_N] if self.state_N is None else self.state_N
 
-    def distinct(self) -> list[dict[str, Any]]:
+    def distinct(self) -> list[SessionRecord]:
         """The sessions, each once."""
         return [*{id(session): session for session in self.sessions}.values()]
 
@@ -176,22 +176,22 @@ def find_cases(
     left_out: Counter[str] = Counter()
     kept = []
     for session in dataset.sessions:
-        missing = [name for name in task.confounds if is_missing(fact(session, name), task.missing)]
-        value = None if task.label is None else session["labels"].get(task.label)
+        missing = [name for name in task.confounds if is_missing(session.fact(name), task.missing)]
+        value = None if task.label is None else session.labels.get(task.label)
         if task.label is not None and is_missing(value, task.missing):
             left_out["without the label"] += 1
         elif task.type == "classification" and _class(value, task, where) is None:
             left_out["of another class"] += 1
-        elif session["n_kept"] < least_windows:
+        elif session.n_kept < least_windows:
             left_out[f"fewer than {least_windows} windows"] += 1
         elif missing:
             left_out[f"without {missing[0]}"] += 1
         else:
             kept.append(session)
     if task.type == "fingerprint":
-        count = Counter(person(session) for session in kept)
-        left_out["only session of its subject"] = sum(count[person(session)] == 1 for session in kept)
-        kept = [session for session in kept if count[person(session)] > 1]
+        count = Counter(session.person for session in kept)
+        left_out["only session of its subject"] = sum(count[session.person] == 1 for session in kept)
+        kept = [session for session in kept if count[session.person] > 1]
     windows: list[tuple[float, str]] = []
     if task.events is not None:
         root = event_root or Path(where).parent / (task.events.root or ".")
@@ -199,9 +199,9 @@ def find_cases(
     if not kept:
         _nothing(task, dataset, left_out, where)
 
-    subjects = sorted({person(session) for session in kept})
+    subjects = sorted({session.person for session in kept})
     place_of = {subject: index for index, subject in enumerate(subjects)}
-    subject_N = np.array([place_of[person(session)] for session in kept])
+    subject_N = np.array([place_of[session.person] for session in kept])
     cases = Cases(kept, subject_N, subjects, np.zeros(len(subjects)))
     cases.left_out = {reason: count for reason, count in left_out.items() if count}
     cases.family_S = _families(task, cases, where)
@@ -210,7 +210,7 @@ def find_cases(
         cases.window_N = np.array([start for start, _ in windows])
         cases.state_N = np.array([cases.classes.index(state) for _, state in windows])
     elif task.type == "classification":
-        values = [_class(session["labels"][task.label], task, where) or "" for session in kept]
+        values = [_class(session.labels[str(task.label)], task, where) or "" for session in kept]
         cases.classes = sorted(set(values))
         if not task.classes and not task.edges:
             refuse_lookalikes(cases.classes, str(task.label), where, "label")
@@ -222,7 +222,7 @@ def find_cases(
                 raise ConfigError(where, "label", got, "one class for each subject")
         cases.truth_S = np.array([value_N[subject_N == index][0] for index in range(len(subjects))])
     elif task.type == "regression":
-        value_N = np.array([_number(session["labels"][task.label], task, where) for session in kept])
+        value_N = np.array([_number(session.labels[str(task.label)], task, where) for session in kept])
         cases.truth_S = np.array([value_N[subject_N == index].mean() for index in range(len(subjects))])
     _check_confounds(task, cases, where)
     return cases
@@ -231,7 +231,7 @@ def find_cases(
 def _check_confounds(task: Task, cases: Cases, where: str | Path) -> None:
     """Refuse a confound that is the same for everybody, which predicts nothing, and values that look alike."""
     for name in task.confounds:
-        values = [fact(session, name) for session in cases.sessions]
+        values = [session.fact(name) for session in cases.sessions]
         words = {word(value) for value in values}
         if len(words) == 1:
             got = f"the same value {words.pop()} of {name} for all {len(cases.subjects)} people"
@@ -240,25 +240,20 @@ def _check_confounds(task: Task, cases: Cases, where: str | Path) -> None:
             refuse_lookalikes(words, name, where, "confounds")
 
 
-def fact(session: dict[str, Any], name: str) -> Any:
-    """A label of a session's subject, or else one of the session's own numbers; None where it has neither."""
-    return session["labels"].get(name, session.get(name))
-
-
 def _windows(
     settings: EventSettings,
     dataset: Dataset,
-    sessions: list[dict[str, Any]],
+    sessions: list[SessionRecord],
     root: Path,
     where: str | Path,
     left_out: Counter[str],
-) -> tuple[list[dict[str, Any]], list[tuple[float, str]]]:
+) -> tuple[list[SessionRecord], list[tuple[float, str]]]:
     """Kept windows with a state: their sessions, and their starts (s) and states, in time order."""
     rows, found = [], []
     for session in sessions:
-        start_W = np.sort(dataset.read(session, ("start",))["start"]) * float(session["tr"])
+        start_W = np.sort(dataset.read(session, ("start",))["start"]) * float(session.tr)
         table = events.read(settings, root, session, where)
-        names = events.states(table, start_W, dataset.frames * session["tr"], settings.delay)
+        names = events.states(table, start_W, dataset.frames * session.tr, settings.delay)
         for start, name in zip(start_W.tolist(), names, strict=True):
             if name is None:
                 left_out["of no state, or of two (windows)"] += 1
@@ -270,7 +265,7 @@ def _windows(
 
 def _nothing(task: Task, dataset: Dataset, left_out: Counter[str], where: str | Path) -> NoReturn:
     """Say why there is nothing to answer the task."""
-    columns = sorted({name for session in dataset.sessions for name in session["labels"]})
+    columns = sorted({name for session in dataset.sessions for name in session.labels})
     if task.label is not None and left_out["without the label"]:
         raise ConfigError(
             where,
@@ -290,7 +285,7 @@ def _families(task: Task, cases: Cases, where: str | Path) -> np.ndarray:
         return family_S
     first: dict[str, int] = {}
     for index, subject in enumerate(cases.subjects):
-        mine = [cases.sessions[row]["labels"] for row in np.flatnonzero(cases.subject_N == index)]
+        mine = [cases.sessions[row].labels for row in np.flatnonzero(cases.subject_N == index)]
         found = {word(labels[column]) for labels in mine if not is_missing(labels.get(column), task.missing)}
         if len(found) > 1:
             got = f"{' and '.join(sorted(found))} for subject {subject[1]}"
@@ -345,7 +340,7 @@ def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[Split]
     if task.split.kind == "all":
         return [[Split(rows, rows[:0], rows)]]
     if task.split.kind == "dataset":
-        side_N = np.array([session["split"] for session in cases.sessions])
+        side_N = np.array([session.split for session in cases.sessions])
         repeats = [[Split(rows[side_N != "test"], rows[:0], rows[side_N == "test"])]]
     else:
         families = len(np.unique(cases.family_S))

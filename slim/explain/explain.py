@@ -28,6 +28,7 @@ from shards.core.files import dump, write_atomically
 from shards.core.findings import Finding, good, look
 from shards.format.patches import scatter
 from shards.format.reader import Dataset
+from shards.format.session_record import SessionRecord
 from shards.reporting import html, quality_figures
 from slim.evaluation.probe import make_fold, scale_of
 from slim.evaluation.splits import Fold
@@ -87,7 +88,7 @@ def choose(task: Task, cases: Cases, where: str | Path, subjects: int, output: i
         asked = []
         for fold, unit in folds:
             rows = fold.test[in_state_N[fold.test] & np.isin(cases.subject_N[fold.test], chosen)]
-            keys = np.array([cases.sessions[row]["key"] for row in rows])
+            keys = np.array([cases.sessions[row].key for row in rows])
             for key in np.unique(keys):
                 of_session = rows[keys == key]
                 asked.append(Asked(int(of_session[0]), fold, unit, cases.window_N[of_session]))
@@ -124,7 +125,7 @@ def explain(
     output: int,
     start: Start,
     tolerance: float = TOLERANCE,
-) -> Iterator[tuple[dict[str, Any], Attribution]]:
+) -> Iterator[tuple[SessionRecord, Attribution]]:
     """The sessions asked for, one after another, with their shares.
 
     Parameters
@@ -135,27 +136,27 @@ def explain(
         Class whose logit is explained; not used in a regression.
     start, tolerance : see `slim.explain.integrated_gradients.integrated_gradients`
     """
-    once, each = ([features[s["key"]] for s in rows] for rows in (cases.distinct(), cases.sessions))
+    once, each = ([features[s.key] for s in rows] for rows in (cases.distinct(), cases.sessions))
     fold = None
     for item in asked:
         session = cases.sessions[item.row]
         if item.start_w is not None:
             if fold is not item.fold:
                 of_windows = fit_state_score(once, cases, task.pooling, item.fold, output)
-            score = of_windows(features[session["key"]], item.start_w)
+            score = of_windows(features[session.key], item.start_w)
         elif fold is not item.fold:
             score = fit_score(each, task.pooling, task.components, item.fold, output, item.unit)
         fold = item.fold
         yield session, integrated_gradients(model, dataset, session, score, start, tolerance)
 
 
-def window_facts(dataset: Dataset, session: dict[str, Any], found: Attribution) -> list[dict[str, float]]:
+def window_facts(dataset: Dataset, session: SessionRecord, found: Attribution) -> list[dict[str, float]]:
     """Each kept window, in time order: start (s), saliency, mean size of its brain voxels' shares, and their sum."""
     arrays = dataset.read(session, ("brain", "scores"))
     inside_MV = arrays["brain"] > 0
     return [
         {
-            "start_s": round(float(start * session["tr"]), 3),
+            "start_s": round(float(start * session.tr), 3),
             "saliency": float(arrays["scores"][start // dataset.frames]),
             "mean_absolute": float(np.abs(value_FMV[:, inside_MV]).mean()),
             "sum": float(value_FMV.sum(dtype=np.float64)),
@@ -169,11 +170,11 @@ def write(
     dataset: Dataset,
     task: Task,
     cases: Cases,
-    explained: Iterator[tuple[dict[str, Any], Attribution]],
+    explained: Iterator[tuple[SessionRecord, Attribution]],
     start: Start,
     facts: dict[str, Any],
     advance: Callable[[int, str], None],
-    events: Callable[[dict[str, Any]], pd.DataFrame] | None = None,
+    events: Callable[[SessionRecord], pd.DataFrame] | None = None,
 ) -> dict[str, Any]:
     """Write maps, pictures and facts of a task as the sessions come.
 
@@ -196,19 +197,19 @@ def write(
         The facts, as TASK.json holds them.
     """
     grid, mean, under, sessions = dataset.grid, Mean(), Mean(), []
-    registered = all(session["space"] != "native" for session in cases.sessions)
+    registered = all(session.space != "native" for session in cases.sessions)
     for session, found in explained:
         maps = Maps.of(found, grid, start).named()
         for ending, volume in maps.items():
-            save(folder / task.name / f"{session['key']}{ending}.nii.gz", image(volume, grid, registered))
+            save(folder / task.name / f"{session.key}{ending}.nii.gz", image(volume, grid, registered))
         mean.add(maps)
         arrays = dataset.read(session, ("baseline", "brain", "patch"))
         baseline_MV = np.where(arrays["brain"] > 0, arrays["baseline"], 0)
         under.add({"": scatter(baseline_MV, arrays["patch"], grid.shape, grid.patch)})
         sessions.append(
             {
-                "key": session["key"],
-                "subject": session["subject"],
+                "key": session.key,
+                "subject": session.subject,
                 "score": found.score,
                 "at_start": found.at_start,
                 "sum": found.total,
@@ -218,7 +219,7 @@ def write(
                 "windows": window_facts(dataset, session, found),
             }
         )
-        advance(1, f"{session['key']}, {found.points} points")
+        advance(1, f"{session.key}, {found.points} points")
     images = {ending: image(volume, grid, registered) for ending, volume in mean.named().items()}
     for ending, made in images.items():
         save(folder / f"{task.name}{ending}.nii.gz", made)
@@ -235,13 +236,13 @@ def draw_windows(
     dataset: Dataset,
     facts: dict[str, Any],
     cases: Cases,
-    events: Callable[[dict[str, Any]], pd.DataFrame] | None,
+    events: Callable[[SessionRecord], pd.DataFrame] | None,
     path: Path,
 ) -> None:
     """For a few sessions: the ranker's scores over the run, and below them the size of each kept window's shares."""
     from matplotlib.figure import Figure
 
-    of_key = {session["key"]: session for session in cases.sessions}
+    of_key = {session.key: session for session in cases.sessions}
     spread = np.linspace(0, len(facts["sessions"]) - 1, min(_DRAWN, len(facts["sessions"]))).round().astype(int)
     drawn = [facts["sessions"][index] for index in spread]
     figure = Figure(figsize=(11, 3.1 * len(drawn)), layout="constrained")
@@ -251,7 +252,7 @@ def draw_windows(
         names = ("baseline", "brain", "carpet", "patch", "roi", "scores", "scores_space", "scores_time", "start")
         quality_figures.Shown(dataset.grid, dataset.frames, session, dataset.read(session, names)).draw_saliency(above)
         above.set_title(f"{line['key']}: saliency of the windows")
-        width = dataset.frames * session["tr"]
+        width = dataset.frames * session.tr
         at = [window["start_s"] for window in line["windows"]]
         size = [window["mean_absolute"] for window in line["windows"]]
         below.bar(at, size, width, align="edge", color=html.GREEN, edgecolor=html.INK, linewidth=0.4)
@@ -259,7 +260,7 @@ def draw_windows(
         below.set(
             ylabel="mean |share|",
             xlabel="time, s" if line is drawn[-1] else "",
-            xlim=(0, session["frames"] * session["tr"]),
+            xlim=(0, session.frames * session.tr),
         )
         for event in () if events is None else events(session).itertuples():
             for axes in (above, below):

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from shards.core.errors import ConfigError
 from shards.format.reader import Dataset
+from shards.format.session_record import SessionRecord
 from slim.data.collate import collate
 from slim.data.samples import read_windows, window_groups
 from slim.explain.differentiable_probe import Score
@@ -90,8 +91,8 @@ class Attribution:
 class _Groups:
     """A session in the groups of k windows, and with the slots of each, that `SlimBrain.encode_session` takes."""
 
-    def __init__(self, model: SlimBrain, dataset: Dataset, session: dict[str, Any]):
-        self.model, k, count = model, model.settings.windows.k, session["n_kept"]
+    def __init__(self, model: SlimBrain, dataset: Dataset, session: SessionRecord):
+        self.model, k, count = model, model.settings.windows.k, session.n_kept
         arrays = dataset.read(session, ("start", "patch"))
         in_time = np.argsort(arrays["start"], kind="stable")
         self.start_K, self.patch_M3 = arrays["start"][in_time], arrays["patch"]
@@ -152,7 +153,7 @@ def check_start(model: SlimBrain, start: str) -> None:
 def integrated_gradients(
     model: SlimBrain,
     dataset: Dataset,
-    session: dict[str, Any],
+    session: SessionRecord,
     score: Score,
     start: Start = "still",
     tolerance: float = TOLERANCE,
@@ -168,8 +169,8 @@ def integrated_gradients(
     ----------
     model : SlimBrain
     dataset : Dataset
-    session : dict
-        A line of `dataset.sessions`.
+    session : SessionRecord
+        One of `dataset.sessions`.
     score : Score
     start : "still" or "empty"
         Where the path begins; see above.
@@ -221,7 +222,7 @@ def integrated_gradients(
         for u in new:
             add(u**2, 2 * u * (0.5 if u == 1 else 1.0))  # at u = 0 the weight is 0
         found = Attribution(
-            session["key"],
+            session.key,
             at_end,
             at_start,
             points,

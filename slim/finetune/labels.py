@@ -69,15 +69,15 @@ class Answers:
         """The dataset as far as these answers go: other sessions and all labels are left out."""
         dataset = Dataset(path)
         split_of = dict.fromkeys(self.train, "train") | dict.fromkeys(self.val, "val")
-        missing = split_of.keys() - {session["key"] for session in dataset.sessions}
+        missing = split_of.keys() - {session.key for session in dataset.sessions}
         if missing:
             raise ConfigError(
                 path, "sessions", f"none of key {min(missing)}", "all that the answers name", "Start finetune.py again"
             )
         dataset.sessions = [
-            {**session, "split": split_of[session["key"]], "labels": {}}
+            session.model_copy(update={"split": split_of[session.key], "labels": {}})
             for session in dataset.sessions
-            if session["key"] in split_of
+            if session.key in split_of
         ]
         return dataset
 

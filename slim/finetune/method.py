@@ -192,7 +192,7 @@ class Finetuned:
         assert fold.val_n is not None
         sides: list[dict[str, tuple[int, float]]] = [{}, {}]
         for row, answer, is_val in zip(fold.train, fold.answer_n, fold.val_n, strict=True):
-            sides[int(is_val)][self.cases.sessions[row]["key"]] = int(self.cases.subject_N[row]), float(answer)
+            sides[int(is_val)][self.cases.sessions[row].key] = int(self.cases.subject_N[row]), float(answer)
         return Answers(fold.classes, *sides)
 
     def _best(self, out: Path, settings: FinetuneSettings, answers: Answers) -> tuple[torch.nn.Module, int, float]:

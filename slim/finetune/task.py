@@ -170,7 +170,7 @@ class FinetuneLearner:
         (dataset,) = self.task.datasets
         sessions, classes = dataset.of_split("val"), self.answers.classes
         guess_NK = predict(forward, classes, dataset, sessions, self.task.geometry, self.settings, self.device)
-        subject_N, answer_N = np.array([self.answers.val[session["key"]] for session in sessions]).T
+        subject_N, answer_N = np.array([self.answers.val[session.key] for session in sessions]).T
         return validation_loss(guess_NK, subject_N, answer_N, classes)
 
     def _now(self, full: Full | None) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from shards.core.errors import ConfigError, DatasetError, Stopped, is_full
 from shards.core.files import sha256, sync_folder
 from shards.core.room import has_room
-from shards.format.layout import read_manifest
+from shards.format.manifest import DataRecord, Manifest
 from slim import __version__
 from slim.checkpoints.weights import CARD, CONFIG, EXTRACTOR, FORMAT, HEAD, MODEL, PARCELS, SUMS
 from slim.config import PretrainSettings, TrainSettings
@@ -63,7 +63,7 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
             "exported_by": __version__,
         },
         "settings": _anywhere(model.settings),
-        "data": model.data,
+        "data": model.data.tree(),
     }
     if model.seen is not None:
         about["seen"] = model.seen.hashed(model.checksum[:16]).tree()
@@ -125,17 +125,17 @@ def _name(path: str) -> str:
     return path.rstrip("/").split("/")[-1]
 
 
-def _training(settings: PretrainSettings, first: dict[str, Any]) -> list[dict[str, Any]]:
+def _training(settings: PretrainSettings, first: DataRecord) -> list[dict[str, Any]]:
     """What is known of each dataset the run was trained on: cohorts, and how much its training split holds."""
     found = []
     for number, item in enumerate(settings.data):
         about: dict[str, Any] = {"dataset": _name(item.path), "weight": item.weight}
         try:
-            manifest = first if number == 0 else read_manifest(item.path)
+            data: DataRecord = first if number == 0 else Manifest.read(item.path)
         except DatasetError:
             about["unknown"] = "out of reach when the weights were exported"
         else:
-            about |= {"cohorts": manifest["cohorts"], "configuration_hash": manifest["configuration_hash"]}
-            about |= {name: manifest[name]["train"] for name in ("subjects", "sessions")}
+            about |= {"cohorts": data.cohorts, "configuration_hash": data.configuration_hash}
+            about |= {"subjects": data.subjects["train"], "sessions": data.sessions["train"]}
         found.append(about)
     return found

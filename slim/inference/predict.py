@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.format.reader import Samples
+from shards.format.reader import Samples, ScanT
 from slim.config import FinetuneSettings
 from slim.data.collate import collate
 from slim.data.samples import read_windows, window_groups
@@ -26,8 +26,8 @@ from slim.model.geometry import Geometry
 def predict(
     forward: Callable[..., Any],
     classes: int,
-    dataset: Samples,
-    sessions: Sequence[dict[str, Any]],
+    dataset: Samples[ScanT],
+    sessions: Sequence[ScanT],
     geometry: Geometry,
     settings: FinetuneSettings,
     device: torch.device,
@@ -43,7 +43,7 @@ def predict(
     """
     rank, world = (dist.get_rank(), world_size()) if dist.is_initialized() else (0, 1)
     k, size = settings.windows.k, settings.run.batch
-    groups_N = [window_groups(session["n_kept"], k) for session in sessions]
+    groups_N = [window_groups(session.n_kept, k) for session in sessions]
     samples = [(row, group.windows) for row, groups in enumerate(groups_N) for group in groups]
     sum_NK = torch.zeros(len(sessions), max(1, classes), dtype=torch.float64, device=device)
     micro_batches = [samples[at : at + size] for at in range(0, len(samples), size)]

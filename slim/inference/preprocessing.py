@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shards.conversion.session import Parcels, SessionSettings
 from shards.core.errors import ConfigError
 from shards.core.files import sha256
 from shards.core.settings import check
+from shards.format.manifest import DataRecord
 from slim.ranking.extractor import Extractor
 from slim.ranking.parcels import make_parcels
 from slim.ranking.rankers import Ranker, make_ranker
@@ -35,12 +35,12 @@ class Recipe:
     ranker: Ranker
 
 
-def read_recipe(data: dict[str, Any], where: str | Path, extractor: Path | None, image: Path | None) -> Recipe:
+def read_recipe(data: DataRecord, where: str | Path, extractor: Path | None, image: Path | None) -> Recipe:
     """The recipe of a dataset.
 
     Parameters
     ----------
-    data : dict
+    data : DataRecord
         Its manifest.
     where : str or Path
         The weights it is for, named in errors.
@@ -54,11 +54,11 @@ def read_recipe(data: dict[str, Any], where: str | Path, extractor: Path | None,
     ConfigError
         If one that the dataset was made with is not there, or is another one.
     """
-    tree = data["configuration"]["settings"]
+    tree = data.configuration["settings"]
     try:
         tree = {name: tree[name] for name in SessionSettings.model_fields}
         image_of = tree["parcels"]["image"]
-        stated = {name: data["ranker"][name] for name in ("name", "extractor", "seed")}
+        stated = {name: data.ranker[name] for name in ("name", "extractor", "seed")}
         named = image_of is None or all(isinstance(image_of[name], str) for name in ("name", "sha256"))
     except (KeyError, TypeError) as error:
         got = f"no recipe ({type(error).__name__}: {error})"
@@ -69,7 +69,7 @@ def read_recipe(data: dict[str, Any], where: str | Path, extractor: Path | None,
         labels = _image(tree["parcels"]["image"], where, image)
         tree = tree | {"parcels": tree["parcels"] | {"image": str(labels)}}
     settings = check(SessionSettings, tree, where)
-    identity = data["ranker"]
+    identity = data.ranker
     found = None if identity["extractor"] is None else _extractor(identity["extractor"], where, extractor)
     ranker = make_ranker(identity["name"], found, identity["seed"])
     if ranker.identity() != identity:

@@ -30,9 +30,10 @@ from shards.conversion.session import Converted, assumptions, convert_run
 from shards.core.deprecation import warn_renamed
 from shards.core.errors import ArgumentError, ConfigError, DatasetError
 from shards.core.settings import digest
-from shards.format.layout import read_manifest
-from shards.format.reader import Dataset, Samples
-from slim.checkpoints.seen import Person, Seen, person
+from shards.format.manifest import Manifest
+from shards.format.reader import Dataset, Samples, ScanT
+from shards.format.session_record import ScanRecord, SessionRecord
+from slim.checkpoints.seen import Person, Seen
 from slim.checkpoints.weights import Weights, find
 from slim.config import AnswerSettings, FinetuneSettings
 from slim.data.collate import collate
@@ -53,7 +54,7 @@ class SlimBrain:
     encoder : Hiera, in fp32 and evaluation mode, without gradients
     head : Head or None, of a fine-tuning, for `predict`
     settings : PretrainSettings or FinetuneSettings of the run
-    data : dict, the manifest (without shards) of the data it was made for
+    data : DataRecord, of the data it was made for
     made : dict, how the weights came about; see `slim.checkpoints.weights.Weights`
     step : optimizer steps behind the weights; 0 for random ones
     run_folder : Path, the run, or the exported folder
@@ -64,10 +65,10 @@ class SlimBrain:
         self._about, self.step = about, step
         self.settings, self.data, self.made = about.settings, about.data, about.made
         self.run_folder, self.results = about.folder, about.results
-        grid, self.frames = self.data["grid"], int(self.data["windows"]["frames"])
-        patches = (size // grid["patch"] for size in grid["shape"])
+        grid, self.frames = self.data.grid.grid(), self.data.windows.frames
+        patches = grid.patch_shape
         self.geometry = geometry_of(self.settings.model, (self.settings.windows.k * self.frames, *patches))
-        encoder = Hiera(self.settings.model, self.geometry, grid["patch"] ** 3, self.settings.view)
+        encoder = Hiera(self.settings.model, self.geometry, grid.voxels, self.settings.view)
         self.encoder = encoder.eval().requires_grad_(False)
         self.head: Head | None = None
         self.device = torch.device("cpu")
@@ -162,7 +163,7 @@ class SlimBrain:
             If the encoder was fine-tuned on one of its cohorts.
         """
         tuned = self.made.get("finetuned")
-        if tuned and (seen := sorted(set(tuned["cohorts"]) & set(dataset.manifest["cohorts"]))):
+        if tuned and (seen := sorted(set(tuned["cohorts"]) & set(dataset.manifest.cohorts))):
             raise ConfigError(
                 dataset.folder,
                 "cohorts",
@@ -185,23 +186,22 @@ class SlimBrain:
             None where it is not known: the run is of version 0.1, and of other data.
         """
         if self.seen is not None:
-            return {who for who in map(person, dataset.sessions) if self.seen.has(who)}
+            return {who for who in (session.person for session in dataset.sessions) if self.seen.has(who)}
         if isinstance(self.settings, FinetuneSettings):
             return set() if self.settings.start is None else None
         if len(self.settings.data) == 1 and self.was_trained_on(dataset):
-            return {person(session) for session in dataset.of_split("train")}
+            return {session.person for session in dataset.of_split("train")}
         return None
 
     def was_trained_on(self, dataset: Dataset) -> bool:
         """Whether this is the dataset of the pretraining, the first where there are several, as it was then."""
-        manifest = read_manifest(dataset.folder)
-        return {name: value for name, value in manifest.items() if name != "shards"} == self.data
+        return Manifest.read(dataset.folder).data.tree() == self.data.tree()
 
     @cached_property
     def checksum(self) -> str:
         """SHA-256 (hex) of the weights and of all that tells what they make of a run; an export has that of its run."""
         sizes = self.settings.model_dump(mode="json", include={"model", "view", "windows"})
-        found = hashlib.sha256(digest([sizes, self.data]).encode())
+        found = hashlib.sha256(digest([sizes, self.data.tree()]).encode())
         for name, value in self.encoder.state_dict().items():
             found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
@@ -392,13 +392,13 @@ class SlimBrain:
             image, mask=mask, confounds=confounds, space=space, tr=tr, dummy=dummy, orientation=orientation
         )
         for words in _assumed(made.meta):
-            warnings.warn(f"{made.meta['source']}: {words}", stacklevel=3)  # the line that called the public method
+            warnings.warn(f"{made.meta.source}: {words}", stacklevel=3)  # the line that called the public method
         return made
 
     def encode_converted(self, made: Converted, stage: int | None = None) -> Features:
         """As `encode_tokens`."""
         self._check_stage(stage)
-        return self._encode(made, made.meta | {"key": made.meta["subject"]}, made.meta["source"], stage)
+        return self._encode(made, made.meta.model_copy(update={"key": made.meta.subject}), made.meta.source, stage)
 
     def predict(
         self,
@@ -489,15 +489,15 @@ class SlimBrain:
 
         labels, settings = self._labels(), self.settings
         assert self.head is not None and isinstance(settings, FinetuneSettings)
-        self._check_windows(made.meta["n_kept"], made.meta["source"])
+        self._check_windows(made.meta.n_kept, made.meta.source)
         model, classes = Answerer(self.encoder, self.head, settings.precision == "bf16"), len(labels.classes)
-        session = made.meta | {"key": made.meta["subject"]}
+        session = made.meta.model_copy(update={"key": made.meta.subject})
         with threads_inside(cores()):
             guess_K = predict(model, classes, made, [session], self.geometry, settings, self.device)[0]
         return guess_K if classes else guess_K * labels.sd + labels.mean
 
     def encode_session(
-        self, dataset: Dataset, session: dict[str, Any], batch: int = 4, stage: int | None = None
+        self, dataset: Dataset, session: SessionRecord, batch: int = 4, stage: int | None = None
     ) -> Features:
         """Features of all kept windows of a session, whole brain.
 
@@ -508,8 +508,8 @@ class SlimBrain:
         Parameters
         ----------
         dataset : Dataset
-        session : dict
-            A line of `dataset.sessions`.
+        session : SessionRecord
+            One of `dataset.sessions`.
         batch : int
             Groups in memory together: on a GPU they pass through the encoder as one batch, on a CPU each has a core.
             It does not change the features.
@@ -524,13 +524,13 @@ class SlimBrain:
         if not isinstance(dataset, Dataset):
             expected = "a shards.format.reader.Dataset, such as Dataset('shards/')"
             raise ArgumentError("encode_session", "dataset", f"a {type(dataset).__name__}", expected)
-        if not isinstance(session, dict):
-            raise ArgumentError("encode_session", "session", repr(session), "a line of dataset.sessions")
+        if not isinstance(session, SessionRecord):
+            raise ArgumentError("encode_session", "session", repr(session), "one of dataset.sessions")
         if not _is_count(batch) or batch < 1:
             raise ConfigError("encode_session", "batch", repr(batch), "a whole number of 1 or more")
         self.check_data(dataset)
         self._check_stage(stage)
-        return self._encode(dataset, session, f"{dataset.folder} ({session['key']})", stage, batch)
+        return self._encode(dataset, session, f"{dataset.folder} ({session.key})", stage, batch)
 
     def _check_windows(self, count: int, where: str) -> None:
         if count < (k := self.settings.windows.k):
@@ -545,9 +545,9 @@ class SlimBrain:
             raise ConfigError("stage", "", stage, expected)
 
     def _encode(
-        self, samples: Samples, session: dict[str, Any], where: str, stage: int | None, batch: int = 4
+        self, samples: Samples[ScanT], session: ScanT, where: str, stage: int | None, batch: int = 4
     ) -> Features:
-        k, count = self.settings.windows.k, session["n_kept"]
+        k, count = self.settings.windows.k, session.n_kept
         self._check_windows(count, where)
         start_K = samples.read(session, ("start",))["start"]
         in_time = np.argsort(start_K, kind="stable")
@@ -563,15 +563,15 @@ class SlimBrain:
             fresh_S = window_S >= group.repeated
             tokens.append(x_SLC[fresh_S])
             seconds.append(sample.second.reshape(len(window_S), -1).mean(axis=1)[fresh_S])
-            starts.append(start_K[in_time[group.windows][window_S]][fresh_S] * float(session["tr"]))
+            starts.append(start_K[in_time[group.windows][window_S]][fresh_S] * float(session.tr))
         return Features(
-            session["key"],
+            session.key,
             np.concatenate(tokens),
             place_L,
             np.concatenate(seconds),
             np.concatenate(starts),
-            float(session["tr"]),
-            float(session["source_tr"]),
+            float(session.tr),
+            float(session.source_tr),
             tuple(_assumed(session)),
         )
 
@@ -589,9 +589,9 @@ class SlimBrain:
         return x_GSLC, cell_M[by][: x_GSLC.shape[2]] % places
 
 
-def _assumed(meta: dict[str, Any]) -> list[str]:
+def _assumed(scan: ScanRecord) -> list[str]:
     """What was assumed about a run; voxels without signal at the rim of a mask, which most runs have, are left out."""
-    return assumptions({**meta, "dead_share": 0})
+    return assumptions(scan.model_copy(update={"dead_share": 0}))
 
 
 def _is_count(value: Any) -> bool:

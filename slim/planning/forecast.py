@@ -70,7 +70,7 @@ def largest_brain(datasets: list[Dataset]) -> tuple[np.ndarray, str]:
             if len(arrays["patch"]) > most:
                 most = len(arrays["patch"])
                 brain_XYZ = scatter(arrays["brain"], arrays["patch"], dataset.grid.shape, dataset.grid.patch)
-                best = brain_XYZ.astype(bool), f"session {session['key']} of {dataset.folder}"
+                best = brain_XYZ.astype(bool), f"session {session.key} of {dataset.folder}"
     if best is None:
         raise ConfigError(datasets[0].folder, "train", "no session", "at least one session to train on")
     return best
@@ -174,7 +174,7 @@ def forecast(
         "hours": None if steps is None else steps * step.step_flops / (speed * 1e12) / 3600,
         "checkpoint_bytes": checkpoint,
         "checkpoints_kept": run.keep,
-        "shards_bytes": sum(shard["bytes"] for d in datasets for shard in d.manifest["shards"]) if datasets else None,
+        "shards_bytes": sum(shard.bytes for d in datasets for shard in d.manifest.shards) if datasets else None,
         "sessions": sum(len(dataset.sessions) for dataset in datasets) if datasets else None,
     }
 

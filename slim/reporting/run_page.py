@@ -22,7 +22,7 @@ from shards.core import files
 from shards.core.errors import ConfigError, UserError
 from shards.core.files import without_folders
 from shards.core.findings import Finding, bad, good, look
-from shards.format import layout
+from shards.format.manifest import Manifest
 from shards.reporting import html
 from slim.checkpoints.checkpoint import facts, folders, is_complete
 from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, DATASET, EXPLAIN, METRICS, PAGE, PROBE, REPORT
@@ -116,18 +116,18 @@ def total_steps(
     try:
         if not remote and (elsewhere := [item.path for item in settings.data if "://" in item.path]):
             raise ConfigError(folder, "data", elsewhere[0], "a folder of this machine")
-        manifests = [layout.read_manifest(item.path) for item in settings.data]
+        sessions = [Manifest.read(item.path).sessions["train"] for item in settings.data]
     except UserError:
         note = folder / DATASET  # written at the start of a run: what its first dataset was
         if len(settings.data) > 1 or not note.is_file():
             return None
         try:
-            manifests = [json.loads(note.read_text(encoding="utf-8"))]
-            if not 0 <= int(manifests[0]["sessions"]["train"]) < 2**53:
+            sessions = [int(json.loads(note.read_text(encoding="utf-8"))["sessions"]["train"])]
+            if not 0 <= sessions[0] < 2**53:
                 return None
         except (ValueError, TypeError, KeyError, RecursionError):
             return None
-    return _steps(settings, [manifest["sessions"]["train"] for manifest in manifests], per_step)
+    return _steps(settings, sessions, per_step)
 
 
 def _steps(settings: PretrainSettings, sessions: Sequence[int], per_step: int) -> int:

@@ -59,7 +59,7 @@ class Origin:
         splits: Collection[str] | None = None,
     ) -> Origin:
         """That of these settings; `learned` and `splits` as in `slim.training.task.TrainingTask`."""
-        model, grid = settings.model.model_dump(mode="json"), datasets[0].manifest["grid"]
+        model, grid = settings.model.model_dump(mode="json"), datasets[0].manifest.grid.tree()
         shapes = [model, settings.view, settings.windows.k, grid, datasets[0].frames, learned]
         samples = settings.run.batch * settings.run.accumulate * processes
         data = tuple(
@@ -124,11 +124,8 @@ _CHANGED = {"configuration": "settings", "shards": "data in its training session
 def content(dataset: Dataset, splits: Collection[str] | None = None) -> dict[str, Any]:
     """What a dataset holds, whatever folder it lies in: hashes of its shards, of these splits alone, and settings."""
     manifest = dataset.manifest
-    shards = [
-        shard["sha256"] for shard in manifest["shards"] if splits is None or shard["name"].rsplit("-", 1)[0] in splits
-    ]
-    configuration = manifest.get("configuration_hash")
-    return {"folder": str(dataset.folder), "shards": digest(shards), "configuration": configuration}
+    shards = [shard.sha256 for shard in manifest.shards if splits is None or shard.name.rsplit("-", 1)[0] in splits]
+    return {"folder": str(dataset.folder), "shards": digest(shards), "configuration": manifest.configuration_hash}
 
 
 def _without_place(data: dict[str, Any]) -> dict[str, Any]:

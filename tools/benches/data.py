@@ -82,7 +82,7 @@ class Loading:
 
     def read(self, ranks: Sequence[int]) -> dict[str, dict[str, np.ndarray]]:
         """Arrays of each session by our reader: what `slim.data.samples.read_windows` asks for."""
-        return {item.session["key"]: self.dataset.read(item.session, (*NAMES, "windows"), ranks) for item in self.items}
+        return {item.session.key: self.dataset.read(item.session, (*NAMES, "windows"), ranks) for item in self.items}
 
     def read_plainly(self, ranks: Sequence[int]) -> dict[str, dict[str, np.ndarray]]:
         """The same arrays by webdataset and zarr."""
@@ -104,8 +104,8 @@ class Loading:
         """Bytes of the members that are read of each session."""
         found = []
         for session in (item.session for item in self.items):
-            path = self.dataset.folder / layout.SHARDS / session["shard"]
-            with io.BufferedReader(LocalSpan(path, session["zarr_offset"], session["zarr_size"])) as file:
+            path = self.dataset.folder / layout.SHARDS / session.shard
+            with io.BufferedReader(LocalSpan(path, session.zarr_offset, session.zarr_size)) as file:
                 archive = zipfile.ZipFile(file)
                 members = members_read(archive.namelist(), (*NAMES, "windows"), ranks)
                 found.append(sum(archive.getinfo(member).compress_size for member in members))

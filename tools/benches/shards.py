@@ -64,12 +64,12 @@ def run(bench: Bench, repeat: int, folder: Path, begun: Callable[[str], None]) -
     packed = folder / "run.npz"
     np.savez_compressed(packed, run=dense_TXYZ)
     session = dataset.sessions[0]
-    kept = session["n_kept"] * dataset.frames
-    whole = session["frames"]
+    kept = session.n_kept * dataset.frames
+    whole = session.frames
     result.figures |= {
-        "bytes of a session, ours": Figure("B", (session["zarr_size"],)),
+        "bytes of a session, ours": Figure("B", (session.zarr_size,)),
         "bytes of a session, .npz": Figure("B", (packed.stat().st_size,)),
-        "bytes of a frame, ours": Figure("B", (session["zarr_size"] / kept,)),
+        "bytes of a frame, ours": Figure("B", (session.zarr_size / kept,)),
         "bytes of a frame, .npz": Figure("B", (packed.stat().st_size / whole,)),
     }
     for what in ("session", "frame"):
@@ -79,7 +79,7 @@ def run(bench: Bench, repeat: int, folder: Path, begun: Callable[[str], None]) -
         f"np.savez_compressed of all {whole} frames, float32 {dense_TXYZ.shape}, z-scored over the brain, background 0"
     )
     result.notes["ours"] = (
-        f"the {session['n_kept']} best of {session['n_windows']} windows ({kept} frames), baseline, spread, brain, "
+        f"the {session.n_kept} best of {session.n_windows} windows ({kept} frames), baseline, spread, brain, "
         "parcel series and carpet, brain patches only"
     )
     result.notes["rms_difference_over_fluctuation"] = difference(dense_TXYZ, dataset, bench.windows)
@@ -152,7 +152,7 @@ def difference(dense_TXYZ: np.ndarray, dataset: Dataset, windows: int) -> float:
     brain_PV = sample.brain.astype(bool)
     gaps, values = [], []
     for value_PV, second in zip(sample.value.astype(np.float32), sample.second, strict=True):
-        frame_PV = gather(dense_TXYZ[round(float(second) / session["tr"])], patch_P3, edge)
+        frame_PV = gather(dense_TXYZ[round(float(second) / session.tr)], patch_P3, edge)
         gaps.append((value_PV + sample.baseline - frame_PV)[brain_PV])
         values.append(value_PV[brain_PV])
     return float(np.sqrt(np.mean(np.square(gaps)) / np.mean(np.square(values))))
@@ -201,9 +201,9 @@ def reading(
 def chunks_read(dataset: Dataset, windows: int) -> list[bytes]:
     """The compressed chunks that `read_sample` needs, in memory."""
     session = dataset.sessions[0]
-    with open(dataset.folder / layout.SHARDS / session["shard"], "rb") as file:
-        file.seek(session["zarr_offset"])
-        archive = zipfile.ZipFile(io.BytesIO(file.read(session["zarr_size"])))
+    with open(dataset.folder / layout.SHARDS / session.shard, "rb") as file:
+        file.seek(session.zarr_offset)
+        archive = zipfile.ZipFile(io.BytesIO(file.read(session.zarr_size)))
     whole = ("baseline/c/", "spread/c/", "patch/c/", "brain/c/", "start/c/", "scale/c/")
     best = tuple(f"windows/c/{rank}/" for rank in range(windows))
     return [archive.read(name) for name in archive.namelist() if name.startswith(whole + best)]
