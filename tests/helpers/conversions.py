@@ -12,11 +12,13 @@ from typing import Any
 import yaml
 
 from helpers.commands import GRID
+from helpers.records import data_record, scan_record
 from shards.conversion import writer
 from shards.conversion.convert import Conversion, ConvertSettings
 from shards.core import files
 from shards.core.settings import check, override
 from shards.format import layout
+from shards.format.session_record import ScanRecord
 from slim.ranking.parcels import make_parcels
 
 SETTINGS = check(ConvertSettings, override({}, GRID), "test")
@@ -84,16 +86,11 @@ def renamed(cohort: Path, path: Path, **changes) -> Path:
     return path
 
 
-def sessions_of(number: int) -> list[dict]:
+def sessions_of(number: int) -> list[ScanRecord]:
     return [
-        {
-            "key": f"k{i}",
-            "cohort": "c",
-            "subject": str(i),
-            "split": "train" if i else "val",
-            "zarr_size": 600,
-            "fingerprint": str(number),
-        }
+        scan_record(
+            key=f"k{i}", subject=str(i), split="train" if i else "val", zarr_size=600, n_kept=8, fingerprint=str(number)
+        )
         for i in range(number)
     ]
 
@@ -104,9 +101,9 @@ def pack_into(folder: Path, number: int) -> None:
         folder,
         sessions_of(number),
         [],
-        {"format": 1, "number": number},
+        data_record(number=number),
         1000,
-        lambda s: (files.dump({"key": s["key"]}).encode(), f"{number} {s['key']}".encode() * 100),
+        lambda s: (files.dump({"key": s.key}).encode(), f"{number} {s.key}".encode() * 100),
         lambda count, note: None,
     )
 

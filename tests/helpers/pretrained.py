@@ -38,7 +38,7 @@ STRADDLING = {
 def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
     """A run folder as a pretraining leaves it, with the weights it would begin with; a target of its own."""
     opened = Dataset(dataset)
-    manifest, patches = opened.manifest, opened.grid.patch_shape
+    patches = opened.grid.patch_shape
     sizes = sizes | {"unit": (*sizes["unit"][:1], *patches)}  # one unit a slot, whatever the grid
     settings = check(
         PretrainSettings,
@@ -55,7 +55,7 @@ def write_run(folder: Path, dataset: Path, sizes: dict, seed: int = 3) -> Path:
     for place in (folder, saved):
         note = "# merged configuration\n# commit 5e1f+\n# numpy 2.4.6\n"  # as the launcher's
         (place / "config.yaml").write_text(note + settings.model_dump_json())
-        (place / "dataset.json").write_text(json.dumps({n: v for n, v in manifest.items() if n != "shards"}))
+        (place / "dataset.json").write_text(json.dumps(opened.manifest.data.tree()))
     write_weights(saved, tensors)
     return folder
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from helpers.records import session_record
 from shards.core.settings import check
 from slim.evaluation.task import Cases, Task, find_cases
 
@@ -28,16 +29,14 @@ def task(tree: dict, **changes: Any) -> Task:
 
 
 def sessions(subjects: int, each: int = 2, **labels: Callable[[int], Any]) -> Any:
-    """Something like a dataset: lines of sessions, labels by subject."""
+    """Something like a dataset: sessions, labels by subject."""
     lines = [
-        {
-            "key": f"{subject}-{visit}",
-            "cohort": "c",
-            "subject": str(subject),
-            "n_kept": 8,
-            "split": ("train", "train", "val", "test")[subject % 4],
-            "labels": {name: label(subject) for name, label in labels.items()},
-        }
+        session_record(
+            key=f"{subject}-{visit}",
+            subject=str(subject),
+            split=("train", "train", "val", "test")[subject % 4],
+            labels={name: label(subject) for name, label in labels.items()},
+        )
         for subject in range(subjects)
         for visit in range(each)
     ]

@@ -125,7 +125,7 @@ def test_a_command_that_fails_is_told_by_its_last_line(tmp_path):
 @pytest.fixture(scope="module")
 def loading(dataset):
     found = data.Loading([*WORDS, f"data={dataset}", "run.batch=4", "run.out=none"])
-    assert len({item.session["key"] for item in found.items}) == 4
+    assert len({item.session.key for item in found.items}) == 4
     return found
 
 
@@ -158,7 +158,7 @@ def test_bytes_of_a_sample_are_those_of_what_is_read(loading, monkeypatch):
 def test_the_loader_gives_the_stream_in_order(loading, workers):
     taken = [batch.to("cpu") for batch in loading.loader(workers, 3)]
     stream = Stream([loading.dataset], [1.0], "train", loading.settings.run.seed)
-    expected = [stream.at(position).session["key"] for position in range(12)]
+    expected = [stream.at(position).session.key for position in range(12)]
     assert [key for batch in taken for key in batch.keys] == expected
     first = loading.load(loading.items).to("cpu")
     assert (first.context.row_N == taken[0].context.row_N).all()

@@ -412,17 +412,17 @@ def test_the_trees_are_converted(names: tuple[str, ...], tmp_path: Path, command
     tr = {TREES[name].fill(TREES[name].key, scan): scan["tr"] for name in names for scan in TREES[name].each}
     facts = json.loads(done.stdout.splitlines()[-1])
     assert (facts["sessions"], facts["refused"]) == (len(tr), 0)
-    sessions = {session["key"]: session for session in Dataset(out).sessions}
-    assert {key: session["source_tr"] for key, session in sessions.items()} == pytest.approx(tr)
+    sessions = {session.key: session for session in Dataset(out).sessions}
+    assert {key: session.source_tr for key, session in sessions.items()} == pytest.approx(tr)
     for name in names:
         tree = TREES[name]
         for scan in tree.each:
             session = sessions[tree.fill(tree.key, scan)]
-            assert session["mask_source"] == (Path(tree.fill(tree.mask, scan)).name if tree.mask else "computed")
+            assert session.mask_source == (Path(tree.fill(tree.mask, scan)).name if tree.mask else "computed")
             if tree.confounds and not tree.blanks:
-                assert session["mean_fd_mm"] == pytest.approx(0.1, rel=0.02)
+                assert session.mean_fd_mm == pytest.approx(0.1, rel=0.02)
             if tree.dummy != "auto":
-                assert session["dropped_frames"] == tree.dummy
+                assert session.dropped_frames == tree.dummy
 
 
 def test_every_tree_has_its_cohort_file_and_every_cohort_file_its_tree() -> None:

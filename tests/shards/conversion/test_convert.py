@@ -72,7 +72,7 @@ def test_a_new_subject_alone_is_read_and_moves_nobody(cohort, dataset, make_shar
     assert make_shards(source, "--out", out, "--ranker", "ridge") == DONE
     after = read_table(out)
     assert len(before) == 5 and len(after) == 6 and before.items() <= after.items()
-    assert {(s["people"], s["subject"]): s["split"] for s in Dataset(out).sessions} == after
+    assert {s.person: s.split for s in Dataset(out).sessions} == after
     assert members(out) == members(dataset)
     # somebody who leaves and comes back is in the same split again
     shutil.rmtree(tmp_path / "cohort" / "sub-06")
@@ -123,7 +123,7 @@ def test_the_trained_ranker_end_to_end(cohort, make_shards, tmp_path, capsys):
     assert make_shards(source, "--out", out, steps, "windows.keep=5") == DONE
     dataset = Dataset(out)
     ranker = make_ranker("mutual", out / layout.EXTRACTOR)
-    assert dataset.manifest["ranker"] == ranker.identity() and dataset.manifest["ranker"]["extractor"]
+    assert dataset.manifest.ranker == ranker.identity() and dataset.manifest.ranker["extractor"]
     for session in dataset.sessions:
         arrays = dataset.read(session, ("roi", "roi_centre", "scores", "saliency", "start"))
         scores = ranker.scores(arrays["roi"], arrays["roi_centre"], 5)
@@ -154,7 +154,7 @@ def test_parcels_of_a_label_image_end_to_end(cohort, make_shards, tmp_path, caps
     source, out, image = copy_cohort(cohort, tmp_path / "cohort", 3), tmp_path / "out", atlas(tmp_path / "a.nii.gz")
     assert make_shards(source, "--out", out, "--ranker", "ridge", f"parcels.image={image}") == DONE
     dataset = Dataset(out)
-    stated = dataset.manifest["configuration"]["settings"]["parcels"]["image"]
+    stated = dataset.manifest.configuration["settings"]["parcels"]["image"]
     assert stated == {"name": "a.nii.gz", "sha256": hashlib.sha256(image.read_bytes()).hexdigest()}
     grid = dataset.grid
     slab_X = (grid.affine[0, 3] + grid.mm * np.arange(16) + 95) / 4  # voxels of the image
@@ -162,7 +162,7 @@ def test_parcels_of_a_label_image_end_to_end(cohort, make_shards, tmp_path, caps
         arrays = dataset.read(session, ("roi", "roi_number", "roi_centre"))
         result = harmonise(run, SETTINGS.grid)
         label_N = 10 * (1 + np.rint(slab_X[np.argwhere(result.brain_XYZ)[:, 0]]).astype(int) // 8)
-        assert session["n_parcels"] == len(arrays["roi"]) >= 4
+        assert session.n_parcels == len(arrays["roi"]) >= 4
         assert set(arrays["roi_number"]) <= set(label_N) <= {10, 20, 30, 40, 50, 60}
         for number, roi_T in zip(arrays["roi_number"], arrays["roi"], strict=True):
             np.testing.assert_allclose(roi_T, result.raw_TN[:, label_N == number].mean(axis=1), rtol=1e-5)
@@ -227,6 +227,6 @@ def test_a_run_that_is_no_longer_found_is_left_out_and_said(cohort, dataset, mak
     fewer = copy_cohort(cohort, tmp_path / "cohort", subjects=5)
     assert make_shards(fewer, "--out", tmp_path / "out", "--ranker", "ridge") == DONE
     said = capsys.readouterr().out
-    gone = next(line["key"] for line in Dataset(dataset).sessions if line["subject"] == "06")
+    gone = next(line.key for line in Dataset(dataset).sessions if line.subject == "06")
     assert f"left out: {gone} is no longer found" in said
-    assert gone not in {line["key"] for line in Dataset(tmp_path / "out").sessions}
+    assert gone not in {line.key for line in Dataset(tmp_path / "out").sessions}

@@ -139,7 +139,7 @@ def test_broken_runs_are_refused_by_name_and_the_rest_goes_on(cohort, dataset, m
     for line, path, why in zip(failed, (first, second), ("a NIfTI image", "a complete file"), strict=True):
         assert line["source"] == path.relative_to(tmp_path / "cohort").as_posix() and why in line["reason"]
         assert line["source"] in line["reason"] and "\n" not in line["reason"] and line["key"] in line["key"]
-    kept = {session["key"] for session in Dataset(out).sessions}
+    kept = {session.key for session in Dataset(out).sessions}
     assert len(kept) == 4 and not kept & {line["key"] for line in failed}
 
     before = times(out)

@@ -123,7 +123,7 @@ def open_dataset(folder: Path, part: str, content: bytes) -> None:
         dataset = Dataset(folder)
         assert dataset.grid.voxels > 0 and dataset.frames > 0
         for session in [session for split in ("train", "val", "test") for session in dataset.of_split(split)]:
-            assert isinstance(session["labels"].get("group"), object)
+            assert isinstance(session.labels.get("group"), object)
             dataset.read(session, ("windows", "start"), range(2))
 
     try:

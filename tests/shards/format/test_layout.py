@@ -57,9 +57,9 @@ def samples(dataset, tmp_path_factory):
 
 def test_plain_tools_read_what_the_reader_reads(dataset, samples):
     ours = Dataset(dataset)
-    assert sorted(samples) == [session["key"] for session in ours.sessions] and len(samples) == 6
+    assert sorted(samples) == [session.key for session in ours.sessions] and len(samples) == 6
     for session in ours.sessions:
-        meta, arrays, _ = samples[session["key"]]
+        meta, arrays, _ = samples[session.key]
         for name, values in ours.read(session).items():
             expected = arrays[name]
             if name == "windows" and "scale" in arrays:
@@ -269,17 +269,17 @@ def test_a_flipped_bit_is_told_or_changes_nothing(where, bit, data):
 def test_damage_names_shard_and_key_and_spares_the_rest(dataset, tmp_path):
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
     session, *others = Dataset(copy).sessions
-    path = copy / "shards" / session["shard"]
+    path = copy / "shards" / session.shard
     content = bytearray(path.read_bytes())
-    first = session["zarr_offset"]
-    member = bytes(content[first : first + session["zarr_size"]])
+    first = session.zarr_offset
+    member = bytes(content[first : first + session.zarr_size])
     info = zipfile.ZipFile(io.BytesIO(member)).getinfo("windows/c/4/0/0/0")
     content[first + info.header_offset + 100] ^= 0x10
     path.write_bytes(content)
     damaged = Dataset(copy)
     with pytest.raises(SampleCorrupt) as caught:
         damaged.read(session)
-    assert session["shard"] in caught.value.line() and session["key"] in caught.value.line()
+    assert session.shard in caught.value.line() and session.key in caught.value.line()
     with pytest.raises(SampleCorrupt):
         damaged.read(session, ("windows",), [0, 4])
     assert len(damaged.read(session, ("windows",), [0, 3])["windows"]) == 2  # the other windows are whole

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from helpers.commands import ROOT, Command
+from helpers.records import data_record, scan_record
 from shards.conversion import writer
 from shards.core.errors import DatasetError, SampleCorrupt
 from shards.format import sample
@@ -180,7 +181,7 @@ def test_any_arrays_and_windows_are_those_of_the_folder(web: Web, dataset: Path,
     far, near = Dataset(web.url), Dataset(dataset)
     session = data.draw(st.sampled_from(near.sessions))
     names = data.draw(st.none() | st.lists(st.sampled_from(sorted(near.read(session))), min_size=1, unique=True))
-    ranks = data.draw(st.none() | st.lists(st.integers(0, session["n_kept"] - 1), max_size=6))
+    ranks = data.draw(st.none() | st.lists(st.integers(0, session.n_kept - 1), max_size=6))
     equal(far.read(session, names, ranks), near.read(session, names, ranks))
     equal(far.read(session, names and iter(names), ranks and iter(ranks)), near.read(session, names, ranks))
 
@@ -218,10 +219,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **sample.encode_windows(windows, windows.std(axis=(0, 1))),
     }
     content = sample.pack(arrays)
-    session = {"key": "a", "split": "train", "cohort": "c", "subject": "s", "zarr_size": len(content)}
-    session |= {"labels": {}, "tr": 0.72, "n_kept": 64}
+    session = scan_record(key="a", split="train", zarr_size=len(content), n_kept=64)
     folder = tmp_path_factory.mktemp("large") / "ds"
-    writer.pack(folder, [session], [], {"format": 1, **ON_A_GRID}, 1, lambda _: (b"{}", content), lambda *_: None)
+    writer.pack(folder, [session], [], data_record(**ON_A_GRID), 1, lambda _: (b"{}", content), lambda *_: None)
     return folder
 
 
@@ -238,8 +238,8 @@ def with_members(content: bytes, names: Collection[str]) -> io.BytesIO:
 @given(data=st.data())
 def test_the_members_that_are_fetched_are_those_that_are_read(large: Path, data: st.DataObject) -> None:
     (session,) = Dataset(large).sessions
-    shard = (large / "shards" / session["shard"]).read_bytes()
-    content = shard[session["zarr_offset"] :][: session["zarr_size"]]
+    shard = (large / "shards" / session.shard).read_bytes()
+    content = shard[session.zarr_offset :][: session.zarr_size]
     names = data.draw(st.none() | st.lists(st.sampled_from(["windows", "start", "baseline", "roi"]), min_size=1))
     ranks = data.draw(st.none() | st.lists(st.integers(0, 63), max_size=6))
     chosen = sample.members_read(zipfile.ZipFile(io.BytesIO(content)).namelist(), names, ranks)
@@ -259,18 +259,18 @@ def test_a_few_windows_cost_a_few_requests_and_few_bytes(large: Path) -> None:
         assert len(web.of(".tar")) == 2  # its size, and whether the server sends ranges
         (session,) = near.sessions
         names = ("baseline", "spread", "patch", "brain", "start", "windows")
-        chunk = session["zarr_size"] / 64
+        chunk = session.zarr_size / 64
         # Members are in the order of their names: those of ranks 0 and 1 are neighbours, 2 comes after 10 to 19.
         for ranks, count in (([0, 1], 2), ([*range(8)], 8), ([63, 5, 17], 5), ([], 2)):
             web.forget()
             equal(far.read(session, names, ranks), near.read(session, names, ranks))
-            assert web.asked == [("GET", f"/ds/shards/{session['shard']}")] * len(web.asked)
+            assert web.asked == [("GET", f"/ds/shards/{session.shard}")] * len(web.asked)
             print("COUNT", ranks, len(web.asked), web.sent / chunk)
             assert len(web.asked) <= count
-            assert web.sent <= (len(ranks) + 2) * chunk < session["zarr_size"] / 4
+            assert web.sent <= (len(ranks) + 2) * chunk < session.zarr_size / 4
         web.forget()
         equal(far.read(session), near.read(session))
-        assert len(web.asked) == 2 and web.sent <= session["zarr_size"] + (32 << 10)
+        assert len(web.asked) == 2 and web.sent <= session.zarr_size + (32 << 10)
 
 
 @pytest.mark.parametrize("tells", [None, "bytes", "none"])
@@ -350,14 +350,14 @@ def test_a_shard_that_is_not_whole_is_told(copy: Path, how: str, protocol: str) 
     """Before reading, by the manifest; and while reading, where it happens to a dataset that is open."""
     spoil, at_opening, at_reading = SPOILED[how]
     (session,) = Dataset(copy).of_split("test")
-    shard = copy / "shards" / session["shard"]
+    shard = copy / "shards" / session.shard
     at_opening = at_opening.replace("{whole}", str(shard.stat().st_size))
     memory = fsspec.filesystem("memory")
     memory.put(f"{copy}/", "/spoiled/", recursive=True)
     with serve(copy) as web:
         url = {"http": web.url, "memory": "memory://spoiled"}[protocol]
         opened = Dataset(url)
-        spoil(shard, session["zarr_offset"] + session["zarr_size"])
+        spoil(shard, session.zarr_offset + session.zarr_size)
         memory.rm("/spoiled", recursive=True)
         memory.put(f"{copy}/", "/spoiled/", recursive=True)
         where = f"{url}/shards/{shard.name}"
@@ -366,7 +366,7 @@ def test_a_shard_that_is_not_whole_is_told(copy: Path, how: str, protocol: str) 
         assert caught.value.where == where
         with pytest.raises(SampleCorrupt, match=at_reading) as corrupt:
             opened.read(session)
-        assert corrupt.value.where == f"{where} ({session['key']})"
+        assert corrupt.value.where == f"{where} ({session.key})"
         for other in opened.of_split("train"):
             opened.read(other)
     memory.rm("/spoiled", recursive=True)
@@ -378,14 +378,14 @@ def test_an_answer_that_breaks_off_while_reading_is_told(dataset: Path) -> None:
         web.cut[".tar"] = 1000
         with pytest.raises(SampleCorrupt, match="1000 of") as caught:
             opened.read(opened.sessions[0])
-        assert caught.value.where.startswith(web.url) and opened.sessions[0]["key"] in caught.value.where
+        assert caught.value.where.startswith(web.url) and opened.sessions[0].key in caught.value.where
 
 
 def test_damaged_bytes_are_told_as_in_a_folder(copy: Path) -> None:
     (session,) = Dataset(copy).of_split("test")
-    shard = copy / "shards" / session["shard"]
-    content, end = bytearray(shard.read_bytes()), session["zarr_offset"] + session["zarr_size"]
-    for at in (session["zarr_offset"] + session["zarr_size"] // 2, end - 22, end - 500):  # a chunk, and the directory
+    shard = copy / "shards" / session.shard
+    content, end = bytearray(shard.read_bytes()), session.zarr_offset + session.zarr_size
+    for at in (session.zarr_offset + session.zarr_size // 2, end - 22, end - 500):  # a chunk, and the directory
         spoiled = content.copy()
         spoiled[at : at + 20] = bytes(20)
         shard.write_bytes(spoiled)
@@ -393,7 +393,7 @@ def test_damaged_bytes_are_told_as_in_a_folder(copy: Path) -> None:
             for opened in (Dataset(copy), Dataset(web.url)):
                 with pytest.raises(SampleCorrupt, match="unreadable bytes") as caught:
                     opened.read(session)
-                assert caught.value.where == f"{opened.folder}/shards/{session['shard']} ({session['key']})"
+                assert caught.value.where == f"{opened.folder}/shards/{session.shard} ({session.key})"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from helpers.records import session_record
 from shards.core.errors import ConfigError
 from shards.format.reader import Dataset
+from shards.format.session_record import SessionRecord
 from shards.format.stream import Item, MicroBatches, Stream
 
 
@@ -24,9 +26,10 @@ class Sessions:
     folder: str
     count: int
 
-    def of_split(self, split: str) -> list[dict[str, str]]:
-        lines = [{"key": f"{self.folder}-{i}", "split": "train"} for i in range(self.count)]
-        return [line for line in [*lines, {"key": f"{self.folder}-test", "split": "test"}] if line["split"] == split]
+    def of_split(self, split: str) -> list[SessionRecord]:
+        sessions = [session_record(key=f"{self.folder}-{i}") for i in range(self.count)]
+        sessions.append(session_record(key=f"{self.folder}-test", split="test"))
+        return [session for session in sessions if session.split == split]
 
 
 def make_stream(counts: list[int], weights: list[float] | None = None, seed: int = 0) -> Stream:
@@ -36,7 +39,7 @@ def make_stream(counts: list[int], weights: list[float] | None = None, seed: int
 
 
 def keys(stream: Stream, first: int, stop: int) -> list[str]:
-    return [stream.at(position).session["key"] for position in range(first, stop)]
+    return [stream.at(position).session.key for position in range(first, stop)]
 
 
 COUNTS = st.lists(st.integers(1, 12), min_size=1, max_size=3)
@@ -52,7 +55,7 @@ def test_an_epoch_is_every_training_session_exactly_once(counts, seed, epoch):
     )
     items = [stream.at(position) for position in range(epoch * size, (epoch + 1) * size)]
     assert {item.epoch for item in items} == {epoch}
-    assert all(item.session["key"].startswith(f"{item.dataset}-") for item in items)
+    assert all(item.session.key.startswith(f"{item.dataset}-") for item in items)
 
 
 def test_epochs_and_seeds_differ():
@@ -76,7 +79,7 @@ def test_a_position_is_the_same_sample_whatever_was_asked_before(counts, weights
     straight = keys(make_stream(counts, weights, seed), 0, max(jumps) + 1)
     stream = make_stream(counts, weights, seed)
     for position in jumps:  # back and forth, as workers and resumed runs do
-        assert stream.at(position).session["key"] == straight[position]
+        assert stream.at(position).session.key == straight[position]
 
 
 @settings(deadline=None, max_examples=40)
@@ -90,8 +93,8 @@ def test_a_weight_is_the_number_of_appearances_per_epoch(counts, weights, seed):
     stream, epochs = make_stream(counts, list(weights), seed), 20
     seen, position, per_epoch = Counter(), 0, Counter()
     while (item := stream.at(position)).epoch < epochs:
-        seen[item.session["key"]] += 1
-        per_epoch[item.session["key"], item.epoch] += 1
+        seen[item.session.key] += 1
+        per_epoch[item.session.key, item.epoch] += 1
         position += 1
     for number, (count, weight) in enumerate(zip(counts, weights, strict=True)):
         for i in range(count):
@@ -107,7 +110,7 @@ def test_fractional_sessions_take_turns():
     stream, position = make_stream([40], [0.5]), 0
     epochs: list[list[str]] = [[], [], [], []]
     while (item := stream.at(position)).epoch < 4:
-        epochs[item.epoch].append(item.session["key"])
+        epochs[item.epoch].append(item.session.key)
         position += 1
     assert all(8 <= len(epoch) <= 32 for epoch in epochs)
     assert sorted(epochs[0] + epochs[1]) == sorted(f"0-{i}" for i in range(40))
@@ -122,7 +125,7 @@ def test_a_whole_weight_repeats_within_the_epoch():
 
 def names(items: list[Item]) -> list[str]:
     """What a micro-batch is in these tests."""
-    return [f"{item.session['key']} of epoch {item.epoch}" for item in items]
+    return [f"{item.session.key} of epoch {item.epoch}" for item in items]
 
 
 def expected(stream: Stream, first: int, stop: int) -> list[str]:
@@ -233,5 +236,5 @@ def test_a_split_without_sessions_is_refused():
 def test_a_real_dataset_streams_its_training_sessions(dataset):
     real = Dataset(dataset)
     stream = Stream([real], [1], "train", 3)
-    wanted = sorted(session["key"] for session in real.sessions if session["split"] == "train")
+    wanted = sorted(session.key for session in real.sessions if session.split == "train")
     assert sorted(keys(stream, 0, len(wanted))) == wanted and len(wanted) >= 4

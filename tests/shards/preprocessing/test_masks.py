@@ -103,14 +103,14 @@ def test_copies_of_a_volume_are_counted_and_never_kept(tmp_path, tr, ranker):
     run = replace(run_of(tmp_path, data), tr=tr)
     parcels = make_parcels(SMALL.grid(), SETTINGS.parcels)
     made = convert_run(run, SETTINGS, parcels, make_ranker(ranker))
-    assert made.meta["repeated_frames"] == 9  # the first of ten was measured, as far as anybody can tell
+    assert made.meta.repeated_frames == 9  # the first of ten was measured, as far as anybody can tell
     arrays = made.read(made.meta)
     first, last = 31 * tr, 39 * tr  # s
-    begin_K = arrays["start"] * made.meta["tr"]
-    end_K = begin_K + 5 * made.meta["tr"]
-    assert not ((begin_K <= last) & (end_K > first + made.meta["tr"])).any()
-    assert len(arrays["start"]) == made.meta["n_kept"] == 6 and (np.diff(arrays["saliency"]) <= 0).all()
-    assert np.isfinite(arrays["scores"]).all() and len(arrays["scores"]) == made.meta["n_windows"]
+    begin_K = arrays["start"] * made.meta.tr
+    end_K = begin_K + 5 * made.meta.tr
+    assert not ((begin_K <= last) & (end_K > first + made.meta.tr)).any()
+    assert len(arrays["start"]) == made.meta.n_kept == 6 and (np.diff(arrays["saliency"]) <= 0).all()
+    assert np.isfinite(arrays["scores"]).all() and len(arrays["scores"]) == made.meta.n_windows
     assert "9 volumes repeat an earlier one" in assumptions(made.meta)[-1]
 
 

@@ -74,18 +74,18 @@ def test_two_whole_brains_at_full_size(real, command, tmp_path):
     dataset = Dataset(tmp_path / "out")
     assert dataset.grid == Grid(2.0, (96, 96, 96), 4)
     for session in dataset.sessions:
-        known = WHOLE[session["cohort"]]
-        told = [line for line in done.stdout.splitlines() if line.startswith(f"native space: {session['key']}")]
-        assert len(told) == 1 and "not registered" in told[0] and str(session["centred_by_mm"]) in told[0]
-        assert session["source_tr"] == pytest.approx(known["tr"]) and session["tr"] == 0.72
-        assert session["frames"] == int((known["frames"] - 1) * known["tr"] / 0.72 + 1e-9) + 1
+        known = WHOLE[session.cohort]
+        told = [line for line in done.stdout.splitlines() if line.startswith(f"native space: {session.key}")]
+        assert len(told) == 1 and "not registered" in told[0] and str(session.centred_by_mm) in told[0]
+        assert session.source_tr == pytest.approx(known["tr"]) and session.tr == 0.72
+        assert session.frames == int((known["frames"] - 1) * known["tr"] / 0.72 + 1e-9) + 1
         for name in ("brain_ml", "tsnr"):
             low, high = known[name]
-            assert low < session[name] < high, (session["cohort"], name, session[name])
-        assert session["mask_outside_grid"] == 0 and session["n_windows"] == session["frames"] // 5
+            assert low < getattr(session, name) < high, (session.cohort, name, getattr(session, name))
+        assert session.mask_outside_grid == 0 and session.n_windows == session.frames // 5
         arrays = dataset.read(session)
-        assert arrays["windows"].shape == (32, 5, session["n_patches"], 64)
-        assert 3000 < session["n_patches"] < 7000
+        assert arrays["windows"].shape == (32, 5, session.n_patches, 64)
+        assert 3000 < session.n_patches < 7000
         brain = arrays["brain"].astype(bool)
         # a global z-score: over brain voxels the mean is 0, and between and within them the SD is 1
         assert abs(arrays["baseline"][brain].mean()) < 1e-4
@@ -174,8 +174,8 @@ def test_small_blocks_are_converted_where_their_volume_is_meant(real, ones, comm
     )
     assert done.returncode == 0, done.stderr
     sessions = Dataset(tmp_path / "out").sessions
-    assert [session["subject"] for session in sessions] == ["fmri1", "fmri2"]
-    assert all(session["frames"] == int(39 * 1.35 / 0.72) + 1 for session in sessions)  # LSP, TR 1.35 s
+    assert [session.subject for session in sessions] == ["fmri1", "fmri2"]
+    assert all(session.frames == int(39 * 1.35 / 0.72) + 1 for session in sessions)  # LSP, TR 1.35 s
 
 
 COARSE = GridSettings(mm=4, shape=(48, 48, 48))

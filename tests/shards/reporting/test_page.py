@@ -13,12 +13,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from helpers.pages import NASTY, Reader, check_self_contained, command, page_of
+from helpers.records import data_record
 from shards.conversion import writer
 from shards.conversion.splits import SPLITS
 from shards.core import files
 from shards.format import layout, sample
 from shards.format.grid import Grid
+from shards.format.manifest import GridRecord
 from shards.format.patches import gather, patch_places
+from shards.format.refusal import Refusal
+from shards.format.session_record import ScanRecord
 from shards.reporting import dataset_page, distribution, html, quality_figures
 
 GRID = Grid(mm=12.0, shape=(16, 16, 16))
@@ -30,8 +34,8 @@ def brain() -> np.ndarray:
     return (place[0] / 5.6) ** 2 + (place[1] / 7) ** 2 + (place[2] / 6) ** 2 < 1
 
 
-def session(key: str, cohort: str, subject: str, split: str, **changes) -> dict:
-    return {
+def session(key: str, cohort: str, subject: str, split: str, **changes) -> ScanRecord:
+    facts = {
         "key": key,
         "cohort": cohort,
         "subject": subject,
@@ -58,9 +62,14 @@ def session(key: str, cohort: str, subject: str, split: str, **changes) -> dict:
         "zarr_size": 0,
         **changes,
     }
+    return ScanRecord.model_validate(facts)
 
 
-def make_dataset(folder: Path, sessions: list[dict], failed: list[dict], **more: np.ndarray) -> Path:
+def changed(record: ScanRecord, **changes) -> ScanRecord:
+    return record.model_copy(update=changes)
+
+
+def make_dataset(folder: Path, sessions: list[ScanRecord], failed: list[Refusal], **more: np.ndarray) -> Path:
     """Samples without the parts of their scores, unless these are among `more` arrays."""
     mask = brain()
     patch = patch_places(mask, GRID.patch)
@@ -68,7 +77,7 @@ def make_dataset(folder: Path, sessions: list[dict], failed: list[dict], **more:
     scores = rng.random(WINDOWS, np.float32)
     order = np.argsort(-scores)[:KEEP]
     baseline = gather(np.where(mask, rng.random(mask.shape), 0), patch, GRID.patch)
-    data = sample.pack(
+    content = sample.pack(
         {
             "baseline": baseline,
             "spread": baseline,
@@ -84,24 +93,23 @@ def make_dataset(folder: Path, sessions: list[dict], failed: list[dict], **more:
             **more,
         }
     )
-    manifest = {
-        "format": layout.FORMAT,
-        "configuration": {},
-        "configuration_hash": "c0ffee" * 8,
-        "grid": {"mm": GRID.mm, "shape": GRID.shape, "patch": GRID.patch, "centre_mm": GRID.centre_mm},
-        "tr": 0.72,
-        "normalisation": "global z",
-        "windows": {"frames": FRAMES, "keep": KEEP, "minimum": 2},
-        "ranker": {"name": "variance"},
-        "cohorts": sorted({line["cohort"] for line in [*sessions, *failed]}),
-    }
+    data = data_record(
+        format=layout.FORMAT,
+        configuration_hash="c0ffee" * 8,
+        grid=GridRecord.of(GRID),
+        tr=0.72,
+        normalisation="global z",
+        windows={"frames": FRAMES, "keep": KEEP, "minimum": 2},
+        ranker={"name": "variance"},
+        cohorts=sorted({line.cohort for line in [*sessions, *failed]}),
+    )
     writer.pack(
         folder,
         sessions,
         failed,
-        manifest,
+        data,
         10**8,
-        lambda line: (files.dump(line).encode(), data),
+        lambda line: (files.dump(line.tree()).encode(), content),
         lambda count, note: None,
     )
     return folder
@@ -113,8 +121,8 @@ def dataset(tmp_path_factory) -> Path:
         session(f"one_sub-{n:02}", "one", f"{n:02}", ("train", "train", "val", "test")[n % 4], tsnr=60.0 + n % 3)
         for n in range(10)
     ]
-    sessions[4] |= {"tsnr": 11.0, "mean_fd_mm": None}
-    sessions[5] |= {"source_tr": 0.8}
+    sessions[4] = changed(sessions[4], tsnr=11.0, mean_fd_mm=None)
+    sessions[5] = changed(sessions[5], source_tr=0.8)
     sessions += [
         session(
             "two_sub-x",
@@ -131,14 +139,14 @@ def dataset(tmp_path_factory) -> Path:
         )
     ]
     failed = [
-        {
-            "key": f"two_{NASTY}",
-            "cohort": "two",
-            "source": f"{NASTY}.nii.gz",
-            "fingerprint": "0",
-            "reason": f"{NASTY}.nii.gz: TR: got 0 s, expected 0.05-20 s. Set `tr` in the cohort file",
-            "hint": "Set `tr` in the cohort file",
-        }
+        Refusal(
+            key=f"two_{NASTY}",
+            cohort="two",
+            source=f"{NASTY}.nii.gz",
+            fingerprint="0",
+            reason=f"{NASTY}.nii.gz: TR: got 0 s, expected 0.05-20 s. Set `tr` in the cohort file",
+            hint="Set `tr` in the cohort file",
+        )
     ]
     return make_dataset(tmp_path_factory.mktemp("pages") / "mixed", sessions, failed)
 
@@ -211,8 +219,10 @@ def test_says_what_was_done_to_a_run_and_what_was_taken_for_granted(content):
 def test_names_what_was_assumed_and_of_which_sessions(tmp_path):
     rule = "soft values from 0 to 255: brain above half of it"
     sessions = [session(f"one_{n}", "one", str(n), "train", mask_rule=rule) for n in range(11)]
-    sessions[3] |= {"dead_share": 0.084, "repeated_frames": 15}
-    sessions[4] |= {"forms_disagree": "sform LAS, qform RAS", "space_assumed": "taken as MNI: header code 1 (scanner)"}
+    sessions[3] = changed(sessions[3], dead_share=0.084, repeated_frames=15)
+    sessions[4] = changed(
+        sessions[4], forms_disagree="sform LAS, qform RAS", space_assumed="taken as MNI: header code 1 (scanner)"
+    )
     text = Reader(dataset_page.write(make_dataset(tmp_path, sessions, [])).read_text()).text
     for words in (
         'Look: 1 session with volumes that repeat an earlier one; windows that hold them were not kept: see "To check"',
@@ -241,14 +251,14 @@ def test_parts_of_scores_are_drawn_where_a_sample_has_them(tmp_path, monkeypatch
 
 
 def test_says_which_parcels_the_ranker_saw():
-    sessions = [{"n_parcels": 98}, {"n_parcels": 100}]
+    sessions = [session(f"one_{n}", "one", "a", "train", n_parcels=n) for n in (98, 100)]
     image = {"name": "atlas.nii.gz", "sha256": "c0ffee" * 10}
     for stated, expected in (
         ({"image": None}, "98–100 parcels: cubes of the brain mask"),
         ({"image": image}, "98–100 parcels: atlas.nii.gz, c0ffeec0ffee"),
     ):
-        manifest = {"configuration": {"settings": {"parcels": stated}}}
-        assert dataset_page._parcels(SimpleNamespace(manifest=manifest, sessions=sessions)) == expected
+        data = data_record(configuration={"settings": {"parcels": stated}})
+        assert dataset_page._parcels(SimpleNamespace(manifest=data, sessions=sessions)) == expected
 
 
 def test_another_tr_inside_a_cohort_is_pointed_out():
@@ -256,8 +266,8 @@ def test_another_tr_inside_a_cohort_is_pointed_out():
     sessions = [session(f"one_{n}", "one", str(n), "train", source_tr=2.0) for n in range(20)]
     sessions += [session(f"two_{n}", "two", str(n), "train", source_tr=0.8) for n in range(3)]
     assert distribution.find_outlying(sessions) == {}
-    sessions[3]["source_tr"] = 2.5
-    sessions[9]["tsnr"] = 20.0
+    sessions[3] = changed(sessions[3], source_tr=2.5)
+    sessions[9] = changed(sessions[9], tsnr=20.0)
     outlying = distribution.find_outlying(sessions)
     assert [*outlying] == ["one_9", "one_3"]
     assert outlying["one_3"] == {"source_tr": "TR of the scan 2.5 s (middle half 2 s to 2 s)"}
@@ -270,8 +280,7 @@ def test_another_tr_inside_a_cohort_is_pointed_out():
     low, high = axes.get_xlim()
     assert low < 0.8 and high > 2.5
     assert dataset_page._trs(sessions) == "2 (19), 0.8 (3), 2.5 (1)"
-    for number, line in enumerate(sessions[:8]):
-        line["source_tr"] = 1 + number / 10
+    sessions[:8] = [changed(line, source_tr=1 + number / 10) for number, line in enumerate(sessions[:8])]
     assert dataset_page._trs(sessions) == "0.8–2"
 
 
@@ -287,9 +296,9 @@ def test_thousands_of_sessions_stay_one_page():
     outlying = distribution.find_outlying(sessions)
     assert 10 < len(outlying) < 200
     chosen = dataset_page.choose_examples(sessions, outlying)
-    assert [line["key"] for line in chosen[:2]] == list(outlying)[:2]
+    assert [line.key for line in chosen[:2]] == list(outlying)[:2]
     assert len(chosen) == dataset_page._MOST_EXAMPLES
-    assert len({line["cohort"] for line in chosen[2:]}) == len(chosen) - 2
+    assert len({line.cohort for line in chosen[2:]}) == len(chosen) - 2
     with html.drawing():
         shown = page_of(distribution.describe(sessions, outlying))
     assert len(shown) < 500_000
@@ -297,7 +306,8 @@ def test_thousands_of_sessions_stay_one_page():
 
 def test_many_refused_runs_are_grouped():
     failed = [
-        {"key": f"k{n}", "cohort": "c", "reason": f"file {n}: bad. Mend it", "hint": "Mend it"} for n in range(500)
+        Refusal(key=f"k{n}", cohort="c", source="", reason=f"file {n}: bad. Mend it", hint="Mend it", fingerprint="")
+        for n in range(500)
     ]
     text = Reader(page_of(dataset_page._refused(failed))).text
     assert "c Mend it 500" in text and "k99" in text and "k100" not in text

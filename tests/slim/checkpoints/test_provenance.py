@@ -25,7 +25,7 @@ from slim import __version__ as version
 from slim.checkpoints import checkpoint, run_folder
 from slim.checkpoints.provenance import Provenance
 from slim.checkpoints.run_folder import PROVENANCE, SEEN
-from slim.checkpoints.seen import Seen, person
+from slim.checkpoints.seen import Seen
 from slim.config import PretrainSettings, load_run
 from slim.data.samples import geometry_for
 from slim.evaluation.task import Task, find_cases, make_splits
@@ -178,11 +178,11 @@ def trained_people(path: Path) -> set[str]:
 def test_people_are_known_over_all_datasets_and_in_one_that_has_grown(run: Path, datasets: dict[str, Path]) -> None:
     everybody = trained_people(datasets["first"]) | trained_people(datasets["second"])
     written = json.loads((run / SEEN).read_text())
-    counts = [Dataset(datasets[name]).manifest["sessions"]["train"] for name in ("first", "second")]
+    counts = [Dataset(datasets[name]).manifest.sessions["train"] for name in ("first", "second")]
     assert written == {"people": sorted(everybody), "salt": None, "sessions": counts}
     model = SlimBrain.from_pretrained(run)
     for path in datasets.values():
-        there = {f"{s['people']}/{s['subject']}" for s in Dataset(path).sessions}
+        there = {f"{s.people}/{s.subject}" for s in Dataset(path).sessions}
         assert names_of(model.seen_people(Dataset(path))) == everybody & there
         assert 0 < len(everybody & there) < len(there)
         model.check_data(Dataset(path))
@@ -255,7 +255,7 @@ def test_the_report_counts_the_people_of_the_task(run: Path, datasets: dict[str,
         told[source.name] = facts["subjects_seen_in_pretraining"], facts["subjects"], done.stdout
     people = SlimBrain.from_pretrained(run).seen_people(Dataset(datasets["grown"]))
     seen, subjects, printed = told["run"]
-    assert seen == len(people) and subjects == len({person(s) for s in Dataset(datasets["grown"]).sessions})
+    assert seen == len(people) and subjects == len({s.person for s in Dataset(datasets["grown"]).sessions})
     assert f"{seen} of {subjects} subjects were seen in pretraining, without labels" in printed
     assert told["old"][0] is None and "it is not known who was seen in pretraining" in told["old"][2]
 
@@ -309,7 +309,7 @@ def test_datasets_that_no_model_reads_alike_are_refused_in_training_and_probing(
 
 
 def test_short_sessions_are_known_before_the_first_step(run: Path, dataset: Path, tmp_path: Path, capsys) -> None:
-    keys = [session["key"] for session in Dataset(dataset).of_split("train")]
+    keys = [session.key for session in Dataset(dataset).of_split("train")]
 
     def shorter(least: int) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
         return lambda session: [session | {"n_kept": 7 if session["key"] in keys[:least] else session["n_kept"]}]
@@ -325,7 +325,7 @@ def test_short_sessions_are_known_before_the_first_step(run: Path, dataset: Path
     told = f"warning: 2 of {len(keys)} training sessions of {data} are left out: they have fewer than 8 windows"
     assert capsys.readouterr().out.count(told) == 1
     task = PretrainTask(settings(data))
-    assert {task.stream.at(n).session["key"] for n in range(40)} == set(keys[2:])
+    assert {task.stream.at(n).session.key for n in range(40)} == set(keys[2:])
     assert task.stream.per_epoch == len(keys) - 2
     assert Seen.read(tmp_path / "run") == Seen.of(task.stream.sessions)
     line = {"step": 1, "samples_per_s": 2.0, "seconds": 1.0}

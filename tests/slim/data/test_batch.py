@@ -47,4 +47,4 @@ def test_a_session_whose_brain_lies_in_one_cell_is_refused_by_name(dataset: Path
     with pytest.raises(SampleCorrupt) as error:
         samples.draw_sample(item, opened, geometry, chosen)
     assert "got brain in 1 cell of the grid" in error.value.line()
-    assert opened.sessions[0]["key"] in error.value.line()
+    assert opened.sessions[0].key in error.value.line()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.records import session_record
 from shards.core.errors import ConfigError
 from shards.core.settings import check
 from slim.evaluation import events, metrics, probe
@@ -111,15 +112,7 @@ def written(folder: Path, subjects: int = 20) -> SimpleNamespace:
         (folder / f"sub-{subject}_ses-1_events.tsv").write_text(
             "onset\tduration\ttrial_type\n" + "\n".join(rows) + "\n"
         )
-        line = {
-            "key": f"s{subject}",
-            "cohort": "c",
-            "subject": str(subject),
-            "session": "1",
-            "n_kept": 12,
-            "labels": {},
-        }
-        lines.append({**line, "task": "", "run": "", "tr": 0.72, "source_tr": 0.72, "split": "test"})
+        lines.append(session_record(key=f"s{subject}", subject=str(subject), session="1", n_kept=12, split="test"))
 
     def read(session: dict, names: tuple) -> dict:
         return {"start": np.random.default_rng(1).permutation(12) * 5}  # in rank order

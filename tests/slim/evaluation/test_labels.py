@@ -105,7 +105,7 @@ def test_confounds_are_read_as_labels_are():
     dataset = sessions(
         8, 1, group=lambda s: "AB"[s % 2], age=lambda s: f"{20 + s} ", site=lambda s: [1, "1.0", "x", "None"][s % 4]
     )
-    dataset.sessions[0]["labels"]["age"] = "unknown"
+    dataset.sessions[0].labels["age"] = "unknown"
     chosen = task(GROUP | {"confounds": ["age", "site"], "missing": ["unknown"]})
     found = cases_of(chosen, dataset)
     vector_NF = baselines.confounds(found.sessions, chosen.confounds)

@@ -59,17 +59,17 @@ def test_a_wrong_task_is_told(tree: dict, field: str):
 def test_sessions_without_the_label_are_left_out_and_counted():
     lost = {0: None, 1: "n/a", 2: float("nan"), 3: ""}
     dataset = sessions(16, group=lambda subject: lost.get(subject, "AB"[subject % 2]))
-    del dataset.sessions[8]["labels"]["group"]
-    dataset.sessions[10]["n_kept"] = 7
+    del dataset.sessions[8].labels["group"]
+    dataset.sessions[10] = dataset.sessions[10].model_copy(update={"n_kept": 7})
     found = cases_of(task(GROUP), dataset)
     assert found.left_out == {"without the label": 9, "fewer than 8 windows": 1}
     assert len(found.sessions) == 22 and len(found.subjects) == 12 and found.classes == ["A", "B"]
-    assert [found.subjects[s][1] for s in found.subject_N] == [line["subject"] for line in found.sessions]
+    assert [found.subjects[s][1] for s in found.subject_N] == [line.subject for line in found.sessions]
 
 
 def test_equal_names_in_two_cohorts_are_two_people():
     dataset = sessions(4, 1, group=lambda subject: "AB"[subject % 2])
-    dataset.sessions += [line | {"cohort": "d"} for line in dataset.sessions]
+    dataset.sessions += [line.model_copy(update={"cohort": "d"}) for line in dataset.sessions]
     assert len(cases_of(task(GROUP), dataset).subjects) == 8
 
 
@@ -93,7 +93,7 @@ def test_tasks_that_the_data_cannot_answer(chosen: Task, dataset: Any, what: str
 
 def test_a_subject_of_two_classes_is_told():
     dataset = sessions(8, group=lambda subject: "AB"[subject % 2])
-    dataset.sessions[0]["labels"] = {"group": "B"}
+    dataset.sessions[0].labels["group"] = "B"
     with pytest.raises(ConfigError, match="A and B for subject 0"):
         cases_of(task(GROUP), dataset)
 
@@ -119,7 +119,7 @@ def test_no_subject_on_both_sides_and_every_one_tested(tree: dict):
             for p, q in zip(x, y, strict=True)
         )
     else:
-        assert {found.sessions[row]["split"] for row in tested} == {"test"}
+        assert {found.sessions[row].split for row in tested} == {"test"}
 
 
 def test_strata_are_dealt_evenly():

@@ -118,9 +118,10 @@ def test_a_wrong_task_is_told(tree: dict[str, Any], told: str):
 
 def test_confounds_are_numbers_or_one_hot_and_missing_ones_leave_a_session_out():
     dataset = sessions(8, 1, group=lambda s: "AB"[s % 2], age=lambda s: s / 2, site=lambda s: "xyz"[s % 3])
-    dataset.sessions[3]["labels"]["age"] = "n/a"
-    for number, line in enumerate(dataset.sessions):
-        line["mean_fd_mm"] = 0.1 * number
+    dataset.sessions[3].labels["age"] = "n/a"
+    dataset.sessions = [
+        session.model_copy(update={"mean_fd_mm": 0.1 * number}) for number, session in enumerate(dataset.sessions)
+    ]
     found = cases_of(task(GROUP | {"confounds": ["age", "site", "mean_fd_mm"]}), dataset)
     assert found.left_out == {"without age": 1}
     vector_NF = baselines.confounds(found.sessions, ("age", "site", "mean_fd_mm"))

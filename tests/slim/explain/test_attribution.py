@@ -75,10 +75,10 @@ def test_the_score_is_that_of_the_probe(features, kind: str, pooling: str):
 @pytest.fixture
 def states(opened: Dataset, tmp_path: Path) -> tuple[Path, Path]:
     """A task of three states, three windows each in turn, and the folder of its events."""
-    width = opened.frames * opened.manifest["tr"]
+    width = opened.frames * opened.manifest.tr
     rows = [f"{3 * width * turn}\t{3 * width}\t{['look', 'move', 'rest'][turn % 3]}" for turn in range(4)]
     for session in opened.sessions:
-        (tmp_path / f"{session['subject']}.tsv").write_text("\n".join(["onset\tduration\ttrial_type", *rows]))
+        (tmp_path / f"{session.subject}.tsv").write_text("\n".join(["onset\tduration\ttrial_type", *rows]))
     path = tmp_path / "doing.yaml"
     path.write_text(
         "{name: doing, type: state, pooling: location, split: {kind: folds, folds: 3, repeats: 1}, "
@@ -290,14 +290,14 @@ def test_maps_lie_where_the_brain_lies(written, opened: Dataset):
     assert mean.shape == opened.grid.shape and mean.header["sform_code"] == 4
     total = 0.0
     for line in facts["sessions"]:
-        session = next(session for session in opened.sessions if session["key"] == line["key"])
+        session = next(session for session in opened.sessions if session.key == line["key"])
         arrays = opened.read(session, ("brain", "patch"))
         brain_XYZ = scatter(arrays["brain"], arrays["patch"], opened.grid.shape, opened.grid.patch)
         own = nib.load(folder / "score" / f"{line['key']}.nii.gz").get_fdata()
         assert not own[brain_XYZ == 0].any()
         assert own.sum() == pytest.approx(line["score"] - line["at_start"], abs=abs(line["gap"]) + 1e-4)
         assert sum(window["sum"] for window in line["windows"]) == pytest.approx(own.sum(), abs=1e-4)
-        assert len(line["windows"]) == session["n_kept"]
+        assert len(line["windows"]) == session.n_kept
         total += own.sum() / 2
     assert mean.get_fdata().sum() == pytest.approx(total, abs=1e-4)
     assert (nib.load(folder / "score_absolute.nii.gz").get_fdata() >= 0).all()

@@ -54,7 +54,7 @@ from slim.inference.slim_brain import SlimBrain
 def answers_of(opened: Dataset, classes: int = 0) -> Answers:
     """Seven sessions to train on, one of them to validate, two that nobody is to see."""
     rows = [(n, float(n % classes if classes else n / 5 - 1)) for n in range(len(opened.sessions))]
-    keys = [session["key"] for session in opened.sessions]
+    keys = [session.key for session in opened.sessions]
     return Answers(classes, dict(zip(keys[:6], rows, strict=False)), dict(zip(keys[6:8], rows[6:8], strict=False)))
 
 
@@ -180,7 +180,7 @@ def test_a_session_is_predicted_from_all_its_windows(pretrained: Path, people: P
     task = task_of(pretrained, people, tmp_path, "head.pooling=mean")
     ours, opened = SlimBrain.from_pretrained(pretrained), Dataset(people)
     model, device = task.learner(torch.device("cpu")).model, torch.device("cpu")
-    whole = [session for session in opened.sessions if session["n_kept"] == 12][:3]
+    whole = [session for session in opened.sessions if session.n_kept == 12][:3]
     short = [{**session, "n_kept": 8} for session in whole]
     guess_NK = predict(model, 0, opened, [*whole, *short], task.geometry, task.settings, device)
     again_NK = predict(model, 0, opened, [*whole, *short][::-1], task.geometry, task.settings, device)
@@ -209,13 +209,13 @@ def test_nothing_of_a_test_subject_reaches_the_training(pretrained: Path, people
 
     def train(settings: Any) -> None:
         made = FinetuneTask(settings)
-        tested = {cases.sessions[row]["key"] for row in splits[0][0].test}
+        tested = {cases.sessions[row].key for row in splits[0][0].test}
         (data,) = made.datasets
         assert len(data.sessions) == len(cases.sessions) - len(tested)
-        assert not tested & {session["key"] for session in data.sessions}
-        assert all(session["labels"] == {} for session in data.sessions)
+        assert not tested & {session.key for session in data.sessions}
+        assert all(session.labels == {} for session in data.sessions)
         assert not any(key in (Path(settings.run.out) / "answers.json").read_text() for key in tested)
-        assert {item.session["key"] for item in map(made.stream.at, range(60))} == set(made.answers.train)
+        assert {item.session.key for item in map(made.stream.at, range(60))} == set(made.answers.train)
         given.append((Path(settings.run.out) / "answers.json").read_bytes())
         raise Stop
 
@@ -250,7 +250,7 @@ def test_two_divisions_with_the_same_test_people_are_two_fine_tunings(
     splits = [[first], [second]]
     method = Finetuned("finetuned", ours, task, opened, cases, splits, tmp_path, QUICK, train)
     probe.score(task, cases, splits, method)
-    expected = [{cases.sessions[row]["key"] for row in split.val} for split in (first, second)]
+    expected = [{cases.sessions[row].key for row in split.val} for split in (first, second)]
     assert trained == [("seed-0", expected[0]), ("seed-1", expected[1])] and expected[0] != expected[1]
     assert [run["seed"] for run in method.runs] == [0, 1]
 
@@ -376,7 +376,7 @@ def test_the_encoder_of_the_best_epoch_is_loaded_exported_and_encodes(
     features = [model.encode_session(opened, session).tokens for model in (tuned, moved)]
     assert np.array_equal(*features)
     (training,) = about["made"]["training"]  # that of the pretraining
-    assert training["sessions"] == opened.manifest["sessions"]["train"]
+    assert training["sessions"] == opened.manifest.sessions["train"]
     card = (tmp_path / "export" / "README.md").read_text()
     for words in (
         "pretrained, then fine-tuned on the labels of `s`",
@@ -401,7 +401,7 @@ def test_what_was_fine_tuned_answers_for_a_run_as_for_a_test_subject(
         checkpoint.read_weights(checkpoint.newest(run / "checkpoints") / checkpoint.WEIGHTS, "best."), strict=False
     )
     source = find_runs(cohort / "cohort.yaml")[2]
-    session = next(line for line in opened.sessions if line["subject"] == source.subject)
+    session = next(line for line in opened.sessions if line.subject == source.subject)
     guess = predict(model, 0, opened, [session], tuned.geometry, settings, torch.device("cpu"))[0]
     task = check(Task, SCORE, "task.yaml")
     cases = find_cases(task, opened, 8, "task.yaml")
@@ -421,7 +421,7 @@ def test_what_was_fine_tuned_answers_for_a_run_as_for_a_test_subject(
     assert json.loads(done.stdout.splitlines()[-1])["label"] == "score"
     with np.load(tmp_path / "z.npz") as arrays:
         np.testing.assert_allclose(arrays["answers"], [expected], rtol=1e-6)
-        assert arrays["vectors"].shape[0] == session["n_kept"] and not len(arrays["classes"])
+        assert arrays["vectors"].shape[0] == session.n_kept and not len(arrays["classes"])
     with pytest.raises(ConfigError, match="head: got none: these weights were pretrained only"):
         SlimBrain.from_pretrained(pretrained).predict(source.bold)
     (tmp_path / "export" / "head.safetensors").unlink()

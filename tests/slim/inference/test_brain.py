@@ -22,6 +22,7 @@ from shards.conversion.session import convert
 from shards.core.errors import ConfigError, DatasetError, RunRefused, UserError
 from shards.format import layout
 from shards.format.reader import Dataset
+from shards.format.session_record import ScanRecord
 from slim.checkpoints import checkpoint
 from slim.data.collate import collate
 from slim.data.samples import read_windows
@@ -108,11 +109,11 @@ def test_random_weights_are_those_training_began_with(run: Path):
 def test_every_window_is_read_once_in_time_order(run: Path, opened: Dataset):
     """12 windows in groups of 8: the last group reaches back over 4, whose slots are not used again."""
     model, session = SlimBrain.from_pretrained(run), opened.sessions[0]
-    assert session["n_kept"] == 12
+    assert session.n_kept == 12
     found = model.encode_session(opened, session)
     start = np.sort(opened.read(session, ("start",))["start"])
-    np.testing.assert_allclose(found.slot_times, (start + 2) * session["tr"], rtol=1e-5)
-    np.testing.assert_array_equal(found.slot_window_onsets, start * session["tr"])
+    np.testing.assert_allclose(found.slot_times, (start + 2) * session.tr, rtol=1e-5)
+    np.testing.assert_array_equal(found.slot_window_onsets, start * session.tr)
     assert found.tokens.shape == (12, len(found.places), 32) and found.tokens.dtype == np.float32
 
     in_time = np.argsort(opened.read(session, ("start",))["start"])
@@ -141,7 +142,7 @@ def test_slots_that_straddle_windows_belong_to_the_one_at_their_middle(dataset: 
     assert len(found.tokens) == 10 + 5
     assert (np.diff(found.slot_times) > 0).all()
     # `second_S` is the mean of the frames' own times, half a frame before the middle of the slot
-    inside_S = (found.slot_times - found.slot_window_onsets) / opened.sessions[0]["tr"] + 0.5
+    inside_S = (found.slot_times - found.slot_window_onsets) / opened.sessions[0].tr + 0.5
     assert (inside_S > -1e-3).all() and (inside_S < 5).all()
 
 
@@ -149,8 +150,8 @@ def test_other_data_are_refused(run: Path, opened: Dataset):
     model, session = SlimBrain.from_pretrained(run), opened.sessions[0]
     assert model.was_trained_on(opened)
     with pytest.raises(DatasetError, match="windows"):
-        model.encode_session(opened, session | {"n_kept": 7})
-    model.data = model.data | {"grid": model.data["grid"] | {"mm": 2.0}}
+        model.encode_session(opened, session.model_copy(update={"n_kept": 7}))
+    model.data = model.data.model_copy(update={"grid": model.data.grid.model_copy(update={"mm": 2.0})})
     assert not model.was_trained_on(opened)
     with pytest.raises(ConfigError, match="grid"):
         model.encode_session(opened, session)
@@ -166,17 +167,17 @@ def same(one: Features, two: Features) -> None:
 def test_straight_from_nifti_gives_the_very_numbers_of_the_shards(run: Path, opened: Dataset, cohort: Path):
     """The dataset was converted by the command, in a process of its own; mask and confounds lie beside the run."""
     model, source = SlimBrain.from_pretrained(run), find_runs(cohort / "cohort.yaml")[0]
-    session = next(line for line in opened.sessions if line["key"] == source.key)
-    assert session["mask_source"] != "computed" and source.confounds is not None
+    session = next(line for line in opened.sessions if line.key == source.key)
+    assert session.mask_source != "computed" and source.confounds is not None
     found = model.encode_tokens(source.bold)
     same(found, model.encode_session(opened, session))
     assert found.key == source.bold.name.split(".nii")[0]
-    assert (found.tr, found.source_tr) == (session["tr"], session["source_tr"]) == (0.72, 0.72)
+    assert (found.tr, found.source_tr) == (session.tr, session.source_tr) == (0.72, 0.72)
 
     z_WC = model.encode(str(source.bold))
-    assert z_WC.dtype == np.float32 and z_WC.shape == (session["n_kept"], ALIGNED["embed"] * 2)
+    assert z_WC.dtype == np.float32 and z_WC.shape == (session.n_kept, ALIGNED["embed"] * 2)
     start = np.sort(opened.read(session, ("start",))["start"])
-    np.testing.assert_array_equal(found.window_onsets, start * session["tr"])
+    np.testing.assert_array_equal(found.window_onsets, start * session.tr)
     np.testing.assert_allclose(z_WC, found.tokens.mean(axis=1), rtol=1e-5, atol=1e-6)  # a slot a window
 
 
@@ -186,24 +187,27 @@ def test_a_learned_ranking_and_cleaning_are_those_of_the_data(run: Path, opened:
     series = [tuple(opened.read(line, ("roi", "roi_centre")).values()) for line in opened.sessions[1:3]]
     train_extractor(series, 5, steps=3).save(tmp_path / "extractor")
     ranker = make_ranker("mutual", tmp_path / "extractor")
-    settings = json.loads(json.dumps(opened.manifest["configuration"]["settings"]))
+    settings = json.loads(json.dumps(opened.manifest.configuration["settings"]))
     settings["windows"]["keep"] = 9  # of 12: what is left out tells the rankings apart
     settings["clean"] |= {"confounds": ["trans_*", "rot_*"], "high_pass": 0.01}
-    manifest = {**opened.manifest, "ranker": ranker.identity(), "configuration": {"settings": settings}}
-    given = SlimBrain(replace(model._about, data=manifest, extractor=tmp_path / "extractor"), 7)
+    data = opened.manifest.data.model_copy(
+        update={"ranker": ranker.identity(), "configuration": {"settings": settings}}
+    )
+    given = SlimBrain(replace(model._about, data=data, extractor=tmp_path / "extractor"), 7)
     given.encoder = model.encoder
 
     recipe = given.recipe
-    assert recipe.ranker.extractor.checksum == manifest["ranker"]["extractor"]
+    assert recipe.ranker.extractor.checksum == data.ranker["extractor"]
     out = tmp_path / "converted"
-    assert convert(source, recipe.settings, out, recipe.parcels, ranker) is None
+    scan = convert(source, recipe.settings, out, recipe.parcels, ranker)
+    assert isinstance(scan, ScanRecord)
     meta_path, data_path = writer.member_paths(out, source.key)
-    (meta,) = layout.read_lines(meta_path)
+    assert layout.read_lines(meta_path) == [scan.tree()]
     members = meta_path.read_bytes(), data_path.read_bytes()
-    writer.pack(out, [{**meta, "split": "train"}], [], manifest, 10**9, lambda _: members, lambda *_: None)
+    writer.pack(out, [scan.model_copy(update={"split": "train"})], [], data, 10**9, lambda _: members, lambda *_: None)
     packed = Dataset(out)
     expected = given.encode_session(packed, packed.sessions[0])
-    assert len(expected.tokens) == 9 and "high-pass" in packed.sessions[0]["cleaned"]
+    assert len(expected.tokens) == 9 and "high-pass" in packed.sessions[0].cleaned
     same(given.encode_tokens(source.bold), expected)
     assert not np.array_equal(expected.tokens[:1], model.encode_tokens(source.bold).tokens[:1])
 

@@ -22,6 +22,7 @@ from launchers.run_setup import prepare_run
 from shards.cohorts.cohort_file import find_runs
 from shards.core.errors import UserError
 from shards.core.files import sha256
+from shards.format.manifest import DataRecord
 from shards.format.reader import Dataset
 from slim.checkpoints.weights import CONFIG, MODEL, SUMS, Weights
 from slim.config import load_run
@@ -59,7 +60,7 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     opened = Dataset(data)
     series = [tuple(opened.read(line, ("roi", "roi_centre")).values()) for line in opened.sessions[:2]]
     train_extractor(series, 5, steps=3).save(data / "extractor")
-    manifest = opened.manifest | {"ranker": make_ranker("mutual", data / "extractor").identity()}
+    manifest = opened.manifest.tree() | {"ranker": make_ranker("mutual", data / "extractor").identity()}
     (data / "manifest.json").write_text(json.dumps(manifest))
     return write_run(folder / "secret" / "lean", data, ALIGNED)
 
@@ -121,12 +122,10 @@ def test_the_folder_says_what_is_in_it_and_where_from(run: Path, exported: Path,
     assert about["made"]["step"] == 7 and about["made"]["weights"] == "encoder"
     assert about["made"]["commit"] == "5e1f+"
     assert set(about["made"]["versions"]) == {"python", "torch", "deepspeed", "numpy"}
-    assert about["data"]["configuration"] == Dataset(dataset).manifest["configuration"]
+    assert about["data"]["configuration"] == Dataset(dataset).manifest.configuration
     manifest = Dataset(dataset).manifest
     (training,) = about["made"]["training"]
-    assert (training["sessions"], training["subjects"]) == tuple(
-        manifest[name]["train"] for name in ("sessions", "subjects")
-    )
+    assert (training["sessions"], training["subjects"]) == (manifest.sessions["train"], manifest.subjects["train"])
     text = "".join(path.read_text(errors="replace") for path in exported.rglob("*") if path.is_file())
     assert str(run.parent) not in text and "secret" not in text  # nothing of this machine travels
     card = (exported / "README.md").read_text()
@@ -228,11 +227,11 @@ def test_the_label_image_of_the_parcels_travels(run: Path, bold: Path, tmp_path:
     labels = np.indices(grid.shape).sum(axis=0) // 8 + 1
     image = tmp_path / "atlas.nii"
     nib.save(nib.Nifti1Image(labels.astype(np.int16), grid.affine), image)
-    data = json.loads(json.dumps(model.data))
-    data["configuration"]["settings"]["parcels"]["image"] = {"name": image.name, "sha256": sha256(image)}
+    tree = json.loads(json.dumps(model.data.tree()))
+    tree["configuration"]["settings"]["parcels"]["image"] = {"name": image.name, "sha256": sha256(image)}
 
     def made(parcels: Path | None) -> SlimBrain:
-        about: Weights = replace(model._about, data=data, parcels=parcels)
+        about: Weights = replace(model._about, data=DataRecord.model_validate(tree), parcels=parcels)
         return SlimBrain(about, 7)
 
     with pytest.raises(UserError, match=r"parcels: got none .*label image atlas\.nii"):

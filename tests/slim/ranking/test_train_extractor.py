@@ -12,11 +12,13 @@ import pytest
 
 from helpers.commands import ROOT
 from helpers.conversions import copy_cohort
+from helpers.records import data_record, scan_record
 from shards.conversion import writer
 from shards.conversion.convert import ExtractorSettings
 from shards.core.cli import DONE, WRONG
 from shards.format import layout, sample
 from shards.format.reader import Dataset
+from shards.format.session_record import SessionRecord
 from slim.ranking.extractor import Extractor
 
 FILES = ("config.json", "extractor.safetensors")
@@ -26,19 +28,17 @@ def parcels_alone(folder: Path, splits: list[str], frames: int = 5, seed: int = 
     """A dataset whose samples hold parcels and nothing else, all of them the same ones."""
     rng = np.random.default_rng(seed)
     data = sample.pack({"roi": rng.standard_normal((12, 60)), "roi_centre": rng.uniform(-60, 60, (12, 3))})
-    same = {"cohort": "lab", "labels": {}, "tr": 0.72, "n_kept": 0, "zarr_size": len(data)}
     sessions = [
-        {"key": f"lab{seed}_sub-{n:04}", "subject": str(n), "split": split, **same} for n, split in enumerate(splits)
+        scan_record(
+            key=f"lab{seed}_sub-{n:04}", cohort="lab", subject=str(n), split=split, n_kept=0, zarr_size=len(data)
+        )
+        for n, split in enumerate(splits)
     ]
     writer.pack(
         folder,
         sessions,
         [],
-        {
-            "format": layout.FORMAT,
-            "windows": {"frames": frames},
-            "grid": {"mm": 16, "shape": [16, 16, 16], "patch": 4, "centre_mm": [0, 0, 0]},
-        },
+        data_record(windows={"frames": frames}),
         10**8,
         lambda line: (b"{}", data),
         lambda count, note: None,
@@ -101,7 +101,7 @@ def test_it_is_the_extractor_of_a_conversion_and_ranks_the_next_one(cohort, make
 def test_of_thousands_of_sessions_only_those_drawn_are_read(train, tmp_path, monkeypatch):
     splits = ["train", "train", "train", "val", "test"] * 500
     folder = parcels_alone(tmp_path / "data", splits)
-    read: list[dict] = []
+    read: list[SessionRecord] = []
     reading = Dataset.read
 
     def watched(self, session, names=None, windows=None):
@@ -113,8 +113,8 @@ def test_of_thousands_of_sessions_only_those_drawn_are_read(train, tmp_path, mon
     status, printed, _ = train(folder, "--out", tmp_path / "out", "--steps", 1, "--json")
     facts = json.loads(printed.splitlines()[-1])
     assert status == DONE and (facts["sessions"], facts["of"]) == (24, 1500)
-    assert len({session["key"] for session in read}) == len(read) == 24
-    assert {session["split"] for session in read} == {"train"}
+    assert len({session.key for session in read}) == len(read) == 24
+    assert {session.split for session in read} == {"train"}
 
 
 def test_sessions_are_drawn_by_seed_and_key_alone():

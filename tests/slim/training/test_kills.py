@@ -120,7 +120,7 @@ def test_killed_at_random_moments_it_is_the_run_that_was_not(
     assert steps_run == steps_whole and sorted(steps_run) == list(range(1, steps + 1))
     # Every epoch is a stretch of the stream: each session in it once.
     trained = [key for step in sorted(steps_run) for key in steps_run[step]]
-    sessions = sorted(session["key"] for session in Dataset(dataset).of_split("train"))
+    sessions = sorted(session.key for session in Dataset(dataset).of_split("train"))
     size = Stream([Dataset(dataset)], [1.0], "train", 0).per_epoch
     assert size == len(sessions) and len(trained) == 4 * steps
     for first in range(0, len(trained) - size + 1, size):

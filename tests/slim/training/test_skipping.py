@@ -76,9 +76,9 @@ def test_an_empty_micro_batch_adds_nothing(dataset: Path, tmp_path: Path) -> Non
     )
     geometry = geometry_for(settings, [opened])
     items = [Item(0, session, 0) for session in opened.of_split("train")]
-    bad = [item for item in items if item.session["key"] in keys]
+    bad = [item for item in items if item.session.key in keys]
     mixed = load_batch([bad[0], items[-1]], [opened], geometry, settings).to("cpu")
-    assert mixed.keys == [items[-1].session["key"]] and list(mixed.damaged) == [keys[0]] and not mixed.empty
+    assert mixed.keys == [items[-1].session.key] and list(mixed.damaged) == [keys[0]] and not mixed.empty
     batch = load_batch(bad, [opened], geometry, settings).to("cpu")
     assert batch.empty and set(batch.damaged) == set(keys)
 
@@ -171,7 +171,7 @@ def test_a_step_that_is_no_number_changes_nothing(dataset: Path, tmp_path: Path,
         [word, str(n), "True"] for n, word in enumerate(["CHANGED", "SAME", "CHANGED", "SAME", "CHANGED"], 1)
     ]
     assert {(note["step"], note["reason"]) for note in notes(tmp_path / "run")} == {(3, NOT_FINITE), (5, NOT_FINITE)}
-    trained = {session["key"] for session in Dataset(dataset).of_split("train")}
+    trained = {session.key for session in Dataset(dataset).of_split("train")}
     assert {note["key"] for note in notes(tmp_path / "run")} <= trained
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
