@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from shards.conversion import dry_run as survey
-from shards.conversion.convert import Conversion, ConvertSettings
+from shards.conversion.convert import Conversion
 from shards.conversion.session import Parcels, WindowRanker, by_assumption, is_harmonised
+from shards.conversion.settings import ConvertSettings
 from shards.core.cli import DONE, REFUSED, progress, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable
@@ -152,7 +153,7 @@ def finish(conversion: Conversion) -> Ended:
         return all_refused(conversion)
     refused = conversion.refused()
     report = conversion.folder / layout.REPORT / layout.PAGE
-    if conversion.previous is None or manifest is not conversion.previous.manifest or not report.is_file():
+    if conversion.state.dataset is None or manifest is not conversion.state.dataset.manifest or not report.is_file():
         from shards.reporting import dataset_page  # imports matplotlib
 
         report = dataset_page.write(conversion.folder)
@@ -211,7 +212,7 @@ def _tell_losses(conversion: Conversion, refused: list[Refusal], report: str) ->
     _tell([f"refused: {line.reason}" for line in refused], layout.FAILED)
     sessions = Dataset(conversion.folder).sessions
     kept = {session.key for session in sessions} | {line.key for line in refused}
-    _tell([f"left out: {key} is no longer found" for key in conversion.before if key not in kept], "no file")
+    _tell([f"left out: {key} is no longer found" for key in conversion.state.sessions if key not in kept], "no file")
     _tell_passed_over(conversion)
     moved = [
         f"native space: {session.key} moved by {session.centred_by_mm} mm to the middle of the grid; not registered"

@@ -15,7 +15,7 @@ from packaging.version import Version
 from helpers.commands import ROOT, run_command
 from launchers.cluster.scheduler import SlurmSettings
 from shards.cohorts.cohort_file import CohortSettings
-from shards.conversion.convert import ConvertSettings
+from shards.conversion.settings import ConvertSettings
 from slim.config import FinetuneSettings, PretrainSettings, load_config
 
 MAY_IMPORT = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from shards.conversion.convert import ExtractorSettings
+from shards.conversion.settings import ExtractorSettings
 from shards.core.cli import DONE, Parser, progress, run, summary
 from shards.core.errors import ConfigError
 from shards.core.settings import check

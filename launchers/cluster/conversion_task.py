@@ -89,7 +89,7 @@ def work(name: str, dataset: Path, task: int) -> dict[str, Any]:
     conversion = handover.load(dataset / PLACE / _PLAN, dataset, steps.parcels_of)
     job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
     with closing(conversion):
-        conversion.hold(f"job {job} of a cluster", together=name != "pack", patience=_PATIENCE)
+        conversion.lock.acquire(f"job {job} of a cluster", shared=name != "pack", patience=_PATIENCE)
         conversion.resume(alone=name == "pack")
         if name == "extractor":
             steps.prepare_extractor(conversion, None, may_train=True)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from shards.cohorts.cohort_file import Cohort, CohortSettings
 from shards.cohorts.scan import RunSource
-from shards.conversion.convert import Conversion, ConvertSettings
+from shards.conversion.convert import Conversion
+from shards.conversion.settings import ConvertSettings
 from shards.core.errors import DatasetError, RunRefused
 from shards.core.settings import check
 

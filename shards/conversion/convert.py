@@ -1,81 +1,41 @@
 """Cohorts in, a dataset out: find, harmonise, rank, pack.
 
-Each step leaves its results under `DATASET/work/`, so a conversion that was stopped goes on where it was; a session
-whose source and configuration are unchanged is not read again, and a run that was refused is not tried again before it
-changes. One conversion at a time holds the folder; its processes may be many, on as many machines (`join`).
+Each step leaves its results under `DATASET/work/` (`shards/conversion/state.py`), so a conversion that was stopped
+continues where it stopped. A session whose source and configuration are unchanged is not read again, and a scan that
+was refused is not tried again before it changes. One conversion at a time holds the folder
+(`shards/conversion/lock.py`); its processes may be many, on as many machines.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import multiprocessing
-import os
-import shutil
-import socket
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from shards.cohorts.cohort_file import Cohort, find_cohort
 from shards.cohorts.scan import RunSource
 from shards.conversion import writer
-from shards.conversion.session import (
-    Parcels,
-    SessionSettings,
-    WindowRanker,
-    convert,
-    fingerprint,
-    harmonised_path,
-    is_harmonised,
-)
-from shards.conversion.splits import DatasetSplitSettings, Person, assign, read_table, write_table
+from shards.conversion.lock import FolderLock
+from shards.conversion.pool import convert_all
+from shards.conversion.session import Parcels, WindowRanker, is_harmonised
+from shards.conversion.settings import ConvertSettings
+from shards.conversion.splits import Person, assign, read_table, write_table
+from shards.conversion.state import State
 from shards.core import files
 from shards.core.cli import progress
-from shards.core.errors import ConfigError, DatasetError, RunRefused, Stopped, is_full
-from shards.core.settings import Settings, check, digest
-from shards.core.workers import end_with_parent, why_no_workers
-from shards.format import layout, sample
+from shards.core.errors import ConfigError, DatasetError, RunRefused
+from shards.core.room import stop_if_full
+from shards.core.settings import digest
+from shards.format import layout
 from shards.format.manifest import DataRecord, GridRecord, Manifest, WindowsRecord
-from shards.format.reader import Dataset
-from shards.format.refusal import Refusal, read_refusals
-from shards.format.session_record import ScanRecord, SessionRecord
+from shards.format.refusal import Refusal
+from shards.format.session_record import ScanRecord
 
-S = TypeVar("S")
-
-
-class ExtractorSettings(Settings):
-    """The temporal extractor that is trained on the way when none is given."""
-
-    sessions: int = Field(24, ge=1, le=256, description="training sessions it is trained on, drawn from all of them")
-    steps: int = Field(1200, ge=1, description="optimizer steps")
-    seed: int = Field(0, ge=0, description="of the draw of sessions, the weights, crops and masks")
-
-    def draw(self, sessions: Iterable[S], key: Callable[[S], str]) -> list[S]:
-        """The sessions it learns from, in the order of their keys: a choice that depends on seed and keys alone."""
-        shuffled = sorted(sessions, key=lambda s: hashlib.sha256(f"{self.seed}/{key(s)}".encode()).hexdigest())
-        return sorted(shuffled[: self.sessions], key=key)
-
-
-class ShardSettings(Settings):
-    mb: float = Field(1000, gt=0, description="a shard is closed at this size, in 10^6 bytes")
-
-
-class ConvertSettings(SessionSettings):
-    """Everything a conversion depends on beside its cohorts and its ranker."""
-
-    split: DatasetSplitSettings = DatasetSplitSettings()
-    extractor: ExtractorSettings = ExtractorSettings()
-    shards: ShardSettings = ShardSettings()
+_SAME_SETTINGS = "Use the settings it was made with (manifest.json), or another --out"
 
 
 class Conversion:
@@ -95,7 +55,18 @@ class Conversion:
     workers : int
         Processes.
     retry : bool
-        Try runs again that were refused and have not changed.
+        Try scans again that were refused and have not changed.
+
+    Attributes
+    ----------
+    state : State
+        Which scans are done.
+    found : list of Cohort
+        The cohorts, after `find`.
+    runs : list of RunSource
+        Their scans in the order of their keys, after `find`.
+    splits : dict of Person to str
+        The split of each person, after `find`.
 
     Raises
     ------
@@ -118,148 +89,77 @@ class Conversion:
         self.parcels, self.workers, self.retry = parcels, workers, retry
         self.configuration = {"settings": settings.model_dump(mode="json"), "ranking": ranking}
         self.hash = digest(self.configuration)
-        self.work = self.folder / layout.WORK
-        self.previous: Dataset | None = None
-        self.before: dict[str, SessionRecord] = {}  # its sessions by key
-        self.refused_before: dict[str, Refusal] = {}  # its refused runs by key
+        self.lock, self.state = FolderLock(self.folder), State(self.folder)
         self.found: list[Cohort] = []
         self.runs: list[RunSource] = []
         self.splits: dict[Person, str] = {}
-        self._lock: int | None = None
 
     def open(self) -> None:
-        """Finish what a killed run left, and refuse to mix two configurations in one folder; begins nothing."""
+        """Finish what a killed conversion left half done, and refuse to mix two configurations; writes nothing new."""
         if not self.folder.exists():
             return
         if not self.folder.is_dir():
             raise DatasetError(self.folder, "--out", "a file", "a folder")
-        if any(self.folder.iterdir()) and not self.work.exists() and not (self.folder / layout.MANIFEST).exists():
+        work = self.folder / layout.WORK
+        if any(self.folder.iterdir()) and not work.exists() and not (self.folder / layout.MANIFEST).exists():
             raise DatasetError(self.folder, "--out", "a folder with other files", "a new folder or a dataset")
-        self.hold()
+        self.lock.acquire()
         self.resume(alone=True)
-        stamp = self.work / "configuration"
-        if stamp.exists():
-            self._same_configuration(stamp.read_text(encoding="utf-8").strip())
+        if self._stamp.exists():
+            self._same_configuration(self._stamp.read_text(encoding="utf-8").strip())
 
     def resume(self, alone: bool) -> None:
-        """Read what the folder holds of an earlier conversion; `hold` comes first.
+        """Read what the folder holds of an earlier conversion. The lock must be held.
 
         Parameters
         ----------
         alone : bool
-            No other process holds the folder: what a killed one left half done is finished.
+            No other process holds the folder: finish what a killed one left half done.
         """
         if alone:
             writer.finish_commit(self.folder)
-        if (self.folder / layout.MANIFEST).exists():
-            self.previous = Dataset(self.folder)
-            self.before = {session.key: session for session in self.previous.sessions}
-            manifest = self.previous.manifest
+        self.state.read(self.retry)
+        if self.state.dataset is not None:
+            manifest = self.state.dataset.manifest
             self._same_configuration(manifest.configuration_hash, manifest.configuration)
-        if not self.retry:
-            self.refused_before = {line.key: line for line in read_refusals(self.folder / layout.FAILED)}
 
     def begin(self) -> None:
-        """Make the folder; write down which configuration it is for and who is in which split.
-
-        `open` and `find` come first.
-        """
+        """Make the folder, and write down its configuration and who is in which split; `open` and `find` come first."""
         try:
-            self.hold()
-            for left_over in self.work.rglob(".*.tmp"):  # by a process that was killed while it wrote
-                left_over.unlink()
-            if not (self.work / "configuration").exists():
-                files.write_atomically(self.work / "configuration", self.hash)
-            if self.retry:
-                self.refused_before = {}
-                shutil.rmtree(self.work / "failed", ignore_errors=True)
+            self.lock.acquire()
+            self.state.prepare(self.retry)
+            if not self._stamp.exists():
+                files.write_atomically(self._stamp, self.hash)
             if read_table(self.folder) != self.splits:
                 write_table(self.folder, self.splits)
         except OSError as error:
             raise DatasetError(self.folder, "--out", error.strerror, "a folder that can be written") from None
 
-    def hold(self, who: str = "", together: bool = False, patience: float = 0) -> None:
-        """Keep other conversions out of the folder until this process ends, however it ends.
-
-        Parameters
-        ----------
-        who : str
-            What others are told about this process; by default its number.
-        together : bool
-            Share the folder with processes that hold it together, too: the tasks of one conversion, which must have
-            been begun by one that held it alone.
-        patience : float
-            Seconds to wait for those that hold it now.
-
-        Raises
-        ------
-        DatasetError
-            If another conversion holds it.
-        """
-        if self._lock is not None:
-            return
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            what = f"a folder that cannot be written ({error.strerror})"
-            raise DatasetError(self.folder, "--out", what, "a folder that can be written") from None
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(self._lock, (fcntl.LOCK_SH if together else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() < end:
-                    time.sleep(0.2)
-                    continue
-                holder = os.read(self._lock, 200).decode(errors="replace").strip() or "another process"
-                self.close()
-                raise DatasetError(
-                    self.folder,
-                    "--out",
-                    f"a folder that {holder} is writing to",
-                    "one conversion at a time",
-                    "Wait for it, or give another --out",
-                ) from None
-            except OSError as error:  # some network file systems are mounted without locks
-                what = f"{self.folder} cannot be locked ({error.strerror})"
-                print(f"{what}: start no second conversion there", file=sys.stderr)
-                return
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, (who or f"process {os.getpid()} on {socket.gethostname()}").encode(), 0)
-
     def close(self) -> None:
         """Let other conversions into the folder again."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self.lock.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A conversion that was begun goes to other processes by pickle; the lock stays with the one that holds it."""
-        return {**self.__dict__, "_lock": None}
+    @property
+    def _stamp(self) -> Path:
+        """Of which configuration the results under `work/` are."""
+        return self.folder / layout.WORK / "configuration"
 
     def _same_configuration(self, found: str, before: dict[str, Any] | None = None) -> None:
-        if found != self.hash:
-            if before and (differing := _first_difference(self.configuration, before)):
-                name, mine, theirs = differing
-                hint = "Use the settings it was made with (manifest.json), or another --out"
-                expected = f"{theirs}, as for the sessions already there"
-                if theirs is None:
-                    expected = "no such setting: an earlier version made the sessions already there"
-                    hint = "Convert into another --out"
-                field = f"configuration.{name.removeprefix('settings.')}"
-                raise DatasetError(self.folder, field, mine, expected, hint)
-            raise DatasetError(
-                self.folder,
-                "configuration",
-                f"hash {self.hash[:12]}",
-                f"{found[:12]}, that of the sessions already there",
-                "Use the settings it was made with (manifest.json), or another --out",
-            )
+        if found == self.hash:
+            return
+        if before and (differing := _first_difference(self.configuration, before)):
+            name, mine, theirs = differing
+            hint, expected = _SAME_SETTINGS, f"{theirs}, as for the sessions already there"
+            if theirs is None:
+                expected = "no such setting: an earlier version made the sessions already there"
+                hint = "Convert into another --out"
+            field = f"configuration.{name.removeprefix('settings.')}"
+            raise DatasetError(self.folder, field, mine, expected, hint)
+        expected = f"{found[:12]}, that of the sessions already there"
+        raise DatasetError(self.folder, "configuration", f"hash {self.hash[:12]}", expected, _SAME_SETTINGS)
 
     def find(self) -> list[RunSource]:
-        """List the runs of all cohorts and assign everybody to a split; reads no image."""
+        """List the scans of all cohorts and assign everybody to a split; reads no image."""
         split = self.settings.split
         needed = {column for column in (split.stratify, split.family, split.column) if column}
         self.found = [find_cohort(path, needed) for path in self.cohorts]
@@ -267,8 +167,8 @@ class Conversion:
         for number, name in enumerate(names):
             if name in names[:number]:
                 raise ConfigError(self.cohorts[number], "name", f"{name} a second time", "one cohort per name")
-        if self.previous is not None:
-            lost = set(self.previous.manifest.cohorts) - set(names)
+        if self.state.dataset is not None:
+            lost = set(self.state.dataset.manifest.cohorts) - set(names)
             if lost:
                 raise DatasetError(
                     self.folder,
@@ -284,46 +184,61 @@ class Conversion:
         return self.runs
 
     def extractor_runs(self) -> list[RunSource]:
-        """The training-split runs the extractor learns from; runs that are known to be refused are passed over."""
-        train = [run for run in self.runs if self.splits.get(run.person) == "train" and not self._refusal(run)]
+        """The training-split scans the extractor is trained on; scans that are known to be refused are left out."""
+        train = [run for run in self.runs if self.splits.get(run.person) == "train" and not self.state.refusal(run)]
         return self.settings.extractor.draw(train, lambda run: run.key)
 
     def harmonise(self, runs: Iterable[RunSource]) -> None:
-        """Harmonise runs and keep the results under `work/harmonised/` until they are ranked."""
-        todo = [run for run in runs if not self._settled(run) and not is_harmonised(self.folder, run)]
-        self._map("harmonise", todo, None)
+        """Harmonise scans and keep the results under `work/harmonised/` until they are ranked."""
+        self._convert([run for run in runs if not is_harmonised(self.folder, run)], None)
 
     def parcel_series(self, runs: Iterable[RunSource]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(roi_RT, centre_R3) of the harmonised runs among `runs`; refused runs are left out."""
-        series = []
-        for run in runs:
-            if is_harmonised(self.folder, run):
-                with np.load(harmonised_path(self.folder, run)) as arrays:
-                    series.append((arrays["roi"], arrays["roi_centre"]))
-            elif self._done(run):
-                arrays = self._done_arrays(run, ("roi", "roi_centre"))
-                series.append((arrays["roi"], arrays["roi_centre"]))
-        return series
+        """(roi_RT, centre_R3) of the harmonised scans among `runs`; refused scans are left out."""
+        return [series for run in runs if (series := self.state.parcel_series(run)) is not None]
 
     def unsettled(self) -> list[RunSource]:
-        """The runs that are neither ranked nor refused yet."""
-        return [run for run in self.runs if not self._settled(run)]
+        """The scans that are neither ranked nor refused yet."""
+        return [run for run in self.runs if not self.state.is_settled(run)]
+
+    def refused(self) -> list[Refusal]:
+        """Why scans were refused, of those that were."""
+        return [line for run in self.runs if (line := self.state.refusal(run))]
+
+    def write_refused(self) -> None:
+        """Write `failed.jsonl` of a conversion in which every scan was refused."""
+        files.write_atomically(self.folder / layout.FAILED, files.dump_lines(line.tree() for line in self.refused()))
 
     def rank(self, ranker: WindowRanker, runs: Iterable[RunSource]) -> None:
-        """Rank runs and write their members, harmonising them first where that was not done."""
-        self._map("rank", [run for run in runs if not self._settled(run)], ranker)
+        """Rank scans and write their members, harmonising them first where that was not done."""
+        self._convert(runs, ranker)
+
+    def _convert(self, runs: Iterable[RunSource], ranker: WindowRanker | None) -> None:
+        """Convert scans in worker processes; a refused scan is written down, and the others continue."""
+        todo = [run for run in runs if not self.state.is_settled(run)]
+        if not todo:
+            return
+        found = convert_all(todo, self.settings, self.folder, self.parcels, ranker, self.workers)
+        with progress("rank" if ranker else "harmonise", len(todo), "runs") as advance, closing(found):
+            for run, result in found:
+                with stop_if_full(self.folder, run.key):
+                    self.state.settle(run, result)
+                advance(1, f"{run.key} refused: {result.reason}" if isinstance(result, Refusal) else run.key)
 
     def pack(self, identity: dict[str, Any]) -> Manifest | None:
         """Write the dataset from the finished sessions; does nothing if it is there already.
 
+        Parameters
+        ----------
+        identity : dict
+            What the ranker's scores depend on, as `WindowRanker.identity`.
+
         Returns
         -------
         Manifest or None
-            None if every run was refused: there is nothing to pack.
+            None if every scan was refused: there is nothing to pack.
         """
-        sessions: list[ScanRecord] = []
-        failed: list[Refusal] = []
-        if self.previous is not None and self.previous.manifest.ranker != identity:
+        before = self.state.dataset
+        if before is not None and before.manifest.ranker != identity:
             raise DatasetError(
                 self.folder,
                 "ranker",
@@ -331,32 +246,42 @@ class Conversion:
                 "the extractor of the sessions already there",
                 "Restore it, or give another --out",
             )
-        for run in self.runs:
-            if refused := self._refusal(run):
-                failed.append(refused)
-                continue
-            if not self._done(run):
-                raise DatasetError(
-                    self.folder,
-                    "--only",
-                    f"{run.key} neither ranked nor refused",
-                    "all runs ranked before they are packed",
-                    "Run it without --only",
-                )
-            scan = self._ranked(run) or self.before[run.key]
-            sessions.append(scan.model_copy(update={"split": self.splits[run.person]}))
-        failed.sort(key=lambda line: line.key)
-        self.refused_before = {line.key: line for line in failed}
+        sessions, refused = self._finished()
+        self.state.refused = {line.key: line for line in refused}
         if not sessions:
-            if self.previous is not None:
+            if before is not None:
                 hint = "The dataset is left as it was; see the cohort files"
                 raise DatasetError(self.folder, "", "no run that can be converted any more", "at least one", hint)
             return None
-        if self.previous is not None and not self._changed(sessions, failed):
-            self._clean()
-            return self.previous.manifest
+        if before is not None and self.state.is_packed(sessions, refused):
+            self.state.clear()
+            return before.manifest
+        (self.folder / layout.REPORT / layout.PAGE).unlink(missing_ok=True)  # it shows the dataset as it was
+        size = int(self.settings.shards.mb * 1e6)
+        with progress("pack", len(sessions), "sessions") as advance, stop_if_full(self.folder, "the shards"):
+            data = self._data(identity)
+            manifest = writer.pack(self.folder, sessions, refused, data, size, self.state.members, advance)
+        self.state.clear()
+        return manifest
+
+    def _finished(self) -> tuple[list[ScanRecord], list[Refusal]]:
+        """All scans: those that are ranked, with their splits, and those that were refused."""
+        sessions: list[ScanRecord] = []
+        refused: list[Refusal] = []
+        for run in self.runs:
+            if refusal := self.state.refusal(run):
+                refused.append(refusal)
+            elif self.state.is_done(run):
+                sessions.append(self.state.record(run).model_copy(update={"split": self.splits[run.person]}))
+            else:
+                got, expected = f"{run.key} neither ranked nor refused", "all runs ranked before they are packed"
+                raise DatasetError(self.folder, "--only", got, expected, "Run it without --only")
+        return sessions, sorted(refused, key=lambda line: line.key)
+
+    def _data(self, identity: dict[str, Any]) -> DataRecord:
+        """The manifest, without shards and counts."""
         settings = self.settings
-        data = DataRecord(
+        return DataRecord(
             format=layout.FORMAT,
             configuration=self.configuration,
             configuration_hash=self.hash,
@@ -370,140 +295,6 @@ class Conversion:
             cohorts=sorted({run.cohort for run in self.runs}),
             sessions={},
         )
-        (self.folder / layout.REPORT / layout.PAGE).unlink(missing_ok=True)  # it shows the dataset as it was
-        with progress("pack", len(sessions), "sessions") as advance, self._room("the shards"):
-            manifest = writer.pack(
-                self.folder, sessions, failed, data, int(settings.shards.mb * 1e6), self._members, advance
-            )
-        self._clean()
-        return manifest
-
-    def _clean(self) -> None:
-        """Remove what the dataset now holds."""
-        for name in ("members", "harmonised", "failed"):
-            shutil.rmtree(self.work / name, ignore_errors=True)
-
-    def refused(self) -> list[Refusal]:
-        """Of the refused runs."""
-        return [line for run in self.runs if (line := self._refusal(run))]
-
-    def write_refused(self) -> None:
-        """Write `failed.jsonl` where nothing else can be written."""
-        files.write_atomically(self.folder / layout.FAILED, files.dump_lines(line.tree() for line in self.refused()))
-
-    def _changed(self, sessions: Sequence[ScanRecord], failed: Sequence[Refusal]) -> bool:
-        def kept(sessions: Iterable[ScanRecord]) -> list[tuple[str, str, str]]:
-            return sorted((session.key, session.fingerprint, session.split) for session in sessions)
-
-        def refused(lines: Iterable[Refusal]) -> list[tuple[str, str]]:
-            return sorted((line.key, line.fingerprint) for line in lines)
-
-        assert self.previous is not None
-        before = read_refusals(self.folder / layout.FAILED)
-        return kept(sessions) != kept(self.previous.sessions) or refused(failed) != refused(before)
-
-    def _members(self, scan: ScanRecord) -> tuple[bytes, bytes]:
-        """Bytes of a session's two members, from `work/` or from the dataset as it is."""
-        meta = files.dump(scan.member()).encode()
-        _, data_path = writer.member_paths(self.folder, scan.key)
-        if data_path.exists():
-            return meta, data_path.read_bytes()
-        session = self.before[scan.key]
-        with open(self.folder / layout.SHARDS / session.shard, "rb") as file:
-            file.seek(session.zarr_offset)
-            return meta, file.read(session.zarr_size)
-
-    def _done_arrays(self, run: RunSource, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-        """Arrays of a finished session, from `work/` or from the dataset as it is."""
-        _, data_path = writer.member_paths(self.folder, run.key)
-        if data_path.exists():
-            with open(data_path, "rb") as file:
-                return sample.unpack(file, str(data_path), names)
-        assert self.previous is not None
-        return self.previous.read(self.before[run.key], names)
-
-    def _refusal_path(self, run: RunSource) -> Path:
-        return self.work / "failed" / f"{run.key}.json"
-
-    def _refusal(self, run: RunSource) -> Refusal | None:
-        """That of a run that was refused, in this conversion or an earlier one, and has not changed since."""
-        here = read_refusals(self._refusal_path(run))
-        found = here[0] if here else self.refused_before.get(run.key)
-        current = found is not None and found.fingerprint == fingerprint(run) and not self._done(run)
-        return found if current else None
-
-    def _settled(self, run: RunSource) -> bool:
-        """Whether there is nothing left to do for a run."""
-        return self._done(run) or self._refusal(run) is not None
-
-    def _done(self, run: RunSource) -> bool:
-        """Whether a run's members are written, here or in the dataset, from the source as it is now."""
-        _, data_path = writer.member_paths(self.folder, run.key)
-        scan = (self._ranked(run) if data_path.exists() else None) or self.before.get(run.key)
-        return scan is not None and scan.fingerprint == fingerprint(run)
-
-    def _ranked(self, run: RunSource) -> ScanRecord | None:
-        """What is known of a run that waits to be packed."""
-        path, _ = writer.member_paths(self.folder, run.key)
-        lines = layout.read_lines(path)
-        return check(ScanRecord, lines[0], path, DatasetError) if lines else None
-
-    @contextmanager
-    def _room(self, what: str) -> Iterator[None]:
-        """A full disk, or an exhausted quota, stops the conversion; nothing that was finished is lost."""
-        try:
-            yield
-        except OSError as error:
-            if not is_full(error):
-                raise
-            raise Stopped(
-                f"no space left in {self.folder} for {what}", "make room, then the same command continues from there"
-            ) from None
-
-    def _map(self, step: str, runs: list[RunSource], ranker: WindowRanker | None) -> None:
-        """Run `convert` over runs in worker processes; a refused run is written down and the rest goes on."""
-        if not runs:
-            return
-        if (why := why_no_workers()) is not None:
-            raise ConfigError("/dev/shm", "", why, "shared memory", "In a container: docker run --shm-size=1g")
-        context = multiprocessing.get_context("spawn")
-        # One thread per process: the processes are the parallelism, and sums come out the same at any worker count.
-        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        threads = {name: os.environ.get(name) for name in names}
-        os.environ.update(dict.fromkeys(threads, "1"))
-        try:
-            with (
-                progress(step, len(runs), "runs") as advance,
-                ProcessPoolExecutor(min(self.workers, len(runs)), context, end_with_parent) as pool,
-            ):
-                queue = list(reversed(runs))
-                pending: dict[Future, RunSource] = {}
-                while queue or pending:
-                    while queue and len(pending) < 2 * self.workers:
-                        run = queue.pop()
-                        pending[pool.submit(convert, run, self.settings, self.folder, self.parcels, ranker)] = run
-                    finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        run = pending.pop(future)
-                        with self._room(run.key):
-                            found = future.result()
-                            if isinstance(found, Refusal):
-                                files.write_atomically(self._refusal_path(run), files.dump(found.tree()) + "\n")
-                            else:
-                                self._refusal_path(run).unlink(missing_ok=True)
-                        refused = isinstance(found, Refusal)
-                        advance(1, f"{run.key} refused: {found.reason}" if refused else run.key)
-        except BrokenProcessPool:
-            raise Stopped(
-                f"a worker process died during {step}, perhaps because memory ran out",
-                "the same command continues from there, with fewer --workers if need be",
-            ) from None
-        finally:
-            for name, value in threads.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
 
 
 def _first_difference(mine: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shards.core.errors import ConfigError, Stopped, is_full
@@ -58,3 +60,24 @@ def require_room(folder: Path, field: str, size: int = 0) -> None:
         raise ConfigError(folder, field, got, "a folder that can be written", "Choose another one") from None
     if not has_room(there, size):
         raise full
+
+
+@contextmanager
+def stop_if_full(folder: Path, what: str) -> Iterator[None]:
+    """Turn the error of a full disk or an exhausted quota into `Stopped`.
+
+    Parameters
+    ----------
+    folder : Path
+        Where files are written.
+    what : str
+        What they are of, for the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise Stopped(
+            f"no space left in {folder} for {what}", "make room, then the same command continues from there"
+        ) from None

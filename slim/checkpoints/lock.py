@@ -7,7 +7,6 @@ holder. A launcher hands its lock to rank 0, which holds it on if the launcher i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import socket
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from shards.core import flock
 from shards.core.errors import ConfigError, Stopped, is_full
 
 LOCK = "lock"
@@ -87,27 +87,26 @@ def _acquire(folder: Path) -> _Held:
     while True:
         descriptor = _open(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "another process"
+            locked = flock.try_lock(descriptor)
+        except OSError as error:  # some network file systems are mounted without locks
+            os.close(descriptor)
+            print(f"{path} cannot be locked ({error.strerror}): start no second training there", file=sys.stderr)
+            return _Held(None, 0, made)
+        if not locked:
+            holder = flock.holder(descriptor)
             os.close(descriptor)
             if _is_former_attempt(holder):
                 if time.monotonic() < end:
                     time.sleep(1)
                     continue
-                after = "the same command continues once it has ended"
-                raise Stopped(f"{folder} is still held by {holder}", after) from None
+                raise Stopped(f"{folder} is still held by {holder}", "the same command continues once it has ended")
             raise ConfigError(
                 folder,
                 "run.out",
                 f"a run in which {holder} is training",
                 "a run in which no other process trains",
                 "Wait for it or stop it, or use another run.out",
-            ) from None
-        except OSError as error:  # some network file systems are mounted without locks
-            os.close(descriptor)
-            print(f"{path} cannot be locked ({error.strerror}): start no second training there", file=sys.stderr)
-            return _Held(None, 0, made)
+            )
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 _sign(descriptor, os.getpid())
@@ -146,9 +145,7 @@ def _sign(descriptor: int, *processes: int) -> None:
     text = f"{who} since {datetime.now().astimezone().isoformat(sep=' ', timespec='seconds')}"
     if "SLURM_JOB_ID" in os.environ:
         text += f" ({_attempt()})"
-    with contextlib.suppress(OSError):  # the lock counts, not its text
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{text}\n".encode(), 0)
+    flock.sign(descriptor, text)
 
 
 def _attempt() -> str:

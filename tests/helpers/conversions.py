@@ -14,7 +14,8 @@ import yaml
 from helpers.commands import GRID
 from helpers.records import data_record, scan_record
 from shards.conversion import writer
-from shards.conversion.convert import Conversion, ConvertSettings
+from shards.conversion.convert import Conversion
+from shards.conversion.settings import ConvertSettings
 from shards.core import files
 from shards.core.settings import check, override
 from shards.format import layout

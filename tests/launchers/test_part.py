@@ -79,8 +79,8 @@ def test_the_processes_of_a_conversion_hold_it_together_and_others_stay_out(coho
     source, out = cohort / "cohort.yaml", tmp_path / "out"
     submit(source, out, 1)
     with conversion([source], out) as one, conversion([source], out) as two, conversion([source], out) as stranger:
-        one.hold("job 7 of a cluster", together=True)
-        two.hold("job 7 of a cluster", together=True)
+        one.lock.acquire("job 7 of a cluster", shared=True)
+        two.lock.acquire("job 7 of a cluster", shared=True)
         with pytest.raises(DatasetError, match="a folder that job 7 of a cluster is writing to"):
             stranger.open()
         one.close()
@@ -89,7 +89,7 @@ def test_the_processes_of_a_conversion_hold_it_together_and_others_stay_out(coho
         two.close()
         stranger.open()
         with pytest.raises(DatasetError, match="one conversion at a time"):
-            one.hold(together=True)
+            one.lock.acquire(shared=True)
         monkeypatch.setattr(conversion_task, "_PATIENCE", 0)
         assert job("rank", out, 0) == WRONG
         assert "one conversion at a time" in conversion_task.outcome(out, "0")["error"]

@@ -14,8 +14,7 @@ from helpers.conversions import SETTINGS, bold_files, copy_cohort, make_unreadab
 from helpers.scans import save
 from helpers.scans import source as run_source
 from shards.cohorts.cohort_file import find_runs
-from shards.conversion.convert import fingerprint
-from shards.conversion.session import ParcelSettings, survey
+from shards.conversion.session import ParcelSettings, fingerprint, survey
 from shards.conversion.splits import read_table
 from shards.core.cli import DONE, REFUSED, WRONG
 from shards.core.errors import RunRefused

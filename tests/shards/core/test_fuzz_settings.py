@@ -19,7 +19,7 @@ from helpers.fuzzing import MARKS, SLURM, TEXTS, answer, counts, hold, written
 from launchers.cluster.scheduler import SlurmSettings
 from shards.cohorts.cohort_file import Cohort, find_cohort
 from shards.cohorts.patterns import glob_regex, pattern_regex
-from shards.conversion.convert import ConvertSettings
+from shards.conversion.settings import ConvertSettings
 from shards.core.errors import ConfigError
 from shards.core.settings import check, load, override
 from slim.config import PretrainSettings, load_config

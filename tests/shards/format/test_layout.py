@@ -65,7 +65,7 @@ def test_plain_tools_read_what_the_reader_reads(dataset, samples):
             if name == "windows" and "scale" in arrays:
                 expected = expected.astype(np.float32) * arrays["scale"]
             np.testing.assert_array_equal(values, expected)
-        assert {name: session[name] for name in meta} == meta
+        assert {name: session.tree()[name] for name in meta} == meta
 
 
 def test_a_sample_holds_what_the_contract_says(dataset, samples):

@@ -21,6 +21,7 @@ from helpers.training import losses, metrics, pretrain, ranks_of, settings_of, s
 from launchers.cluster import attempt
 from launchers.job import Told
 from launchers.run_setup import prepare_run
+from shards.core import flock
 from shards.core.errors import ConfigError, Stopped
 from slim.checkpoints import lock
 
@@ -84,7 +85,7 @@ def test_where_nothing_can_be_locked_a_warning_is_printed(tmp_path: Path, monkey
     def no_locks(*_: object) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    monkeypatch.setattr(flock.fcntl, "flock", no_locks)
     with lock.holding(tmp_path / "run") as descriptor:
         assert descriptor is None
     assert "lock cannot be locked (No locks available): start no second training there" in capsys.readouterr().err

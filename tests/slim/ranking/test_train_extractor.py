@@ -14,7 +14,7 @@ from helpers.commands import ROOT
 from helpers.conversions import copy_cohort
 from helpers.records import data_record, scan_record
 from shards.conversion import writer
-from shards.conversion.convert import ExtractorSettings
+from shards.conversion.settings import ExtractorSettings
 from shards.core.cli import DONE, WRONG
 from shards.format import layout, sample
 from shards.format.reader import Dataset

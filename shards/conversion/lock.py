@@ -1,0 +1,70 @@
+"""One conversion at a time in a dataset's folder: DATASET/work/lock."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+from shards.core import flock
+from shards.core.errors import DatasetError
+from shards.format import layout
+
+_log = logging.getLogger(__name__)
+
+
+class FolderLock:
+    """The lock on a dataset's folder. It lasts until `close`, or until this process ends, however it ends."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._descriptor: int | None = None
+
+    def acquire(self, who: str = "", shared: bool = False, patience: float = 0) -> None:
+        """Keep other conversions out of the folder. A lock that is held already stays as it is.
+
+        Parameters
+        ----------
+        who : str
+            What others are told about this process; by default its number.
+        shared : bool
+            Share the folder with the other tasks of one conversion. A process that held the lock alone must have begun
+            this conversion.
+        patience : float
+            Seconds to wait for the processes that hold it now.
+
+        Raises
+        ------
+        DatasetError
+            If another conversion holds the lock, or the folder cannot be written.
+        """
+        if self._descriptor is not None:
+            return
+        work = self._folder / layout.WORK
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            what = f"a folder that cannot be written ({error.strerror})"
+            raise DatasetError(self._folder, "--out", what, "a folder that can be written") from None
+        end = time.monotonic() + patience
+        try:
+            while not flock.try_lock(self._descriptor, shared):
+                if time.monotonic() >= end:
+                    holder = flock.holder(self._descriptor)
+                    self.close()
+                    got, hint = f"a folder that {holder} is writing to", "Wait for it, or give another --out"
+                    raise DatasetError(self._folder, "--out", got, "one conversion at a time", hint)
+                time.sleep(0.2)
+        except OSError as error:
+            _log.warning(f"{self._folder} cannot be locked ({error.strerror}): do not start a second conversion there")
+            return
+        flock.sign(self._descriptor, who or f"process {os.getpid()} on {socket.gethostname()}")
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

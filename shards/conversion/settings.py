@@ -1,0 +1,40 @@
+"""Everything a conversion depends on besides its cohorts and its ranker."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from pydantic import Field
+
+from shards.conversion.session import SessionSettings
+from shards.conversion.splits import DatasetSplitSettings
+from shards.core.settings import Settings
+
+S = TypeVar("S")
+
+
+class ExtractorSettings(Settings):
+    """The temporal extractor that a conversion trains when none is given."""
+
+    sessions: int = Field(24, ge=1, le=256, description="training sessions it is trained on, drawn from all of them")
+    steps: int = Field(1200, ge=1, description="optimizer steps")
+    seed: int = Field(0, ge=0, description="seed of the draw of sessions, the weights, crops and masks")
+
+    def draw(self, sessions: Iterable[S], key: Callable[[S], str]) -> list[S]:
+        """The sessions it is trained on, in the order of their keys; the draw depends on seed and keys alone."""
+        shuffled = sorted(sessions, key=lambda s: hashlib.sha256(f"{self.seed}/{key(s)}".encode()).hexdigest())
+        return sorted(shuffled[: self.sessions], key=key)
+
+
+class ShardSettings(Settings):
+    mb: float = Field(1000, gt=0, description="a shard is closed at this size, in 10^6 bytes")
+
+
+class ConvertSettings(SessionSettings):
+    """Everything a conversion depends on besides its cohorts and its ranker."""
+
+    split: DatasetSplitSettings = DatasetSplitSettings()
+    extractor: ExtractorSettings = ExtractorSettings()
+    shards: ShardSettings = ShardSettings()
