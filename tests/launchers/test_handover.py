@@ -39,7 +39,7 @@ def test_jobs_get_what_was_found(made, tmp_path: Path) -> None:
     assert found.runs[0].problem.line() == problem.line()
     assert replace(found.runs[0], problem=None) == replace(made.runs[0], problem=None)
     assert found.runs[1:] == made.runs[1:] and found.splits == made.splits
-    for name in ("cohorts", "settings", "configuration", "hash", "workers", "retry", "refused_before"):
+    for name in ("cohorts", "settings", "configuration", "hash", "workers", "retry"):
         assert getattr(found, name) == getattr(made, name), name
     (before,), (after,) = made.found, found.found
     assert (after.settings, after.notes, after.passed_over) == (before.settings, ["a note"], before.passed_over)

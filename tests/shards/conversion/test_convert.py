@@ -56,8 +56,8 @@ def members(folder: Path) -> dict[str, bytes]:
     """The Zarr member of every session."""
     dataset, found = Dataset(folder), {}
     for line in dataset.sessions:
-        content = (folder / layout.SHARDS / line["shard"]).read_bytes()
-        found[line["key"]] = content[line["zarr_offset"] : line["zarr_offset"] + line["zarr_size"]]
+        content = (folder / layout.SHARDS / line.shard).read_bytes()
+        found[line.key] = content[line.zarr_offset : line.zarr_offset + line.zarr_size]
     return found
 
 
