@@ -9,7 +9,6 @@ process that did its work may still be aborted by a library while it exits.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -22,14 +21,16 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from launchers.outcome import Outcome
 from shards.core.cli import CRASHED, DONE, RESUME, STOPPING, WRONG, crashed, lasting_output
 from shards.core.errors import ConfigError, DatasetError, Stopped, UserError, is_full
 from shards.core.files import printable
 from shards.core.workers import remove_sockets
 from shards.format.reader import away
 from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, LATEST
+from slim.training.result import TrainingResult
 
 if TYPE_CHECKING:
     from slim.config import TrainSettings
@@ -62,7 +63,7 @@ def prepare(on_gpu: bool) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def work(config: Path) -> dict[str, Any]:
+def work(config: Path) -> TrainingResult:
     """Train as the merged configuration says, in a process group made from the environment."""
     import torch
     import torch.distributed as dist
@@ -193,30 +194,19 @@ def main(config: Path) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     stop_with_parent()
     mine = Path(os.environ["OUTCOME"]) / f"{os.environ['RANK']}.json"
-    result: dict[str, Any]
     try:
         result = work(config)
-        result["status"] = DONE if result["finished"] else RESUME
+        outcome = Outcome(status=DONE if result.finished else RESUME, ended=time.time(), result=result)
     except UserError as error:
-        result = {"status": WRONG, "error": error.line()}
+        outcome = Outcome(status=WRONG, ended=time.time(), error=error.line())
     except Stopped as stop:
-        result = {"status": CRASHED, "stopped": str(stop), "then": stop.then}
+        outcome = Outcome(status=CRASHED, ended=time.time(), stopped=str(stop), then=stop.then)
     except Exception as error:
-        result = {"status": CRASHED, "error": f"error: {crashed(error, config.parent)}"}
-        if is_full(error):
-            result["stopped"] = f"no space left for {getattr(error, 'filename', None) or config}; make room"
-    result["ended"] = time.time()
-    if mine.parent.is_dir():  # it went with the launcher
-        mine.write_text(json.dumps(result), encoding="utf-8")
-    return int(result["status"])
-
-
-def outcome(folder: Path, rank: int) -> dict[str, Any]:
-    """How a process ended; empty where it has not, or could not say."""
-    try:
-        return json.loads((folder / f"{rank}.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
+        full = f"no space left for {getattr(error, 'filename', None) or config}; make room" if is_full(error) else ""
+        line = f"error: {crashed(error, config.parent)}"
+        outcome = Outcome(status=CRASHED, ended=time.time(), error=line, stopped=full)
+    outcome.write(mine)
+    return outcome.status
 
 
 def what_next(run: Path | None) -> str:
@@ -234,7 +224,7 @@ def what_next(run: Path | None) -> str:
 
 def judge(
     folder: Path, processes: int, codes: Mapping[int, int] | None = None, run: Path | None = None
-) -> dict[str, Any]:
+) -> TrainingResult:
     """What has become of a job whose processes have all ended.
 
     Parameters
@@ -247,11 +237,6 @@ def judge(
     run : Path, optional
         Whose checkpoints say what the same command would do.
 
-    Returns
-    -------
-    dict
-        What rank 0 returned, with `status`.
-
     Raises
     ------
     UserError
@@ -260,28 +245,30 @@ def judge(
         If a process failed or died; a second call goes on from the last complete checkpoint. It names what made
         processes fail, not what followed from it in the others.
     """
-    results = [outcome(folder, rank) for rank in range(processes)]
-    for result in results:
-        if result.get("status") == WRONG:
-            raise Told(result["error"])
+    found = {rank: Outcome.read(folder, rank) for rank in range(processes)}
+    results = {rank: outcome for rank, outcome in found.items() if outcome is not None}
+    for outcome in results.values():
+        if outcome.status == WRONG:
+            raise Told(outcome.error)
     for rank, code in sorted((codes or {}).items()):
-        if not results[rank]:
+        if rank not in results:
             how = f"status {code}" if code >= 0 else signal.Signals(-code).name
             hint = ": was the machine out of memory?" if code == -signal.SIGKILL else ""
             raise Stopped(f"process {rank} died ({how}{hint})", what_next(run))
-    crashed = sorted((result["ended"], rank) for rank, result in enumerate(results) if result.get("status") == CRASHED)
-    for _, rank in crashed:
-        if "stopped" in results[rank]:
-            said = bool(results[rank].get("then"))  # it says itself how to go on
-            raise Stopped(f"process {rank}: {results[rank]['stopped']}", "" if said else what_next(run))
-    for _, rank in crashed:
-        print(results[rank]["error"], file=sys.stderr)
+    failed = sorted((outcome.ended, rank) for rank, outcome in results.items() if outcome.status == CRASHED)
+    for _, rank in failed:
+        if results[rank].stopped:
+            said = bool(results[rank].then)  # it says itself how to continue
+            raise Stopped(f"process {rank}: {results[rank].stopped}", "" if said else what_next(run))
+    for _, rank in failed:
+        print(results[rank].error, file=sys.stderr)
         raise Stopped(f"process {rank} failed (above)", what_next(run))
-    for rank, result in enumerate(results):
-        if not result:
+    ends = [results[rank].result if rank in results else None for rank in range(processes)]
+    for rank, end in enumerate(ends):
+        if end is None:
             raise Stopped(f"process {rank} died", what_next(run))
-    del results[0]["ended"]
-    return {**results[0], "status": max(result["status"] for result in results)}
+    assert ends[0] is not None
+    return ends[0]  # all processes stop at the same step
 
 
 class Told(UserError):

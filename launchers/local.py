@@ -11,18 +11,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from launchers import environment, job
+from launchers.outcome import Outcome
 from launchers.run_setup import prepare_run
-from shards.core.cli import RESUME, STOPPING
+from shards.core.cli import DONE, RESUME, STOPPING
 from slim.checkpoints import lock
 from slim.config import TrainSettings
+from slim.training.result import TrainingResult
 
 _GRACE = 10.0  # seconds the other processes get to say why they cannot go on, once one has failed
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
+def train(settings: TrainSettings) -> TrainingResult:
     """Make the run folder and run all processes of the run; no other process trains in it meanwhile.
 
     Returns and raises as `prepare_run` and `run`.
@@ -31,7 +32,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         return run(prepare_run(settings), settings.run.processes)
 
 
-def run(config: Path, processes: int) -> dict[str, Any]:
+def run(config: Path, processes: int) -> TrainingResult:
     """Run all processes of a job on this machine and wait for them.
 
     A signal to this process is passed on once; each process then stops at its next step boundary. When one fails, the
@@ -103,7 +104,8 @@ def _wait(children: list[subprocess.Popen], outcome: Path) -> None:
     failed_at = None
     while any(child.poll() is None for child in children):
         ended = [rank for rank, child in enumerate(children) if child.poll() is not None]
-        if failed_at is None and any(job.outcome(outcome, rank).get("status") not in (0, RESUME) for rank in ended):
+        ends = [Outcome.read(outcome, rank) for rank in ended]
+        if failed_at is None and any(end is None or end.status not in (DONE, RESUME) for end in ends):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > _GRACE:
             return

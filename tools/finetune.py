@@ -70,11 +70,11 @@ def train(settings: Any) -> None:
     """Run a fine-tuning to its end, in `run.processes` processes."""
     print(f"fine-tune in {settings.run.out}", file=sys.stderr)
     result = local.train(settings)
-    for text in result["warnings"]:
+    for text in result.warnings:
         print(f"warning: {text}")
-    if not result["finished"]:
+    if not result.finished:
         raise Stopped(
-            f"by {result['stopped']} at step {result['step']} of {result['steps']} of {settings.run.out}; "
+            f"by {result.stopped} at step {result.step} of {result.steps} of {settings.run.out}; "
             "the same command continues from there"
         )
 

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from launchers import local
-from shards.core.cli import Parser, run, summary
+from shards.core.cli import DONE, RESUME, Parser, run, summary
 from slim.config import load_config
 
 
@@ -21,21 +23,20 @@ def main() -> int:
     args = parser.parse_args()
     settings = load_config(args.config, args.overrides)
     result = local.train(settings)  # what can be wrong is told in one line, before processes are started
-    status = int(result.pop("status"))
     out = settings.run.out
-    facts = {"run": out, **{name: value for name, value in result.items() if value is not None}}
-    for text in result["warnings"]:
+    facts = {"run": out, **{name: value for name, value in asdict(result).items() if value is not None}}
+    for text in result.warnings:
         print(f"warning: {text}")
-    if result["finished"]:
+    if result.finished:
         following = f"python tools/probe.py {out} --data {settings.data[0].path} --task TASK.yaml"
     else:
         again = "with run.resume=auto " if settings.run.resume == "never" else ""
         following = (
-            f"stopped by {result['stopped']} at step {result['step']} of {result['steps']}; "
+            f"stopped by {result.stopped} at step {result.step} of {result.steps}; "
             f"{again}the same command continues from there"
         )
     summary(facts, following, args.json)
-    return status
+    return DONE if result.finished else RESUME
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def end(run: Path, most: int) -> int:
         if not _outcomes().is_dir():
             raise Stopped("no process was started, see above")
         result = job.judge(_outcomes(), int(os.environ["WORLD_SIZE"]))
-        status, stopped = int(result["status"]), result["stopped"]
-        word = "finished" if status == DONE else f"stopped by a {stopped} at step {result['step']}"
+        status, stopped = DONE if result.finished else RESUME, result.stopped
+        word = "finished" if status == DONE else f"stopped by a {stopped} at step {result.step}"
         again = status == RESUME and stopped == "signal"
     except UserError as error:
         status, word, again = WRONG, error.line(), False

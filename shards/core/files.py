@@ -19,6 +19,8 @@ _PACKED = ((_ZSTD, "zstd"), (_ZIP, "zip"), (_BZIP2, "bzip2"), (_XZ, "xz"))
 _LFS = b"version https://git-lfs.github.com/spec/"
 PARTIAL = (".part", ".partial", ".crdownload", ".tmp", ".filepart", ".download", "~")  # of downloads and editors
 
+_LONGEST = 1 << 16  # characters of a line of a log
+
 
 @dataclass(frozen=True)
 class Trouble:
@@ -184,6 +186,27 @@ def sha256(path: Path) -> str:
 def dump(tree: Any) -> str:
     """JSON as this project writes it: sorted keys, so equal content gives equal bytes."""
     return json.dumps(tree, sort_keys=True, ensure_ascii=False)
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """JSON objects of a log with one on each line, and how many lines hold none: a kill may cut the last one in two.
+
+    A file that does not exist has no lines. A line is read to its first 65 536 characters.
+    """
+    lines: list[dict[str, Any]] = []
+    unreadable = 0
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            while text := file.readline(_LONGEST):
+                try:
+                    line = json.loads(text)
+                except (ValueError, RecursionError):
+                    line = None
+                if isinstance(line, dict):
+                    lines.append(line)
+                else:
+                    unreadable += bool(text.strip())
+    return lines, unreadable
 
 
 def dump_lines(trees: Iterable[Any]) -> str:

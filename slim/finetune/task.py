@@ -36,6 +36,7 @@ from slim.model.geometry import Geometry
 from slim.model.head import Answerer, Head
 from slim.model.hiera import Hiera
 from slim.model.inputs import Batch
+from slim.training.metrics import MetricsLine
 from slim.training.optim import Group, decays
 from slim.training.schedule import Plan
 from slim.training.task import Forward, Full, Losses, Steps, TrainingTask
@@ -151,7 +152,7 @@ class FinetuneLearner:
             loss_B = (guess_BK[:, 0] - answer_B) ** 2
         return Losses(loss_B.mean(), {"loss": loss_B.mean().detach()})
 
-    def commit(self, step: int, steps: int | Plan, forward: Forward, full: Full | None) -> dict[str, Any]:
+    def commit(self, step: int, steps: int | Plan, forward: Forward, full: Full | None) -> MetricsLine:
         """After the last step of an epoch, and of the run: validate, and keep the weights if none were better."""
         done = step + 1
         if done % self.every and done != (steps if isinstance(steps, int) else steps.end):

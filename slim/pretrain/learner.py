@@ -19,6 +19,7 @@ from slim.pretrain.losses import NOTHING_TO_GAIN
 from slim.pretrain.objective import Objective
 from slim.pretrain.running_mean import PlaceMean
 from slim.training import schedule
+from slim.training.metrics import MetricsLine
 from slim.training.optim import Group, parameter_groups
 from slim.training.schedule import Plan
 from slim.training.task import Losses
@@ -159,7 +160,7 @@ class PretrainLearner:
 
     def commit(
         self, step: int, steps: int | Plan, forward: Any = None, full: Callable[[Tensor], Tensor] | None = None
-    ) -> dict[str, float]:
+    ) -> MetricsLine:
         """End step `step` of `steps`: running means take in what was collected, the target moves (`Target.update`).
 
         Returns the momentum of the target, `ema`.

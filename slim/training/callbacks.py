@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from shards.core.cli import progress
 from slim.checkpoints.mirror import Mirror
 from slim.config import TrainSettings
-from slim.training.metrics import Monitor
+from slim.training.metrics import MetricsLine, Monitor, number
 from slim.training.mfu import utilisation_of
 from slim.training.stall import Watch
 
@@ -57,7 +56,7 @@ class Step:
 
     number: int
     keys: list[str]
-    line: dict[str, Any]
+    line: MetricsLine
     logged: bool
 
 
@@ -101,7 +100,7 @@ class MetricsWriter(Callback):
         From a line of metrics.jsonl to the model FLOPs utilisation of its step.
     """
 
-    def __init__(self, settings: TrainSettings, utilisation: Callable[[dict[str, Any]], float] | None = None):
+    def __init__(self, settings: TrainSettings, utilisation: Callable[[MetricsLine], float] | None = None):
         self.settings, self.utilisation = settings, utilisation
         self._monitor: Monitor | None = None
         self._said: set[str] = set()
@@ -114,7 +113,7 @@ class MetricsWriter(Callback):
     def on_step(self, step: Step) -> None:
         assert self._monitor is not None
         if step.logged:
-            more = {} if self.utilisation is None else {"mfu": self.utilisation(step.line)}
+            more: MetricsLine = {} if self.utilisation is None else {"mfu": self.utilisation(step.line)}
             self._monitor.log(step.line | more)
         found = self._monitor.warnings()
         for one in found:
@@ -145,8 +144,8 @@ class ProgressBar(Callback):
         loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
         self._advance(
             1,
-            f"loss {loss}, {line['samples_per_s']:.2f} samples/s, data wait {line['data_wait']:.0%}, "
-            f"{line['peak_memory_bytes'] / 2**30:.2f} GiB",
+            f"loss {loss}, {number(line, 'samples_per_s'):.2f} samples/s, data wait {number(line, 'data_wait'):.0%}, "
+            f"{number(line, 'peak_memory_bytes') / 2**30:.2f} GiB",
         )
 
     def on_finish(self) -> None:

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards.core.files import write_atomically
+from shards.core.files import read_log, write_atomically
 from shards.core.findings import Finding, bad, look
 from slim.checkpoints.run_folder import METRICS
 from slim.training.tracking import Tracking
 
+MetricsLine = dict[str, float | None]  # a line of metrics.jsonl: numbers by name; `step` is always there
 RECENT = 50  # logged steps a warning looks back on
-_LONGEST = 1 << 16  # characters of a line of metrics.jsonl
 _RANK_ROWS = 2048  # rows of the matrix whose effective rank is logged
 
 
@@ -98,15 +98,15 @@ class Monitor:
         self, folder: Path, start_step: int, mode: Literal["offline", "online", "disabled"], config: dict[str, Any]
     ):
         self.path = folder / METRICS
-        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self.recent: deque[MetricsLine] = deque(maxlen=RECENT)
         if self.path.exists():
-            lines = [line for line in read_metrics(self.path)[0] if line["step"] <= start_step]
+            lines = [line for line in read_metrics(self.path)[0] if number(line, "step") <= start_step]
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
             self.recent.extend(lines[-RECENT:])
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._tracking = None if mode == "disabled" else Tracking(folder, mode, config)
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: MetricsLine) -> None:
         """Write one step."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -125,7 +125,7 @@ class Monitor:
             self._tracking.close()
 
 
-def warnings_of(lines: list[dict[str, Any]]) -> list[Finding]:
+def warnings_of(lines: list[MetricsLine]) -> list[Finding]:
     """What the last logged lines warn of, each kind once; empty while all is well or little is known.
 
     Parameters
@@ -138,7 +138,7 @@ def warnings_of(lines: list[dict[str, Any]]) -> list[Finding]:
         return []
 
     def mean(name: str) -> float | None:
-        values = [line[name] for line in lines if line.get(name) is not None]
+        values = [value for line in lines if (value := line.get(name)) is not None]
         return sum(values) / len(values) if values else None
 
     found = []
@@ -163,20 +163,21 @@ def warnings_of(lines: list[dict[str, Any]]) -> list[Finding]:
     return found
 
 
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_metrics(path: Path) -> tuple[list[MetricsLine], int]:
     """Lines of a metrics file, and how many could not be read: a kill may cut the last one in two."""
-    lines, unreadable = [], 0
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            while text := file.readline(_LONGEST):
-                try:
-                    line = json.loads(text)
-                    if not all(map(_is_number, line.values())):
-                        raise ValueError("other values than numbers")
-                    lines.append({**line, "step": int(line["step"])})
-                except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-                    unreadable += bool(text.strip())
-    return lines, unreadable
+    found, unreadable = read_log(path)
+    lines = []
+    for line in found:
+        if _is_number(line.get("step")) and line["step"] is not None and all(map(_is_number, line.values())):
+            lines.append({**line, "step": int(line["step"])})
+    return lines, unreadable + len(found) - len(lines)
+
+
+def number(line: MetricsLine, name: str) -> float:
+    """A number that every line has, such as `step` or `seconds`."""
+    value = line[name]
+    assert value is not None, name
+    return value
 
 
 def _is_number(value: object) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from slim.config import TrainSettings
+from slim.training.metrics import MetricsLine, number
 
 # Dense bf16 TFLOP/s by name of the device, from NVIDIA's data sheets; the first that fits.
 _PEAK = (
@@ -39,7 +39,7 @@ def peak_flops(device: str, precision: str) -> float | None:
 
 def utilisation_of(
     settings: TrainSettings, device: torch.device, flops_per_token: Callable[[], float] | None
-) -> Callable[[dict[str, Any]], float] | None:
+) -> Callable[[MetricsLine], float] | None:
     """From a line of metrics.jsonl to its model FLOPs utilisation; None where the GPU's peak is not known.
 
     Parameters
@@ -54,4 +54,4 @@ def utilisation_of(
         return None
     seconds_per_token = flops_per_token() / peak
     samples = settings.run.batch * settings.run.accumulate  # of one process
-    return lambda line: seconds_per_token * line["tokens_brain"] * samples / line["seconds"]
+    return lambda line: seconds_per_token * number(line, "tokens_brain") * samples / number(line, "seconds")

@@ -16,10 +16,9 @@ from typing import Any
 import torch.distributed as dist
 
 from shards.core.errors import UserError
-from shards.core.files import dump_lines, write_atomically
+from shards.core.files import dump_lines, read_log, write_atomically
 from slim.checkpoints import exchange
 from slim.checkpoints.run_folder import SKIPPED
-from slim.training.metrics import read_metrics
 
 NOT_FINITE = "loss or gradient is no finite number"
 
@@ -110,4 +109,6 @@ class Skipped:
         """Go on after `step`; what was written of later steps, which will be done again, is dropped."""
         self.keys, self.row = set(state["keys"]), state["row"]
         if dist.get_rank() == 0 and self.path.exists():
-            write_atomically(self.path, dump_lines(line for line in read_metrics(self.path)[0] if line["step"] <= step))
+            lines, _ = read_log(self.path)
+            kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
+            write_atomically(self.path, dump_lines(kept))

@@ -22,6 +22,7 @@ from slim.config import TrainSettings
 from slim.data.collate import load_batch
 from slim.data.samples import geometry_for
 from slim.model.inputs import Batch, PackedBatch
+from slim.training.metrics import MetricsLine
 from slim.training.optim import Group
 from slim.training.origin import Origin
 from slim.training.schedule import Plan
@@ -64,7 +65,7 @@ class Learner(Protocol):
         """Those of one micro-batch; `forward` is the engine around the model."""
         ...
 
-    def commit(self, step: int, steps: int | Plan, forward: Forward, full: Full | None) -> dict[str, Any]:
+    def commit(self, step: int, steps: int | Plan, forward: Forward, full: Full | None) -> MetricsLine:
         """End optimizer step `step` (from 0) of `steps`; what else its line of metrics.jsonl holds."""
         ...
 

@@ -66,7 +66,7 @@ class Tracking:
             )
         self._run = wandb.init(mode="offline", **about)
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: dict[str, float | None]) -> None:
         """Send one step."""
         if self._run is None:
             return

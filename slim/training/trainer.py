@@ -30,8 +30,9 @@ from slim.model.inputs import Batch
 from slim.training import compatibility, reshard, schedule
 from slim.training.callbacks import Callback, Start, Step
 from slim.training.engine import deepspeed_config, whole_parameter
-from slim.training.metrics import averages, peak_memory_bytes, spread_of
+from slim.training.metrics import MetricsLine, averages, peak_memory_bytes, spread_of
 from slim.training.optim import GuardedAdamW
+from slim.training.result import TrainingResult
 from slim.training.resume import find_checkpoint
 from slim.training.skipped import NOT_FINITE, Skipped
 from slim.training.stall import COMPUTE, DATA, SAVE
@@ -83,20 +84,15 @@ class Trainer:
         self.callbacks = tuple(callbacks)
         self._stop: str | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Train to the end, or to the next step boundary after a signal or the time limit.
-
-        Returns
-        -------
-        dict
-            `finished`, `step`, `steps`, `stopped` (why, or None), `warnings`, last `loss`.
-        """
+    def run(self) -> TrainingResult:
+        """Train to the end, or to the next step boundary after a signal or the time limit."""
         begun = time.monotonic()
         self._catch_signals()
         resumed = self._resume()
         if not resumed:
             self.learner.begin(self._first_steps, self.engine)
-        stopped, line = None, {}
+        stopped: str | None = None
+        line: MetricsLine = {}
         with self._called():
             batches = self._batches()
             while self.step < self.steps and stopped is None:
@@ -107,16 +103,16 @@ class Trainer:
                 stopped = self._agree_to_stop(begun)
                 if self.step == self.steps or stopped or self.step % self.settings.run.checkpoint_every == 0:
                     self._save()
-        return {
-            "finished": self.step >= self.steps,
-            "step": self.step,
-            "steps": self.steps,
-            "stopped": stopped,
-            "resumed_from": resumed,
-            "loss": line.get("loss"),
-            "seconds": round(time.monotonic() - begun, 2),
-            "warnings": [text for callback in self.callbacks for text in callback.warnings()],
-        }
+        return TrainingResult(
+            finished=self.step >= self.steps,
+            step=self.step,
+            steps=self.steps,
+            stopped=stopped,
+            resumed_from=resumed,
+            loss=line.get("loss"),
+            seconds=round(time.monotonic() - begun, 2),
+            warnings=[text for callback in self.callbacks for text in callback.warnings()],
+        )
 
     @contextmanager
     def _called(self) -> Iterator[None]:
@@ -240,10 +236,10 @@ class Trainer:
         tokens: list[Tensor],
         features: dict[str, Tensor | None],
         epoch: int,
-        more: dict[str, Any],
+        more: MetricsLine,
         begun: float,
         waited: float,
-    ) -> dict[str, Any]:
+    ) -> MetricsLine:
         """Means over micro-batches and processes, as one line of metrics.jsonl."""
         mean, (kept, brain) = averages(logs, tokens, self.device, self.learner.logged)
         mean = self.learner.summarise(mean)

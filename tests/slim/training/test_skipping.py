@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from helpers.commands import ROOT, Command
 from helpers.training import metrics, pretrain, weights
@@ -20,13 +21,14 @@ from launchers.run_setup import prepare_run
 from shards.core.settings import check
 from shards.format.reader import Dataset
 from shards.format.stream import Item
+from slim.checkpoints import exchange
 from slim.config import PRESETS, PretrainSettings, load_config
 from slim.data.collate import load_batch
 from slim.data.samples import geometry_for
 from slim.pretrain.learner import PretrainLearner
 from slim.pretrain.objective import Objective
 from slim.training.optim import GuardedAdamW
-from slim.training.skipped import NOT_FINITE
+from slim.training.skipped import NOT_FINITE, Skipped
 
 
 def damage(dataset: Path, copy: Path, count: int) -> list[str]:
@@ -180,3 +182,18 @@ def test_too_many_such_steps_in_a_row_stop_the_run(dataset: Path, tmp_path: Path
     out = run_script(dataset, tmp_path, 2, "1,2,3,4", "run.not_finite=2")
     (stopped,) = [line for line in out.splitlines() if line.startswith("STOPPED")]
     assert "no finite number in 3 steps in a row, to step 4" in stopped
+
+
+def test_a_run_that_continues_keeps_what_was_left_out_before(tmp_path: Path, monkeypatch) -> None:
+    """Lines of the steps before the checkpoint stay; those of later steps, which are done again, are dropped."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(exchange, "gather", lambda found: [found])
+    before = Skipped(tmp_path, sessions=100, damaged=0.1, in_a_row=3)
+    before.damaged(2, {"sub-1": "bad checksum"})
+    state = before.state()
+    before.damaged(4, {"sub-2": "bad checksum"})
+    with open(before.path, "a") as file:
+        file.write('{"step": 5, "key": "su')  # cut by a kill
+    after = Skipped(tmp_path, sessions=100, damaged=0.1, in_a_row=3)
+    after.load(state, step=3)
+    assert notes(tmp_path) == [{"step": 2, "key": "sub-1", "reason": "bad checksum"}] and after.keys == {"sub-1"}
