@@ -12,7 +12,7 @@ import torch
 from shards.conversion import dry_run as survey
 from shards.conversion.convert import Conversion, ConvertSettings
 from shards.conversion.session import Parcels, WindowRanker, by_assumption, is_harmonised
-from shards.core.cli import DONE, REFUSED, progress, summary
+from shards.core.cli import DONE, REFUSED, call_of, progress, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable
 from shards.core.settings import check, override
@@ -163,7 +163,7 @@ def finish(conversion: Conversion) -> Ended:
         "bytes": sum(shard["bytes"] for shard in manifest["shards"]),
         "report": str(report),
     }
-    next_step = f"look at {report}, then python tools/pretrain.py CONFIG.yaml data={conversion.folder}"
+    next_step = f"look at {report}, then {call_of('pretrain', 'CONFIG.yaml', f'data={conversion.folder}')}"
     return REFUSED if refused else DONE, facts, next_step
 
 

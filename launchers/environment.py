@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+import launchers
 from shards.core.errors import ConfigError
 
 # Where the cluster is, who asks, and how times are printed: not part of a job.
@@ -20,6 +23,8 @@ _OF_LAUNCHERS = re.compile(
     r"(OMPI|PMI|PMIX|PRTE|HYDI|MPIR|PALS|TORCHELASTIC)_.*|(I_MPI_HYDRA|MPI_LOCAL|MV2_COMM_WORLD|FLUX_JOB|FLUX_TASK)_?.*"
     r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|LOCAL_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)"
 )
+ROOT = Path(launchers.__file__).parent.parent  # of this software: a checkout, or where it is installed
+SLIM_BRAIN = (sys.executable, "-m", "launchers.commands")  # in a process of its own
 # Options of sbatch that a user or a site sets for every job.
 _DEFAULTS = {"account": "SBATCH_ACCOUNT", "partition": "SBATCH_PARTITION", "qos": "SBATCH_QOS"}
 
@@ -28,6 +33,13 @@ def without_launchers(given: Iterable[tuple[str, str]] | None = None) -> dict[st
     """The environment without the ranks, addresses and options that another launcher gave to this process."""
     pairs = os.environ.items() if given is None else given
     return {name: value for name, value in pairs if not _OF_LAUNCHERS.fullmatch(name)}
+
+
+def with_packages(given: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that imports the packages of this one: those of a checkout may not be installed."""
+    if not (ROOT / "pyproject.toml").exists():
+        return dict(given)
+    return {**given, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), given.get("PYTHONPATH")]))}
 
 
 def for_slurm() -> dict[str, str]:

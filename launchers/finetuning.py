@@ -21,12 +21,12 @@ Train = Callable[["FinetuneSettings"], None]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What every fine-tuning is called with, wherever it runs."""
     add = parser.add_argument
-    add("run", metavar="RUN_OR_WEIGHTS", help="as for probe.py")
+    add("run", metavar="RUN_OR_WEIGHTS", help="as for probe")
     add("overrides", nargs="*", metavar="key=value", help="of the fine-tuning, such as run.epochs=50")
-    add("--data", required=True, metavar="DATASET", help="of make_shards.py")
+    add("--data", required=True, metavar="DATASET", help="of make-shards")
     add("--task", type=Path, required=True, metavar="TASK.yaml", help="with split.kind holdout")
     add("--out", type=Path, metavar="FOLDER", help="of the report and the runs (default: in RUN)")
-    add("--weights", choices=("encoder", "target"), help="as for probe.py")
+    add("--weights", choices=("encoder", "target"), help="as for probe")
     add("--from-scratch", action="store_true", help="from random weights: what does pretraining add?")
 
 

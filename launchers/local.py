@@ -59,7 +59,7 @@ def run(config: Path, processes: int) -> dict[str, Any]:
                 [sys.executable, "-m", "launchers.job", str(config)],
                 start_new_session=True,
                 env={
-                    **environment.without_launchers(),
+                    **environment.with_packages(environment.without_launchers()),
                     **common,
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.cluster import conversion_task
+from launchers.cluster import conversion_task, noted
 from launchers.cluster.scheduler import (
     OVER,
     ClusterError,
@@ -36,7 +36,7 @@ from launchers.cluster.scheduler import (
 )
 from launchers.cluster.script import Script, lines, probe
 from shards.core import files
-from shards.core.cli import DONE, REFUSED, RESUME, progress, summary
+from shards.core.cli import DONE, REFUSED, RESUME, call_of, progress, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable_lines
 from shards.format import layout
@@ -154,7 +154,7 @@ class Chain:
         facts: dict[str, Any] = {"dataset": str(self._folder), "runs": sum(map(len, parts)), "tasks": len(parts)}
         facts |= {"jobs": jobs, "submitted": " ".join(jobs.values())}
         if not follow:
-            summary(facts, f"python launchers/slurm.py status {self._folder}", as_json)
+            summary(facts, call_of("slurm status", self._folder), as_json)
             return DONE
         return _follow(self._folder, facts, as_json)
 
@@ -232,7 +232,7 @@ def refuse_another(folder: Path) -> None:
             "--out",
             f"a dataset whose jobs {', '.join(going)} have not ended",
             "one that no job works on",
-            f"Wait for them, or call: python launchers/slurm.py cancel {folder}",
+            f"Wait for them, or call: {call_of('slurm cancel', folder)}",
         )
 
 
@@ -248,7 +248,7 @@ def status(folder: Path) -> tuple[dict[str, Any], str]:
     facts: dict[str, Any] = {"dataset": str(folder), "jobs": jobs, "states": {n: found[job] for n, job in jobs.items()}}
     facts |= {name: f"{_words(found[job])} (job {job})" for name, job in jobs.items()}
     ended = conversion_task.outcome(folder, "pack")
-    going_on = f"`{' '.join(['python', *about['command']])}` goes on"
+    going_on = f"`{noted.call(about['command'])}` goes on"
     log = folder / conversion_task.PLACE / f"pack-{jobs['pack']}.log"
     if ended.get("status") in (DONE, REFUSED):
         return facts | ended["facts"], ended["next"]
@@ -258,7 +258,7 @@ def status(folder: Path) -> tuple[dict[str, Any], str]:
     if all(map(_are_over, found.values())):
         said = last_error(log.read_text(encoding="utf-8", errors="replace").splitlines()) if log.exists() else ""
         return facts | {"error": said or "the jobs ended without a word"}, going_on
-    return facts, f"python launchers/slurm.py cancel {folder} stops it; what is finished stays"
+    return facts, f"{call_of('slurm cancel', folder)} stops it; what is finished stays"
 
 
 def _words(found: Counter[str]) -> str:

@@ -6,6 +6,7 @@ SLURM is asked about these numbers, and told to cancel them: in a file that some
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from shards.core.settings import check
 
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
 Cluster = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,-]{0,250}$")]
-_WHAT = "what launchers/slurm.py notes of the jobs that it submits"
+_WHAT = "what slim-brain slurm notes of the jobs that it submits"
 
 
 class _Noted(BaseModel):
@@ -47,6 +48,11 @@ class DatasetJobs(_Noted):
         if "pack" not in jobs:
             raise ValueError("the job pack among them")
         return jobs
+
+
+def call(command: list[str]) -> str:
+    """The call that submitted jobs, as it is typed again; version 0.1 noted the file alone."""
+    return shlex.join((["python"] if command[:1] and command[0].endswith(".py") else []) + command)
 
 
 def read(path: Path, kind: type[RunJob | DatasetJobs]) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def require_slurm() -> None:
                 "",
                 "no such command on this machine",
                 "SLURM's commands on PATH",
-                "Call it on a login node of the cluster; tools/pretrain.py runs on one machine",
+                "Call it on a login node of the cluster; without SLURM, pretrain runs on one machine",
             )
 
 

@@ -16,15 +16,14 @@ from typing import Any
 
 from submitit import SlurmExecutor
 
-import launchers
 from launchers import environment
 from launchers.cluster.plain import refuse_folder
 from launchers.cluster.scheduler import ClusterError, SlurmSettings, ask
+from launchers.environment import ROOT
 from launchers.job import Told
 from shards.core.cli import WRONG
 from shards.core.errors import ConfigError
 
-ROOT = Path(launchers.__file__).parent.parent  # of this software
 _DIRECTIVES = ("#SBATCH", "#PBS", "#BSUB")  # sbatch reads the first comments of a script, also those of other systems
 _TEMPLATES = Path(__file__).with_name("templates")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from launchers.cluster import attempt, noted
 from launchers.cluster.scheduler import ask, at, is_over, job_facts, last_error
-from shards.core.cli import DONE, RESUME, WRONG
+from shards.core.cli import DONE, RESUME, WRONG, call_of
 from shards.core.errors import ConfigError
 from shards.core.files import printable, printable_lines
 from slim.checkpoints.run_folder import METRICS, SLURM
@@ -30,7 +30,7 @@ def refuse_another(out: Path) -> None:
             "run.out",
             f"a run whose job {about['job']} has not ended",
             "a run that no job works on",
-            f"Wait for it, or call: python launchers/slurm.py cancel {out}",
+            f"Wait for it, or call: {call_of('slurm cancel', out)}",
         )
 
 
@@ -138,7 +138,7 @@ def status(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
         else:
             wrong = last_error(log.read_text(encoding="utf-8", errors="replace").splitlines()) if log.exists() else ""
             found["error"] = wrong or found["last_end"] or "the job ended without a word"
-            following = f"look at {log}; `{' '.join(['python', *about['command']])}` goes on"
+            following = f"look at {log}; `{noted.call(about['command'])}` goes on"
     return {name: value for name, value in found.items() if value is not None}, following
 
 

@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -33,13 +34,47 @@ _AWAY = (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.E
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # long work saves and ends
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with an example at the end of `--help`, errors of one line, and the `--json` every command has."""
+def call_of(command: str, *words: object) -> str:
+    """A call of a command, written as the user called the one that runs.
 
-    def __init__(self, description: str, example: str):
+    Parameters
+    ----------
+    command : str
+        Such as "make-shards" or "slurm pretrain".
+    words : objects
+        Its arguments.
+
+    Returns
+    -------
+    str
+        `python tools/make_shards.py ...` where this process is such a file, else `slim-brain make-shards ...`.
+    """
+    name, *rest = command.split()
+    called = Path(sys.argv[0]).absolute()
+    program = ["slim-brain", name]
+    if called.suffix == ".py" and called.parent.name in ("tools", "launchers"):
+        program = ["python", "launchers/slurm.py" if name == "slurm" else f"tools/{name.replace('-', '_')}.py"]
+    return shlex.join([*program, *rest, *map(str, words)])
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with an example at the end of `--help`, errors of one line, and the `--json` every command has.
+
+    Parameters
+    ----------
+    command : str
+        Such as "make-shards" or "slurm pretrain".
+    description : str
+    example : str
+        Arguments of a call, as they are typed.
+    """
+
+    def __init__(self, command: str, description: str, example: str):
+        call = call_of(command)
         super().__init__(
+            prog=call,
             description=description,
-            epilog=f"example:\n  {example}",
+            epilog=f"example:\n  {call} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
