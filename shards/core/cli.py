@@ -10,6 +10,7 @@ import argparse
 import errno
 import io
 import json
+import logging
 import os
 import shlex
 import signal
@@ -94,6 +95,7 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], int]) -> None:
     """Run a command and exit with its status; see `status_of`."""
     _in_utf8()
+    show_log()
     with lasting_output():
         status = status_of(main)
     sys.exit(status)
@@ -108,6 +110,24 @@ def _in_utf8() -> None:
         return
     os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+class _Stderr(logging.Handler):
+    """Prints log records on the present `sys.stderr`, which progress bars and `lasting_output` replace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(f"{level}{hidden(printable(record.getMessage()))}", file=sys.stderr, flush=True)
+
+
+def show_log() -> None:
+    """Print what `shards` and `slim` log, from level INFO on, as lines of this command: `warning: ...`."""
+    for name in ("shards", "slim"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+            logger.addHandler(_Stderr())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # libraries may add handlers to the root logger
 
 
 class _Lasting:
