@@ -1,1 +1,1 @@
-"""Starting a pretraining run: `local` on this machine; `job` is what every process of a run does."""
+"""Start conversions and runs, on this machine or on a SLURM cluster. `job` is the entry point of a run's processes."""

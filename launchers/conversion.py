@@ -1,4 +1,4 @@
-"""The steps of a conversion and what is told of them: one process takes them all here, jobs of a cluster one each."""
+"""The steps of a conversion and their messages. One process does all of them here; on a cluster each is a job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.conversion import dry_run as survey
 from shards.conversion.convert import Conversion
 from shards.conversion.session import Parcels, WindowRanker, by_assumption, is_harmonised
 from shards.conversion.settings import ConvertSettings
-from shards.core.cli import DONE, REFUSED, progress, summary
+from shards.core.cli import DONE, REFUSED, call_of, progress, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable
 from shards.core.settings import check, override
@@ -31,22 +31,22 @@ Ended = tuple[int, dict[str, Any], str]  # exit status, facts of the summary, wh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every conversion is called with, wherever it runs."""
+    """Add the arguments of a conversion, which are the same on one machine and on a cluster."""
     add = parser.add_argument
     add("arguments", nargs="+", metavar="COHORT.yaml|key=value", help="cohort files, then settings")
     add("--out", required=True, type=Path, metavar="DATASET", help="folder of the dataset")
-    add("--ranker", default="mutual", metavar="NAME", help="how windows are scored (default: mutual)")
-    add("--extractor", type=Path, metavar="PATH", help="a trained temporal extractor")
-    add("--retry-refused", action="store_true", help="try runs again that were refused before")
+    add("--ranker", default="mutual", metavar="NAME", help="method that scores windows (default: mutual)")
+    add("--extractor", type=Path, metavar="PATH", help="trained temporal extractor (default: train one)")
+    add("--retry-refused", action="store_true", help="try scans again that were refused before")
 
 
 def conversion_of(args: argparse.Namespace, workers: int) -> tuple[Conversion, Extractor | None]:
-    """The conversion a command line asks for, and the extractor it gives; reads no cohort yet.
+    """Make the conversion of a command line, and load its extractor if one is given. No cohort is read yet.
 
     Raises
     ------
     UserError
-        If the call is wrong.
+        If an argument is wrong.
     """
     cohorts = [Path(a) for a in args.arguments if "=" not in a or Path(a).exists()]
     assignments = [a for a in args.arguments if Path(a) not in cohorts]
@@ -59,25 +59,26 @@ def conversion_of(args: argparse.Namespace, workers: int) -> tuple[Conversion, E
     if args.ranker == "mutual":
         ranking["extractor"] = given.checksum if given else "trained on this dataset"
     elif given:
-        raise ConfigError("command line", "--extractor", f"one with --ranker {args.ranker}", "--ranker mutual")
+        got, expected = f"an extractor with --ranker {args.ranker}", "--ranker mutual, the only one that uses it"
+        raise ConfigError("command line", "--extractor", got, expected, "Remove --extractor or change --ranker")
     else:
-        make_ranker(args.ranker)  # an unknown name is told before anything is read
+        make_ranker(args.ranker)  # reports an unknown name before anything is read
     parcels = parcels_of(settings)
     return Conversion(cohorts, args.out, settings, ranking, parcels, workers, args.retry_refused), given
 
 
 def parcels_of(settings: ConvertSettings) -> Parcels:
-    """What the temporal extractor and the ranker see of a volume, as the settings say."""
+    """The parcels from which the temporal extractor and the ranker take their time series."""
     return make_parcels(settings.grid.grid(), settings.parcels)
 
 
 def one_thread() -> None:
-    """The extractor comes out the same on any machine's number of cores."""
+    """Use one thread, so that the trained extractor does not depend on the number of cores."""
     torch.set_num_threads(1)
 
 
 def make(conversion: Conversion, steps: Sequence[str], given: Extractor | None) -> Ended:
-    """Take steps of a conversion, in this process and its workers."""
+    """Do steps of a conversion in this process and its workers."""
     conversion.open()
     conversion.find()
     conversion.begin()
@@ -93,25 +94,25 @@ def make(conversion: Conversion, steps: Sequence[str], given: Extractor | None) 
         return finish(conversion)
     refused = conversion.refused()
     facts = {"runs": len(conversion.runs), "refused": len(refused)}
-    return REFUSED if refused else DONE, facts, "go on with --only rank or pack"
+    return REFUSED if refused else DONE, facts, "call it with --only rank or --only pack"
 
 
 def lacks_extractor(conversion: Conversion) -> bool:
-    """Whether the ranker is one that learns, and has not done so yet."""
+    """Whether the ranker needs a temporal extractor that is not trained yet."""
     learns = conversion.configuration["ranking"]["name"] == "mutual"
-    return learns and not (conversion.folder / layout.EXTRACTOR / CONFIG_FILE).is_file()  # which is written last
+    return learns and not (conversion.folder / layout.EXTRACTOR / CONFIG_FILE).is_file()  # written last
 
 
 def ranker_of(conversion: Conversion) -> WindowRanker:
-    """The ranker of a conversion, whose extractor, if it has one, is in its place."""
+    """The ranker of a conversion. Its extractor, if it needs one, must be in the dataset folder."""
     name = conversion.configuration["ranking"]["name"]
     return make_ranker(name, conversion.folder / layout.EXTRACTOR if name == "mutual" else None)
 
 
 def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train: bool) -> bool:
-    """Put the temporal extractor of a dataset in its place: the given one, or one trained on its training runs.
+    """Copy the given temporal extractor into the dataset folder, or train one on the training scans.
 
-    False if there is none because every run was refused.
+    Returns False if there is no extractor because every scan was refused.
     """
     if not lacks_extractor(conversion):
         return True
@@ -121,10 +122,10 @@ def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train
         return True
     if not may_train:
         hint = "Run it without --only, or with --only rank first"
-        raise ConfigError("command line", "--only", "pack before rank", "rank before pack", hint)
+        raise ConfigError("command line", "--only", "pack, but the scans are not ranked", "rank before pack", hint)
     sample = conversion.extractor_runs()
     conversion.harmonise(sample)
-    while (again := conversion.extractor_runs()) != sample:  # some were refused, others take their place
+    while (again := conversion.extractor_runs()) != sample:  # others replace the scans that were refused
         sample = again
         conversion.harmonise(sample)
     series = conversion.parcel_series(sample)
@@ -136,9 +137,9 @@ def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train
         raise ConfigError(
             conversion.cohorts[0],
             "root",
-            f"no training run that could be read ({reason})",
-            "runs to train the temporal extractor on",
-            "Mend them, or give --extractor",
+            f"no readable training scan ({reason})",
+            "training scans for the temporal extractor",
+            "Repair them, or give a trained extractor with --extractor",
         )
     chosen, frames = conversion.settings.extractor, conversion.settings.windows.frames
     with progress("train the temporal extractor", chosen.steps, "steps") as advance:
@@ -147,7 +148,7 @@ def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train
 
 
 def finish(conversion: Conversion) -> Ended:
-    """Pack the dataset, draw its page, and tell what is in it and what is not."""
+    """Pack the dataset, write its report page, and print what it holds and what was refused."""
     manifest = conversion.pack(ranker_of(conversion).identity())
     if manifest is None:
         return all_refused(conversion)
@@ -167,12 +168,12 @@ def finish(conversion: Conversion) -> Ended:
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "report": str(report),
     }
-    next_step = f"look at {report}, then python tools/pretrain.py CONFIG.yaml data={conversion.folder}"
+    next_step = f"look at {report}, then {call_of('pretrain', 'CONFIG.yaml', f'data={conversion.folder}')}"
     return REFUSED if refused else DONE, facts, next_step
 
 
 def all_refused(conversion: Conversion) -> Ended:
-    """The end of a conversion in which no run is left."""
+    """Finish a conversion in which all scans were refused."""
     refused = conversion.refused()
     conversion.write_refused()
     _tell_passed_over(conversion)
@@ -182,7 +183,7 @@ def all_refused(conversion: Conversion) -> Ended:
 
 
 def dry_run(conversion: Conversion, as_json: bool) -> int:
-    """Tell what a conversion would find and refuse; writes nothing."""
+    """Print what a conversion would find and refuse, without writing anything."""
     conversion.find()
     found, refused = survey.look(conversion)
     for source, facts in found:
@@ -208,7 +209,7 @@ def dry_run(conversion: Conversion, as_json: bool) -> int:
 
 
 def _tell_losses(conversion: Conversion, refused: list[Refusal], report: str) -> None:
-    """What was refused, left out, passed over, or taken on an assumption."""
+    """Print which scans were refused, left out or ignored, and which assumptions were made."""
     _tell([f"refused: {line.reason}" for line in refused], layout.FAILED)
     sessions = Dataset(conversion.folder).sessions
     kept = {session.key for session in sessions} | {line.key for line in refused}
@@ -225,19 +226,18 @@ def _tell_losses(conversion: Conversion, refused: list[Refusal], report: str) ->
 
 
 def _tell_passed_over(conversion: Conversion) -> None:
-    """What was found but not taken, and who has no labels; files that only the globs of a pattern reach."""
+    """Print which files were ignored, among them files that only the glob of a pattern matches, and missing labels."""
     for cohort in conversion.found:
         for note in cohort.notes:
             print(f"{cohort.settings.name}: {note}")
         lines = [
-            f"passed over: {printable(path)}, which a field of the pattern does not match"
-            for path in cohort.passed_over
+            f"ignored: {printable(path)}, because a field of the pattern does not match" for path in cohort.passed_over
         ]
         _tell(lines, f"{cohort.settings.name}'s pattern")
 
 
 def _tell(lines: list[str], file: str) -> None:
-    """Print the first twenty of many lines and say where all of them stand."""
+    """Print the first twenty lines, and the file that lists all of them."""
     for line in lines[:20]:
         print(line)
     if len(lines) > 20:

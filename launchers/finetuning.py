@@ -1,4 +1,4 @@
-"""A fine-tuning as it is called, by its own command or through a cluster."""
+"""The arguments of a fine-tuning, which are the same on one machine and on a cluster."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Train = Callable[["FinetuneSettings"], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every fine-tuning is called with, wherever it runs."""
+    """Add the arguments of a fine-tuning."""
     add = parser.add_argument
-    add("run", metavar="RUN_OR_WEIGHTS", help="as for probe.py")
-    add("overrides", nargs="*", metavar="key=value", help="of the fine-tuning, such as run.epochs=50")
-    add("--data", required=True, metavar="DATASET", help="of make_shards.py")
-    add("--task", type=Path, required=True, metavar="TASK.yaml", help="with split.kind holdout")
-    add("--out", type=Path, metavar="FOLDER", help="of the report and the runs (default: in RUN)")
-    add("--weights", choices=("encoder", "target"), help="as for probe.py")
-    add("--from-scratch", action="store_true", help="from random weights: what does pretraining add?")
+    add("run", metavar="RUN_OR_WEIGHTS", help="a run, a checkpoint, an export, or OWNER/NAME on the hub")
+    add("overrides", nargs="*", metavar="key=value", help="settings of the fine-tuning, such as run.epochs=50")
+    add("--data", required=True, metavar="DATASET", help="a dataset written by make-shards")
+    add("--task", type=Path, required=True, metavar="TASK.yaml", help="a task with split.kind holdout")
+    add("--out", type=Path, metavar="FOLDER", help="folder of the report and the runs (default: in RUN)")
+    add("--weights", choices=("encoder", "target"), help="online encoder or its moving average (default: encoder)")
+    add("--from-scratch", action="store_true", help="start from random weights, to measure what pretraining adds")
 
 
 def words_of(args: argparse.Namespace) -> list[str]:
-    """The arguments that `add_arguments` took, to be typed again."""
+    """The arguments of `add_arguments`, as words of a command line."""
     words = [args.run, "--data", args.data, "--task", str(args.task)]
     words += ["--out", str(args.out)] if args.out else []
     words += ["--weights", args.weights] if args.weights else []
@@ -39,17 +39,17 @@ def words_of(args: argparse.Namespace) -> list[str]:
 
 
 def report_of(method: Finetuned, args: argparse.Namespace) -> Path:
-    """Folder of the report that the scores join."""
+    """Folder of the report to which the scores are added."""
     return args.out or method.ours.results / REPORT
 
 
 def open_call(args: argparse.Namespace, train: Train) -> Finetuned:
-    """The fine-tunings that a command line asks for, with everything looked at that can be wrong with them.
+    """Make the fine-tunings of a command line, after checking all that can be checked before training.
 
     Raises
     ------
     UserError
-        If the weights, the data, the task, a setting or the report that is there do not fit.
+        If the weights, the data, the task, a setting and an existing report do not fit together.
     """
     task = load_task(args.task)
 

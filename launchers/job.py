@@ -1,10 +1,10 @@
-"""What every process of a run does, however it was started.
+"""The entry point of every process of a run.
 
     python -m launchers.job RUN/config.yaml
 
-The launcher sets RANK, LOCAL_RANK and WORLD_SIZE, how processes meet (SLIM_STORE, a file, on one machine; MASTER_ADDR
-and MASTER_PORT on a cluster), and OUTCOME: a folder where each process leaves how it ended. That file is what counts: a
-process that did its work may still be aborted by a library while it exits.
+The launcher sets RANK, LOCAL_RANK and WORLD_SIZE; SLIM_STORE, a file by which the processes connect on one machine, or
+MASTER_ADDR and MASTER_PORT on a cluster; and OUTCOME, a folder to which each process writes how it ended. The launcher
+reads these files rather than exit statuses, because a library may abort a process at exit after its work is done.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from launchers.outcome import Outcome
-from shards.core.cli import CRASHED, DONE, RESUME, STOPPING, WRONG, crashed, lasting_output
+from shards.core.cli import CRASHED, DONE, RESUME, STOPPING, WRONG, crashed, lasting_output, show_log
 from shards.core.errors import ConfigError, DatasetError, Stopped, UserError, is_full
 from shards.core.files import printable
 from shards.core.workers import remove_sockets
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
     from slim.training.callbacks import Callback
     from slim.training.task import TrainingTask
 
-CALLBACKS = "SLIM_CALLBACKS"  # variable that names callbacks of the user, see `slim.training.callbacks`
-STORE = "SLIM_STORE"  # variable that names the file by which processes of one machine meet
-_LAST = 600.0  # seconds to end a step and save without a launcher
-# glibc gives freed memory back to the system and asks for it anew, thousands of times a step; keeping it
-# made a CPU step of the published geometry 14 times faster on a virtual machine with slow page faults (batch 4).
+CALLBACKS = "SLIM_CALLBACKS"  # variable that names functions of users, see `slim.training.callbacks`
+STORE = "SLIM_STORE"  # variable that names the file by which the processes of one machine connect
+_LAST = 600.0  # seconds to finish a step and save after the launcher has died
+# By default glibc returns freed memory to the system and requests it again thousands of times per step. Keeping it made
+# a CPU step of the published geometry 14 times faster on a virtual machine with slow page faults (batch 4).
 KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
 
 
 def prepare(on_gpu: bool) -> None:
-    """Environment of DeepSpeed, before it is imported: quiet, and on the CPU no compiler needed.
+    """Set the environment of DeepSpeed before it is imported: few messages, and no compiler needed on the CPU.
 
-    By itself DeepSpeed takes a GPU wherever there is one, whatever `run.device` says.
+    DeepSpeed would use a GPU if there is one, also with `run.device=cpu`.
     """
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -59,12 +59,12 @@ def prepare(on_gpu: bool) -> None:
     import deepspeed.ops
 
     if not on_gpu:
-        # Otherwise `initialize` compiles a shared-memory backend with g++ and ninja that gloo never uses.
+        # Otherwise `initialize` compiles a shared-memory backend with g++ and ninja, which gloo does not use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def work(config: Path) -> TrainingResult:
-    """Train as the merged configuration says, in a process group made from the environment."""
+    """Train with the merged configuration, in the process group that the environment describes."""
     import torch
     import torch.distributed as dist
 
@@ -76,7 +76,9 @@ def work(config: Path) -> TrainingResult:
         lock.take(config.parent)
     gpus = torch.cuda.device_count()
     if settings.run.device == "cuda" and not gpus:
-        raise ConfigError(config, "run.device", "cuda, but no GPU is seen here", "auto or cpu, or a machine with a GPU")
+        hint = "Check the driver and CUDA_VISIBLE_DEVICES"
+        expected = "auto or cpu, or a machine with a GPU"
+        raise ConfigError(config, "run.device", "cuda, but no GPU is available", expected, hint)
     on_gpu = settings.run.device != "cpu" and gpus > 0
     prepare(on_gpu)
     import deepspeed
@@ -90,7 +92,7 @@ def work(config: Path) -> TrainingResult:
     if on_gpu:
         local = int(os.environ["LOCAL_RANK"])
         if local >= gpus:
-            raise ConfigError(config, "run.processes", f"more than the {gpus} GPUs here", "one process per GPU")
+            raise ConfigError(config, "run.processes", f"more than the {gpus} GPUs available", "one process per GPU")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -104,12 +106,12 @@ def work(config: Path) -> TrainingResult:
     chosen = (*own_callbacks(), *callbacks.usual(task.name, settings, device, rank, flops_counter(task)))
     result = Trainer(task, device, chosen).run()
     dist.barrier()
-    dist.destroy_process_group()  # after a failure the others may be in the midst of something, so nothing is awaited
+    dist.destroy_process_group()  # not after a failure: other processes may be inside a collective operation
     return result
 
 
 def open_task(settings: TrainSettings) -> TrainingTask:
-    """Data and learner of a run with these settings; see `slim.training.task.TrainingTask`."""
+    """Open the data and make the task of a run; see `slim.training.task.TrainingTask`."""
     from slim.config import FinetuneSettings, PretrainSettings
     from slim.finetune.task import FinetuneTask
     from slim.pretrain.task import PretrainTask
@@ -121,7 +123,7 @@ def open_task(settings: TrainSettings) -> TrainingTask:
 
 
 def flops_counter(task: TrainingTask) -> Callable[[], float] | None:
-    """Counts the FLOPs of a step per token of brain; None for a run whose steps are not counted."""
+    """A function that returns the FLOPs of a step per token of brain; None for fine-tuning, which is not counted."""
     from slim.planning.forecast import flops_per_token
     from slim.pretrain.task import PretrainTask
 
@@ -131,14 +133,15 @@ def flops_counter(task: TrainingTask) -> Callable[[], float] | None:
 
 
 def own_callbacks() -> list[Callback]:
-    """Callbacks of the user's own, from the functions that SLIM_CALLBACKS names.
+    """Make the callbacks of the user, from the functions named in SLIM_CALLBACKS.
 
-    The variable is of this process's environment, never of a configuration: a run that somebody sent names no code.
+    They are named in the environment, not in the configuration: the config.yaml of a run received from others must not
+    be able to run code.
 
     Raises
     ------
     ConfigError
-        If a function cannot be imported, or makes no callback.
+        If a function cannot be imported, or does not return a callback.
     """
     from slim.training.callbacks import Callback
 
@@ -148,11 +151,11 @@ def own_callbacks() -> list[Callback]:
         try:
             callback = getattr(import_module(module), function)()
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            expected = "module:function, a function that can be imported and makes a Callback"
+            expected = "module:function, an importable function that returns a Callback"
             raise ConfigError("environment", CALLBACKS, f"{name} ({error})", expected) from None
         if not isinstance(callback, Callback):
             raise ConfigError(
-                "environment", CALLBACKS, f"{name}, which makes a {type(callback).__name__}", "a Callback"
+                "environment", CALLBACKS, f"{name}, which returns a {type(callback).__name__}", "a Callback"
             )
         made.append(callback)
     return made
@@ -160,20 +163,20 @@ def own_callbacks() -> list[Callback]:
 
 @contextmanager
 def while_away(settings: TrainSettings) -> Iterator[None]:
-    """Stopped, in place of a `DatasetError`, where a dataset of a run that was started cannot be reached at present."""
+    """Turn a `DatasetError` into Stopped if a dataset cannot be reached at present, for example on a lost mount."""
     try:
         yield
     except DatasetError:
         for data in settings.data:
             if (why := away(data.path)) is not None:
-                raise Stopped(why, "when it is back, call the same command again") from None
+                raise Stopped(why, "give the same command again when it is back") from None
         raise
 
 
 def stop_with_parent() -> None:
-    """Ask this process to stop, as a signal would, once the launcher is gone (killed, perhaps).
+    """Stop this process, as a signal would, when the launcher has died.
 
-    It ends at once while nothing listens for signals yet, and after a while if it cannot come to an end by itself.
+    It exits at once if no signal handler is set yet, and after a time limit if it does not stop by itself.
     """
     parent = os.getppid()
 
@@ -189,8 +192,8 @@ def stop_with_parent() -> None:
 
 
 def main(config: Path) -> int:
-    """Work, and leave the outcome for the launcher."""
-    # A signal that comes before the trainer listens waits until it does.
+    """Train, and write the outcome for the launcher."""
+    # Signals that arrive before the trainer has set its handlers are delivered then.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     stop_with_parent()
     mine = Path(os.environ["OUTCOME"]) / f"{os.environ['RANK']}.json"
@@ -210,7 +213,7 @@ def main(config: Path) -> int:
 
 
 def what_next(run: Path | None) -> str:
-    """What the same command would do after a failure, by the checkpoints and the configuration of a run."""
+    """What the same command would do after a failure, from the checkpoints and the configuration of the run."""
     from slim.config import load_run
 
     again = "the same command continues from the last complete checkpoint"
@@ -219,31 +222,30 @@ def what_next(run: Path | None) -> str:
     with suppress(UserError):
         if load_run(run / CONFIG).run.resume == "never":
             again = f"with run.resume=auto {again}"
-    return again if (run / CHECKPOINTS / LATEST).exists() else f"{again}: there is none yet, so from step 0"
+    return again if (run / CHECKPOINTS / LATEST).exists() else f"{again}; as there is none yet, from step 0"
 
 
 def judge(
     folder: Path, processes: int, codes: Mapping[int, int] | None = None, run: Path | None = None
 ) -> TrainingResult:
-    """What has become of a job whose processes have all ended.
+    """Determine how a job ended, after all its processes have ended.
 
     Parameters
     ----------
     folder : Path
-        With their outcomes.
+        Folder of the outcomes.
     processes : int
     codes : mapping of int to int, optional
-        By rank, exit status (negative: signal) of those that ended by themselves or were killed from outside.
+        By rank, exit status (negative: signal) of the processes that the launcher did not kill.
     run : Path, optional
-        Whose checkpoints say what the same command would do.
+        Folder of the run. Its checkpoints determine what the same command would do.
 
     Raises
     ------
     UserError
-        If a process found a mistake of the user's.
+        If a process found a mistake of the user.
     Stopped
-        If a process failed or died; a second call goes on from the last complete checkpoint. It names what made
-        processes fail, not what followed from it in the others.
+        If a process failed or died. It names the process that failed first, not the failures that followed.
     """
     found = {rank: Outcome.read(folder, rank) for rank in range(processes)}
     results = {rank: outcome for rank, outcome in found.items() if outcome is not None}
@@ -253,16 +255,16 @@ def judge(
     for rank, code in sorted((codes or {}).items()):
         if rank not in results:
             how = f"status {code}" if code >= 0 else signal.Signals(-code).name
-            hint = ": was the machine out of memory?" if code == -signal.SIGKILL else ""
+            hint = ", perhaps because the machine ran out of memory" if code == -signal.SIGKILL else ""
             raise Stopped(f"process {rank} died ({how}{hint})", what_next(run))
     failed = sorted((outcome.ended, rank) for rank, outcome in results.items() if outcome.status == CRASHED)
     for _, rank in failed:
         if results[rank].stopped:
-            said = bool(results[rank].then)  # it says itself how to continue
-            raise Stopped(f"process {rank}: {results[rank].stopped}", "" if said else what_next(run))
+            has_advice = bool(results[rank].then)  # the text already says what to do
+            raise Stopped(f"process {rank}: {results[rank].stopped}", "" if has_advice else what_next(run))
     for _, rank in failed:
         print(results[rank].error, file=sys.stderr)
-        raise Stopped(f"process {rank} failed (above)", what_next(run))
+        raise Stopped(f"process {rank} failed with the error above", what_next(run))
     ends = [results[rank].result if rank in results else None for rank in range(processes)]
     for rank, end in enumerate(ends):
         if end is None:
@@ -272,7 +274,7 @@ def judge(
 
 
 class Told(UserError):
-    """A mistake that a process of the run has already put into words."""
+    """A mistake of the user that another process found; it holds that process's message."""
 
     def __init__(self, line: str):
         Exception.__init__(self, line)
@@ -286,7 +288,7 @@ class Told(UserError):
 
 
 def leave(status: int) -> NoReturn:
-    """Exit at once: threads of gloo and wandb can abort an ordinary exit after all work is done."""
+    """Exit without clean-up: threads of gloo and wandb can abort a normal exit after all work is done."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
@@ -295,5 +297,6 @@ def leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    show_log()
     with lasting_output():
         leave(main(Path(sys.argv[1])))

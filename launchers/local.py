@@ -1,4 +1,4 @@
-"""A run on this machine: one process per rank, watched until all have ended."""
+"""Runs on this machine: start one process per rank and wait until all have ended."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ from slim.checkpoints import lock
 from slim.config import TrainSettings
 from slim.training.result import TrainingResult
 
-_GRACE = 10.0  # seconds the other processes get to say why they cannot go on, once one has failed
+_GRACE = 10.0  # seconds that the other processes have to report their errors after one has failed
 
 
 def train(settings: TrainSettings) -> TrainingResult:
-    """Make the run folder and run all processes of the run; no other process trains in it meanwhile.
+    """Make the run folder and train in it, holding its lock.
 
-    Returns and raises as `prepare_run` and `run`.
+    Returns what `run` returns, and raises what `prepare_run` and `run` raise.
     """
     with lock.holding(settings.run.out):
         return run(prepare_run(settings), settings.run.processes)
 
 
 def run(config: Path, processes: int) -> TrainingResult:
-    """Run all processes of a job on this machine and wait for them.
+    """Run all processes of a run on this machine and wait for them.
 
-    A signal to this process is passed on once; each process then stops at its next step boundary. When one fails, the
-    others cannot go on and are ended after a short while.
+    A signal to this process is passed on to them, and each stops after its current step. If one fails, the others are
+    ended after a short time.
 
-    Returns and raises as `launchers.job.judge`.
+    Returns and raises as `launchers.job.judge` does.
     """
     with lock.holding(config.parent) as held, tempfile.TemporaryDirectory() as outcome:
         cores = len(os.sched_getaffinity(0))
         common = {
             "WORLD_SIZE": str(processes),
-            # They meet by a file in a folder of this user alone, so nothing listens for them, and speak by loopback.
+            # The processes connect by a file in a private folder, so no port is opened, and communicate by loopback.
             job.STORE: str(Path(outcome) / "store"),
-            "MASTER_ADDR": "127.0.0.1",  # for DeepSpeed, which looks for an MPI launcher where it is not set
+            "MASTER_ADDR": "127.0.0.1",  # without it, DeepSpeed looks for an MPI launcher
             "MASTER_PORT": "0",
             **_loopback(),
             "OUTCOME": outcome,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
         }
         common |= {name: value for name, value in job.KEEP_FREED.items() if name not in os.environ}
-        # Rank 0 holds the lock, too: it may outlive this process.
+        # Rank 0 holds the lock, too, because it may outlive this process.
         handed_on = {lock.HANDED_ON: "" if held is None else str(held)}
         children = [
             subprocess.Popen(
                 [sys.executable, "-m", "launchers.job", str(config)],
                 start_new_session=True,
                 env={
-                    **environment.without_launchers(),
+                    **environment.with_packages(environment.without_launchers()),
                     **common,
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
@@ -93,14 +93,14 @@ def _pass_on(children: list[subprocess.Popen], number: int) -> None:
 
 
 def _end_group(child: subprocess.Popen) -> None:
-    """End a process and those it started: the loading processes of a killed one may outlive it."""
+    """Kill a process and those it started; loading processes may outlive a killed process."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
 def _wait(children: list[subprocess.Popen], outcome: Path) -> None:
-    """Until all have ended; once one ended without finishing, the others get a while and are then killed."""
+    """Wait until all processes have ended, or until `_GRACE` seconds after one of them failed."""
     failed_at = None
     while any(child.poll() is None for child in children):
         ended = [rank for rank, child in enumerate(children) if child.poll() is not None]
@@ -113,7 +113,7 @@ def _wait(children: list[subprocess.Popen], outcome: Path) -> None:
 
 
 def _loopback() -> dict[str, str]:
-    """What has gloo and NCCL exchange by the loopback interface; nothing where it has another name."""
+    """Variables with which gloo and NCCL use the loopback interface; empty if it is not named `lo`."""
     if "lo" not in (name for _, name in socket.if_nameindex()):
         return {}
     return {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}

@@ -1,4 +1,4 @@
-"""The folder of a run, made before its processes start: configuration, provenance, and what the data are."""
+"""Make the folder of a run before its processes start: configuration, provenance, manifest of the data."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ _LIBRARIES = ("torch", "deepspeed", "numpy", "zarr")
 
 
 def prepare_run(settings: TrainSettings) -> Path:
-    """Make the run folder; write the merged configuration, the commit and versions, what the data are and who is seen.
+    """Make the run folder and write the merged configuration, the provenance, the manifest and the subjects seen.
 
-    The temporal extractor of the data is copied: with it NIfTI runs are ranked as they were, wherever the data go.
-
-    `slim.training.compatibility` decides what a run may be resumed with; each configuration it was trained with stays
-    in RUN/configs.
+    The temporal extractor of the dataset is copied into the run, so that scans can be ranked in the same way without
+    the dataset. `slim.training.compatibility` decides whether a run may be resumed with these settings; all
+    configurations of the run are kept in RUN/configs.
 
     Returns
     -------
@@ -45,8 +44,8 @@ def prepare_run(settings: TrainSettings) -> Path:
     Raises
     ------
     UserError
-        If the folder holds a run that these settings cannot go on with, or any run where `run.resume` is `never`, or
-        another process trains in it. The run is then left as it is.
+        If the folder holds a run that cannot be resumed with these settings, or any run if `run.resume` is `never`, or
+        if another process trains in it. The folder is then not changed.
     """
     folder = Path(settings.run.out)
     for place, name in ((settings.run.out, "run.out"), (settings.run.mirror, "run.mirror")):
@@ -56,7 +55,7 @@ def prepare_run(settings: TrainSettings) -> Path:
                 "run.resume",
                 "never, but the folder holds a run",
                 "an empty folder",
-                f"Use run.resume=auto to go on, or another {name}",
+                f"Set run.resume=auto to resume the run, or use another {name}",
             )
     with lock.holding(folder):
         return _prepare(folder, settings)
@@ -97,7 +96,7 @@ def _prepare(folder: Path, settings: TrainSettings) -> Path:
 
 
 def _keep_extractor(dataset: Dataset, folder: Path) -> None:
-    """Copy a dataset's extractor, if it has one, into a run; its config.json, which seals it, is the last file."""
+    """Copy the extractor of a dataset, if it has one, into a run. Its config.json marks it complete and comes last."""
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         source = dataset.folder / EXTRACTOR / name
         if not (folder / EXTRACTOR / CONFIG_FILE).exists() and source.is_file():
@@ -105,23 +104,23 @@ def _keep_extractor(dataset: Dataset, folder: Path) -> None:
 
 
 def _adopt(begun: Path, settings: S) -> S:
-    """`compatibility.adopt`, saying so where the micro-batches of a step change."""
+    """Call `compatibility.adopt`, and print a line if the number of micro-batches per step changes."""
     adopted = compatibility.adopt(begun, settings)
     if adopted.run.accumulate != settings.run.accumulate:
         total = checkpoint.facts(begun)["global_batch"]
         print(
             f"run.accumulate={adopted.run.accumulate} instead of {settings.run.accumulate}: "
-            f"the run goes on with {total} samples per step",
+            f"the run keeps its {total} samples per step",
             flush=True,
         )
     return adopted
 
 
 def git_commit(source: Path = Path(__file__)) -> str:
-    """The commit of this software, with `+` if its files have changes; `unknown` where git does not track them.
+    """The commit of this software, with `+` if its files have changes; `unknown` if git does not track them.
 
-    A package that is installed inside somebody's repository, say in an environment of a study, is no part of it: the
-    commit of that repository would say nothing about this software.
+    If the package is installed inside the repository of a study, for example in its virtual environment, the commit of
+    that repository is not used.
 
     Parameters
     ----------
@@ -129,7 +128,7 @@ def git_commit(source: Path = Path(__file__)) -> str:
         A file of the software, one folder below its root.
     """
     source = source.resolve()
-    # Git would otherwise look at the repository that these name, as they do while one of its hooks runs.
+    # These variables, set while a git hook runs, would direct git to another repository.
     without_git = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:

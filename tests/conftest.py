@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +12,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
-from helpers.commands import GRID, ROOT, Command, run_command
+from helpers.commands import GRID, Command, run_command
 from helpers.scans import FRAMES, brain, oblique, save, signal
+from launchers.commands import make_shards
 from shards.core import files
+from shards.core.cli import run
 from shards.format import layout
 from shards.reporting import dataset_page
 
@@ -68,12 +68,9 @@ def dataset(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def make_shards(monkeypatch):
+@pytest.fixture(name="make_shards")
+def call_make_shards(monkeypatch):
     """The command in this process: its exit status."""
-    spec = importlib.util.spec_from_file_location("make_shards", ROOT / "tools" / "make_shards.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
 
     def write_page(out: Path) -> Path:
         """In place of the page, which has its own tests and takes longer than the rest."""
@@ -85,9 +82,8 @@ def make_shards(monkeypatch):
 
     def call(*words: object) -> int:
         workers = [] if "--workers" in words else ["--workers", 1]
-        monkeypatch.setattr(sys, "argv", ["make_shards.py", *map(str, words), *map(str, workers), *GRID])
         with pytest.raises(SystemExit) as ended:
-            tool.run(tool.main)
+            run(lambda: make_shards.main([*map(str, words), *map(str, workers), *GRID]))
         return ended.value.code
 
     return call

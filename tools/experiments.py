@@ -1,69 +1,11 @@
-"""Does pretraining learn? Objectives, views, rankers, targets and poolings on synthetic cohorts with known truth.
+"""`slim-brain experiments` as a file of a checkout."""
 
-    python tools/experiments.py --out runs/experiments [--only PARTS] [--seeds N] [key=value ...]
-
-Makes two cohorts a signal-to-noise ratio (people to pretrain on, and others to probe), converts them, pretrains every
-variant with every seed through tools/pretrain.py, probes all of them on the people nobody was trained on, and writes
-`tables.md` and `results.json`. What is there is not made again. key=value goes to the pretraining of all variants.
-"""
-
-from __future__ import annotations
-
+import sys
 from pathlib import Path
 
-from launchers.experiments.tables import Tables
-from launchers.experiments.trials import LENGTHS, PARTS, RANKERS, TARGETS, VIEWS, Experiments, answer_all
-from shards.core.cli import DONE, Parser, run, summary
-from shards.core.errors import ConfigError
-from shards.core.files import dump, write_atomically
-
-
-def main() -> int:
-    parser = Parser(
-        __doc__.splitlines()[0], "python tools/experiments.py --out runs/experiments --seeds 1 run.steps=300"
-    )
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="for every pretraining")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="FOLDER")
-    parser.add_argument("--only", default=",".join(PARTS), metavar="PARTS", help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--snr", default="0.9,0.3", metavar="A,B", help="voxel signal-to-noise ratios")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="training seeds of the main table")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time, a core each")
-    parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
-    args = parser.parse_args()
-    parts = args.only.split(",")
-    if unknown := set(parts) - set(PARTS):
-        raise ConfigError("command line", "--only", min(unknown), f"some of {', '.join(PARTS)}")
-    try:
-        snrs = [float(value) for value in args.snr.split(",")]
-    except ValueError:
-        raise ConfigError("command line", "--snr", args.snr, "numbers such as 0.9,0.3") from None
-    if min(args.seeds, args.jobs) < 1:
-        raise ConfigError("command line", "--seeds, --jobs", min(args.seeds, args.jobs), "1 or more")
-    work = Experiments(args.out.resolve(), args.seeds, args.jobs, args.changes)
-    trials = work.trials(parts, snrs)
-    if not args.tables:
-        work.prepare(trials, snrs)
-        answer_all(work, trials)
-        for snr in snrs:
-            work.baselines(snr)
-    tables = Tables(work, trials)
-    text = [tables.main(snr) + "\n" + tables.verdict(snr) for snr in snrs]
-    small = {
-        "steps": ("steps", LENGTHS, "all steps (default)"),
-        "view": ("view", VIEWS, "view: voxel (default)"),
-        "ranker": ("windows", RANKERS, "ranked (default)"),
-        "targets": ("targets", TARGETS, "all three kinds (default)"),
-    }
-    text += [tables.small(*small[part], snrs[0]) for part in parts if part in small]
-    text += [tables.poolings(snrs[0])] if "pooling" in parts else []
-    write_atomically(work.out / "tables.md", "\n".join(text))
-    write_atomically(work.out / "results.json", dump(tables.results) + "\n")
-    print("\n".join(text))
-    summary(
-        {"tables": str(work.out / "tables.md"), "runs": len(tables.trials)}, f"read {work.out / 'tables.md'}", args.json
-    )
-    return DONE
-
-
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from launchers.commands.experiments import main
+    from shards.core.cli import run
+
     run(main)

@@ -1,55 +1,11 @@
-"""Write the weights of a run as a folder that any machine can load.
+"""`slim-brain export` as a file of a checkout."""
 
-    python tools/export.py RUN --out DIR [--weights encoder|target]
-
-RUN is a run folder (its newest complete checkpoint is taken) or one of its checkpoints. The folder holds the encoder
-(safetensors), every setting, the temporal extractor, checksums and a model card; `SlimBrain.from_pretrained(DIR)` and
-`tools/embed.py DIR` need nothing else, and it can be uploaded to a hub as it is.
-"""
-
-from __future__ import annotations
-
+import sys
 from pathlib import Path
 
-from shards.core.cli import DONE, Parser, run, summary
-
-
-def main() -> int:
-    parser = Parser(__doc__.splitlines()[0], "python tools/export.py runs/lean --out export/lean")
-    parser.add_argument("run", metavar="RUN", help="a run, or one of its checkpoints")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
-    parser.add_argument(
-        "--weights", choices=("encoder", "target"), help="the online encoder (default) or its moving average"
-    )
-    parser.add_argument(
-        "--extractor", type=Path, metavar="FOLDER", help="the temporal extractor, where the dataset is out of reach"
-    )
-    parser.add_argument(
-        "--parcels", type=Path, metavar="FILE", help="the label image of the parcels, if the data were made with one"
-    )
-    args = parser.parse_args()
-
-    from slim.inference import export
-    from slim.inference.slim_brain import SlimBrain
-
-    model = SlimBrain.from_pretrained(args.run, args.weights, args.extractor, args.parcels)
-    about = export.write(model, args.out)
-    files = sorted(path for path in args.out.rglob("*") if path.is_file())
-    facts = {
-        "export": str(args.out),
-        "run": about["made"]["run"],
-        "step": about["made"]["step"],
-        "weights": about["made"]["weights"],
-        "parameters": about["made"]["parameters"],
-        "bytes": sum(path.stat().st_size for path in files),
-        "files": [path.relative_to(args.out).as_posix() for path in files],
-    }
-    following = (
-        f"read {args.out / 'README.md'} and complete it, then python tools/embed.py {args.out} RUN.nii.gz --out z.npz"
-    )
-    summary(facts, following, args.json)
-    return DONE
-
-
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from launchers.commands.export import main
+    from shards.core.cli import run
+
     run(main)

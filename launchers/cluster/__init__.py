@@ -1,1 +1,1 @@
-"""Jobs on SLURM: settings, scripts, attempts, conversion jobs, and following them."""
+"""SLURM jobs: settings, scripts, submission, status, and what runs inside a job."""

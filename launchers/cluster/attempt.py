@@ -1,11 +1,11 @@
-"""One attempt of a job on a cluster: from where SLURM starts the script of a run to where that ends or is requeued.
+"""One attempt of a SLURM job: from the start of the run's script to its end, or until the job is requeued.
 
-    python -m launchers.cluster.attempt begin RUN       on one node: the configuration, for the processes there are now
-    python -m launchers.cluster.attempt task RUN        every process of the run
-    python -m launchers.cluster.attempt end RUN 3       on one node: prints what the job does now (an exit status)
+    python -m launchers.cluster.attempt begin RUN       on one node: write the configuration for these nodes
+    python -m launchers.cluster.attempt task RUN        in every process of the run: train
+    python -m launchers.cluster.attempt end RUN 3       on one node: print the exit status of the job, or 75 to requeue
 
-The script that calls them is in `launchers/cluster/training_job.py`. RUN/slurm/attempts.jsonl has a line when an
-attempt begins and one when it ends; an attempt without an end was lost with its node, and SLURM has requeued the job by
+The script of the run (`launchers/cluster/training_job.py`) calls these. RUN/slurm/attempts.jsonl gets a line at the
+start and at the end of an attempt. An attempt without an end was lost with its node; SLURM then requeues the job
 itself.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import job
-from shards.core.cli import DONE, RESUME, WRONG, lasting_output, status_of
+from shards.core.cli import DONE, RESUME, WRONG, lasting_output, show_log, status_of
 from shards.core.errors import ConfigError, Stopped, UserError
 from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, LATEST
 
@@ -30,12 +30,12 @@ ATTEMPTS = "slurm/attempts.jsonl"
 
 
 def begin(run: Path) -> None:
-    """Write RUN/config.yaml for the processes there are this time; samples per step stay as they were asked for.
+    """Write RUN/config.yaml for the number of processes of this attempt; the samples per step stay the same.
 
     Raises
     ------
     UserError
-        If the run cannot go on with so many processes.
+        If the samples per step cannot be divided among this number of processes.
     """
     from launchers.run_setup import prepare_run
     from slim.config import load_run
@@ -49,11 +49,11 @@ def begin(run: Path) -> None:
             config,
             "run.batch",
             f"{settings.run.batch} samples x {processes} processes",
-            f"a divisor of the {total} samples that the run takes per step",
-            "Ask for other numbers of nodes, or another run.batch",
+            f"a divisor of the run's {total} samples per step",
+            "Request other numbers of nodes, or set another run.batch",
         )
     changes = {"processes": processes, "accumulate": accumulate}
-    with job.while_away(settings):  # a mount that is gone for a moment does not end a job for good
+    with job.while_away(settings):  # a mount that is lost for a moment leads to another attempt
         prepare_run(settings.model_copy(update={"run": settings.run.model_copy(update=changes)}))
     shutil.rmtree(_outcomes(), ignore_errors=True)
     _outcomes().mkdir()
@@ -61,7 +61,7 @@ def begin(run: Path) -> None:
 
 
 def task(run: Path) -> int:
-    """Work as one of the run's processes. To srun a process that saved and ended did well: it must not end the rest."""
+    """Train, as one process of the run. Returns 0 also after a stop, because srun ends all processes if one fails."""
     for name, given in (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"), ("WORLD_SIZE", "SLURM_NTASKS")):
         os.environ[name] = os.environ[given]
     status = job.main(run / CONFIG)
@@ -69,23 +69,23 @@ def task(run: Path) -> int:
 
 
 def end(run: Path, most: int) -> int:
-    """Judge an attempt when all its processes have ended.
+    """Determine how an attempt ended, and what the job does next.
 
     Parameters
     ----------
     run : Path
     most : int
-        Failures in a row, without a new checkpoint in between, that end the job.
+        Number of consecutive failures without a new checkpoint after which the job ends.
 
     Returns
     -------
     int
-        0 done; 2 the configuration is wrong; 3 stopped, for good; `AGAIN` where the job is to be requeued.
+        0 finished; 2 wrong configuration; 3 stopped; `AGAIN` if the job must be requeued.
     """
     stopped: str | None = None
     try:
         if not _outcomes().is_dir():
-            raise Stopped("no process was started, see above")
+            raise Stopped("no process was started; see the messages above")
         result = job.judge(_outcomes(), int(os.environ["WORLD_SIZE"]))
         status, stopped = DONE if result.finished else RESUME, result.stopped
         word = "finished" if status == DONE else f"stopped by a {stopped} at step {result.step}"
@@ -105,9 +105,9 @@ def end(run: Path, most: int) -> int:
 
 
 def attempts(run: Path, number: str | None = None) -> list[dict[str, Any]]:
-    """What has been noted of the attempts of a job, oldest first; of all jobs of the run without a number.
+    """The records of the attempts of a job, or of all jobs of the run, oldest first.
 
-    A line that was cut in two, as a node was lost, is left out.
+    A line that is incomplete because its node was lost is left out.
     """
     path = run / ATTEMPTS
     found = []
@@ -120,7 +120,7 @@ def attempts(run: Path, number: str | None = None) -> list[dict[str, Any]]:
 
 
 def _is_noted(line: Any) -> bool:
-    """Whether `_note` may have written a line."""
+    """Whether a line has the fields that `_note` writes."""
     if not (isinstance(line, dict) and isinstance(line.get("job"), str) and "checkpoint" in line):
         return False
     kinds = {"status": int, "why": str, "again": bool, "failed": bool} if line.get("event") == "ended" else {}
@@ -136,7 +136,7 @@ def newest_checkpoint(run: Path) -> str | None:
 
 
 def _failures(run: Path) -> int:
-    """Failures of this job in a row, none of which came to a new checkpoint."""
+    """Number of consecutive failures of this job without a new checkpoint."""
     count, now = 0, newest_checkpoint(run)
     for line in reversed(attempts(run, os.environ["SLURM_JOB_ID"])):
         if line["event"] == "ended":
@@ -174,5 +174,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    show_log()
     with lasting_output():
         job.leave(status_of(main))

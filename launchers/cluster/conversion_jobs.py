@@ -1,12 +1,12 @@
-"""A conversion on a cluster: jobs that wait for each other, submitted at once.
+"""A conversion on a cluster: a chain of jobs that depend on each other and are submitted together.
 
-    extractor   one job, where the ranker learns: harmonises the runs it learns from and trains it
-    rank        an array: each task harmonises and ranks its share of the runs
+    extractor   one job, if an extractor must be trained: harmonises the scans it needs and trains it
+    rank        an array: each task harmonises and ranks its share of the scans
     pack        one job: writes the dataset, or lists what failed
 
-Each of the first two stands in the queue twice. The second job starts only if the first one failed, and does what that
-left; else SLURM cancels it. So nothing has to be submitted, or requeued, by a node, whatever happens there, and the
-command that submitted them may end. What they do is in `launchers/cluster/conversion_task.py`.
+The first two are submitted twice. The second job starts only if the first one failed, and does what it left undone;
+otherwise SLURM cancels it. No node therefore has to submit or requeue a job, and the command that submitted the jobs
+may end. `launchers/cluster/conversion_task.py` is what runs inside the jobs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.cluster import conversion_task
+from launchers.cluster import conversion_task, noted
 from launchers.cluster.scheduler import (
     OVER,
     ClusterError,
@@ -36,22 +36,22 @@ from launchers.cluster.scheduler import (
 )
 from launchers.cluster.script import Script, lines, probe
 from shards.core import files
-from shards.core.cli import DONE, REFUSED, RESUME, progress, summary
+from shards.core.cli import DONE, REFUSED, RESUME, call_of, progress, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable_lines
 from shards.format import layout
 
-if TYPE_CHECKING:  # they import torch
+if TYPE_CHECKING:  # these import torch
     from shards.conversion.convert import Conversion
     from slim.ranking.extractor import Extractor
 
 _WORDS = {
-    "extractor": "one job, and another one if it fails",
-    "rank": "once there is an extractor; and another such array for tasks that fail",
-    "pack": "once all have ended",
+    "extractor": "one job, and a second one if it fails",
+    "rank": "starts after the extractor; a second array repeats tasks that fail",
+    "pack": "starts when all other jobs have ended",
 }
-_POLL = 1.0  # seconds between questions to the controller
-_SURE = 3  # times in a row that all jobs must look ended: a lost node's are requeued a moment later
+_POLL = 1.0  # seconds between queries to the controller
+_SURE = 3  # consecutive queries in which all jobs must have ended: jobs of a lost node are requeued a moment later
 
 
 class Chain:
@@ -60,14 +60,14 @@ class Chain:
     Parameters
     ----------
     conversion : Conversion
-        Not yet begun; of an absolute folder.
+        A conversion that has not started, with an absolute folder.
     given : Extractor, optional
-        The extractor, where it need not be trained.
+        A trained extractor; by default one is trained if needed.
     settings : SlurmSettings
     tasks : int
-        Tasks of the array, at most.
+        Largest number of tasks in the array.
     throttle : int, optional
-        Tasks that run at the same time, at most.
+        Largest number of tasks at the same time.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Chain:
         self._folder = conversion.folder
 
     def dry_run(self) -> int:
-        """Find the runs, print the scripts and what the cluster says to them; submits and writes nothing."""
+        """Find the scans, print the scripts and test them with sbatch. Nothing is submitted or written."""
         from launchers.conversion import lacks_extractor
 
         runs = len(self._conversion.find())
@@ -94,9 +94,9 @@ class Chain:
         scripts = self._scripts(min(self._tasks, runs), learns)
         for stage, script in scripts.items():
             print(f"# {stage}: {_WORDS[stage]}\n{script.text()}")
-        print(f"{runs} runs, {min(self._tasks, runs)} tasks")
+        print(f"{runs} scans, {min(self._tasks, runs)} tasks")
         if shutil.which("sbatch") is None:
-            print("sbatch is not on this machine: no cluster has seen these scripts", file=sys.stderr)
+            print("sbatch is not installed here, so the scripts were not tested on a cluster", file=sys.stderr)
             return DONE
         self._check()
         for stage, script in scripts.items():
@@ -104,33 +104,33 @@ class Chain:
         return DONE
 
     def convert(self, command: list[str], follow: bool, as_json: bool) -> int:
-        """Find the runs and submit the jobs.
+        """Find the scans and submit the jobs.
 
         Parameters
         ----------
         command : list of str
-            How the caller was called: what goes on.
+            The command line of the caller. Giving it again continues the conversion.
         follow : bool
-            Show the progress until all has ended.
+            Whether to show the progress until all jobs have ended.
         as_json : bool
-            Print the summary as JSON, too.
+            Whether to print the summary as JSON, too.
 
         Returns
         -------
         int
-            Exit status; that of the conversion, where it is followed.
+            Exit status; with `follow`, the status of the conversion.
 
         Raises
         ------
         UserError
-            If the call, a cohort, or what is asked of the cluster is wrong.
+            If an argument or a cohort is wrong, or the cluster cannot provide what is requested.
         """
         from launchers.conversion import lacks_extractor
 
         self._check()
         refuse_another(self._folder)
         conversion = self._conversion
-        with closing(conversion):  # the jobs wait until it is let go
+        with closing(conversion):  # the jobs wait until it is closed
             conversion.open()
             conversion.find()
             for script in self._scripts(self._tasks, lacks_extractor(conversion)).values():
@@ -154,7 +154,7 @@ class Chain:
         facts: dict[str, Any] = {"dataset": str(self._folder), "runs": sum(map(len, parts)), "tasks": len(parts)}
         facts |= {"jobs": jobs, "submitted": " ".join(jobs.values())}
         if not follow:
-            summary(facts, f"python launchers/slurm.py status {self._folder}", as_json)
+            summary(facts, call_of("slurm status", self._folder), as_json)
             return DONE
         return _follow(self._folder, facts, as_json)
 
@@ -164,7 +164,7 @@ class Chain:
         check_array(self._tasks, self._settings.clusters)
 
     def _scripts(self, tasks: int, learns: bool) -> dict[str, Script]:
-        """The scripts by stage, in order; an array of no tasks is left out."""
+        """The scripts by stage, in order. Without tasks there is no array."""
         limit = "" if self._throttle is None else f"%{self._throttle}"
         stages: dict[str, dict[str, Any]] = {"extractor": {}} if learns else {}
         stages |= {"rank": {"array": f"0-{tasks - 1}{limit}"}} if tasks else {}
@@ -193,13 +193,13 @@ class Chain:
 
 
 def _submit(scripts: dict[str, Script]) -> tuple[dict[str, str], str | None]:
-    """Submit the jobs, all to the cluster that took the first one; number by name, and the cluster.
+    """Submit all jobs to the same cluster; returns the job numbers by name, and the cluster.
 
-    Where one is refused those before it are taken back.
+    If one is refused, the jobs submitted before it are cancelled.
     """
     jobs: dict[str, str] = {}
     cluster: str | None = None
-    ready = ""  # once the stage before has been done, by its first job or by its second
+    ready = ""  # dependency on the stage before: its first or its second job succeeded
     try:
         for stage, script in scripts.items():
             same = {} if cluster is None else {"clusters": cluster}
@@ -221,7 +221,7 @@ def _submit(scripts: dict[str, Script]) -> tuple[dict[str, str], str | None]:
 
 
 def refuse_another(folder: Path) -> None:
-    """ConfigError if jobs of an earlier command have not ended; where there is no SLURM they cannot be asked for."""
+    """Raise ConfigError if jobs of an earlier command have not ended. Without SLURM this is not checked."""
     if not (folder / conversion_task.PLACE / conversion_task.JOB).exists() or shutil.which("squeue") is None:
         return
     about = conversion_task.submitted(folder)
@@ -230,9 +230,9 @@ def refuse_another(folder: Path) -> None:
         raise ConfigError(
             folder,
             "--out",
-            f"a dataset whose jobs {', '.join(going)} have not ended",
-            "one that no job works on",
-            f"Wait for them, or call: python launchers/slurm.py cancel {folder}",
+            f"a dataset with unfinished jobs: {', '.join(going)}",
+            "a dataset without unfinished jobs",
+            f"Wait for them, or cancel them with: {call_of('slurm cancel', folder)}",
         )
 
 
@@ -241,14 +241,14 @@ def _are_over(found: Counter[str]) -> bool:
 
 
 def status(folder: Path) -> tuple[dict[str, Any], str]:
-    """What the jobs of a dataset are doing and how far it is: facts for a summary, and what to do next."""
+    """State and progress of the jobs of a dataset, as facts for a summary, and what to do next."""
     about = conversion_task.submitted(folder)
     jobs: dict[str, str] = about["jobs"]
     found = states(jobs.values(), about.get("cluster"))
     facts: dict[str, Any] = {"dataset": str(folder), "jobs": jobs, "states": {n: found[job] for n, job in jobs.items()}}
     facts |= {name: f"{_words(found[job])} (job {job})" for name, job in jobs.items()}
     ended = conversion_task.outcome(folder, "pack")
-    going_on = f"`{' '.join(['python', *about['command']])}` goes on"
+    going_on = f"`{noted.call(about['command'])}` continues the conversion"
     log = folder / conversion_task.PLACE / f"pack-{jobs['pack']}.log"
     if ended.get("status") in (DONE, REFUSED):
         return facts | ended["facts"], ended["next"]
@@ -257,8 +257,8 @@ def status(folder: Path) -> tuple[dict[str, Any], str]:
         return facts | {"error": ended["error"], "failed": ended.get("failed", [])}, f"look at {log}; {going_on}"
     if all(map(_are_over, found.values())):
         said = last_error(log.read_text(encoding="utf-8", errors="replace").splitlines()) if log.exists() else ""
-        return facts | {"error": said or "the jobs ended without a word"}, going_on
-    return facts, f"python launchers/slurm.py cancel {folder} stops it; what is finished stays"
+        return facts | {"error": said or "the jobs ended without an error message"}, going_on
+    return facts, f"`{call_of('slurm cancel', folder)}` cancels the jobs; finished work is kept"
 
 
 def _words(found: Counter[str]) -> str:
@@ -268,12 +268,12 @@ def _words(found: Counter[str]) -> str:
 
 
 def cancel(folder: Path) -> dict[str, str]:
-    """Cancel the jobs of a dataset that have not ended; what became of each."""
+    """Cancel the unfinished jobs of a dataset; returns the state of each job."""
     about = conversion_task.submitted(folder)
     jobs: dict[str, str] = about["jobs"]
     cluster: str | None = about.get("cluster")
     going = {job for job, found in states(jobs.values(), cluster).items() if not _are_over(found)}
-    # The last one first: none may start because one that it waits for has ended.
+    # Cancel the last job first, so that none starts because a job that it depends on has ended.
     for job in reversed(jobs.values()):
         if job in going:
             ask("scancel", *at(cluster), job)
@@ -283,9 +283,9 @@ def cancel(folder: Path) -> dict[str, str]:
 
 
 def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
-    """Show how far the jobs are until all have ended; the exit status of the conversion."""
+    """Show the progress of the jobs until all have ended; returns the exit status of the conversion."""
     jobs, cluster = facts["jobs"], conversion_task.submitted(folder).get("cluster")
-    print(f"jobs {facts['submitted']}; Ctrl-C leaves them running", file=sys.stderr, flush=True)
+    print(f"jobs {facts['submitted']}; Ctrl-C stops following, the jobs keep running", file=sys.stderr, flush=True)
     said, at, over = "", 0, 0
     try:
         with progress("convert", facts["runs"], "runs") as advance:
@@ -297,17 +297,17 @@ def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
                     said = now
                     print(now, file=sys.stderr, flush=True)
                 count = facts["runs"] - conversion_task.counts(folder)["left"]
-                if count > at:  # what is packed is no longer counted
+                if count > at:  # packed scans are no longer counted
                     advance(count - at, "")
                     at = count
                 time.sleep(_POLL)
     except KeyboardInterrupt:
-        print("the jobs go on", file=sys.stderr)
+        print("the jobs keep running", file=sys.stderr)
         return DONE
     log, ended = folder / conversion_task.PLACE / f"pack-{jobs['pack']}.log", conversion_task.outcome(folder, "pack")
     if log.exists():
         sys.stderr.write(printable_lines(log.read_bytes()))
     facts |= {"status": ended.get("status", RESUME), "failed": ended.get("failed", []), **ended.get("facts", {})}
-    following = ended.get("next") or f"look at {folder / conversion_task.PLACE}; the same command continues"
+    following = ended.get("next") or f"see the logs in {folder / conversion_task.PLACE}; the same command continues"
     summary(facts, following, as_json)
     return facts["status"]

@@ -1,16 +1,16 @@
-"""What a job of a chain does of a conversion (`launchers/cluster/conversion_jobs.py`):
+"""The work inside the jobs of a conversion, which `launchers/cluster/conversion_jobs.py` submits:
 
     python -m launchers.cluster.conversion_task extractor DATASET      train the temporal extractor
-    python -m launchers.cluster.conversion_task rank DATASET 3         harmonise and rank the runs of task 3
-    python -m launchers.cluster.conversion_task pack DATASET           write the shards, or say what is missing
+    python -m launchers.cluster.conversion_task rank DATASET 3         harmonise and rank the scans of task 3
+    python -m launchers.cluster.conversion_task pack DATASET           write the shards, or list what is missing
 
-The command that submitted them has found the runs; they are handed on in DATASET/work/slurm:
+The command that submitted the jobs found the scans and wrote them to DATASET/work/slurm:
 
-    conversion.json           what there is to convert, and how
+    conversion.json           the scans to convert, and the settings
     job.json                  the jobs that were submitted
-    tasks.json                keys of the runs of each task
-    outcome/3.json            how a task ended; without it, it was killed or has not ended
-    outcome/pack.json         how it all ended
+    tasks.json                keys of the scans of each task
+    outcome/3.json            how a task ended; missing if it was killed or has not ended
+    outcome/pack.json         how the conversion ended
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from typing import TYPE_CHECKING, Any
 from launchers.cluster import noted
 from launchers.cluster.scheduler import last_error
 from shards.core import files
-from shards.core.cli import CRASHED, DONE, RESUME, WRONG, crashed, summary
+from shards.core.cli import CRASHED, DONE, RESUME, WRONG, crashed, show_log, summary
 from shards.core.errors import Stopped, UserError
 from shards.format import layout
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # this imports torch
     from shards.conversion.convert import Conversion
 
 PLACE = Path(layout.WORK) / "slurm"  # in the dataset
 JOB = "job.json"
 _PLAN, _TASKS, _OUTCOME = "conversion.json", "tasks.json", "outcome"
-_PATIENCE = 120.0  # seconds for whoever submitted the job, or converted here before, to let go of the folder
+_PATIENCE = 120.0  # seconds to wait for the lock of the command that submitted the job, or of an earlier conversion
 
 
 def hand_on(conversion: Conversion, tasks: int) -> list[list[str]]:
-    """Leave a conversion that was begun for its jobs; the runs (keys) of each task, of as many as there is work for."""
+    """Write a conversion to files for its jobs; returns the keys of the scans of each of at most `tasks` tasks."""
     from launchers.cluster import handover
 
     keys = [run.key for run in conversion.unsettled()]
@@ -55,12 +55,12 @@ def hand_on(conversion: Conversion, tasks: int) -> list[list[str]]:
 
 
 def tasks_of(dataset: Path) -> list[list[str]]:
-    """Keys of the runs of each task."""
+    """Keys of the scans of each task."""
     return json.loads((dataset / PLACE / _TASKS).read_text(encoding="utf-8"))
 
 
 def outcome(dataset: Path, name: str) -> dict[str, Any]:
-    """How a job, `extractor`, `pack` or the number of a task, ended; empty where it has not, or could not say."""
+    """How a job (`extractor`, `pack` or the number of a task) ended; empty if it is running or was killed."""
     try:
         return json.loads((dataset / PLACE / _OUTCOME / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -68,7 +68,7 @@ def outcome(dataset: Path, name: str) -> dict[str, Any]:
 
 
 def counts(dataset: Path) -> dict[str, int]:
-    """How far the runs of all tasks are."""
+    """Progress of all tasks, as numbers of scans."""
     work = dataset / layout.WORK
     names = {folder: {path.name for path in (work / folder).glob("[!.]*")} for folder in ("members", "failed")}
     waiting = {path.stem for path in (work / "harmonised").glob("[!.]*")}
@@ -81,7 +81,7 @@ def counts(dataset: Path) -> dict[str, int]:
 
 
 def work(name: str, dataset: Path, task: int) -> dict[str, Any]:
-    """Do what a job is there for; its outcome."""
+    """Do the work of a job, and return its outcome."""
     from launchers import conversion as steps
     from launchers.cluster import handover
 
@@ -103,59 +103,59 @@ def work(name: str, dataset: Path, task: int) -> dict[str, Any]:
         if lines := failures(dataset, [run.key for run in unsettled]):
             for line in lines:
                 print(f"failed: {line}")
-            error = f"{len(unsettled)} of {len(conversion.runs)} runs are left; the same command continues with them"
+            error = f"{len(unsettled)} of {len(conversion.runs)} scans remain; the same command continues with them"
             return {"status": RESUME, "error": error, "failed": lines}
-        refused_all = steps.lacks_extractor(conversion)  # for want of a run to learn from
+        refused_all = steps.lacks_extractor(conversion)  # no scan was left to train it on
         status, facts, following = steps.all_refused(conversion) if refused_all else steps.finish(conversion)
         summary(facts, following, as_json=False)
         return {"status": status, "facts": facts, "next": following}
 
 
 def failures(dataset: Path, left: Sequence[str]) -> list[str]:
-    """A line for each job that did not do what it was there for: which, why, what it left, where its log is."""
+    """A line for each job that failed: its name, the remaining scans, the reason and the log."""
     missing, lines = set(left), []
     jobs, parts = submitted(dataset)["jobs"], tasks_of(dataset)
     if missing and "extractor" in jobs and outcome(dataset, "extractor").get("status") != DONE:
-        return [f"extractor: {_why(dataset, 'extractor', 'extractor', '')}"]  # nothing can be ranked without it
+        return [f"extractor: {_why(dataset, 'extractor', 'extractor', '')}"]  # without it no task can rank
     for number, part in enumerate(parts):
         if (rest := missing.intersection(part)) and outcome(dataset, str(number)).get("status") != DONE:
             why = _why(dataset, str(number), "rank", f"_{number}")
-            lines.append(f"task {number}, {len(rest)} of its {len(part)} runs left: {why}")
+            lines.append(f"task {number}, {len(rest)} of its {len(part)} scans remain: {why}")
             missing -= rest
-    return lines + [f"{key} changed while it was converted" for key in sorted(missing)]
+    return lines + [f"{key} changed during the conversion" for key in sorted(missing)]
 
 
 def _why(dataset: Path, name: str, stage: str, suffix: str) -> str:
-    """Why the second of two tries failed, from its own word or its log's last."""
+    """Why the second try failed, from its outcome or else from the last error in its log."""
     jobs = submitted(dataset)["jobs"]
     logs = [dataset / PLACE / f"{stage}-{jobs[job]}{suffix}.log" for job in (stage, again(stage))]
     logs = [log for log in logs if log.exists()]
     said = last_error(logs[-1].read_text(encoding="utf-8", errors="replace").splitlines()) if logs else ""
-    why = outcome(dataset, name).get("error") or said or "it ended without a word"
+    why = outcome(dataset, name).get("error") or said or "it ended without an error message"
     return f"{why} (see {logs[-1]})" if logs else why
 
 
 def again(stage: str) -> str:
-    """Name of the job that does what a stage's first one failed at."""
+    """Name of the second job of a stage, which runs if the first one fails."""
     return f"{stage} again"
 
 
 def submitted(dataset: Path) -> dict[str, Any]:
-    """What the command that submitted the jobs has noted: `jobs`, number by name, and more.
+    """Read the record of the submitted jobs: `jobs`, with job numbers by name, and more.
 
     Raises
     ------
     FileNotFoundError
-        Where no job was submitted.
+        If no job was submitted.
     ConfigError
-        If the file holds something else.
+        If the file has other content.
     """
     return noted.read(dataset / PLACE / JOB, noted.DatasetJobs)
 
 
 def main() -> int:
     name, dataset, task = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
-    # SLURM's word that the time is nearly up: finished runs are kept anyway, so the time is used to its end.
+    # SLURM sends this signal shortly before the time limit. Finished scans are kept in any case, so it is ignored.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     own = dataset / PLACE / _OUTCOME / f"{task if name == 'rank' else name}.json"
     own.unlink(missing_ok=True)
@@ -174,4 +174,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    show_log()
     sys.exit(main())

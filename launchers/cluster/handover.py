@@ -1,11 +1,11 @@
-"""A conversion that its submission hands on to jobs, as JSON: what there is to convert, and how.
+"""The JSON file that passes a conversion from its submission to its jobs: the scans and the settings.
 
     {"format": 1, "cohorts": [...], "settings": {...}, "image": null, "ranking": {...}, "hash": "...", "workers": 1,
      "retry": false, "found": [{"settings": {...}, "passed_over": [...], "notes": [...]}], "runs": [{...}, ...],
      "splits": [["people", "subject", "train"], ...]}
 
-The dataset lies where other people may write. A pickle there would run their code in this user's jobs; of JSON every
-field is checked, and nothing runs.
+Other users may be able to write to the dataset folder. A pickle there could run their code in this user's jobs, so the
+file is JSON, and every field is checked.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _HINT = "Submit the conversion again"
-_REFUSED = ("where", "field", "got", "expected", "hint")  # what a RunRefused is made of
+_REFUSED = ("where", "field", "got", "expected", "hint")  # arguments of a RunRefused
 _TYPES = get_type_hints(RunSource)
 
 
 def dump(conversion: Conversion) -> str:
-    """The JSON of a conversion that was begun."""
+    """The JSON of a conversion that has started."""
     image = conversion.settings.parcels.image
     return json.dumps(
         {
@@ -63,20 +63,20 @@ def dump(conversion: Conversion) -> str:
 
 
 def load(path: Path, folder: Path, parcels_of: Callable[[ConvertSettings], Parcels]) -> Conversion:
-    """The conversion of a file that `dump` wrote; it holds no lock yet, and `resume` follows once it does.
+    """Read a conversion written by `dump`. Its lock is not held yet; call `hold` and then `resume`.
 
     Parameters
     ----------
     path : Path
     folder : Path
-        The dataset.
+        Folder of the dataset.
     parcels_of : callable
-        `shards.conversion.convert.Conversion`'s `parcels` for these settings.
+        Returns the `parcels` of `shards.conversion.convert.Conversion` for given settings.
 
     Raises
     ------
     DatasetError
-        If there is no such file, a field is wrong, or the label image of the parcels has changed.
+        If the file does not exist, a field is wrong, or the label image of the parcels has changed.
     """
     try:
         tree = json.loads(path.read_bytes())
@@ -95,16 +95,16 @@ def load(path: Path, folder: Path, parcels_of: Callable[[ConvertSettings], Parce
             passed_over = [_read(name, Path) for name in about["passed_over"]]
             made.found.append(Cohort(cohort, own, passed_over, [_read(note, str) for note in about["notes"]]))
     except FileNotFoundError:
-        raise DatasetError(path, "", "no such file", "what was handed on to the jobs", _HINT) from None
+        raise DatasetError(path, "", "no such file", "the conversion written at submission", _HINT) from None
     except OSError as error:
         raise DatasetError(path, "", error.strerror, "a readable file", _HINT) from None
     except DatasetError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        got = f"a field that is missing or wrong ({type(error).__name__}: {error})"
-        raise DatasetError(path, "", got, "what was handed on to the jobs", _HINT) from None
+        got = f"a missing or wrong field ({type(error).__name__}: {error})"
+        raise DatasetError(path, "", got, "the conversion written at submission", _HINT) from None
     if made.hash != tree["hash"]:
-        hint = "A label image has changed, or another version of this software reads the file. Submit again"
+        hint = "The label image has changed, or the version of this software. Submit again"
         raise DatasetError(path, "hash", made.hash[:12], f"{str(tree['hash'])[:12]}, as submitted", hint)
     return made
 
@@ -123,12 +123,12 @@ def _tree_of(run: RunSource) -> dict[str, Any]:
 
 def _run_of(tree: Mapping[str, Any]) -> RunSource:
     if set(tree) != set(_TYPES):
-        raise TypeError(f"a run with the fields {', '.join(sorted(map(str, tree)))[:200]}")
+        raise TypeError(f"a scan with the fields {', '.join(sorted(map(str, tree)))[:200]}")
     return RunSource(**{name: _read(tree[name], kind) for name, kind in _TYPES.items()})
 
 
 def _read(value: Any, kind: Any) -> Any:
-    """A value of JSON as one of a type, such as `str`, `Path | None` or `Literal["auto"] | int`; else TypeError."""
+    """Convert a JSON value to a type such as `str`, `Path | None` or `Literal["auto"] | int`; raises TypeError."""
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         for one in get_args(kind):
@@ -147,4 +147,4 @@ def _read(value: Any, kind: Any) -> Any:
         (origin or kind) in (str, int, dict, type(None)) and type(value) is (origin or kind)
     ):
         return value
-    raise TypeError(f"{str(value)[:60]!r} where {getattr(kind, '__name__', kind)} is expected")
+    raise TypeError(f"{str(value)[:60]!r} instead of {getattr(kind, '__name__', kind)}")

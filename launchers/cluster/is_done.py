@@ -1,4 +1,4 @@
-"""Whether a job has done its work, for a script: exit status 0 if the file of its outcome says so, else 1.
+"""Exit with status 0 if a job has finished its work, according to the file of its outcome, and 1 otherwise.
 
 python -m launchers.cluster.is_done DATASET/work/slurm/outcome/3.json
 """
@@ -13,7 +13,7 @@ from shards.core.cli import DONE
 
 
 def is_done(outcome: Path) -> bool:
-    """False, too, where there is no such file or it cannot be read."""
+    """Whether a job has finished; False if the file does not exist or cannot be read."""
     try:
         found = json.loads(outcome.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

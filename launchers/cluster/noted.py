@@ -1,11 +1,12 @@
-"""What a command that submitted jobs has noted of them, checked when it is read.
+"""The record of submitted jobs, job.json, checked when it is read.
 
-SLURM is asked about these numbers, and told to cancel them: in a file that somebody sent, one could be an option.
+The job numbers are passed to SLURM commands. In a file received from others, a number could be an option instead.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from shards.core.settings import check
 
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
 Cluster = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,-]{0,250}$")]
-_WHAT = "what launchers/slurm.py notes of the jobs that it submits"
+_WHAT = "the record of submitted jobs, written by slim-brain slurm"
 
 
 class _Noted(BaseModel):
@@ -45,19 +46,24 @@ class DatasetJobs(_Noted):
     @classmethod
     def _ends(cls, jobs: dict[str, str]) -> dict[str, str]:
         if "pack" not in jobs:
-            raise ValueError("the job pack among them")
+            raise ValueError("job numbers, with that of the job `pack`")
         return jobs
 
 
+def call(command: list[str]) -> str:
+    """The call that submitted jobs, as it is typed again; version 0.1 noted the file alone."""
+    return shlex.join((["python"] if command[:1] and command[0].endswith(".py") else []) + command)
+
+
 def read(path: Path, kind: type[RunJob | DatasetJobs]) -> dict[str, Any]:
-    """What is noted in a file.
+    """Read the record of submitted jobs.
 
     Raises
     ------
     FileNotFoundError
-        Where no job was submitted.
+        If no job was submitted.
     ConfigError
-        If the file holds something else.
+        If the file has other content.
     """
     if not path.exists():
         raise FileNotFoundError(path)
@@ -66,6 +72,7 @@ def read(path: Path, kind: type[RunJob | DatasetJobs]) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(path, "", f"what cannot be read ({type(error).__name__})", _WHAT, "Submit again") from None
+        got = f"an unreadable file ({type(error).__name__})"
+        raise ConfigError(path, "", got, _WHAT, "Submit the jobs again") from None
     check(kind, tree, path)
     return tree

@@ -1,4 +1,4 @@
-"""What a job asks of a cluster, typed, and what SLURM says about the cluster and about a job."""
+"""Settings of SLURM jobs, and queries to SLURM about the cluster and about jobs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shards.core.errors import ConfigError, UserError
 from shards.core.settings import Settings
 
 COMMANDS = ("sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
-# States in which a job stays; after NODE_FAIL and PREEMPTED it may be requeued, a moment later.
+# Final states of a job. After NODE_FAIL and PREEMPTED it may be requeued a moment later.
 OVER = {
     "COMPLETED",
     "FAILED",
@@ -37,33 +37,33 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::([0-5]?\d))?(?::([0-5]?\d))?", re.ASCII
 
 
 class ClusterError(UserError):
-    """SLURM is not there, or says no."""
+    """SLURM is not available, or refuses a request."""
 
 
 class SlurmSettings(Settings):
-    """What `sbatch` and `srun` are told; null leaves it to the cluster's own default."""
+    """Options of `sbatch` and `srun`; null means the default of the cluster."""
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | None = Field(None, description="longest time of one attempt, [D-]HH:MM:SS; the job comes back")
+    time: str | None = Field(None, description="time limit of one attempt, [D-]HH:MM:SS; the job is requeued")
     mem: str | None = Field(None, description="memory per node, such as 64G")
-    constraint: str | None = Field(None, description="features of the nodes")
-    cpus_per_task: int | None = Field(None, ge=1, description="null: loading processes and one more; of a conversion 1")
+    constraint: str | None = Field(None, description="required features of the nodes")
+    cpus_per_task: int | None = Field(None, ge=1, description="null: run.workers + 1; for conversions 1")
     modules: tuple[str, ...] = Field((), description="environment modules, loaded in this order")
     setup: tuple[str, ...] = Field((), description="lines of bash, run on the first node before anything else")
     srun: tuple[str, ...] = Field((), description="arguments of srun, such as those of a container")
-    sbatch: dict[str, str | bool] = Field({}, description="any other option of sbatch; one without a value is true")
-    python: str | None = Field(None, description="Python on the nodes; null: the one that submits")
+    sbatch: dict[str, str | bool] = Field({}, description="other options of sbatch; true for an option without a value")
+    python: str | None = Field(None, description="Python on the nodes; null: the one of the submitting command")
     signal: int = Field(
         120, ge=1, validate_default=True, description="seconds before the time limit at which the run saves and ends"
     )
-    max_failures: int = Field(3, ge=1, description="failures in a row, without a new checkpoint, that end the job")
+    max_failures: int = Field(3, ge=1, description="consecutive failures without a new checkpoint that end the job")
 
     @field_validator("*")
     @classmethod
     def _are_plain(cls, value: object, about: ValidationInfo) -> object:
-        return plain.checked(value, lines=about.field_name == "setup")  # lines of bash may be many
+        return plain.checked(value, lines=about.field_name == "setup")  # `setup` is lines of bash
 
     @field_validator("time", mode="before")
     @classmethod
@@ -83,7 +83,7 @@ class SlurmSettings(Settings):
     @field_validator("sbatch", mode="before")
     @classmethod
     def _are_options(cls, value: object) -> object:
-        """Numbers as text; `exclusive:` and `exclusive: true` are the option without a value, false leaves it out."""
+        """Convert numbers to text. `exclusive:` and `exclusive: true` give an option without value, false omits it."""
         if not isinstance(value, dict):
             return value
         found = {}
@@ -104,7 +104,7 @@ class SlurmSettings(Settings):
 
     @property
     def clusters(self) -> str | None:
-        """The clusters the job may be sent to, separated by commas; None: that of this machine."""
+        """The clusters to which the job may be sent, separated by commas; None for the local cluster."""
         for option in ("clusters", "cluster"):
             if isinstance(named := self.sbatch.get(option), str):
                 return named
@@ -112,13 +112,13 @@ class SlurmSettings(Settings):
 
 
 def seconds(time: str) -> int:
-    """Seconds of a time in SLURM's words: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; 0 for anything else."""
+    """Seconds of a SLURM time: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; 0 for other text."""
     match = _TIME.fullmatch(time)
     if match is None:
         return 0
     days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
-    if days is None:  # the last one is seconds, but a single one is minutes
+    if days is None:  # the last number is seconds, but a single number is minutes
         hours, minutes, rest = {1: [0, *numbers, 0], 2: [0, *numbers], 3: numbers}[len(numbers)]
     else:
         hours, minutes, rest = [*numbers, 0, 0][:3]
@@ -126,12 +126,12 @@ def seconds(time: str) -> int:
 
 
 def nodes_of(text: str) -> tuple[int, int]:
-    """Fewest and most nodes: `4` or `2-4`.
+    """Smallest and largest number of nodes, from `4` or `2-4`.
 
     Raises
     ------
     ConfigError
-        For anything else.
+        For other text.
     """
     match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
     fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
@@ -141,14 +141,14 @@ def nodes_of(text: str) -> tuple[int, int]:
 
 
 def ask(*words: object, stdin: str = "", timeout: float = 60) -> str:
-    """What one of SLURM's commands prints, called without the variables of an enclosing job.
+    """Run a SLURM command without the variables of an enclosing job, and return its output.
 
-    The lines `CLUSTER: NAME` that stand above what each cluster says are left out.
+    The lines `CLUSTER: NAME` above the output for each cluster are left out.
 
     Raises
     ------
     ClusterError
-        With its own words, if it fails or does not answer.
+        If the command fails or does not answer; it holds the command's error message.
     """
     name = str(words[0])
     try:
@@ -164,7 +164,7 @@ def ask(*words: object, stdin: str = "", timeout: float = 60) -> str:
     except FileNotFoundError:
         raise ClusterError(name, "", "no such command", "SLURM's commands on PATH") from None
     except subprocess.TimeoutExpired:
-        raise ClusterError(name, "", f"no answer in {timeout:.0f} s", "an answer of the controller") from None
+        raise ClusterError(name, "", f"no answer in {timeout:.0f} s", "an answer from SLURM's controller") from None
     if done.returncode:
         raise ClusterError(name, "", _first_reason(done.stderr) or f"status {done.returncode}", "an answer")
     said = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("CLUSTER: "))
@@ -172,7 +172,7 @@ def ask(*words: object, stdin: str = "", timeout: float = 60) -> str:
 
 
 def at(cluster: str | None) -> list[str]:
-    """The option of SLURM's commands that names a cluster."""
+    """The option with which SLURM commands select a cluster."""
     return [] if cluster is None else [f"--clusters={cluster}"]
 
 
@@ -182,7 +182,7 @@ def _first_reason(text: str) -> str:
 
 
 def require_slurm() -> None:
-    """ClusterError where SLURM's commands are not on PATH."""
+    """Raise ClusterError if SLURM's commands are not on PATH."""
     for name in COMMANDS:
         if shutil.which(name) is None:
             raise ClusterError(
@@ -190,28 +190,28 @@ def require_slurm() -> None:
                 "",
                 "no such command on this machine",
                 "SLURM's commands on PATH",
-                "Call it on a login node of the cluster; tools/pretrain.py runs on one machine",
+                "Use a login node of the cluster, or `slim-brain pretrain` to train on this machine",
             )
 
 
 def check_cluster(settings: SlurmSettings, nodes: int, gpus: int, folder: Path, field: str = "run.out") -> None:
-    """What can be told about a job before it is submitted.
+    """Check a job against the cluster before it is submitted.
 
     Parameters
     ----------
     settings : SlurmSettings
     nodes, gpus : int
-        Nodes, and GPUs of each.
+        Number of nodes, and of GPUs per node.
     folder : Path
-        What it works in.
+        Folder that the job works in.
     field : str
-        How the user named the folder.
+        Setting or option that names the folder.
 
     Raises
     ------
     ConfigError
-        If there is no such partition, it has fewer nodes, a shorter time limit or fewer GPUs in a node than asked
-        for, or other machines cannot see the folder.
+        If the partition does not exist, has fewer nodes, fewer GPUs per node or a shorter time limit than requested,
+        or if other machines cannot see the folder.
     """
     there = at(settings.clusters)
     known = dict(_partition(line) for line in ask("sinfo", *there, "-h", "-a", "-o", "%P").splitlines())
@@ -221,7 +221,8 @@ def check_cluster(settings: SlurmSettings, nodes: int, gpus: int, folder: Path, 
         or next((name for name, default in known.items() if default), None)
     )
     if name is None:
-        raise ConfigError("command line", "--partition", "nothing", f"one of {', '.join(known)}: there is no default")
+        expected = f"one of {', '.join(known)}, because the cluster has no default partition"
+        raise ConfigError("command line", "--partition", "nothing", expected)
     for one in name.split(","):
         if one not in known:
             near = difflib.get_close_matches(one, known, n=1)
@@ -235,13 +236,17 @@ def check_cluster(settings: SlurmSettings, nodes: int, gpus: int, folder: Path, 
     most = max(gpus_of(gres) for _, gres, *_ in lines)
     if gpus > most:
         raise ConfigError("command line", "--gpus-per-node", gpus, f"at most {most}, as a node of {name} has")
-    limit = max(seconds(longest) or math.inf for *_, longest in lines)  # `infinite` is no time
+    limit = max(seconds(longest) or math.inf for *_, longest in lines)  # may be `infinite`
     if settings.time is not None and seconds(settings.time) > limit:
         raise ConfigError("command line", "--time", settings.time, f"at most {limit / 60:.0f} minutes, as {name} has")
     elsewhere = [node for node, _, address, _ in lines if not _is_here(node, address)]
     if elsewhere and is_local(folder):
         raise ConfigError(
-            folder, field, "a folder of this machine alone", f"one that {elsewhere[0]} sees, too", "Use a shared one"
+            folder,
+            field,
+            "a folder that only this machine has",
+            f"a folder that {elsewhere[0]} has, too",
+            "Use a folder on a shared file system",
         )
 
 
@@ -250,11 +255,11 @@ def _partition(text: str) -> tuple[str, bool]:
 
 
 def gpus_of(gres: str) -> int:
-    """GPUs of a node, from its generic resources, `NAME[:TYPE][:NUMBER]`: `gpu:a100:4(S:0-1),shard:8` has 4."""
+    """Number of GPUs of a node, from generic resources `NAME[:TYPE][:NUMBER]`: `gpu:a100:4(S:0-1),shard:8` gives 4."""
     count = 0
     for resource in re.sub(r"\([^()]*\)", "", gres).split(","):
         name, *rest = resource.split(":")
-        if name == "gpu":  # a type may be a number, too: gpu:3090:4
+        if name == "gpu":  # the type may be a number: gpu:3090:4
             count += int(rest[-1]) if rest and rest[-1].isdecimal() else 1
     return count
 
@@ -264,22 +269,22 @@ def _is_here(node: str, address: str) -> bool:
 
 
 def is_local(folder: Path) -> bool:
-    """Whether a folder certainly lies on this machine alone: in memory, or among temporary files."""
+    """Whether a folder is certainly local to this machine: in memory, or a temporary folder."""
     folder = folder.resolve()
     places = {Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path(tempfile.gettempdir()).resolve()}
     return not places.isdisjoint(folder.parents)
 
 
 def check_array(tasks: int, cluster: str | None = None) -> None:
-    """ConfigError if a cluster takes no array of so many tasks."""
-    there = at(None if cluster is None or "," in cluster else cluster)  # scontrol asks one of them
+    """Raise ConfigError if a cluster does not accept an array of this size."""
+    there = at(None if cluster is None or "," in cluster else cluster)  # scontrol accepts one cluster only
     match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", *there, "show", "config"))
     if match is not None and tasks > (most := int(match[1])):
         raise ConfigError("command line", "--tasks", tasks, f"at most {most}, as this cluster's MaxArraySize allows")
 
 
 def states(jobs: Iterable[str], cluster: str | None = None) -> dict[str, Counter[str]]:
-    """How many tasks of each job are in which state, as far as SLURM remembers; a job that is no array has one."""
+    """For each job, the number of tasks in each state, as far as SLURM remembers; one task if it is not an array."""
     found: dict[str, Counter[str]] = {job: Counter() for job in jobs}
     try:
         text = ask("squeue", *at(cluster), "-h", "-r", "-t", "all", "-j", ",".join(found), "-o", "%F %T")
@@ -293,7 +298,7 @@ def states(jobs: Iterable[str], cluster: str | None = None) -> dict[str, Counter
 
 
 def job_facts(job: str, cluster: str | None = None) -> dict[str, str] | None:
-    """What `scontrol` says of a job (JobState, Reason, Restarts, ExitCode, ...); None once it is forgotten."""
+    """Facts about a job from `scontrol` (JobState, Reason, Restarts, ExitCode, ...); None if SLURM forgot the job."""
     try:
         text = ask("scontrol", *at(cluster), "show", "job", "-o", job)
     except ClusterError as error:
@@ -304,11 +309,11 @@ def job_facts(job: str, cluster: str | None = None) -> dict[str, str] | None:
 
 
 def is_over(facts: dict[str, str] | None) -> bool:
-    """Whether a job has ended, as far as SLURM says."""
+    """Whether a job has ended, according to SLURM."""
     return facts is None or facts["JobState"] in OVER
 
 
 def last_error(lines: Sequence[str]) -> str:
-    """The last line that begins with `error: ` (after the label of srun or of SLURM's daemon), without it."""
+    """The text of the last line that starts with `error: `, after an optional label of srun or of SLURM's daemon."""
     found = [match[1] for line in lines if (match := re.match(r"(?:\s*\d+: |slurmstepd: )?error: (.*)", line))]
     return found[-1] if found else ""

@@ -1,4 +1,4 @@
-"""A script for `sbatch`, written and submitted with submitit."""
+"""Scripts for `sbatch`, written and submitted with submitit."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from typing import Any
 
 from submitit import SlurmExecutor
 
-import launchers
 from launchers import environment
 from launchers.cluster.plain import refuse_folder
 from launchers.cluster.scheduler import ClusterError, SlurmSettings, ask
+from launchers.environment import ROOT
 from launchers.job import Told
 from shards.core.cli import WRONG
 from shards.core.errors import ConfigError
 
-ROOT = Path(launchers.__file__).parent.parent  # of this software
-_DIRECTIVES = ("#SBATCH", "#PBS", "#BSUB")  # sbatch reads the first comments of a script, also those of other systems
+_DIRECTIVES = ("#SBATCH", "#PBS", "#BSUB")  # sbatch reads such comments at the top of a script as options
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
 class _Writer(SlurmExecutor):
     @classmethod
     def affinity(cls) -> int:
-        return 2  # a script can be written on any machine
+        return 2  # so that a script can be written on machines without SLURM
 
 
 class Script:
@@ -42,24 +41,24 @@ class Script:
     ----------
     settings : SlurmSettings
     folder : Path
-        Absolute; logs and the script itself are kept there.
+        Absolute path of the folder for the script and its logs.
     name : str
-        Of the job.
+        Name of the job.
     command : str
-        Lines of bash, which find FOLDER, PYTHON and PYTHONPATH in their environment.
+        Lines of bash; FOLDER, PYTHON and PYTHONPATH are set in their environment.
     about : Path
-        FOLDER: that of the run, or of the dataset.
+        Value of FOLDER: the run or the dataset.
     log : str
-        Name of the log, with SLURM's own fields: `%j` is the job.
+        Name of the log, with SLURM's fields such as `%j` for the job number.
     share : dict
-        What of a node it asks for, as submitit's parameters.
+        Requested resources of a node, as parameters of submitit.
     sbatch : dict
         Other options of `sbatch`.
 
     Attributes
     ----------
     cluster : str or None
-        The one that took the job that was submitted last; None: that of this machine.
+        The cluster that accepted the last submitted job; None for the local cluster.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUTF8=1
 """
         self._sbatch = {
             "chdir": str(Path.cwd()),
-            "output": f"{str(folder).replace('%', '%%')}/{log}",  # SLURM replaces %j and the like
+            "output": f"{str(folder).replace('%', '%%')}/{log}",  # SLURM replaces fields such as %j
             "requeue": True,
             **({} if settings.mem is None else {"mem": settings.mem}),
             **({} if settings.clusters is None else {"clusters": settings.clusters}),
@@ -110,30 +109,33 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUTF8=1
         )
 
     def text(self, **sbatch: Any) -> str:
-        """The script, with more options of `sbatch` if need be."""
+        """The text of the script, with further options of `sbatch`."""
         self._executor.update_parameters(additional_parameters={**self._sbatch, **sbatch})
         return self._executor._make_submission_file_text(self._command, "")
 
     def test(self) -> str:
-        """What the cluster says to the script, without a submission: when and where it would start.
+        """Test the script with `sbatch --test-only`; returns when and where the job would start.
 
         Raises
         ------
         ClusterError
-            If it refuses.
+            If the cluster refuses the script.
         """
         return ask("sbatch", "--test-only", stdin=self.text())
 
     def submit(self, **sbatch: Any) -> str:
-        """Submit it, with more options of `sbatch` if need be; the job's number. It is kept as JOB_submission.sh.
+        """Submit the script, with further options of `sbatch`; returns the job number.
+
+        The script is kept as JOB_submission.sh.
 
         Raises
         ------
         ClusterError
-            If the cluster refuses.
+            If the cluster refuses the script.
         """
         if left := environment.ignored():
-            print(f"note: {', '.join(left)} of the environment do not count: give options to --slurm", file=sys.stderr)
+            what = f"{', '.join(left)} of the environment are ignored: set these options in the file of --slurm"
+            print(f"note: {what}", file=sys.stderr)
         text = self.text(**sbatch)
         path = self.folder / f".submission-{os.getpid()}.sh"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -151,18 +153,18 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUTF8=1
 
 
 def lines(template: str, settings: SlurmSettings, exported: Mapping[str, object], **values: object) -> str:
-    """A template of bash behind lines that set the variables it reads.
+    """A bash template, preceded by lines that set its variables.
 
     Parameters
     ----------
     template : str
-        File name in `templates/`. It is valid bash as it stands: values come to it as variables.
+        Name of a file in `templates/`. It is valid bash; all values are passed as variables.
     settings : SlurmSettings
-        Its options of `srun` are the array SRUN.
+        Its options of `srun` become the array SRUN.
     exported : mapping of str to object
-        Variables that processes of the job see, too.
+        Variables that are exported to the processes of the job.
     values : object
-        Variables of the script alone. All have CHECK, the text of `check.sh`.
+        Variables of the script only. CHECK, the text of `check.sh`, is always set.
     """
     told = [
         *(f"export {name}={shlex.quote(str(value))}" for name, value in {"WRONG": WRONG, **exported}.items()),
@@ -173,7 +175,7 @@ def lines(template: str, settings: SlurmSettings, exported: Mapping[str, object]
 
 
 def _check() -> str:
-    """Lines of `sh` that look, on a node, whether it can do the work."""
+    """Lines of `sh` that check whether a node can run the job."""
     return (_TEMPLATES / "check.sh").read_text(encoding="utf-8")
 
 
@@ -182,45 +184,44 @@ def _setup(settings: SlurmSettings) -> list[str]:
 
 
 def refuse_setup(settings: SlurmSettings) -> None:
-    """ConfigError if the lines of `setup` are options of sbatch, or leave open what would swallow the rest of a script.
+    """Raise ConfigError if lines of `setup` are options of sbatch or incomplete bash.
 
-    An open quote, `if` or here-document takes the lines behind it in: the job would do nothing.
+    An open quote, `if` or here-document would include the rest of the script, and the job would do nothing.
     """
     text = "\n".join(settings.setup)
     if any(line.startswith(_DIRECTIVES) for line in text.split("\n")):
-        hint = "Give options of sbatch as sbatch: {NAME: VALUE}"
+        hint = "Give options of sbatch in the setting sbatch: {NAME: VALUE}"
         raise ConfigError("slurm settings", "setup", "a line that is an option of sbatch", "lines of bash", hint)
     said = "a line that ends with a backslash" if text.endswith("\\") else ""
     if text and not said and shutil.which("bash") is not None:
         read = subprocess.run(
             ["bash", "-n"], input=text, capture_output=True, encoding="utf-8", errors="surrogateescape"
         )
-        said = next(iter(read.stderr.splitlines()), "" if read.returncode == 0 else "what bash cannot read")
+        said = next(iter(read.stderr.splitlines()), "" if read.returncode == 0 else "text that bash cannot read")
     if said:
-        raise ConfigError("slurm settings", "setup", said, "whole lines of bash", "Correct or close them")
+        raise ConfigError("slurm settings", "setup", said, "complete lines of bash", "Correct the lines of setup")
 
 
 def probe(settings: SlurmSettings, nodes: int, folder: Path) -> None:
-    """Have nodes look, before anything is submitted, whether they see a folder, and Python with this software.
+    """Check on free nodes, before the submission, that they can access a folder, and Python with this software.
 
-    Only nodes that are free at this moment are asked; where too few are, or a cluster runs nothing but batch jobs, the
-    job itself finds out.
+    If too few nodes are free, or the cluster accepts only batch jobs, nothing is checked now; the job checks again.
 
     Parameters
     ----------
     settings : SlurmSettings
     nodes : int
-        How many are asked at once.
+        Number of nodes to check.
     folder : Path
-        It need not be there yet: they look for another one beside it.
+        The folder need not exist yet: the nodes look for a new folder next to it.
 
     Raises
     ------
     Told
-        With the words of a node that does not.
+        With the error message of a node.
     """
     parent = next(path for path in (folder, *folder.parents) if path.is_dir())
-    if settings.clusters is not None:  # srun asks the cluster of this machine, the job may go to another one
+    if settings.clusters is not None:  # srun uses the local cluster, but the job may go to another one
         return
     asked = {name: getattr(settings, name) or environment.default_of(name) for name in ("partition", "account", "qos")}
     asked["constraint"] = settings.constraint

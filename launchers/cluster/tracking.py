@@ -1,4 +1,4 @@
-"""The job of a run, once it was submitted: followed, looked at, cancelled."""
+"""The submitted job of a run: follow its log, show its status, cancel it."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any
 
 from launchers.cluster import attempt, noted
 from launchers.cluster.scheduler import ask, at, is_over, job_facts, last_error
-from shards.core.cli import DONE, RESUME, WRONG
+from shards.core.cli import DONE, RESUME, WRONG, call_of
 from shards.core.errors import ConfigError
 from shards.core.files import printable, printable_lines
 from slim.checkpoints.run_folder import METRICS, SLURM
 
-JOB = "job.json"  # in RUN/slurm: the job that was submitted last
-_POLL = 1.0  # seconds between questions to the controller
-_SURE = 3  # times in a row that a job must look ended: a lost node is requeued a moment later
+JOB = "job.json"  # in RUN/slurm: the record of the last submitted job
+_POLL = 1.0  # seconds between queries to the controller
+_SURE = 3  # consecutive queries in which a job must have ended: after the loss of a node it is requeued a moment later
 
 
 def refuse_another(out: Path) -> None:
-    """A run is trained by one job at a time."""
+    """Raise ConfigError if an earlier job of the run has not ended."""
     about = about_job(out)
     if about is not None and not is_over(job_facts(about["job"], about.get("cluster"))):
         raise ConfigError(
             out,
             "run.out",
-            f"a run whose job {about['job']} has not ended",
-            "a run that no job works on",
-            f"Wait for it, or call: python launchers/slurm.py cancel {out}",
+            f"a run with an unfinished job: {about['job']}",
+            "a run without an unfinished job",
+            f"Wait for it, or cancel it with: {call_of('slurm cancel', out)}",
         )
 
 
 def follow(number: str, log: Path, cluster: str | None = None) -> int:
-    """Print a job's log as it grows, until the job has ended; its exit status (0, 2 or 3)."""
-    print(f"job {number}: its log follows; Ctrl-C leaves it running", flush=True)
+    """Print the log of a job as it grows, until the job has ended; returns its exit status (0, 2 or 3)."""
+    print(f"job {number}: log follows; Ctrl-C stops following, the job keeps running", flush=True)
     at, said, ended = 0, "", 0
     facts: dict[str, str] | None = None
     try:
@@ -51,14 +51,17 @@ def follow(number: str, log: Path, cluster: str | None = None) -> int:
                 print(f"job {number}: {printable(said.lower() if not ended else said)}", file=sys.stderr, flush=True)
             time.sleep(_POLL)
     except KeyboardInterrupt:
-        print(f"job {number} goes on", file=sys.stderr)
+        print(f"job {number} keeps running", file=sys.stderr)
         return DONE
     _print_from(log, at, to_the_end=True)
     return _status(number, log, facts)
 
 
 def _print_from(log: Path, at: int, to_the_end: bool = False) -> int:
-    """Print the whole lines that a file has grown by, at the end also one without a line break; where it goes on."""
+    """Print the new complete lines of a file from position `at`; returns the position after them.
+
+    With `to_the_end`, a last line without a line break is printed, too.
+    """
     if not log.exists():
         return at
     with open(log, "rb") as file:
@@ -72,7 +75,7 @@ def _print_from(log: Path, at: int, to_the_end: bool = False) -> int:
 
 
 def _status(number: str, log: Path, facts: dict[str, str] | None) -> int:
-    """Exit status of a job that has ended: its own account, else SLURM's."""
+    """Exit status of a job that has ended, from its records or else from SLURM."""
     own = [line for line in attempt.attempts(log.parent.parent, number) if line["event"] == "ended"]
     if facts is not None and facts["JobState"] == "COMPLETED":
         return DONE
@@ -82,7 +85,7 @@ def _status(number: str, log: Path, facts: dict[str, str] | None) -> int:
 
 
 def about_job(out: Path) -> dict[str, Any] | None:
-    """What is noted of the job that was submitted last, checked; None where none was."""
+    """The checked record of the last submitted job; None if no job was submitted."""
     try:
         return noted.read(out / SLURM / JOB, noted.RunJob)
     except FileNotFoundError:
@@ -90,7 +93,7 @@ def about_job(out: Path) -> dict[str, Any] | None:
 
 
 def progress(out: Path) -> dict[str, Any]:
-    """How far a run is."""
+    """Progress of a run."""
     about = about_job(out)
     line = _last_line(out / METRICS)
     found = {"step": line.get("step", 0), "steps": None if about is None else about["steps"], "loss": line.get("loss")}
@@ -98,7 +101,7 @@ def progress(out: Path) -> dict[str, Any]:
 
 
 def _last_line(path: Path) -> dict[str, Any]:
-    """The last line of a file of JSON that can be read: a kill may cut one in two."""
+    """The last readable line of a JSON lines file. A killed process may leave an incomplete line."""
     if path.is_file():
         for text in reversed(path.read_bytes().splitlines()):
             with suppress(ValueError, RecursionError):
@@ -108,7 +111,7 @@ def _last_line(path: Path) -> dict[str, Any]:
 
 
 def status(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """What the job of a run is doing and how far it is; what to do next."""
+    """State and progress of the job of a run, and what to do next."""
     number, log, cluster = about["job"], Path(about["log"]), about.get("cluster")
     facts = job_facts(number, cluster)
     own = attempt.attempts(out, number)
@@ -137,8 +140,8 @@ def status(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
             following = about["then"]
         else:
             wrong = last_error(log.read_text(encoding="utf-8", errors="replace").splitlines()) if log.exists() else ""
-            found["error"] = wrong or found["last_end"] or "the job ended without a word"
-            following = f"look at {log}; `{' '.join(['python', *about['command']])}` goes on"
+            found["error"] = wrong or found["last_end"] or "the job ended without an error message"
+            following = f"see {log}; `{noted.call(about['command'])}` continues the run"
     return {name: value for name, value in found.items() if value is not None}, following
 
 

@@ -1,7 +1,7 @@
-"""The script of a run: one attempt of its job.
+"""The script of a run's job. SLURM runs it once for each attempt.
 
-SLURM starts it again each time the job is requeued. The processes of the run save and end when they get a signal; the
-shell stays, asks what has become of them, and requeues the job as its last act.
+The processes of the run save and end when they get a signal. The shell then determines how they ended, and requeues the
+job if needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Batch(Script):
     tasks : int
         Processes per node.
     gpus : int
-        GPUs per node, one per process; 0 for a cluster without.
+        GPUs per node, one per process; 0 for a cluster without GPUs.
     cpus : int
         CPUs per process.
     """
@@ -45,7 +45,7 @@ class Batch(Script):
             AGAIN=AGAIN,
             RESUME=RESUME,
         )
-        # With a number of tasks SLURM would take the fewest nodes of a range, not as many as are free.
+        # With a number of tasks, SLURM would use the smallest number of nodes in a range, not as many as are free.
         share = {"cpus_per_task": cpus * tasks} if "-" in nodes else {"cpus_per_task": cpus, "ntasks_per_node": tasks}
         share |= {"gpus_per_node": gpus} if gpus else {}
         super().__init__(settings, run / SLURM, run.name, command, run, "%j.log", share, {"nodes": nodes})

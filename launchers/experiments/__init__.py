@@ -1,1 +1,1 @@
-"""Does pretraining learn? The trials that `tools/experiments.py` makes, and the tables of what they found."""
+"""Does pretraining learn? The trials that `slim-brain experiments` makes, and the tables of what they found."""

@@ -2,7 +2,7 @@
 
 OUT/cohorts/   pretrained-snrS, probed-snrS: synthetic people, two sessions each
 OUT/shards/    the same, converted; a dataset for each ranker
-OUT/runs/      VARIANT-snrS-seedK: run folders of tools/pretrain.py
+OUT/runs/      VARIANT-snrS-seedK: run folders of pretrain
 OUT/draws/     scores on the probed people, with their bootstrap draws
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from launchers import environment
 from shards.core.cli import progress
 from shards.core.errors import Stopped
 from slim.checkpoints.run_folder import METRICS
@@ -128,20 +128,20 @@ class Experiments:
         folder = self.cohort(who, snr)
         if not (folder / "cohort.yaml").exists():  # written last
             size = ("--subjects", people, "--frames", FRAMES, "--seed", seed, "--snr", snr)
-            call("tools/make_cohort.py", "--out", folder, *size)
+            call("make-cohort", "--out", folder, *size)
 
     def convert(self, who: str, snr: float, ranker: str, *words: Any) -> None:
         shards = self.dataset(who, snr, ranker)
         if not (shards / "manifest.json").exists():  # written last
             cohort = self.cohort(who, snr) / "cohort.yaml"
             chosen = ("--ranker", ranker, "--workers", self.jobs, *words, *GRID)
-            call("tools/make_shards.py", cohort, "--out", shards, *chosen)
+            call("make-shards", cohort, "--out", shards, *chosen)
 
     def pretrain(self, trial: Trial) -> None:
         """One run, from where it was stopped; its checkpoint is all that is kept beside its log."""
         data = self.dataset("pretrained", trial.snr, trial.variant.ranker)
         words = [f"data={data}", f"run.out={self.out / 'runs' / trial.name}", f"run.seed={trial.seed}"]
-        call("tools/pretrain.py", CONFIG, *words, *trial.variant.changes, *self.changes)
+        call("pretrain", CONFIG, *words, *trial.variant.changes, *self.changes)
 
     def draws_path(self, trial: Trial) -> Path:
         return self.out / "draws" / f"{trial.name}.npz"
@@ -212,9 +212,8 @@ class Experiments:
 def call(*words: Any) -> None:
     """A command of this project, to its end; what it said is told if it failed."""
     done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        [*environment.SLIM_BRAIN, *map(str, words)],
+        env={**environment.with_packages(os.environ), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

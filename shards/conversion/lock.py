@@ -12,7 +12,7 @@ from shards.core import flock
 from shards.core.errors import DatasetError
 from shards.format import layout
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class FolderLock:
@@ -59,7 +59,9 @@ class FolderLock:
                     raise DatasetError(self._folder, "--out", got, "one conversion at a time", hint)
                 time.sleep(0.2)
         except OSError as error:
-            _log.warning(f"{self._folder} cannot be locked ({error.strerror}): do not start a second conversion there")
+            logger.warning(
+                "%s cannot be locked (%s): do not start a second conversion there", self._folder, error.strerror
+            )
             return
         flock.sign(self._descriptor, who or f"process {os.getpid()} on {socket.gethostname()}")
 

@@ -10,7 +10,9 @@ import argparse
 import errno
 import io
 import json
+import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -33,13 +35,47 @@ _AWAY = (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.E
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # long work saves and ends
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with an example at the end of `--help`, errors of one line, and the `--json` every command has."""
+def call_of(command: str, *words: object) -> str:
+    """A call of a command, written as the user called the one that runs.
 
-    def __init__(self, description: str, example: str):
+    Parameters
+    ----------
+    command : str
+        Such as "make-shards" or "slurm pretrain".
+    words : objects
+        Its arguments.
+
+    Returns
+    -------
+    str
+        `python tools/make_shards.py ...` where this process is such a file, else `slim-brain make-shards ...`.
+    """
+    name, *rest = command.split()
+    called = Path(sys.argv[0]).absolute()
+    program = ["slim-brain", name]
+    if called.suffix == ".py" and called.parent.name in ("tools", "launchers"):
+        program = ["python", "launchers/slurm.py" if name == "slurm" else f"tools/{name.replace('-', '_')}.py"]
+    return shlex.join([*program, *rest, *map(str, words)])
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with an example at the end of `--help`, errors of one line, and the `--json` every command has.
+
+    Parameters
+    ----------
+    command : str
+        Such as "make-shards" or "slurm pretrain".
+    description : str
+    example : str
+        Arguments of a call, as they are typed.
+    """
+
+    def __init__(self, command: str, description: str, example: str):
+        call = call_of(command)
         super().__init__(
+            prog=call,
             description=description,
-            epilog=f"example:\n  {example}",
+            epilog=f"example:\n  {call} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -59,6 +95,7 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], int]) -> None:
     """Run a command and exit with its status; see `status_of`."""
     _in_utf8()
+    show_log()
     with lasting_output():
         status = status_of(main)
     sys.exit(status)
@@ -73,6 +110,24 @@ def _in_utf8() -> None:
         return
     os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+class _Stderr(logging.Handler):
+    """Prints log records on the present `sys.stderr`, which progress bars and `lasting_output` replace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(f"{level}{hidden(printable(record.getMessage()))}", file=sys.stderr, flush=True)
+
+
+def show_log() -> None:
+    """Print what `shards` and `slim` log, from level INFO on, as lines of this command: `warning: ...`."""
+    for name in ("shards", "slim"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+            logger.addHandler(_Stderr())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # libraries may add handlers to the root logger
 
 
 class _Lasting:

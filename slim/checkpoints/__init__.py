@@ -1,1 +1,1 @@
-"""What lies in a run folder, without an engine: checkpoints, their mirror, weights, who was seen, the lock."""
+"""The files of a run folder: checkpoints and their mirror, weights, provenance, subjects seen, the lock."""

@@ -1,18 +1,18 @@
-"""Checkpoints that are complete or absent, whatever is killed and whenever.
+"""Checkpoints, written so that a killed process never leaves one that looks complete but is not.
 
     RUN/checkpoints/step-00000100/   ZeRO shards of every process (DeepSpeed's own files)
                                      weights.safetensors   online encoder, target encoder, running means: fp32, whole
                                      config.yaml, dataset.json, seen.json, provenance.json   as in RUN
-                                     COMPLETE              written last: step, world size, versions, what the run began
-                                                           with, bytes and SHA-256 of all files, and its own
-    RUN/checkpoints/latest           name of the newest complete one
+                                     COMPLETE              written last: step, world size, versions, origin of the run,
+                                                           size and SHA-256 of every file, and a hash of itself
+    RUN/checkpoints/latest           name of the newest complete checkpoint
 
-DeepSpeed's own `latest` is written without a barrier and can name an incomplete folder, so it is not used. Here every
-process writes, flushes and hashes its files, all meet, rank 0 writes COMPLETE, then `latest`. A folder without COMPLETE
-does not exist for a load; one whose COMPLETE or files are not what was written is refused by name. When a folder is
-removed, COMPLETE goes first.
+DeepSpeed's `latest` file is not used: it is written without a barrier and can name an incomplete folder. Here every
+process writes, flushes and hashes its files; after a barrier, rank 0 writes COMPLETE and then `latest`. Loading ignores
+a folder without COMPLETE, and refuses a folder whose files differ from what was written. When a checkpoint is removed,
+COMPLETE is removed first.
 
-There is no state of random generators: all that is random is drawn from names (seed, epoch, sample, step).
+The state of random generators is not saved: all random numbers are derived from seed, epoch, sample key and step.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from shards.core.settings import shown
 from slim.checkpoints import exchange
 from slim.checkpoints.run_folder import ABOUT_RUN, ALSO_ABOUT_RUN, COMPLETE, LATEST, WEIGHTS
 
-BEST = "best."  # of a fine-tuning, before the tensors of its best epoch
-# What a run keeps beside the ZeRO shards: optimizer steps, samples of the stream, what was left out.
+BEST = "best."  # prefix of the tensors of the best epoch of a fine-tuning
+# Saved with the ZeRO shards: optimizer steps done, samples consumed, what was skipped.
 STATE = ("step", "consumed", "skipped")
 _SEAL = "seal"
 _NAME = re.compile(r"step-[0-9]{8}")
-_READERS = 4  # files hashed at a time
-_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}")  # of a file in a checkpoint
+_READERS = 4  # files hashed in parallel
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}")  # allowed names of files in a checkpoint
 _MOST = {"step": 2**53, "world_size": 10**6, "global_batch": 10**7}
-_MOST_BYTES = 1 << 26  # of COMPLETE
+_MOST_BYTES = 1 << 26  # largest accepted size of COMPLETE
 _FOREIGN = "Copy the checkpoint again from where it was written"
 
 
@@ -61,21 +61,21 @@ class CheckpointError(UserError, ValueError):
 
 
 def tag(step: int) -> str:
-    """Folder name of the checkpoint after `step` optimizer steps."""
+    """Name of the folder of the checkpoint after `step` optimizer steps."""
     return f"step-{step:08d}"
 
 
 def folders(checkpoints: Path) -> list[Path]:
-    """All of them, finished or not, newest first. Other names, such as those of copies, are no checkpoints.
+    """All folders of checkpoints, complete or not, newest first. Folders with other names are ignored.
 
-    Where somebody has given a copy the name of another step, the step that was saved counts.
+    They are sorted by the step that was saved, which differs from the name if a user copied a checkpoint.
     """
     found = [path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda folder: (step_of(folder), not _is_copy(folder), folder.name), reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """The step that COMPLETE says, or the name where there is none."""
+    """The step recorded in COMPLETE, or else in the name of the folder."""
     try:
         return int(facts(folder)["step"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -87,18 +87,18 @@ def _named_step(folder: Path) -> int:
 
 
 def _is_copy(folder: Path) -> bool:
-    """Whether a folder holds the checkpoint of another step than its name says: somebody has copied it."""
+    """Whether a folder holds the checkpoint of another step than its name says, because a user copied it."""
     return folder.is_dir() and step_of(folder) != _named_step(folder)
 
 
 def fault(folder: Path, files: Collection[str] | None = None) -> CheckpointError | None:
-    """What is wrong with a checkpoint; None if it is as it was written.
+    """What is wrong with a checkpoint; None if it is intact.
 
     Parameters
     ----------
     folder : Path
     files : collection of str, optional
-        Files whose bytes are compared with what was written, too; by default all of them. Of all others the size is.
+        Files to compare by SHA-256; by default all. The other files are compared by size.
     """
     path = folder / COMPLETE
     try:
@@ -108,19 +108,20 @@ def fault(folder: Path, files: Collection[str] | None = None) -> CheckpointError
         sealed = about.pop(_SEAL) == _seal(about)
         sizes, hashes = about["files"], about["sha256"]
         if sealed and (wrong := _wrong_facts(about)):
-            return CheckpointError(path, wrong, "a value that no run writes", "facts of a checkpoint", _FOREIGN)
+            return CheckpointError(path, wrong, "an invalid value", "a value written by a run", _FOREIGN)
     except FileNotFoundError:
-        return CheckpointError(path, "", "no such file", "the file that is written last: the checkpoint is incomplete")
+        return CheckpointError(path, "", "no such file", "the file written last: the checkpoint is incomplete")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sealed = False
     if not sealed:
-        return CheckpointError(path, "", "other bytes than were written (or an earlier version's)", "an intact file")
+        got = "content that does not match its hash (damaged, or written by an earlier version)"
+        return CheckpointError(path, "", got, "an intact file", _FOREIGN)
     for name, size in sorted(sizes.items()):
         try:
             about_file = (folder / name).stat()
             found = about_file.st_size
             if not stat.S_ISREG(about_file.st_mode):
-                return CheckpointError(folder / name, "", "no regular file", f"a file of {size} bytes", _FOREIGN)
+                return CheckpointError(folder / name, "", "not a regular file", f"a file of {size} bytes", _FOREIGN)
         except OSError as error:
             return CheckpointError(folder / name, "", error.strerror, f"a file of {size} bytes")
         if found != size:
@@ -136,11 +137,11 @@ def fault(folder: Path, files: Collection[str] | None = None) -> CheckpointError
 
 
 def _wrong_facts(about: dict[str, Any]) -> str | None:
-    """The first field of COMPLETE that no run writes. Its seal needs no key, so anybody may have made it."""
+    """The first invalid field of COMPLETE. Its hash uses no key, so the file may come from anybody."""
     sizes, hashes = about["files"], about["sha256"]
     if not (isinstance(sizes, dict) and isinstance(hashes, dict) and sizes.keys() == hashes.keys()):
         return "files"
-    for name, size in sizes.items():  # a name with a folder in it would lead a copy to another place
+    for name, size in sizes.items():  # a name with a folder in it would be copied to another place
         if not _FILE.fullmatch(name) or type(size) is not int or size < 0 or not isinstance(hashes[name], str):
             return f"files: {shown(name)}"
     for field in ("step", "world_size", "global_batch"):
@@ -154,17 +155,17 @@ def _wrong_facts(about: dict[str, Any]) -> str | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether COMPLETE is there and every file it names is there with its size."""
+    """Whether COMPLETE exists, and every file that it lists exists with its size."""
     return fault(folder, ()) is None
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, or None; the bytes of its files are not looked at."""
+    """The newest complete checkpoint, or None. Its files are checked by size only."""
     return newest_intact(checkpoints, ())[0]
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What COMPLETE says."""
+    """The content of COMPLETE."""
     return json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
 
 
@@ -176,21 +177,21 @@ def save(
     weights: dict[str, Tensor],
     origin: dict[str, Any],
 ) -> Path:
-    """Write a checkpoint; every process calls it.
+    """Write a checkpoint. All processes must call it.
 
     Parameters
     ----------
     engine : DeepSpeed engine
     checkpoints : Path
-        Inside the run's folder.
+        Folder of the run's checkpoints.
     step : int
         Optimizer steps done.
     state : dict
-        What `STATE` names: kept beside the ZeRO shards and returned by `load`.
+        The fields in `STATE`; saved with the ZeRO shards and returned by `load`.
     weights : dict of str to Tensor
         Whole tensors for `weights.safetensors`; used on rank 0.
     origin : dict
-        JSON-able facts for COMPLETE: what the run began with.
+        JSON-serialisable facts for COMPLETE: what the checkpoint depends on, and the plan of steps.
 
     Raises
     ------
@@ -215,7 +216,7 @@ def save(
             for name in ALSO_ABOUT_RUN:
                 if (checkpoints.parent / name).is_file():  # version 0.1 wrote no provenance
                     shutil.copyfile(checkpoints.parent / name, folder / name)
-        # Each process flushes what it wrote: on a network file system nobody else's fsync would.
+        # Each process flushes its own files: on a network file system, fsync of another process does not.
         names = list(_written_by(rank, folder))
         mine = dict(zip(names, _measured(folder, names, flush=True), strict=True))
     everywhere = exchange.gather(mine)
@@ -230,9 +231,9 @@ def save(
 
 @contextmanager
 def _room_for(folder: Path, size: int = 0) -> Iterator[None]:
-    """Stop with a word, and without what was written, where a file system has no room for so many bytes.
+    """Raise Stopped and remove the folder if the file system has no room for `size` bytes, or becomes full.
 
-    Any other exception passes, and leaves the folder as it is.
+    Any other exception passes, and the folder stays as it is.
     """
     try:
         yield
@@ -242,24 +243,24 @@ def _room_for(folder: Path, size: int = 0) -> Iterator[None]:
         remove(folder)
         raise Stopped(
             f"no space left for {folder}",
-            "make room, or set run.keep lower: the same command continues from the last complete checkpoint",
+            "make room, or set run.keep lower. The same command continues from the last complete checkpoint",
         ) from error
 
 
 def _keeps_no_errno(error: Exception) -> bool:
-    """Whether an error is of torch's or safetensors' writers, which tell of a full file system in words alone."""
+    """Whether torch or safetensors raised an error while writing; they report a full file system only in the text."""
     return type(error) is RuntimeError or isinstance(error, SafetensorError)
 
 
 def _written_by(rank: int, folder: Path) -> Iterator[str]:
-    """Files of a checkpoint that this process wrote: its ZeRO shards, and on rank 0 all that are nobody's shards."""
+    """Files of a checkpoint that this process wrote: its ZeRO shards, and on rank 0 all files but ZeRO shards."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(f"zero_pp_rank_{rank}_") or (rank == 0 and not path.name.startswith("zero_pp_rank_")):
             yield path.name
 
 
 def _measured(folder: Path, names: Iterable[str], flush: bool = False) -> Iterator[tuple[int, str]]:
-    """Bytes and SHA-256 of files, some at a time."""
+    """Size and SHA-256 of files, computed in parallel."""
 
     def measure(name: str) -> tuple[int, str]:
         with open(folder / name, "rb") as file:
@@ -272,15 +273,15 @@ def _measured(folder: Path, names: Iterable[str], flush: bool = False) -> Iterat
 
 
 def seal(folder: Path, facts: dict[str, Any], measured: dict[str, tuple[int, str]] | None = None) -> None:
-    """Write COMPLETE: from now on the checkpoint is there.
+    """Write COMPLETE, which makes a checkpoint valid.
 
     Parameters
     ----------
     folder : Path
     facts : dict
-        JSON-able; the world size and the versions of what wrote the files are added.
+        JSON-serialisable facts; the world size and versions are added.
     measured : dict, optional
-        Bytes and SHA-256 of every file, by name; if it is not given the files are read.
+        Size and SHA-256 of every file, by name. By default the files are read to compute them.
     """
     if measured is None:
         names = sorted(path.name for path in folder.iterdir())
@@ -301,16 +302,16 @@ def _seal(about: dict[str, Any]) -> str:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, or what there is of one: COMPLETE first, so that a kill leaves none that looks finished."""
+    """Remove a checkpoint. COMPLETE is removed first: if the process is killed, the rest does not look complete."""
     (folder / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(checkpoints: Path, keep: int, every: int | None, spared: Collection[Path] = ()) -> None:
-    """Remove all but the newest `keep` complete checkpoints and those of every `every`-th step.
+    """Remove all checkpoints except the newest `keep` complete ones and those of every `every`-th step.
 
-    Incomplete and damaged ones go, too; `spared` ones stay, and so do copies and links that somebody made. The newest
-    complete one is that which `latest` names: what is newer was refused when the run went on.
+    Incomplete and damaged checkpoints are removed. Those in `spared`, and copies and links made by users, are kept. The
+    newest complete checkpoint is the one that `latest` names; newer ones were found damaged when the run was resumed.
     """
     latest = (checkpoints / LATEST).read_text(encoding="utf-8").strip()
     own = [folder for folder in folders(checkpoints) if not folder.is_symlink() and not _is_copy(folder)]
@@ -324,19 +325,19 @@ def prune(checkpoints: Path, keep: int, every: int | None, spared: Collection[Pa
 
 
 def copy(folder: Path, checkpoints: Path) -> Path:
-    """Copy a checkpoint into another folder of checkpoints, complete or absent there, too.
+    """Copy a checkpoint into another folder of checkpoints. COMPLETE is copied last.
 
     Returns
     -------
     Path
-        The copy. An intact one that is there already is left as it is.
+        The copy. An intact copy that already exists is not written again.
 
     Raises
     ------
     CheckpointError
-        If the files are not, or do not arrive as, what was written.
+        If the files, or their copies, differ from what was written.
     OSError
-        If there is no room, or no access.
+        If there is no room or no access.
     """
     target = checkpoints / folder.name
     about = facts(folder)
@@ -348,7 +349,8 @@ def copy(folder: Path, checkpoints: Path) -> Path:
         shutil.copyfile(folder / name, target / name)
         ((found, digest),) = _measured(target, [name], flush=True)
         if (found, digest) != (size, about["sha256"][name]):
-            raise CheckpointError(folder / name, "SHA-256", digest, about["sha256"][name], "It is damaged, or its copy")
+            hint = "The file or its copy is damaged: check both disks"
+            raise CheckpointError(folder / name, "SHA-256", digest, about["sha256"][name], hint)
     sync_folder(target)
     write_atomically(target / COMPLETE, (folder / COMPLETE).read_bytes())
     write_atomically(checkpoints / LATEST, target.name + "\n")
@@ -356,9 +358,9 @@ def copy(folder: Path, checkpoints: Path) -> Path:
 
 
 def newest_intact(checkpoints: Path, files: Collection[str] | None = None) -> tuple[Path | None, list[CheckpointError]]:
-    """The newest checkpoint that is as it was written; and what is wrong with those passed over.
+    """The newest intact checkpoint, and the errors of newer ones that are damaged.
 
-    Folders without COMPLETE, which a kill left behind, do not count. `files` as in `fault`.
+    Folders without COMPLETE, left by a killed process, are ignored. `files` is as in `fault`.
     """
     refused: list[CheckpointError] = []
     for folder in folders(checkpoints):
@@ -371,26 +373,26 @@ def newest_intact(checkpoints: Path, files: Collection[str] | None = None) -> tu
 
 
 def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore the engine from a checkpoint of as many processes (at ZeRO stage 0 of any number), by DeepSpeed's load.
+    """Restore the engine with DeepSpeed's own load, from a checkpoint written by the same number of processes.
 
-    Returns its state and whole weights.
+    At ZeRO stage 0 the number may differ. Returns the saved state and the whole weights.
     """
     from slim.checkpoints import zero_states
 
     with zero_states.read_by(engine):
         path, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
-        raise CheckpointError(folder, "", "nothing DeepSpeed could load", "its ZeRO shards")
+        raise CheckpointError(folder, "", "no files that DeepSpeed can load", "its ZeRO shards", _FOREIGN)
     return checked_state(folder, state), read_weights(folder / WEIGHTS)
 
 
 def checked_state(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """What `STATE` names, of a checkpoint that anybody may have written.
+    """Check the fields in `STATE`, read from a checkpoint that may come from anybody.
 
     Raises
     ------
     CheckpointError
-        If a number is missing, or is none.
+        If a field is missing or has the wrong type.
     """
     for name in ("step", "consumed"):
         value = state.get(name)
@@ -398,12 +400,12 @@ def checked_state(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
             raise CheckpointError(folder, name, printable(repr(value))[:60], "a whole number of 0 or more")
     skipped = state.get("skipped")
     if not isinstance(skipped, dict) or type(skipped.get("row")) is not int or "keys" not in skipped:
-        raise CheckpointError(folder, "skipped", printable(repr(skipped))[:60], "keys and row of what was left out")
+        raise CheckpointError(folder, "skipped", printable(repr(skipped))[:60], "`keys` and `row` of skipped samples")
     return {name: state[name] for name in STATE}
 
 
 def read_weights(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of a safetensors file whose names start with `prefix`, without it."""
+    """Tensors of a safetensors file with names that start with `prefix`; the prefix is removed."""
     try:
         with safe_open(path, "pt") as file:
             return {

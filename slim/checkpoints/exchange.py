@@ -1,7 +1,6 @@
-"""What processes tell one another beside tensors: JSON, so that nothing that arrives is executed.
+"""Exchange objects between processes as JSON, which is safe to read.
 
-`torch.distributed` exchanges objects as pickles. A pickle from another process runs code when it is read; JSON does
-not.
+`torch.distributed` sends objects as pickles, which can run code when they are read.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 
 def _device() -> torch.device:
-    """Where the backend takes tensors from."""
+    """The device on which the backend needs tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
@@ -28,7 +27,7 @@ def _unpacked(data: Tensor) -> Any:
 
 
 def gather(mine: Any) -> list[Any]:
-    """What each process has, by rank, in every process; `mine` is anything that JSON holds."""
+    """Collect one JSON-serialisable object of each process, by rank, in all processes."""
     world = dist.get_world_size()
     data = _packed(mine)
     sizes = [torch.zeros(1, dtype=torch.int64, device=data.device) for _ in range(world)]
@@ -42,7 +41,7 @@ def gather(mine: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """What rank 0 has, in every process; the others' `value` does not count."""
+    """Return rank 0's `value` in all processes; the `value` of other ranks is ignored."""
     data = _packed(value)
     size = torch.tensor([len(data)], device=data.device)
     dist.broadcast(size, src=0)

@@ -1,16 +1,17 @@
-"""One training at a time in a run's folder: RUN/lock, held by rank 0 or by the launcher of a run on one machine.
+"""A lock on the run folder, RUN/lock, so that only one training at a time writes to it.
 
-The lock is `flock`'s, so it ends with the processes that hold it, however they end. The file stays and names its last
-holder. A launcher hands its lock to rank 0, which holds it on if the launcher is killed.
+Rank 0 holds the lock, and so does the launcher of a run on one machine. It is a `flock` lock, which the system releases
+when the processes that hold it end. The file remains and names its last holder. The launcher passes its lock to rank 0,
+which keeps it if the launcher is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,31 +22,33 @@ from pathlib import Path
 from shards.core import flock
 from shards.core.errors import ConfigError, Stopped, is_full
 
+logger = logging.getLogger(__name__)
+
 LOCK = "lock"
-HANDED_ON = "SLIM_BRAIN_LOCK"  # environment of rank 0: descriptor of the lock; empty where nothing can be locked
-_PATIENCE = 300.0  # seconds for the lock of a lost node to expire (NFSv4: 90), when its job was requeued
+HANDED_ON = "SLIM_BRAIN_LOCK"  # environment variable of rank 0: the lock's descriptor; empty without file locks
+_PATIENCE = 300.0  # seconds that a requeued job waits for the lock of its lost node to expire (NFSv4: 90)
 
 
 @dataclass
 class _Held:
     descriptor: int | None  # None: this file system has no locks
     times: int
-    made: list[Path]  # folders that were made for it, the innermost first
+    made: list[Path]  # folders made for the lock, the innermost first
 
 
-_held: dict[Path, _Held] = {}  # of this process
+_held: dict[Path, _Held] = {}  # locks held by this process
 
 
 @contextmanager
 def holding(folder: str | Path) -> Iterator[int | None]:
-    """Keep other processes from training in a run's folder; in one process it may be entered more than once.
+    """Hold the lock on a run folder, so that no other process trains in it. A process may enter it more than once.
 
-    The folder is made if need be, and removed again if nothing was written to it.
+    The folder is made if needed, and removed again if nothing was written to it.
 
     Yields
     ------
     int or None
-        The lock's descriptor; None where the file system has no locks, of which a warning is printed.
+        The lock's descriptor; None where the file system has no locks, which is logged as a warning.
 
     Raises
     ------
@@ -69,14 +72,14 @@ def holding(folder: str | Path) -> Iterator[int | None]:
 
 
 def take(folder: Path) -> None:
-    """Hold the lock until this process ends: the launcher's, if it has handed on its own."""
+    """Hold the lock until this process ends. If the launcher passed its lock on, use that one."""
     given = os.environ.pop(HANDED_ON, None)
     if given is None:
         held = _acquire(folder)
     else:
         held = _Held(int(given) if given else None, 0, [])
         if held.descriptor is not None:
-            os.set_inheritable(held.descriptor, False)  # processes that load must not keep it
+            os.set_inheritable(held.descriptor, False)  # loading processes must not keep the lock
             _sign(held.descriptor, os.getppid(), os.getpid())
     held.times += 1
     _held[folder.resolve()] = held
@@ -90,7 +93,7 @@ def _acquire(folder: Path) -> _Held:
             locked = flock.try_lock(descriptor)
         except OSError as error:  # some network file systems are mounted without locks
             os.close(descriptor)
-            print(f"{path} cannot be locked ({error.strerror}): start no second training there", file=sys.stderr)
+            logger.warning("%s cannot be locked (%s): start no second training there", path, error.strerror)
             return _Held(None, 0, made)
         if not locked:
             holder = flock.holder(descriptor)
@@ -99,23 +102,24 @@ def _acquire(folder: Path) -> _Held:
                 if time.monotonic() < end:
                     time.sleep(1)
                     continue
-                raise Stopped(f"{folder} is still held by {holder}", "the same command continues once it has ended")
+                after = "give the same command again once that process has ended"
+                raise Stopped(f"{folder} is still held by {holder}", after)
             raise ConfigError(
                 folder,
                 "run.out",
-                f"a run in which {holder} is training",
-                "a run in which no other process trains",
+                f"a run folder in which {holder} is training",
+                "a run folder that no other process uses",
                 "Wait for it or stop it, or use another run.out",
             )
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 _sign(descriptor, os.getpid())
                 return _Held(descriptor, 0, made)
-        os.close(descriptor)  # its holder has removed it meanwhile
+        os.close(descriptor)  # the former holder has removed the file in the meantime
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make a folder; those that were not there, the innermost first."""
+    """Make a folder, and return the folders that were missing, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +143,7 @@ def _unwritable(folder: Path, error: OSError) -> Exception:
 
 
 def _sign(descriptor: int, *processes: int) -> None:
-    """Write down who holds the lock."""
+    """Write the holder of the lock into the file."""
     names = " and ".join(map(str, processes))
     who = f"process{'es' if len(processes) > 1 else ''} {names} on {socket.gethostname()}"
     text = f"{who} since {datetime.now().astimezone().isoformat(sep=' ', timespec='seconds')}"
@@ -153,7 +157,7 @@ def _attempt() -> str:
 
 
 def _is_former_attempt(holder: str) -> bool:
-    """Whether a holder is this SLURM job before it was requeued: the server may not know yet that its node is gone."""
+    """Whether the holder is an earlier attempt of this SLURM job; the file server may not know yet that it ended."""
     found = re.search(r"\((job .*), attempt \d+\)$", holder)
     own = _attempt() if "SLURM_JOB_ID" in os.environ else ""
     return found is not None and own.startswith(f"{found[1]},") and not holder.endswith(f"({own})")
@@ -161,7 +165,7 @@ def _is_former_attempt(holder: str) -> bool:
 
 def _release(folder: Path, held: _Held) -> None:
     with contextlib.suppress(OSError):
-        if held.made and os.listdir(folder) in ([], [LOCK]):  # refused before anything was written
+        if held.made and os.listdir(folder) in ([], [LOCK]):  # nothing was written
             (folder / LOCK).unlink(missing_ok=True)
             for path in held.made:
                 path.rmdir()

@@ -1,12 +1,12 @@
-"""A second folder for a run: checkpoints are copied there while training goes on, and fetched when the first is lost.
+"""The mirror of a run: a second folder to which checkpoints are copied during training, as a backup.
 
-    MIRROR/   config.yaml, dataset.json, provenance.json, seen.json, metrics.jsonl, skipped.jsonl   as in RUN when the
-              copy was made
+    MIRROR/   config.yaml, dataset.json, provenance.json, seen.json, metrics.jsonl, skipped.jsonl   as in RUN at the
+              time of the copy
               configs/step-00000000.yaml ...   likewise
               checkpoints/step-00000100/ ...   checkpoints/latest
 
-It can be used in place of RUN. A copy is read back and compared before it counts, and complete or absent like the
-checkpoint itself. A mirror that cannot be written does not stop the run; it is told.
+A mirror can be used in place of RUN. Every copy is read back and compared with the original, and an incomplete copy is
+ignored. If the mirror cannot be written, the run logs a warning and continues.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _SMALL = (*ABOUT_RUN, *ALSO_ABOUT_RUN, METRICS, SKIPPED, WANDB_ID)
 
 
 class Mirror:
-    """Copies the newest checkpoint in a thread of its own; rank 0 only.
+    """Copies the newest checkpoint in a separate thread; rank 0 only.
 
     Parameters
     ----------
     run, folder : Path
-        The run's folder, and the one that mirrors it.
+        Folder of the run, and its mirror.
     keep : int
-        Newest checkpoints that stay there.
+        Number of newest checkpoints to keep in the mirror.
     every : int, optional
-        Those of every `every`-th step stay, too.
+        Checkpoints of every `every`-th step are kept, too.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class Mirror:
         self._thread: threading.Thread | None = None
 
     def offer(self, saved: Path) -> None:
-        """Copy this checkpoint, once the copy under way is done; one that was still waiting is passed over."""
+        """Copy this checkpoint after the current copy. It replaces a checkpoint that still waits to be copied."""
         with self._changed:
             self._waiting = saved
             if self._thread is None:
@@ -60,12 +60,12 @@ class Mirror:
 
     @property
     def needed(self) -> set[Path]:
-        """Checkpoints of the run that have yet to be copied."""
+        """Checkpoints of the run that are not copied yet."""
         with self._changed:
             return {folder for folder in (self._waiting, self._busy) if folder is not None}
 
     def close(self) -> None:
-        """Wait until the last checkpoint offered is copied, or has failed to be."""
+        """Wait until the last offered checkpoint is copied, or its copy has failed."""
         with self._changed:
             thread = self._thread
         if thread is not None:
@@ -94,31 +94,31 @@ class Mirror:
 
 
 def _small(run: Path) -> list[str]:
-    """Files of a run beside its checkpoints, whether they are there or not."""
+    """Names of the files of a run besides its checkpoints; not all of them need to exist."""
     return [*_SMALL, *(f"{CONFIGS}/{path.name}" for path in (run / CONFIGS).glob("step-*.yaml"))]
 
 
 def _copy_small(source: Path, target: Path, names: Iterable[str]) -> None:
     for name in names:
-        with contextlib.suppress(FileNotFoundError):  # a run without a damaged sample has no list of them
+        with contextlib.suppress(FileNotFoundError):  # for example skipped.jsonl, if nothing was skipped
             content = (source / name).read_bytes()
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(target / name, content)
 
 
 def recover(run: Path, mirror: Path | None) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint of a run, fetched from its mirror where only that has it, and what to tell the user.
+    """The newest intact checkpoint of a run, copied from the mirror if needed, and messages for the user.
 
     Returns
     -------
     tuple
-        A folder in RUN/checkpoints, None if the run has saved nothing yet; and lines: checkpoints that were refused,
-        and where the one to use was fetched from.
+        A folder in RUN/checkpoints, or None if the run has saved nothing yet; and messages that name the damaged
+        checkpoints, and the mirror if the checkpoint was copied from there.
 
     Raises
     ------
     CheckpointError
-        If there are checkpoints, but no intact one: to begin anew would be to lose them.
+        If there are checkpoints but none is intact. Starting from step 0 would overwrite them.
     """
     own = run / CHECKPOINTS
     found, refused = checkpoint.newest_intact(own)
@@ -128,7 +128,7 @@ def recover(run: Path, mirror: Path | None) -> tuple[Path | None, list[str]]:
         if copy is not None and (found is None or checkpoint.step_of(copy) > checkpoint.step_of(found)):
             _copy_small(mirror, run, [name for name in _small(mirror) if not (run / name).exists()])
             found = checkpoint.copy(copy, own)
-            return found, [*_refusals(refused, found), f"{found.name} is fetched from {mirror}"]
+            return found, [*_refusals(refused, found), f"{found.name} was copied from the mirror {mirror}"]
     if found is None and refused:
         raise _none_left(refused)
     if found is not None:
@@ -137,12 +137,12 @@ def recover(run: Path, mirror: Path | None) -> tuple[Path | None, list[str]]:
 
 
 def at_a_glance(run: Path, mirror: Path | None) -> Path | None:
-    """What `recover` will find, where it is now, as far as can be told without reading and copying it.
+    """The checkpoint that `recover` will probably use, where it is now; its files are neither read nor copied.
 
     Raises
     ------
     CheckpointError
-        As from `recover`.
+        As raised by `recover`.
     """
     places = [run, *([] if mirror is None else [mirror])]
     looked = [checkpoint.newest_intact(place / CHECKPOINTS, ()) for place in places]
@@ -155,9 +155,9 @@ def at_a_glance(run: Path, mirror: Path | None) -> Path | None:
 
 def _none_left(refused: list[checkpoint.CheckpointError]) -> checkpoint.CheckpointError:
     first = refused[0]
-    hint = "No checkpoint of the run is intact: copy one back from a backup, or use another run.out to begin anew"
+    hint = "No checkpoint of the run is intact: copy one from a backup, or start a new run in another run.out"
     return checkpoint.CheckpointError(first.where, first.field, first.got, first.expected, hint)
 
 
 def _refusals(refused: list[checkpoint.CheckpointError], found: Path | None) -> list[str]:
-    return [f"{error.line()}; the run goes on from {found.name}" for error in refused] if found else []
+    return [f"{error.line()}. The run resumes from {found.name}" for error in refused] if found else []

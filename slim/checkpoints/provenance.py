@@ -1,10 +1,10 @@
-"""Where a run comes from: the commit and the versions of the software, and the settings it chose for the user.
+"""Provenance of a run: commit and versions of the software, and the settings that it chose automatically.
 
     RUN/provenance.json    {"commit": "5e1f...", "software": "0.1.0", "versions": {"torch": "2.10.0", ...},
                             "chosen": {"loss.sig_samples": 8}}
 
-It is written whenever a run begins or goes on, and copied into every checkpoint. Version 0.1 wrote no such file: its
-commit and versions stand in comments above the merged configuration, and are read from there.
+The file is written whenever a run is started or resumed, and copied into every checkpoint. Version 0.1 did not write
+it; its commit and versions are read from the comments in config.yaml.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Text = Annotated[StrictStr, Field(max_length=500)]
 
 
 class Provenance(BaseModel):
-    """What is in provenance.json.
+    """The content of provenance.json.
 
     Attributes
     ----------
     commit : str
-        Of this software, with `+` if its files have changes; `unknown` where git does not track them.
+        Commit of this software, with `+` if its files have changes; `unknown` if git does not track them.
     software : str
-        Version of slim-brain; `unknown` of a run of version 0.1.
+        Version of slim-brain; `unknown` for runs of version 0.1.
     versions : dict of str to str
-        Of torch, deepspeed, numpy and zarr.
+        Versions of torch, deepspeed, numpy and zarr.
     chosen : dict
-        Settings of the run that differ from those asked for, with the values that were chosen.
+        Settings that the software changed or filled in, with their values.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -52,17 +52,17 @@ class Provenance(BaseModel):
     chosen: dict[Text, JsonValue] = Field(default_factory=dict, max_length=1000)
 
     def write(self, folder: Path) -> None:
-        """To FOLDER/provenance.json."""
+        """Write FOLDER/provenance.json."""
         write_atomically(folder / PROVENANCE, dump(self.model_dump(mode="json")) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Provenance:
-        """That of a run or a checkpoint.
+        """Read the provenance of a run or a checkpoint.
 
         Raises
         ------
         CheckpointError
-            If the file is too large or holds something else.
+            If the file is too large or has other content.
         """
         path = folder / PROVENANCE
         if not path.is_file():
@@ -77,16 +77,16 @@ class Provenance(BaseModel):
 
     @classmethod
     def _of_comments(cls, text: str) -> Provenance:
-        """From `# commit HASH`, `# numpy 2.4.6`, ... in the config.yaml of version 0.1."""
+        """Read the comments `# commit HASH`, `# numpy 2.4.6`, ... in a config.yaml of version 0.1."""
         notes = dict(_COMMENT.findall(text))
         return cls(commit=notes.pop("commit", UNKNOWN), versions=notes)
 
     def named(self) -> dict[str, str]:
-        """All versions, with that of this software where it is known."""
+        """All versions, with the version of slim-brain if it is known."""
         own = {} if self.software == UNKNOWN else {"slim-brain": self.software}
         return {**self.versions, **own}
 
     def comments(self) -> str:
-        """The same for people who read config.yaml, above the settings there."""
+        """The provenance as YAML comments, for readers of config.yaml."""
         lines = (f"# {name} {number}\n" for name, number in sorted(self.named().items()))
         return f"# merged configuration\n# commit {self.commit}\n{''.join(lines)}"

@@ -1,18 +1,18 @@
-"""Names of the files in a run folder, once for all who write or read them.
+"""Names of the files in a run folder.
 
 RUN/config.yaml       the merged configuration
     dataset.json      the manifest of its first dataset, without shards
-    provenance.json   commit, versions, and what was chosen for the user (`slim.checkpoints.provenance`)
-    seen.json         who is seen in training (`slim.checkpoints.seen`)
-    answers.json      of a fine-tuning, what its subjects answer (`slim.finetune.labels`)
-    configs/          every configuration it was trained with (`slim.training.compatibility`)
+    provenance.json   commit, versions, and settings chosen automatically (`slim.checkpoints.provenance`)
+    seen.json         subjects seen in training (`slim.checkpoints.seen`)
+    answers.json      labels of the subjects of a fine-tuning (`slim.finetune.labels`)
+    configs/          all configurations that the run was trained with (`slim.training.compatibility`)
     checkpoints/      step-00000100/ ..., and `latest` (`slim.checkpoints.checkpoint`)
     metrics.jsonl     one line for each logged step
     skipped.jsonl     samples that could not be read
-    wandb/id          by which wandb goes on with the run
-    slurm/            of jobs: their scripts, logs and notes
-    finetune/         of a pretraining: fine-tunings of it, each a folder of runs
-    report/           index.html, the page; report.json, what a probe found; explain/, pictures
+    wandb/id          ID of the run in wandb, used to resume it
+    slurm/            scripts, logs and notes of SLURM jobs
+    finetune/         fine-tunings of this pretraining run, each a folder of runs
+    report/           index.html, the report page; report.json, results of probes; explain/, pictures
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONFIGS = "configs"
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-COMPLETE, WEIGHTS = "COMPLETE", "weights.safetensors"  # of a checkpoint
+COMPLETE, WEIGHTS = "COMPLETE", "weights.safetensors"  # in each checkpoint
 
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.jsonl"

@@ -1,14 +1,14 @@
-"""Weights and what is known of them, wherever they lie: in a run, in an exported folder, on a hub.
+"""Find weights in a run, in an exported folder or on the Hugging Face hub, and load them into a model.
 
-An exported folder (written by `slim.inference.export`)::
+An exported folder, written by `slim.inference.export`, has these files::
 
     model.safetensors   the encoder, fp32
-    head.safetensors    of a fine-tuned encoder, the head
-    config.json         settings of the run, manifest of its data, what was exported, who was seen (as hashes)
-    extractor/          the temporal extractor, if windows were ranked by one
-    parcels/            the label image of the parcels, if there was one
-    SHA256SUMS          of all files above, compared whenever it is loaded (and by `sha256sum -c SHA256SUMS`)
-    README.md           the model card, which people may edit
+    head.safetensors    the head, only for a fine-tuned encoder
+    config.json         settings of the run, manifest of its data, what was exported, subjects seen (as hashes)
+    extractor/          the temporal extractor, if one ranked the windows
+    parcels/            the label image of the parcels, if there is one
+    SHA256SUMS          checksums of the files above, checked whenever the folder is loaded
+    README.md           the model card, which users may edit
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ EXTRACTOR, PARCELS = "extractor", "parcels"
 KINDS = ("encoder", "target")
 _WHAT = "a run, one of its checkpoints, an exported folder, or OWNER/NAME[@REVISION] on the Hugging Face hub"
 _AGAIN = "Copy or download the folder again"
-_MOST_BYTES = 1 << 28  # of config.json and dataset.json, which hold a hash for everybody seen
+_MOST_BYTES = 1 << 28  # largest size of config.json and dataset.json, which hold a hash for each subject seen
 
 
 class _Facts(BaseModel):
-    """What is read of a file that anybody may have written; it may hold more."""
+    """The fields that are read from a file that may come from anybody. Other fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -82,7 +82,7 @@ class _Ranker(_Facts):
 
 
 class _Data(_Facts):
-    """Of the data, beyond what `shards.format.manifest` asks for."""
+    """The fields of a manifest that are needed in addition to those of `shards.format.manifest`."""
 
     configuration: _Configuration
     ranker: _Ranker
@@ -91,23 +91,32 @@ class _Data(_Facts):
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of an encoder.
+    """Weights of an encoder, and where they come from.
 
     Attributes
     ----------
-    settings : PretrainSettings or FinetuneSettings of the run
-    data : DataRecord, of the first dataset it was trained on
-    made : dict, how they came about: `run`, `step`, `weights` ("encoder" or "target"), `commit`, `versions`;
-        `training`, what is known of each dataset of the pretraining, once they were exported; and of a fine-tuned
-        encoder `finetuned`: `task`, `cohorts` whose labels it was shown, `head`, `from_scratch`
-    path : Path, the safetensors file
-    prefix : str, before the names of its tensors
-    head : (Path, str) or None, the same of the head of a fine-tuning
-    folder : Path, the run or the exported folder
-    results : Path, where tools put what they find by default: the run; of an export, which is shared as it is,
-        `NAME-results` in the working folder
-    seen : Seen or None, who was seen in pretraining; None where that is not known
-    extractor, parcels : Path or None, where the temporal extractor and the label image of its data are expected
+    settings : PretrainSettings or FinetuneSettings
+        Settings of the run.
+    data : DataRecord
+        Manifest (without shards) of the first training dataset.
+    made : dict
+        How the weights were made: `run`, `step`, `weights` ("encoder" or "target"), `commit`, `versions`; in an export
+        also `training`, the datasets of the pretraining; for a fine-tuned encoder also `finetuned`, with `task`,
+        `cohorts` that gave the labels, `head` and `from_scratch`.
+    path : Path
+        The safetensors file.
+    prefix : str
+        Prefix of the names of the encoder's tensors.
+    head : (Path, str) or None
+        File and prefix of the head of a fine-tuning.
+    folder : Path
+        The run or the exported folder.
+    results : Path
+        Where tools write results by default: the run; for an export, `NAME-results` in the working folder.
+    seen : Seen or None
+        The subjects seen in pretraining; None if this is not known.
+    extractor, parcels : Path or None
+        Paths at which the temporal extractor and the label image of the parcels are expected.
     """
 
     settings: TrainSettings
@@ -123,17 +132,17 @@ class Weights:
     seen: Seen | None = None
 
     def load_into(self, encoder: nn.Module) -> None:
-        """Copy the tensors of the encoder: every one must be there with its shape, and none besides.
+        """Load the tensors into an encoder. Names and shapes must match exactly.
 
         Raises
         ------
         CheckpointError
-            With the name of the first that is not, and both shapes.
+            If they do not. The error names the first tensor that differs, and both shapes.
         """
         _load(encoder, self.path, self.prefix)
 
     def load_head(self, head: nn.Module) -> None:
-        """The same of the head of a fine-tuning."""
+        """Load the head of a fine-tuning, as `load_into` does for the encoder."""
         assert self.head is not None
         _load(head, *self.head)
 
@@ -144,31 +153,32 @@ def _load(module: nn.Module, path: Path, prefix: str) -> None:
         got = tuple(given[name].shape) if name in given else "no such tensor"
         expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
         if got != expected:
-            raise CheckpointError(path, f"{prefix}{name}", got, expected, "These weights are of another configuration")
+            hint = "The weights belong to another configuration: use the config they were trained with"
+            raise CheckpointError(path, f"{prefix}{name}", got, expected, hint)
         if not bool(torch.isfinite(given[name]).all()):
             hint = "Do not use these weights: train again with a lower optimizer.lr, or take an earlier checkpoint"
-            raise CheckpointError(path, f"{prefix}{name}", "numbers that are not finite", "finite ones", hint)
+            raise CheckpointError(path, f"{prefix}{name}", "numbers that are not finite", "finite numbers", hint)
     module.load_state_dict(given, strict=True)
 
 
 def find(source: str | Path, kind: str | None = None) -> Weights:
-    """Find weights; their tensors are read by `Weights.load_into`.
+    """Find weights. `Weights.load_into` reads their tensors.
 
     Parameters
     ----------
     source : str or Path
-        A run (its newest complete checkpoint is taken), a checkpoint of it, an exported folder, or OWNER/NAME on the
-        hub, which may go on with @ and a tag, branch or commit.
+        A run (its newest complete checkpoint is used), a checkpoint, an exported folder, or OWNER/NAME on the hub,
+        optionally followed by @ and a tag, branch or commit.
     kind : "encoder" or "target", optional
-        The online encoder, or its moving average; by default the former of a run, and of an export what it holds. A
-        fine-tuning has the encoder of its best epoch, and no moving average.
+        The online encoder or its moving average. By default the online encoder of a run, and the weights that an
+        export holds. A fine-tuning has the encoder of its best epoch and no moving average.
 
     Raises
     ------
     CheckpointError
-        If there are none, or they are incomplete or damaged.
+        If there are no weights, or they are incomplete or damaged.
     ConfigError
-        If the run's configuration cannot be read, or `kind` is neither.
+        If the configuration of the run cannot be read, or `kind` is neither "encoder" nor "target".
     """
     if kind is not None and kind not in KINDS:
         raise ConfigError("weights", "", kind, f"one of {', '.join(KINDS)}")
@@ -187,11 +197,11 @@ def _of_run(folder: Path, kind: str) -> Weights:
     elif (folder / RUN_CONFIG).is_file():
         newest = checkpoint.newest(folder / CHECKPOINTS)
         if newest is None:
-            hint = "Go on with the pretraining until it has saved"
+            hint = "Train until the first checkpoint is saved"
             raise CheckpointError(folder, CHECKPOINTS, "no complete checkpoint", "at least one", hint)
         found, run = newest, folder
     else:
-        got = "neither a run, nor a checkpoint, nor an export" if folder.is_dir() else "no such folder"
+        got = "a folder that is no run, checkpoint or export" if folder.is_dir() else "no such folder"
         raise CheckpointError(folder, "", got, _WHAT)
     fault = checkpoint.fault(found, [checkpoint.WEIGHTS, *ABOUT_RUN])
     if fault is not None:
@@ -216,27 +226,29 @@ def _of_run(folder: Path, kind: str) -> Weights:
         made |= _finetuned(path, kind, settings, data)
         prefix, head = f"{checkpoint.BEST}{prefix}", (path, f"{checkpoint.BEST}head.")
     dataset, extractor = settings.data[0].path, run / layout.EXTRACTOR
-    if not extractor.is_dir() and "://" not in dataset:  # of a run that somebody sent, nothing opens a URL
+    if not extractor.is_dir() and "://" not in dataset:  # a run may come from anybody, so URLs in it are not opened
         extractor = Path(dataset) / layout.EXTRACTOR
     return Weights(settings, data, made, path, prefix, head, run, run, extractor, None, seen)
 
 
 def _name(run: Path, settings: TrainSettings) -> str:
-    """A run's name; fine-tunings of a task are folders of one."""
+    """Name of a run. The name of a fine-tuning starts with the name of the folder above, its task."""
     return f"{run.parent.name}-{run.name}" if isinstance(settings, FinetuneSettings) else run.name
 
 
 def _finetuned(path: Path, kind: str, settings: FinetuneSettings, data: DataRecord) -> dict[str, Any]:
-    """What is known of a fine-tuned encoder beside that of any run: its `step` is that of the best epoch."""
+    """Further facts about a fine-tuned encoder. Its `step` is that of the best epoch."""
     if kind != "encoder":
-        raise CheckpointError(path, "weights", "those of a fine-tuning", "encoder, as it keeps no moving average")
+        expected = "a pretraining run, because fine-tuning keeps no moving average"
+        raise CheckpointError(path, "weights", "a fine-tuning run", expected, 'Use the weights "encoder"')
     tensors = checkpoint.read_weights(path, f"{checkpoint.BEST}of")
     if not tensors:
-        raise CheckpointError(path, f"{checkpoint.BEST}of", "no such tensor", "the best epoch", _AGAIN)
+        raise CheckpointError(path, f"{checkpoint.BEST}of", "no such tensor", "the number of the best epoch", _AGAIN)
     loss, step = tensors[""].tolist()
     if not math.isfinite(loss):
-        hint = "Let it train for an epoch; if it has, lower optimizer.lr"
-        raise CheckpointError(path, "val_loss", "no finite number yet", "one, by which the best epoch is told", hint)
+        hint = "Train for at least one epoch; if the run has, lower optimizer.lr"
+        expected = "a finite loss, which selects the best epoch"
+        raise CheckpointError(path, "val_loss", "no finite validation loss yet", expected, hint)
     before = settings.before or {}
     seen = {*data.cohorts, *before.get("finetuned", {}).get("cohorts", [])}
     tuned = {
@@ -253,7 +265,7 @@ def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
     about = _tree(folder / CONFIG)
     for field in ("format", "made", "settings", "data"):
         if field not in about:
-            raise CheckpointError(folder / CONFIG, field, "nothing", "an export's config", _AGAIN)
+            raise CheckpointError(folder / CONFIG, field, "no such field", "the config of an export", _AGAIN)
     if about["format"] != FORMAT:
         raise CheckpointError(folder / CONFIG, "format", about["format"], FORMAT, "Export the run with this version")
     made = about["made"]
@@ -266,7 +278,8 @@ def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
     image = next((folder / one for one in listed if one.startswith(f"{PARCELS}/")), None)
     head = (folder / HEAD, "") if isinstance(settings, FinetuneSettings) else None
     if head and HEAD not in listed:
-        raise CheckpointError(folder / SUMS, "", f"no checksum of {HEAD}", "that of a fine-tuned export", _AGAIN)
+        expected = "one, because the encoder is fine-tuned"
+        raise CheckpointError(folder / SUMS, "", f"no checksum of {HEAD}", expected, _AGAIN)
     paths = (head, folder, Path(f"{name}-results"), folder / EXTRACTOR, image)
     seen = Seen.from_tree(about["seen"], folder / CONFIG) if "seen" in about else None
     data = _data(about["data"], folder / CONFIG)
@@ -275,16 +288,16 @@ def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
 
 
 def _tree(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read a JSON object from a file.
 
     Raises
     ------
     CheckpointError
-        If the file is too large, or holds something else.
+        If the file is too large or does not hold a JSON object.
     """
     try:
         if (size := path.stat().st_size) > _MOST_BYTES:
-            raise CheckpointError(path, "", f"a file of {size} bytes", f"at most {_MOST_BYTES}", _AGAIN)
+            raise CheckpointError(path, "", f"a file of {size} bytes", f"at most {_MOST_BYTES} bytes", _AGAIN)
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
@@ -296,7 +309,7 @@ def _tree(path: Path) -> dict[str, Any]:
 
 
 def _data(tree: Any, where: Path) -> DataRecord:
-    """What is known of the training data, if it is that; else CheckpointError."""
+    """Check the manifest (without shards) of the training data; raises CheckpointError."""
     if not isinstance(tree, dict):
         raise CheckpointError(where, "data", type(tree).__name__, "a manifest without shards", _AGAIN)
     try:
@@ -308,12 +321,12 @@ def _data(tree: Any, where: Path) -> DataRecord:
 
 
 def _check_size(settings: TrainSettings, data: DataRecord, path: Path) -> None:
-    """Refuse a model whose weights cannot be in the file: it is found before anything is allocated.
+    """Check that a file is large enough for the weights of these settings, before memory is allocated for them.
 
     Raises
     ------
     CheckpointError
-        With bytes at least needed and bytes there.
+        If it is not, with the size needed and the size found.
     """
     try:
         size = path.stat().st_size
@@ -327,7 +340,7 @@ def _check_size(settings: TrainSettings, data: DataRecord, path: Path) -> None:
 
 
 def fewest_parameters(settings: TrainSettings, data: DataRecord) -> int:
-    """Numbers that the encoder of these settings has at the least: its matrices and positions."""
+    """A lower bound of the number of the encoder's parameters: its matrices and position embeddings."""
     model, grid = settings.model, data.grid.grid()
     places = math.prod(grid.patch_shape)
     count = (places + settings.windows.k * data.windows.frames + grid.voxels) * model.embed
@@ -338,7 +351,7 @@ def fewest_parameters(settings: TrainSettings, data: DataRecord) -> int:
 
 
 def _compared(folder: Path) -> list[str]:
-    """Names of the files of an export, after the bytes of each were compared with its checksum."""
+    """Check the files of an export against their checksums, and return their names."""
     if not (folder / SUMS).is_file():
         raise CheckpointError(folder / SUMS, "", "no such file", "the checksums of an export", _AGAIN)
     lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -348,9 +361,9 @@ def _compared(folder: Path) -> list[str]:
         if "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(folder / SUMS, "", printable(name)[:100], "names inside the folder", _AGAIN)
         if name not in listed:
-            raise CheckpointError(folder / SUMS, "", f"no checksum of {name}", "one of every file", _AGAIN)
+            raise CheckpointError(folder / SUMS, "", f"no checksum of {name}", "a checksum for every file", _AGAIN)
         if not path.is_file():
-            raise CheckpointError(path, "", "no such file", f"the file that {SUMS} lists", _AGAIN)
+            raise CheckpointError(path, "", "no such file", f"a file, as listed in {SUMS}", _AGAIN)
         found = files.sha256(path)
         if found != listed[name]:
             raise CheckpointError(path, "SHA-256", found[:12], listed[name][:12], _AGAIN)
@@ -358,7 +371,7 @@ def _compared(folder: Path) -> list[str]:
 
 
 def _fetch(source: str, name: str, revision: str | None) -> Path:
-    """The exported folder of this name on the hub, in the cache of `huggingface_hub`; `source` is for errors."""
+    """Download an exported folder from the hub into the cache of `huggingface_hub`; errors name `source`."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -367,6 +380,6 @@ def _fetch(source: str, name: str, revision: str | None) -> Path:
     try:
         wanted = [MODEL, HEAD, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # of many types: unknown, private, no network, no space
-        got = f"no such folder, and nothing the hub gives ({type(error).__name__}: {error})"
+    except Exception as error:  # many types: unknown or private name, no network, no space
+        got = f"no such folder, and the hub does not provide it ({type(error).__name__}: {error})"
         raise CheckpointError(source, "", got, _WHAT, "Check the name, the connection and your access") from None

@@ -1,8 +1,8 @@
-"""Files of `torch.save` in a checkpoint, read without running what they hold.
+"""Read the `torch.save` files in a checkpoint without running code from them.
 
-A pickle can call any function while it is read. `torch.load(..., weights_only=True)` builds tensors, containers,
-numbers and text, and the classes named here; it refuses everything else. DeepSpeed reads its files with
-`weights_only=False`, so its reader is replaced while it loads.
+Reading a pickle can call any function. `torch.load(..., weights_only=True)` accepts only tensors, containers, numbers,
+text, and the classes listed here. DeepSpeed reads its files with `weights_only=False`, so its reader is replaced during
+loading.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from slim.checkpoints.checkpoint import CheckpointError
 
 _WHAT = "tensors, numbers and text, as training writes them"
 _HINT = "Do not use this file: copy the checkpoint again from where it was written"
-_NAMED = 3  # objects that an error names
+_NAMED = 3  # number of objects listed in an error
 
 
 def _allowed() -> list[Any]:
-    """Classes of DeepSpeed in files that it writes: none of them runs code when it is built."""
+    """Classes in files written by DeepSpeed. None of them runs code when an instance is built."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -33,7 +33,7 @@ def _allowed() -> list[Any]:
 
 
 def read(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """The content of a file of `torch.save`.
+    """Read a file written by `torch.save`.
 
     Parameters
     ----------
@@ -41,12 +41,12 @@ def read(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dic
     map_location
         As for `torch.load`.
     mmap : bool
-        Map tensors into memory; they are read when they are used.
+        Whether to memory-map tensors, so that they are read only when used.
 
     Raises
     ------
     CheckpointError
-        If the file holds other objects than a checkpoint has, or cannot be read.
+        If the file cannot be read, or holds objects that a checkpoint does not have.
     """
     try:
         with torch.serialization.safe_globals(_allowed()):
@@ -63,21 +63,21 @@ def read(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dic
 
 
 def _got(path: str | Path, error: Exception) -> str:
-    """Which objects are not allowed, where that is the fault; they are listed without being built."""
+    """Describe why a file was refused. Objects that are not allowed are listed without building them."""
     if isinstance(error, pickle.UnpicklingError):
         try:
             with torch.serialization.safe_globals(_allowed()):
                 names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        except Exception:  # of another format, which torch does not list
+        except Exception:  # not a format that torch can list
             names = []
         shown = ", ".join(printable(name)[:60] for name in names[:_NAMED]) or "an object that is not allowed"
-        return f"a pickle that asks for {shown}"
+        return f"a pickle that contains {shown}"
     return f"a file that torch cannot read ({type(error).__name__})"
 
 
 @contextmanager
 def read_by(engine: Any) -> Iterator[None]:
-    """Within it, an engine of DeepSpeed reads files with `read`."""
+    """Context in which a DeepSpeed engine reads files with `read`."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
     class Reader(TorchCheckpointEngine):

@@ -182,18 +182,28 @@ def _won(weight_DU: np.ndarray, inside_U: np.ndarray, begins: np.ndarray) -> np.
 
 
 def regression(truth_S: np.ndarray, guess_S: np.ndarray, weight_DS: np.ndarray) -> dict[str, np.ndarray]:
-    """Pearson's r, R^2 and mean squared error, each (D,)."""
+    """Pearson's r, R^2 and mean squared error, each (D,); NaN where a draw leaves them undefined."""
     total_D = weight_DS.sum(axis=1)
 
     def mean(value_S: np.ndarray) -> np.ndarray:
         return weight_DS @ value_S / total_D
 
-    variance_D = mean(truth_S**2) - mean(truth_S) ** 2
-    of_guess_D = mean(guess_S**2) - mean(guess_S) ** 2
+    # Rounding leaves a variance of 1e-16 where all values of a draw are the same.
+    variance_D = np.where(_varies(truth_S, weight_DS), mean(truth_S**2) - mean(truth_S) ** 2, np.nan)
+    of_guess_D = np.where(_varies(guess_S, weight_DS), mean(guess_S**2) - mean(guess_S) ** 2, np.nan)
     shared_D = mean(truth_S * guess_S) - mean(truth_S) * mean(guess_S)
     mse_D = mean((truth_S - guess_S) ** 2)
     with np.errstate(invalid="ignore", divide="ignore"):
         return {"r": shared_D / np.sqrt(variance_D * of_guess_D), "r2": 1 - mse_D / variance_D, "mse": mse_D}
+
+
+def _varies(value_S: np.ndarray, weight_DS: np.ndarray) -> np.ndarray:
+    """Whether a draw holds more than one value, bool (D,)."""
+    order_S = value_S.argsort()
+    sorted_S, drawn_DS = value_S[order_S], weight_DS[:, order_S] > 0
+    smallest_D = sorted_S[drawn_DS.argmax(axis=1)]
+    largest_D = sorted_S[::-1][drawn_DS[:, ::-1].argmax(axis=1)]
+    return smallest_D < largest_D
 
 
 def fingerprint(vector_NP: np.ndarray, subject_N: np.ndarray) -> dict[str, np.ndarray]:

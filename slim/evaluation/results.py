@@ -26,7 +26,8 @@ from slim.checkpoints.run_folder import PROBE
 from slim.evaluation import metrics
 
 OURS = "ours"
-Number = Annotated[float, Field(strict=True, ge=-1e12, le=1e12)]
+# Version 0.1 wrote an R² of up to 1e17 where draws of few subjects had one value alone.
+Number = Annotated[float, Field(strict=True, ge=-1e20, le=1e20)]
 # A name stands in a picture, whose text has a syntax of its own.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.()+-]{0,79}$")]
 Count = Annotated[StrictInt, Field(ge=0, le=10**12)]

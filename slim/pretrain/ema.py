@@ -1,4 +1,4 @@
-"""The target encoder, an exponential moving average in fp32, and running means of features.
+"""The target encoder: an exponential moving average (EMA) of the online encoder, in fp32.
 
 Legend: M cells; C channels.
 """
@@ -23,9 +23,9 @@ class Target:
     Parameters
     ----------
     encoder : Hiera
-        The online encoder at its start; copied.
+        The online encoder before training; it is copied.
     bf16 : bool
-        Autocast its forward pass.
+        Whether the forward pass autocasts to bf16.
     """
 
     def __init__(self, encoder: Hiera, bf16: bool):
@@ -45,16 +45,16 @@ class Target:
 
     @torch.no_grad()
     def update(self, encoder: nn.Module, momentum: float, full: Any = None) -> None:
-        """Move towards the online encoder.
+        """Update the moving average with the weights of the online encoder.
 
         Parameters
         ----------
         encoder : nn.Module
             The online encoder.
         momentum : float
-            Share that stays.
+            Weight of the former value.
         full : callable, optional
-            Gives the whole fp32 value of a parameter where processes hold parts of it (ZeRO stage 3).
+            Returns the whole fp32 value of a parameter that is divided among processes (ZeRO stage 3).
         """
         for mine, other in zip(self.encoder.parameters(), encoder.parameters(), strict=True):
             value = other.detach() if full is None else full(other)

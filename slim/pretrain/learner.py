@@ -1,4 +1,4 @@
-"""What a step does to a micro-batch, whatever drives it: an engine of DeepSpeed, plain torch, or a mere count.
+"""One pretraining step on a micro-batch. The caller is a DeepSpeed engine, plain torch, or a count of FLOPs.
 
 Legend: M cells of all brain tokens; K targets; C channels.
 """
@@ -26,18 +26,18 @@ from slim.training.task import Losses
 
 
 class PretrainLearner:
-    """What is pretrained: a model, its EMA target and the running means that the terms of its loss need.
+    """The model in pretraining, its EMA target, and the running means that the loss needs.
 
     Parameters
     ----------
     settings : PretrainSettings
     model : Objective
-        At its start, on its device, its parameters still whole.
+        The model before training, on its device, with whole parameters.
 
     Attributes
     ----------
     means : dict of str to PlaceMean
-        `target_mean` with the JEPA term, `context_mean` with SIG: their names in a checkpoint.
+        `target_mean` with the JEPA term, `context_mean` with the SIG term. Checkpoints use the same names.
     """
 
     logged = (
@@ -68,7 +68,10 @@ class PretrainLearner:
         }
 
     def summarise(self, mean: dict[str, float | None]) -> dict[str, float | None]:
-        """With `gain` in place of `trivial`: 1 - loss / loss of the mean of each place, None where that is nothing."""
+        """Replace `trivial`, the loss of predicting the mean of each place, by `gain` = 1 - loss / trivial.
+
+        `gain` is None where `trivial` is 0 up to rounding.
+        """
         trivial, loss = mean.pop("trivial"), mean["loss_jepa"]
         if loss is None or trivial is None or trivial <= NOTHING_TO_GAIN:
             return mean | {"gain": None}
@@ -82,6 +85,8 @@ class PretrainLearner:
     def losses(self, batch: Batch, step: int, forward: Callable[..., Losses] | None = None) -> Losses:
         """Losses of one micro-batch; the running means collect its features.
 
+        The loss of an empty batch is 0; its features are not collected and nothing is logged.
+
         Parameters
         ----------
         batch : Batch
@@ -89,14 +94,12 @@ class PretrainLearner:
         step : int
             Optimizer step.
         forward : callable, optional
-            Called in place of the model (an engine around it).
-
-        An empty batch counts for nothing: its loss is 0, its features are not collected, nothing is logged.
+            Called in place of the model: the engine around it.
 
         Returns
         -------
         Losses
-            With the features `target`, centred, (K, C), None without the JEPA term; and `context`, (M, C).
+            With the features `target`, (K, C), centred, None without the JEPA term; and `context`, (M, C).
         """
         assert batch.context is not None
         centred_KC, target_KC, cosine = self._targets(batch)
@@ -114,10 +117,10 @@ class PretrainLearner:
         return losses
 
     def _targets(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Features at the target cells, (K, C): centred by place and slot, and the same standardised per channel.
+        """Features at the target cells: centred by place and slot, (K, C); also standardised per channel; a cosine.
 
-        The third is the cosine between samples: of all features with those of other samples at the same place and slot,
-        on average. Features have the norm sqrt(C), so it is a product with their running mean.
+        The cosine is the mean similarity of features to those of other samples at the same place and slot. Features
+        have the norm sqrt(C), so it is computed as a product with their running mean.
         """
         mean = self.means.get("target_mean")
         if mean is None:
@@ -134,14 +137,14 @@ class PretrainLearner:
         return centred_KC, target_KC, cosine
 
     def begin(self, steps: Callable[[int], Iterable[Batch]], forward: Any = None) -> None:
-        """Running means from the samples of the first step, before anything is trained; the second time, variance."""
+        """Measure the running means on the samples of the first step, then the variance around them."""
         if self.means:
             for _ in range(2):
                 self.calibrate(steps(1))
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
-        """Running means from these batches, before anything is trained; a second call measures the variance, too."""
+        """Measure running means on these batches, before training; a second call also measures the variance."""
         target_mean, context_mean = self.means.get("target_mean"), self.means.get("context_mean")
         for batch in batches:
             assert batch.context is not None
@@ -154,16 +157,16 @@ class PretrainLearner:
         self._commit_means()
 
     def discard(self) -> None:
-        """End an optimizer step that was skipped: what was collected is dropped, the target stays."""
+        """Finish a skipped step: discard the collected features and leave the target unchanged."""
         for mean in self.means.values():
             mean.discard()
 
     def commit(
         self, step: int, steps: int | Plan, forward: Any = None, full: Callable[[Tensor], Tensor] | None = None
     ) -> MetricsLine:
-        """End step `step` of `steps`: running means take in what was collected, the target moves (`Target.update`).
+        """Finish step `step` of `steps`: update the running means and the target (see `Target.update`).
 
-        Returns the momentum of the target, `ema`.
+        Returns the momentum of the target as `ema`.
         """
         momentum = schedule.ema_momentum(*schedule.place(step, steps), self.ema)
         self._commit_means()
@@ -175,7 +178,7 @@ class PretrainLearner:
             mean.commit()
 
     def state(self, full: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-        """Online encoder, target encoder and running means, whole, by name; `full` as in `Target.update`."""
+        """Whole tensors of the online encoder, target encoder and running means; `full` as in `Target.update`."""
         tensors = {f"target.{name}": value for name, value in self.target.encoder.state_dict().items()}
         for name, value in self.model.encoder.named_parameters():
             tensors[f"encoder.{name}"] = value if full is None else full(value)
@@ -184,7 +187,7 @@ class PretrainLearner:
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Target encoder and running means from `state`; the online encoder is left to who drives it."""
+        """Restore the target encoder and running means from `state`. The caller restores the online encoder."""
         self.target.encoder.load_state_dict(
             {name.removeprefix("target."): value for name, value in tensors.items() if name.startswith("target.")}
         )

@@ -17,8 +17,8 @@ from slim.config import KINDS
 from slim.model.embedding import STILL, standardise
 from slim.model.inputs import Batch, Targets
 
-# Loss of the mean of each place below which targets are that mean up to rounding, and there is no gain to speak of:
-# with one sample a step, the first step's, whose means were taken from itself.
+# If predicting the mean of each place has a smaller loss than this, the targets equal the means up to rounding and no
+# gain can be computed. This happens in the first step with one sample per step: its means come from the sample itself.
 NOTHING_TO_GAIN = 1e-9
 SLICES, POINTS, RANGE = 32, 14, (0.2, 4.0)
 
@@ -26,7 +26,7 @@ SLICES, POINTS, RANGE = 32, 14, (0.2, 4.0)
 def jepa_loss(
     predicted_KC: Tensor, target_KC: Tensor, targets: Targets, samples: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Smooth-L1 averaged inside each sample, then over samples; and its value per kind and for the place mean."""
+    """Smooth-L1 loss, averaged inside each sample, then over samples; and its value per kind and for the place mean."""
     error_K = F.smooth_l1_loss(predicted_KC, target_KC, reduction="none").mean(dim=1)
     trivial_K = F.smooth_l1_loss(torch.zeros_like(target_KC), target_KC, reduction="none").mean(dim=1)
     loss = _mean_of_samples(error_K, targets.sample_K, samples)
@@ -49,18 +49,20 @@ def _mean_of_samples(value_K: Tensor, sample_K: Tensor, samples: int) -> Tensor:
 
 
 def mae_loss(rebuild: Callable[[Tensor], Tensor], out_GW: Tensor, batch: Batch, at_once: int | None = None) -> Tensor:
-    """Mean squared error of rebuilt voxels (own z-score) over their variance, per sample, then over samples.
+    """Mean squared error of reconstructed voxels, divided by their variance, per sample and then over samples.
+
+    Each voxel's time series is z-scored.
 
     Parameters
     ----------
     rebuild : callable
-        From outputs of the predictor to voxels, (G, W) to (G, E V).
+        Maps outputs of the predictor to voxels, (G, W) to (G, E V).
     out_GW : Tensor
-        At the rebuilt targets.
+        Outputs of the predictor at the rebuilt targets.
     batch : Batch
     at_once : int, optional
-        Cells that are rebuilt together, and again in the backward pass: what is rebuilt is never kept whole. None: all,
-        kept.
+        Number of cells that are rebuilt together. To save memory, they are computed again in the backward pass. None
+        rebuilds all cells at once and keeps them.
     """
     cells = len(out_GW) if at_once is None else at_once
     sums_4B = out_GW.new_zeros(4, len(batch.keys), dtype=torch.float32)
@@ -78,7 +80,7 @@ def mae_loss(rebuild: Callable[[Tensor], Tensor], out_GW: Tensor, batch: Batch, 
 
 
 def _mae_sums(rebuild: Callable[[Tensor], Tensor], out_GW: Tensor, batch: Batch, part: slice) -> Tensor:
-    """Per sample: number, sum and sum of squares of the voxels to be rebuilt, and the squared error; (4, B)."""
+    """For each sample the number, sum and sum of squares of the voxels to rebuild, and the squared error; (4, B)."""
     assert batch.targets is not None
     targets, voxels = batch.targets, batch.voxels
     value_GE, patch_GE = targets.value_GE[part], targets.patch_GE[part].clamp_min(0)
@@ -92,10 +94,10 @@ def _mae_sums(rebuild: Callable[[Tensor], Tensor], out_GW: Tensor, batch: Batch,
 
 
 def sig_loss(x_MC: Tensor, slice_CS: Tensor) -> Tensor:
-    """Epps-Pulley statistic of the projections on each slice against N(0, 1), mean over slices.
+    """Epps-Pulley statistic of the projections on each slice against N(0, 1), averaged over slices.
 
-    Integral of |empirical characteristic function - exp(-t^2 / 2)|^2 over t from 0.2 to 4 (one side is enough: the
-    function is Hermitian), by the trapezoidal rule.
+    It is the integral of |empirical characteristic function - exp(-t^2 / 2)|^2 over t from 0.2 to 4, by the trapezoidal
+    rule. Positive t suffice, because the function is Hermitian.
     """
     t_P = torch.linspace(*RANGE, POINTS, device=x_MC.device)
     normal_P = torch.exp(-(t_P**2) / 2)

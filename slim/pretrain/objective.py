@@ -1,15 +1,16 @@
-"""What the encoder learns from: JEPA, SIG and MAE terms on one encoder.
+"""The pretraining objective: JEPA, SIG and MAE terms on one encoder.
 
-- JEPA: smooth-L1 between predicted and target features at the target cells. Targets are those of the EMA encoder on all
-  brain tokens, layer-normed, centred by the running mean of their place and slot and standardised per channel, so that
-  the trivial predictor (the mean of the place) gains nothing.
-- SIG: keeps the context features from collapsing onto few dimensions. The Epps-Pulley statistic of random slices of the
-  place-centred features against a standard normal (after LeJEPA, Balestriero & LeCun, arXiv 2511.08544).
-- MAE: voxels of some target cells (each voxel's own z-score) rebuilt from the same predictor, mean squared error over
-  the variance of what is rebuilt.
+- JEPA: smooth-L1 loss between predicted and target features at the target cells. The EMA encoder computes the target
+  features from all brain tokens. They are layer-normed, centred by the running mean of their place and slot, and
+  standardised per channel; predicting the mean of each place therefore gains nothing.
+- SIG: the Epps-Pulley statistic of random projections (slices) of the place-centred context features against a standard
+  normal. It keeps the features from collapsing onto few dimensions (after LeJEPA, Balestriero & LeCun, arXiv
+  2511.08544).
+- MAE: the predictor reconstructs the z-scored voxels of some target cells; the term is the mean squared error divided
+  by the variance of these voxels.
 
-Every term is a mean over samples of a mean inside the sample, so it does not matter how samples are spread over
-processes (SIG: over groups of `sig_samples` samples).
+Every term is a mean over samples of the mean inside a sample, so it does not depend on how samples are divided among
+processes. SIG is computed over groups of `sig_samples` samples.
 
 Legend: B samples; M cells of the context; K targets; G rebuilt targets; E tokens of a cell; V voxels of a patch; C
 channels of the encoder; W channels of the predictor; S slices; P points; J context and targets together.
@@ -32,7 +33,7 @@ from slim.training.task import Losses
 
 
 class Objective(nn.Module):
-    """Encoder, predictor and the terms of the loss: the module that DeepSpeed trains."""
+    """The encoder, the predictor and the terms of the loss, as the module that DeepSpeed trains."""
 
     def __init__(self, settings: PretrainSettings, geometry: Geometry, voxels: int):
         super().__init__()
@@ -54,9 +55,9 @@ class Objective(nn.Module):
         target_KC : Tensor, optional
             Centred and standardised targets; None without the JEPA term.
         place_mean : Tensor, optional
-            Running mean (cells, C) of the context features, subtracted before the SIG test; None without it.
+            Running mean (cells, C) of the context features, subtracted for the SIG term; None without it.
         step : int
-            Optimizer step; the slices of SIG depend on it and the seed.
+            Optimizer step. It and the seed determine the slices of SIG.
         """
         assert batch.context is not None and batch.targets is not None
         jepa, sig, mae = self.loss_weights

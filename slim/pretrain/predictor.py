@@ -19,10 +19,10 @@ from slim.model.inputs import Batch
 
 
 class Predictor(nn.Module):
-    """A narrow transformer over context features and mask tokens with positions; two light heads.
+    """A narrow transformer over context features and mask tokens with positions, and two light heads.
 
-    Blocks attend inside a slot and over the whole sample in turn: what can be predicted of a target's dynamics stands
-    in the other places of its own slot, and a predictor that has to find the slot first learns nothing for long.
+    Blocks alternate between attention inside a slot and over the whole sample. The other places in the slot of a target
+    carry most of the information about it; with attention over the whole sample only, the predictor learns slowly.
     """
 
     def __init__(self, settings: PretrainSettings, geometry: Geometry, dim: int, voxels: int):
@@ -44,7 +44,7 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context_MC: Tensor, batch: Batch) -> Tensor:
-        """Outputs at the targets, (K, W)."""
+        """Compute the outputs at the targets, (K, W)."""
         assert batch.context is not None and batch.targets is not None
         targets = batch.targets
         cell_J = torch.cat([batch.context.cell_M, targets.cell_K])

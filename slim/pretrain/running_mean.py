@@ -1,4 +1,4 @@
-"""Running means of features, one for each cell of the grid.
+"""Running means of features, for each cell of the grid.
 
 Legend: M cells of all brain tokens; C channels.
 """
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class PlaceMean:
-    """Running mean of features at each cell (place and slot), and their variance around it per channel.
+    """Running mean of the features at each cell (place and slot), and the variance around it per channel.
 
-    Sums of a step are collected over micro-batches and processes, then committed once, so the statistics do not depend
-    on how the step's samples were spread.
+    The sums of a step are collected over micro-batches and processes and committed once, so the statistics do not
+    depend on how the samples of a step are divided.
     """
 
     _NAMES = ("mean", "variance", "seen", "started")
@@ -24,7 +24,7 @@ class PlaceMean:
         self.mean = torch.zeros(cells, dim, device=device)
         self.variance = torch.ones(dim, device=device)
         self.seen = torch.zeros(cells, device=device)
-        self.started = torch.zeros(1, device=device)  # whether `variance` was measured yet
+        self.started = torch.zeros(1, device=device)  # 1 once `variance` has been measured
         self._sums = torch.zeros(cells, dim + 1, device=device)
         self._squares = torch.zeros(dim + 1, device=device)
 
@@ -38,7 +38,7 @@ class PlaceMean:
         self._squares[-1] += known_M.sum()
 
     def commit(self) -> None:
-        """Take in what all processes collected."""
+        """Update the statistics with the features collected in all processes."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._sums)
             dist.all_reduce(self._squares)
@@ -55,7 +55,7 @@ class PlaceMean:
         self.discard()
 
     def discard(self) -> None:
-        """Drop what was collected."""
+        """Discard the collected features."""
         self._sums.zero_()
         self._squares.zero_()
 

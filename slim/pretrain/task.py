@@ -1,4 +1,4 @@
-"""Pretraining as a task of the trainer: its data, and the learner at its start."""
+"""The pretraining task of the trainer: its data and its learner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slim.training.task import TrainingTask
 
 
 class PretrainTask(TrainingTask):
-    """JEPA, SIG and MAE on all training sessions."""
+    """Pretraining with the JEPA, SIG and MAE terms on all training sessions."""
 
     name = "pretrain"
     splits = ("train",)

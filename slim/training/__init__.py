@@ -1,1 +1,1 @@
-"""The loop over DeepSpeed. It knows neither JEPA nor labels: a `TrainingTask` brings them."""
+"""The training loop around DeepSpeed. A `TrainingTask` supplies the data, the model and the loss."""

@@ -1,7 +1,8 @@
-"""What happens around the steps of a run: callbacks that the trainer calls, and those that every run has.
+"""Callbacks of the trainer: the base class, and the callbacks that every run has.
 
-A callback of your own is a class derived from `Callback`. SLIM_CALLBACKS names functions that make some, as
-`module:function`, several with commas; every process of a run imports them and calls them before the others.
+To add a callback, derive a class from `Callback` and write a function that returns an instance. Name the function in
+the environment variable SLIM_CALLBACKS as `module:function`; separate several with commas. Every process of a run
+imports these functions, and calls the callbacks before the built-in ones.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from slim.training.stall import Watch
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A run that is about to train.
+    """The state of a run before its first step.
 
     Attributes
     ----------
     step, steps : int
-        Optimizer steps done before, and of the run in all.
+        Optimizer steps already done, and the total of the run.
     warn : callable
-        Tells the user a line, with the number of the step.
+        Logs a text as a warning, with the number of the current step.
     """
 
     step: int
@@ -40,18 +41,19 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """An optimizer step that has ended.
+    """A finished optimizer step.
 
     Attributes
     ----------
     number : int
-        Counted from 1.
+        Number of the step, from 1.
     keys : list of str
-        Samples that this process trained on.
+        Keys of the samples that this process trained on.
     line : dict
-        Its line of metrics.jsonl; the same in all processes but for the spread of features, which rank 0 has.
+        The step's line of metrics.jsonl. It is the same in all processes, except that only rank 0 has the standard
+        deviation and effective rank of features.
     logged : bool
-        Whether the line is to be written.
+        Whether the line is written to metrics.jsonl.
     """
 
     number: int
@@ -61,43 +63,43 @@ class Step:
 
 
 class Callback:
-    """Called by every process of a run; what is not overridden does nothing."""
+    """Base class of callbacks. Every process of a run calls these methods; by default they do nothing."""
 
     def on_start(self, start: Start) -> None:
-        """Before the first step, after what was resumed from is loaded."""
+        """Called before the first step, after a checkpoint has been loaded."""
 
     def on_phase(self, phase: str) -> None:
-        """The process now waits for data, computes or saves: DATA, COMPUTE, SAVE of `slim.training.stall`."""
+        """Called when the process starts to wait for data, compute or save: DATA, COMPUTE, SAVE in `stall.py`."""
 
     def on_step(self, step: Step) -> None:
-        """After a step, before a checkpoint of it is saved."""
+        """Called after each step, before its checkpoint is saved."""
 
     def on_save(self, folder: Path) -> None:
-        """After a checkpoint is complete, before older ones are removed."""
+        """Called when a checkpoint is complete, before older ones are removed."""
 
     def needed(self) -> set[Path]:
-        """Checkpoints that must not be removed yet."""
+        """Return the checkpoints that must not be removed yet."""
         return set()
 
     def on_finish(self) -> None:
-        """After the last step of this process, if nothing has failed."""
+        """Called after the last step of this process, unless it failed."""
 
     def on_end(self) -> None:
-        """At the end, whether or not something has failed."""
+        """Called at the end, also after a failure."""
 
     def warnings(self) -> list[str]:
-        """What the summary of the run repeats."""
+        """Return the warnings that the summary of the run repeats."""
         return []
 
 
 class MetricsWriter(Callback):
-    """Writes metrics.jsonl and wandb, and warns when the run goes wrong; rank 0 only.
+    """Writes metrics to metrics.jsonl and wandb, and warns of signs of collapse; rank 0 only.
 
     Parameters
     ----------
     settings : TrainSettings
     utilisation : callable, optional
-        From a line of metrics.jsonl to the model FLOPs utilisation of its step.
+        Computes a step's model FLOPs utilisation from its line of metrics.jsonl.
     """
 
     def __init__(self, settings: TrainSettings, utilisation: Callable[[MetricsLine], float] | None = None):
@@ -130,7 +132,7 @@ class MetricsWriter(Callback):
 
 
 class ProgressBar(Callback):
-    """Steps, their rate and the time left; rank 0 only."""
+    """Shows the number of steps done, their rate and the time left; rank 0 only."""
 
     def __init__(self, name: str):
         self.name = name
@@ -156,7 +158,7 @@ class ProgressBar(Callback):
 
 
 class StallWatch(Callback):
-    """Tells that a step takes far longer than usual; rank 0 only."""
+    """Warns when a step takes far longer than usual; rank 0 only."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -173,7 +175,7 @@ class StallWatch(Callback):
         if self._watch is not None:
             self._watch.step()
 
-    def on_finish(self) -> None:  # what other callbacks then wait for, such as a copy, is no step
+    def on_finish(self) -> None:  # other callbacks may now wait, for example for a copy, which is not a step
         self._stack.close()
 
     def on_end(self) -> None:
@@ -205,7 +207,7 @@ class MirrorCopies(Callback):
         return [] if self.mirror.trouble is None else [self.mirror.trouble]
 
     def _tell(self) -> None:
-        """Warn of a copy that failed, once for each reason."""
+        """Warn of a failed copy, once for each reason."""
         trouble = self.mirror.trouble
         if trouble is not None and trouble != self._told:
             self._warn(trouble)
@@ -219,12 +221,12 @@ def usual(
     rank: int,
     flops_per_token: Callable[[], float] | None = None,
 ) -> Sequence[Callback]:
-    """The callbacks of every run: metrics, progress, stall watch and mirror, all of them on rank 0.
+    """The callbacks of every run: metrics, progress bar, stall watch and mirror. All of them act on rank 0 only.
 
     Parameters
     ----------
     name : str
-        Of the progress bar.
+        Name shown by the progress bar.
     flops_per_token : callable, optional
         See `utilisation_of`.
     """

@@ -1,10 +1,10 @@
-"""What a run may be resumed with: the settings that may change, those that need a word, those that may not.
+"""Which settings may change when a run is resumed, and the configurations that a run keeps.
 
-`RULES` is the whole of it. A run is compared with the configuration in the checkpoint that it is resumed from.
+`RULES` holds the rule of every setting. The new settings are compared with the configuration in the checkpoint.
 
-    RUN/configs/step-00000000.yaml   the configuration it was begun with
-                step-00000006.yaml   the one it was resumed with from step 6 on, if anything in it was new
-                step-00000006.1.yaml an earlier one from step 6 on, of whose steps nothing is left
+    RUN/configs/step-00000000.yaml   the configuration at the start
+                step-00000006.yaml   the configuration from step 6 on, if a setting changed there
+                step-00000006.1.yaml an earlier configuration from step 6 on; its steps were lost and are trained again
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ S = TypeVar("S", bound=TrainSettings)
 
 
 class Rule(Enum):
-    """What happens to a run that is resumed with another value of a setting."""
+    """What happens when a run is resumed with another value of a setting."""
 
-    FREE = "it may change; it is told and recorded"
-    STEPS = "`extended` decides: a run ends where it was planned to, unless run.extend says how it goes on"
-    NAMED = "it may change where run.change names it"
-    FIXED = "it is refused: what was learned, or the order of samples, depends on it"
+    FREE = "may change; the change is printed and recorded"
+    STEPS = "may not change, unless run.extend says how the added steps are trained; see `extended`"
+    NAMED = "may change if run.change names it"
+    FIXED = "may not change: the weights or the order of samples depend on it"
 
 
-# The longest key that begins a setting's counts.
+# A setting has the rule of the longest of these keys that is a prefix of its own key.
 RULES: dict[str, Rule] = {
     "data": Rule.FIXED,
     "data.path": Rule.FREE,  # the content is compared in `slim.training.origin`
@@ -58,7 +58,7 @@ RULES: dict[str, Rule] = {
     "run.epochs": Rule.STEPS,
     "run.extend": Rule.FREE,
     "run.change": Rule.FREE,
-    "run.batch": Rule.FREE,  # these three: `adopt` keeps samples per step, and SIG groups
+    "run.batch": Rule.FREE,  # for these three, `adopt` keeps the samples per step and the SIG groups
     "run.accumulate": Rule.FREE,
     "run.processes": Rule.FREE,
     "run.workers": Rule.FREE,
@@ -73,30 +73,30 @@ RULES: dict[str, Rule] = {
     "run.log_every": Rule.FREE,
     "run.wandb": Rule.FREE,
     "run.device": Rule.FREE,
-    # of a pretraining
+    # pretraining only
     "mask": Rule.NAMED,
-    "objective": Rule.FIXED,  # these four: only where the weights of the terms change
+    "objective": Rule.FIXED,  # these four may differ as long as the coefficients of the loss stay the same
     "loss.jepa": Rule.FIXED,
     "loss.sig": Rule.FIXED,
     "loss.mae": Rule.FIXED,
     "loss.sig_samples": Rule.NAMED,
     "ema": Rule.NAMED,
-    # of a fine-tuning
+    # fine-tuning only
     "head": Rule.FIXED,
     "head.layer_decay": Rule.NAMED,
     "head.lr_scale": Rule.NAMED,
     "start": Rule.FIXED,
     "answer": Rule.FIXED,
-    "before": Rule.FREE,  # what is told of the weights; `start` is their hash
+    "before": Rule.FREE,  # describes the initial weights; `start` is their hash
 }
-_WEIGHTS = ("objective", "loss.jepa", "loss.sig", "loss.mae")
+_LOSS_WEIGHTS = ("objective", "loss.jepa", "loss.sig", "loss.mae")
 _OUT = "use another run.out"
 _KEPT = re.compile(r"step-([0-9]{8})\.yaml")
-_NOTE = "# resumed: "  # before lines that only a kept configuration has
+_NOTE = "# resumed: "  # starts the comment lines that this module adds to a configuration
 
 
 def rule_of(key: str) -> Rule:
-    """The rule of a setting, by its dotted key; numbers of items are passed over. What has no rule is fixed."""
+    """The rule of a setting, from its dotted key without list indices. A setting without a rule is fixed."""
     parts = [part for part in key.split(".") if not part.isdecimal()]
     names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((RULES[name] for name in names if name in RULES), Rule.FIXED)
@@ -104,22 +104,22 @@ def rule_of(key: str) -> Rule:
 
 @dataclass(frozen=True)
 class Change:
-    """A setting in which two configurations differ, and both values; None for one that is not there."""
+    """A setting that differs between two configurations, with both values; None where the setting is absent."""
 
     key: str
     old: Any
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.key}: {_word(self.old)} -> {_word(self.new)}"
+        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
 
 
-def _word(value: Any) -> str:
+def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def flat(settings: TrainSettings) -> dict[str, Any]:
-    """All settings by dotted key: `run.steps`, `data.0.path`."""
+    """All settings by their dotted keys, such as `run.steps` or `data.0.path`."""
 
     def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict) and key != "before":
@@ -135,7 +135,7 @@ def flat(settings: TrainSettings) -> dict[str, Any]:
 
 
 def differences(old: TrainSettings, new: TrainSettings) -> list[Change]:
-    """The settings in which two configurations differ."""
+    """The settings that differ between two configurations."""
     before, now = flat(old), flat(new)
     keys = [*now, *(key for key in before if key not in now)]
     changes = [Change(key, before.get(key), now.get(key)) for key in keys]
@@ -143,19 +143,20 @@ def differences(old: TrainSettings, new: TrainSettings) -> list[Change]:
 
 
 def changes(folder: Path, settings: TrainSettings) -> list[Change]:
-    """What is new in these settings since a checkpoint was written.
+    """The settings that differ from those in a checkpoint.
 
     Raises
     ------
     CheckpointError
-        If a setting may not change, or needs a word that is not said.
+        If a setting may not change, or may only change if `run.change` names it, and it does not.
     ConfigError
-        If `run.change` names what cannot be changed by it.
+        If `run.change` names something other than a setting with the rule NAMED.
     """
     before = begin(load_run(folder / CONFIG))
     if type(before) is not type(settings):
         got, expected = (
-            "a pretraining" if isinstance(one, PretrainSettings) else "a fine-tuning" for one in (settings, before)
+            "a pretraining run" if isinstance(one, PretrainSettings) else "a fine-tuning run"
+            for one in (settings, before)
         )
         raise CheckpointError(folder, CONFIG, got, expected, _sentence(_OUT))
     named = settings.run.change
@@ -164,39 +165,39 @@ def changes(folder: Path, settings: TrainSettings) -> list[Change]:
     fixed, unnamed = [], []
     for one in found:
         rule = rule_of(one.key)
-        if rule is Rule.FIXED and not _means_the_same(one.key, before, settings):
+        if rule is Rule.FIXED and not _loss_is_the_same(one.key, before, settings):
             fixed.append(one)
-        elif rule is Rule.NAMED and not _means_the_same(one.key, before, settings) and not _is_named(one.key, named):
+        elif rule is Rule.NAMED and not _loss_is_the_same(one.key, before, settings) and not _is_named(one.key, named):
             unnamed.append(one)
     if fixed:
         hint = f"Use the settings in the run's config.yaml, or {_OUT}"
-        raise _refusal(folder, fixed, f"{_word(fixed[0].old)}, as the run was trained with", hint)
+        raise _refusal(folder, fixed, f"{_shown(fixed[0].old)}, as in the checkpoint", hint)
     if unnamed:
         step, words = facts(folder)["step"], ",".join([*named, *(one.key for one in unnamed)])
-        hint = f"Set run.change=[{words}] to change it from step {step} on, or {_OUT}"
-        raise _refusal(folder, unnamed, f"{_word(unnamed[0].old)}, as the run was trained with", hint)
+        hint = f"To use the new value from step {step} on, set run.change=[{words}]. Otherwise {_OUT}"
+        raise _refusal(folder, unnamed, f"{_shown(unnamed[0].old)}, as in the checkpoint", hint)
     return found
 
 
 def _refusal(folder: Path, refused: list[Change], expected: str, hint: str) -> CheckpointError:
-    """One line for all of them: the first as what was got and expected, the others behind it."""
+    """One error for all of these changes: it describes the first in full and lists the others."""
     first, *others = refused
     if others:
         hint = f"Also changed: {'; '.join(map(str, others))}. {hint}"
-    return CheckpointError(folder, first.key, _word(first.new), expected, hint)
+    return CheckpointError(folder, first.key, _shown(first.new), expected, hint)
 
 
-def _means_the_same(key: str, old: TrainSettings, new: TrainSettings) -> bool:
-    """Whether a setting of the loss has another value and yet the loss is the same."""
+def _loss_is_the_same(key: str, old: TrainSettings, new: TrainSettings) -> bool:
+    """Whether two values of a setting give the same loss."""
     if not (isinstance(old, PretrainSettings) and isinstance(new, PretrainSettings)):
         return False
     if key == "loss.sig_samples":
         return not (old.loss_weights[1] or new.loss_weights[1])
-    return key in _WEIGHTS and old.loss_weights == new.loss_weights
+    return key in _LOSS_WEIGHTS and old.loss_weights == new.loss_weights
 
 
 def _is_named(key: str, named: tuple[str, ...]) -> bool:
-    """Whether `run.change` has a key, or a section that it is in."""
+    """Whether `run.change` names a setting, or a section that contains it."""
     return any(f"{key}.".startswith(f"{name}.") for name in named)
 
 
@@ -204,7 +205,8 @@ def _check_named(named: tuple[str, ...], settings: TrainSettings) -> None:
     keys = [key for key in flat(settings) if rule_of(key) is Rule.NAMED]
     for name in named:
         if not any(_is_named(key, (name,)) for key in keys):
-            raise ConfigError("run.change", "", name, f"settings among {', '.join(keys)}", "Correct run.change")
+            hint = "Remove it from run.change, or correct its spelling"
+            raise ConfigError("run.change", "", name, f"one of {', '.join(keys)}", hint)
 
 
 def _sentence(text: str) -> str:
@@ -212,10 +214,10 @@ def _sentence(text: str) -> str:
 
 
 def adopt(folder: Path, settings: S) -> S:
-    """These settings with what belongs to the run: samples per step and the samples of a SIG group.
+    """Return these settings with the samples per step and per SIG group of the run that is resumed.
 
-    A SIG group is so many samples in a row, in the order of the stream. As long as no group is divided, the loss of a
-    step depends on its samples alone, and not on how they are spread over processes and micro-batches.
+    A SIG group is a number of consecutive samples of the stream, over which the SIG term is computed. If no group is
+    split, the loss of a step depends only on its samples, not on how they are divided into processes and micro-batches.
 
     Parameters
     ----------
@@ -226,7 +228,8 @@ def adopt(folder: Path, settings: S) -> S:
     Raises
     ------
     CheckpointError
-        If `run.batch` and the number of processes do not allow it; with those that do.
+        If the samples per step are not a multiple of `run.batch` x processes, or a SIG group would be split. The error
+        lists the values that work.
     """
     begun_with = group_of(load_run(folder / CONFIG))
     if begun_with is not None and group_of(settings) is not None:
@@ -240,20 +243,20 @@ def adopt(folder: Path, settings: S) -> S:
 
 
 def group_of(settings: TrainSettings) -> int | None:
-    """Samples of a SIG group; None without SIG."""
+    """Samples in a SIG group; None if the loss has no SIG term."""
     if not isinstance(settings, PretrainSettings) or not settings.loss_weights[1]:
         return None
     return settings.loss.sig_samples or settings.run.batch
 
 
 def begin(settings: S) -> S:
-    """Settings of a new run, with the samples of its SIG groups."""
+    """Return the settings of a new run, with the samples per SIG group filled in."""
     group = group_of(settings)
     return settings if group is None else _with_groups(settings, group)
 
 
 def _with_groups(settings: S, samples: int) -> S:
-    """Settings with so many samples in a SIG group, unless they say how many."""
+    """Return settings with this number of samples per SIG group, unless they set one."""
     if not isinstance(settings, PretrainSettings) or settings.loss.sig_samples is not None:
         return settings
     loss = settings.loss.model_copy(update={"sig_samples": samples})
@@ -261,7 +264,7 @@ def _with_groups(settings: S, samples: int) -> S:
 
 
 def _undivided(folder: Path, settings: TrainSettings, group: int) -> CheckpointError:
-    """The refusal of a batch that would divide SIG groups, with what would not."""
+    """The error for a batch that splits SIG groups; it lists batches that do not."""
     run, total = settings.run, facts(folder)["global_batch"]
 
     def fitting(processes: int) -> list[int]:
@@ -272,7 +275,10 @@ def _undivided(folder: Path, settings: TrainSettings, group: int) -> CheckpointE
     else:
         pairs = [(count, fitting(count)[0]) for count in range(1, total + 1) if fitting(count)]
         words = ", ".join(f"run.processes={count} run.batch={batch}" for count, batch in pairs)
-        hint = f"{run.processes} processes cannot share {total} samples per step in groups of {group}. Set {words}"
+        hint = (
+            f"The {total} samples per step in groups of {group} cannot be divided among {run.processes} processes. "
+            f"Set {words}"
+        )
     return CheckpointError(
         folder,
         "run.batch",
@@ -283,13 +289,13 @@ def _undivided(folder: Path, settings: TrainSettings, group: int) -> CheckpointE
 
 
 def plan_of(folder: Path, per_epoch: int) -> Plan:
-    """The plan of the run that wrote a checkpoint; `per_epoch` samples are an epoch."""
+    """The plan of the run that wrote a checkpoint; an epoch has `per_epoch` samples."""
     about = facts(folder)
     if "plan" in about:
         try:
             return Plan.from_facts(about["plan"])
         except ValueError as error:
-            raise CheckpointError(folder / "COMPLETE", "plan", error, "the steps of the run") from None
+            raise CheckpointError(folder / "COMPLETE", "plan", error, "a plan of the run's steps") from None
     before = load_run(folder / CONFIG).run  # written by an earlier version
     changes = {"batch": about["global_batch"], "accumulate": 1}
     return Plan(before.model_copy(update=changes).steps_in_all(per_epoch, 1))
@@ -301,68 +307,68 @@ def extended(folder: Path, settings: TrainSettings, per_epoch: int, processes: i
     Raises
     ------
     CheckpointError
-        If other steps are asked for than were planned, without `run.extend`, or fewer.
+        If the settings ask for fewer steps than planned, or for more without `run.extend`.
     """
     plan, run = plan_of(folder, per_epoch), settings.run
     asked, done = run.steps_in_all(per_epoch, processes), int(facts(folder)["step"])
     field = "run.epochs" if run.steps is None else "run.steps"
     got = f"{asked} steps" if run.steps is None else asked
     if asked < done:
-        why = f"{plan.end}: the run has {done} steps, {asked} were asked for"
-        raise CheckpointError(folder, field, got, why, f"Ask for {plan.end}, or {_OUT}")
+        why = f"{plan.end}: the run has already done {done} steps"
+        raise CheckpointError(folder, field, got, why, f"Set {field} for {plan.end} steps, or {_OUT}")
     if asked < plan.end:
-        why = f"{plan.end}, as planned: learning rate, weight decay and EMA momentum follow it"
-        hint = f"Ask for {plan.end} and end the run earlier by run.max_seconds or a signal, or {_OUT}"
+        why = f"{plan.end}, as planned: the schedules of learning rate, weight decay and EMA momentum depend on it"
+        hint = f"Keep {plan.end} steps and end the run earlier by run.max_seconds or a signal, or {_OUT}"
         raise CheckpointError(folder, field, got, why, hint)
     last = plan.extensions[-1][1] if plan.extensions else None
     if asked == plan.end:
         if run.extend is not None and last is not None and run.extend != last:
-            why = f"{last}, by which the run was extended to {plan.end} steps"
-            raise CheckpointError(folder, "run.extend", run.extend, why, f"Leave it as it is, or {_OUT}")
+            why = f"{last}: the run was extended to {plan.end} steps with it"
+            raise CheckpointError(folder, "run.extend", run.extend, why, f"Set run.extend={last}, or {_OUT}")
         return plan
     if run.extend is None:
         added = asked - plan.end
         hint = (
-            "Set run.extend=constant (the last learning rate, weight decay and EMA momentum) or run.extend=rewarm "
-            f"(a new warm-up and cosine over the {added} added steps), or {_OUT}"
+            "To extend the run, set run.extend=constant (keeps the last learning rate, weight decay and EMA momentum) "
+            f"or run.extend=rewarm (new warm-up and cosine over the {added} added steps). Otherwise {_OUT}"
         )
         raise CheckpointError(folder, field, got, f"{plan.end}, as planned", hint)
     return Plan(plan.steps, (*plan.extensions, (asked, run.extend)))
 
 
 def kept(folder: Path) -> dict[int, Path]:
-    """The configurations that a run keeps, by the step they were used from, ascending."""
+    """The configurations in RUN/configs, by the step from which they apply, in ascending order."""
     found = ((_KEPT.fullmatch(path.name), path) for path in (folder / CONFIGS).glob("step-*.yaml"))
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 def keep(folder: Path, text: str, begun: Path | None, told: list[str]) -> None:
-    """Keep a configuration in RUN/configs, unless the run has been going on with it.
+    """Write a configuration to RUN/configs, unless it is the one in use.
 
     Parameters
     ----------
     folder : Path
-        The run.
+        Folder of the run.
     text : str
-        Of the merged configuration.
+        The merged configuration, as YAML.
     begun : Path, optional
-        The checkpoint that the run is resumed from; None where it begins.
+        The checkpoint that the run is resumed from; None for a new run.
     told : list of str
-        What has changed.
+        Descriptions of the changed settings, written as comments.
     """
     step = 0 if begun is None else int(facts(begun)["step"])
     own = kept(folder)
     if begun is not None and not own:
-        for path in kept(begun.parents[1]).values():  # of the mirror
+        for path in kept(begun.parents[1]).values():  # `begun` may be in the mirror
             write_atomically(folder / CONFIGS / path.name, path.read_text(encoding="utf-8"))
-        if not kept(folder):  # an earlier version kept the last one only
-            note = f"{_NOTE}kept at step {step}; the first step it was used in is not known\n"
+        if not kept(folder):  # an earlier version kept only the last configuration
+            note = f"{_NOTE}in use at step {step}; its first step is not known\n"
             write_atomically(folder / CONFIGS / f"{tag(0)}.yaml", note + (begun / CONFIG).read_text(encoding="utf-8"))
         own = kept(folder)
     before = [path for first, path in own.items() if first <= step]
     is_new = not before or _without_notes(before[-1].read_text(encoding="utf-8")) != text
     for first, path in own.items():
-        if first > step or (first == step and is_new):  # the steps it was used for are done again now
+        if first > step or (first == step and is_new):  # its steps were lost and are now trained again
             numbers = [int(one.name.split(".")[1]) for one in path.parent.glob(f"{path.stem}.[0-9]*.yaml")]
             path.rename(path.with_name(f"{path.stem}.{max(numbers, default=0) + 1}.yaml"))
     if not is_new:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its configuration, and whole parameters where processes hold parts."""
+"""The DeepSpeed engine: its configuration, and access to whole parameters at ZeRO stage 3."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from slim.config import TrainSettings
 def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
     """The engine's configuration.
 
-    Precision is autocast inside the model, so states and gradients are fp32 and bf16 is right at every stage.
-    DeepSpeed's own bf16 is not used: at stage 0 it begins with a step on gradients of zero.
+    The model uses autocast itself, so optimizer states and gradients are fp32, and bf16 works at every ZeRO stage.
+    DeepSpeed's own bf16 mode is not used, because at stage 0 its first step uses gradients of zero.
     """
     offload = {
         f"offload_{what}": {"device": "cpu"}
@@ -29,7 +29,7 @@ def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
         "gradient_clipping": settings.optimizer.clip,
         "zero_optimization": {
             "stage": settings.zero.stage,
-            # By default a buffer of 2 GB lies ready for gradients on their way, several times what a step needs.
+            # The default reserves a gradient buffer of 2 GB, several times what a step needs.
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
             **offload,
@@ -41,7 +41,7 @@ def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
 
 
 def whole_parameter(parameter: Tensor) -> Tensor:
-    """The whole fp32 value of a parameter that ZeRO stage 3 has spread over the processes."""
+    """The whole fp32 value of a parameter that ZeRO stage 3 divides among the processes."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     whole = safe_get_full_fp32_param(parameter)
@@ -49,4 +49,4 @@ def whole_parameter(parameter: Tensor) -> Tensor:
     return whole
 
 
-BUCKET = 5_000_000  # numbers that processes exchange at once: 20 MB
+BUCKET = 5_000_000  # numbers that processes exchange in one message: 20 MB in fp32

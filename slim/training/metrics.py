@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, wandb, one progress line, and warnings when it goes wrong."""
+"""Metrics of a run: averages over processes, metrics.jsonl and wandb, and warnings of collapse or slow data."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def effective_rank(x_MC: Tensor) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory so far: of the GPU's allocator, or of this process where there is no GPU."""
+    """Peak memory so far: of the GPU's allocator or, without a GPU, of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def spread_of(what: str, x_MC: Tensor | None) -> dict[str, float | None]:
-    """`WHAT_std` and `WHAT_rank` of features: mean SD of a channel, effective rank of the first rows."""
+    """`WHAT_std` and `WHAT_rank` of features: the mean SD over channels, and the effective rank of the first rows."""
     if x_MC is None:
         return {f"{what}_std": None, f"{what}_rank": None}
     return {f"{what}_std": float(x_MC.std(dim=0).mean()), f"{what}_rank": effective_rank(x_MC[:_RANK_ROWS])}
@@ -51,21 +51,21 @@ def spread_of(what: str, x_MC: Tensor | None) -> dict[str, float | None]:
 def averages(
     logs: list[dict[str, Tensor]], tokens: list[Tensor], device: torch.device, names: Sequence[str]
 ) -> tuple[dict[str, float | None], tuple[float, float]]:
-    """Means of what the micro-batches of all processes logged, and sums of their tokens; every process calls it.
+    """Average logged numbers over the micro-batches of all processes, and sum their tokens. All processes must call it.
 
     Parameters
     ----------
     logs : list of dict of str to Tensor, ()
-        Of this process; a micro-batch that lacks a name does not count for it.
+        One dict for each micro-batch of this process. A micro-batch without a name is left out of that mean.
     tokens : list of Tensor, (2,)
-        Tokens kept, and tokens of brain.
+        Tokens kept and tokens of brain of each micro-batch.
     names : sequence of str
-        Of the numbers to be averaged.
+        Names of the numbers to average.
 
     Returns
     -------
     tuple
-        The means by name, None where nobody logged; and both sums.
+        The means by name, None where no process logged the name; and both sums of tokens.
     """
     zero = torch.zeros((), device=device)
     values = torch.stack([torch.stack([log.get(name, zero) for log in logs]).sum() for name in names])
@@ -80,18 +80,18 @@ def averages(
 
 
 class Monitor:
-    """Writes a line per logged step; rank 0 only.
+    """Writes one line per logged step; rank 0 only.
 
     Parameters
     ----------
     folder : Path
-        The run.
+        Folder of the run.
     start_step : int
-        Steps done before; lines behind it (of a run that was killed after its last checkpoint) are dropped.
+        Steps already done. Later lines, left by a run that was killed after its last checkpoint, are removed.
     mode : "offline", "online" or "disabled"
-        Of wandb.
+        Mode of wandb.
     config : dict
-        Shown in wandb.
+        Configuration shown in wandb.
     """
 
     def __init__(
@@ -119,19 +119,19 @@ class Monitor:
         return warnings_of(list(self.recent))
 
     def close(self) -> None:
-        """Close file and wandb run."""
+        """Close the file and the wandb run."""
         self._file.close()
         if self._tracking is not None:
             self._tracking.close()
 
 
 def warnings_of(lines: list[MetricsLine]) -> list[Finding]:
-    """What the last logged lines warn of, each kind once; empty while all is well or little is known.
+    """Warnings from the last logged lines, at most one of each kind; empty after too few lines to judge.
 
     Parameters
     ----------
     lines : list of dict
-        Lines of metrics.jsonl; the last 50 count.
+        Lines of metrics.jsonl, of which the last 50 are used.
     """
     lines = lines[-RECENT:]
     if len(lines) < 10:
@@ -147,24 +147,24 @@ def warnings_of(lines: list[MetricsLine]) -> list[Finding]:
         found.append(
             bad(
                 "gain",
-                f"no gain over the mean of each place ({gain:+.3f} over {len(lines)} logged steps): nothing "
-                "is learned yet; normal early on, a collapse if it stays",
+                f"no gain over predicting the mean of each place ({gain:+.3f} over {len(lines)} logged steps): "
+                "normal early in training; if it stays so, the model has collapsed",
             )
         )
     if rank is not None and rank < 5:
         found.append(
             bad(
                 "rank",
-                f"targets have an effective rank of {rank:.1f}: dimensional collapse; raise loss.sig or loss.mae",
+                f"dimensional collapse: the effective rank of the targets is {rank:.1f}; raise loss.sig or loss.mae",
             )
         )
     if wait is not None and wait > 0.5:
-        found.append(look("data", f"{wait:.0%} of the time is spent waiting for data: raise run.workers"))
+        found.append(look("data", f"training waits for data {wait:.0%} of the time: raise run.workers"))
     return found
 
 
 def read_metrics(path: Path) -> tuple[list[MetricsLine], int]:
-    """Lines of a metrics file, and how many could not be read: a kill may cut the last one in two."""
+    """Lines of a metrics file, and the number of unreadable lines. A killed run may leave an incomplete last line."""
     found, unreadable = read_log(path)
     lines = []
     for line in found:
@@ -181,5 +181,5 @@ def number(line: MetricsLine, name: str) -> float:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is what `Monitor.log` writes: a number a float can hold, or none."""
+    """Whether `Monitor.log` can have written a value: None, or a number in the range of a float."""
     return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)

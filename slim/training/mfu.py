@@ -1,4 +1,4 @@
-"""The share of a GPU's arithmetic that a run uses: model FLOPs utilisation (Chowdhery et al., arXiv 2204.02311)."""
+"""Model FLOPs utilisation: the share of a GPU's peak FLOP/s that a run uses (Chowdhery et al., arXiv 2204.02311)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from slim.config import TrainSettings
 from slim.training.metrics import MetricsLine, number
 
-# Dense bf16 TFLOP/s by name of the device, from NVIDIA's data sheets; the first that fits.
+# Dense bf16 TFLOP/s by name of the device, from NVIDIA's data sheets. The first name that fits is used.
 _PEAK = (
     ("H100 PCIe", 756),
     ("H100 NVL", 835),
@@ -30,7 +30,7 @@ _PEAK = (
 
 
 def peak_flops(device: str, precision: str) -> float | None:
-    """FLOP/s that a GPU of this name can do; None where it is not known, as for fp32 (TF32 may be on or off)."""
+    """Peak FLOP/s of a GPU, from its name; None if unknown, and for fp32, because TF32 may be on or off."""
     if precision != "bf16":
         return None
     words = {*device.replace("-", " ").split()}
@@ -40,12 +40,12 @@ def peak_flops(device: str, precision: str) -> float | None:
 def utilisation_of(
     settings: TrainSettings, device: torch.device, flops_per_token: Callable[[], float] | None
 ) -> Callable[[MetricsLine], float] | None:
-    """From a line of metrics.jsonl to its model FLOPs utilisation; None where the GPU's peak is not known.
+    """A function that computes model FLOPs utilisation from a line of metrics.jsonl; None if the peak is unknown.
 
     Parameters
     ----------
     flops_per_token : callable, optional
-        Counts the FLOPs of a step per token of brain; called only where they are needed.
+        Returns the FLOPs of a step per token of brain. It is called only if the peak of the GPU is known.
     """
     if device.type != "cuda" or flops_per_token is None:
         return None

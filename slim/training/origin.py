@@ -1,4 +1,4 @@
-"""What a run began with, and what a checkpoint must therefore share with those who go on from it."""
+"""The data and settings that a checkpoint depends on: a run can only be resumed if they are unchanged."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shards.format.stream import Stream
 from slim.checkpoints.checkpoint import CheckpointError, facts
 from slim.config import TrainSettings
 
-_CONVERTED = "Use the dataset that the run began with, or another run.out"
+_CONVERTED = "Use the dataset that the run was started with, or another run.out"
 _HINT = "Use the settings in the run's config.yaml, or another run.out"
-# field: what the user can set of it
+# field: the settings that it depends on
 _SET_BY = {
-    "tensors": "model, view, windows.k, loss or the data's grid; in fine-tuning the weights, the head or the answers",
-    "stream": "data, its weights, its training sessions or run.seed",
+    "tensors": "model, view, windows.k, loss or the grid of the data; in fine-tuning the weights, head or labels",
+    "stream": "data, their weights, their training sessions or run.seed",
     "zero_stage": "zero.stage",
     "global_batch": "run.batch x run.accumulate x processes",
 }
@@ -26,20 +26,20 @@ _SET_BY = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Written into every checkpoint of a run.
+    """What a checkpoint depends on; written into every checkpoint of a run.
 
     Attributes
     ----------
     tensors : str
-        Hash of what the shapes and meaning of all tensors depend on.
+        Hash of everything that the shapes and meaning of the tensors depend on.
     stream : str
-        Hash of the order of samples: with another one, the position in it would mean other samples.
+        Hash of everything that the order of samples depends on.
     zero_stage : int
     global_batch : int
-        Samples that all processes together take per optimizer step.
+        Samples per optimizer step, of all processes together.
     data : tuple of dict
-        Of each dataset: `shards`, hash of the checksums of the shards that are trained on; `configuration`, hash of
-        the settings of its conversion; `sessions`, how many are trained on; `folder`, where it lies, for messages.
+        For each dataset: `shards`, a hash of the checksums of the training shards; `configuration`, a hash of the
+        conversion settings; `sessions`, the number of training sessions; `folder`, its path, for messages.
     """
 
     tensors: str
@@ -58,7 +58,7 @@ class Origin:
         processes: int,
         splits: Collection[str] | None = None,
     ) -> Origin:
-        """That of these settings; `learned` and `splits` as in `slim.training.task.TrainingTask`."""
+        """The origin for these settings; `learned` and `splits` are as in `slim.training.task.TrainingTask`."""
         model, grid = settings.model.model_dump(mode="json"), datasets[0].manifest.grid.tree()
         shapes = [model, settings.view, settings.windows.k, grid, datasets[0].frames, learned]
         samples = settings.run.batch * settings.run.accumulate * processes
@@ -69,16 +69,16 @@ class Origin:
         return cls(digest(shapes), stream.digest(), settings.zero.stage, samples, data)
 
     def facts(self) -> dict[str, Any]:
-        """For `checkpoint.save`."""
+        """The attributes as a dict, for `checkpoint.save`."""
         return asdict(self) | {"data": [_without_place(one) for one in self.data]}
 
     def check(self, folder: Path) -> None:
-        """Refuse to go on from a checkpoint that differs.
+        """Check that a checkpoint has the same origin.
 
         Raises
         ------
         CheckpointError
-            With the settings at fault, or the dataset that is not as it was.
+            If it differs. The error names the settings or the dataset that changed.
         """
         about = facts(folder)
         self._check_data(folder, about.get("data"))
@@ -86,48 +86,49 @@ class Origin:
             mine = getattr(self, field)
             if about[field] != mine:
                 hashed = isinstance(mine, str)
-                got, expected = ("another than the run began with", "the same") if hashed else (mine, about[field])
+                hashes = ("a value that differs from the checkpoint's", "the same settings and data")
+                got, expected = hashes if hashed else (mine, about[field])
                 raise CheckpointError(folder, set_by, got, expected, _HINT)
 
     def unknown(self, folder: Path) -> list[str]:
-        """A line for each dataset of which a checkpoint of an earlier version does not tell whether it has changed."""
+        """A line for each dataset for which a checkpoint of an earlier version has no hashes to compare."""
         if "data" in facts(folder):
             return []
         return [
-            f"{folder} was written by an earlier version: it is not known whether {one['folder']} is as it was then"
+            f"{folder} was written by an earlier version, so changes of {one['folder']} since then cannot be detected"
             for one in self.data
         ]
 
     def _check_data(self, folder: Path, before: Any) -> None:
         if not isinstance(before, list) or len(before) != len(self.data):
-            return  # not recorded; other numbers of datasets are another stream
+            return  # not recorded, or another number of datasets, which changes `stream`
         for mine, theirs in zip(self.data, before, strict=True):
             if _without_place(mine) == theirs:
                 continue
             where, count = mine["folder"], mine["sessions"]
             then = theirs["sessions"]
             if count != then:
-                what = "were added" if count > then else "are gone"
+                what = "were added" if count > then else "are missing"
                 got = f"{count} training sessions"
-                expected = f"{then}, as the run began with ({folder})"
+                expected = f"{then}, as in the checkpoint {folder}"
                 hint = f"{abs(count - then)} sessions {what}, which changes the order of samples. {_CONVERTED}"
                 raise CheckpointError(where, "sessions", got, expected, hint)
             field = "configuration" if mine["configuration"] != theirs["configuration"] else "shards"
             got, expected = (f"hash {str(one[field])[:12]}" for one in (mine, theirs))
             hint = f"The dataset was converted again, with other {_CHANGED[field]}. {_CONVERTED}"
-            raise CheckpointError(where, field, got, f"{expected}, as the run began with ({folder})", hint)
+            raise CheckpointError(where, field, got, f"{expected}, as in the checkpoint {folder}", hint)
 
 
 _CHANGED = {"configuration": "settings", "shards": "data in its training sessions"}
 
 
 def content(dataset: Dataset, splits: Collection[str] | None = None) -> dict[str, Any]:
-    """What a dataset holds, whatever folder it lies in: hashes of its shards, of these splits alone, and settings."""
+    """Identify a dataset by its content, not its folder: hashes of the shards of these splits and of its settings."""
     manifest = dataset.manifest
     shards = [shard.sha256 for shard in manifest.shards if splits is None or shard.name.rsplit("-", 1)[0] in splits]
     return {"folder": str(dataset.folder), "shards": digest(shards), "configuration": manifest.configuration_hash}
 
 
 def _without_place(data: dict[str, Any]) -> dict[str, Any]:
-    """A run may be resumed with its data in another folder."""
+    """Without the folder: a run may be resumed after its data have been moved."""
     return {name: value for name, value in data.items() if name != "folder"}

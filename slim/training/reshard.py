@@ -1,11 +1,13 @@
-"""Going on with another number of processes than a checkpoint was written by, at the same ZeRO stage.
+"""Resume with another number of processes than the checkpoint was written with, at the same ZeRO stage.
 
-A run keeps its global batch: position in the stream, schedules and step numbers then mean what they meant. At stage 0
-and at the same number of processes DeepSpeed's own load serves. Otherwise the shards of all former processes are mapped
-into memory (nothing is converted or written), and each parameter is put together and dealt out, one after the other.
+The global batch stays the same, so the position in the stream, the schedules and the step numbers stay valid. At stage
+0, or with the same number of processes, DeepSpeed loads the checkpoint itself. Otherwise the shards of all former
+processes are memory-mapped, without converting or writing files, and the parameters are joined and divided again one
+by one.
 
-At stages 1 and 2 a process holds a stretch of each group's parameters laid end to end; where a parameter lies in it is
-written in the shard. At stage 3 it holds the r-th of equal parts of every parameter, the last ones padded.
+At stages 1 and 2, the parameters of a group are concatenated, and each process holds one contiguous range; the shard
+records where each parameter lies in it. At stage 3, each process holds an equal part of every parameter, padded at the
+end.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def accumulate_for(folder: Path, batch: int, processes: int) -> int:
-    """Micro-batches per step that keep the global batch a run was saved with.
+    """Micro-batches per step that keep the global batch of a checkpoint.
 
     Parameters
     ----------
@@ -38,7 +40,7 @@ def accumulate_for(folder: Path, batch: int, processes: int) -> int:
     Raises
     ------
     CheckpointError
-        If there is no such number.
+        If no number of micro-batches gives the same global batch.
     """
     total = checkpoint.facts(folder)["global_batch"]
     accumulate, left = divmod(total, batch * processes)
@@ -51,19 +53,19 @@ def accumulate_for(folder: Path, batch: int, processes: int) -> int:
             folder,
             f"run.{name}",
             f"{batch} samples x {processes} processes",
-            f"a divisor of the {total} samples that the run takes per step",
-            f"Set run.{name} to one of {', '.join(map(str, fitting))}, or start anew in another run.out",
+            f"a divisor of the run's {total} samples per step",
+            f"Set run.{name} to one of {', '.join(map(str, fitting))}, or start a new run in another run.out",
         )
     return accumulate
 
 
 def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore the engine from a checkpoint of any number of processes; every process calls it.
+    """Restore the engine from a checkpoint written by any number of processes. All processes must call it.
 
     Returns
     -------
     tuple
-        As from `checkpoint.load`.
+        As returned by `checkpoint.load`.
     """
     stage, former = engine.zero_optimization_stage(), checkpoint.facts(folder)["world_size"]
     if stage == 0 or former == dist.get_world_size():
@@ -73,16 +75,17 @@ def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except CheckpointError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        got = f"ZeRO shards that do not fit together ({type(error).__name__}: {error})"
-        raise CheckpointError(folder, "", got, "those of a run of this version", "Copy the checkpoint again") from error
-    (_deal_parts if stage == 3 else _deal_stretches)(engine, shards)
+        got = f"inconsistent ZeRO shards ({type(error).__name__}: {error})"
+        expected = "the shards of one checkpoint, written by this version"
+        raise CheckpointError(folder, "", got, expected, "Copy the checkpoint again") from error
+    (_load_parts if stage == 3 else _load_ranges)(engine, shards)
     engine.global_steps = shards.model["global_steps"]
     dist.barrier()
     return checkpoint.checked_state(folder, shards.model), checkpoint.read_weights(folder / checkpoint.WEIGHTS)
 
 
 class Shards:
-    """Parameters and moments of Adam as the processes of a run saved them, each to be had whole.
+    """The ZeRO shards of a checkpoint, from which whole parameters and Adam moments can be read.
 
     Parameters
     ----------
@@ -90,20 +93,20 @@ class Shards:
         A complete checkpoint of stage 1, 2 or 3.
     stage : int
     world : int
-        Processes it was written by.
+        Number of processes that wrote it.
 
     Attributes
     ----------
     model : dict
-        What DeepSpeed wrote beside the shards, and the state given to `checkpoint.save`.
+        DeepSpeed's model states, with the state given to `checkpoint.save`.
     step : Tensor
-        Steps that Adam has counted, ().
+        Adam's step count, ().
     """
 
     def __init__(self, folder: Path, stage: int, world: int):
         prefix = "zero_pp_rank_0_" if stage == 3 else ""
         self.model = zero_states.read(folder / f"{prefix}mp_rank_00_model_states.pt", mmap=True)
-        # name: (tensors by key, start, numbers) of each piece, in order
+        # name: (tensors by key, start, length) of each piece, in order
         self._pieces: dict[str, list[tuple[dict[str, Tensor], int, int]]] = defaultdict(list)
         for rank in range(world):
             path = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
@@ -125,24 +128,24 @@ class Shards:
             self.step: Tensor = adam[0]["step"]
 
     def whole(self, name: str, key: str) -> Tensor:
-        """All numbers of a parameter (`fp32`) or of a moment of it (`exp_avg`, `exp_avg_sq`), flat."""
+        """A whole parameter (`fp32`) or one of its moments (`exp_avg`, `exp_avg_sq`), flattened."""
         return torch.cat([flat[key].narrow(0, start, count) for flat, start, count in self._pieces[name]])
 
 
 def _part(numbers: int, world: int) -> int:
-    """Numbers of a parameter per process at stage 3, with padding."""
+    """Numbers of a parameter that each process holds at stage 3, including padding."""
     return -(-numbers // world)
 
 
 def _begin_adam(optimizer: torch.optim.Optimizer, flats: list[Tensor], step: Tensor) -> None:
-    """Moments of these tensors, zero for now: what pads them stays so. Each counts its own steps."""
+    """Create zero moments for these tensors; the padding stays zero. Each tensor has its own step count."""
     for flat in flats:
         optimizer.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in _MOMENTS}}
 
 
 @torch.no_grad()
-def _deal_stretches(engine: Any, shards: Shards) -> None:
-    """Stages 1 and 2: every process holds all parameters, and fp32 copies and moments of its stretch."""
+def _load_ranges(engine: Any, shards: Shards) -> None:
+    """Stages 1 and 2: every process holds all parameters, and the fp32 copies and moments of its range."""
     from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state
 
     zero = engine.optimizer
@@ -158,8 +161,8 @@ def _deal_stretches(engine: Any, shards: Shards) -> None:
 
 
 @torch.no_grad()
-def _deal_parts(engine: Any, shards: Shards) -> None:
-    """Stage 3: every process holds its part of each parameter, of its fp32 copy and of its moments."""
+def _load_parts(engine: Any, shards: Shards) -> None:
+    """Stage 3: every process holds its part of each parameter, with the fp32 copy and the moments of that part."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 

@@ -1,7 +1,8 @@
-"""The checkpoint that a run resumes from: rank 0 looks for it, and all processes agree."""
+"""Find the checkpoint that a run resumes from: rank 0 searches, and sends the result to all processes."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,14 +12,18 @@ from slim.checkpoints import exchange
 from slim.checkpoints.mirror import recover
 from slim.checkpoints.run_folder import CHECKPOINTS
 
+logger = logging.getLogger(__name__)
+
 
 def find_checkpoint(run: Path, mirror: Path | None) -> Path | None:
-    """The newest intact checkpoint of a run or of its mirror, the same in all processes; None where there is none.
+    """The newest intact checkpoint of a run or of its mirror; None if there is no checkpoint.
+
+    All processes must call it, and all get the same result.
 
     Raises
     ------
     UserError
-        In every process, if no checkpoint that is there is intact; see `slim.checkpoints.mirror.recover`.
+        In every process, if there are checkpoints but none is intact; see `slim.checkpoints.mirror.recover`.
     """
     found: str | None = None
     fault: UserError | None = None
@@ -27,7 +32,7 @@ def find_checkpoint(run: Path, mirror: Path | None) -> Path | None:
             folder, lines = recover(run, mirror)
             found = None if folder is None else folder.name
             for line in lines:
-                print(f"warning: {line}", flush=True)
+                logger.warning("%s", line)
         except UserError as error:
             fault = error
     told = None if fault is None else [fault.where, fault.field, str(fault.got), str(fault.expected), fault.hint]

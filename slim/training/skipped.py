@@ -1,10 +1,10 @@
-"""What is left out so that a run goes on: damaged samples, and steps whose loss or gradient is no finite number.
+"""Damaged samples and steps with a non-finite loss or gradient: they are skipped, counted and recorded.
 
-    RUN/skipped.jsonl    a line each: step, sample key, reason
+    RUN/skipped.jsonl    one line for each: step, sample key, reason
 
-All processes decide alike. A damaged sample is left out of its micro-batch; a process that has no other in a
-micro-batch adds nothing to the gradient there. A step that is skipped changes no weight, moment or running mean, and
-counts as a step all the same: the stream of samples and the schedules go on.
+All processes decide alike. A damaged sample is left out of its micro-batch; if all samples of a process's micro-batch
+are damaged, the process adds nothing to the gradient. A skipped step changes no weight, moment or running mean, but
+counts as a step: the stream of samples and the schedules advance.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from shards.core.files import dump_lines, read_log, write_atomically
 from slim.checkpoints import exchange
 from slim.checkpoints.run_folder import SKIPPED
 
-NOT_FINITE = "loss or gradient is no finite number"
+NOT_FINITE = "loss or gradient is not finite"
 
 
 class TrainingStopped(UserError):
-    """A run that left out more than it may."""
+    """A run that skipped more samples or steps than allowed."""
 
 
 class Skipped:
-    """Counts and writes down what was left out, and stops the run when it is too much.
+    """Counts and records skipped samples and steps, and stops the run when there are too many.
 
     Parameters
     ----------
     folder : Path
-        The run.
+        Folder of the run.
     sessions : int
-        Training sessions of the stream.
+        Number of training sessions.
     damaged : float
-        Share of them that may be damaged; one always may.
+        Share of sessions that may be damaged; one damaged session is always allowed.
     in_a_row : int
-        Steps in a row that may be skipped.
+        Number of consecutive steps that may be skipped.
     """
 
     def __init__(self, folder: Path, sessions: int, damaged: float, in_a_row: int):
@@ -50,14 +50,14 @@ class Skipped:
         self.row = 0
 
     def damaged(self, step: int, here: dict[str, str]) -> list[str]:
-        """Take in the damaged samples of a step (key to reason) of all processes; keys that are new.
+        """Record the damaged samples of a step (key to reason) of all processes, and return the keys that are new.
 
-        Every process calls it when any has one.
+        All processes must call it if any of them found a damaged sample.
 
         Raises
         ------
         TrainingStopped
-            If more sessions are damaged than may be.
+            If more sessions are damaged than allowed.
         """
         everywhere: dict[str, str] = {}
         for found in exchange.gather(here):
@@ -71,17 +71,17 @@ class Skipped:
                 "run.damaged",
                 f"{len(self.keys)} damaged sessions of {self.sessions}",
                 f"at most {self.most}",
-                f"The last: {everywhere[sorted(everywhere)[-1]]}. Copy or convert the dataset again",
+                f"The last one: {everywhere[sorted(everywhere)[-1]]}. Copy or convert the dataset again",
             )
         return new
 
     def step(self, step: int, skipped: bool, keys: list[str]) -> None:
-        """Take in whether a step was skipped, and the keys of this process's samples in it.
+        """Record whether a step was skipped, with the keys of this process's samples.
 
         Raises
         ------
         TrainingStopped
-            If too many were skipped in a row.
+            If too many consecutive steps were skipped.
         """
         self.row = self.row + 1 if skipped else 0
         if not skipped:
@@ -91,9 +91,10 @@ class Skipped:
             raise TrainingStopped(
                 self.path,
                 "loss or gradient",
-                f"no finite number in {self.row} steps in a row, to step {step}",
-                f"at most {self.in_a_row} (run.not_finite)",
-                "Lower optimizer.lr or look at the samples that the file names; the last checkpoint is from before",
+                f"a value that is not finite in {self.row} consecutive steps, the last of them step {step}",
+                f"at most {self.in_a_row} such steps (run.not_finite)",
+                "Lower optimizer.lr, or check the samples listed in this file. The last checkpoint is from before "
+                "these steps",
             )
 
     def _write(self, step: int, lines: list[tuple[str, str]]) -> None:
@@ -106,7 +107,7 @@ class Skipped:
         return {"keys": sorted(self.keys), "row": self.row}
 
     def load(self, state: dict[str, Any], step: int) -> None:
-        """Go on after `step`; what was written of later steps, which will be done again, is dropped."""
+        """Restore the state after `step`. Lines of later steps are removed, because these steps are trained again."""
         self.keys, self.row = set(state["keys"]), state["row"]
         if dist.get_rank() == 0 and self.path.exists():
             lines, _ = read_log(self.path)

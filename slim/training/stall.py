@@ -1,4 +1,4 @@
-"""A word in time when a run stands still: nothing is logged then, so nothing else would tell."""
+"""Warn when a run makes no progress. Metrics are only logged after a step, so they cannot show it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from shards.core.cli import duration
 
 DATA, COMPUTE, SAVE = "waiting for data", "computing", "saving a checkpoint"
 _ADVICE = {
-    DATA: "a loading process is stuck, or the file system is slow",
-    COMPUTE: "another process is stuck or dead, or shares this one's cores or GPU",
-    SAVE: "the file system is slow or full",
+    DATA: "a loading process may be stuck, or the file system may be slow",
+    COMPUTE: "another process of the run may be stuck or dead, or may use the same cores or GPU",
+    SAVE: "the file system may be slow or full",
 }
-_RECENT = 50  # steps that tell what is usual
+_RECENT = 50  # steps from which the usual duration is computed
 
 
 class Watch:
-    """Tells, once for each time it happens, that a step takes far longer than usual. A context manager.
+    """Reports a step that takes far longer than usual, once per step. Used as a context manager.
 
     Parameters
     ----------
     tell : callable
-        Given the line.
+        Called with the text of the report.
     times, least : float
-        A step is late after `times` its usual (median) seconds, and `least` seconds.
+        A step is late when it takes more than `times` the median duration and more than `least` seconds.
     """
 
     def __init__(self, tell: Callable[[str], None], times: float = 10, least: float = 60):
@@ -49,11 +49,11 @@ class Watch:
         self._thread.join()
 
     def now(self, what: str) -> None:
-        """What the run is doing from now on: DATA, COMPUTE or SAVE."""
+        """Set what the run is doing from now on: DATA, COMPUTE or SAVE."""
         self._what = what
 
     def step(self) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         now = time.monotonic()
         self._taken.append(now - self._begun)
         self._begun, self._late = now, False
@@ -61,9 +61,10 @@ class Watch:
     def _look(self) -> None:
         while not self._end.wait(self.least / 20):
             taken = time.monotonic() - self._begun
-            # The first step reads, compiles and allocates, and there is nothing usual to compare it with.
+            # The first step reads, compiles and allocates, and no earlier step is there to compare it with.
             usual = statistics.median(list(self._taken)) if self._taken else self.least
             if not self._late and taken > max(self.least, self.times * usual):
                 self._late = True
-                compared = f", where one takes {usual:.2g} s" if self._taken else " since the start"
-                self.tell(f"no step has ended for {duration(taken)}{compared}: {self._what}; {_ADVICE[self._what]}")
+                compared = f" (usual: {usual:.2g} s)" if self._taken else " since the start"
+                what = f"no step finished for {duration(taken)}{compared} while {self._what}"
+                self.tell(f"{what}: {_ADVICE[self._what]}")

@@ -1,7 +1,7 @@
-"""What a run learns, and from what: handed to the trainer, which knows neither JEPA nor labels.
+"""What a run trains: the data, the model and the loss, as the trainer uses them.
 
-A `TrainingTask` opens the data and makes the learner; a learner (`Learner`) has the model and says what a step does.
-`PretrainTask` is one, `slim.finetune.task.FinetuneTask` the other.
+A `TrainingTask` opens the data and makes a `Learner`, which holds the model and computes the loss of a step. There are
+two: `slim.pretrain.task.PretrainTask` and `slim.finetune.task.FinetuneTask`.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from slim.training.schedule import Plan
 
 Steps = Callable[[int], Iterable[Batch]]  # this process's micro-batches of the first so many optimizer steps
 Forward = Callable[..., Any]
-Full = Callable[[Tensor], Tensor]  # the whole fp32 value of a parameter that processes hold in parts
+Full = Callable[[Tensor], Tensor]  # returns the whole fp32 value of a parameter that is divided among processes
 
 
 class Learner(Protocol):
-    """What a trainer asks of whatever it trains. Every process calls everything, so any of it may reduce.
+    """What the trainer needs of a model in training. All processes call every method, so each may communicate.
 
     Attributes
     ----------
     model : nn.Module
-        The engine is made around it.
+        The model that the DeepSpeed engine wraps.
     logged : sequence of str
-        Names in `Losses.logs` that are averaged into a line of metrics.jsonl.
+        Names in `Losses.logs` that are averaged for metrics.jsonl.
     """
 
     @property
@@ -50,56 +50,58 @@ class Learner(Protocol):
     def logged(self) -> Sequence[str]: ...
 
     def summarise(self, mean: dict[str, float | None]) -> dict[str, float | None]:
-        """The numbers of a line of metrics.jsonl, from the means over micro-batches and processes."""
+        """Compute the numbers for metrics.jsonl from the means over micro-batches and processes."""
         ...
 
     def groups(self) -> list[Group]:
-        """All parameters, by how the optimizer treats them."""
+        """All parameters, in groups for the optimizer."""
         ...
 
     def begin(self, steps: Steps, forward: Forward) -> None:
-        """Measure what has to be known before the first step; a run that goes on is given it by `load`."""
+        """Prepare for the first step of a new run, for example measure means. A resumed run calls `load` instead."""
         ...
 
     def losses(self, batch: Batch, step: int, forward: Forward) -> Losses:
-        """Those of one micro-batch; `forward` is the engine around the model."""
+        """The losses of one micro-batch; `forward` is the engine around the model."""
         ...
 
     def commit(self, step: int, steps: int | Plan, forward: Forward, full: Full | None) -> MetricsLine:
-        """End optimizer step `step` (from 0) of `steps`; what else its line of metrics.jsonl holds."""
+        """Finish optimizer step `step` (from 0) of `steps`, and return further numbers for metrics.jsonl."""
         ...
 
     def discard(self) -> None:
-        """End a step that was skipped."""
+        """Finish a step that was skipped."""
         ...
 
     def state(self, full: Full | None) -> dict[str, Tensor]:
-        """What `weights.safetensors` of a checkpoint holds: whole tensors."""
+        """The whole tensors that a checkpoint stores in `weights.safetensors`."""
         ...
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from such a state; the model itself is left to the engine."""
+        """Restore such a state, except the model, which the engine restores."""
         ...
 
 
 class TrainingTask(ABC):
-    """Data and learner of a run.
+    """The data and the learner of a run.
 
     Attributes
     ----------
-    name : what the progress bar calls it
-    splits : splits of the datasets that are trained on; None: any
+    name : str
+        Name shown by the progress bar.
+    splits : collection of str or None
+        Splits of the datasets that are used; None for all.
 
     Parameters
     ----------
     settings : TrainSettings
     datasets : sequence of Dataset
-        Training samples are those of their split `train`.
+        Their split `train` is trained on.
 
     Raises
     ------
     UserError
-        If model and data do not fit, or there is nothing to train on.
+        If model and data do not fit together, or there are no training sessions.
     """
 
     name: str
@@ -112,15 +114,15 @@ class TrainingTask(ABC):
         self.stream = Stream(self.datasets, weights, "train", settings.run.seed, settings.windows.k)
 
     def origin(self, processes: int) -> Origin:
-        """What checkpoints of this task must share, with so many processes."""
+        """What the checkpoints of this task depend on, with this number of processes."""
         return Origin.of(self.settings, self.learned, self.datasets, self.stream, processes, self.splits)
 
     def seen(self) -> Seen | None:
-        """Who is seen in training, without labels; None where that is not known."""
+        """The subjects and sessions seen in training, without labels; None if this is not known."""
         return Seen.of(self.stream.sessions)
 
     def too_short(self) -> list[str]:
-        """A line for each dataset with training sessions of fewer windows than pass through the model together."""
+        """A line for each dataset that has training sessions with fewer than `windows.k` windows."""
         least = self.settings.windows.k
         return [
             f"{short} of {short + len(part)} training sessions of {dataset.folder} are left out: they have fewer than "
@@ -130,22 +132,22 @@ class TrainingTask(ABC):
         ]
 
     def load(self) -> Callable[[list[Item]], PackedBatch]:
-        """Makes micro-batches in the loading processes; picklable."""
+        """Return a picklable function that makes micro-batches in the loading processes."""
         return partial(load_batch, datasets=self.datasets, geometry=self.geometry, settings=self.settings)
 
     @property
     @abstractmethod
     def learned(self) -> Any:
-        """JSON-able: what the meaning of the tensors depends on beside sizes and data."""
+        """What the meaning of the tensors depends on, besides sizes and data, as JSON-serialisable data."""
 
     @abstractmethod
     def learner(self, device: torch.device) -> Learner:
-        """The learner at its start, drawn from the seed of the run."""
+        """Return a new learner, initialised from the seed of the run."""
 
 
 @dataclass
 class Losses:
-    """The loss of a micro-batch, and what is logged beside it (detached): numbers, and features whose spread is."""
+    """The loss of a micro-batch, with detached numbers to log, and features to log the SD and effective rank of."""
 
     total: Tensor
     logs: dict[str, Tensor]

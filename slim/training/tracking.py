@@ -1,7 +1,8 @@
-"""A run in Weights & Biases: whatever is wrong with it is a warning, and the training goes on."""
+"""Logging of a run to Weights & Biases. A failure there is logged as a warning and never stops the training."""
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any, Literal
 
 from slim.checkpoints.run_folder import WANDB_ID
 
+logger = logging.getLogger(__name__)
+
 _SETTINGS = {
     "SILENT": "true",
-    # neither the machine's name nor the address of a repository, unless these variables ask for them
+    # send neither the host name nor the address of a git repository, unless these variables ask for them
     "HOST": "-",
     "DISABLE_GIT": "true",
     "INIT_TIMEOUT": "30",  # seconds for the server to answer
@@ -19,15 +22,16 @@ _SETTINGS = {
 
 
 class Tracking:
-    """Sends lines to wandb; rank 0 only.
+    """Logs steps to wandb; rank 0 only.
 
     Parameters
     ----------
     folder : Path
-        The run. Without an answer of the server it is kept in `folder/wandb`, from where `wandb sync` sends it.
+        Folder of the run. If the server cannot be reached, the log is kept in `folder/wandb`, and `wandb sync` sends it
+        later.
     mode : "offline" or "online"
     config : dict
-        Shown in wandb.
+        Configuration shown in wandb.
     """
 
     def __init__(self, folder: Path, mode: Literal["offline", "online"], config: dict[str, Any]):
@@ -46,8 +50,8 @@ class Tracking:
             }
             about |= {"project": "slim-brain", "resume": "allow", "config": config}
             self._begin(folder, mode, about)
-        except Exception as error:  # of any kind: wandb's own, of the file system, of its service
-            _warn(f"wandb could not be started ({_reason(error)}); metrics.jsonl has all there is")
+        except Exception as error:  # wandb raises exceptions of its own, of the file system and of its service
+            logger.warning("wandb did not start (%s); all metrics are in metrics.jsonl", _reason(error))
 
     def _begin(self, folder: Path, mode: Literal["offline", "online"], about: dict[str, Any]) -> None:
         import wandb
@@ -58,48 +62,43 @@ class Tracking:
                 try:
                     self._run = wandb.init(mode="online", **about)
                     return
-                except Exception as error:  # no network, a key that the server refuses, ...
+                except Exception as error:  # for example no network, or a key that the server refuses
                     why = _reason(error)
                     wandb.teardown()
-            _warn(
-                f"run.wandb=online, but {why}. It is kept offline: `wandb sync {folder}/wandb/offline-run-*` sends it"
-            )
+            how = f"send it with `wandb sync {folder}/wandb/offline-run-*`"
+            logger.warning("run.wandb=online, but %s. The run is logged offline; %s", why, how)
         self._run = wandb.init(mode="offline", **about)
 
     def log(self, line: dict[str, float | None]) -> None:
-        """Send one step."""
+        """Log one step."""
         if self._run is None:
             return
         try:
             self._run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
         except Exception as error:
-            _warn(f"wandb takes no more steps ({_reason(error)}); metrics.jsonl has all there is")
+            logger.warning("logging to wandb failed and ends here (%s); see metrics.jsonl", _reason(error))
             self._run = None
 
     def close(self) -> None:
-        """End the run in wandb."""
+        """Finish the wandb run."""
         if self._run is not None:
             try:
                 self._run.finish()
             except Exception as error:
-                _warn(f"wandb could not be ended ({_reason(error)})")
+                logger.warning("wandb did not finish the run (%s)", _reason(error))
 
 
 def _has_key(wandb: Any) -> bool:
-    # Asked for first: at a terminal wandb would wait for one to be typed in.
+    # Check before `wandb.init`, which would wait for a key to be typed at a terminal.
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
         return bool(wandb.login(prompt=False))
     except TypeError:  # before 0.31
         return bool(wandb.api.api_key)
-    except Exception:  # one that the server does not take: told by `init`
+    except Exception:  # the server refuses the key: `wandb.init` says why
         return True
 
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", flush=True)

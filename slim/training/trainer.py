@@ -1,13 +1,20 @@
-"""The loop over a DeepSpeed engine, whatever is learned. Run by `launchers/job.py` in every process.
+"""The training loop over a DeepSpeed engine, for pretraining and fine-tuning. `launchers/job.py` runs it.
 
-One optimizer step, in this order: schedules set, then per micro-batch losses and backward (DeepSpeed reduces, clips and
-steps at the last one), then the learner ends it (pretraining: the EMA target and the running means move; fine-tuning:
-now and then it is validated), then the step is logged, then it may be saved. Everything random depends on (seed, epoch,
-key) or (seed, step), so a run that is stopped and resumed gives the numbers of one that was not.
+An optimizer step does the following, in this order:
+
+1. set the learning rate and weight decay;
+2. for each micro-batch compute the losses and gradients; at the last one DeepSpeed reduces, clips and steps;
+3. let the learner finish the step: pretraining updates the EMA target and the running means, fine-tuning validates at
+   some steps;
+4. log the step, and save a checkpoint if it is due.
+
+All random numbers depend on (seed, epoch, key) or (seed, step) only, so a run that was stopped and resumed gives the
+same numbers as a run that was not.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -38,23 +45,25 @@ from slim.training.skipped import NOT_FINITE, Skipped
 from slim.training.stall import COMPUTE, DATA, SAVE
 from slim.training.task import TrainingTask
 
+logger = logging.getLogger(__name__)
+
 
 class Trainer:
-    """One process of a run.
+    """Trains a task, in one process of a run.
 
     Parameters
     ----------
     task : TrainingTask
-        What is learned, and from what.
+        The data and the learner.
     device : torch.device
-        This process's own.
+        The device of this process.
     callbacks : sequence of Callback
         Called in this order; see `slim.training.callbacks`.
 
     Raises
     ------
     UserError
-        If the checkpoint to go on from does not fit the configuration.
+        By `run`, if the checkpoint to resume from does not fit the configuration.
     """
 
     def __init__(self, task: TrainingTask, device: torch.device, callbacks: Sequence[Callback] = ()):
@@ -85,7 +94,7 @@ class Trainer:
         self._stop: str | None = None
 
     def run(self) -> TrainingResult:
-        """Train to the end, or to the next step boundary after a signal or the time limit."""
+        """Train to the end, or until a signal or the time limit stops the run after a step."""
         begun = time.monotonic()
         self._catch_signals()
         resumed = self._resume()
@@ -116,7 +125,7 @@ class Trainer:
 
     @contextmanager
     def _called(self) -> Iterator[None]:
-        """Callbacks around the steps; `on_end` of each that was started is called, whatever happens."""
+        """Call `on_start` and `on_finish` around the steps; `on_end` is called also after a failure."""
         start = Start(step=self.step, steps=self.steps, warn=self._warn)
         with ExitStack() as stack:
             for callback in self.callbacks:
@@ -132,11 +141,11 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run in all."""
+        """Total optimizer steps of the run."""
         return self.plan.end
 
     def _warn(self, text: str) -> None:
-        print(f"warning at step {self.step}: {text}", flush=True)
+        logger.warning("step %d: %s", self.step, text)
 
     def _catch_signals(self) -> None:
         def remember(number: int, _frame: Any) -> None:
@@ -145,10 +154,10 @@ class Trainer:
 
         for number in STOPPING:
             signal.signal(number, remember)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # one may have come meanwhile
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # `launchers.job` blocks them until now
 
     def _agree_to_stop(self, begun: float) -> str | None:
-        """Why to stop now, the same answer in every process: one flag, reduced at each step boundary."""
+        """The reason to stop after this step, or None. All processes decide alike, by one reduced flag."""
         limit = self.settings.run.max_seconds
         late = limit is not None and time.monotonic() - begun >= limit
         flag = torch.tensor([2 if self._stop else 1 if late else 0], device=self.device)
@@ -157,7 +166,7 @@ class Trainer:
         return (None, "time limit", "signal")[int(flag)]
 
     def _loader(self, consumed: int, count: int) -> loader.Loader:
-        """This process's next `count` micro-batches after so many samples of the stream."""
+        """Load this process's next `count` micro-batches, after `consumed` samples of the stream."""
         run = self.settings.run
         stream = MicroBatches(self.stream, self.task.load(), run.batch, self.rank, self.world, count, consumed)
         return loader.Loader(stream, run.workers, lambda: self._stop, self._warn if self.rank == 0 else lambda _: None)
@@ -168,12 +177,12 @@ class Trainer:
         return self._loader(self.consumed, left) if left else iter(())
 
     def _first_steps(self, steps: int) -> Iterator[Batch]:
-        """This process's micro-batches of so many steps, from the first."""
+        """This process's micro-batches of the first `steps` optimizer steps."""
         for batch in self._loader(0, steps * self.settings.run.accumulate):
             yield batch.to(self.device)
 
     def _one_step(self, batches: Iterator[Any]) -> Step:
-        """Carry out one optimizer step."""
+        """Do one optimizer step."""
         settings = self.settings
         begun, waited = time.perf_counter(), 0.0
         at, of = self.plan.place(self.step)
@@ -215,7 +224,7 @@ class Trainer:
         return Step(number=self.step, keys=keys, line=line, logged=self._is_logged())
 
     def _note(self, damaged: dict[str, str], skipped: bool, keys: list[str]) -> None:
-        """Write down what was left out of this step; TrainingStopped where it is too much."""
+        """Record what was skipped in this step; raises TrainingStopped if it is too much."""
         count = torch.tensor(len(damaged), device=self.device)
         if self.world > 1:
             dist.all_reduce(count)
@@ -223,9 +232,9 @@ class Trainer:
         self.skipped.step(self.step, skipped, keys)
         if self.rank == 0:
             for key in new:
-                self._warn(f"{key} is damaged and left out, see {self.skipped.path}")
+                self._warn(f"sample {key} is damaged and was left out, see {self.skipped.path}")
             if skipped:
-                self._warn(f"{NOT_FINITE}; the step changes nothing")
+                self._warn(f"{NOT_FINITE}; the step was skipped")
 
     def _is_logged(self) -> bool:
         return self.step % self.settings.run.log_every == 0 or self.step in (1, self.steps)
@@ -240,7 +249,7 @@ class Trainer:
         begun: float,
         waited: float,
     ) -> MetricsLine:
-        """Means over micro-batches and processes, as one line of metrics.jsonl."""
+        """The step's line of metrics.jsonl, with means over micro-batches and processes."""
         mean, (kept, brain) = averages(logs, tokens, self.device, self.learner.logged)
         mean = self.learner.summarise(mean)
         spread: dict[str, float | None] = {}
@@ -283,14 +292,14 @@ class Trainer:
             checkpoint.prune(self.checkpoints, self.settings.run.keep, self.settings.run.keep_every, needed)
 
     def _resume(self) -> str | None:
-        """Go on from the newest intact checkpoint, if there is one; returns its name."""
+        """Load the newest intact checkpoint, if there is one, and return its name."""
         if self.settings.run.resume == "never":
             return None
         mirror = self.settings.run.mirror
         found = find_checkpoint(self.folder, None if mirror is None else Path(mirror))
         if found is None:
             return None
-        compatibility.changes(found, self.settings)  # again: it may be older than the one that was looked at before
+        compatibility.changes(found, self.settings)  # the launcher may have checked a newer, damaged checkpoint
         self.origin.check(found)
         self.plan = compatibility.extended(found, self.settings, self.stream.per_epoch, self.world)
         state, weights = reshard.load(self.engine, found)

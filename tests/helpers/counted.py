@@ -1,13 +1,18 @@
-"""The middle preset of the counts: large enough for segments, small enough for a test."""
+"""Steps to be counted, and the same carried out; the model is large enough for segments, small enough for a test."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import nn
 
 from slim.config import PRESETS, ModelSettings, PredictorSettings, PretrainSettings
 from slim.model.geometry import Geometry
 from slim.model.inputs import Batch
 from slim.planning.step_cost import make_batch
+from slim.pretrain.learner import PretrainLearner
+from slim.pretrain.objective import Objective
+from slim.training.optim import parameter_groups
 
 # Wide enough that nearly all memory lies in tensors far larger than 512 bytes.
 MIDDLE = ModelSettings(
@@ -38,3 +43,28 @@ def zero_settings(
 ) -> PretrainSettings:
     run = {"out": "x", "batch": 1, "accumulate": accumulate, "processes": processes}
     return settings(model=model, zero={"stage": stage}, run=run)
+
+
+class RealStep:
+    """The step that is counted, carried out: plain torch, on values of the batch's own shapes."""
+
+    def __init__(self, settings: PretrainSettings, geometry: Geometry, batch: Batch, device: str = "cpu"):
+        self.settings, self.batch = settings, batch.to(device)
+        if device == "cpu":  # `to` has copied the plans
+            self.batch.brain_QV = batch.brain_QV.clone()
+            self.batch.voxels = type(batch.voxels)(*(value.clone() for value in vars(batch.voxels).values()))
+        torch.manual_seed(0)
+        for name in ("value_RV", "baseline_QV", "spread_QV"):
+            getattr(self.batch.voxels, name).uniform_(0.1, 1)
+        self.learner = PretrainLearner(settings, Objective(settings, geometry, batch.brain_QV.shape[1]).to(device))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.learner.model), foreach=False)
+
+    def __call__(self) -> float:
+        losses = self.learner.losses(self.batch, 0)
+        losses.total.backward()
+        nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.settings.optimizer.clip, foreach=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.learner.commit(0, 2)
+        assert all(x_NC is None or x_NC.isfinite().all() for x_NC in losses.features.values())
+        return losses.total.item()

@@ -80,7 +80,7 @@ def check_self_contained(content: str) -> Reader:
 
 def command(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
     """Status, stdout and stderr of `tools/report.py`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["report.py", *words])
+    monkeypatch.setattr(sys, "argv", ["tools/report.py", *words])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "tools" / "report.py"), run_name="__main__")
     out, err = capsys.readouterr()

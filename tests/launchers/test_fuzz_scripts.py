@@ -145,7 +145,7 @@ def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
 )
 def test_lines_of_setup_that_would_swallow_or_direct_a_script_are_refused(setup: list[str], tmp_path: Path) -> None:
     settings = check(SlurmSettings, {"setup": setup}, "test")
-    with pytest.raises(ConfigError, match=r"setup: got .*, expected (whole )?lines of bash") as error:
+    with pytest.raises(ConfigError, match=r"setup: got .*, expected (complete )?lines of bash") as error:
         scripts(settings, tmp_path / "run")
     assert error.value.line().isprintable()
 

@@ -41,7 +41,7 @@ def test_they_are_made_in_the_order_of_the_variable(monkeypatch: pytest.MonkeyPa
         ("mylab_callbacks", "expected module:function"),
         (":Plain", "expected module:function"),
         ("mylab_callbacks:with_words", "missing 1 required positional argument"),
-        ("mylab_callbacks:number", "makes a int, expected a Callback"),
+        ("mylab_callbacks:number", "returns a int, expected a Callback"),
         ("runs/one/code.py:Plain", "No module named"),
     ],
 )

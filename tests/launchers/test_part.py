@@ -51,8 +51,8 @@ def test_tasks_in_any_order_and_a_pack_write_what_one_process_writes(cohort, dat
     (out / conversion_task.PLACE / "rank-8_1.log").write_text("error: node2: killed\nand more\n")
     assert job("pack", out) == RESUME
     ended = conversion_task.outcome(out, "pack")
-    expected = f"task 1, 2 of its 2 runs left: node2: killed (see {out}/work/slurm/rank-8_1.log)"
-    assert ended["failed"] == [expected] and ended["error"].startswith("2 of 6 runs are left")
+    expected = f"task 1, 2 of its 2 scans remain: node2: killed (see {out}/work/slurm/rank-8_1.log)"
+    assert ended["failed"] == [expected] and ended["error"].startswith("2 of 6 scans remain")
     assert job("rank", out, 1) == DONE
     assert job("pack", out) == DONE
     same(out, dataset)
@@ -69,7 +69,7 @@ def test_refused_runs_are_no_failures_and_changed_ones_are(cohort, job, tmp_path
     bold.write_bytes(bold.read_bytes() + b" ")
     assert job("pack", out) == RESUME
     assert conversion_task.outcome(out, "pack")["failed"] == [
-        "synthetic_sub-02_ses-1_task-rest changed while it was converted"
+        "synthetic_sub-02_ses-1_task-rest changed during the conversion"
     ]
     submit(source, out, 1)
     assert job("rank", out, 0) == DONE and job("pack", out) == REFUSED

@@ -129,7 +129,7 @@ def test_variables_of_an_enclosing_job_reach_no_command(notes: Notes, tmp_path, 
     assert not list((tmp_path / "run" / SLURM).glob(".*"))
     assert "--partition=gpu" in options(notes.script())  # a default of the user's, said openly in the script
     said = capsys.readouterr().err
-    assert "SBATCH_EXPORT, SBATCH_TIMELIMIT of the environment do not count" in said and "PARTITION" not in said
+    assert "SBATCH_EXPORT, SBATCH_TIMELIMIT of the environment are ignored" in said and "PARTITION" not in said
 
 
 def test_defaults_of_the_environment_give_way_to_settings(notes: Notes, tmp_path, monkeypatch) -> None:
@@ -161,7 +161,7 @@ def test_a_named_cluster_is_kept_for_what_follows(how: str, notes: Notes, tmp_pa
     assert submit(settings, run).cluster == "far"
     assert f"--clusters={'near,far' if how == 'answer' else 'far'}" in options(notes.script())
     monkeypatch.delenv("SLURM_CLUSTERS", raising=False)  # another shell, later
-    with pytest.raises(ConfigError, match="a run whose job 12 has not ended"):
+    with pytest.raises(ConfigError, match="a run with an unfinished job: 12"):
         tracking.refuse_another(run)
     about = tracking.about_job(run)
     assert about is not None
@@ -189,7 +189,7 @@ def test_jobs_of_a_conversion_go_to_one_cluster_which_is_kept(notes: Notes, tmp_
     (folder / conversion_task.PLACE / conversion_task.JOB).write_text(
         json.dumps({"jobs": {"pack": "12"}, "cluster": name, "command": []})
     )
-    with pytest.raises(ConfigError, match="a dataset whose jobs 12 have not ended"):
+    with pytest.raises(ConfigError, match="a dataset with unfinished jobs: 12"):
         conversion_jobs.refuse_another(folder)
 
 

@@ -69,7 +69,7 @@ def test_a_folder_of_this_machine_alone_is_refused_before_a_submission(monkeypat
     monkeypatch.setattr(scheduler, "ask", ask)
     settings = SlurmSettings(time="12:00:00")
     check_cluster(settings, 1, 4, Path("/shared/runs/lean"))
-    with pytest.raises(ConfigError, match=r"/tmp/run: run.out: got .*, expected one that n7 sees, too"):
+    with pytest.raises(ConfigError, match=r"/tmp/run: run.out: got .*, expected a folder that n7 has, too"):
         check_cluster(settings, 1, 4, Path("/tmp/run"))
     address = "127.0.0.1"
     check_cluster(settings, 1, 4, Path("/tmp/run"))

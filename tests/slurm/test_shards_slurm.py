@@ -114,8 +114,8 @@ def test_what_fails_twice_is_listed_and_the_same_command_goes_on(
     assert done.returncode == 3, done.stderr
     assert tries(out) == ["pack None", "rank 0", "rank 1", "rank 1"]
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
-    assert line.startswith("failed: task 1, 3 of its 3 runs left: node") and "SIGKILL" in line
-    assert "error: 3 of 6 runs are left; the same command continues with them" in done.stderr
+    assert line.startswith("failed: task 1, 3 of its 3 scans remain: node") and "SIGKILL" in line
+    assert "error: 3 of 6 scans remain; the same command continues with them" in done.stderr
     assert facts_of(done)["status"] == 3 and len(facts_of(done)["failed"]) == 1
     facts = facts_of(slurm(cluster, "status", out, "--json"))
     assert (facts["ranked"], facts["refused"], facts["left"]) == (3, 0, 3) and facts["failed"] and facts["error"]
@@ -152,7 +152,7 @@ def test_status_and_cancel(cluster: Cluster, command: Command, cohort: Path, tmp
     here = ["tools/make_shards.py", *asked[1:4], "--ranker", "ridge", "--workers", 1, *QUICK]
     for refused in (slurm(cluster, *asked), command(*here, **cluster.environment)):
         assert refused.returncode == 2 and f"jobs {jobs['rank']}, " in refused.stderr
-        assert "have not ended" in refused.stderr and len(refused.stderr.splitlines()) == 1
+        assert "a dataset with unfinished jobs" in refused.stderr and len(refused.stderr.splitlines()) == 1
     done = slurm(cluster, "cancel", out, "--json")
     assert done.returncode == 0, done.stderr
     assert {facts_of(done)[name] for name in jobs} == {"CANCELLED"}
@@ -184,7 +184,7 @@ def test_a_dry_run_prints_the_scripts_and_leaves_nothing(cluster: Cluster, cohor
     out = tmp_path / "far"
     done = slurm(cluster, *words(cohort / "cohort.yaml", out, "--throttle", 2, "--mem", "2G", "--dry-run", tasks=50))
     assert done.returncode == 0, done.stderr
-    for line in ("#SBATCH --array=0-5%2", "#SBATCH --mem=2G", f"{out}/work/slurm/rank-%A_%a.log", "6 runs, 6 tasks"):
+    for line in ("#SBATCH --array=0-5%2", "#SBATCH --mem=2G", f"{out}/work/slurm/rank-%A_%a.log", "6 scans, 6 tasks"):
         assert line in done.stdout
     assert sum("to start at" in line for line in done.stdout.splitlines()) == 3
     assert cluster.call("squeue", "-h") == "" and not out.exists()

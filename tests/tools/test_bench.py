@@ -11,16 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.commands import ROOT
+from launchers.benches import memory
+from launchers.benches.common import Figure, Ratio, Result, interleave, show
+from launchers.benches.dense import unroll
+from launchers.benches.gather import Contest, Way, compare, peak
+from launchers.benches.simulate import SNR, simulate
 from slim.model.geometry import Geometry
-
-sys.path.insert(0, str(ROOT / "tools"))  # as it is for the tools themselves
-
-from benches import memory
-from benches.common import Figure, Ratio, Result, interleave, show
-from benches.dense import unroll
-from benches.gather import Contest, Way, compare, peak
-from benches.simulate import SNR, simulate
 
 
 def test_callables_take_turns():

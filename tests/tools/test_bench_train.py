@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +13,9 @@ import numpy as np
 import pytest
 
 from helpers.commands import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))  # as it is for the tools themselves
-
-from benches import commands, data, train
-from benches.bare import bare_steps
-from benches.commands import CommandFailed, Pretraining, bare, command, pretrain
-
-from helpers.commands import ROOT
+from launchers.benches import commands, data, train
+from launchers.benches.bare import bare_steps
+from launchers.benches.commands import CommandFailed, Pretraining, bare, command, pretrain
 from shards.format.stream import Stream
 from slim.config import load_config
 
@@ -118,8 +112,8 @@ def test_runs_that_do_not_compute_the_same_are_not_compared(other):
 
 
 def test_a_command_that_fails_is_told_by_its_last_line(tmp_path):
-    with pytest.raises(CommandFailed, match=r"tools/pretrain\.py .*tiny\.yaml: got error: .*nowhere"):
-        command("tools/pretrain.py", WORDS[0], f"data={tmp_path / 'nowhere'}", f"run.out={tmp_path}")
+    with pytest.raises(CommandFailed, match=r"pretrain .*tiny\.yaml: got error: .*nowhere"):
+        command("pretrain", WORDS[0], f"data={tmp_path / 'nowhere'}", f"run.out={tmp_path}")
 
 
 @pytest.fixture(scope="module")

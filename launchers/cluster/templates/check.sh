@@ -1,6 +1,6 @@
 # shellcheck shell=sh
-# Run on each node: does it see the folder, and Python with this software? Then it becomes the command given, if any.
-# Reads FOLDER, PYTHON, PYTHONPATH and WRONG (exit status of a call that is wrong).
+# Check on each node that it can access the folder, and Python with this software; then run the given command, if any.
+# Reads FOLDER, PYTHON, PYTHONPATH and WRONG (exit status for a mistake of the user).
 refuse() { echo "error: $(hostname): $1"; exit "$WRONG"; }
 test -d "$FOLDER" || refuse "$FOLDER: got no such folder, expected one that every node sees. Use a shared one"
 command -v "$PYTHON" >/dev/null || refuse "$PYTHON: got no such command, expected Python. Set python or setup"

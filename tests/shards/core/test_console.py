@@ -147,7 +147,7 @@ def test_a_summary_has_a_line_for_each_fact(name: str) -> None:
 
 def test_an_argument_is_printed_without_its_control_characters(capsys) -> None:
     with pytest.raises(SystemExit):
-        cli.Parser("x", "y").parse_args(["\x1b[31m"])
+        cli.Parser("x", "y", "z").parse_args(["\x1b[31m"])
     assert "\x1b" not in capsys.readouterr().err
 
 

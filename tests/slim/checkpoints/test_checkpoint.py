@@ -91,7 +91,7 @@ def test_the_one_before_is_used_and_what_was_refused_is_named(tmp_path: Path) ->
     (second / "weights.safetensors").write_bytes(bytes((second / "weights.safetensors").stat().st_size))
     found, (line,) = recover(run, None)
     assert found == first
-    assert f"{second}/weights.safetensors: SHA-256: got" in line and "goes on from step-00000001" in line
+    assert f"{second}/weights.safetensors: SHA-256: got" in line and "The run resumes from step-00000001" in line
     (first / "dataset.json").unlink()
     with pytest.raises(CheckpointError, match=r"step-00000002.*No checkpoint of the run is intact"):
         recover(run, None)
@@ -224,7 +224,7 @@ def test_a_mirror_holds_what_the_run_saved(tmp_path: Path) -> None:
     assert at_a_glance(run, folder) == folder / "checkpoints" / tag(6)
     found, lines = recover(run, folder)
     assert found == run / "checkpoints" / tag(6) and checkpoint.fault(found) is None
-    assert "got 0 bytes" in lines[0] and lines[1] == f"{tag(6)} is fetched from {folder}"
+    assert "got 0 bytes" in lines[0] and lines[1] == f"{tag(6)} was copied from the mirror {folder}"
     assert (run / "metrics.jsonl").read_text() == "more lines"
     shutil.rmtree(run)
     assert recover(run, folder)[0] == found and (run / "metrics.jsonl").read_text() == "lines"

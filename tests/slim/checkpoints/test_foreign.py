@@ -175,7 +175,7 @@ def test_a_checkpoint_whose_file_is_a_pipe_is_refused_without_waiting(run: Path,
     (folder / "config.yaml").unlink()
     os.mkfifo(folder / "config.yaml")
     found = checkpoint.fault(folder)
-    assert found is not None and "no regular file" in found.line()
+    assert found is not None and "not a regular file" in found.line()
 
 
 def test_lines_of_metrics_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_lines_of_metrics_that_are_no_numbers_are_left_out(tmp_path: Path) -> No
 def test_who_was_seen_is_checked(tmp_path: Path) -> None:
     for text in ('{"people": "abc", "salt": null, "sessions": []}', "[" * 10**5, "[]", '{"people": [1]}'):
         (tmp_path / "seen.json").write_text(text)
-        with pytest.raises(UserError, match="who was seen in training"):
+        with pytest.raises(UserError, match="the subjects seen in training"):
             Seen.read(tmp_path)
 
 
@@ -226,5 +226,5 @@ def test_tensors_of_another_shape_are_refused(copy: Path) -> None:
     tensors[name] = torch.zeros(*tensors[name].shape, 2)
     save_file(tensors, copy / MODEL, {"format": "pt"})
     sum_again(copy)
-    with pytest.raises(CheckpointError, match="of another configuration"):
+    with pytest.raises(CheckpointError, match="belong to another configuration"):
         SlimBrain.from_pretrained(copy)

@@ -81,14 +81,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in error.value.line()
 
 
-def test_where_nothing_can_be_locked_a_warning_is_printed(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_where_nothing_can_be_locked_a_warning_is_logged(tmp_path: Path, monkeypatch, caplog) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(flock.fcntl, "flock", no_locks)
     with lock.holding(tmp_path / "run") as descriptor:
         assert descriptor is None
-    assert "lock cannot be locked (No locks available): start no second training there" in capsys.readouterr().err
+    assert "lock cannot be locked (No locks available): start no second training there" in caplog.text
 
 
 def test_a_requeued_job_waits_for_its_former_attempt_and_for_nobody_else(tmp_path: Path, monkeypatch) -> None:

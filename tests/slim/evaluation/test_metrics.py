@@ -97,6 +97,17 @@ def test_regression_metrics_are_those_of_scikit_learn():
         assert {name: value[row] for name, value in found.items()} == pytest.approx(expected)
 
 
+def test_draws_of_one_value_have_no_r_and_no_r2():
+    """Of three subjects every ninth draw is one subject three times: no variance, whatever rounding makes of it."""
+    rng = np.random.default_rng(0)
+    weights = metrics.bootstrap_weights(3, 500, 0)
+    found = metrics.regression(rng.normal(size=3) + 0.1, rng.normal(size=3), weights)
+    one_value = (weights == 3).any(axis=1)
+    assert one_value.sum() > 30 and np.isfinite(found["mse"]).all()
+    for name in ("r", "r2"):
+        assert (np.isnan(found[name]) == one_value).all(), name
+
+
 def test_intervals_cover():
     """The true accuracy lies inside about 95 of 100 intervals."""
     rng = np.random.default_rng(0)
@@ -112,8 +123,9 @@ def test_intervals_cover():
     assert 0.9 <= np.mean(covered) <= 0.98
 
 
-def test_undefined_scores_are_none_not_nan():
-    found = metrics.regression(np.arange(4.0), np.zeros(4), metrics.bootstrap_weights(4, 100, 0))
+@pytest.mark.parametrize("guess", [0.0, 0.1])
+def test_undefined_scores_are_none_not_nan(guess: float):
+    found = metrics.regression(np.arange(4.0), np.full(4, guess), metrics.bootstrap_weights(4, 100, 0))
     assert Estimate.of_draws(found["r"]).tree() == {"value": None, "low": None, "high": None}
     json.dumps(Estimate.of_draws(found["mse"]).tree(), allow_nan=False)
 

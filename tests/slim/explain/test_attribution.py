@@ -343,7 +343,7 @@ def test_what_cannot_be_explained_is_told_in_one_line(model, dataset, tmp_path, 
     path = tmp_path / "task.yaml"
 
     def error(*more: object) -> str:
-        words = ("explain.py", model.run_folder, "--data", dataset, "--task", path, *more)
+        words = ("tools/explain.py", model.run_folder, "--data", dataset, "--task", path, *more)
         monkeypatch.setattr(sys, "argv", [*map(str, words)])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / "tools" / "explain.py"), run_name="__main__")

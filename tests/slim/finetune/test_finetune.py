@@ -366,7 +366,7 @@ def test_the_encoder_of_the_best_epoch_is_loaded_exported_and_encodes(
         assert torch.equal(value, best[f"best.encoder.{name}"])
     assert any(not torch.equal(value, start[name]) for name, value in tuned.encoder.state_dict().items())
     assert tuned.step == told["best_step"] and tuned.made["run"] == "s-finetuned-seed-0"
-    with pytest.raises(checkpoint.CheckpointError, match="weights: got those of a fine-tuning, expected encoder"):
+    with pytest.raises(checkpoint.CheckpointError, match="weights: got a fine-tuning run, expected a pretraining run"):
         SlimBrain.from_pretrained(run, "target")
 
     about = export.write(tuned, tmp_path / "export")
@@ -449,7 +449,7 @@ def test_weights_before_the_first_validation_are_told(whole: tuple[Path, dict], 
     tensors = load_file(saved / checkpoint.WEIGHTS)
     tensors["best.of"] = torch.tensor([float("inf"), 0.0], dtype=torch.float64)
     write_weights(saved, tensors)
-    with pytest.raises(checkpoint.CheckpointError, match="val_loss: got no finite number yet"):
+    with pytest.raises(checkpoint.CheckpointError, match="val_loss: got no finite validation loss yet"):
         SlimBrain.from_pretrained(run)
 
 

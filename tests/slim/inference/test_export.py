@@ -286,5 +286,5 @@ def test_a_name_on_the_hub(exported: Path, tmp_path: Path, monkeypatch: pytest.M
     loaded = SlimBrain.from_pretrained("someone/lean")
     assert loaded.step == 7 and loaded.results == Path("lean-results") and hub.asked == [None]
     assert SlimBrain.from_pretrained("someone/lean@v1.0").step == 7 and hub.asked == [None, "v1.0"]
-    with pytest.raises(UserError, match=r"someone/other: got no such folder, and nothing the hub gives .*404"):
+    with pytest.raises(UserError, match=r"someone/other: got no such folder, and the hub does not provide it .*404"):
         SlimBrain.from_pretrained("someone/other")

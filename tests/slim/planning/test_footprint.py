@@ -17,44 +17,13 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers.counted import MIDDLE, prepared, settings
+from helpers.counted import MIDDLE, RealStep, prepared, settings
 from slim.config import PRESETS, PretrainSettings
-from slim.model.geometry import Geometry
-from slim.model.inputs import Batch
 from slim.planning import counting
 from slim.planning.counting import CPU_ATTENTION, Footprint
 from slim.planning.step_cost import count
-from slim.pretrain.learner import PretrainLearner
-from slim.pretrain.objective import Objective
-from slim.training.optim import parameter_groups
 
 MIB = 2**20
-V = 64
-
-
-class RealStep:
-    """The step that is counted, carried out: plain torch, on values of the batch's own shapes."""
-
-    def __init__(self, settings: PretrainSettings, geometry: Geometry, batch: Batch, device: str = "cpu"):
-        self.settings, self.batch = settings, batch.to(device)
-        if device == "cpu":  # `to` has copied the plans
-            self.batch.brain_QV = batch.brain_QV.clone()
-            self.batch.voxels = type(batch.voxels)(*(value.clone() for value in vars(batch.voxels).values()))
-        torch.manual_seed(0)
-        for name in ("value_RV", "baseline_QV", "spread_QV"):
-            getattr(self.batch.voxels, name).uniform_(0.1, 1)
-        self.learner = PretrainLearner(settings, Objective(settings, geometry, V).to(device))
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.learner.model), foreach=False)
-
-    def __call__(self) -> float:
-        losses = self.learner.losses(self.batch, 0)
-        losses.total.backward()
-        nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.settings.optimizer.clip, foreach=False)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.learner.commit(0, 2)
-        assert all(x_NC is None or x_NC.isfinite().all() for x_NC in losses.features.values())
-        return losses.total.item()
 
 
 def test_bytes_are_those_of_live_storages() -> None:

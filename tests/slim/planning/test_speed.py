@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
+from helpers.counted import RealStep
 from shards.core.settings import check
 from shards.format.reader import Dataset
 from shards.format.stream import Item
 from slim.config import PRESETS, PretrainSettings
 from slim.data.collate import load_batch
 from slim.data.samples import geometry_for
+from slim.planning.counting import CPU_ATTENTION
 from slim.planning.forecast import flops_per_token
-from slim.planning.step_cost import count
 from slim.training.mfu import peak_flops
 
 
@@ -36,7 +38,7 @@ def test_the_peak_of_a_gpu_by_its_name(device: str, peak: float | None) -> None:
 
 
 def test_flops_are_those_of_a_step_on_the_data(dataset: Path) -> None:
-    """Counted once for a sample, they tell those of a whole micro-batch of other sessions."""
+    """Counted once for a sample, they tell those of a step that is carried out on two other sessions."""
     run = {"out": "x", "batch": 2}
     settings = check(
         PretrainSettings, {"data": "x", "model": PRESETS["tiny"].model_dump(), "view": "voxel", "run": run}, "test"
@@ -45,6 +47,8 @@ def test_flops_are_those_of_a_step_on_the_data(dataset: Path) -> None:
     geometry = geometry_for(settings, [data])
     items = [Item(0, session, 0) for session in data.of_split("train")[1:3]]
     batch = load_batch(items, [data], geometry, settings).to("cpu")
-    found, _ = count(settings, geometry, batch)
-    expected = sum(found.flops.values()) / int(batch.whole.tokens_B.sum())
+    step = RealStep(settings, geometry, batch)
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops:
+        step()
+    expected = flops.get_total_flops() / int(batch.whole.tokens_B.sum())
     assert flops_per_token(settings, data) == pytest.approx(expected, rel=0.15)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
-import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -16,16 +15,12 @@ from hypothesis import strategies as st
 from scipy.stats import iqr
 from sklearn.linear_model import Ridge
 
-from helpers.commands import ROOT
+from launchers.benches.simulate import SNR, simulate
 from shards.core.errors import ConfigError, RunRefused
 from slim.ranking.extractor import Extractor, standardise
 from slim.ranking.extractor_training import train_extractor
 from slim.ranking.rankers import make_ranker
 from slim.ranking.saliency import calmness, folds, frame_weights, rebuild_by_ridge, space_energy, standing, time_energy
-
-sys.path.insert(0, str(ROOT / "tools"))  # as it is for the tools themselves
-
-from benches.simulate import SNR, simulate
 
 FRAMES = 5
 NAMES = ["mutual", "ridge", "median-variance", "variance", "leave-one-out", "uniform", "random"]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from helpers.commands import ROOT
 from helpers.conversions import copy_cohort
 from helpers.records import data_record, scan_record
+from launchers.commands import train_extractor
 from shards.conversion import writer
 from shards.conversion.settings import ExtractorSettings
-from shards.core.cli import DONE, WRONG
+from shards.core.cli import DONE, WRONG, run
 from shards.format import layout, sample
 from shards.format.reader import Dataset
 from shards.format.session_record import SessionRecord
@@ -47,16 +45,12 @@ def parcels_alone(folder: Path, splits: list[str], frames: int = 5, seed: int = 
 
 
 @pytest.fixture
-def train(monkeypatch, capsys):
+def train(capsys):
     """The command in this process: its status, what it printed, and the error line."""
-    spec = importlib.util.spec_from_file_location("train_extractor", ROOT / "tools" / "train_extractor.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
 
     def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train_extractor.py", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
-            tool.run(tool.main)
+            run(lambda: train_extractor.main([*map(str, words)]))
         printed = capsys.readouterr()
         return ended.value.code, printed.out, printed.err
 

@@ -140,11 +140,11 @@ def test_collapse_is_told_in_words(tmp_path):
     lines = [line(step, gain=0.0, target_rank=3.0) for step in range(1, 121)]
     text = text_of(make_run(tmp_path / "run", lines))
     assert "Trouble: Collapsed, or never began to learn" in text
-    assert "no gain over the mean of each place" in text.lower()
-    assert "effective rank of 3.0: dimensional collapse" in text
+    assert "no gain over predicting the mean of each place" in text.lower()
+    assert "dimensional collapse: the effective rank of the targets is 3.0" in text.lower()
     early = words_of(lines[:40])
     assert "Not finished: step 40 of 120, 33%" in early and "Collapsed" not in early
-    assert "a collapse if it stays" in early
+    assert "if it stays so, the model has collapsed" in early
 
 
 def test_gain_that_was_higher_before():

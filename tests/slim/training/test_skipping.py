@@ -1,4 +1,4 @@
-"""Damaged samples and steps that are no finite number are left out, counted and named, alike in all processes."""
+"""Damaged samples and non-finite steps are skipped, counted and recorded, alike in all processes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_damaged_sample_is_left_out_and_named(command: Command, dataset: Path,
     found = notes(tmp_path / "run")
     assert {note["key"] for note in found} == {key} and len(found) > 1  # once in each epoch
     assert all("got" in note["reason"] for note in found)
-    assert done.stdout.count(f"{key} is damaged and left out") == 1
+    assert done.stderr.count(f"{key} is damaged and was left out") == 1
     lines = metrics(tmp_path / "run")
     assert [line["damaged"] for line in lines] == sorted(line["damaged"] for line in lines)
     assert lines[-1]["damaged"] == 1 and all(np.isfinite(line["loss"]) for line in lines)
@@ -181,7 +181,7 @@ def test_a_step_that_is_no_number_changes_nothing(dataset: Path, tmp_path: Path,
 def test_too_many_such_steps_in_a_row_stop_the_run(dataset: Path, tmp_path: Path) -> None:
     out = run_script(dataset, tmp_path, 2, "1,2,3,4", "run.not_finite=2")
     (stopped,) = [line for line in out.splitlines() if line.startswith("STOPPED")]
-    assert "no finite number in 3 steps in a row, to step 4" in stopped
+    assert "not finite in 3 consecutive steps, the last of them step 4" in stopped
 
 
 def test_a_run_that_continues_keeps_what_was_left_out_before(tmp_path: Path, monkeypatch) -> None:

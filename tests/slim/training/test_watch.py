@@ -23,7 +23,7 @@ def test_a_late_step_is_told_once_and_so_is_the_next() -> None:
         wait_for(told, 1)
         time.sleep(0.3)
         assert len(told) == 1
-        assert "waiting for data" in told[0] and "loading process" in told[0] and "where one takes" in told[0]
+        assert "waiting for data" in told[0] and "loading process" in told[0] and "(usual: " in told[0]
         watch.step()
         watch.now(SAVE)
         wait_for(told, 2)

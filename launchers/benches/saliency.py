@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from benches.common import Figure, Ratio, Result, interleave
-from benches.simulate import SNR, Run, simulate
+from launchers.benches.common import Figure, Ratio, Result, interleave
+from launchers.benches.simulate import SNR, Run, simulate
 from shards.core.settings import Settings
 from shards.format.grid import Grid
 from shards.format.patches import parcel_means

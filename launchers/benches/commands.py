@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from launchers import environment
 from launchers.job import KEEP_FREED
 from shards.core.errors import UserError
 from shards.core.settings import Settings
@@ -50,11 +51,9 @@ class Sizes(Settings):
         write_cohort(folder, SyntheticCohort(self.runs, 1, self.frames, self.voxel_mm))
 
     def convert(self, cohort: Path, out: Path) -> None:
-        """`tools/make_shards.py` in one process, with a ranker that needs no training; all runs are for training."""
+        """`slim-brain make-shards` in one process, with a ranker that needs no training; all runs are for training."""
         grid = (f"grid.mm={self.mm}", f"grid.shape={list(self.shape)}", "split.shares=[1,0,0]")
-        command(
-            "tools/make_shards.py", cohort / "cohort.yaml", "--out", out, "--ranker", "ridge", "--workers", 1, *grid
-        )
+        command("make-shards", cohort / "cohort.yaml", "--out", out, "--ranker", "ridge", "--workers", 1, *grid)
 
 
 SMALL = {"runs": 1, "frames": 60, "voxel_mm": 20, "mm": 16, "shape": [16, 16, 16]}
@@ -91,7 +90,7 @@ class Trained(Sizes):
 
 @dataclass(frozen=True)
 class Pretraining:
-    """What a run of `tools/pretrain.py` left.
+    """What a run of `slim-brain pretrain` left.
 
     Attributes
     ----------
@@ -110,39 +109,42 @@ class Pretraining:
         return [line[name] for line in self.lines[1:]]
 
 
-def command(*words: object, **environment: str) -> str:
-    """Run a command of this project as a user would, from the repository's root; returns its stdout.
+def command(*words: object, **variables: str) -> str:
+    """Run a command of this project as a user would; returns its stdout.
 
     Raises
     ------
     CommandFailed
         With the last line of its stderr.
     """
-    call = [sys.executable, *map(str, words)]
-    done = subprocess.run(call, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    return _ended_well([*environment.SLIM_BRAIN, *map(str, words)], variables)
+
+
+def _ended_well(call: list[str], variables: Mapping[str, str]) -> str:
+    done = subprocess.run(
+        call, env={**environment.with_packages(os.environ), **variables}, capture_output=True, encoding="utf-8"
+    )
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]
-        raise CommandFailed(" ".join(call[1:3]), "", last or f"exit status {done.returncode}", "exit status 0")
+        raise CommandFailed(" ".join(call[2:5]), "", last or f"exit status {done.returncode}", "exit status 0")
     return done.stdout
 
 
 def pretrain(words: list[str], folder: Path) -> Pretraining:
-    """Run `tools/pretrain.py` with these words in a new run folder, and remove the run once it is read."""
+    """Run `slim-brain pretrain` with these words in a new run folder, and remove the run once it is read."""
     shutil.rmtree(folder, ignore_errors=True)
     metrics, checkpoints = folder / METRICS, folder / CHECKPOINTS
     ended = threading.Event()
     with ThreadPoolExecutor(1) as beside:
         watching = beside.submit(_cpu_at_lines, metrics.resolve(), ended)
         try:
-            command("tools/pretrain.py", *words, f"run.out={folder}", **KEEP_FREED)
+            command("pretrain", *words, f"run.out={folder}", **KEEP_FREED)
         finally:
             ended.set()
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     used = watching.result()
     if len(used) != len(lines):
-        raise CommandFailed(
-            "tools/pretrain.py", "steps", f"{len(used)} that were seen", f"{len(lines)}, or longer ones"
-        )
+        raise CommandFailed("pretrain", "steps", f"{len(used)} that were seen", f"{len(lines)}, or longer ones")
     for line, before, after in zip(lines[1:], used, used[1:], strict=False):
         line["cpu"] = after - before
     latest = checkpoints / LATEST
@@ -180,7 +182,6 @@ def _writer(path: Path) -> Path:
 
 
 def bare(words: list[str]) -> dict[str, list[float]]:
-    """Take the same steps in plain PyTorch, in a process of its own; see `benches.bare`."""
-    paths = os.pathsep.join(filter(None, [str(ROOT / "tools"), os.environ.get("PYTHONPATH")]))
-    told = command("-m", "benches.bare", *words, "run.out=none", **KEEP_FREED, PYTHONPATH=paths)
+    """Take the same steps in plain PyTorch, in a process of its own; see `launchers.benches.bare`."""
+    told = _ended_well([sys.executable, "-m", "launchers.benches.bare", *words, "run.out=none"], KEEP_FREED)
     return json.loads(told.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""What `tools/bench.py` can measure.
+"""What `slim-brain bench` can measure.
 
 A module for each name of `BENCHES`, with `Bench`, the settings of its sizes, `SMALL`, those of a quick try, and
 `run(bench, repeat, folder, begun) -> Result`, which works in `folder` and calls `begun(what)` before each stage.

@@ -1,11 +1,11 @@
 """Pretraining by its command, with one process and with two, beside the bare model step, on a CPU.
 
-- *Samples per second*: `tools/pretrain.py` as a user runs it, with the configuration's ZeRO stage and log, from its
+- *Samples per second*: `slim-brain pretrain` as a user runs it, with the configuration's ZeRO stage and log, from its
   metrics.jsonl. Every process computes on one thread and has `workers` loading processes beside it.
-- *Overhead*: an optimizer step of one process beside that of `benches.bare`, the same step in plain PyTorch and nothing
-  else, with the same threads and the same settings of the C library. Both take the same samples in the same order from
-  the same start: their losses have to agree, or nothing is compared. By the clock a step waits for data, too; its CPU
-  time is all that the process computes from one line of metrics.jsonl to the next, the log included.
+- *Overhead*: an optimizer step of one process beside that of `launchers.benches.bare`, the same step in plain PyTorch
+  and nothing else, with the same threads and the same settings of the C library. Both take the same samples in the same
+  order from the same start: their losses have to agree, or nothing is compared. By the clock a step waits for data,
+  too; its CPU time is all that the process computes from one line of metrics.jsonl to the next, the log included.
 - *Checkpoint*: seconds from the end of the last step to the complete checkpoint, flushed to the disk, and its bytes.
 
 The first step of every run is dropped.
@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from benches.commands import SMALL as SMALL_DATA
-from benches.commands import Pretraining, Trained, bare, pretrain
-from benches.common import Figure, Ratio, Result
+from launchers.benches.commands import SMALL as SMALL_DATA
+from launchers.benches.commands import Pretraining, Trained, bare, pretrain
+from launchers.benches.common import Figure, Ratio, Result
 
 # Rounding differs where DeepSpeed sums a norm in another order; in bf16 a last bit is 2^-8.
 AGREE = {"fp32": 1e-5, "bf16": 1e-2}

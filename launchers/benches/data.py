@@ -6,7 +6,8 @@
   this package: tars from front to end, members unzipped in memory. No masks, no plans.
 - *The loader*: the DataLoader of `slim.training.trainer` with one and with two loading processes, once all have
   started.
-- *Training*: `tools/pretrain.py` with two processes of one thread each, as configured, one sample per process and step.
+- *Training*: `slim-brain pretrain` with two processes of one thread each, as configured, one sample per process and
+  step.
 
 Shards come from the page cache: a disk or a network has to give the bytes of each sample besides. A GPU that trains N
 samples/s needs N over the samples/s of a core as `run.workers` of its process.
@@ -37,9 +38,9 @@ from torch.utils.data import DataLoader
 from zarr.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from benches.commands import SMALL as SMALL_DATA
-from benches.commands import Trained, pretrain
-from benches.common import Figure, Ratio, Result, interleave
+from launchers.benches.commands import SMALL as SMALL_DATA
+from launchers.benches.commands import Trained, pretrain
+from launchers.benches.common import Figure, Ratio, Result, interleave
 from launchers.job import KEEP_FREED
 from shards.format import layout
 from shards.format.byte_range import LocalSpan

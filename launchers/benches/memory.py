@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benches.common import Figure, Ratio, Result
+from launchers.benches.common import Figure, Ratio, Result
 from shards.core.settings import Settings
 from shards.format.grid import Grid
 from slim.config import PRESETS, DataItem, DrawSettings, PretrainSettings, RunSettings

@@ -1,8 +1,8 @@
 """Conversion and reading of shards, beside what people use today.
 
-- *Conversion*: `tools/make_shards.py` as a process, from find to page and from the start of the interpreter on, beside
-  `nilearn.image.resample_img` of the same runs to the same grid, and nothing else, inside this process. The source's TR
-  is in the accepted range, so nothing is resampled in time: nilearn does not either.
+- *Conversion*: `slim-brain make-shards` as a process, from find to page and from the start of the interpreter on,
+  beside `nilearn.image.resample_img` of the same runs to the same grid, and nothing else, inside this process. The
+  source's TR is in the accepted range, so nothing is resampled in time: nilearn does not either.
 - *Bytes*: a session's Zarr member beside the published layout, one `np.savez_compressed` of the whole harmonised run,
   float32 (T, X, Y, Z), z-scored over the brain, background 0. It is made of nilearn's volumes, hence by other code.
 - *Reading*: what pretraining reads of a session (`slim.data.samples.read_windows`: the best windows, baseline, spread,
@@ -27,9 +27,9 @@ from nilearn.image import resample_img
 from numcodecs import blosc
 from pydantic import Field, model_validator
 
-from benches.commands import SMALL as SMALL_DATA
-from benches.commands import Sizes
-from benches.common import Figure, Ratio, Result, interleave
+from launchers.benches.commands import SMALL as SMALL_DATA
+from launchers.benches.commands import Sizes
+from launchers.benches.common import Figure, Ratio, Result, interleave
 from shards.format import layout
 from shards.format.patches import gather, scatter
 from shards.format.reader import Dataset
@@ -115,7 +115,7 @@ def conversion(
             )
 
     what = f"{bench.runs} run{'s' * (bench.runs > 1)}"
-    names = {"ours": f"convert {what}, make_shards.py", "nilearn": f"resample {what}, nilearn"}
+    names = {"ours": f"convert {what}, make-shards", "nilearn": f"resample {what}, nilearn"}
     result.figures |= interleave({names["ours"]: ours, names["nilearn"]: nilearn}, repeat, begun)
     for clock in ("wall", "CPU"):
         of, over = f"{names['ours']}, {clock}", f"{names['nilearn']}, {clock}"

@@ -1,6 +1,6 @@
 """The bare model step of a pretraining configuration: plain PyTorch in this process, and nothing around it.
 
-    PYTHONPATH=tools python -m benches.bare CONFIG.yaml [key=value ...]
+    python -m launchers.benches.bare CONFIG.yaml [key=value ...]
 
 What one process of `slim.training.trainer` computes, on the same samples in the same order from the same start:
 schedules, losses, backward, clipping, AdamW, then running means and EMA target. No DeepSpeed, no loading process (all

@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from benches import dense
-from benches.common import Figure, Ratio, Result, interleave
+from launchers.benches import dense
+from launchers.benches.common import Figure, Ratio, Result, interleave
 from shards.core.errors import ConfigError
 from shards.core.settings import Settings
 from shards.format.grid import Grid

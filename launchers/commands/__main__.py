@@ -1,0 +1,74 @@
+"""`slim-brain COMMAND ...`, also `python -m launchers.commands COMMAND ...`: finds the module of a command and runs it.
+
+Only that module is imported: the list of commands comes from the first line of each file, without torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shards.core.cli import DONE, WRONG, run
+from shards.core.errors import ConfigError
+
+# In the order of the work; the names are those of the modules, with `-` for `_`.
+GROUPS = {
+    "Prepare data": ("make-cohort", "make-shards", "train-extractor"),
+    "Train": ("pretrain",),
+    "Use an encoder": ("probe", "finetune", "embed", "explain"),
+    "Plan, look and share": ("plan", "report", "export", "bench", "experiments"),
+    "Run on a cluster": ("slurm",),
+}
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status of a command; see `shards.core.cli`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text(), file=sys.stdout if words else sys.stderr)
+        return DONE if words else WRONG
+    if words[0] == "--version":
+        from slim import __version__
+
+        print(f"slim-brain {__version__}")
+        return DONE
+    name, *rest = words
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else ""
+        raise ConfigError("command line", "COMMAND", name, f"one of {', '.join(COMMANDS)}", hint)
+    return importlib.import_module(f"launchers.commands.{_module(name)}").main(rest)
+
+
+def help_text() -> str:
+    """All commands in the order of the work, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = ["usage: slim-brain COMMAND ...", "", "SLIM-Brain: a voxel-level, atlas-free foundation model for fMRI."]
+    for title, names in GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:<{width}}  {_first_line(name)}" for name in names)]
+    more = "slim-brain COMMAND --help shows the options of a command and an example."
+    return "\n".join([*lines, "", more, "slim-brain --version shows the version."])
+
+
+def _module(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _first_line(name: str) -> str:
+    """The first line of the text at the head of a command's module, which is not imported."""
+    text = Path(__file__).with_name(f"{_module(name)}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+
+
+def console() -> None:
+    """The console script."""
+    run(main)
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,120 @@
+"""Map the voxels and windows that the predictions of a task rest on.
+
+    slim-brain explain RUN_OR_WEIGHTS --data DATASET --task TASK.yaml [--subjects N] [--out FOLDER]
+
+Integrated gradients of the linear probe's score, fitted without the subjects that are explained; where states are
+decoded, of the windows in one state (`--class`). Writes maps (NIfTI on the dataset's grid), pictures and facts to
+RUN/report/explain; `slim-brain report` shows them on the page of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from shards.core.cli import DONE, Parser, call_of, progress, summary
+from shards.core.errors import ConfigError
+from shards.core.room import require_room
+from shards.format.reader import Dataset
+from slim.checkpoints.run_folder import EXPLAIN, REPORT
+from slim.evaluation.events import read as read_events
+from slim.evaluation.task import find_cases, load_task
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        "explain", __doc__.splitlines()[0], "runs/name --data data/mylab --task configs/downstream/synthetic_score.yaml"
+    )
+    parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="as for probe")
+    parser.add_argument("--data", required=True, metavar="DATASET", help="of make-shards")
+    parser.add_argument(
+        "--task", type=Path, required=True, metavar="TASK.yaml", help="classification, regression or state"
+    )
+    parser.add_argument("--subjects", type=int, default=8, metavar="N", help="test subjects to explain (default: 8)")
+    parser.add_argument("--class", dest="label", metavar="NAME", help="whose logit is explained (default: the last)")
+    parser.add_argument(
+        "--start",
+        choices=("still", "empty"),
+        default="still",
+        help="where the path to the session starts: every voxel at its run mean (default), or no anatomy either",
+    )
+    parser.add_argument(
+        "--states", type=Path, metavar="TASK.yaml", help="a task of type state, whose events are drawn with the windows"
+    )
+    parser.add_argument("--events", type=Path, metavar="FOLDER", help="where the tables of those events lie")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the maps (default: RUN/report/explain)")
+    parser.add_argument(
+        "--weights",
+        choices=("encoder", "target"),
+        help="the online encoder (default) or its moving average; an export has one of them",
+    )
+    args = parser.parse_args(argv)
+    if args.subjects < 1:
+        raise ConfigError("command line", "--subjects", args.subjects, "1 or more")
+    task, dataset = load_task(args.task), Dataset(args.data)
+    told = args.task if task.type == "state" and not args.states else args.states
+    states = load_task(told) if told else None
+    if states is not None and states.events is None:
+        raise ConfigError(told, "type", states.type, "state, a task with events")
+
+    import torch
+
+    from slim.explain import explain
+    from slim.explain.integrated_gradients import TOLERANCE, check_start
+    from slim.inference.slim_brain import SlimBrain
+
+    explain.check_task(task, args.task)
+    model = SlimBrain.from_pretrained(args.run, args.weights).to("cuda" if torch.cuda.is_available() else "cpu")
+    model.check_data(dataset)
+    model.check_unseen(dataset)
+    check_start(model, args.start)
+    cases = find_cases(task, dataset, model.settings.windows.k, args.task, args.events)
+    output, unit = 0, f"predicted {task.label}"
+    if task.type != "regression":
+        label = args.label or cases.classes[-1]
+        if label not in cases.classes:
+            raise ConfigError("command line", "--class", label, f"one of {', '.join(cases.classes)}")
+        output, unit = cases.classes.index(label), f"logit of {label}"
+        unit += ", mean over the windows of a session in that state" if task.type == "state" else ""
+    elif args.label:
+        raise ConfigError("command line", "--class", args.label, "nothing, as a regression has no classes")
+    asked = explain.choose(task, cases, args.task, args.subjects, output)
+
+    out = args.out or model.results / REPORT / EXPLAIN
+    require_room(out, "--out")
+    features, sessions = {}, cases.distinct()
+    with progress("encode", len(sessions), "sessions") as advance:
+        for session in sessions:
+            features[session.key] = model.encode_session(dataset, session)
+            advance(1, "")
+    facts = {
+        "task": task.name,
+        "type": task.type,
+        "label": task.label,
+        "classes": cases.classes,
+        "score": unit,
+        "pooling": task.pooling,
+        "start": args.start,
+        "tolerance": TOLERANCE,
+        "run": str(args.run),
+        "data": str(args.data),
+        "step": model.step,
+        "weights": model.made["weights"],
+    }
+    explained = explain.explain(model, dataset, task, cases, asked, features, output, args.start)
+    events = None
+    if states is not None and states.events is not None:
+        root = args.events or told.parent / (states.events.root or ".")
+        events = partial(read_events, states.events, root, where=told)
+    with progress("explain", len(asked), "sessions") as advance:
+        facts = explain.write(out, dataset, task, cases, explained, args.start, facts, advance, events)
+    for found in explain.remarks(facts):
+        print(found.text)
+    page = f", then {call_of('report', model.run_folder)}" if model.results == model.run_folder else ""
+    summary(
+        {"map": str(out / f"{task.name}.nii.gz"), "explained": len(asked), **facts},
+        f"look at {out / (task.name + '.png')}" + page,
+        args.json,
+    )
+    return DONE

@@ -1,0 +1,81 @@
+"""Fine-tune a pretrained encoder on a task, and test it once.
+
+    slim-brain finetune RUN_OR_WEIGHTS --data DATASET --task TASK.yaml [--from-scratch] [key=value ...]
+
+The task has `split.kind: holdout`: one fine-tuning for each of its divisions of the subjects, its best epoch chosen on
+validation subjects. The scores join those of `slim-brain probe` in one report. A call that was stopped goes on when it
+is repeated. `run.processes=2` trains in two processes; `head.pooling=attentive`, `optimizer.lr=3e-4`, `run.epochs=50`
+and all else that a pretraining configuration says of data, optimizer, precision, zero and run can be set.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from launchers import finetuning, local
+from shards.core.cli import DONE, Parser, summary
+from shards.core.errors import Stopped
+from slim.checkpoints.run_folder import PROBE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        "finetune",
+        __doc__.splitlines()[0],
+        "runs/name --data data/mylab --task configs/downstream/synthetic_group.yaml",
+    )
+    finetuning.add_arguments(parser)
+    args = parser.parse_args(argv)
+    method = finetuning.open_call(args, train)  # what is wrong with the call is told before anything is trained
+
+    from slim.checkpoints.seen import Person
+    from slim.evaluation import display, probe
+    from slim.finetune.method import SCRATCH
+
+    task, name, step = method.task, method.name, method.ours.step
+    report = finetuning.report_of(method, args)
+    seen = set[Person]() if name == SCRATCH else method.ours.seen_people(method.dataset)
+    found = probe.run_task(task, method.cases, {name: method}, args.task)
+    facts = {
+        "run": str(args.run),
+        "data": args.data,
+        "step": 0 if name == SCRATCH else step,
+        "subjects_seen_in_pretraining": None if seen is None else len(seen.intersection(method.cases.subjects)),
+        "runs": method.runs,
+        "settings": method.settings(0).model_dump(
+            mode="json", include={"head", "optimizer", "run", "zero", "precision"}
+        ),
+    }
+    about = probe.task_facts(task, method.cases, method.splits).with_facts(**{name: facts})
+    whole = probe.write_report(report, [replace(found, facts=about)])
+    result, tree = whole.results[task.name], whole.tree()
+    title = f"{task.name}: {result.facts.test_subjects} test subjects in each division"
+    display.print_table(result, title, compared=False)
+    summary(
+        {
+            "report": str(report / PROBE),
+            "runs": str(method.folder),
+            "best_steps": ", ".join(str(one["best_step"]) for one in method.runs),
+            "tasks": {task.name: tree["tasks"][task.name]},
+            "facts": {task.name: tree["facts"][task.name]},
+        },
+        "" if args.from_scratch else "the same with --from-scratch tells what pretraining adds",
+        args.json,
+    )
+    return DONE
+
+
+def train(settings: Any) -> None:
+    """Run a fine-tuning to its end, in `run.processes` processes."""
+    print(f"fine-tune in {settings.run.out}", file=sys.stderr)
+    result = local.train(settings)
+    for text in result.warnings:
+        print(f"warning: {text}")
+    if not result.finished:
+        raise Stopped(
+            f"by {result.stopped} at step {result.step} of {result.steps} of {settings.run.out}; "
+            "the same command continues from there"
+        )

@@ -1,0 +1,65 @@
+"""Convert preprocessed fMRI runs into a dataset of ranked windows.
+
+    slim-brain make-shards COHORT.yaml [COHORT.yaml ...] --out DATASET [--workers N] [key=value ...]
+
+The dataset holds WebDataset shards of Zarr arrays. A second call with the same arguments goes on where the first was
+stopped, reads no unchanged run again, and tries none again that was refused (unless with --retry-refused). `--dry-run`
+tells what is there and what will be refused. `--slurm SLURM.yaml` does it on a cluster, in an array of `--workers`
+tasks; `slim-brain slurm shards` has more flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from launchers.cluster import conversion_jobs
+from launchers.cluster.scheduler import SlurmSettings
+from launchers.conversion import STEPS, add_arguments, conversion_of, dry_run, make
+from shards.core.cli import Parser, call_of, summary
+from shards.core.errors import ConfigError
+from shards.core.settings import load
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("make-shards", __doc__.splitlines()[0], "mylab.yaml --out data/mylab grid.mm=2")
+    add_arguments(parser)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
+    parser.add_argument("--only", default=",".join(STEPS), metavar="STEPS", help=f"some of {','.join(STEPS)}")
+    parser.add_argument("--slurm", type=Path, metavar="SLURM.yaml", help="on a cluster, see configs/slurm/example.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="tell what was found and what will be refused, and stop")
+    args = parser.parse_args(argv)
+    steps = args.only.split(",")
+    unknown = set(steps) - set(STEPS)
+    if unknown:
+        raise ConfigError("command line", "--only", sorted(unknown)[0], f"some of {', '.join(STEPS)}")
+    if args.workers < 1:
+        raise ConfigError("command line", "--workers", args.workers, "1 or more")
+    if args.slurm is not None:
+        return on_a_cluster(args, steps, sys.argv[1:] if argv is None else argv)
+    conversion, given = conversion_of(args, args.workers)
+    if args.dry_run:
+        return dry_run(conversion, args.json)
+    conversion_jobs.refuse_another(conversion.folder)
+    with closing(conversion):
+        status, facts, following = make(conversion, steps, given)
+    summary(facts, following, args.json)
+    return status
+
+
+def on_a_cluster(args: argparse.Namespace, steps: list[str], argv: Sequence[str]) -> int:
+    """The same through SLURM, followed to its end."""
+    if set(steps) != set(STEPS):
+        raise ConfigError("command line", "--only", f"{args.only} with --slurm", "all steps: the jobs take one each")
+    settings = load(SlurmSettings, args.slurm)
+    args.out = args.out.resolve()
+    conversion, given = conversion_of(args, settings.cpus_per_task or 1)
+    jobs = conversion_jobs.Chain(conversion, given, settings, args.workers, None)
+    if args.dry_run:
+        return jobs.dry_run()
+    return jobs.convert(shlex.split(call_of("make-shards", *argv)), follow=True, as_json=args.json)

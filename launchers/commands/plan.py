@@ -1,0 +1,169 @@
+"""Estimate memory, time and disk space of a pretraining before you run it.
+
+    slim-brain plan CONFIG.yaml [--gpu-memory 80GB] [--tflops N] [--json] [key=value ...]
+
+No GPU is needed. Where the configuration's dataset is not there, the MNI152 mask stands for a brain.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from shards.core.cli import DONE, Parser, call_of
+from shards.core.errors import ConfigError
+from shards.core.settings import read_yaml
+from slim.config import load_config
+from slim.planning.forecast import ASSUMED_TFLOPS, forecast, present
+
+PARTS = {
+    "states": "weights, moments, EMA target, running means",
+    "master copy": "weights that AdamW updates",
+    "gathered": "weights of other processes, while in use",
+    "gradients": "as they come, and those of this process",
+    "flat gradients": "a copy, to be reduced or for AdamW",
+    "bucket": "gradients on their way to other processes",
+    "optimizer": "copies that AdamW makes",
+    "batch": "voxels, and which tokens are where",
+    "targets": "features of the EMA target",
+    "encoder": "activations",
+    "predictor": "activations, those of the losses included",
+    "backward": "gradients of activations, recomputed layers",
+    "means": "copies for running means and EMA",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("plan", __doc__.splitlines()[0], "configs/pretrain/published.yaml --gpu-memory 24GB")
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run.processes: GPUs of the whole job")
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="of a GPU: 80GB (80e9 bytes), 80GiB, 40960MiB; default: of the one here"
+    )
+    parser.add_argument(
+        "--tflops", type=float, metavar="N", help=f"TFLOP/s that a GPU sustains; {ASSUMED_TFLOPS} is assumed otherwise"
+    )
+    args = parser.parse_args(argv)
+    if args.tflops is not None and not 0 < args.tflops < float("inf"):
+        raise ConfigError("command line", "--tflops", f"{args.tflops:g}", "a number above 0")
+    memory = size(args.gpu_memory)
+    typed = any(word.partition("=")[0] == "data" for word in args.overrides)
+    absent = [] if typed or "data" in read_yaml(args.config) else ["data=DATASET"]
+    settings = load_config(args.config, [*args.overrides, *absent])
+    facts = forecast(settings, present(settings, typed), memory, args.tflops, begun)
+    show(facts)
+    print(f"next: {following(facts, [args.config, *args.overrides])}")
+    if args.json:
+        print(json.dumps(facts))
+    return DONE
+
+
+def begun(what: str) -> None:
+    print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+def size(text: str | None) -> int | None:
+    """Bytes of a GPU; by default of the one that is seen here, None without one."""
+    if text is None:
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    try:
+        memory = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        memory = 0
+    if memory <= 0:
+        raise ConfigError("command line", "--gpu-memory", text, "a size such as 80GB or 40960MiB")
+    return memory
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Two tables: the memory of a step, and everything else."""
+    console = Console(highlight=False)
+    counted = " and ".join(map(str, facts["counted_batches"]))
+    processes = f"{facts['processes']} GPU{'s' * (facts['processes'] > 1)}"
+    batch = f"run.batch {facts['batch']} x {facts['accumulate']}"
+    console.print(
+        f"model {facts['model']}, {facts['precision']}, {batch}, {processes}, zero.stage {facts['zero_stage']}"
+    )
+
+    peak = facts["peak_memory_bytes"]
+    name, unit, digits = ("GiB", 2**30, 2) if peak >= 2**30 else ("MiB", 2**20, 1)
+    parts = Table("memory per GPU", name, "", box=box.SIMPLE_HEAD)
+    parts.columns[1].justify = "right"
+    large = {part: size for part, size in facts["memory_parts"].items() if size >= peak / 200}
+    for part, size in sorted(large.items(), key=lambda item: -item[1]):
+        parts.add_row(part, f"{size / unit:.{digits}f}", PARTS[part])
+    if rest := peak - sum(large.values()):
+        parts.add_row("others", f"{rest / unit:.{digits}f}")
+    parts.add_section()
+    how = "counted" if facts["batch"] in facts["counted_batches"] else f"extrapolated from run.batch {counted}"
+    parts.add_row("peak", f"{peak / unit:.{digits}f}", how)
+    console.print(parts)
+
+    unknown = "unknown without the data or run.steps"
+    rows = {"not counted": facts["left_out"]}
+    if facts["gpu_memory_bytes"] is None:
+        rows["largest run.batch"] = "unknown without --gpu-memory"
+    else:
+        given = ByteSize(facts["gpu_memory_bytes"]).human_readable(separator=" ")
+        rows["fits"] = f"{'yes' if facts['fits'] else 'no'}, in {given}"
+        most = facts["largest_batch"]
+        how = "counted" if most in facts["counted_batches"] else f"extrapolated from {counted}"
+        rows["largest run.batch"] = f"{most} ({how})" if most else f"none: not even {facts['counted_batches'][0]}"
+    rows["brain"] = facts["basis"]
+    rows["parameters"] = ", ".join(f"{name} {value / 1e6:.2f} M" for name, value in facts["parameters"].items())
+    rows["tokens of a sample"] = ", ".join(f"{name} {number(value)}" for name, value in facts["tokens"].items())
+    flops = facts["step_flops"]
+    rows["FLOPs of a step"] = (
+        f"{flops / 1e12:.3g} TFLOP per GPU" if flops >= 1e11 else f"{flops / 1e9:.3g} GFLOP per GPU"
+    )
+    rows["steps"] = number(facts["steps"]) if facts["steps"] else unknown
+    speed = f"{facts['tflops']:g} TFLOP/s"
+    speed += " (assumed; --tflops N)" if facts["tflops_assumed"] else ""
+    # Small kernels and loading take their time, too; how much has to be measured on the GPU at hand.
+    rows["time"] = unknown if facts["hours"] is None else f"{hours(facts['hours'])} of arithmetic alone at {speed}"
+    kept = facts["checkpoints_kept"]
+    rows["checkpoints"] = f"{disk(facts['checkpoint_bytes'])} each, {disk(kept * facts['checkpoint_bytes'])} for {kept}"
+    rows["shards"] = "unknown without the data; 32 windows at 2 mm took 50 to 70 MB a session"
+    if facts["sessions"]:
+        total, sessions = facts["shards_bytes"], facts["sessions"]
+        rows["shards"] = f"{disk(total)}, {disk(total / sessions)} for each of {number(sessions)} sessions"
+    table = Table(show_header=False, box=None)
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console.print(table)
+
+
+def number(value: int) -> str:
+    """`12 345`."""
+    return f"{value:,}".replace(",", " ")
+
+
+def hours(value: float) -> str:
+    """Hours as people say them: `45 min`, `3.2 h`, `5.1 days`."""
+    if value < 1 / 60:
+        return "less than a minute"
+    if value < 1:
+        return f"{60 * value:.0f} min"
+    return f"{value:.1f} h" if value < 48 else f"{value / 24:.1f} days"
+
+
+def disk(value: float) -> str:
+    """Bytes in units of a thousand, as disks are sold: `1.2 GB`."""
+    return ByteSize(value).human_readable(decimal=True, separator=" ")
+
+
+def following(facts: dict[str, Any], words: list[str]) -> str:
+    """What to do next."""
+    if facts["fits"] is False:
+        most = facts["largest_batch"]
+        return f"run.batch={most}" if most else "a smaller chunk_tokens or model, or more processes at zero.stage=3"
+    return call_of("pretrain", *words, *([] if facts["sessions"] else ["data=DATASET"]))

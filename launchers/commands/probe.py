@@ -1,0 +1,178 @@
+"""Score a frozen encoder on a task, beside random weights and baselines.
+
+    slim-brain probe RUN_OR_WEIGHTS [...] --data DATASET --task TASK.yaml [--task TASK.yaml ...] [--out FOLDER]
+
+The baselines are the functional connectome and the mean image. RUN_OR_WEIGHTS is a run folder (its newest complete
+checkpoint is taken), one of its checkpoints, an exported folder or its name on the hub; several are one recipe trained
+with several seeds: their scores are averaged. A later call with another task adds to the same report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shards.core.cli import DONE, Parser, progress, summary
+from shards.core.errors import ConfigError
+from shards.core.room import require_room
+from shards.format.reader import Dataset
+from slim.checkpoints.run_folder import PROBE, REPORT
+from slim.checkpoints.seen import Person
+from slim.evaluation.splits import Split
+from slim.evaluation.task import Cases, Task, find_cases, load_task, make_splits
+
+if TYPE_CHECKING:
+    from slim.evaluation.results import TaskResult
+    from slim.inference.slim_brain import SlimBrain
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        "probe", __doc__.splitlines()[0], "runs/name --data data/mylab --task configs/downstream/synthetic_group.yaml"
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN_OR_WEIGHTS",
+        help="a run, a checkpoint, an export or OWNER/NAME; several: the same recipe with other seeds",
+    )
+    parser.add_argument("--data", required=True, metavar="DATASET", help="of make-shards")
+    parser.add_argument(
+        "--task", type=Path, required=True, action="append", metavar="TASK.yaml", help="may be given more than once"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="of the report (default: report/ in the first run; of an export NAME-results/report)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("encoder", "target"),
+        help="the online encoder (default) or its moving average; an export has one of them",
+    )
+    parser.add_argument(
+        "--random-seeds", type=int, default=3, metavar="N", help="random encoders whose mean is scored (default 3)"
+    )
+    parser.add_argument("--events", type=Path, metavar="FOLDER", help="where the tables of events lie (states)")
+    args = parser.parse_args(argv)
+    if args.random_seeds < 1:
+        raise ConfigError("command line", "--random-seeds", args.random_seeds, "1 or more")
+    tasks = [load_task(path) for path in args.task]
+    for number, task in enumerate(tasks):
+        if task.name in [other.name for other in tasks[:number]]:
+            raise ConfigError(args.task[number], "name", f"{task.name} a second time", "names that differ")
+    dataset = Dataset(args.data)
+
+    import torch
+
+    from slim.evaluation import probe
+    from slim.inference.slim_brain import SlimBrain
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trained = [SlimBrain.from_pretrained(path, args.weights).to(device) for path in args.runs]
+    ours = trained[0]
+    for model, path in zip(trained, args.runs, strict=True):
+        model.check_data(dataset)
+        model.check_unseen(dataset)
+        _check_recipe(model, ours, path, args.runs[0])
+    cases = [
+        find_cases(task, dataset, ours.settings.windows.k, path, args.events)
+        for task, path in zip(tasks, args.task, strict=True)
+    ]
+    # What is wrong with a task is told before anything is encoded.
+    splits = [make_splits(task, case, path) for task, case, path in zip(tasks, cases, args.task, strict=True)]
+
+    sessions = {session.key: session for case in cases for session in case.sessions}
+    # With a run's seed, random weights are those that training began with.
+    seeds = [model.settings.run.seed for model in trained]
+    while len(seeds) < args.random_seeds:
+        seeds.append(max(seeds) + 1)
+    models = [("ours", model) for model in trained]
+    models += [("random", SlimBrain.random(ours, seed)) for seed in seeds[: args.random_seeds]]
+    asked = list(zip(tasks, cases, splits, strict=True))
+    scored: dict[str, dict[str, list[probe.Scores]]] = {task.name: {} for task in tasks}
+
+    def score(task: Task, case: Cases, split: list[list[Split]], name: str, method: probe.Method) -> None:
+        scored[task.name].setdefault(name, []).append(probe.score_and_permute(task, case, split, method))
+
+    out = args.out or ours.results / REPORT
+    require_room(out, "--out")
+    for name, model in models:  # one after another: features of all sessions are large
+        features = {}
+        with progress(f"encode, {name}", len(sessions), "sessions") as advance:
+            for key, session in sessions.items():
+                features[key] = model.encode_session(dataset, session)
+                advance(1, key)
+        with progress(f"probe, {name}", len(tasks), "fits") as advance:
+            for task, case, split in asked:
+                score(task, case, split, name, probe.encoder_method(task, case, features, device))
+                advance(1, task.name)
+    with progress("probe, baselines", len(asked), "tasks") as advance:
+        for task, case, split in asked:
+            for name, method in probe.baselines(task, case, dataset).items():
+                score(task, case, split, name, method)
+            advance(1, task.name)
+
+    results: list[TaskResult] = []
+    seen = _seen(trained, dataset)
+    for task, case, split in asked:
+        result = probe.summarise(task, case, split, scored[task.name])
+        facts = result.facts.with_facts(
+            run=args.runs[0],
+            runs=args.runs,
+            random_seeds=seeds[: args.random_seeds],
+            data=str(args.data),
+            step=ours.step,
+            weights=ours.made["weights"],
+            subjects_seen_in_pretraining=None if seen is None else len(seen.intersection(case.subjects)),
+        )
+        results.append(replace(result, facts=facts))
+    report = probe.write_report(out, results)
+    for result in results:
+        _print(result)
+    summary(
+        {"report": str(out / PROBE), "step": ours.step, **report.tree()},
+        f"look at {out / (tasks[0].name + '.png')}",
+        args.json,
+    )
+    return DONE
+
+
+def _check_recipe(model: SlimBrain, first: SlimBrain, path: str, first_path: str) -> None:
+    """Refuse a run that is another recipe, or the same run once more."""
+    mine, its = ({**one.settings.model_dump(mode="json"), "run": None, "step": one.step} for one in (model, first))
+    for name, expected in its.items():
+        if mine[name] != expected:
+            hint = "Probe other recipes by calls of their own"
+            raise ConfigError(path, name, mine[name], f"{expected}, as {first_path} has", hint)
+    if model is not first and model.checksum == first.checksum:
+        raise ConfigError(path, "weights", f"those of {first_path}", "a run with another seed")
+
+
+def _seen(models: list[SlimBrain], dataset: Dataset) -> set[Person] | None:
+    """People of the dataset whom any of the models has seen in pretraining; None where that is not known of one."""
+    everybody: set[Person] = set()
+    for model in models:
+        found = model.seen_people(dataset)
+        if found is None:
+            return None
+        everybody |= found
+    return everybody
+
+
+def _print(result: TaskResult) -> None:
+    from slim.evaluation import display
+
+    facts = result.facts
+    about = f"{facts.sessions} sessions, {facts.test_subjects} test subjects, {facts.pooling} pooling"
+    display.print_table(result, f"{result.name}: {about}")
+    for reason, count in facts.left_out.items():
+        print(f"  {count} sessions left out: {reason}")
+    if facts.subjects_seen_in_pretraining is None:
+        print("  it is not known who was seen in pretraining: version 0.1 did not write it down")
+    else:
+        seen = facts.subjects_seen_in_pretraining
+        print(f"  {seen} of {facts.subjects} subjects were seen in pretraining, without labels")

@@ -1,0 +1,51 @@
+"""Write the HTML page of a dataset or of a run.
+
+    slim-brain report DATASET_OR_RUN
+
+The page is one self-contained file. A dataset is told by its manifest.json, a run by its config.yaml. It may be called
+while a run goes on. A run's page opens no URL of its configuration, which somebody else may have written, unless --data
+asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from shards.core.cli import DONE, Parser, call_of, summary
+from shards.core.errors import ConfigError
+from shards.core.room import require_room
+from shards.format import layout
+from shards.reporting import dataset_page
+from slim.checkpoints.run_folder import CONFIG, REPORT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("report", __doc__.splitlines()[0], "runs/quickstart/pretrain")
+    parser.add_argument("folder", type=Path, metavar="DATASET_OR_RUN", help="a dataset's folder, or a run's")
+    parser.add_argument("--paths", action="store_true", help="the page of a run holds absolute paths whole")
+    parser.add_argument(
+        "--data",
+        action="store_true",
+        help="open the URLs of a run's configuration, to count its steps",
+    )
+    args = parser.parse_args(argv)
+    folder = args.folder
+    if folder.is_dir():
+        require_room(folder / REPORT, "report")
+    if (folder / layout.MANIFEST).is_file():
+        kind, path = "dataset", dataset_page.write(folder)
+        following = f"open {path}, then {call_of('pretrain', 'CONFIG.yaml', f'data={folder}')}"
+    elif (folder / CONFIG).is_file():
+        from slim.config import FinetuneSettings, load_run
+        from slim.reporting import run_page
+
+        kind, path = "run", run_page.write(folder, args.paths, remote=args.data)
+        following = f"open {path}, then {call_of('probe', folder, '--data', 'DATASET', '--task', 'TASK.yaml')}"
+        if isinstance(load_run(folder / CONFIG), FinetuneSettings):
+            following = f"open {path}; its scores stand in the report of finetune"
+    else:
+        got = "neither manifest.json nor config.yaml in it" if folder.is_dir() else "no such folder"
+        raise ConfigError(folder, "", got, "the folder of a dataset or of a run")
+    summary({"kind": kind, "report": str(path), "bytes": path.stat().st_size}, following, args.json)
+    return DONE

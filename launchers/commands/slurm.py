@@ -1,0 +1,312 @@
+"""Convert, pretrain and fine-tune on a cluster with SLURM.
+
+    slim-brain slurm shards COHORT.yaml [COHORT.yaml ...] --out DATASET --tasks N [key=value ...]
+    slim-brain slurm pretrain CONFIG.yaml --nodes N --gpus-per-node G [key=value ...]
+    slim-brain slurm finetune RUN_OR_WEIGHTS --data DATASET --task TASK.yaml --nodes N --gpus-per-node G
+    slim-brain slurm status DATASET_OR_RUN
+    slim-brain slurm cancel DATASET_OR_RUN
+
+A run comes back by itself: before its time limit and when it is preempted it saves and is requeued, a lost process
+or node leads to another attempt from the last complete checkpoint, with other nodes or fewer if need be. A conversion
+is an array of tasks; what fails is tried a second time. A fine-tuning is a job for each division of the subjects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from launchers import finetuning
+from launchers.cluster import conversion_jobs, conversion_task, noted, tracking
+from launchers.cluster.scheduler import (
+    SlurmSettings,
+    check_cluster,
+    nodes_of,
+    require_slurm,
+)
+from launchers.cluster.script import probe
+from launchers.cluster.training_job import Batch
+from shards.core.cli import DONE, RESUME, WRONG, Parser, call_of, summary
+from shards.core.errors import ConfigError
+from shards.core.files import write_atomically
+from shards.core.passwords import hidden
+from shards.core.settings import check, read_yaml
+from slim.checkpoints.run_folder import SLURM
+from slim.config import TrainSettings, load_config
+
+S = TypeVar("S", bound=TrainSettings)
+_FLAGS = ("partition", "account", "qos", "time", "mem", "constraint", "cpus_per_task", "python")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands = {"shards": shards, "pretrain": pretrain, "finetune": finetune, "status": status, "cancel": cancel}
+    if words and words[0] in commands:
+        return commands[words[0]](words[1:])
+    parser = Parser("slurm", __doc__.strip().replace("slim-brain slurm", call_of("slurm")), f"pretrain {_EXAMPLE}")
+    parser.add_argument("command", choices=list(commands), help="COMMAND --help says more")
+    parser.parse_args(words)
+    return WRONG
+
+
+_EXAMPLE = "configs/pretrain/lean.yaml data=DATASET --nodes 4 --gpus-per-node 8"
+
+
+def pretrain(words: list[str]) -> int:
+    """Check, write the script, submit it; follow it if asked to."""
+    parser = Parser(
+        "slurm pretrain", "Pretrain through sbatch: one process per GPU, as often requeued as it takes.", _EXAMPLE
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    _add_nodes(parser)
+    args = parser.parse_args(words)
+    asked = Asked(args)
+    settings = asked.spread(load_config(args.config, args.overrides))
+    if args.dry_run:
+        return asked.dry_run(settings)
+    asked.check([settings])
+    then = call_of("probe", settings.run.out, "--data", settings.data[0].path, "--task", "TASK.yaml")
+    facts = asked.submit(settings, shlex.split(call_of("slurm pretrain", *words)), then)
+    ended = DONE
+    if args.follow:
+        ended = tracking.follow(facts["job"], Path(facts["log"]), facts.get("cluster"))
+        facts |= {"status": ended, **tracking.progress(Path(facts["run"]))}
+    following = call_of("slurm status", facts["run"])
+    if args.follow and ended == DONE:
+        following = then
+    elif ended == RESUME:
+        following = f"look at {facts['log']}; the same command continues from the last complete checkpoint"
+    summary(facts, following, args.json)
+    return ended
+
+
+def finetune(words: list[str]) -> int:
+    """A job for each division of the subjects; the command of a fine-tuning then tests what they have trained."""
+    parser = Parser(
+        "slurm finetune",
+        "Fine-tune through sbatch: a job for each division of the subjects, as often requeued as it takes.",
+        "runs/lean --data data/mylab --task TASK.yaml --nodes 1 --gpus-per-node 2",
+    )
+    finetuning.add_arguments(parser)
+    _add_nodes(parser)
+    args = parser.parse_args(words)
+    asked = Asked(args)
+    method = finetuning.open_call(args, lambda settings: None)
+    numbers = range(len(method.splits))
+    runs = [asked.spread(method.settings(number)) for number in numbers]
+    if args.dry_run:
+        return asked.dry_run(runs[0])
+    asked.check(runs)
+    command = shlex.split(call_of("slurm finetune", *words))
+    then = call_of("finetune", *finetuning.words_of(args))
+    jobs = [asked.submit(asked.spread(method.prepare(number)), command, then) for number in numbers]
+    facts: dict[str, Any] = {name: [job[name] for job in jobs] for name in ("job", "run", "log")}
+    facts["processes"] = jobs[0]["processes"]
+    ended, following = DONE, f"once they have ended: {then}"
+    if args.follow:
+        ends = [tracking.follow(job["job"], Path(job["log"]), job.get("cluster")) for job in jobs]
+        ended, facts["status"] = max(ends), ends
+        following = then
+        if ended != DONE:
+            following = f"look at {jobs[ends.index(ended)]['log']}; the same command continues"
+    summary(facts, following, args.json)
+    return ended
+
+
+class Asked:
+    """What a submission asks the cluster for.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Of `_add_nodes`.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not valid.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.fewest, self.nodes = nodes_of(args.nodes)
+        self.gpus = args.gpus_per_node or 0
+        self.tasks = args.tasks_per_node if args.gpus_per_node is None else self.gpus
+        if self.tasks < 1:
+            raise ConfigError("command line", "--gpus-per-node", self.tasks, "1 or more, or --tasks-per-node")
+        self.cluster = _cluster(args)
+
+    def spread(self, settings: S) -> S:
+        """The settings of a run for so many processes, in a folder that is the same wherever it is looked at from."""
+        changes = {"out": str(Path(settings.run.out).resolve()), "processes": self.nodes * self.tasks}
+        return settings.model_copy(update={"run": settings.run.model_copy(update=changes)})
+
+    def script(self, settings: TrainSettings) -> Batch:
+        """That of a run."""
+        wanted = str(self.nodes) if self.fewest == self.nodes else f"{self.fewest}-{self.nodes}"
+        cpus = self.cluster.cpus_per_task or settings.run.workers + 1
+        return Batch(self.cluster, Path(settings.run.out), wanted, self.tasks, self.gpus, cpus)
+
+    def dry_run(self, settings: TrainSettings) -> int:
+        """Print the script of a run, and what the cluster says to it; leaves nothing behind."""
+        print(self.script(settings).text())
+        if shutil.which("sbatch") is None:
+            print("sbatch is not on this machine: no cluster has seen this script", file=sys.stderr)
+            return DONE
+        self._accept([settings])
+        print(self.script(settings).test())
+        return DONE
+
+    def check(self, runs: Sequence[TrainSettings]) -> None:
+        """Refuse what the cluster, a node of it, or a job that is still there would make fail."""
+        self._accept(runs)
+        out = Path(runs[0].run.out)
+        self.script(runs[0]).test()
+        probe(self.cluster, self.fewest, out)
+
+    def _accept(self, runs: Sequence[TrainSettings]) -> None:
+        require_slurm()
+        check_cluster(self.cluster, self.nodes, self.gpus, Path(runs[0].run.out))
+        for settings in runs:
+            tracking.refuse_another(Path(settings.run.out))
+
+    def submit(self, settings: TrainSettings, command: list[str], then: str) -> dict[str, Any]:
+        """Make the folder of a run and queue its job; facts for the summary. `then` is what to call afterwards."""
+        out = Path(settings.run.out)
+        commit, steps = _prepare(settings)
+        script = self.script(settings)
+        number = script.submit()
+        cluster = {} if script.cluster is None else {"cluster": script.cluster}
+        log = out / SLURM / f"{number}.log"
+        about = {
+            "job": number,
+            **cluster,
+            "run": str(out),
+            "log": str(log),
+            "steps": steps,
+            "commit": commit,
+            "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": command,
+            "then": then,
+        }
+        write_atomically(out / SLURM / tracking.JOB, hidden(json.dumps(about, indent=1)) + "\n")
+        return {"job": number, **cluster, "run": str(out), "processes": settings.run.processes, "log": str(log)}
+
+
+def shards(words: list[str]) -> int:
+    """Check, find the runs, submit the jobs; follow them if asked to."""
+    parser = Parser(
+        "slurm shards",
+        "Convert cohorts into shards, as make-shards does, in an array of jobs.",
+        "mylab.yaml --out data/mylab --tasks 100 --throttle 20 --follow",
+    )
+    from launchers.conversion import add_arguments, conversion_of  # which imports torch
+
+    add_arguments(parser)
+    parser.add_argument("--tasks", type=int, required=True, metavar="N", help="tasks of the array, at most")
+    parser.add_argument("--throttle", type=int, metavar="M", help="tasks that run at the same time, at most")
+    _add_cluster(parser, _FLAGS)
+    args = parser.parse_args(words)
+    cluster = _cluster(args)
+    args.out = args.out.resolve()
+    conversion, given = conversion_of(args, cluster.cpus_per_task or 1)
+    jobs = conversion_jobs.Chain(conversion, given, cluster, args.tasks, args.throttle)
+    if args.dry_run:
+        return jobs.dry_run()
+    return jobs.convert(shlex.split(call_of("slurm shards", *words)), args.follow, args.json)
+
+
+def _add_nodes(parser: argparse.ArgumentParser) -> None:
+    """What the submission of a run is called with."""
+    parser.add_argument(
+        "--nodes", required=True, metavar="N", help="a number, or a range such as 2-4: as many as are free"
+    )
+    per_node = parser.add_mutually_exclusive_group(required=True)
+    per_node.add_argument("--gpus-per-node", type=int, metavar="G", help="one process per GPU")
+    per_node.add_argument(
+        "--tasks-per-node", type=int, metavar="T", help="processes per node of a cluster without GPUs"
+    )
+    _add_cluster(parser, (*_FLAGS, "max_failures"))
+
+
+def _add_cluster(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
+    """What every submission is called with."""
+    add = parser.add_argument
+    add(
+        "--slurm",
+        metavar="SLURM.yaml",
+        help="settings of the cluster, see configs/slurm/example.yaml; flags override it",
+    )
+    for name in flags:
+        kind = int if name in ("cpus_per_task", "max_failures") else str
+        add(f"--{name.replace('_', '-')}", type=kind, help=SlurmSettings.model_fields[name].description)
+    add("--dry-run", action="store_true", help="print what would be submitted, and what the cluster says to it")
+    add("--follow", action="store_true", help="show how far it is until it has ended, and exit with its status")
+
+
+def _cluster(args: argparse.Namespace) -> SlurmSettings:
+    tree = read_yaml(args.slurm) if args.slurm else {}
+    flags = [name for name in (*_FLAGS, "max_failures") if hasattr(args, name)]
+    given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
+    for name, value in given.items():  # told by their flags, where these are at fault
+        check(SlurmSettings, {name: value}, "command line")
+    return check(SlurmSettings, tree | given, args.slurm or "command line")
+
+
+def _prepare(settings: TrainSettings) -> tuple[str, int]:
+    """Make the folder of the run, when its data and model have been looked at; the commit, and steps to the end."""
+    # These import torch, which takes seconds: all that can be wrong with the call is told before, and without.
+    from launchers.job import open_task
+    from launchers.run_setup import git_commit, prepare_run
+
+    steps = settings.run.steps_in_all(open_task(settings).stream.per_epoch, settings.run.processes)
+    (prepare_run(settings).parent / SLURM).mkdir(exist_ok=True)
+    return git_commit(), steps
+
+
+def _folder_of(words: list[str], command: str, does: str) -> tuple[argparse.Namespace, Path]:
+    parser = Parser(f"slurm {command}", does, "runs/lean")
+    parser.add_argument("folder", metavar="DATASET_OR_RUN")
+    args = parser.parse_args(words)
+    folder = Path(args.folder).resolve()
+    if (
+        not (folder / SLURM / tracking.JOB).exists()
+        and not (folder / conversion_task.PLACE / conversion_task.JOB).exists()
+    ):
+        expected = "a run or a dataset that was submitted to SLURM"
+        raise ConfigError(folder / SLURM / tracking.JOB, "", "no such file", expected)
+    require_slurm()
+    return args, folder
+
+
+def status(words: list[str]) -> int:
+    """Say what the jobs of a run or of a dataset are doing and how far it is."""
+    args, folder = _folder_of(words, "status", "What the jobs of a run or of a dataset are doing, and how far it is.")
+    about = tracking.about_job(folder)
+    facts, following = conversion_jobs.status(folder) if about is None else tracking.status(folder, about)
+    summary(facts, following, args.json)
+    return DONE
+
+
+def cancel(words: list[str]) -> int:
+    """Cancel the jobs of a run or of a dataset."""
+    args, folder = _folder_of(words, "cancel", "Cancel the jobs of a run or of a dataset. What it has saved stays.")
+    about = tracking.about_job(folder)
+    if about is None:
+        command, facts = (
+            conversion_task.submitted(folder)["command"],
+            {"dataset": str(folder), **conversion_jobs.cancel(folder)},
+        )
+        following = "goes on with the runs that are left"
+    else:
+        command, facts = about["command"], tracking.cancel(folder, about)
+        following = "goes on from the last complete checkpoint"
+    summary(facts, f"`{noted.call(command)}` {following}", args.json)
+    return DONE
