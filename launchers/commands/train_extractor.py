@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(1)  # it comes out the same on any machine's number of cores
     train = [(dataset, session) for dataset in datasets for session in dataset.of_split("train")]
-    drawn = chosen.draw(train, lambda pair: pair[1]["key"])
+    drawn = chosen.draw(train, lambda pair: pair[1].key)
     series = []
     with progress("read the parcels", len(drawn), "sessions") as advance:
         for dataset, session in drawn:
             arrays = dataset.read(session, ("roi", "roi_centre"))
-            series.append((arrays.roi, arrays.roi_centre))
+            series.append((arrays["roi"], arrays["roi_centre"]))
             advance(1, session.key)
     with progress("train the temporal extractor", chosen.steps, "steps") as advance:
         extractor = train_extractor(series, frames, chosen.steps, chosen.seed, advance)
