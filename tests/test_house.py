@@ -33,7 +33,7 @@ ORDER = {
         *("evaluation", "finetune", "explain", "reporting"),
     ),
     "launchers": (
-        *("environment", "job", "run_setup", "local", "conversion", "finetuning", "cluster"),
+        *("environment", "outcome", "job", "run_setup", "local", "conversion", "finetuning", "cluster"),
         *("experiments", "benches", "commands"),
     ),
 }
