@@ -21,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -42,7 +42,7 @@ from shards.conversion.splits import DatasetSplitSettings, Person, assign, read_
 from shards.core import files
 from shards.core.cli import progress
 from shards.core.errors import ConfigError, DatasetError, RunRefused, Stopped, is_full
-from shards.core.settings import Settings, digest
+from shards.core.settings import Settings, Unit, digest
 from shards.core.workers import end_with_parent, why_no_workers
 from shards.format import layout, sample
 from shards.format.reader import Dataset
@@ -53,8 +53,10 @@ S = TypeVar("S")
 class ExtractorSettings(Settings):
     """The temporal extractor that is trained on the way when none is given."""
 
-    sessions: int = Field(24, ge=1, le=256, description="training sessions it is trained on, drawn from all of them")
-    steps: int = Field(1200, ge=1, description="optimizer steps")
+    sessions: Annotated[int, Unit("sessions")] = Field(
+        24, ge=1, le=256, description="training sessions it is trained on, drawn from all of them"
+    )
+    steps: Annotated[int, Unit("steps")] = Field(1200, ge=1, description="optimizer steps")
     seed: int = Field(0, ge=0, description="of the draw of sessions, the weights, crops and masks")
 
     def draw(self, sessions: Iterable[S], key: Callable[[S], str]) -> list[S]:
@@ -64,7 +66,9 @@ class ExtractorSettings(Settings):
 
 
 class ShardSettings(Settings):
-    mb: float = Field(1000, gt=0, description="a shard is closed at this size, in 10^6 bytes")
+    """Files of the dataset."""
+
+    mb: Annotated[float, Unit("MB")] = Field(1000, gt=0, description="size at which a shard is closed, in 10^6 bytes")
 
 
 class ConvertSettings(SessionSettings):
