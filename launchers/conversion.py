@@ -17,6 +17,7 @@ from shards.conversion.settings import ConvertSettings
 from shards.core.cli import DONE, REFUSED, call_of, progress, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable
+from shards.core.presets import find
 from shards.core.settings import check, override
 from shards.format import layout
 from shards.format.reader import Dataset
@@ -33,7 +34,7 @@ Ended = tuple[int, dict[str, Any], str]  # exit status, facts of the summary, wh
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a conversion, which are the same on one machine and on a cluster."""
     add = parser.add_argument
-    add("arguments", nargs="+", metavar="COHORT.yaml|key=value", help="cohort files, then settings")
+    add("arguments", nargs="+", metavar="COHORT|key=value", help="cohort files or names of cohorts, then settings")
     add("--out", required=True, type=Path, metavar="DATASET", help="folder of the dataset")
     add("--ranker", default="mutual", metavar="NAME", help="method that scores windows (default: mutual)")
     add("--extractor", type=Path, metavar="PATH", help="trained temporal extractor (default: train one)")
@@ -48,9 +49,10 @@ def conversion_of(args: argparse.Namespace, workers: int) -> tuple[Conversion, E
     UserError
         If an argument is wrong.
     """
-    cohorts = [Path(a) for a in args.arguments if "=" not in a or Path(a).exists()]
-    assignments = [a for a in args.arguments if Path(a) not in cohorts]
+    named = [a for a in args.arguments if "=" not in a or Path(a).exists()]
+    assignments = [a for a in args.arguments if a not in named]
     settings = check(ConvertSettings, override({}, assignments), "command line")
+    cohorts = [find("cohort", name, "COHORT") for name in named]
     if not cohorts:
         raise ConfigError("command line", "COHORT.yaml", "none", "at least one cohort file")
     one_thread()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shards.core.presets import find
 from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import FINETUNE, REPORT
 from slim.evaluation.task import find_cases, load_task, make_splits
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run", metavar="RUN_OR_WEIGHTS", help="a run, a checkpoint, an export, or OWNER/NAME on the hub")
     add("overrides", nargs="*", metavar="key=value", help="settings of the fine-tuning, such as run.epochs=50")
     add("--data", required=True, metavar="DATASET", help="a dataset written by make-shards")
-    add("--task", type=Path, required=True, metavar="TASK.yaml", help="a task with split.kind holdout")
+    add("--task", required=True, metavar="TASK", help="a task with split.kind holdout: a YAML file, or a name")
     add("--out", type=Path, metavar="FOLDER", help="folder of the report and the runs (default: in RUN)")
     add("--weights", choices=("encoder", "target"), help="online encoder or its moving average (default: encoder)")
     add("--from-scratch", action="store_true", help="start from random weights, to measure what pretraining adds")
@@ -51,6 +52,7 @@ def open_call(args: argparse.Namespace, train: Train) -> Finetuned:
     UserError
         If the weights, the data, the task, a setting and an existing report do not fit together.
     """
+    args.task = find("task", args.task, "--task")
     task = load_task(args.task)
 
     import torch

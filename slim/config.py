@@ -6,13 +6,14 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shards.core.errors import ConfigError
 from shards.core.passwords import keep
-from shards.core.settings import PathText, Settings, check, override, read_yaml
+from shards.core.presets import find, presets
+from shards.core.settings import PathText, Settings, Unit, check, override, read_yaml
 
 View = Literal["global", "voxel", "both"]
 Kind = Literal["cross_time", "cross_location", "double_cross"]
@@ -21,9 +22,13 @@ MOST_CHANNELS, MOST_BLOCKS = 16384, 1024  # far beyond any model: sizes in a fil
 
 
 class PredictorSettings(Settings):
-    width: int = Field(192, ge=8, le=MOST_CHANNELS, description="channels")
-    depth: int = Field(4, ge=1, le=MOST_BLOCKS, description="blocks")
-    heads: int = Field(6, ge=1, le=MOST_CHANNELS)
+    """The predictor of the JEPA objective."""
+
+    width: Annotated[int, Unit("channels")] = Field(192, ge=8, le=MOST_CHANNELS, description="channels of a token")
+    depth: Annotated[int, Unit("blocks")] = Field(4, ge=1, le=MOST_BLOCKS, description="transformer blocks")
+    heads: Annotated[int, Unit("heads")] = Field(
+        6, ge=1, le=MOST_CHANNELS, description="attention heads; they divide width"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> PredictorSettings:
@@ -35,13 +40,27 @@ class PredictorSettings(Settings):
 class ModelSettings(Settings):
     """Sizes of the encoder and the predictor; axes are (time, x, y, z) in tokens of one frame and one patch."""
 
-    embed: int = Field(ge=8, le=MOST_CHANNELS, description="channels of the first stage; doubled at each stage")
-    heads: int = Field(ge=1, le=MOST_CHANNELS, description="heads of the first stage; doubled at each stage")
-    depths: tuple[int, ...] = Field(min_length=1, max_length=8, description="blocks of each stage")
-    unit: tuple[int, int, int, int] = Field(description="tokens of a mask unit")
-    strides: tuple[tuple[int, int, int, int], ...] = Field(description="pooling at the start of stages 2, 3, ...")
-    local_stages: int = Field(2, ge=1, description="stages whose attention stays inside mask units")
-    mlp_ratio: float = Field(4.0, gt=0, le=64)
+    embed: Annotated[int, Unit("channels")] = Field(
+        ge=8, le=MOST_CHANNELS, description="channels of the first stage; doubled at each stage"
+    )
+    heads: Annotated[int, Unit("heads")] = Field(
+        ge=1, le=MOST_CHANNELS, description="heads of the first stage; doubled at each stage"
+    )
+    depths: Annotated[tuple[int, ...], Unit("blocks")] = Field(
+        min_length=1, max_length=8, description="blocks of each stage"
+    )
+    unit: Annotated[tuple[int, int, int, int], Unit("tokens")] = Field(
+        description="size of a mask unit along time, x, y and z"
+    )
+    strides: Annotated[tuple[tuple[int, int, int, int], ...], Unit("tokens")] = Field(
+        description="pooling along time, x, y and z at the start of stages 2, 3, ..."
+    )
+    local_stages: Annotated[int, Unit("stages")] = Field(
+        2, ge=1, description="stages whose attention stays inside mask units"
+    )
+    mlp_ratio: Annotated[float, Unit("ratio")] = Field(
+        4.0, gt=0, le=64, description="hidden channels of an MLP over those of its input"
+    )
     predictor: PredictorSettings = PredictorSettings()
 
     @model_validator(mode="after")
@@ -93,8 +112,12 @@ PRESETS: dict[str, ModelSettings] = {
 
 
 class DataItem(Settings):
+    """One dataset of several."""
+
     path: str = Field(description="folder of a dataset, or its URL (https://..., s3://...)")
-    weight: float = Field(1.0, gt=0, description="times a session appears in an epoch, on average")
+    weight: Annotated[float, Unit("times")] = Field(
+        1.0, gt=0, description="times a session appears in an epoch, on average"
+    )
 
     @field_validator("path")
     @classmethod
@@ -103,8 +126,12 @@ class DataItem(Settings):
 
 
 class DrawSettings(Settings):
-    k: int = Field(8, ge=2, le=100_000, description="windows of a sample")
-    best: int = Field(32, ge=2, le=10**6, description="they are drawn from this many most salient ones")
+    """How windows are drawn for a sample."""
+
+    k: Annotated[int, Unit("windows")] = Field(8, ge=2, le=100_000, description="windows of a sample")
+    best: Annotated[int, Unit("windows")] = Field(
+        32, ge=2, le=10**6, description="windows of a sample are drawn from this many most salient ones of the session"
+    )
 
     @model_validator(mode="after")
     def _enough(self) -> DrawSettings:
@@ -116,20 +143,36 @@ class DrawSettings(Settings):
 class TokenMaskSettings(Settings):
     """Shares of brain tokens; context is the product of its two."""
 
-    context_places: float = Field(0.6, gt=0, lt=1)
-    context_times: float = Field(0.5, gt=0, lt=1)
-    targets: float = Field(0.5, gt=0, le=1, description="share of each kind of target that is predicted")
-    rebuilt: float = Field(0.25, gt=0, le=1, description="share of the targets whose voxels MAE rebuilds")
+    context_places: Annotated[float, Unit("share")] = Field(
+        0.6, gt=0, lt=1, description="share of the places in the brain that the encoder sees"
+    )
+    context_times: Annotated[float, Unit("share")] = Field(
+        0.5, gt=0, lt=1, description="share of the times that the encoder sees"
+    )
+    targets: Annotated[float, Unit("share")] = Field(
+        0.5, gt=0, le=1, description="share of each kind of target that is predicted"
+    )
+    rebuilt: Annotated[float, Unit("share")] = Field(
+        0.25, gt=0, le=1, description="share of the targets whose voxels MAE rebuilds"
+    )
     kinds: tuple[Kind, ...] = Field(KINDS, min_length=1, description="kinds of target that are predicted")
 
 
 class LossSettings(Settings):
     """Weights of the terms; null takes those of the objective."""
 
-    jepa: float | None = Field(None, ge=0)
-    sig: float | None = Field(None, ge=0)
-    mae: float | None = Field(None, ge=0)
-    sig_samples: int | None = Field(None, ge=1, description="samples that share one SIG test; null: a first run.batch")
+    jepa: Annotated[float | None, Unit("weight")] = Field(
+        None, ge=0, description="weight of the JEPA term; null: that of the objective"
+    )
+    sig: Annotated[float | None, Unit("weight")] = Field(
+        None, ge=0, description="weight of the SIG term; null: that of the objective"
+    )
+    mae: Annotated[float | None, Unit("weight")] = Field(
+        None, ge=0, description="weight of the MAE term; null: that of the objective"
+    )
+    sig_samples: Annotated[int | None, Unit("samples")] = Field(
+        None, ge=1, description="samples that share one SIG test; null: a first run.batch"
+    )
 
 
 OBJECTIVES: dict[str, tuple[float, float, float]] = {
@@ -140,22 +183,43 @@ OBJECTIVES: dict[str, tuple[float, float, float]] = {
 
 
 class OptimizerSettings(Settings):
-    lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
-    lr_end: float = Field(1e-6, ge=0, description="learning rate at the last step")
-    betas: tuple[float, float] = (0.9, 0.95)
-    wd: tuple[float, float] = Field((0.04, 0.4), description="weight decay at the first and last step, matrices only")
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Unit("rate")] = Field(1e-3, gt=0, le=1, description="peak learning rate")
+    lr_end: Annotated[float, Unit("rate")] = Field(1e-6, ge=0, description="learning rate at the last step")
+    betas: Annotated[tuple[float, float], Unit("ratio")] = Field(
+        (0.9, 0.95), description="decay of the first and second moments of AdamW"
+    )
+    wd: Annotated[tuple[float, float], Unit("rate")] = Field(
+        (0.04, 0.4), description="weight decay at the first and last step, matrices only"
+    )
+    warmup: Annotated[float, Unit("share")] = Field(
+        0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises to its peak"
+    )
+    clip: Annotated[float, Unit("norm")] = Field(1.0, gt=0, description="largest norm of the gradient")
 
 
 class EmaSettings(Settings):
-    start: float = Field(0.996, ge=0, le=1)
-    end: float = Field(1.0, ge=0, le=1)
-    mean: float = Field(0.95, ge=0, lt=1, description="decay of the running mean target of each place and slot")
+    """Moving averages: the target encoder and the means of each place."""
+
+    start: Annotated[float, Unit("ratio")] = Field(
+        0.996, ge=0, le=1, description="decay of the target encoder's moving average at the first step"
+    )
+    end: Annotated[float, Unit("ratio")] = Field(1.0, ge=0, le=1, description="the same at the last step")
+    mean: Annotated[float, Unit("ratio")] = Field(
+        0.95, ge=0, lt=1, description="decay of the running mean target of each place and slot"
+    )
 
 
 class ZeroSettings(Settings):
-    stage: int = Field(2, ge=0, le=3)
+    """What DeepSpeed divides among processes or keeps in the memory of the host."""
+
+    stage: Annotated[int, Unit("stage")] = Field(
+        2,
+        ge=0,
+        le=3,
+        description="what ZeRO divides among processes: 0 nothing, 1 moments, 2 gradients too, 3 parameters too",
+    )
     offload_optimizer: bool = Field(False, description="master copy and moments of Adam in the memory of the host")
     offload_parameters: bool = Field(False, description="parameters, too, where they are not in use; stage 3")
 
@@ -175,29 +239,47 @@ class ZeroSettings(Settings):
 
 
 class RunSettings(Settings):
-    out: PathText
-    seed: int = Field(0, ge=0)
-    steps: int | None = Field(None, ge=1, description="optimizer steps; null: `epochs`")
-    epochs: float = Field(40, gt=0)
-    batch: int = Field(4, ge=1, description="samples per process and micro-batch")
-    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
-    processes: int = Field(1, ge=1, description="processes on this machine")
-    workers: int = Field(2, ge=0, description="loading processes per process")
-    checkpoint_every: int = Field(500, ge=1, description="optimizer steps")
-    keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
-    keep_every: int | None = Field(None, ge=1, description="steps: checkpoints of every so many are kept, too")
+    """Folder, length, processes, checkpoints and log of the run."""
+
+    out: PathText = Field(description="folder of the run")
+    seed: int = Field(0, ge=0, description="of weights, masks, and the order and draw of samples")
+    steps: Annotated[int | None, Unit("steps")] = Field(None, ge=1, description="optimizer steps; null: `epochs`")
+    epochs: Annotated[float, Unit("epochs")] = Field(
+        40, gt=0, description="passes through the training sessions, where steps is null"
+    )
+    batch: Annotated[int, Unit("samples")] = Field(4, ge=1, description="samples per process and micro-batch")
+    accumulate: Annotated[int, Unit("micro-batches")] = Field(1, ge=1, description="micro-batches per optimizer step")
+    processes: Annotated[int, Unit("processes")] = Field(1, ge=1, description="processes on this machine, one per GPU")
+    workers: Annotated[int, Unit("processes")] = Field(2, ge=0, description="loading processes per process")
+    checkpoint_every: Annotated[int, Unit("steps")] = Field(
+        500, ge=1, description="optimizer steps between checkpoints"
+    )
+    keep: Annotated[int, Unit("checkpoints")] = Field(3, ge=1, description="newest checkpoints that are kept")
+    keep_every: Annotated[int | None, Unit("steps")] = Field(
+        None, ge=1, description="checkpoints of every so many steps are kept, too; null: none"
+    )
     mirror: PathText | None = Field(None, description="second folder, to which checkpoints are copied meanwhile")
-    damaged: float = Field(0.01, ge=0, le=1, description="share of the training sessions that may be damaged")
-    not_finite: int = Field(10, ge=0, description="steps in a row that may be skipped for a loss that is not finite")
-    max_seconds: float | None = Field(None, gt=0, description="stop and save after this many seconds")
-    resume: Literal["auto", "never"] = "auto"
+    damaged: Annotated[float, Unit("share")] = Field(
+        0.01, ge=0, le=1, description="share of the training sessions that may be damaged"
+    )
+    not_finite: Annotated[int, Unit("steps")] = Field(
+        10, ge=0, description="steps in a row that may be skipped for a loss that is not finite"
+    )
+    max_seconds: Annotated[float | None, Unit("s")] = Field(
+        None, gt=0, description="stop and save after this time; null: never"
+    )
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the newest complete checkpoint; never: refuse a folder that holds a run"
+    )
     extend: Literal["constant", "rewarm"] | None = Field(
         None, description="how steps beyond the planned ones are trained: at the last learning rate, or warmed up again"
     )
     change: tuple[str, ...] = Field((), description="settings that may change on resume, such as optimizer.lr")
-    log_every: int = Field(1, ge=1, description="optimizer steps per line of metrics.jsonl")
-    wandb: Literal["offline", "online", "disabled"] = "offline"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: Annotated[int, Unit("steps")] = Field(1, ge=1, description="optimizer steps per line of metrics.jsonl")
+    wandb: Literal["offline", "online", "disabled"] = Field(
+        "offline", description="where Weights & Biases keeps the log: offline in the run folder, online, or nowhere"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
 
     def steps_in_all(self, per_epoch: int, processes: int) -> int:
         """Optimizer steps of the run, where an epoch has so many samples and so many processes share them."""
@@ -234,14 +316,18 @@ RENAMED = {"stream": "chunk_tokens"}
 class TrainSettings(Settings):
     """What every run that trains is told, whatever it learns."""
 
-    data: tuple[DataItem, ...]
-    model: ModelSettings
+    data: tuple[DataItem, ...] = Field(description="a dataset, or a list of {path, weight}")
+    model: ModelSettings = Field(
+        description="published, lean, large, tiny, the name of a preset, a YAML file, or the sizes themselves"
+    )
     model_name: str = Field("custom", description="set by `model`")
-    view: View = "both"
+    view: View = Field(
+        "both", description="z-score of the voxels that the encoder sees: over the whole run, of each voxel, or both"
+    )
     windows: DrawSettings = DrawSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    precision: Literal["bf16", "fp32"] = "bf16"
-    chunk_tokens: int | None = Field(
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of the arithmetic: bfloat16 or float32")
+    chunk_tokens: Annotated[int | None, Unit("tokens")] = Field(
         4096, ge=1, description="tokens that the local stages compute together; null: all of them"
     )
     zero: ZeroSettings = ZeroSettings()
@@ -264,7 +350,7 @@ class PretrainSettings(TrainSettings):
     """A pretraining configuration."""
 
     mask: TokenMaskSettings = TokenMaskSettings()
-    objective: Literal["default", "jepa", "mae"] = "default"
+    objective: Literal["default", "jepa", "mae"] = Field("default", description="default: JEPA, SIG and MAE together")
     loss: LossSettings = LossSettings()
     ema: EmaSettings = EmaSettings()
 
@@ -291,14 +377,20 @@ class HeadSettings(Settings):
     """What is put on the encoder to answer a task, and how the two are trained together."""
 
     pooling: Literal["cov", "mean", "attentive"] = Field(
-        "cov", description="of the tokens of a sample, before a linear map"
+        "cov", description="how the tokens of a sample become one vector, before a linear map"
     )
-    components: int = Field(3, ge=1, le=MOST_CHANNELS, description="principal axes of `cov`")
-    queries: int = Field(4, ge=1, le=MOST_CHANNELS, description="learned queries of attentive pooling")
-    layer_decay: float | None = Field(
+    components: Annotated[int, Unit("components")] = Field(
+        3, ge=1, le=MOST_CHANNELS, description="principal axes of `cov`"
+    )
+    queries: Annotated[int, Unit("queries")] = Field(
+        4, ge=1, le=MOST_CHANNELS, description="learned queries of attentive pooling"
+    )
+    layer_decay: Annotated[float | None, Unit("ratio")] = Field(
         None, gt=0, le=1, description="learning rate of a block over that of the next; null: 0.75, from scratch 1"
     )
-    lr_scale: float = Field(10.0, gt=0, description="times the learning rate of the last block")
+    lr_scale: Annotated[float, Unit("ratio")] = Field(
+        10.0, gt=0, description="times the learning rate of the last block"
+    )
 
 
 class AnswerSettings(Settings):
@@ -307,8 +399,10 @@ class AnswerSettings(Settings):
     task: str = Field("", description="name of the task")
     label: str = Field("", description="column of the labels")
     classes: tuple[str, ...] = Field((), description="names of the classes, in order; none where values are predicted")
-    mean: float = Field(0.0, description="of the values")
-    sd: float = Field(1.0, description="of the values, which are learned z-scored")
+    mean: Annotated[float, Unit("label")] = Field(0.0, description="mean of the training values")
+    sd: Annotated[float, Unit("label")] = Field(
+        1.0, description="standard deviation of the training values, which are learned z-scored"
+    )
 
 
 class FinetuneSettings(TrainSettings):
@@ -334,7 +428,7 @@ def _renamed(tree: Any) -> Any:
 
 
 def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSettings:
-    """A checked configuration from a YAML file and `key=value` overrides.
+    """A checked configuration from a YAML file, or the name of a preset, and `key=value` overrides.
 
     `model` is the name of a preset, a YAML file (relative to the configuration or the working folder) or a mapping.
 
@@ -343,6 +437,7 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
     ConfigError
         With file, field, got and expected.
     """
+    path = find("pretrain", path, "CONFIG")
     tree = override(_renamed(read_yaml(path)), renamed_assignments(assignments))
     model = tree.get("model")
     if isinstance(model, str):
@@ -363,7 +458,8 @@ def check_run(tree: dict[str, Any], where: str | Path) -> PretrainSettings | Fin
 def _model(name: str, path: str | Path) -> ModelSettings:
     if name in PRESETS:
         return PRESETS[name]
-    for candidate in (Path(name), Path(path).parent / name):
+    shipped = presets("model")
+    for candidate in (Path(name), Path(path).parent / name, *([shipped[name].path] if name in shipped else [])):
         if os.path.isfile(candidate):  # also of names that no system looks up
             return check(ModelSettings, read_yaml(candidate), candidate)
     raise ConfigError(path, "model", name, f"{', '.join(PRESETS)}, or a YAML file")

@@ -20,6 +20,7 @@ from pydantic import Field
 from launchers import environment
 from launchers.job import KEEP_FREED
 from shards.core.errors import UserError
+from shards.core.presets import find
 from shards.core.settings import Settings
 from shards.format.grid import Grid
 from shards.synthetic.truth import SyntheticCohort
@@ -28,7 +29,6 @@ from slim.checkpoints.run_folder import CHECKPOINTS, LATEST, METRICS
 from slim.config import load_config
 from slim.model.geometry import geometry_of
 
-ROOT = Path(__file__).parents[2]
 FRAMES = 5  # of a window
 LOOK = 0.01  # seconds between two looks at a run
 
@@ -84,8 +84,12 @@ class Trained(Sizes):
     def words(self, dataset: Path, **run: object) -> list[str]:
         """Configuration and overrides of a pretraining run, as its command takes them; `run` are settings of `run:`."""
         given = {"steps": self.steps, "device": "cpu", **run}
-        config = ROOT / "configs" / "pretrain" / f"{self.model}.yaml"
-        return [str(config), f"data={dataset}", *(f"run.{name}={value}" for name, value in given.items())]
+        config = find("pretrain", self.model, "model")
+        return [
+            str(config),
+            f"data={dataset}",
+            *(f"run.{name}={value}" for name, value in given.items()),
+        ]
 
 
 @dataclass(frozen=True)

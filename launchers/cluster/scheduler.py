@@ -12,13 +12,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from launchers import environment
 from launchers.cluster import plain
 from shards.core.errors import ConfigError, UserError
-from shards.core.settings import Settings
+from shards.core.settings import Settings, Unit
 
 COMMANDS = ("sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
 # Final states of a job. After NODE_FAIL and PREEMPTED it may be requeued a moment later.
@@ -43,22 +44,26 @@ class ClusterError(UserError):
 class SlurmSettings(Settings):
     """Options of `sbatch` and `srun`; null means the default of the cluster."""
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
+    partition: str | None = Field(None, description="partition of the cluster")
+    account: str | None = Field(None, description="account that is charged")
+    qos: str | None = Field(None, description="quality of service")
     time: str | None = Field(None, description="time limit of one attempt, [D-]HH:MM:SS; the job is requeued")
     mem: str | None = Field(None, description="memory per node, such as 64G")
     constraint: str | None = Field(None, description="required features of the nodes")
-    cpus_per_task: int | None = Field(None, ge=1, description="null: run.workers + 1; for conversions 1")
+    cpus_per_task: Annotated[int | None, Unit("CPUs")] = Field(
+        None, ge=1, description="null: run.workers + 1; for conversions 1"
+    )
     modules: tuple[str, ...] = Field((), description="environment modules, loaded in this order")
     setup: tuple[str, ...] = Field((), description="lines of bash, run on the first node before anything else")
     srun: tuple[str, ...] = Field((), description="arguments of srun, such as those of a container")
     sbatch: dict[str, str | bool] = Field({}, description="other options of sbatch; true for an option without a value")
     python: str | None = Field(None, description="Python on the nodes; null: the one of the submitting command")
-    signal: int = Field(
-        120, ge=1, validate_default=True, description="seconds before the time limit at which the run saves and ends"
+    signal: Annotated[int, Unit("s")] = Field(
+        120, ge=1, validate_default=True, description="time before the limit at which the run saves and ends"
     )
-    max_failures: int = Field(3, ge=1, description="consecutive failures without a new checkpoint that end the job")
+    max_failures: Annotated[int, Unit("failures")] = Field(
+        3, ge=1, description="consecutive failures without a new checkpoint that end the job"
+    )
 
     @field_validator("*")
     @classmethod

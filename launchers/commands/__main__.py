@@ -22,6 +22,7 @@ GROUPS = {
     "Use an encoder": ("probe", "finetune", "embed", "explain"),
     "Plan, look and share": ("plan", "report", "export", "bench", "experiments"),
     "Run on a cluster": ("slurm",),
+    "Configure": ("config",),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 

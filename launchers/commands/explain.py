@@ -15,6 +15,7 @@ from pathlib import Path
 
 from shards.core.cli import DONE, Parser, call_of, progress, summary
 from shards.core.errors import ConfigError
+from shards.core.presets import find
 from shards.core.room import require_room
 from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import EXPLAIN, REPORT
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="as for probe")
     parser.add_argument("--data", required=True, metavar="DATASET", help="of make-shards")
     parser.add_argument(
-        "--task", type=Path, required=True, metavar="TASK.yaml", help="classification, regression or state"
+        "--task", required=True, metavar="TASK", help="of type classification, regression or state, as for probe"
     )
     parser.add_argument("--subjects", type=int, default=8, metavar="N", help="test subjects to explain (default: 8)")
     parser.add_argument("--class", dest="label", metavar="NAME", help="whose logit is explained (default: the last)")
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where the path to the session starts: every voxel at its run mean (default), or no anatomy either",
     )
     parser.add_argument(
-        "--states", type=Path, metavar="TASK.yaml", help="a task of type state, whose events are drawn with the windows"
+        "--states", metavar="TASK", help="a task of type state, whose events are drawn with the windows"
     )
     parser.add_argument("--events", type=Path, metavar="FOLDER", help="where the tables of those events lie")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the maps (default: RUN/report/explain)")
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.subjects < 1:
         raise ConfigError("command line", "--subjects", args.subjects, "1 or more")
+    args.task = find("task", args.task, "--task")
+    if args.states:
+        args.states = find("task", args.states, "--states")
     task, dataset = load_task(args.task), Dataset(args.data)
     told = args.task if task.type == "state" and not args.states else args.states
     states = load_task(told) if told else None

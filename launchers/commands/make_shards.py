@@ -16,13 +16,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 
 from launchers.cluster import conversion_jobs
 from launchers.cluster.scheduler import SlurmSettings
 from launchers.conversion import STEPS, add_arguments, conversion_of, dry_run, make
 from shards.core.cli import Parser, call_of, summary
 from shards.core.errors import ConfigError
+from shards.core.presets import find
 from shards.core.settings import load
 
 
@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
     parser.add_argument("--only", default=",".join(STEPS), metavar="STEPS", help=f"some of {','.join(STEPS)}")
-    parser.add_argument("--slurm", type=Path, metavar="SLURM.yaml", help="on a cluster, see configs/slurm/example.yaml")
+    parser.add_argument(
+        "--slurm", metavar="SLURM", help="settings of a cluster that converts, as for the command slurm"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tell what was found and what will be refused, and stop")
     args = parser.parse_args(argv)
     steps = args.only.split(",")
@@ -56,7 +58,7 @@ def on_a_cluster(args: argparse.Namespace, steps: list[str], argv: Sequence[str]
     """The same through SLURM, followed to its end."""
     if set(steps) != set(STEPS):
         raise ConfigError("command line", "--only", f"{args.only} with --slurm", "all steps: the jobs take one each")
-    settings = load(SlurmSettings, args.slurm)
+    settings = load(SlurmSettings, find("slurm", args.slurm, "--slurm"))
     args.out = args.out.resolve()
     conversion, given = conversion_of(args, settings.cpus_per_task or 1)
     jobs = conversion_jobs.Chain(conversion, given, settings, args.workers, None)

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from shards.core.cli import DONE, Parser, call_of
 from shards.core.errors import ConfigError
+from shards.core.presets import find
 from shards.core.settings import read_yaml
 from slim.config import load_config
 from slim.planning.forecast import ASSUMED_TFLOPS, forecast, present
@@ -55,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("command line", "--tflops", f"{args.tflops:g}", "a number above 0")
     memory = size(args.gpu_memory)
     typed = any(word.partition("=")[0] == "data" for word in args.overrides)
-    absent = [] if typed or "data" in read_yaml(args.config) else ["data=DATASET"]
-    settings = load_config(args.config, [*args.overrides, *absent])
+    config = find("pretrain", args.config, "CONFIG")
+    absent = [] if typed or "data" in read_yaml(config) else ["data=DATASET"]
+    settings = load_config(config, [*args.overrides, *absent])
     facts = forecast(settings, present(settings, typed), memory, args.tflops, begun)
     show(facts)
     print(f"next: {following(facts, [args.config, *args.overrides])}")

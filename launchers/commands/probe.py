@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.core.cli import DONE, Parser, progress, summary
+from shards.core.cli import DONE, Parser, call_of, progress, summary
 from shards.core.errors import ConfigError
+from shards.core.presets import find
 from shards.core.room import require_room
 from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import PROBE, REPORT
@@ -40,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", required=True, metavar="DATASET", help="of make-shards")
     parser.add_argument(
-        "--task", type=Path, required=True, action="append", metavar="TASK.yaml", help="may be given more than once"
+        "--task",
+        required=True,
+        action="append",
+        metavar="TASK",
+        help=f"a YAML file, or a name that {call_of('config', '--list')} shows; may be given more than once",
     )
     parser.add_argument(
         "--out",
@@ -60,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.random_seeds < 1:
         raise ConfigError("command line", "--random-seeds", args.random_seeds, "1 or more")
+    args.task = [find("task", given, "--task") for given in args.task]
     tasks = [load_task(path) for path in args.task]
     for number, task in enumerate(tasks):
         if task.name in [other.name for other in tasks[:number]]:

@@ -37,6 +37,7 @@ from shards.core.cli import DONE, RESUME, WRONG, Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.files import write_atomically
 from shards.core.passwords import hidden
+from shards.core.presets import find
 from shards.core.settings import check, read_yaml
 from slim.checkpoints.run_folder import SLURM
 from slim.config import TrainSettings, load_config
@@ -241,8 +242,8 @@ def _add_cluster(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
     add = parser.add_argument
     add(
         "--slurm",
-        metavar="SLURM.yaml",
-        help="settings of the cluster, see configs/slurm/example.yaml; flags override it",
+        metavar="SLURM",
+        help=f"settings of the cluster, as {call_of('config show', 'slurm', 'example')} prints them",
     )
     for name in flags:
         kind = int if name in ("cpus_per_task", "max_failures") else str
@@ -252,12 +253,13 @@ def _add_cluster(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
 
 
 def _cluster(args: argparse.Namespace) -> SlurmSettings:
-    tree = read_yaml(args.slurm) if args.slurm else {}
+    path = find("slurm", args.slurm, "--slurm") if args.slurm else None
+    tree = read_yaml(path) if path else {}
     flags = [name for name in (*_FLAGS, "max_failures") if hasattr(args, name)]
     given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     for name, value in given.items():  # told by their flags, where these are at fault
         check(SlurmSettings, {name: value}, "command line")
-    return check(SlurmSettings, tree | given, args.slurm or "command line")
+    return check(SlurmSettings, tree | given, path or "command line")
 
 
 def _prepare(settings: TrainSettings) -> tuple[str, int]:

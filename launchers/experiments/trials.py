@@ -22,10 +22,10 @@ import numpy as np
 from launchers import environment
 from shards.core.cli import progress
 from shards.core.errors import Stopped
+from shards.core.presets import find
 from slim.checkpoints.run_folder import METRICS
 
-ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "configs/experiments.yaml"
+CONFIG = "experiments"
 TASKS = ("group", "score", "fingerprint", "state")
 GRID = ("grid.mm=8", "grid.shape=[24,24,24]", "windows.keep=24")
 FRAMES, PRETRAINED, PROBED = 240, 120, 200  # frames of a session; people, two sessions each
@@ -180,7 +180,7 @@ class Experiments:
 
         tasks = {}
         for name in TASKS:
-            where = ROOT / f"configs/downstream/synthetic_{name}.yaml"
+            where = find("task", f"synthetic_{name}", "TASKS")
             task = load_task(where)
             changes: dict[str, Any] = {"repeats": 1}
             if name == "state":  # windows are many: fewer are enough to train on, and more are tested

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictInt, StrictStr, field_validator
 
@@ -20,7 +20,7 @@ from shards.cohorts.patterns import FIELDS, pattern_regex
 from shards.cohorts.scan import RunSource
 from shards.core.errors import ConfigError, RunRefused
 from shards.core.files import printable
-from shards.core.settings import PathText, Settings, load
+from shards.core.settings import PathText, Settings, Unit, load
 
 __all__ = ["FIELDS", "Cohort", "CohortSettings", "RunSource", "find_cohort", "find_runs", "pattern_regex"]
 
@@ -34,8 +34,8 @@ class CohortSettings(Settings):
     """A cohort file. Relative paths are relative to it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9-]+$", description="short name, part of every sample's key")
-    root: PathText
-    layout: Literal["bids", "pattern"] = "bids"
+    root: PathText = Field(description="folder of the runs")
+    layout: Literal["bids", "pattern"] = Field("bids", description="bids: BIDS derivatives; pattern: any other layout")
     pattern: PathText | None = Field(None, description="layout: pattern; {subject} is required, globs allowed")
     mask: PathText | None = Field(
         None, description="a pattern or one file; absent: found beside a BIDS run, else computed"
@@ -45,9 +45,13 @@ class CohortSettings(Settings):
         None, description="absent: MNI, if header and brain agree; native: centred by the mask"
     )
     orientation: str | None = Field(None, description="axis codes (LAS, RPI ...) of files whose header has none")
-    tr: float | None = Field(None, gt=0.05, le=20, description="seconds; overrides the header")
-    dummy: Literal["auto"] | int = Field("auto", description="volumes to drop at the start; auto: brighter ones")
-    participants: PathText | None = None
+    tr: Annotated[float | None, Unit("s")] = Field(
+        None, gt=0.05, le=20, description="repetition time; overrides the header"
+    )
+    dummy: Annotated[Literal["auto"] | int, Unit("volumes")] = Field(
+        "auto", description="volumes to drop at the start; auto: those that are brighter"
+    )
+    participants: PathText | None = Field(None, description="table with a row for each subject")
     subject_column: str | None = Field(None, description="the participants column that names the subjects")
     labels: tuple[str, ...] | None = Field(
         None,

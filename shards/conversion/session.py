@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from pydantic import Field, field_serializer, field_validator
@@ -23,7 +23,7 @@ from shards.cohorts.scan import RunSource
 from shards.conversion import writer
 from shards.core import files, nifti
 from shards.core.errors import RunRefused
-from shards.core.settings import Settings, check, digest
+from shards.core.settings import Settings, Unit, check, digest
 from shards.format import layout, sample
 from shards.format.grid import Grid
 from shards.format.patches import gather, parcel_means
@@ -53,17 +53,21 @@ Parcels = Callable[[np.ndarray], np.ndarray]  # brain_XYZ to labels_XYZ; worker 
 
 
 class WindowSettings(Settings):
-    frames: int = Field(5, ge=1, le=100, description="frames of a window")
-    keep: int = Field(32, ge=1, description="most salient windows kept")
-    minimum: int = Field(8, ge=2, description="a run with fewer windows is refused")
+    """Windows of a run, and how many are kept."""
+
+    frames: Annotated[int, Unit("frames")] = Field(5, ge=1, le=100, description="frames of a window")
+    keep: Annotated[int, Unit("windows")] = Field(32, ge=1, description="most salient windows kept")
+    minimum: Annotated[int, Unit("windows")] = Field(8, ge=2, description="a run with fewer windows is refused")
 
 
 class ParcelSettings(Settings):
     """What the temporal extractor and the ranker see of a volume."""
 
     image: Path | None = Field(None, description="label image in MNI space; without one, cubes of the brain mask")
-    cube_mm: float = Field(24.0, gt=0, le=200, description="edge of a cube, mm")
-    least_brain: float = Field(0.1, ge=0, le=1, description="a parcel with a smaller share of brain is left out")
+    cube_mm: Annotated[float, Unit("mm")] = Field(24.0, gt=0, le=200, description="edge of a cube")
+    least_brain: Annotated[float, Unit("share")] = Field(
+        0.1, ge=0, le=1, description="a parcel with a smaller share of brain is left out"
+    )
 
     @field_validator("image")
     @classmethod

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import Field
 
 from shards.conversion.session import SessionSettings
 from shards.conversion.splits import DatasetSplitSettings
-from shards.core.settings import Settings
+from shards.core.settings import Settings, Unit
 
 S = TypeVar("S")
 
@@ -18,8 +18,10 @@ S = TypeVar("S")
 class ExtractorSettings(Settings):
     """The temporal extractor that a conversion trains when none is given."""
 
-    sessions: int = Field(24, ge=1, le=256, description="training sessions it is trained on, drawn from all of them")
-    steps: int = Field(1200, ge=1, description="optimizer steps")
+    sessions: Annotated[int, Unit("sessions")] = Field(
+        24, ge=1, le=256, description="training sessions it is trained on, drawn from all of them"
+    )
+    steps: Annotated[int, Unit("steps")] = Field(1200, ge=1, description="optimizer steps")
     seed: int = Field(0, ge=0, description="seed of the draw of sessions, the weights, crops and masks")
 
     def draw(self, sessions: Iterable[S], key: Callable[[S], str]) -> list[S]:
@@ -29,7 +31,9 @@ class ExtractorSettings(Settings):
 
 
 class ShardSettings(Settings):
-    mb: float = Field(1000, gt=0, description="a shard is closed at this size, in 10^6 bytes")
+    """Files of the dataset."""
+
+    mb: Annotated[float, Unit("MB")] = Field(1000, gt=0, description="size at which a shard is closed, in 10^6 bytes")
 
 
 class ConvertSettings(SessionSettings):

@@ -9,7 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from shards.cohorts.scan import RunSource
 from shards.core import files
 from shards.core.errors import ConfigError, DatasetError, RunRefused
-from shards.core.settings import Settings
+from shards.core.settings import Settings, Unit
 from shards.format import layout
 
 SPLITS = ("train", "val", "test")
@@ -31,11 +31,20 @@ Person = tuple[str, str]  # people, subject
 class DatasetSplitSettings(Settings):
     """Which split a subject goes to. `stratify`, `family` and `column` name columns of the participants table."""
 
-    seed: int = 0
-    shares: tuple[float, float, float] = (0.7, 0.1, 0.2)
-    stratify: str | None = Field(None, description="divide people of each value alike; numbers by their fifths")
-    family: str | None = Field(None, description="people with the same value stay together")
-    column: str | None = Field(None, description="take the split (train, val or test) from there instead")
+    seed: int = Field(0, description="of the division of subjects")
+    shares: Annotated[tuple[float, float, float], Unit("share")] = Field(
+        (0.7, 0.1, 0.2), description="shares of the subjects for training, validation and test"
+    )
+    stratify: str | None = Field(
+        None,
+        description="column of the participants table: people of each value are divided alike, numbers by their fifths",
+    )
+    family: str | None = Field(
+        None, description="column of the participants table: people with the same value stay together"
+    )
+    column: str | None = Field(
+        None, description="column of the participants table that holds the split (train, val or test), instead"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetSplitSettings:

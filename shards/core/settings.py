@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -28,6 +29,13 @@ class Settings(BaseModel):
     """Base of every settings model: unknown keys are errors, values do not change after the check."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a setting is measured in or counts, as metadata of its type: `Annotated[float, Unit("mm")]`."""
+
+    name: str
 
 
 def _is_path(text: str) -> str:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from shards.core import tables
 from shards.core.errors import RunRefused
-from shards.core.settings import Settings
+from shards.core.settings import Settings, Unit
 from shards.core.tables import Table
 
 VOXEL_BLOCK = 8192  # voxels cleaned at once
@@ -24,8 +25,12 @@ class CleanSettings(Settings):
 
     confounds: tuple[str, ...] = Field((), description="columns of the confounds table to regress out; globs allowed")
     detrend: bool = Field(False, description="remove a linear trend")
-    high_pass: float | None = Field(None, gt=0, description="Hz, Butterworth")
-    low_pass: float | None = Field(None, gt=0, description="Hz, Butterworth")
+    high_pass: Annotated[float | None, Unit("Hz")] = Field(
+        None, gt=0, description="cutoff of a Butterworth high-pass filter; null: none"
+    )
+    low_pass: Annotated[float | None, Unit("Hz")] = Field(
+        None, gt=0, description="cutoff of a Butterworth low-pass filter; null: none"
+    )
 
     @model_validator(mode="after")
     def _band(self) -> CleanSettings:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import nibabel as nib
 import numpy as np
@@ -27,7 +27,7 @@ from scipy import ndimage, sparse
 from shards.cohorts.scan import RunSource
 from shards.core import nifti
 from shards.core.errors import RunRefused
-from shards.core.settings import Settings
+from shards.core.settings import Settings, Unit
 from shards.format import patches
 from shards.format.grid import Grid
 from shards.preprocessing import confounds, quality
@@ -45,11 +45,15 @@ ROUNDING = 1e-6  # what interpolation in float32 adds to a constant signal, rela
 class GridSettings(Settings):
     """The common grid and TR."""
 
-    mm: float = Field(2.0, gt=0, le=20, description="voxel edge, mm")
-    shape: tuple[int, int, int] = Field((96, 96, 96), description="voxels along x, y, z")
-    patch: int = Field(4, ge=1, le=16, description="patch edge, voxels")
-    tr: float = Field(0.72, gt=0.05, le=20, description="target TR, s")
-    tr_range: tuple[float, float] = Field((0.7, 0.8), description="TRs (s) inside are left as they are")
+    mm: Annotated[float, Unit("mm")] = Field(2.0, gt=0, le=20, description="edge of a voxel")
+    shape: Annotated[tuple[int, int, int], Unit("voxels")] = Field((96, 96, 96), description="voxels along x, y, z")
+    patch: Annotated[int, Unit("voxels")] = Field(4, ge=1, le=16, description="edge of a patch")
+    tr: Annotated[float, Unit("s")] = Field(
+        0.72, gt=0.05, le=20, description="TR that scans outside tr_range are resampled to"
+    )
+    tr_range: Annotated[tuple[float, float], Unit("s")] = Field(
+        (0.7, 0.8), description="TRs inside this range are left as they are"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> GridSettings:

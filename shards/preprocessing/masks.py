@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import nibabel as nib
 import numpy as np
@@ -15,7 +16,7 @@ from pydantic import Field, model_validator
 
 from shards.core.errors import RunRefused
 from shards.core.nifti import affine_mm, code_of, open_image
-from shards.core.settings import Settings
+from shards.core.settings import Settings, Unit
 from shards.preprocessing.bold import Bold
 
 _MEAN_OF = 100  # frames: enough for a stable mean image
@@ -27,12 +28,16 @@ _FEW = 10  # largest label of tissues; masks in per cent and of 0 to 255 have la
 class BrainMaskSettings(Settings):
     """What a brain mask must be like."""
 
-    ml: tuple[float, float] = Field(
-        (300, 2500), description="least and largest volume, ml; lower it for infants, slabs"
+    ml: Annotated[tuple[float, float], Unit("ml")] = Field(
+        (300, 2500), description="least and largest volume; lower it for infants or slabs"
     )
-    outside: float = Field(0.1, ge=0, le=1, description="largest fraction of a mask that may lie outside the grid")
-    dead: float = Field(0.25, ge=0, le=1, description="largest fraction of a mask that may be without signal")
-    mni_dice: float = Field(
+    outside: Annotated[float, Unit("share")] = Field(
+        0.1, ge=0, le=1, description="largest fraction of a mask that may lie outside the grid"
+    )
+    dead: Annotated[float, Unit("share")] = Field(
+        0.25, ge=0, le=1, description="largest fraction of a mask that may be without signal"
+    )
+    mni_dice: Annotated[float, Unit("Dice")] = Field(
         0.75, ge=0, le=1, description="least Dice overlap with the MNI152 brain where `space` is not stated"
     )
 

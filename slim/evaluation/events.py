@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from shards.core import tables
 from shards.core.errors import ConfigError
-from shards.core.settings import PathText, Settings
+from shards.core.settings import PathText, Settings, Unit
 from shards.format.session_record import SessionRecord
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ class EventSettings(Settings):
     root: PathText | None = Field(None, description="folder of events, relative to the task's file; or --events FOLDER")
     column: str = Field("trial_type", description="column that names the states")
     keep: tuple[str, ...] = Field((), description="states that are decoded; all by default")
-    delay: float = Field(5.0, ge=0, le=15, description="s from an event to the peak of its response")
+    delay: Annotated[float, Unit("s")] = Field(
+        5.0, ge=0, le=15, description="from an event to the peak of its response"
+    )
 
     @field_validator("path")
     @classmethod

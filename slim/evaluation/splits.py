@@ -8,13 +8,13 @@ Legend: N rows (n of training, m of test); S subjects.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
 from shards.conversion.splits import SPLITS, split_people
-from shards.core.settings import Settings
+from shards.core.settings import Settings, Unit
 
 _INNER_FOLDS = 5
 
@@ -27,9 +27,12 @@ class TaskSplitSettings(Settings):
         description="repeated k-fold by subject; train, validation and test by subject; the dataset's own test "
         "subjects; no split",
     )
-    folds: int = Field(default=5, ge=2, description="of `folds`")
-    shares: tuple[float, float, float] = Field(default=(0.7, 0.1, 0.2), description="of `holdout`")
-    repeats: int = Field(default=5, ge=1, description="times the subjects are divided anew")
+    folds: Annotated[int, Unit("folds")] = Field(default=5, ge=2, description="for kind: folds")
+    shares: Annotated[tuple[float, float, float], Unit("share")] = Field(
+        default=(0.7, 0.1, 0.2),
+        description="shares of the subjects for training, validation and test, for kind: holdout",
+    )
+    repeats: Annotated[int, Unit("times")] = Field(default=5, ge=1, description="times the subjects are divided anew")
     family: str | None = Field(default=None, description="column of the participants table; families stay together")
     seed: int = Field(default=0, ge=0, description="of the divisions, the bootstrap and the permutations")
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shards.core.errors import ConfigError, DatasetError
-from shards.core.settings import Settings, load
+from shards.core.settings import Settings, Unit, load
 from shards.format.reader import Dataset
 from shards.format.session_record import SessionRecord
 from slim.evaluation import events
@@ -38,25 +38,35 @@ _LEAST = {
 class Task(Settings):
     """One question asked of frozen features."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    type: Literal["classification", "regression", "fingerprint", "state"]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="of the task, in reports and file names")
+    type: Literal["classification", "regression", "fingerprint", "state"] = Field(
+        description="fingerprint: which session belongs to whom; state: what is going on in a window"
+    )
     label: str | None = Field(default=None, description="column of the participants table")
     classes: dict[str, tuple[str, ...]] | None = Field(
         default=None, description="values of the column that make each class; sessions of other values are left out"
     )
-    edges: tuple[float, ...] = Field(default=(), description="numbers that part the column into classes, ascending")
+    edges: Annotated[tuple[float, ...], Unit("label")] = Field(
+        default=(), description="numbers that part the column into classes, ascending"
+    )
     missing: tuple[str, ...] = Field(default=(), description="values that stand for a missing one, such as -9999")
     events: EventSettings | None = Field(default=None, description="tables of what is decoded; type: state")
     split: TaskSplitSettings = TaskSplitSettings()
-    pooling: Pooling = "cov"
-    components: int = Field(default=3, ge=1, description="principal components of the tokens, for `cov`")
+    pooling: Pooling = Field("cov", description="how the tokens of a sample become one vector")
+    components: Annotated[int, Unit("components")] = Field(
+        default=3, ge=1, description="principal components of the tokens, for `cov`"
+    )
     confounds: tuple[str, ...] = Field(
         default=(), description="columns, or facts of a session such as mean_fd_mm, that are a baseline of their own"
     )
-    bootstrap: int = Field(default=1000, ge=100, description="draws of subjects behind each interval")
-    permutations: int = Field(default=1000, ge=99, description="shuffles of the answers behind each p")
+    bootstrap: Annotated[int, Unit("draws")] = Field(
+        default=1000, ge=100, description="draws of subjects behind each interval"
+    )
+    permutations: Annotated[int, Unit("shuffles")] = Field(
+        default=1000, ge=99, description="shuffles of the answers behind each p"
+    )
     data: str = Field(default="", description="the folder that is expected, and how it is made")
-    description: str = ""
+    description: str = Field("", description="of the task, for people")
     source: str = Field(default="", description="where the data come from, and under what licence")
 
     @field_validator("pooling")

@@ -152,7 +152,11 @@ def test_other_methods(model: SlimBrain, dataset: Path, bold: Path):
         (lambda: SlimBrain.from_pretrained(model), TypeError, "source: got a SlimBrain"),
         (lambda: SlimBrain.from_pretrained("x", parcels=3), TypeError, "parcels: got a int"),
         (lambda: model.encode_session(str(dataset), opened.sessions[0]), TypeError, "dataset: got a str"),
-        (lambda: model.encode_session(opened, "sub-01"), TypeError, "session: got 'sub-01', expected one of dataset.sessions"),
+        (
+            lambda: model.encode_session(opened, "sub-01"),
+            TypeError,
+            "session: got 'sub-01', expected one of dataset.sessions",
+        ),
         (lambda: model.encode_session(opened, opened.sessions[0], batch=0), ValueError, "batch: got 0"),
     ):
         with pytest.raises(error, match=match):
