@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from slim.explain import explain
+    from slim.explain.explanation import Explanation
     from slim.explain.integrated_gradients import TOLERANCE, check_start
     from slim.inference.slim_brain import SlimBrain
 
@@ -92,32 +93,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         for session in sessions:
             features[session.key] = model.encode_session(dataset, session)
             advance(1, "")
-    facts = {
-        "task": task.name,
-        "type": task.type,
-        "label": task.label,
-        "classes": cases.classes,
-        "score": unit,
-        "pooling": task.pooling,
-        "start": args.start,
-        "tolerance": TOLERANCE,
-        "run": str(args.run),
-        "data": str(args.data),
-        "step": model.step,
-        "weights": model.made["weights"],
-    }
-    explained = explain.explain(model, dataset, task, cases, asked, features, output, args.start)
+    about = Explanation(
+        task=task.name,
+        type=task.type,
+        label=task.label,
+        classes=tuple(cases.classes),
+        score=unit,
+        pooling=task.pooling,
+        start=args.start,
+        tolerance=TOLERANCE,
+        run=str(args.run),
+        data=str(args.data),
+        step=model.step,
+        weights=model.made["weights"],
+        space="native" if any(session.space == "native" for session in cases.sessions) else "MNI",
+    )
+    scores = explain.fitted_scores(task, cases, asked, features, output)
+    explained = explain.explain(model, dataset, scores, args.start)
     events = None
     if states is not None and states.events is not None:
         root = args.events or told.parent / (states.events.root or ".")
         events = partial(read_events, states.events, root, where=told)
     with progress("explain", len(asked), "sessions") as advance:
-        facts = explain.write(out, dataset, task, cases, explained, args.start, facts, advance, events)
-    for found in explain.remarks(facts):
+        whole = explain.write(out, dataset, explained, about, advance, events)
+    for found in whole.remarks():
         print(found.text)
     page = f", then {call_of('report', model.run_folder)}" if model.results == model.run_folder else ""
     summary(
-        {"map": str(out / f"{task.name}.nii.gz"), "explained": len(asked), **facts},
+        {"map": str(out / f"{task.name}.nii.gz"), "explained": len(asked), **whole.tree()},
         f"look at {out / (task.name + '.png')}" + page,
         args.json,
     )

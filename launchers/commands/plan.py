@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich import box
@@ -22,7 +22,7 @@ from shards.core.errors import ConfigError
 from shards.core.presets import find
 from shards.core.settings import read_yaml
 from slim.config import load_config
-from slim.planning.forecast import ASSUMED_TFLOPS, forecast, present
+from slim.planning.forecast import ASSUMED_TFLOPS, Forecast, forecast, present
 
 PARTS = {
     "states": "weights, moments, EMA target, running means",
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(facts)
     print(f"next: {following(facts, [args.config, *args.overrides])}")
     if args.json:
-        print(json.dumps(facts))
+        print(json.dumps(asdict(facts)))
     return DONE
 
 
@@ -86,57 +86,55 @@ def size(text: str | None) -> int | None:
     return memory
 
 
-def show(facts: dict[str, Any]) -> None:
+def show(facts: Forecast) -> None:
     """Two tables: the memory of a step, and everything else."""
     console = Console(highlight=False)
-    counted = " and ".join(map(str, facts["counted_batches"]))
-    processes = f"{facts['processes']} GPU{'s' * (facts['processes'] > 1)}"
-    batch = f"run.batch {facts['batch']} x {facts['accumulate']}"
-    console.print(
-        f"model {facts['model']}, {facts['precision']}, {batch}, {processes}, zero.stage {facts['zero_stage']}"
-    )
+    counted = " and ".join(map(str, facts.counted_batches))
+    processes = f"{facts.processes} GPU{'s' * (facts.processes > 1)}"
+    batch = f"run.batch {facts.batch} x {facts.accumulate}"
+    console.print(f"model {facts.model}, {facts.precision}, {batch}, {processes}, zero.stage {facts.zero_stage}")
 
-    peak = facts["peak_memory_bytes"]
+    peak = facts.peak_memory_bytes
     name, unit, digits = ("GiB", 2**30, 2) if peak >= 2**30 else ("MiB", 2**20, 1)
     parts = Table("memory per GPU", name, "", box=box.SIMPLE_HEAD)
     parts.columns[1].justify = "right"
-    large = {part: size for part, size in facts["memory_parts"].items() if size >= peak / 200}
+    large = {part: size for part, size in facts.memory_parts.items() if size >= peak / 200}
     for part, size in sorted(large.items(), key=lambda item: -item[1]):
         parts.add_row(part, f"{size / unit:.{digits}f}", PARTS[part])
     if rest := peak - sum(large.values()):
         parts.add_row("others", f"{rest / unit:.{digits}f}")
     parts.add_section()
-    how = "counted" if facts["batch"] in facts["counted_batches"] else f"extrapolated from run.batch {counted}"
+    how = "counted" if facts.batch in facts.counted_batches else f"extrapolated from run.batch {counted}"
     parts.add_row("peak", f"{peak / unit:.{digits}f}", how)
     console.print(parts)
 
     unknown = "unknown without the data or run.steps"
-    rows = {"not counted": facts["left_out"]}
-    if facts["gpu_memory_bytes"] is None:
+    rows = {"not counted": facts.left_out}
+    if facts.gpu_memory_bytes is None:
         rows["largest run.batch"] = "unknown without --gpu-memory"
     else:
-        given = ByteSize(facts["gpu_memory_bytes"]).human_readable(separator=" ")
-        rows["fits"] = f"{'yes' if facts['fits'] else 'no'}, in {given}"
-        most = facts["largest_batch"]
-        how = "counted" if most in facts["counted_batches"] else f"extrapolated from {counted}"
-        rows["largest run.batch"] = f"{most} ({how})" if most else f"none: not even {facts['counted_batches'][0]}"
-    rows["brain"] = facts["basis"]
-    rows["parameters"] = ", ".join(f"{name} {value / 1e6:.2f} M" for name, value in facts["parameters"].items())
-    rows["tokens of a sample"] = ", ".join(f"{name} {number(value)}" for name, value in facts["tokens"].items())
-    flops = facts["step_flops"]
+        given = ByteSize(facts.gpu_memory_bytes).human_readable(separator=" ")
+        rows["fits"] = f"{'yes' if facts.fits else 'no'}, in {given}"
+        most = facts.largest_batch
+        how = "counted" if most in facts.counted_batches else f"extrapolated from {counted}"
+        rows["largest run.batch"] = f"{most} ({how})" if most else f"none: not even {facts.counted_batches[0]}"
+    rows["brain"] = facts.basis
+    rows["parameters"] = ", ".join(f"{name} {value / 1e6:.2f} M" for name, value in facts.parameters.items())
+    rows["tokens of a sample"] = ", ".join(f"{name} {number(value)}" for name, value in facts.tokens.items())
+    flops = facts.step_flops
     rows["FLOPs of a step"] = (
         f"{flops / 1e12:.3g} TFLOP per GPU" if flops >= 1e11 else f"{flops / 1e9:.3g} GFLOP per GPU"
     )
-    rows["steps"] = number(facts["steps"]) if facts["steps"] else unknown
-    speed = f"{facts['tflops']:g} TFLOP/s"
-    speed += " (assumed; --tflops N)" if facts["tflops_assumed"] else ""
+    rows["steps"] = number(facts.steps) if facts.steps else unknown
+    speed = f"{facts.tflops:g} TFLOP/s"
+    speed += " (assumed; --tflops N)" if facts.tflops_assumed else ""
     # Small kernels and loading take their time, too; how much has to be measured on the GPU at hand.
-    rows["time"] = unknown if facts["hours"] is None else f"{hours(facts['hours'])} of arithmetic alone at {speed}"
-    kept = facts["checkpoints_kept"]
-    rows["checkpoints"] = f"{disk(facts['checkpoint_bytes'])} each, {disk(kept * facts['checkpoint_bytes'])} for {kept}"
+    rows["time"] = unknown if facts.hours is None else f"{hours(facts.hours)} of arithmetic alone at {speed}"
+    kept = facts.checkpoints_kept
+    rows["checkpoints"] = f"{disk(facts.checkpoint_bytes)} each, {disk(kept * facts.checkpoint_bytes)} for {kept}"
     rows["shards"] = "unknown without the data; 32 windows at 2 mm took 50 to 70 MB a session"
-    if facts["sessions"]:
-        total, sessions = facts["shards_bytes"], facts["sessions"]
+    total, sessions = facts.shards_bytes, facts.sessions
+    if total is not None and sessions:
         rows["shards"] = f"{disk(total)}, {disk(total / sessions)} for each of {number(sessions)} sessions"
     table = Table(show_header=False, box=None)
     for name, text in rows.items():
@@ -163,9 +161,9 @@ def disk(value: float) -> str:
     return ByteSize(value).human_readable(decimal=True, separator=" ")
 
 
-def following(facts: dict[str, Any], words: list[str]) -> str:
+def following(facts: Forecast, words: list[str]) -> str:
     """What to do next."""
-    if facts["fits"] is False:
-        most = facts["largest_batch"]
+    if facts.fits is False:
+        most = facts.largest_batch
         return f"run.batch={most}" if most else "a smaller chunk_tokens or model, or more processes at zero.stage=3"
-    return call_of("pretrain", *words, *([] if facts["sessions"] else ["data=DATASET"]))
+    return call_of("pretrain", *words, *([] if facts.sessions else ["data=DATASET"]))

@@ -19,7 +19,7 @@ import torch
 from shards.core.files import atomically
 from shards.format.reader import Dataset
 from slim.evaluation import metrics, probe
-from slim.evaluation.results import Estimate
+from slim.evaluation.results import Draws, Estimate, averaged
 from slim.evaluation.task import Cases, Task, find_cases, make_splits
 from slim.inference.slim_brain import Features, SlimBrain
 
@@ -68,7 +68,7 @@ def shrink_positions(model: SlimBrain, seed: int) -> None:
 
 def encoder_draws(
     features: Mapping[str, Features], questions: Sequence[Question], poolings: Sequence[str] = ()
-) -> dict[str, np.ndarray]:
+) -> Draws:
     """Draws of an encoder by task, and by `task/pooling` for other poolings than the task's own.
 
     A fingerprint is not asked of attentive pooling, which is trained for answers.
@@ -86,27 +86,27 @@ def encoder_draws(
     return found
 
 
-def baseline_draws(dataset: Dataset, questions: Sequence[Question]) -> dict[str, dict[str, np.ndarray]]:
+def baseline_draws(dataset: Dataset, questions: Sequence[Question]) -> dict[str, Draws]:
     """Draws of what needs no encoder, by method and task."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+    found: dict[str, Draws] = {}
     for question in questions:
         for name, method in probe.baselines(question.task, question.cases, dataset).items():
             found.setdefault(name, {})[question.task.name] = question.draws(method)
     return found
 
 
-def save(path: Path, draws: Mapping[str, np.ndarray]) -> None:
+def save(path: Path, draws: Draws) -> None:
     """Keep draws; atomically, so what is there is whole."""
     with atomically(path) as file:
         np.savez(file, allow_pickle=False, **dict(draws))
 
 
-def load(path: Path) -> dict[str, np.ndarray]:
+def load(path: Path) -> Draws:
     with np.load(path) as arrays:
         return dict(arrays)
 
 
-def summarise(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Estimate]:
+def summarise(seeds: Sequence[Draws]) -> dict[str, Estimate]:
     """Mean over seeds of each task's score, its 95 % interval over subjects, and the score of every seed.
 
     What not all seeds were asked is left out.
@@ -118,17 +118,12 @@ def summarise(seeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Estimate]:
     }
 
 
-def differences(
-    ours: Sequence[Mapping[str, np.ndarray]], theirs: Sequence[Mapping[str, np.ndarray]]
-) -> dict[str, Estimate]:
+def differences(ours: Sequence[Draws], theirs: Sequence[Draws]) -> dict[str, Estimate]:
     """Ours less theirs, each the mean over its seeds, with 95 % intervals: both are scored on the same draws of people.
 
     Of the tasks that all of them were asked.
     """
     everyone = [*ours, *theirs]
     names = [name for name in everyone[0] if all(name in draws for draws in everyone)]
-
-    def mean(seeds: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndarray:
-        return np.mean([draws[name] for draws in seeds], axis=0)
-
-    return {name: Estimate.of_draws(mean(ours, name) - mean(theirs, name)) for name in names}
+    mine, its = (averaged([{name: draws[name] for name in names} for draws in seeds]) for seeds in (ours, theirs))
+    return {name: Estimate.of_draws(mine[name] - its[name]) for name in names}

@@ -8,7 +8,7 @@ import numpy as np
 
 from launchers.experiments.trials import BASELINES, OBJECTIVES, POOLINGS, RANDOM, TASKS, Experiments, Trial, Variant
 from slim.evaluation import metrics
-from slim.evaluation.results import Estimate
+from slim.evaluation.results import Draws, Estimate
 
 _TYPES = ("classification", "regression", "fingerprint", "state")
 HEAD = [*(f"{task}, {metrics.words(metrics.HEADLINE[kind])}" for task, kind in zip(TASKS, _TYPES, strict=True)), "rank"]
@@ -46,7 +46,9 @@ class Tables:
         self.work, self.trials = work, [trial for trial in trials if work.draws_path(trial).exists()]
         self.results: dict[str, Any] = {}
 
-    def draws(self, variant: str, snr: float, random: str = "", seeds: int | None = None) -> list[dict[str, Any]]:
+    def draws(
+        self, variant: str, snr: float, random: str = "", seeds: int | None = None
+    ) -> list[dict[str, np.ndarray]]:
         """Of each seed of a variant that is there; of random weights in its place, see `evaluate`."""
         from launchers.experiments import comparison
 
@@ -64,7 +66,7 @@ class Tables:
         found = self.draws(variant, snr, random, seeds)
         return comparison.summarise(found) if found else None
 
-    def baseline_draws(self, name: str, snr: float) -> list[dict[str, Any]]:
+    def baseline_draws(self, name: str, snr: float) -> list[Draws]:
         """Of a baseline, if it is there."""
         from launchers.experiments import comparison
 

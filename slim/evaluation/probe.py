@@ -31,7 +31,7 @@ from slim.evaluation import baselines as baseline
 from slim.evaluation import display, metrics
 from slim.evaluation.attentive import Attentive
 from slim.evaluation.linear import Linear
-from slim.evaluation.results import OURS, Estimate, Estimates, Report, TaskFacts, TaskResult, averaged
+from slim.evaluation.results import OURS, Draws, Estimate, Estimates, Report, TaskFacts, TaskResult, averaged
 from slim.evaluation.splits import Fold, Split
 from slim.evaluation.task import Cases, Task, make_splits
 from slim.inference.slim_brain import Features
@@ -123,10 +123,10 @@ def scale_of(cases: Cases, rows: np.ndarray) -> tuple[float, float]:
     return float(truth_S.mean()), float(max(truth_S.std(), 1e-12))
 
 
-Scores = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+Scores = tuple[Draws, Draws]
 
 
-def score(task: Task, cases: Cases, splits: list[list[Split]], method: Method) -> dict[str, np.ndarray]:
+def score(task: Task, cases: Cases, splits: list[list[Split]], method: Method) -> Draws:
     """Each metric of one method, (D,): the score, then its bootstrap draws. See `score_and_permute`."""
     return score_and_permute(task.model_copy(update={"permutations": 0}), cases, splits, method)[0]
 
@@ -148,12 +148,12 @@ def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], metho
         found = {name: weight_DS @ value_S / weight_DS.sum(axis=1) for name, value_S in of_subject.items()}
         orders = metrics.shuffles(np.zeros_like(who_N), task.permutations, seed)
 
-        def again(shuffled_N: np.ndarray) -> dict[str, np.ndarray]:
+        def again(shuffled_N: np.ndarray) -> Draws:
             return {name: value_S.mean()[None] for name, value_S in metrics.found_again(ranked_NN, shuffled_N).items()}
 
         return found, metrics.permuted(again, who_N, orders)
-    scores: list[dict[str, np.ndarray]] = []
-    shuffled: list[dict[str, np.ndarray]] = []
+    scores: list[Draws] = []
+    shuffled: list[Draws] = []
     for repeat, parts in enumerate(splits):
         subject_U, truth_U, guess_UK = predict(task, cases, parts, method, repeat)
         tested, number_U = np.unique(subject_U, return_inverse=True)
@@ -168,7 +168,7 @@ def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], metho
 
 def _measure(
     task: Task, guess_UK: np.ndarray, weight_DS: np.ndarray, number_U: np.ndarray
-) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+) -> Callable[[np.ndarray], Draws]:
     """From answers (U,) to the metrics of these predictions; `number_U`: whose weight, a column, each one has."""
     if task.type == "regression":
         weight_DU = weight_DS[:, number_U]
@@ -254,7 +254,7 @@ def summarise(
         Those of several seeds are averaged draw by draw: an interval is then that of the recipe's mean score over
         which subjects were tested.
     """
-    means: dict[str, dict[str, np.ndarray]] = {}
+    means: dict[str, Draws] = {}
     estimates: Estimates = {}
     for name, each in scored.items():
         means[name], shuffled = (averaged([found[part] for found in each]) for part in (0, 1))

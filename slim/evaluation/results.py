@@ -26,6 +26,7 @@ from slim.checkpoints.run_folder import PROBE
 from slim.evaluation import metrics
 
 OURS = "ours"
+Draws = dict[str, np.ndarray]  # of each metric (or task) the score and its bootstrap draws, (D,)
 # Version 0.1 wrote an R² of up to 1e17 where draws of few subjects had one value alone.
 Number = Annotated[float, Field(strict=True, ge=-1e20, le=1e20)]
 # A name stands in a picture, whose text has a syntax of its own.
@@ -335,6 +336,6 @@ def _measured(task: Any) -> Any:
     }
 
 
-def averaged(seeds: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def averaged(seeds: Sequence[Draws]) -> Draws:
     """Mean of each metric, draw by draw."""
     return {name: np.mean([each[name] for each in seeds], axis=0) for name in (seeds[0] if seeds else ())}

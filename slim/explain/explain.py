@@ -16,16 +16,15 @@ Legend: N rows of a task; K windows in time order; F frames; M patches; V voxels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shards.core.errors import ConfigError
-from shards.core.files import dump, write_atomically
-from shards.core.findings import Finding, good, look
+from shards.core.files import write_atomically
 from shards.format.patches import scatter
 from shards.format.reader import Dataset
 from shards.format.session_record import SessionRecord
@@ -33,8 +32,9 @@ from shards.reporting import html, quality_figures
 from slim.evaluation.probe import make_fold, scale_of
 from slim.evaluation.splits import Fold
 from slim.evaluation.task import Cases, Task, make_splits
-from slim.explain.differentiable_probe import fit_score, fit_state_score
-from slim.explain.integrated_gradients import TOLERANCE, Attribution, Start, integrated_gradients
+from slim.explain.differentiable_probe import Score, fit_score, fit_state_score
+from slim.explain.explanation import Explanation, SessionShares, Start, WindowShares
+from slim.explain.integrated_gradients import TOLERANCE, Attribution, integrated_gradients
 from slim.explain.maps import ABSOLUTE, Maps, Mean, draw_maps, image, places, save
 from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import Features
@@ -88,7 +88,7 @@ def choose(task: Task, cases: Cases, where: str | Path, subjects: int, output: i
         asked = []
         for fold, unit in folds:
             rows = fold.test[in_state_N[fold.test] & np.isin(cases.subject_N[fold.test], chosen)]
-            keys = np.array([cases.sessions[row].key for row in rows])
+            keys = np.array([cases.sessions[row]["key"] for row in rows])
             for key in np.unique(keys):
                 of_session = rows[keys == key]
                 asked.append(Asked(int(of_session[0]), fold, unit, cases.window_N[of_session]))
@@ -115,26 +115,18 @@ def _folds(task: Task, cases: Cases, where: str | Path) -> list[tuple[Fold, floa
     return found
 
 
-def explain(
-    model: SlimBrain,
-    dataset: Dataset,
-    task: Task,
-    cases: Cases,
-    asked: Sequence[Asked],
-    features: Mapping[str, Features],
-    output: int,
-    start: Start,
-    tolerance: float = TOLERANCE,
-) -> Iterator[tuple[SessionRecord, Attribution]]:
-    """The sessions asked for, one after another, with their shares.
+def fitted_scores(
+    task: Task, cases: Cases, asked: Sequence[Asked], features: Mapping[str, Features], output: int
+) -> Iterator[tuple[SessionRecord, Score]]:
+    """The sessions asked for, one after another, each with the probe of its fold.
 
     Parameters
     ----------
+    task, cases, asked
     features : mapping of str to Features
         Of all sessions of the task, by key.
     output : int
         Class whose logit is explained; not used in a regression.
-    start, tolerance : see `slim.explain.integrated_gradients.integrated_gradients`
     """
     once, each = ([features[s.key] for s in rows] for rows in (cases.distinct(), cases.sessions))
     fold = None
@@ -147,45 +139,74 @@ def explain(
         elif fold is not item.fold:
             score = fit_score(each, task.pooling, task.components, item.fold, output, item.unit)
         fold = item.fold
+        yield session, score
+
+
+def explain(
+    model: SlimBrain,
+    dataset: Dataset,
+    scores: Iterable[tuple[SessionRecord, Score]],
+    start: Start,
+    tolerance: float = TOLERANCE,
+) -> Iterator[tuple[SessionRecord, Attribution]]:
+    """Sessions, one after another, with their shares.
+
+    Parameters
+    ----------
+    model, dataset
+    scores : iterable
+        Of `fitted_scores`.
+    start, tolerance : see `slim.explain.integrated_gradients.integrated_gradients`
+    """
+    for session, score in scores:
         yield session, integrated_gradients(model, dataset, session, score, start, tolerance)
 
 
-def window_facts(dataset: Dataset, session: SessionRecord, found: Attribution) -> list[dict[str, float]]:
-    """Each kept window, in time order: start (s), saliency, mean size of its brain voxels' shares, and their sum."""
+def session_shares(dataset: Dataset, session: SessionRecord, found: Attribution) -> SessionShares:
+    """A session for the facts."""
     arrays = dataset.read(session, ("brain", "scores"))
     inside_MV = arrays["brain"] > 0
-    return [
-        {
-            "start_s": round(float(start * session.tr), 3),
-            "saliency": float(arrays["scores"][start // dataset.frames]),
-            "mean_absolute": float(np.abs(value_FMV[:, inside_MV]).mean()),
-            "sum": float(value_FMV.sum(dtype=np.float64)),
-        }
+    windows = tuple(
+        WindowShares(
+            start_s=round(float(start * session.tr), 3),
+            saliency=float(arrays["scores"][start // dataset.frames]),
+            mean_absolute=float(np.abs(value_FMV[:, inside_MV]).mean()),
+            sum=float(value_FMV.sum(dtype=np.float64)),
+        )
         for start, value_FMV in zip(found.start_K, found.value_KFMV, strict=True)
-    ]
+    )
+    return SessionShares(
+        key=session.key,
+        subject=session.subject,
+        score=found.score,
+        at_start=found.at_start,
+        sum=found.total,
+        gap=found.gap,
+        complete=found.complete,
+        points=found.points,
+        windows=windows,
+    )
 
 
 def write(
     folder: Path,
     dataset: Dataset,
-    task: Task,
-    cases: Cases,
-    explained: Iterator[tuple[SessionRecord, Attribution]],
-    start: Start,
-    facts: dict[str, Any],
+    explained: Iterable[tuple[SessionRecord, Attribution]],
+    about: Explanation,
     advance: Callable[[int, str], None],
     events: Callable[[SessionRecord], pd.DataFrame] | None = None,
-) -> dict[str, Any]:
+) -> Explanation:
     """Write maps, pictures and facts of a task as the sessions come.
 
     Parameters
     ----------
     folder : Path
         RUN/report/explain.
-    explained : iterator
+    dataset : Dataset
+    explained : iterable
         Of `explain`.
-    facts : dict
-        What is known before; written with the rest.
+    about : Explanation
+        What is known before.
     advance : callable
         Told after each session.
     events : callable, optional
@@ -193,73 +214,65 @@ def write(
 
     Returns
     -------
-    dict
-        The facts, as TASK.json holds them.
+    Explanation
+        With places and sessions, as TASK.json holds it.
     """
-    grid, mean, under, sessions = dataset.grid, Mean(), Mean(), []
-    registered = all(session.space != "native" for session in cases.sessions)
+    grid, registered, mean, under = dataset.grid, about.space == "MNI", Mean(), Mean()
+    done: list[tuple[SessionRecord, SessionShares]] = []
     for session, found in explained:
-        maps = Maps.of(found, grid, start).named()
+        maps = Maps.of(found, grid, about.start).named()
         for ending, volume in maps.items():
-            save(folder / task.name / f"{session.key}{ending}.nii.gz", image(volume, grid, registered))
+            save(folder / about.task / f"{session.key}{ending}.nii.gz", image(volume, grid, registered))
         mean.add(maps)
-        arrays = dataset.read(session, ("baseline", "brain", "patch"))
-        baseline_MV = np.where(arrays["brain"] > 0, arrays["baseline"], 0)
-        under.add({"": scatter(baseline_MV, arrays["patch"], grid.shape, grid.patch)})
-        sessions.append(
-            {
-                "key": session.key,
-                "subject": session.subject,
-                "score": found.score,
-                "at_start": found.at_start,
-                "sum": found.total,
-                "gap": found.gap,
-                "complete": found.complete,
-                "points": found.points,
-                "windows": window_facts(dataset, session, found),
-            }
-        )
+        under.add({"": _mean_image(dataset, session)})
+        done.append((session, session_shares(dataset, session, found)))
         advance(1, f"{session.key}, {found.points} points")
+    done.sort(key=lambda one: one[1].key)
     images = {ending: image(volume, grid, registered) for ending, volume in mean.named().items()}
     for ending, made in images.items():
-        save(folder / f"{task.name}{ending}.nii.gz", made)
-    facts = facts | {"space": "MNI" if registered else "native", "places": places(images[ABSOLUTE])}
-    facts["sessions"] = sorted(sessions, key=lambda line: line["key"])
+        save(folder / f"{about.task}{ending}.nii.gz", made)
     with html.drawing():
-        draw_maps(images, image(under.named()[""], grid, registered), folder / f"{task.name}.png")
-        draw_windows(dataset, facts, cases, events, folder / f"{task.name}_windows.png")
-    write_atomically(folder / f"{task.name}.json", dump(facts) + "\n")
-    return facts
+        draw_maps(images, image(under.named()[""], grid, registered), folder / f"{about.task}.png")
+        draw_windows(dataset, done, events, folder / f"{about.task}_windows.png")
+    shares = tuple(one for _, one in done)
+    whole = about.model_copy(update={"places": places(images[ABSOLUTE]), "sessions": shares})
+    whole.write(folder)
+    return whole
+
+
+def _mean_image(dataset: Dataset, session: SessionRecord) -> np.ndarray:
+    """The run means of a session, (X, Y, Z); 0 outside the brain."""
+    arrays = dataset.read(session, ("baseline", "brain", "patch"))
+    baseline_MV = np.where(arrays["brain"] > 0, arrays["baseline"], 0)
+    return scatter(baseline_MV, arrays["patch"], dataset.grid.shape, dataset.grid.patch)
 
 
 def draw_windows(
     dataset: Dataset,
-    facts: dict[str, Any],
-    cases: Cases,
+    explained: Sequence[tuple[SessionRecord, SessionShares]],
     events: Callable[[SessionRecord], pd.DataFrame] | None,
     path: Path,
 ) -> None:
     """For a few sessions: the ranker's scores over the run, and below them the size of each kept window's shares."""
     from matplotlib.figure import Figure
 
-    of_key = {session.key: session for session in cases.sessions}
-    spread = np.linspace(0, len(facts["sessions"]) - 1, min(_DRAWN, len(facts["sessions"]))).round().astype(int)
-    drawn = [facts["sessions"][index] for index in spread]
+    spread = np.linspace(0, len(explained) - 1, min(_DRAWN, len(explained))).round().astype(int)
+    drawn = [explained[index] for index in spread]
     figure = Figure(figsize=(11, 3.1 * len(drawn)), layout="constrained")
-    for part, line in zip(figure.subfigures(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
-        session = of_key[line["key"]]
+    parts = figure.subfigures(len(drawn), 1, squeeze=False)[:, 0]
+    for part, (session, shares) in zip(parts, drawn, strict=True):
         above, below = part.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
         names = ("baseline", "brain", "carpet", "patch", "roi", "scores", "scores_space", "scores_time", "start")
         quality_figures.Shown(dataset.grid, dataset.frames, session, dataset.read(session, names)).draw_saliency(above)
-        above.set_title(f"{line['key']}: saliency of the windows")
+        above.set_title(f"{shares.key}: saliency of the windows")
         width = dataset.frames * session.tr
-        at = [window["start_s"] for window in line["windows"]]
-        size = [window["mean_absolute"] for window in line["windows"]]
+        at = [window.start_s for window in shares.windows]
+        size = [window.mean_absolute for window in shares.windows]
         below.bar(at, size, width, align="edge", color=html.GREEN, edgecolor=html.INK, linewidth=0.4)
         below.set_title("Mean size of a voxel's share in the prediction (kept windows)")
         below.set(
             ylabel="mean |share|",
-            xlabel="time, s" if line is drawn[-1] else "",
+            xlabel="time, s" if part is parts[-1] else "",
             xlim=(0, session.frames * session.tr),
         )
         for event in () if events is None else events(session).itertuples():
@@ -271,24 +284,3 @@ def draw_windows(
         below.ticklabel_format(axis="y", scilimits=(-2, 3))
         below.grid(axis="y")
     write_atomically(path, html.png(figure))
-
-
-def remarks(facts: dict[str, Any]) -> list[Finding]:
-    """What to know before the maps are believed."""
-    lines = facts["sessions"]
-    off = [line["key"] for line in lines if not line["complete"]]
-    if off:
-        return [
-            look(
-                "completeness",
-                f"In {len(off)} of {html.count(len(lines), 'session')} the shares do not sum to the score within the "
-                f"tolerance, first {off[0]}: read those maps with care.",
-            )
-        ]
-    return [
-        good(
-            "completeness",
-            f"Complete: in {html.count(len(lines), 'session')} the shares of all voxels sum to the score less that at "
-            f"the start, within {facts['tolerance']:.0%} of that difference or of the score's SD over people.",
-        )
-    ]

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -38,10 +37,9 @@ from shards.format.session_record import SessionRecord
 from slim.data.collate import collate
 from slim.data.samples import read_windows, window_groups
 from slim.explain.differentiable_probe import Score
+from slim.explain.explanation import Start
 from slim.inference.slim_brain import SlimBrain
 
-Start = Literal["still", "empty"]
-STARTS: tuple[Start, ...] = get_args(Start)
 TOLERANCE = 0.02  # of the difference that is taken apart, or of the SD of the score over training sessions if larger
 _FEWEST, MOST = 16, 256  # points of the path, doubled until the tolerance is met
 
@@ -139,6 +137,50 @@ class _Groups:
         return slope_MV * self.batches[0].voxels.baseline_QV.numpy()
 
 
+class _Path:
+    """The straight path from a start (alpha 0) to a session (alpha 1), and the sum of the score's gradients on it."""
+
+    def __init__(self, groups: _Groups, score: Score, start: Start):
+        self.groups, self.score, self.takes_anatomy = groups, score, start == "empty"
+        self.at_L = torch.from_numpy(np.searchsorted(groups.places, score.places)).to(groups.model.device)
+        self.sum_KFMV = np.zeros((len(groups.start_K), *groups.shape[1:]), np.float32)
+        self.sum_MV = np.zeros(groups.shape[2:], np.float32)
+
+    def _anatomy(self, alpha: float) -> float:
+        return alpha if self.takes_anatomy else 1.0
+
+    def _tokens(self, alpha: float) -> list[Tensor]:
+        """All tokens, group by group, without gradients."""
+        with torch.no_grad():
+            return [self.groups.tokens(g, alpha, self._anatomy(alpha)) for g in range(len(self.groups.batches))]
+
+    def score_at(self, alpha: float) -> float:
+        """The score at a point."""
+        with torch.no_grad():
+            return float(self.score(torch.cat(self._tokens(alpha))[:, self.at_L]))
+
+    def add(self, alpha: float, weight: float) -> None:
+        """Add the gradients at a point, times a weight."""
+        parts = self._tokens(alpha)
+        token_SLC = torch.cat(parts).requires_grad_()
+        (slope_SLC,) = torch.autograd.grad(self.score(token_SLC[:, self.at_L]), token_SLC)
+        for group, slope_sLC in enumerate(slope_SLC.split([len(part) for part in parts])):
+            if not slope_sLC.any():
+                continue  # the score rests on other windows
+            leaves: list[Tensor] = []
+            reached_sLC = self.groups.tokens(group, alpha, self._anatomy(alpha), leaves)
+            slopes = torch.autograd.grad(reached_sLC, leaves if self.takes_anatomy else leaves[:1], slope_sLC)
+            here_KFMV = slopes[0].cpu().numpy().reshape(self.groups.shape)
+            self.sum_KFMV[self.groups.windows(group)] += weight * here_KFMV
+            if self.takes_anatomy:
+                self.sum_MV += weight * slopes[1].cpu().numpy()
+
+    def shares(self, points: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shares (K, F, M, V) of the fluctuation and (M, V) of the anatomy, after so many points."""
+        mean_KFMV, mean_MV = self.sum_KFMV / np.float32(points), self.sum_MV / np.float32(points)
+        return self.groups.times_value(mean_KFMV), self.groups.times_baseline(mean_MV)
+
+
 def check_start(model: SlimBrain, start: str) -> None:
     """Refuse to take an anatomy away that the model does not see.
 
@@ -169,8 +211,8 @@ def integrated_gradients(
     ----------
     model : SlimBrain
     dataset : Dataset
-    session : SessionRecord
-        One of `dataset.sessions`.
+    session : dict
+        A line of `dataset.sessions`.
     score : Score
     start : "still" or "empty"
         Where the path begins; see above.
@@ -185,52 +227,24 @@ def integrated_gradients(
         If `start` is `empty` and the model's view holds no anatomy.
     """
     check_start(model, start)
-    groups = _Groups(model, dataset, session)
-    at_L = torch.from_numpy(np.searchsorted(groups.places, score.places)).to(model.device)
-
-    def anatomy(alpha: float) -> float:
-        return alpha if start == "empty" else 1.0
-
-    def tokens(alpha: float) -> list[Tensor]:
-        with torch.no_grad():
-            return [groups.tokens(group, alpha, anatomy(alpha)) for group in range(len(groups.batches))]
-
-    with torch.no_grad():
-        at_start, at_end = (float(score(torch.cat(tokens(alpha))[:, at_L])) for alpha in (0.0, 1.0))
-    sum_KFMV = np.zeros((len(groups.start_K), *groups.shape[1:]), np.float32)
-    sum_MV = np.zeros(groups.shape[2:], np.float32)
-
-    def add(alpha: float, weight: float) -> None:
-        """Gradients at a point of the path."""
-        parts = tokens(alpha)
-        token_SLC = torch.cat(parts).requires_grad_()
-        (slope_SLC,) = torch.autograd.grad(score(token_SLC[:, at_L]), token_SLC)
-        for group, slope_sLC in enumerate(slope_SLC.split([len(part) for part in parts])):
-            if not slope_sLC.any():
-                continue  # the score rests on other windows
-            leaves: list[Tensor] = []
-            reached_sLC = groups.tokens(group, alpha, anatomy(alpha), leaves)
-            wanted = leaves if start == "empty" else leaves[:1]
-            slopes = torch.autograd.grad(reached_sLC, wanted, slope_sLC)
-            sum_KFMV[groups.windows(group)] += weight * slopes[0].cpu().numpy().reshape(groups.shape)
-            if start == "empty":
-                sum_MV[:] += weight * slopes[1].cpu().numpy()
-
+    path = _Path(_Groups(model, dataset, session), score, start)
+    at_start, at_end = path.score_at(0.0), path.score_at(1.0)
     allowed = tolerance * max(abs(at_end - at_start), score.sd)
     points, new = _FEWEST, np.arange(1, _FEWEST + 1) / _FEWEST
     while True:
         for u in new:
-            add(u**2, 2 * u * (0.5 if u == 1 else 1.0))  # at u = 0 the weight is 0
+            path.add(u**2, 2 * u * (0.5 if u == 1 else 1.0))  # at u = 0 the weight is 0
+        value_KFMV, anatomy_MV = path.shares(points)
         found = Attribution(
-            session.key,
-            at_end,
-            at_start,
-            points,
-            allowed,
-            groups.times_value(sum_KFMV / np.float32(points)),
-            groups.times_baseline(sum_MV / np.float32(points)),
-            groups.patch_M3,
-            groups.start_K,
+            key=session.key,
+            score=at_end,
+            at_start=at_start,
+            points=points,
+            allowed=allowed,
+            value_KFMV=value_KFMV,
+            anatomy_MV=anatomy_MV,
+            patch_M3=path.groups.patch_M3,
+            start_K=path.groups.start_K,
         )
         if found.complete or 2 * points > most:
             return found

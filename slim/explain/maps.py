@@ -10,7 +10,6 @@ import gzip
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -21,7 +20,8 @@ from shards.core.files import write_atomically
 from shards.format.grid import Grid
 from shards.format.patches import scatter
 from shards.reporting import html
-from slim.explain.integrated_gradients import Attribution, Start
+from slim.explain.explanation import Place, Start
+from slim.explain.integrated_gradients import Attribution
 
 ABSOLUTE, ANATOMY = "_absolute", "_anatomy"  # endings of files
 _PLACES, _APART_MM = 5, 20.0  # strongest places that are named, and how far apart they lie
@@ -102,17 +102,18 @@ def smooth(made: nib.Nifti1Image) -> np.ndarray:
     return np.where(inside_XYZ > 0, gaussian_filter(volume_XYZ, sigma) / whole_XYZ, 0)
 
 
-def places(absolute: nib.Nifti1Image) -> list[dict[str, Any]]:
-    """The strongest places of a smoothed map that lie apart: mm (three) and value, largest first."""
+def places(absolute: nib.Nifti1Image) -> tuple[Place, ...]:
+    """The strongest places of a smoothed map that lie apart, the largest first."""
     smooth_XYZ = smooth(absolute)
     index_N3 = np.argwhere(smooth_XYZ > 0)
     mm_N3, value_N = apply_affine(absolute.affine, index_N3), smooth_XYZ[tuple(index_N3.T)]
-    found: list[dict[str, Any]] = []
+    found: list[Place] = []
     while len(found) < _PLACES and (value_N > 0).any():
         best = int(value_N.argmax())
-        found.append({"mm": [round(float(x), 1) for x in mm_N3[best]], "value": float(value_N[best])})
+        x, y, z = (round(float(mm), 1) for mm in mm_N3[best])
+        found.append(Place(mm=(x, y, z), value=float(value_N[best])))
         value_N = np.where(((mm_N3 - mm_N3[best]) ** 2).sum(axis=1) < _APART_MM**2, 0, value_N)
-    return found
+    return tuple(found)
 
 
 def draw_maps(images: dict[str, nib.Nifti1Image], under: nib.Nifti1Image, path: Path) -> None:

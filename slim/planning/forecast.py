@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from shards.format.reader import Dataset
 from shards.format.stream import Stream
 from slim.config import PretrainSettings
 from slim.data.samples import geometry_for
-from slim.model.geometry import geometry_of
+from slim.model.geometry import Geometry, geometry_of
 from slim.planning.counting import Footprint
 from slim.planning.step_cost import Cost, cost, detailed, make_batch, mni_brain
 from slim.planning.zero_memory import Zero
@@ -76,13 +76,153 @@ def largest_brain(datasets: list[Dataset]) -> tuple[np.ndarray, str]:
     return best
 
 
+@dataclass(frozen=True, kw_only=True)
+class Forecast(Cost):
+    """Everything that can be said of a configuration before it is run.
+
+    Attributes
+    ----------
+    parameters, tokens, peak_memory_bytes, memory_parts, step_flops, flops_parts
+        Of a step, as in `slim.planning.step_cost.Cost`.
+    basis : str
+        Where the brain is from.
+    model, precision, batch, accumulate, processes, zero_stage
+        Of the configuration.
+    counted_batches : list of int
+        Values of `run.batch` whose steps were counted; from these all others follow.
+    left_out : str
+        What no count holds.
+    gpu_memory_bytes : int or None
+        Of a GPU; `fits` and `largest_batch` (0: not even the smallest) are None without it.
+    samples_per_epoch, steps, hours, shards_bytes, sessions
+        None where they are not known: without the data, or without `run.steps`.
+    tflops : float
+        TFLOP/s of a GPU; `tflops_assumed` if it was not given.
+    checkpoint_bytes, checkpoints_kept : int
+        Of one checkpoint, and how many lie there.
+    """
+
+    basis: str
+    model: str
+    precision: str
+    batch: int
+    accumulate: int
+    processes: int
+    zero_stage: int
+    counted_batches: list[int]
+    left_out: str
+    gpu_memory_bytes: int | None
+    fits: bool | None
+    largest_batch: int | None
+    samples_per_epoch: int | None
+    steps: int | None
+    tflops: float
+    tflops_assumed: bool
+    hours: float | None
+    checkpoint_bytes: int
+    checkpoints_kept: int
+    shards_bytes: int | None
+    sessions: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Brain:
+    """What steps are counted on.
+
+    Attributes
+    ----------
+    brain_XYZ : bool array, on `grid`
+    basis : where it is from
+    grid, frames, geometry : of the data
+    per_epoch : samples of an epoch; None without datasets
+    """
+
+    brain_XYZ: np.ndarray
+    basis: str
+    grid: Grid
+    frames: int
+    geometry: Geometry
+    per_epoch: int | None
+
+    @classmethod
+    def of(cls, settings: PretrainSettings, datasets: list[Dataset]) -> _Brain:
+        """The largest brain of the datasets; with none, the MNI152 mask on the default grid."""
+        if not datasets:
+            grid, frames = Grid(), 5
+            basis = f"MNI152 mask at {grid.mm:g} mm; no dataset at {settings.data[0].path}"
+            geometry = geometry_of(settings.model, (settings.windows.k * frames, *grid.patch_shape))
+            return cls(
+                brain_XYZ=mni_brain(grid), basis=basis, grid=grid, frames=frames, geometry=geometry, per_epoch=None
+            )
+        geometry = geometry_for(settings, datasets)
+        weights = [item.weight for item in settings.data]
+        per_epoch = Stream(datasets, weights, "train", settings.run.seed, settings.windows.k).per_epoch
+        brain_XYZ, basis = largest_brain(datasets)
+        return cls(
+            brain_XYZ=brain_XYZ,
+            basis=basis,
+            grid=datasets[0].grid,
+            frames=datasets[0].frames,
+            geometry=geometry,
+            per_epoch=per_epoch,
+        )
+
+
+class _Steps:
+    """Steps of a configuration at any `run.batch`: two are counted, the others follow from them.
+
+    Attributes
+    ----------
+    counted : dict of `run.batch` to what was counted
+    """
+
+    def __init__(self, settings: PretrainSettings, brain: _Brain, begun: Callable[[str], None]):
+        self.settings, self.brain, self.begun = settings, brain, begun
+        self.counted: dict[int, Counted] = {}
+        self._unit = unit = settings.loss.sig_samples or 1
+        alike = settings.chunk_tokens is None or self._streams(unit) or not self._streams(2 * unit)
+        self._first = unit if alike else 2 * unit
+        self._second = self._first + unit
+
+    def _of_batch(self, batch: int) -> PretrainSettings:
+        return self.settings.model_copy(update={"run": self.settings.run.model_copy(update={"batch": batch})})
+
+    def _streams(self, batch: int) -> bool:
+        """Whether the local stages take more than one chunk."""
+        context = make_batch(self._of_batch(batch), self.brain.geometry, self.brain.brain_XYZ).context
+        return context is not None and len(context.chunks) > 1
+
+    def count(self, batch: int) -> Counted:
+        """Of a step; each is counted once."""
+        if batch not in self.counted:
+            self.begun(f"counting a step with run.batch={batch}")
+            brain = self.brain
+            self.counted[batch] = detailed(self._of_batch(batch), brain.grid, brain.frames, brain.brain_XYZ, drive=Zero)
+        return self.counted[batch]
+
+    def cost(self, batch: int) -> Cost:
+        """Counted, or extrapolated."""
+        if batch <= self._second:
+            return self.count(batch)[0]
+        first, second = self.count(self._first), self.count(self._second)
+        return extrapolate(first, second, (batch - self._first) // self._unit + 1)
+
+    def largest_batch(self, memory: int) -> int:
+        """The largest `run.batch` whose peak is within so many bytes; 0 if none is."""
+        first, second = self.count(self._first), self.count(self._second)
+        most = self._first + self._unit * (largest(first, second, memory) - 1)
+        if 0 < most < self._first and self.count(most)[0].peak_memory_bytes > memory:
+            return 0
+        return most
+
+
 def forecast(
     settings: PretrainSettings,
     datasets: list[Dataset],
     gpu_memory: int | None = None,
     tflops: float | None = None,
     begun: Callable[[str], None] = lambda what: None,
-) -> dict[str, Any]:
+) -> Forecast:
     """Everything that can be said of a configuration before it is run.
 
     Parameters
@@ -103,7 +243,6 @@ def forecast(
         If the model's units do not fit the grid, datasets do not fit each other, there is nothing to train on, or
         states are offloaded.
     """
-    run = settings.run
     if settings.zero.offload_optimizer:
         raise ConfigError(
             "zero",
@@ -112,71 +251,36 @@ def forecast(
             "false: what it moves to the host is not counted",
             "Without it the forecast is an upper bound",
         )
-    if datasets:
-        geometry = geometry_for(settings, datasets)
-        weights = [item.weight for item in settings.data]
-        per_epoch = Stream(datasets, weights, "train", run.seed, settings.windows.k).per_epoch
-        grid, frames = datasets[0].grid, datasets[0].frames
-        brain_XYZ, basis = largest_brain(datasets)
-    else:
-        per_epoch, grid, frames = None, Grid(), 5
-        geometry = geometry_of(settings.model, (settings.windows.k * frames, *grid.patch_shape))
-        brain_XYZ, basis = mni_brain(grid), f"MNI152 mask at {grid.mm:g} mm; no dataset at {settings.data[0].path}"
-
-    def of_batch(batch: int) -> PretrainSettings:
-        return settings.model_copy(update={"run": run.model_copy(update={"batch": batch})})
-
-    counted: dict[int, Counted] = {}
-
-    def count(batch: int) -> Counted:
-        if batch not in counted:
-            begun(f"counting a step with run.batch={batch}")
-            counted[batch] = detailed(of_batch(batch), grid, frames, brain_XYZ, drive=Zero)
-        return counted[batch]
-
-    def streams(batch: int) -> bool:
-        context = make_batch(of_batch(batch), geometry, brain_XYZ).context
-        return context is not None and len(context.chunks) > 1
-
-    unit = settings.loss.sig_samples or 1
-    first = unit if settings.chunk_tokens is None or streams(unit) or not streams(2 * unit) else 2 * unit
-    second = first + unit
-    if run.batch <= second:
-        step = count(run.batch)[0]
-    else:
-        step = extrapolate(count(first), count(second), (run.batch - first) // unit + 1)
-    most = None
-    if gpu_memory is not None:
-        most = first + unit * (largest(count(first), count(second), gpu_memory) - 1)
-        if 0 < most < first and count(most)[0].peak_memory_bytes > gpu_memory:
-            most = 0
-
-    steps = run.steps if per_epoch is None else run.steps_in_all(per_epoch, run.processes)
-    checkpoint = checkpoint_bytes(settings, step, math.prod(geometry.cells))
+    run, brain = settings.run, _Brain.of(settings, datasets)
+    counter = _Steps(settings, brain, begun)
+    step = counter.cost(run.batch)
+    most = None if gpu_memory is None else counter.largest_batch(gpu_memory)
+    steps = run.steps if brain.per_epoch is None else run.steps_in_all(brain.per_epoch, run.processes)
     speed = tflops or ASSUMED_TFLOPS
-    return asdict(step) | {
-        "basis": basis,
-        "model": settings.model_name,
-        "precision": settings.precision,
-        "batch": run.batch,
-        "accumulate": run.accumulate,
-        "processes": run.processes,
-        "zero_stage": settings.zero.stage,
-        "counted_batches": sorted(counted),
-        "left_out": LEFT_OUT,
-        "gpu_memory_bytes": gpu_memory,
-        "fits": None if gpu_memory is None else step.peak_memory_bytes <= gpu_memory,
-        "largest_batch": most,
-        "samples_per_epoch": per_epoch,
-        "steps": steps,
-        "tflops": speed,
-        "tflops_assumed": tflops is None,
-        "hours": None if steps is None else steps * step.step_flops / (speed * 1e12) / 3600,
-        "checkpoint_bytes": checkpoint,
-        "checkpoints_kept": run.keep,
-        "shards_bytes": sum(shard.bytes for d in datasets for shard in d.manifest.shards) if datasets else None,
-        "sessions": sum(len(dataset.sessions) for dataset in datasets) if datasets else None,
-    }
+    return Forecast(
+        **vars(step),
+        basis=brain.basis,
+        model=settings.model_name,
+        precision=settings.precision,
+        batch=run.batch,
+        accumulate=run.accumulate,
+        processes=run.processes,
+        zero_stage=settings.zero.stage,
+        counted_batches=sorted(counter.counted),
+        left_out=LEFT_OUT,
+        gpu_memory_bytes=gpu_memory,
+        fits=None if gpu_memory is None else step.peak_memory_bytes <= gpu_memory,
+        largest_batch=most,
+        samples_per_epoch=brain.per_epoch,
+        steps=steps,
+        tflops=speed,
+        tflops_assumed=tflops is None,
+        hours=None if steps is None else steps * step.step_flops / (speed * 1e12) / 3600,
+        checkpoint_bytes=checkpoint_bytes(settings, step, math.prod(brain.geometry.cells)),
+        checkpoints_kept=run.keep,
+        shards_bytes=sum(shard.bytes for d in datasets for shard in d.manifest.shards) if datasets else None,
+        sessions=sum(len(dataset.sessions) for dataset in datasets) if datasets else None,
+    )
 
 
 def extrapolate(one: Counted, two: Counted, times: int) -> Cost:

@@ -5,16 +5,14 @@ Reads `report/report.json` of `tools/probe.py` and `report/explain/` of `tools/e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from shards.core.errors import ConfigError
 from shards.core.findings import Finding, bad, good, look
 from shards.reporting import html
 from slim.evaluation import display, metrics
 from slim.evaluation.results import OURS, Estimate, Report, TaskResult
+from slim.explain.explanation import Explanation, unreadable
 
 _METHODS = {
     OURS: "this run",
@@ -193,18 +191,12 @@ def explanations(folder: Path) -> list[html.Part]:
     """
     parts: list[html.Part] = []
     for path in sorted(folder.glob("*.json")):
+        found = Explanation.read(path)
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
             drawn = [path.with_name(f"{path.stem}{ending}.png").read_bytes() for ending in ("", "_windows")]
-            parts += _explanation(path.stem, facts, *drawn)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                path,
-                "",
-                f"what cannot be read ({type(error).__name__}: {error})",
-                "what tools/explain.py wrote, with its pictures",
-                "Run it again",
-            ) from None
+        except OSError as error:
+            raise unreadable(path, error) from None
+        parts += _explanation(path.stem, found, *drawn)
     if not parts:
         return []
     intro = (
@@ -216,20 +208,19 @@ def explanations(folder: Path) -> list[html.Part]:
     return [html.Text(intro), *parts]
 
 
-def _explanation(name: str, facts: dict[str, Any], maps: bytes, windows: bytes) -> list[html.Part]:
+def _explanation(name: str, found: Explanation, maps: bytes, windows: bytes) -> list[html.Part]:
     start = {
         "still": "every voxel at its run mean, anatomy kept",
         "empty": "every voxel at its run mean, and no anatomy",
-    }[facts["start"]]
-    sessions = facts["sessions"]
-    rows = [[" ".join(f"{x:+g}" for x in place["mm"]), f"{place['value']:.2g}"] for place in facts["places"]]
-    where = "MNI" if facts["space"] == "MNI" else "grid, no standard space"
+    }[found.start]
+    rows = [[" ".join(f"{x:+g}" for x in place.mm), f"{place.value:.2g}"] for place in found.places]
+    where = "MNI" if found.space == "MNI" else "grid, no standard space"
     about = (
-        f"Explained: {facts['score']}, {facts['pooling']} pooling, in {html.count(len(sessions), 'session')} of "
-        f"{html.count(len({line['subject'] for line in sessions}), 'subject')} that the probe had not seen. "
+        f"Explained: {found.score}, {found.pooling} pooling, in {html.count(len(found.sessions), 'session')} of "
+        f"{html.count(len({one.subject for one in found.sessions}), 'subject')} that the probe had not seen. "
         f"Start of the path: {start}."
     )
-    off = [line["key"] for line in sessions if not line["complete"]]
+    off = found.incomplete
     told = f" In {len(off)} of them the shares do not sum to the score, first {off[0]}." if off else ""
     return [
         html.Heading(name),

@@ -16,6 +16,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from helpers.commands import ROOT, run_command
+from helpers.explained import ABOUT
 from helpers.pretrained import ALIGNED, STRADDLING, write_run
 from shards.core.errors import ConfigError
 from shards.format.patches import scatter
@@ -27,6 +28,7 @@ from slim.evaluation.splits import Fold
 from slim.evaluation.task import find_cases, load_task, make_splits
 from slim.explain import explain
 from slim.explain.differentiable_probe import Score, _weights, fit_score, fit_state_score
+from slim.explain.explanation import Explanation
 from slim.explain.integrated_gradients import _Groups, check_start, integrated_gradients
 from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import at_places, common_places, pool, principal_axes
@@ -234,9 +236,9 @@ def test_a_path_that_is_walked_too_coarsely_is_told(model, opened, features):
     score = fit_score(features, "cov", 3, fold_of("regression"))
     found = integrated_gradients(model, opened, opened.sessions[5], score, tolerance=1e-9, most=16)
     assert found.points == 16 and not found.complete
-    line = {"key": "k", "score": 1.0, "at_start": 0.0, "gap": found.gap, "complete": found.complete}
-    (said,) = explain.remarks({"sessions": [line], "tolerance": 0.02})
-    assert said.severity == "look" and "first k" in said.text
+    lines = (explain.session_shares(opened, opened.sessions[5], found),)
+    (said,) = Explanation.model_validate({**ABOUT, "sessions": lines}).remarks()
+    assert said.severity == "look" and f"first {found.key}" in said.text
 
 
 def test_anatomy_that_is_not_seen_cannot_be_taken_away(model, opened, features):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from shards.core.errors import ConfigError
 from shards.format.grid import Grid
 from shards.format.reader import Dataset
 from slim.config import PRESETS, PretrainSettings
-from slim.planning.forecast import Counted, extrapolate, forecast, largest, largest_brain
+from slim.planning.forecast import Counted, Forecast, extrapolate, forecast, largest, largest_brain
 from slim.planning.step_cost import Cost, cost, detailed, mni_brain
 from slim.planning.zero_memory import Zero
 
@@ -108,13 +107,13 @@ def test_what_is_counted_lies_where_further_samples_add_as_much(dataset: Path) -
     """Steps of one sample do not do where the local stages take more than one chunk from the second sample on."""
     datasets = [Dataset(dataset)]
 
-    def told(**run: int) -> dict[str, Any]:
+    def told(**run: int) -> Forecast:
         other = {"data": str(dataset), "model": PRESETS["tiny"], "windows": {"k": 2}, "chunk_tokens": 100}
         return forecast(PretrainSettings(**other, run={"out": "x", **run}), datasets)
 
-    assert 50 < told(batch=1)["tokens"]["context"] < 100
+    assert 50 < told(batch=1).tokens["context"] < 100
     six, two = told(batch=6), told(batch=2)
-    assert six["counted_batches"] == [2, 3] and two["counted_batches"] == [2]
+    assert six.counted_batches == [2, 3] and two.counted_batches == [2]
     counted = cost(
         PretrainSettings(
             data=str(dataset), model=PRESETS["tiny"], windows={"k": 2}, chunk_tokens=100, run={"out": "x", "batch": 6}
@@ -123,7 +122,7 @@ def test_what_is_counted_lies_where_further_samples_add_as_much(dataset: Path) -
         brain_XYZ=largest_brain(datasets)[0],
         drive=Zero,
     )
-    assert six["peak_memory_bytes"] == pytest.approx(counted.peak_memory_bytes, rel=0.02)
+    assert six.peak_memory_bytes == pytest.approx(counted.peak_memory_bytes, rel=0.02)
 
 
 def test_the_command_tells_of_a_dataset_and_of_its_run(command: Command, dataset: Path, tmp_path: Path) -> None:

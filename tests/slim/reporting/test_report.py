@@ -11,6 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from helpers.explained import ABOUT
 from helpers.pages import NASTY, Reader, check_self_contained, command
 from launchers.experiments.comparison import Question
 from shards.core.errors import ConfigError
@@ -398,10 +399,14 @@ def test_explanations_are_shown(healthy):
 
     folder = healthy / "report" / "explain"
     folder.mkdir(parents=True)
-    session = {"key": NASTY, "subject": "01", "complete": False}
-    about = {"score": "logit of B", "pooling": "cov", "start": "still", "space": "MNI", "sessions": [session]}
+    numbers = {"score": 1.2, "at_start": 0.1, "sum": 0.9, "gap": -0.2, "points": 256, "windows": []}
+    session = {"key": NASTY, "subject": "01", "complete": False, **numbers}
     place = {"mm": [-24.0, 8.0, 31.0], "value": 0.0123}
-    (folder / "sex.json").write_text(json.dumps({**about, "places": [place]}))
+    explained = {**ABOUT, "sessions": [session], "places": [place]}
+    (folder / "sex.json").write_text(json.dumps(explained | {"start": "middle"}))
+    with pytest.raises(ConfigError, match=r"sex\.json: start: got 'middle'"):
+        run_page.write(healthy)
+    (folder / "sex.json").write_text(json.dumps(explained))
     with pytest.raises(ConfigError, match="explain"):
         run_page.write(healthy)  # a picture is missing
     for name in ("sex.png", "sex_windows.png"):
