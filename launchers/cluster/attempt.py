@@ -11,22 +11,32 @@ itself.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+from pydantic import ValidationError
 
 from launchers import job
+from launchers.cluster.noted import Began, Ended
 from shards.core.cli import DONE, RESUME, WRONG, lasting_output, show_log, status_of
 from shards.core.errors import ConfigError, Stopped, UserError
+from shards.core.files import read_log
 from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, LATEST
 
 AGAIN = 75  # sysexits' EX_TEMPFAIL: the job is to be requeued
 ATTEMPTS = "slurm/attempts.jsonl"
+
+
+class _Now(TypedDict):
+    job: str
+    restart: int
+    time: float
+    checkpoint: str | None
 
 
 def begin(run: Path) -> None:
@@ -57,7 +67,7 @@ def begin(run: Path) -> None:
         prepare_run(settings.model_copy(update={"run": settings.run.model_copy(update=changes)}))
     shutil.rmtree(_outcomes(), ignore_errors=True)
     _outcomes().mkdir()
-    _note(run, event="began", nodes=os.environ["SLURM_JOB_NODELIST"], processes=processes)
+    _note(run, Began(**_now(run), nodes=os.environ["SLURM_JOB_NODELIST"], processes=processes))
 
 
 def task(run: Path) -> int:
@@ -99,32 +109,25 @@ def end(run: Path, most: int) -> int:
         again = failures < most
         word += f" (failure {failures} of {most})"
         print(f"{'failed' if again else 'error'}: {word}", file=sys.stderr)
-    _note(run, event="ended", status=status, why=word, again=again, failed=stopped is None and status == RESUME)
+    failed = stopped is None and status == RESUME
+    _note(run, Ended(**_now(run), status=status, why=word, again=again, failed=failed))
     shutil.rmtree(_outcomes(), ignore_errors=True)
     return AGAIN if again else status
 
 
-def attempts(run: Path, number: str | None = None) -> list[dict[str, Any]]:
+def attempts(run: Path, number: str | None = None) -> list[Began | Ended]:
     """The records of the attempts of a job, or of all jobs of the run, oldest first.
 
     A line that is incomplete because its node was lost is left out.
     """
-    path = run / ATTEMPTS
-    found = []
-    for text in path.read_bytes().splitlines() if path.is_file() else ():
-        with suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if _is_noted(line) and number in (None, line["job"]):
-                found.append(line)
+    found: list[Began | Ended] = []
+    for line in read_log(run / ATTEMPTS)[0]:
+        kind = Ended if line.get("event") == "ended" else Began
+        with suppress(ValidationError):
+            record = kind.model_validate(line)
+            if number in (None, record.job):
+                found.append(record)
     return found
-
-
-def _is_noted(line: Any) -> bool:
-    """Whether a line has the fields that `_note` writes."""
-    if not (isinstance(line, dict) and isinstance(line.get("job"), str) and "checkpoint" in line):
-        return False
-    kinds = {"status": int, "why": str, "again": bool, "failed": bool} if line.get("event") == "ended" else {}
-    return line.get("event") in ("began", "ended") and all(type(line.get(name)) is kind for name, kind in kinds.items())
 
 
 def newest_checkpoint(run: Path) -> str | None:
@@ -139,23 +142,25 @@ def _failures(run: Path) -> int:
     """Number of consecutive failures of this job without a new checkpoint."""
     count, now = 0, newest_checkpoint(run)
     for line in reversed(attempts(run, os.environ["SLURM_JOB_ID"])):
-        if line["event"] == "ended":
-            if not line["failed"] or line["checkpoint"] != now:
+        if isinstance(line, Ended):
+            if not line.failed or line.checkpoint != now:
                 break
             count += 1
     return count
 
 
-def _note(run: Path, **facts: Any) -> None:
-    line = {
+def _note(run: Path, record: Began | Ended) -> None:
+    with open(run / ATTEMPTS, "a", encoding="utf-8") as file:
+        file.write(record.model_dump_json() + "\n")
+
+
+def _now(run: Path) -> _Now:
+    return {
         "job": os.environ["SLURM_JOB_ID"],
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         "time": time.time(),
         "checkpoint": newest_checkpoint(run),
-        **facts,
     }
-    with open(run / ATTEMPTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def _outcomes() -> Path:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launchers.cluster import conversion_task, noted
+from launchers.cluster.noted import TaskOutcome
 from launchers.cluster.scheduler import (
     OVER,
     ClusterError,
@@ -225,7 +226,7 @@ def refuse_another(folder: Path) -> None:
     if not (folder / conversion_task.PLACE / conversion_task.JOB).exists() or shutil.which("squeue") is None:
         return
     about = conversion_task.submitted(folder)
-    going = [job for job, found in states(about["jobs"].values(), about.get("cluster")).items() if not _are_over(found)]
+    going = [job for job, found in states(about.jobs.values(), about.cluster).items() if not _are_over(found)]
     if going:
         raise ConfigError(
             folder,
@@ -243,18 +244,18 @@ def _are_over(found: Counter[str]) -> bool:
 def status(folder: Path) -> tuple[dict[str, Any], str]:
     """State and progress of the jobs of a dataset, as facts for a summary, and what to do next."""
     about = conversion_task.submitted(folder)
-    jobs: dict[str, str] = about["jobs"]
-    found = states(jobs.values(), about.get("cluster"))
+    jobs = about.jobs
+    found = states(jobs.values(), about.cluster)
     facts: dict[str, Any] = {"dataset": str(folder), "jobs": jobs, "states": {n: found[job] for n, job in jobs.items()}}
     facts |= {name: f"{_words(found[job])} (job {job})" for name, job in jobs.items()}
     ended = conversion_task.outcome(folder, "pack")
-    going_on = f"`{noted.call(about['command'])}` continues the conversion"
+    going_on = f"`{noted.call(about.command)}` continues the conversion"
     log = folder / conversion_task.PLACE / f"pack-{jobs['pack']}.log"
-    if ended.get("status") in (DONE, REFUSED):
-        return facts | ended["facts"], ended["next"]
+    if ended is not None and ended.status in (DONE, REFUSED):
+        return facts | ended.facts, ended.next
     facts |= conversion_task.counts(folder)
-    if "error" in ended:
-        return facts | {"error": ended["error"], "failed": ended.get("failed", [])}, f"look at {log}; {going_on}"
+    if ended is not None and ended.error:
+        return facts | {"error": ended.error, "failed": ended.failed}, f"look at {log}; {going_on}"
     if all(map(_are_over, found.values())):
         said = last_error(log.read_text(encoding="utf-8", errors="replace").splitlines()) if log.exists() else ""
         return facts | {"error": said or "the jobs ended without an error message"}, going_on
@@ -270,8 +271,8 @@ def _words(found: Counter[str]) -> str:
 def cancel(folder: Path) -> dict[str, str]:
     """Cancel the unfinished jobs of a dataset; returns the state of each job."""
     about = conversion_task.submitted(folder)
-    jobs: dict[str, str] = about["jobs"]
-    cluster: str | None = about.get("cluster")
+    jobs = about.jobs
+    cluster = about.cluster
     going = {job for job, found in states(jobs.values(), cluster).items() if not _are_over(found)}
     # Cancel the last job first, so that none starts because a job that it depends on has ended.
     for job in reversed(jobs.values()):
@@ -284,7 +285,7 @@ def cancel(folder: Path) -> dict[str, str]:
 
 def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
     """Show the progress of the jobs until all have ended; returns the exit status of the conversion."""
-    jobs, cluster = facts["jobs"], conversion_task.submitted(folder).get("cluster")
+    jobs, cluster = facts["jobs"], conversion_task.submitted(folder).cluster
     print(f"jobs {facts['submitted']}; Ctrl-C stops following, the jobs keep running", file=sys.stderr, flush=True)
     said, at, over = "", 0, 0
     try:
@@ -307,7 +308,7 @@ def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
     log, ended = folder / conversion_task.PLACE / f"pack-{jobs['pack']}.log", conversion_task.outcome(folder, "pack")
     if log.exists():
         sys.stderr.write(printable_lines(log.read_bytes()))
-    facts |= {"status": ended.get("status", RESUME), "failed": ended.get("failed", []), **ended.get("facts", {})}
-    following = ended.get("next") or f"see the logs in {folder / conversion_task.PLACE}; the same command continues"
-    summary(facts, following, as_json)
-    return facts["status"]
+    ended = ended or TaskOutcome(status=RESUME)
+    following = ended.next or f"see the logs in {folder / conversion_task.PLACE}; the same command continues"
+    summary(facts | {"status": ended.status, "failed": ended.failed, **ended.facts}, following, as_json)
+    return ended.status

@@ -23,13 +23,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter, ValidationError
 
 from launchers.cluster import noted
+from launchers.cluster.noted import TaskOutcome
 from launchers.cluster.scheduler import last_error
 from shards.core import files
 from shards.core.cli import CRASHED, DONE, RESUME, WRONG, crashed, show_log, summary
-from shards.core.errors import Stopped, UserError
+from shards.core.errors import DatasetError, Stopped, UserError
 from shards.format import layout
 
 if TYPE_CHECKING:  # this imports torch
@@ -56,15 +59,25 @@ def hand_on(conversion: Conversion, tasks: int) -> list[list[str]]:
 
 def tasks_of(dataset: Path) -> list[list[str]]:
     """Keys of the scans of each task."""
-    return json.loads((dataset / PLACE / _TASKS).read_text(encoding="utf-8"))
-
-
-def outcome(dataset: Path, name: str) -> dict[str, Any]:
-    """How a job (`extractor`, `pack` or the number of a task) ended; empty if it is running or was killed."""
+    path = dataset / PLACE / _TASKS
     try:
-        return json.loads((dataset / PLACE / _OUTCOME / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
+        return TypeAdapter(list[list[str]]).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        got = f"a file that cannot be read ({type(error).__name__})"
+        raise DatasetError(path, "", got, "the keys of the scans of each task", "Submit the conversion again") from None
+
+
+def outcome(dataset: Path, name: str) -> TaskOutcome | None:
+    """How a job (`extractor`, `pack` or the number of a task) ended; None if it is running or was killed."""
+    try:
+        return TaskOutcome.model_validate_json((dataset / PLACE / _OUTCOME / f"{name}.json").read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _is_done(dataset: Path, name: str) -> bool:
+    found = outcome(dataset, name)
+    return found is not None and found.status == DONE
 
 
 def counts(dataset: Path) -> dict[str, int]:
@@ -80,7 +93,7 @@ def counts(dataset: Path) -> dict[str, int]:
     return {**found, "harmonised": len(rest & waiting), "left": len(rest)}
 
 
-def work(name: str, dataset: Path, task: int) -> dict[str, Any]:
+def work(name: str, dataset: Path, task: int) -> TaskOutcome:
     """Do the work of a job, and return its outcome."""
     from launchers import conversion as steps
     from launchers.cluster import handover
@@ -93,32 +106,32 @@ def work(name: str, dataset: Path, task: int) -> dict[str, Any]:
         conversion.resume(alone=name == "pack")
         if name == "extractor":
             steps.prepare_extractor(conversion, None, may_train=True)
-            return {"status": DONE}
+            return TaskOutcome(status=DONE)
         unsettled = conversion.unsettled()
         if name == "rank":
             keys = set(tasks_of(dataset)[task])
             if runs := [run for run in unsettled if run.key in keys]:
                 conversion.rank(steps.ranker_of(conversion), runs)
-            return {"status": DONE}
+            return TaskOutcome(status=DONE)
         if lines := failures(dataset, [run.key for run in unsettled]):
             for line in lines:
                 print(f"failed: {line}")
             error = f"{len(unsettled)} of {len(conversion.runs)} scans remain; the same command continues with them"
-            return {"status": RESUME, "error": error, "failed": lines}
+            return TaskOutcome(status=RESUME, error=error, failed=lines)
         refused_all = steps.lacks_extractor(conversion)  # no scan was left to train it on
         status, facts, following = steps.all_refused(conversion) if refused_all else steps.finish(conversion)
         summary(facts, following, as_json=False)
-        return {"status": status, "facts": facts, "next": following}
+        return TaskOutcome(status=status, facts=facts, next=following)
 
 
 def failures(dataset: Path, left: Sequence[str]) -> list[str]:
     """A line for each job that failed: its name, the remaining scans, the reason and the log."""
     missing, lines = set(left), []
-    jobs, parts = submitted(dataset)["jobs"], tasks_of(dataset)
-    if missing and "extractor" in jobs and outcome(dataset, "extractor").get("status") != DONE:
+    jobs, parts = submitted(dataset).jobs, tasks_of(dataset)
+    if missing and "extractor" in jobs and not _is_done(dataset, "extractor"):
         return [f"extractor: {_why(dataset, 'extractor', 'extractor', '')}"]  # without it no task can rank
     for number, part in enumerate(parts):
-        if (rest := missing.intersection(part)) and outcome(dataset, str(number)).get("status") != DONE:
+        if (rest := missing.intersection(part)) and not _is_done(dataset, str(number)):
             why = _why(dataset, str(number), "rank", f"_{number}")
             lines.append(f"task {number}, {len(rest)} of its {len(part)} scans remain: {why}")
             missing -= rest
@@ -127,11 +140,12 @@ def failures(dataset: Path, left: Sequence[str]) -> list[str]:
 
 def _why(dataset: Path, name: str, stage: str, suffix: str) -> str:
     """Why the second try failed, from its outcome or else from the last error in its log."""
-    jobs = submitted(dataset)["jobs"]
+    jobs = submitted(dataset).jobs
     logs = [dataset / PLACE / f"{stage}-{jobs[job]}{suffix}.log" for job in (stage, again(stage))]
     logs = [log for log in logs if log.exists()]
     said = last_error(logs[-1].read_text(encoding="utf-8", errors="replace").splitlines()) if logs else ""
-    why = outcome(dataset, name).get("error") or said or "it ended without an error message"
+    found = outcome(dataset, name)
+    why = (found.error if found else "") or said or "it ended without an error message"
     return f"{why} (see {logs[-1]})" if logs else why
 
 
@@ -140,8 +154,8 @@ def again(stage: str) -> str:
     return f"{stage} again"
 
 
-def submitted(dataset: Path) -> dict[str, Any]:
-    """Read the record of the submitted jobs: `jobs`, with job numbers by name, and more.
+def submitted(dataset: Path) -> noted.DatasetJobs:
+    """Read the record of the submitted jobs.
 
     Raises
     ------
@@ -162,15 +176,15 @@ def main() -> int:
     try:
         found = work(name, dataset, task)
     except UserError as error:
-        found = {"status": WRONG, "error": error.line()}
+        found = TaskOutcome(status=WRONG, error=error.line())
     except Stopped as stop:
-        found = {"status": RESUME, "error": str(stop)}
+        found = TaskOutcome(status=RESUME, error=str(stop))
     except Exception as error:
-        found = {"status": CRASHED, "error": crashed(error, dataset / PLACE)}
-    if "error" in found:
-        print(f"error: {found['error']}", file=sys.stderr)
-    files.write_atomically(own, json.dumps(found, default=str) + "\n")
-    return int(found["status"])
+        found = TaskOutcome(status=CRASHED, error=crashed(error, dataset / PLACE))
+    if found.error:
+        print(f"error: {found.error}", file=sys.stderr)
+    files.write_atomically(own, found.model_dump_json(exclude_defaults=True) + "\n")
+    return found.status
 
 
 if __name__ == "__main__":

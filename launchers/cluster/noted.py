@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from shards.core.errors import ConfigError
 from shards.core.files import trouble
@@ -21,14 +21,31 @@ Cluster = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,-]{0,250}$")]
 _WHAT = "the record of submitted jobs, written by slim-brain slurm"
 
 
-class _Noted(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+class Note(BaseModel):
+    """A JSON object in a folder that others may write to."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+N = TypeVar("N", bound=Note)
+
+
+class Jobs(Note):
+    """Jobs that were submitted.
+
+    Attributes
+    ----------
+    cluster : str or None
+        The cluster that took them, if it is not the default one.
+    command : list of str
+        The command that submitted them.
+    """
 
     cluster: Cluster | None = None
     command: list[str]
 
 
-class RunJob(_Noted):
+class RunJob(Jobs):
     """The job of a run."""
 
     job: Number
@@ -37,7 +54,7 @@ class RunJob(_Noted):
     then: str
 
 
-class DatasetJobs(_Noted):
+class DatasetJobs(Jobs):
     """The jobs of a conversion."""
 
     jobs: dict[str, Number]
@@ -55,7 +72,88 @@ def call(command: list[str]) -> str:
     return shlex.join((["python"] if command[:1] and command[0].endswith(".py") else []) + command)
 
 
-def read(path: Path, kind: type[RunJob | DatasetJobs]) -> dict[str, Any]:
+class Attempt(Note):
+    """A line of RUN/slurm/attempts.jsonl.
+
+    Attributes
+    ----------
+    job : str
+        Number of the job.
+    event : str
+    checkpoint : str or None
+        The newest complete checkpoint of the run at that time.
+    restart : int
+        How often SLURM had requeued the job.
+    time : float
+        In seconds since the epoch.
+    """
+
+    event: Literal["began", "ended"] = "began"
+    job: str
+    checkpoint: str | None
+    restart: int = 0
+    time: float = 0.0
+
+
+class Began(Attempt):
+    """An attempt began.
+
+    Attributes
+    ----------
+    nodes : str
+        Nodes, as SLURM names them.
+    processes : int
+    """
+
+    event: Literal["began"] = "began"
+    nodes: str = ""
+    processes: int = 0
+
+
+class Ended(Attempt):
+    """An attempt ended.
+
+    Attributes
+    ----------
+    status : int
+        Exit status of the job, if it is not requeued.
+    why : str
+    again : bool
+        Whether the job is requeued.
+    failed : bool
+        Whether the attempt failed, and was not stopped.
+    """
+
+    event: Literal["ended"] = "ended"
+    status: int
+    why: str
+    again: bool
+    failed: bool
+
+
+class TaskOutcome(Note):
+    """How a job of a conversion ended: DATASET/work/slurm/outcome/NAME.json.
+
+    Attributes
+    ----------
+    status : int
+        Exit status.
+    error : str
+        What made it fail, in one line.
+    failed : list of str
+        For the last job: a line for each job that failed before it.
+    facts, next : dict, str
+        For the last job: summary of the conversion, and what to do next.
+    """
+
+    status: int
+    error: str = ""
+    failed: list[str] = []
+    facts: dict[str, JsonValue] = {}
+    next: str = ""
+
+
+def read(path: Path, kind: type[N]) -> N:
     """Read the record of submitted jobs.
 
     Raises
@@ -74,5 +172,4 @@ def read(path: Path, kind: type[RunJob | DatasetJobs]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         got = f"an unreadable file ({type(error).__name__})"
         raise ConfigError(path, "", got, _WHAT, "Submit the jobs again") from None
-    check(kind, tree, path)
-    return tree
+    return check(kind, tree, path)

@@ -24,11 +24,11 @@ _SURE = 3  # consecutive queries in which a job must have ended: after the loss 
 def refuse_another(out: Path) -> None:
     """Raise ConfigError if an earlier job of the run has not ended."""
     about = about_job(out)
-    if about is not None and not is_over(job_facts(about["job"], about.get("cluster"))):
+    if about is not None and not is_over(job_facts(about.job, about.cluster)):
         raise ConfigError(
             out,
             "run.out",
-            f"a run with an unfinished job: {about['job']}",
+            f"a run with an unfinished job: {about.job}",
             "a run without an unfinished job",
             f"Wait for it, or cancel it with: {call_of('slurm cancel', out)}",
         )
@@ -76,15 +76,15 @@ def _print_from(log: Path, at: int, to_the_end: bool = False) -> int:
 
 def _status(number: str, log: Path, facts: dict[str, str] | None) -> int:
     """Exit status of a job that has ended, from its records or else from SLURM."""
-    own = [line for line in attempt.attempts(log.parent.parent, number) if line["event"] == "ended"]
+    own = [line for line in attempt.attempts(log.parent.parent, number) if isinstance(line, noted.Ended)]
     if facts is not None and facts["JobState"] == "COMPLETED":
         return DONE
-    if own and not own[-1]["again"]:
-        return int(own[-1]["status"])
+    if own and not own[-1].again:
+        return own[-1].status
     return WRONG if facts is not None and facts.get("ExitCode", "").startswith(f"{WRONG}:") else RESUME
 
 
-def about_job(out: Path) -> dict[str, Any] | None:
+def about_job(out: Path) -> noted.RunJob | None:
     """The checked record of the last submitted job; None if no job was submitted."""
     try:
         return noted.read(out / SLURM / JOB, noted.RunJob)
@@ -96,7 +96,7 @@ def progress(out: Path) -> dict[str, Any]:
     """Progress of a run."""
     about = about_job(out)
     line = _last_line(out / METRICS)
-    found = {"step": line.get("step", 0), "steps": None if about is None else about["steps"], "loss": line.get("loss")}
+    found = {"step": line.get("step", 0), "steps": None if about is None else about.steps, "loss": line.get("loss")}
     return {**found, "checkpoint": attempt.newest_checkpoint(out)}
 
 
@@ -110,12 +110,12 @@ def _last_line(path: Path) -> dict[str, Any]:
     return {}
 
 
-def status(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def status(out: Path, about: noted.RunJob) -> tuple[dict[str, Any], str]:
     """State and progress of the job of a run, and what to do next."""
-    number, log, cluster = about["job"], Path(about["log"]), about.get("cluster")
+    number, log, cluster = about.job, Path(about.log), about.cluster
     facts = job_facts(number, cluster)
     own = attempt.attempts(out, number)
-    ended = [line for line in own if line["event"] == "ended"]
+    ended = [line for line in own if isinstance(line, noted.Ended)]
     found: dict[str, Any] = {
         "run": str(out),
         "job": number,
@@ -128,25 +128,25 @@ def status(out: Path, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
         }
     found |= progress(out)
     found |= {
-        "attempts": sum(line["event"] == "began" for line in own),
-        "failures": sum(line["failed"] for line in ended),
-        "last_end": ended[-1]["why"] if ended else None,
+        "attempts": sum(isinstance(line, noted.Began) for line in own),
+        "failures": sum(line.failed for line in ended),
+        "last_end": ended[-1].why if ended else None,
         "log": str(log),
     }
     following = f"tail -f {log}"
     if is_over(facts):
         code = _status(number, log, facts)
         if code == DONE:
-            following = about["then"]
+            following = about.then
         else:
             wrong = last_error(log.read_text(encoding="utf-8", errors="replace").splitlines()) if log.exists() else ""
             found["error"] = wrong or found["last_end"] or "the job ended without an error message"
-            following = f"see {log}; `{noted.call(about['command'])}` continues the run"
+            following = f"see {log}; `{noted.call(about.command)}` continues the run"
     return {name: value for name, value in found.items() if value is not None}, following
 
 
-def cancel(out: Path, about: dict[str, Any]) -> dict[str, Any]:
-    number, cluster = about["job"], about.get("cluster")
+def cancel(out: Path, about: noted.RunJob) -> dict[str, Any]:
+    number, cluster = about.job, about.cluster
     was = job_facts(number, cluster)
     if not is_over(was):
         ask("scancel", *at(cluster), number)

@@ -303,12 +303,12 @@ def cancel(words: list[str]) -> int:
     about = tracking.about_job(folder)
     if about is None:
         command, facts = (
-            conversion_task.submitted(folder)["command"],
+            conversion_task.submitted(folder).command,
             {"dataset": str(folder), **conversion_jobs.cancel(folder)},
         )
         following = "goes on with the runs that are left"
     else:
-        command, facts = about["command"], tracking.cancel(folder, about)
+        command, facts = about.command, tracking.cancel(folder, about)
         following = "goes on from the last complete checkpoint"
     summary(facts, f"`{noted.call(command)}` {following}", args.json)
     return DONE

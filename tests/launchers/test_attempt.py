@@ -46,7 +46,7 @@ def test_a_dataset_that_is_away_when_a_job_begins_ends_an_attempt_not_the_job(ru
     assert capsys.readouterr().out == f"{RESUME}\n"  # the second time in a row, of two
     (run.parent / "away").rename(data)
     assert call(monkeypatch, "begin", run) == DONE
-    assert [line["event"] for line in attempt.attempts(run)] == ["ended", "ended", "began"]
+    assert [line.event for line in attempt.attempts(run)] == ["ended", "ended", "began"]
 
 
 def test_a_dataset_that_is_another_one_is_a_mistake(run, monkeypatch, capsys) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from launchers import job
 from launchers.cluster import attempt, conversion_jobs, conversion_task, tracking
-from shards.core.errors import ConfigError
+from launchers.cluster.noted import Began, Ended
+from shards.core.errors import ConfigError, DatasetError
 from shards.core.files import printable_lines
 from slim.checkpoints.run_folder import SLURM
 
@@ -112,6 +113,26 @@ def test_lines_that_a_lost_node_cut_in_two_are_left_out(tmp_path: Path) -> None:
     ended = {"job": "12", "event": "ended", "checkpoint": None, "status": 3, "why": "x", "again": True, "failed": True}
     lines = [json.dumps(began), json.dumps(ended)[:30], json.dumps({**ended, "status": "3"}), "[1]", "\x00", "[" * 9000]
     (tmp_path / attempt.ATTEMPTS).write_text("\n".join([*lines, json.dumps(ended), '{"job": "1']))
-    assert attempt.attempts(tmp_path, "12") == [began, ended]
+    assert attempt.attempts(tmp_path, "12") == [Began(**began), Ended(**ended)]
     (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 0.5}\n[1]\n{"step": 5, "lo')
     assert tracking.progress(tmp_path) == {"step": 4, "steps": 9, "loss": 0.5, "checkpoint": None}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "null", '{"status": "0"}', '{"status": 3, "failed": "no"}', "[" * 10**5]
+)
+def test_the_outcome_of_a_task_that_is_none_counts_as_none(text: str, tmp_path: Path) -> None:
+    place = tmp_path / conversion_task.PLACE / "outcome"
+    place.mkdir(parents=True)
+    (place / "pack.json").write_text(text)
+    assert conversion_task.outcome(tmp_path, "pack") is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", '["sub-1"]', "[[1]]", "[" * 10**5])
+def test_tasks_that_are_none_are_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / conversion_task.PLACE).mkdir(parents=True)
+    (tmp_path / conversion_task.PLACE / "tasks.json").write_text(text)
+    with pytest.raises(
+        DatasetError, match=r"tasks\.json: got a file that cannot be read .*Submit"
+    ):
+        conversion_task.tasks_of(tmp_path)

@@ -52,11 +52,11 @@ def test_tasks_in_any_order_and_a_pack_write_what_one_process_writes(cohort, dat
     assert job("pack", out) == RESUME
     ended = conversion_task.outcome(out, "pack")
     expected = f"task 1, 2 of its 2 scans remain: node2: killed (see {out}/work/slurm/rank-8_1.log)"
-    assert ended["failed"] == [expected] and ended["error"].startswith("2 of 6 scans remain")
+    assert ended.failed == [expected] and ended.error.startswith("2 of 6 scans remain")
     assert job("rank", out, 1) == DONE
     assert job("pack", out) == DONE
     same(out, dataset)
-    assert submit(cohort / "cohort.yaml", out, 4) == [] and conversion_task.outcome(out, "pack") == {}
+    assert submit(cohort / "cohort.yaml", out, 4) == [] and conversion_task.outcome(out, "pack") is None
 
 
 def test_refused_runs_are_no_failures_and_changed_ones_are(cohort, job, tmp_path):
@@ -68,7 +68,7 @@ def test_refused_runs_are_no_failures_and_changed_ones_are(cohort, job, tmp_path
     bold = bold_files(tmp_path / "cohort")[1]
     bold.write_bytes(bold.read_bytes() + b" ")
     assert job("pack", out) == RESUME
-    assert conversion_task.outcome(out, "pack")["failed"] == [
+    assert conversion_task.outcome(out, "pack").failed == [
         "synthetic_sub-02_ses-1_task-rest changed during the conversion"
     ]
     submit(source, out, 1)
@@ -92,18 +92,18 @@ def test_the_processes_of_a_conversion_hold_it_together_and_others_stay_out(coho
             one.lock.acquire(shared=True)
         monkeypatch.setattr(conversion_task, "_PATIENCE", 0)
         assert job("rank", out, 0) == WRONG
-        assert "one conversion at a time" in conversion_task.outcome(out, "0")["error"]
+        assert "one conversion at a time" in conversion_task.outcome(out, "0").error
 
 
 def test_a_defect_is_an_outcome_too(job, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert job("rank", tmp_path, 0) == WRONG
-    assert "conversion.json: got no such file" in conversion_task.outcome(tmp_path, "0")["error"]
+    assert "conversion.json: got no such file" in conversion_task.outcome(tmp_path, "0").error
     monkeypatch.setattr(conversion_task, "work", lambda *_: 1 / 0)
     assert job("rank", tmp_path, 0) == 70
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: internal error: ZeroDivisionError: ") and said.endswith(")")
-    assert conversion_task.outcome(tmp_path, "0")["error"] in said
+    assert conversion_task.outcome(tmp_path, "0").error in said
     assert "Traceback" in Path(said.rpartition("the traceback is in ")[2][:-1]).read_text()
 
 

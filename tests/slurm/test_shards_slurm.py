@@ -88,7 +88,7 @@ if not second and f"{name} {task}" == "rank 0":
     expected = ["extractor None"] * 2 + ["pack None"] + ["rank 0"] * 2 + ["rank 1"] * 2 + ["rank 2"]
     assert tries(out) == expected
     assert facts_of(done)["status"] == 0 and facts_of(done)["sessions"] == 6
-    jobs = conversion_task.submitted(out)["jobs"]
+    jobs = conversion_task.submitted(out).jobs
     assert ": ended with status 137 (SIGKILL" in log_of(out, f"extractor-{jobs['extractor']}")
     facts = facts_of(slurm(cluster, "status", out, "--json"))
     assert facts["states"]["rank"] == {"COMPLETED": 1, "FAILED": 2} and facts["sessions"] == 6
@@ -177,7 +177,7 @@ def test_a_time_limit_is_a_failure_like_any_other(cluster: Cluster, cohort: Path
     done = slurm(cluster, *asked, timeout=600, **environment)
     assert done.returncode == 0, done.stderr
     assert tries(out).count("rank 0") == 2
-    assert "TIME LIMIT" in log_of(out, f"rank-{conversion_task.submitted(out)['jobs']['rank']}_0")
+    assert "TIME LIMIT" in log_of(out, f"rank-{conversion_task.submitted(out).jobs['rank']}_0")
 
 
 def test_a_dry_run_prints_the_scripts_and_leaves_nothing(cluster: Cluster, cohort: Path, tmp_path: Path) -> None:
