@@ -201,12 +201,12 @@ def dry_run(conversion: Conversion, as_json: bool) -> int:
         "subjects": len({source.person for source in conversion.runs}),
         "will_be_refused": len(refused),
     }
-    more = {
+    more: dict[str, object] = {
         "cohorts": {name: asdict(facts) for name, facts in cohorts.items()},
         "reasons": [problem.line() for problem in refused],
     }
     titles = {"will_be_refused": "refusals"}  # the lines above say "will be refused" of one run each
-    summary(counts | more, "run it without --dry-run", as_json, titles)
+    summary({**counts, **more}, "run it without --dry-run", as_json, titles)
     return REFUSED if refused else DONE
 
 

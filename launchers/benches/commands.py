@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -104,7 +104,7 @@ class Pretraining:
     checkpoint_bytes : of all its files
     """
 
-    lines: list[dict[str, Any]]
+    lines: list[dict[str, object]]
     save_s: float
     checkpoint_bytes: int
 

@@ -34,7 +34,7 @@ class Figure:
     def median(self) -> float:
         return statistics.median(self.values)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Median, lowest and highest value, and how many there are."""
         return {
             "unit": self.unit,
@@ -55,7 +55,7 @@ class Ratio:
     at_least: float | None = None
     at_most: float | None = None
 
-    def facts(self, figures: Mapping[str, Figure]) -> dict[str, Any]:
+    def facts(self, figures: Mapping[str, Figure]) -> dict[str, object]:
         """The ratio with the names of its figures; `met` is None where nothing is required."""
         value = figures[self.of].median / figures[self.over].median
         required, met = None, None
@@ -72,9 +72,9 @@ class Result:
 
     figures: dict[str, Figure] = field(default_factory=dict)
     ratios: list[Ratio] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, object] = field(default_factory=dict)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """The result as a JSON-able tree."""
         return {
             "figures": {name: figure.facts() for name, figure in self.figures.items()},
@@ -136,7 +136,7 @@ def _cpu_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """What the figures depend on beside the code."""
     return {
         "cores": len(os.sched_getaffinity(0)),

@@ -67,7 +67,7 @@ class Bench(Trained):
     batches: int = Field(10, ge=1, description="micro-batches taken from the loader")
 
 
-SMALL: dict[str, Any] = SMALL_DATA | {"model": "tiny", "runs": 2, "steps": 3, "batches": 4}
+SMALL: dict[str, object] = SMALL_DATA | {"model": "tiny", "runs": 2, "steps": 3, "batches": 4}
 
 
 class Loading:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 from rich import box
@@ -44,7 +43,7 @@ class Bench(Settings):
     every: bool = Field(True, description="count all cases, not only those that something is required of")
 
 
-SMALL: dict[str, Any] = {"grid": 32, "every": False}
+SMALL: dict[str, object] = {"grid": 32, "every": False}
 
 
 @dataclass(frozen=True)

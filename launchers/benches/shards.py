@@ -19,7 +19,6 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -94,7 +93,7 @@ def conversion(
     """Time both; returns the dataset, and nilearn's first run as the dense array of the .npz."""
     out = folder / "shards"
     sources = sorted((folder / "cohort").rglob("*_desc-preproc_bold.nii.gz"))
-    latest: dict[str, Any] = {}
+    latest: dict[str, object] = {}
 
     def ours() -> None:
         shutil.rmtree(out, ignore_errors=True)

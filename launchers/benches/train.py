@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -36,7 +36,7 @@ class Bench(Trained):
     workers: int = Field(1, ge=0, description="loading processes per process")
 
 
-SMALL: dict[str, Any] = SMALL_DATA | {"model": "tiny", "steps": 3}
+SMALL: dict[str, object] = SMALL_DATA | {"model": "tiny", "steps": 3}
 
 
 def run(bench: Bench, repeat: int, folder: Path, begun: Callable[[str], None]) -> Result:
@@ -68,7 +68,7 @@ def judge(
     one: Sequence[Pretraining],
     two: Sequence[Pretraining],
     plain: Sequence[dict[str, list[float]]],
-    notes: dict[str, Any],
+    notes: dict[str, object],
 ) -> Result:
     """Figures of the rounds with one process, with two and of the bare step, and what is required of them."""
     result = Result(notes=notes)

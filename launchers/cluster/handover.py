@@ -109,8 +109,8 @@ def load(path: Path, folder: Path, parcels_of: Callable[[ConvertSettings], Parce
     return made
 
 
-def _tree_of(run: RunSource) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
+def _tree_of(run: RunSource) -> dict[str, object]:
+    tree: dict[str, object] = {}
     for field in fields(run):
         value = getattr(run, field.name)
         if isinstance(value, Path):

@@ -69,8 +69,8 @@ class Script:
         command: str,
         about: Path,
         log: str,
-        share: dict[str, Any],
-        sbatch: dict[str, Any],
+        share: Mapping[str, object],
+        sbatch: Mapping[str, object],
     ):
         for place in (folder, about, Path.cwd(), ROOT):
             refuse_folder(place)

@@ -7,7 +7,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from launchers.cluster import attempt, noted
 from launchers.cluster.scheduler import ask, at, is_over, job_facts, last_error
@@ -92,7 +91,7 @@ def about_job(out: Path) -> noted.RunJob | None:
         return None
 
 
-def progress(out: Path) -> dict[str, Any]:
+def progress(out: Path) -> dict[str, object]:
     """Progress of a run."""
     about = about_job(out)
     line = _last_line(out / METRICS)
@@ -100,7 +99,7 @@ def progress(out: Path) -> dict[str, Any]:
     return {**found, "checkpoint": attempt.newest_checkpoint(out)}
 
 
-def _last_line(path: Path) -> dict[str, Any]:
+def _last_line(path: Path) -> dict[str, object]:
     """The last readable line of a JSON lines file. A killed process may leave an incomplete line."""
     if path.is_file():
         for text in reversed(path.read_bytes().splitlines()):
@@ -110,13 +109,13 @@ def _last_line(path: Path) -> dict[str, Any]:
     return {}
 
 
-def status(out: Path, about: noted.RunJob) -> tuple[dict[str, Any], str]:
+def status(out: Path, about: noted.RunJob) -> tuple[dict[str, object], str]:
     """State and progress of the job of a run, and what to do next."""
     number, log, cluster = about.job, Path(about.log), about.cluster
     facts = job_facts(number, cluster)
     own = attempt.attempts(out, number)
     ended = [line for line in own if isinstance(line, noted.Ended)]
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "run": str(out),
         "job": number,
         "cluster": cluster,
@@ -145,7 +144,7 @@ def status(out: Path, about: noted.RunJob) -> tuple[dict[str, Any], str]:
     return {name: value for name, value in found.items() if value is not None}, following
 
 
-def cancel(out: Path, about: noted.RunJob) -> dict[str, Any]:
+def cancel(out: Path, about: noted.RunJob) -> dict[str, object]:
     number, cluster = about.job, about.cluster
     was = job_facts(number, cluster)
     if not is_over(was):

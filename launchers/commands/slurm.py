@@ -302,13 +302,11 @@ def cancel(words: list[str]) -> int:
     args, folder = _folder_of(words, "cancel", "Cancel the jobs of a run or of a dataset. What it has saved stays.")
     about = tracking.about_job(folder)
     if about is None:
-        command, facts = (
-            conversion_task.submitted(folder).command,
-            {"dataset": str(folder), **conversion_jobs.cancel(folder)},
-        )
-        following = "goes on with the runs that are left"
+        command = conversion_task.submitted(folder).command
+        facts: dict[str, object] = {"dataset": str(folder), **conversion_jobs.cancel(folder)}
+        following = "continues with the scans that remain"
     else:
         command, facts = about.command, tracking.cancel(folder, about)
-        following = "goes on from the last complete checkpoint"
+        following = "continues from the last complete checkpoint"
     summary(facts, f"`{noted.call(command)}` {following}", args.json)
     return DONE

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with progress("train the temporal extractor", chosen.steps, "steps") as advance:
         extractor = train_extractor(series, frames, chosen.steps, chosen.seed, advance)
     extractor.save(args.out)
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "extractor": str(args.out),
         "checksum": extractor.checksum,
         "sessions": len(series),

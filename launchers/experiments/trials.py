@@ -182,7 +182,7 @@ class Experiments:
         for name in TASKS:
             where = find("task", f"synthetic_{name}", "TASKS")
             task = load_task(where)
-            changes: dict[str, Any] = {"repeats": 1}
+            changes: dict[str, object] = {"repeats": 1}
             if name == "state":  # windows are many: fewer are enough to train on, and more are tested
                 changes |= {"kind": "holdout", "shares": (0.3, 0.05, 0.65)}
             tasks[str(where)] = task.model_copy(update={"split": task.split.model_copy(update=changes)})

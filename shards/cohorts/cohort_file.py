@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, StrictStr, field_validator
 
@@ -21,6 +21,7 @@ from shards.cohorts.scan import RunSource
 from shards.core.errors import ConfigError, RunRefused
 from shards.core.files import printable
 from shards.core.settings import PathText, Settings, Unit, load
+from shards.format.session_record import Labels
 
 __all__ = ["FIELDS", "Cohort", "CohortSettings", "RunSource", "find_cohort", "find_runs", "pattern_regex"]
 
@@ -143,7 +144,7 @@ def find_cohort(path: str | Path, needed: Collection[str] = ()) -> Cohort:
     return Cohort(cohort, [_only(runs[key], cohort) for key in sorted(runs)], found.passed_over, notes)
 
 
-def _source(path: Path, cohort: CohortSettings, root: Path, item: patterns.Item, labels: dict[str, Any]) -> RunSource:
+def _source(path: Path, cohort: CohortSettings, root: Path, item: patterns.Item, labels: Labels) -> RunSource:
     names = item.names()
     mask, confounds = bids.files_beside(item.bold) if cohort.layout == "bids" else (None, None)
     if cohort.confounds:

@@ -16,6 +16,7 @@ from shards.cohorts.patterns import glob_regex, listed
 from shards.core import tables
 from shards.core.errors import ConfigError
 from shards.core.files import printable
+from shards.format.session_record import Labels
 
 if TYPE_CHECKING:
     from shards.cohorts.cohort_file import CohortSettings
@@ -60,7 +61,7 @@ class Participants:
         scanned: Iterable[tuple[str, str]],
         needed: Collection[str] = (),
     ):
-        self._rows: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)  # by subject, by session
+        self._rows: dict[str, dict[str, Labels]] = defaultdict(dict)  # by subject, by session
         self._scanned = sorted(set(scanned))
         self._sessions: dict[str, set[str]] = defaultdict(set)  # that were scanned, by subject
         for subject, session in self._scanned:
@@ -108,7 +109,7 @@ class Participants:
                 raise ConfigError(self._table.path, "header", got, "every column of `labels`", "Correct `labels`")
         return [name for name in columns if name in needed or any(p.fullmatch(name) for p in patterns)]
 
-    def labels(self, subject: str, session: str) -> dict[str, Any]:
+    def labels(self, subject: str, session: str) -> Labels:
         """The row of a subject's session; empty where there is none.
 
         Where the table has no sessions, or only one row for a subject whose scan names none, it is the subject's row.
@@ -149,7 +150,7 @@ class Participants:
     def _subjects(self) -> list[str]:
         return sorted({subject for subject, _ in self._scanned})
 
-    def _row_of(self, subject: str) -> Mapping[str, dict[str, Any]]:
+    def _row_of(self, subject: str) -> Mapping[str, Labels]:
         found = self._named.get(subject) if self._table is not None else None
         return self._rows[found] if found is not None else {}
 

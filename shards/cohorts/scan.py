@@ -6,9 +6,10 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from shards.core.errors import RunRefused
+from shards.format.session_record import Labels
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class RunSource:
     orientation: str | None = None
     tr: float | None = None  # seconds, overrides the header
     dummy: Literal["auto"] | int = "auto"
-    labels: dict[str, Any] = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)
     stated: str = "in the cohort file"  # where what is said of the run is written, for hints
     problem: RunRefused | None = None  # why it cannot be converted, where its name alone tells
 

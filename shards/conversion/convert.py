@@ -80,7 +80,7 @@ class Conversion:
         cohorts: Sequence[Path],
         folder: Path,
         settings: ConvertSettings,
-        ranking: dict[str, Any],
+        ranking: dict[str, object],
         parcels: Parcels,
         workers: int,
         retry: bool = False,
@@ -144,7 +144,7 @@ class Conversion:
         """Of which configuration the results under `work/` are."""
         return self.folder / layout.WORK / "configuration"
 
-    def _same_configuration(self, found: str, before: dict[str, Any] | None = None) -> None:
+    def _same_configuration(self, found: str, before: dict[str, object] | None = None) -> None:
         if found == self.hash:
             return
         if before and (differing := _first_difference(self.configuration, before)):
@@ -224,7 +224,7 @@ class Conversion:
                     self.state.settle(run, result)
                 advance(1, f"{run.key} refused: {result.reason}" if isinstance(result, Refusal) else run.key)
 
-    def pack(self, identity: dict[str, Any]) -> Manifest | None:
+    def pack(self, identity: dict[str, object]) -> Manifest | None:
         """Write the dataset from the finished sessions; does nothing if it is there already.
 
         Parameters
@@ -278,7 +278,7 @@ class Conversion:
                 raise DatasetError(self.folder, "--only", got, expected, "Run it without --only")
         return sessions, sorted(refused, key=lambda line: line.key)
 
-    def _data(self, identity: dict[str, Any]) -> DataRecord:
+    def _data(self, identity: dict[str, object]) -> DataRecord:
         """The manifest, without shards and counts."""
         settings = self.settings
         return DataRecord(

@@ -263,7 +263,9 @@ def crashed(error: BaseException, folder: Path | None = None) -> str:
     return f"internal error: {type(error).__name__}: {message} ({found})"
 
 
-def summary(facts: dict[str, Any], next_step: str, as_json: bool, titles: Mapping[str, str] | None = None) -> None:
+def summary(
+    facts: Mapping[str, object], next_step: str, as_json: bool, titles: Mapping[str, str] | None = None
+) -> None:
     """Print what was done and what to do next; with `as_json`, the facts as one JSON object on the last line.
 
     A fact is printed under its name, or under its title in `titles`.

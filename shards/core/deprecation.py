@@ -37,7 +37,7 @@ class OldName:
         raise AttributeError(f"{self.old} is read-only; set {self.new}")
 
 
-def renamed_state(kind: type, state: dict[str, Any]) -> dict[str, Any]:
+def renamed_state(kind: type, state: dict[str, object]) -> dict[str, object]:
     """The state of an object that was pickled when its attributes had their older names."""
     new = {name: old.new for name, old in vars(kind).items() if isinstance(old, OldName)}
     return {new.get(name, name): value for name, value in state.items()}

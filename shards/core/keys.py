@@ -45,7 +45,7 @@ class Key:
     default: Any
     description: str
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """As a JSON object."""
         return asdict(self)
 

@@ -31,11 +31,11 @@ class TreeError(ValueError):
 class _Open:
     """A mapping or list whose end is not there yet."""
 
-    value: dict[str, Any] | list[Any]
+    value: dict[str, object] | list[Any]
     anchor: str | None
     before: int  # values that were counted when it began
     key: str | None = None
-    merged: list[dict[str, Any]] = field(default_factory=list)  # by `<<`: own keys go first
+    merged: list[dict[str, object]] = field(default_factory=list)  # by `<<`: own keys go first
 
 
 def parse(text: str) -> Any:
@@ -179,7 +179,7 @@ def _put(inner: _Open, value: Any, line: int) -> None:
             inner.value[key] = value
 
 
-def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _joined(parts: list[dict[str, object]]) -> dict[str, object]:
     """Several mappings as one; of a key that several have, the first counts."""
     return {key: value for part in reversed(parts) for key, value in part.items()}
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from upath import UPath
 
@@ -79,7 +78,7 @@ CARPET_STEPS = 20  # a carpet value of 20 is one SD of the voxel
 DAMAGED = "Copy the dataset again, or convert it anew into another folder"
 
 
-def read_json(text: str, where: str, expected: str, hint: str = "") -> dict[str, Any]:
+def read_json(text: str, where: str, expected: str, hint: str = "") -> dict[str, object]:
     """The JSON object in a text.
 
     Raises
@@ -98,7 +97,7 @@ def read_json(text: str, where: str, expected: str, hint: str = "") -> dict[str,
     return tree
 
 
-def read_lines(path: Path | UPath) -> list[dict[str, Any]]:
+def read_lines(path: Path | UPath) -> list[dict[str, object]]:
     """The objects of a JSON-lines file; an absent file is an empty list.
 
     Raises
@@ -114,7 +113,7 @@ def read_lines(path: Path | UPath) -> list[dict[str, Any]]:
     ]
 
 
-def read_manifest(folder: str | Path | UPath) -> dict[str, Any]:
+def read_manifest(folder: str | Path | UPath) -> dict[str, object]:
     """The manifest of a dataset, by its path or URL.
 
     Raises

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
@@ -16,6 +16,6 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    def tree(self) -> dict[str, Any]:
+    def tree(self) -> dict[str, object]:
         """For JSON: what was read or set, without defaults."""
         return self.model_dump(mode="json", exclude_unset=True)

@@ -17,7 +17,8 @@ from shards.format import layout
 from shards.format.manifest import Manifest
 from shards.format.record import Length, Number, Record, Size
 
-Labels = dict[str, Any]  # column of the participants table: text, number, or None
+Label = str | int | float | bool | None
+Labels = dict[str, Label]  # by column of the participants table
 Key = Annotated[StrictStr, Field(max_length=255, pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9._+-]*$")]  # names files of results
 
 
@@ -114,7 +115,7 @@ class ScanRecord(ScanFacts):
             return getattr(self, name)
         return (self.model_extra or {}).get(name)
 
-    def member(self) -> dict[str, Any]:
+    def member(self) -> dict[str, object]:
         """For JSON: the scan's `KEY.json`, which does not say where it lies."""
         return {name: value for name, value in self.tree().items() if name not in _LOCATION}
 

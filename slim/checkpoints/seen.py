@@ -63,7 +63,7 @@ class Seen:
             return self
         return Seen(frozenset(_hash(salt, name) for name in self.people), salt, self.sessions)
 
-    def tree(self) -> dict[str, Any]:
+    def tree(self) -> dict[str, object]:
         """The attributes as JSON-serialisable data."""
         return {"people": sorted(self.people), "salt": self.salt, "sessions": list(self.sessions)}
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -276,7 +276,7 @@ def summarise(
 def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts:
     """What was asked, of whom and how: the part of a report that all methods share."""
     tested = np.unique(np.concatenate([cases.subject_N[split.test] for split in splits[0]]))
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "type": task.type,
         "label": task.label,
         "split": task.split.model_dump(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -118,7 +118,7 @@ class Explanation(_Part):
             raise unreadable(path, error) from None
         return check(cls, tree, path)
 
-    def tree(self) -> dict[str, Any]:
+    def tree(self) -> dict[str, object]:
         """For JSON."""
         return self.model_dump(mode="json")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +59,7 @@ class Features:
     window_S = OldName("slot_window_onsets")
     start_W = OldName("window_onsets")
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(renamed_state(Features, state))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,8 +16,7 @@ from matplotlib.ticker import LogLocator
 
 from shards.reporting import html
 from slim.config import FinetuneSettings, PretrainSettings
-
-Line = dict[str, Any]
+from slim.training.metrics import MetricsLine
 
 _POINTS = 600  # places along the axis of a drawn curve
 _KINDS = {
@@ -28,7 +26,7 @@ _KINDS = {
 }
 
 
-def values(lines: Sequence[Line], name: str) -> np.ndarray:
+def values(lines: Sequence[MetricsLine], name: str) -> np.ndarray:
     """A field of all lines; NaN where it was not logged."""
     return np.array([np.nan if line.get(name) is None else line[name] for line in lines], float)
 
@@ -71,7 +69,7 @@ class Curve:
     noisy: bool = True
 
 
-def _plot(axes: Axes, lines: Sequence[Line], curves: Sequence[Curve], label: str, log: bool = False) -> None:
+def _plot(axes: Axes, lines: Sequence[MetricsLine], curves: Sequence[Curve], label: str, log: bool = False) -> None:
     step = values(lines, "step")
     drawn, lowest = 0, math.inf
     for curve in curves:
@@ -95,7 +93,7 @@ def _plot(axes: Axes, lines: Sequence[Line], curves: Sequence[Curve], label: str
 
 def _figure(
     title: str,
-    lines: Sequence[Line],
+    lines: Sequence[MetricsLine],
     panels: Sequence[tuple[str, Sequence[Curve], bool]],
     caption: str,
     zero: bool = False,
@@ -147,7 +145,7 @@ def _kinds(prefix: str) -> list[Curve]:
 
 
 def sections(
-    settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line], guess: float | None = None
+    settings: PretrainSettings | FinetuneSettings, lines: Sequence[MetricsLine], guess: float | None = None
 ) -> list[html.Section]:
     """All curves of a run, in sections; what was not logged is left out.
 
@@ -175,7 +173,7 @@ def sections(
     return found
 
 
-def _answering(lines: Sequence[Line], guess: float | None) -> list[list[html.Part]]:
+def _answering(lines: Sequence[MetricsLine], guess: float | None) -> list[list[html.Part]]:
     """Fine-tuning."""
     training = [Curve("loss", "training, by step", html.BLUE)]
     validation = [Curve("val_loss", "validation, by epoch", html.ORANGE, noisy=False)]
@@ -198,7 +196,7 @@ def _answering(lines: Sequence[Line], guess: float | None) -> list[list[html.Par
     ]
 
 
-def _predicting(settings: PretrainSettings, lines: Sequence[Line]) -> list[list[html.Part]]:
+def _predicting(settings: PretrainSettings, lines: Sequence[MetricsLine]) -> list[list[html.Part]]:
     """Pretraining."""
     terms = [
         Curve("loss", "total", html.INK),
@@ -250,7 +248,7 @@ def _predicting(settings: PretrainSettings, lines: Sequence[Line]) -> list[list[
     ]
 
 
-def _health(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line]) -> list[list[html.Part]]:
+def _health(settings: PretrainSettings | FinetuneSettings, lines: Sequence[MetricsLine]) -> list[list[html.Part]]:
     clip = settings.optimizer.clip
     return [
         _figure(
@@ -311,7 +309,7 @@ def _health(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line]
     ]
 
 
-def _machine(lines: Sequence[Line]) -> list[list[html.Part]]:
+def _machine(lines: Sequence[MetricsLine]) -> list[list[html.Part]]:
     return [
         _figure(
             "Speed",

@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,9 +29,7 @@ from slim.checkpoints.seen import Seen
 from slim.config import FinetuneSettings, PretrainSettings, load_run
 from slim.finetune.labels import Answers
 from slim.reporting import curves, run_health
-from slim.training.metrics import RECENT, read_metrics, warnings_of
-
-Line = dict[str, Any]
+from slim.training.metrics import RECENT, MetricsLine, number, read_metrics, warnings_of
 
 _CLEAR = 0.01  # a gain above this is called one
 
@@ -94,7 +91,7 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
 
 
 def total_steps(
-    settings: PretrainSettings | FinetuneSettings, folder: Path, lines: Sequence[Line], remote: bool = False
+    settings: PretrainSettings | FinetuneSettings, folder: Path, lines: Sequence[MetricsLine], remote: bool = False
 ) -> int | None:
     """Optimizer steps of the whole run; None where epochs were asked for and the data are out of reach.
 
@@ -136,14 +133,14 @@ def _steps(settings: PretrainSettings, sessions: Sequence[int], per_step: int) -
     return max(1, math.ceil(settings.run.epochs * max(1, round(per_epoch)) / per_step))
 
 
-def _recent(lines: Sequence[Line], name: str) -> float | None:
+def _recent(lines: Sequence[MetricsLine], name: str) -> float | None:
     """Mean of a field over the last logged steps."""
     values = curves.values(lines[-RECENT:], name)
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else None
 
 
-def _lead(lines: Sequence[Line], steps: int | None) -> str:
+def _lead(lines: Sequence[MetricsLine], steps: int | None) -> str:
     if not lines:
         return "No step was logged yet."
     last = lines[-1]
@@ -155,12 +152,14 @@ def _lead(lines: Sequence[Line], steps: int | None) -> str:
     return f"Step {last['step']}{of}, epoch {last.get('epoch', 'unknown')}; last loss {loss}{learned}."
 
 
-def is_over(lines: Sequence[Line], steps: int | None) -> bool:
+def is_over(lines: Sequence[MetricsLine], steps: int | None) -> bool:
     """Whether the last of so many steps was logged."""
-    return bool(lines) and steps is not None and lines[-1]["step"] >= steps
+    return bool(lines) and steps is not None and number(lines[-1], "step") >= steps
 
 
-def verdict(lines: Sequence[Line], steps: int | None, judged: Sequence[Finding], unreadable: int = 0) -> list[Finding]:
+def verdict(
+    lines: Sequence[MetricsLine], steps: int | None, judged: Sequence[Finding], unreadable: int = 0
+) -> list[Finding]:
     """What the run looks like.
 
     Parameters
@@ -180,7 +179,7 @@ def verdict(lines: Sequence[Line], steps: int | None, judged: Sequence[Finding],
     if is_over(lines, steps):
         found.append(good("finished", f"Finished: {last['step']} of {steps} steps."))
     else:
-        share = f", {last['step'] / steps:.0%}" if steps else ""
+        share = f", {number(last, 'step') / steps:.0%}" if steps else ""
         found.append(
             look(
                 "unfinished",
@@ -189,7 +188,7 @@ def verdict(lines: Sequence[Line], steps: int | None, judged: Sequence[Finding],
                 "newest checkpoint.",
             )
         )
-    if last.get("loss") is None or not math.isfinite(last["loss"]):
+    if (loss := last.get("loss")) is None or not math.isfinite(loss):
         found.append(
             bad(
                 "loss",
@@ -210,7 +209,7 @@ def verdict(lines: Sequence[Line], steps: int | None, judged: Sequence[Finding],
     return found
 
 
-def answered(lines: Sequence[Line], finished: bool, guess: float) -> list[Finding]:
+def answered(lines: Sequence[MetricsLine], finished: bool, guess: float) -> list[Finding]:
     """Whether a fine-tuning answers better than whoever guesses, and whether it was long enough.
 
     Parameters
@@ -225,9 +224,9 @@ def answered(lines: Sequence[Line], finished: bool, guess: float) -> list[Findin
     if not validated:
         return [look("validation", "Not validated yet: the first epoch has not ended.")] if lines else []
     first, last = validated[0]["step"], validated[-1]["step"]
-    best = min(validated, key=lambda line: line["val_loss"])
+    best = min(validated, key=lambda line: number(line, "val_loss"))
     where = f"{best['val_loss']:.4f} at step {best['step']}, where guessing has {guess:.4f}"
-    if best["val_loss"] >= guess:
+    if number(best, "val_loss") >= guess:
         hint = "Lower optimizer.lr, try head.pooling=attentive, and compare with the probe of frozen features"
         return [bad("validation", f"Validation was never better than guessing: {where}. {hint}.")]
     found = [good("validation", f"Validation was best with {where}; these weights are kept.")]
@@ -238,7 +237,7 @@ def answered(lines: Sequence[Line], finished: bool, guess: float) -> list[Findin
     return found
 
 
-def learned(lines: Sequence[Line], finished: bool) -> list[Finding]:
+def learned(lines: Sequence[MetricsLine], finished: bool) -> list[Finding]:
     """Whether a pretraining learns, or collapses."""
     if not lines:
         return []
@@ -284,7 +283,7 @@ def learned(lines: Sequence[Line], finished: bool) -> list[Finding]:
     return found
 
 
-def _best_gain(lines: Sequence[Line]) -> tuple[float, int]:
+def _best_gain(lines: Sequence[MetricsLine]) -> tuple[float, int]:
     """Highest smoothed gain and its step; (-inf, 0) without gains."""
     steps, _, mean, _ = curves.thin(curves.values(lines, "step"), curves.values(lines, "gain"))
     if not len(mean):
@@ -293,7 +292,7 @@ def _best_gain(lines: Sequence[Line]) -> tuple[float, int]:
     return float(smooth.max()), int(steps[smooth.argmax()])
 
 
-def _numbers(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line]) -> dict[str, object]:
+def _numbers(settings: PretrainSettings | FinetuneSettings, lines: Sequence[MetricsLine]) -> dict[str, object]:
     named: dict[str, object] = {
         "Data": ", ".join(str(item.path) for item in settings.data),
         "Model": settings.model_name,
@@ -314,7 +313,7 @@ def _numbers(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Line
             if value is not None:
                 named[name] = form.format(value)
         if last.get("peak_memory_bytes") is not None:
-            named["Peak memory of a process"] = f"{last['peak_memory_bytes'] / 2**30:.2f} GiB"
+            named["Peak memory of a process"] = f"{number(last, 'peak_memory_bytes') / 2**30:.2f} GiB"
     return named
 
 

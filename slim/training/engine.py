@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from slim.config import TrainSettings
 
 
-def deepspeed_config(settings: TrainSettings) -> dict[str, Any]:
+def deepspeed_config(settings: TrainSettings) -> dict[str, object]:
     """The engine's configuration.
 
     The model uses autocast itself, so optimizer states and gradients are fp32, and bf16 works at every ZeRO stage.

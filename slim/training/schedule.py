@@ -44,7 +44,7 @@ class Plan:
             end = until
         return min(step, last - 1) - first, last - first
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """The plan as JSON-serialisable data, for a checkpoint."""
         return {"steps": self.steps, "extensions": [list(one) for one in self.extensions]}
 

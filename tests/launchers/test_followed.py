@@ -132,7 +132,5 @@ def test_the_outcome_of_a_task_that_is_none_counts_as_none(text: str, tmp_path: 
 def test_tasks_that_are_none_are_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / conversion_task.PLACE).mkdir(parents=True)
     (tmp_path / conversion_task.PLACE / "tasks.json").write_text(text)
-    with pytest.raises(
-        DatasetError, match=r"tasks\.json: got a file that cannot be read .*Submit"
-    ):
+    with pytest.raises(DatasetError, match=r"tasks\.json: got a file that cannot be read .*Submit"):
         conversion_task.tasks_of(tmp_path)
