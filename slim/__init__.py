@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from slim.inference.slim_brain import SlimBrain
 
 __all__ = ["SlimBrain", "SlimBrainTransformer", "__version__", "load_config"]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 # Looked up on first use: `import slim` alone does not load torch.
 _MODULES = {
     "SlimBrain": "slim.inference.slim_brain",

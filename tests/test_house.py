@@ -171,7 +171,8 @@ def test_the_oldest_versions_that_are_tested_are_the_lower_bounds() -> None:
     lines = [line for line in (ROOT / "tests" / "oldest.txt").read_text().splitlines() if not line.startswith("#")]
     tested = {name: Version(version) for name, version in (line.split("==") for line in lines)}
     bounds = {}
-    for text in project["dependencies"]:
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["train"], *extras["slurm"], *extras["report"]]:
         requirement = Requirement(text)
         bounds[requirement.name] = min(Version(part.version) for part in requirement.specifier if part.operator == ">=")
     torch = bounds.pop("torch")  # other builds of it are large: the tested one stands for all

@@ -5,7 +5,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from launchers.commands.config import main
-    from shards.core.cli import run
+    from launchers.commands.__main__ import console
 
-    run(main)
+    console("config")

@@ -12,9 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from submitit import SlurmExecutor
+from typing import TYPE_CHECKING, Any
 
 from launchers import environment
 from launchers.cluster.plain import refuse_folder
@@ -24,14 +22,22 @@ from launchers.job import Told
 from shards.core.cli import WRONG
 from shards.core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
+
 _DIRECTIVES = ("#SBATCH", "#PBS", "#BSUB")  # sbatch reads such comments at the top of a script as options
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
-class _Writer(SlurmExecutor):
-    @classmethod
-    def affinity(cls) -> int:
-        return 2  # so that a script can be written on machines without SLURM
+def _writer(folder: Path) -> SlurmExecutor:
+    from submitit import SlurmExecutor  # needed to submit alone
+
+    class Writer(SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 2  # so that a script can be written on machines without SLURM
+
+    return Writer(folder)
 
 
 class Script:
@@ -92,7 +98,7 @@ export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUTF8=1
             **sbatch,
         }
         self._clusters, self.cluster = settings.clusters, settings.clusters
-        self._executor = _Writer(folder)
+        self._executor = _writer(folder)
         self._executor.update_parameters(
             **share,
             job_name=name,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shards.core.cli import DONE, WRONG, run
 from shards.core.errors import ConfigError
+from shards.core.extras import require
 
 # In the order of the work; the names are those of the modules, with `-` for `_`.
 GROUPS = {
@@ -23,6 +24,17 @@ GROUPS = {
     "Plan, look and share": ("plan", "report", "export", "bench", "experiments"),
     "Run on a cluster": ("slurm",),
     "Configure": ("config",),
+}
+# Of the extras, what a command needs in any case: told before its work, which may take hours. Other packages are told
+# where they are imported.
+NEEDS = {
+    "make-shards": ("webdataset", "matplotlib"),
+    "pretrain": ("deepspeed",),
+    "probe": ("matplotlib",),
+    "finetune": ("deepspeed", "matplotlib"),
+    "explain": ("matplotlib",),
+    "report": ("matplotlib",),
+    "experiments": ("deepspeed", "webdataset", "matplotlib"),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 
@@ -43,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
         hint = f"Did you mean {near[0]}?" if near else ""
         raise ConfigError("command line", "COMMAND", name, f"one of {', '.join(COMMANDS)}", hint)
+    if not {"-h", "--help"} & set(rest):
+        require(*NEEDS.get(name, ()))
     return importlib.import_module(f"launchers.commands.{_module(name)}").main(rest)
 
 
@@ -66,9 +80,9 @@ def _first_line(name: str) -> str:
     return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
 
 
-def console() -> None:
-    """The console script."""
-    run(main)
+def console(*words: str) -> None:
+    """The console script; the files of `tools/` call it with the name of their command."""
+    run(lambda: main([*words, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from shards.core.cli import DONE, Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.room import require_room
 from shards.format import layout
-from shards.reporting import dataset_page
 from slim.checkpoints.run_folder import CONFIG, REPORT
 
 
@@ -34,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder.is_dir():
         require_room(folder / REPORT, "report")
     if (folder / layout.MANIFEST).is_file():
+        from shards.reporting import dataset_page
+
         kind, path = "dataset", dataset_page.write(folder)
         following = f"open {path}, then {call_of('pretrain', 'CONFIG.yaml', f'data={folder}')}"
     elif (folder / CONFIG).is_file():

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shards.core.errors import Stopped, UserError, is_full
+from shards.core.extras import EXTRAS, ExtraMissing
 from shards.core.files import printable
 from shards.core.passwords import hidden
 
@@ -188,8 +189,8 @@ def lasting_output() -> Iterator[None]:
 def status_of(main: Callable[[], int]) -> int:
     """The exit status of a command. What stopped it is one line: only 1 is given by the command alone.
 
-    A `UserError`, and a file that may not be read or written, is status 2; an interrupt and a full file system are
-    status 3; any other exception is `CRASHED`. SystemExit passes.
+    A `UserError`, an extra that is not installed, and a file that may not be read or written are status 2; an interrupt
+    and a full file system are status 3; any other exception is `CRASHED`. SystemExit passes.
     """
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is printed with escapes
         if hasattr(stream, "reconfigure"):
@@ -210,6 +211,12 @@ def status_of(main: Callable[[], int]) -> int:
     except BrokenPipeError:  # `command | head`: nobody reads on, which is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = DONE
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            return _failed(error)
+        print(f"error: {ExtraMissing([module]).line()}", file=sys.stderr)
+        status = WRONG
     except Exception as error:
         status = _failed(error)
     return status

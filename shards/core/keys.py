@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -17,7 +16,7 @@ from shards.core.errors import ConfigError
 from shards.core.settings import Unit
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path", type(None): "null"}
-_SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +112,10 @@ def _units(annotation: Any) -> Iterator[str]:
 def _type(field: FieldInfo) -> str:
     """In words, with the limits of a number."""
     limits = " and ".join(
-        f"{sign} {getattr(limit, kind.__name__.lower())}"
+        f"{sign} {getattr(limit, name)}"
         for limit in field.metadata
-        for kind, sign in _SIGNS.items()
-        if isinstance(limit, kind)
+        for name, sign in _SIGNS.items()
+        if hasattr(limit, name)
     )
     *first, last = _alternatives(field.annotation)
     first, last = ([*first, last], "") if last != "null" else (first, last)

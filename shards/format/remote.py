@@ -49,7 +49,7 @@ def place(folder: str | Path | UPath) -> Path | UPath:
             "protocol",
             f"no package for it ({error})",
             "an installed one",
-            "Install it: aiohttp for http and https, s3fs for s3",
+            "Install it: pip install 'slim-brain[http]' for http and https, 'slim-brain[s3]' for s3",
         ) from None
     except ValueError as error:
         raise DatasetError(str(folder), "protocol", error, "one of fsspec, such as https or s3") from None

@@ -21,6 +21,7 @@ from helpers.pretrained import ALIGNED, tool, write_run
 from launchers.run_setup import prepare_run
 from shards.cohorts.cohort_file import find_runs
 from shards.core.errors import UserError
+from shards.core.extras import EXTRAS
 from shards.core.files import sha256
 from shards.format.manifest import DataRecord
 from shards.format.reader import Dataset
@@ -31,10 +32,10 @@ from slim.inference.slim_brain import SlimBrain
 from slim.ranking.extractor_training import train_extractor
 from slim.ranking.rankers import make_ranker
 
-# A process in which what training needs cannot be imported runs the rest of its arguments.
+# A process in which no package of an extra can be imported runs the rest of its arguments.
 WITHOUT = """
 import runpy, sys
-for name in ("deepspeed", "wandb", "submitit", "webdataset"):
+for name in {extras!r}:
     sys.modules[name] = None
 sys.argv = sys.argv[1:]
 sys.path.insert(0, {root!r})
@@ -44,7 +45,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def without(*words: object, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", WITHOUT.format(root=str(ROOT)), *map(str, words)],
+        [sys.executable, "-c", WITHOUT.format(root=str(ROOT), extras=sorted(EXTRAS)), *map(str, words)],
         cwd=cwd,
         capture_output=True,
         text=True,
