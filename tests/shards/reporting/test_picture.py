@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 from matplotlib.text import Text
 
+from helpers.records import session_record
 from shards.format import layout
 from shards.format.grid import Grid
 from shards.format.patches import gather, patch_places
@@ -150,7 +151,7 @@ def shown(scores: np.ndarray, keep: int = KEEP, **changes) -> quality_figures.Sh
     }
     given = (*arrays, "scores_space", "scores_time")
     arrays |= {name: changes.pop(name) for name in [*changes] if name in given}
-    return quality_figures.Shown(GRID, FRAMES, {"tr": 0.72, "space": "MNI", **changes}, arrays)
+    return quality_figures.Shown(GRID, FRAMES, session_record(space="MNI", **changes), arrays)
 
 
 def panel(figure: Figure, title: str) -> Axes:

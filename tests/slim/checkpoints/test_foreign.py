@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.pretrained import ALIGNED, sum_again, tool, write_run
 from shards.core.errors import UserError
+from shards.format import layout
 from shards.format.layout import read_manifest
 from slim.checkpoints import checkpoint, mirror
 from slim.checkpoints.checkpoint import COMPLETE, CheckpointError
@@ -211,7 +212,7 @@ def test_the_page_of_a_run_opens_no_url_unless_asked(run: Path, tmp_path: Path, 
         asked.append(folder)
         return read_manifest(find(run).settings.data[0].path)
 
-    monkeypatch.setattr(run_page.layout, "read_manifest", read)
+    monkeypatch.setattr(layout, "read_manifest", read)
     assert run_page.write(sent).is_file() and not asked
     assert run_page.write(sent, remote=True).is_file() and asked == ["http://127.0.0.1:9/data"]
     done = tool("report.py", sent)

@@ -102,7 +102,7 @@ def test_logits_of_states_are_those_of_the_probe(features, opened: Dataset, stat
     of = [fit_state_score(features, cases, pooling, fold, output) for output in range(3)]
     found_mK = np.zeros_like(guess_mK)
     for number, row in enumerate(fold.test):
-        item = by_key[cases.sessions[row]["key"]]
+        item = by_key[cases.sessions[row].key]
         tokens = torch.from_numpy(at_places(item, common_places(features)))
         found_mK[number] = [float(score(item, cases.window_N[[row]])(tokens)) for score in of]
     expected_mK = np.log(guess_mK) - np.log(guess_mK).mean(axis=1, keepdims=True)

@@ -181,7 +181,7 @@ def test_a_session_is_predicted_from_all_its_windows(pretrained: Path, people: P
     ours, opened = SlimBrain.from_pretrained(pretrained), Dataset(people)
     model, device = task.learner(torch.device("cpu")).model, torch.device("cpu")
     whole = [session for session in opened.sessions if session.n_kept == 12][:3]
-    short = [{**session, "n_kept": 8} for session in whole]
+    short = [session.model_copy(update={"n_kept": 8}) for session in whole]
     guess_NK = predict(model, 0, opened, [*whole, *short], task.geometry, task.settings, device)
     again_NK = predict(model, 0, opened, [*whole, *short][::-1], task.geometry, task.settings, device)
     np.testing.assert_allclose(guess_NK, again_NK[::-1], atol=1e-5)
