@@ -64,7 +64,7 @@ def test_moving_events_and_windows_together_changes_nothing(rows: list, by: floa
     assert sum(a != b for a, b in zip(before, after, strict=True)) <= len(rows)  # only ties within rounding
 
 
-SESSION = {"subject": "1", "session": "2", "task": "rest", "run": "", "key": "k", "dropped_frames": 3, "source_tr": 2.0}
+SESSION = session_record(subject="1", session="2", task="rest", dropped_frames=3, source_tr=2.0)
 
 
 def test_a_table_is_read_from_the_first_frame_that_was_kept(tmp_path: Path):
