@@ -36,7 +36,7 @@ def fields(model: Any, known: set[Any]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def read(cohort: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Fields that a conversion, a plan, a pretraining, a fine-tuning and a script of SLURM read."""
+    """Fields that are read from a conversion to the answers of a fine-tuned export, and by a script of SLURM."""
     folder = tmp_path_factory.mktemp("read")
     (folder / "noted").mkdir()
     path = f"{ROOT / 'tests' / 'helpers' / 'reads'}:{ROOT}"
@@ -63,6 +63,10 @@ def read(cohort: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -
     for pooling in ("cov", "attentive"):
         words = ("--data", people, "--task", task, "--out", folder / pooling, f"head.pooling={pooling}")
         call("tools/finetune.py", run, *words, "run.epochs=1", *QUICK)
+    tuned = folder / "cov" / "finetune" / "s-finetuned" / "seed-0"
+    call("tools/export.py", tuned, "--out", folder / "export")
+    scan = next(cohort.rglob("*_bold.nii.gz"))
+    call("tools/embed.py", folder / "export", scan, "--out", folder / "vectors.npz")
     nodes = ("--nodes", 1, "--gpus-per-node", 1, "--dry-run")
     on_cluster = ("configs/pretrain/tiny.yaml", f"data={people}", f"run.out={folder / 'job'}", *nodes)
     call("launchers/slurm.py", "pretrain", *on_cluster, PATH="")  # no sbatch is asked
