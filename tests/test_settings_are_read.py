@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from helpers.commands import GRID, ROOT, run_command
-from helpers.finetuning import QUICK, people, write_task
+from helpers.finetuning import QUICK, SCORE, people, write_task
 from launchers.cluster.scheduler import SlurmSettings
 from shards.cohorts.cohort_file import CohortSettings
 from shards.conversion.settings import ConvertSettings
@@ -40,10 +40,10 @@ def read(cohort: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("read")
     (folder / "noted").mkdir()
     path = f"{ROOT / 'tests' / 'helpers' / 'reads'}:{ROOT}"
-    run, task = folder / "run", write_task(folder)
+    run, task = folder / "run", write_task(folder, split=SCORE["split"] | {"repeats": 1})
 
     def call(*words: object, **environment: str) -> None:
-        done = run_command(*words, PYTHONPATH=path, NOTED_READS=str(folder / "noted"), **environment)
+        done = run_command(*words, timeout=900, PYTHONPATH=path, NOTED_READS=str(folder / "noted"), **environment)
         assert done.returncode == 0, done.stderr
 
     by_pattern = {
