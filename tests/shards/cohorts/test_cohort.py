@@ -94,7 +94,7 @@ def test_bids_filters_keep_entities(tmp_path):
     assert len(runs) == 6 and runs[0].key == "lab_sub-01_task-nback_dir-AP" and not any(run.problem for run in runs)
     runs = find_runs(cohort_file(tmp_path, filters={"task": "rest", "dir": "PA"}))
     assert len(runs) == 1 and "task-rest_dir-PA" in runs[0].source
-    with pytest.raises(ConfigError, match=r"no run under.*filters"):
+    with pytest.raises(ConfigError, match=r"no scan under.*filters"):
         find_runs(cohort_file(tmp_path, filters={"task": "motor"}))
 
 
@@ -235,10 +235,10 @@ PATTERN = {"layout": "pattern", "pattern": "{subject}.nii.gz"}
         ({**PATTERN, "filters": {"task": "rest"}}, "filters: got task, expected none with layout: pattern"),
         ({"layout": "pattern", "pattern": "{subject}_{side}.nii"}, r"pattern: got \{side\}, expected only \{subject\}"),
         ({"layout": "pattern", "pattern": "/data/{subject}.nii"}, "pattern: got .*, expected a path relative to root"),
-        ({"layout": "pattern", "pattern": "**a/{subject}.nii"}, "(pattern: got .*, expected a path relative)|no run"),
-        ({"root": "nowhere"}, "root: got .*nowhere, which is no folder"),
-        ({**PATTERN, "pattern": "x/{subject}.nii"}, "root: got no run under .*files that match"),
-        ({}, "root: got no run under .*desc-preproc_bold"),
+        ({"layout": "pattern", "pattern": "**a/{subject}.nii"}, "(pattern: got .*, expected a path relative)|no scan"),
+        ({"root": "nowhere"}, "root: got .*nowhere, which is not a folder"),
+        ({**PATTERN, "pattern": "x/{subject}.nii"}, "root: got no scan under .*files that match"),
+        ({}, "root: got no scan under .*desc-preproc_bold"),
     ],
 )
 def test_a_cohort_file_that_cannot_be_meant_is_told_in_one_line(tmp_path, settings, message):

@@ -195,7 +195,7 @@ def test_echoes_beside_their_combination_are_no_scans(tmp_path):
     found = find(tmp_path, space="native")
     assert names(found) == ["01_task-rest", "02_task-rest_echo-1", "03_task-rest"]
     assert "3 single echoes" in told(found) and [run.problem is not None for run in found.runs] == [False, True, False]
-    assert "2 echoes of one scan, and no combination" in found.runs[1].problem.line()
+    assert "2 echoes of one scan without a combined image" in found.runs[1].problem.line()
     chosen = find(tmp_path, space="native", filters={"echo": 2})
     assert names(chosen) == ["01_task-rest_echo-2", "02_task-rest_echo-2"] and not any(r.problem for r in chosen.runs)
 
@@ -210,7 +210,7 @@ def test_bidsignore_and_subjects_without_a_run_are_told(tmp_path):
     found = find(tmp_path)
     assert names(found) == ["01_task-rest", "02_task-rest"]
     assert "1 images are left out by .bidsignore" in told(found)
-    assert "no run in MNI space that the filters keep, for 3 subjects (spaces found: T1w (1)): 03, 04, 05" in told(
+    assert "no scan in MNI space that matches the filters, for 3 subjects (spaces found: T1w (1)): 03, 04, 05" in told(
         found
     )
 
@@ -266,7 +266,7 @@ def test_ids_that_lost_or_gained_zeros_are_matched_where_one_candidate_exists(tm
         "10/1": None,
     }
     assert "no row in p.tsv, so no labels, for 4 subjects: 01, 10, 8, x09" in told(found)
-    assert "by their number, as no name is equal: 007 for 7.0, 50002 for 0050002" in told(found)
+    assert "by number, because no name is equal: 007 for 7.0, 50002 for 0050002" in told(found)
     assert "rows of p.tsv that no scan was found for: 3 subjects (008, 08, x9)" in told(found)
 
 
@@ -302,7 +302,8 @@ def test_personal_columns_stay_behind_and_labels_are_chosen(tmp_path):
 
     default, words = labels()
     assert default == {"age": 20, "site_name": "X", "birth_order": 2, "mailing": 1}
-    assert "look personal are left out: Surname, date_of_birth, zipCode, email, DOB; name them in `labels`" in words
+    expected = "look like personal data are left out: Surname, date_of_birth, zipCode, email, DOB; list them in"
+    assert expected in words
     assert labels(labels=["age", "birth_*"]) == ({"age": 20, "birth_order": 2}, "")
     assert labels(labels=[]) == ({}, "")
     with pytest.raises(ConfigError, match=r"p\.tsv: header: got no column sex among age, Surname"):

@@ -203,7 +203,7 @@ REFUSALS = {
     "truncated plain": ("data", "it ends in frame 14 of 24", "a complete file"),
     "last byte of gzip lost": ("data", "unreadable", "a complete file"),
     "a flipped bit of the checksum": ("data", "CRC", "a complete file"),
-    "no NIfTI": ("", "a file that is not packed by gzip", "a NIfTI image"),
+    "no NIfTI": ("", "a file that is not compressed with gzip", "a NIfTI image"),
     "no file": ("", "no such file", "a NIfTI image"),
     "colour": ("datatype", "colour", "real numbers"),
     "no mask file": ("mask", "sub-01_mask.nii.gz: no such file", "a NIfTI image"),

@@ -145,13 +145,13 @@ def test_half_of_a_pair_and_analyze_are_named(tmp_path, scan):
     data, affine, mask_path, _ = scan
     stored(tmp_path / "b.img", nib.Nifti1Pair(data, affine))
     (tmp_path / "b.hdr").unlink()
-    with pytest.raises(RunRefused, match=r"no b\.hdr beside it, expected both files of the pair"):
+    with pytest.raises(RunRefused, match=r"no b\.hdr next to it, expected both files of the pair"):
         open_bold(source(tmp_path / "b.img", mask_path))
-    with pytest.raises(RunRefused, match=r"no c\.img beside it"):
+    with pytest.raises(RunRefused, match=r"no c\.img next to it"):
         (tmp_path / "c.hdr").write_bytes(bytes(348))
         open_bold(source(tmp_path / "c.hdr", mask_path))
     nib.save(nib.AnalyzeImage(data, affine), tmp_path / "old.img")
-    with pytest.raises(RunRefused, match=r"ANALYZE 7\.5, which knows no orientation.*Convert it to NIfTI"):
+    with pytest.raises(RunRefused, match=r"ANALYZE 7\.5, which has no orientation.*Convert it to NIfTI"):
         open_bold(source(tmp_path / "old.img", mask_path))
 
 
