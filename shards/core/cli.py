@@ -33,7 +33,7 @@ CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
 _LONGEST = 500  # largest number of characters of an exception's message
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _AWAY = (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)  # network file systems
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # on these signals, long work saves and ends on these
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # long work saves and ends on these
 
 
 def call_of(command: str, *words: object) -> str:

@@ -267,7 +267,7 @@ def test_ids_that_lost_or_gained_zeros_are_matched_where_one_candidate_exists(tm
     }
     assert "no row in p.tsv, so no labels, for 4 subjects: 01, 10, 8, x09" in told(found)
     assert "by number, because no name is equal: 007 for 7.0, 50002 for 0050002" in told(found)
-    assert "rows of p.tsv that no scan was found for: 3 subjects (008, 08, x9)" in told(found)
+    assert "rows of p.tsv without a scan: 3 subjects (008, 08, x9)" in told(found)
 
 
 def test_sessions_are_matched_by_name_then_by_number_and_never_by_chance(tmp_path):
