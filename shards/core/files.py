@@ -123,7 +123,7 @@ def _pointer(path: Path, head: bytes, what: str) -> Trouble | None:
         hint = "Download it again: the server answered with a page, such as a login or an error"
         return Trouble("an HTML page", what, hint)
     if start.startswith(b"<?xml") and b"error" in start:  # an error message of a storage server
-        return Trouble("an XML message of a server", what, "Check your access, and download it again")
+        return Trouble("an XML message of a server", what, "Download it again, and check your access")
     return None
 
 
