@@ -170,7 +170,7 @@ def test_masks_by_pattern_as_one_file_and_beside_the_cohort_file(tmp_path):
     # one that is promised and missing: the run is refused by name when its turn comes, the others go on
     assert masks("{subject}_mask.nii.gz") == [root / "s1_mask.nii.gz", root / "s2_mask.nii.gz"]
     assert not (root / "s2_mask.nii.gz").exists()
-    with pytest.raises(ConfigError, match=r"2 files for .*one file per run"):
+    with pytest.raises(ConfigError, match=r"2 files for .*one file per scan"):
         masks("**/*_mask.nii.gz")
     for wrong in ("{session}_mask.nii.gz", "{}_mask.nii.gz", "{subject.x}_mask.nii.gz", "{subject"):
         with pytest.raises(ConfigError, match=r"mask: got .*expected a path with the fields subject"):
@@ -205,7 +205,7 @@ def test_labels_travel_with_the_subject(tmp_path, table, wanted):
         ("name\tage\ns1\t3\n", r"people\.tsv: header: got columns name, age, expected a column participant_id"),
         ("participant_id\tage\ns1\t3\ns1\t4\n", r"people\.tsv: participant_id: got two different rows for s1"),
         ("", r"people\.tsv: got an unreadable table"),
-        (None, r"cohort\.yaml: participants: got people\.tsv, which is no file"),
+        (None, r"cohort\.yaml: participants: got people\.tsv, which is not a file"),
     ],
 )
 def test_a_participants_table_that_cannot_be_meant(tmp_path, table, message):

@@ -230,7 +230,7 @@ def test_bidsignore_and_subjects_without_a_run_are_told(tmp_path):
         (lambda d: bids(d, "01", REST), {"filters": {"task": "nback"}}, r"found: rest \(1\)\), expected task: nback"),
         (lambda d: bids(d, "01", REST), {"filters": {"run": 1}}, r"found: none \(1\)\), expected run: 1"),
         (lambda d: bids(d, "01", REST), {"filters": {"runn": 1}}, r"filters: got .*expected BIDS entities such as sub"),
-        (lambda d: touch(d / "x.nii.gz"), {}, r"Give the folder that holds the folders sub-\*"),
+        (lambda d: touch(d / "x.nii.gz"), {}, r"Give the folder that contains the folders sub-\*"),
     ],
 )
 def test_nothing_found_says_what_there_is_instead(tmp_path, make, settings, message):
@@ -274,7 +274,7 @@ def test_sessions_are_matched_by_name_then_by_number_and_never_by_chance(tmp_pat
     table = "participant_id\tsession_id\tage\na\tses-01\t20\na\tses-02\t21\nb\t\t30\nc\t1\t40\n"
     found = people(tmp_path, table, [("a", "1"), ("a", "02"), ("a", "3"), ("b", "5"), ("c", "1")])
     assert ages(found) == {"a/02": 21, "a/1": 20, "a/3": None, "b/5": 30, "c/1": 40}
-    assert "no row in p.tsv for the session, so no labels, of 1 scans: a 3" in told(found)
+    assert "no row in p.tsv for the session, so no labels, for 1 scans: a 3" in told(found)
 
 
 def test_text_of_a_table_is_only_text(tmp_path):
