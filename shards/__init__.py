@@ -1,5 +1,5 @@
-"""Cohorts of NIfTI scans in, Zarr-backed WebDataset shards of ranked windows out.
+"""Convert cohorts of NIfTI scans to datasets: WebDataset shards with the ranked windows of each scan as Zarr arrays.
 
-`shards.cohorts` finds scans, `shards.preprocessing` brings one to the common grid and TR, `shards.conversion` drives
-the whole, `shards.format` is the on-disk contract and reads it back.
+`shards.cohorts` finds scans, `shards.preprocessing` harmonises them to a common grid and TR, `shards.conversion` runs
+the whole conversion, and `shards.format` defines the format on disk and reads it.
 """

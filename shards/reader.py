@@ -1,4 +1,4 @@
-"""`from shards.reader import Dataset`: the documented import path of `shards.format.reader`."""
+"""Documented import path of `shards.format.reader`: `from shards.reader import Dataset`."""
 
 from shards.format.reader import Dataset, Samples, away
 

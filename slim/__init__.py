@@ -1,8 +1,9 @@
 """SLIM-Brain: a voxel-level, atlas-free foundation model for fMRI.
 
 Stage 1 (`slim.ranking`) ranks the windows of a scan. Stage 2 (`slim.model`, `slim.data`, `slim.pretrain`,
-`slim.training`) learns from the best of them, on brain patches alone. `slim.inference` encodes scans, `slim.evaluation`
-and `slim.finetune` use what was learned, `slim.explain` and `slim.reporting` show it.
+`slim.training`) pretrains the encoder on patches of the most salient windows that contain brain. `slim.inference`
+encodes scans, `slim.evaluation` and `slim.finetune` test and fine-tune the encoder on labels, and `slim.explain` and
+`slim.reporting` show results.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SlimBrain", "SlimBrainTransformer", "__version__", "load_config"]
 __version__ = "0.2.0.dev0"
-# Looked up on first use: `import slim` alone does not load torch.
+# Imported on first use, so that `import slim` does not load torch.
 _MODULES = {
     "SlimBrain": "slim.inference.slim_brain",
     "SlimBrainTransformer": "slim.evaluation.transformer",

@@ -1,4 +1,4 @@
-"""Every setting of a run, typed, with its unit and its check."""
+"""The settings of a run, with their types, units and checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shards.core.settings import PathText, Settings, Unit, check, override, read
 View = Literal["global", "voxel", "both"]
 Kind = Literal["cross_time", "cross_location", "double_cross"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-MOST_CHANNELS, MOST_BLOCKS = 16384, 1024  # far beyond any model: sizes in a file that somebody was given
+MOST_CHANNELS, MOST_BLOCKS = 16384, 1024  # far above any model; guards against files from others with huge sizes
 
 
 class PredictorSettings(Settings):
@@ -27,18 +27,18 @@ class PredictorSettings(Settings):
     width: Annotated[int, Unit("channels")] = Field(192, ge=8, le=MOST_CHANNELS, description="channels of a token")
     depth: Annotated[int, Unit("blocks")] = Field(4, ge=1, le=MOST_BLOCKS, description="transformer blocks")
     heads: Annotated[int, Unit("heads")] = Field(
-        6, ge=1, le=MOST_CHANNELS, description="attention heads; they divide width"
+        6, ge=1, le=MOST_CHANNELS, description="attention heads; must divide width"
     )
 
     @model_validator(mode="after")
     def _divides(self) -> PredictorSettings:
         if self.width % self.heads:
-            raise ValueError(f"heads that divide width: {self.heads} does not divide {self.width}")
+            raise ValueError(f"a width divisible by heads, but {self.width} is not divisible by {self.heads}")
         return self
 
 
 class ModelSettings(Settings):
-    """Sizes of the encoder and the predictor; axes are (time, x, y, z) in tokens of one frame and one patch."""
+    """Sizes of the encoder and the predictor. Axes are (time, x, y, z) in tokens; a token is a patch in a frame."""
 
     embed: Annotated[int, Unit("channels")] = Field(
         ge=8, le=MOST_CHANNELS, description="channels of the first stage; doubled at each stage"
@@ -59,7 +59,7 @@ class ModelSettings(Settings):
         2, ge=1, description="stages whose attention stays inside mask units"
     )
     mlp_ratio: Annotated[float, Unit("ratio")] = Field(
-        4.0, gt=0, le=64, description="hidden channels of an MLP over those of its input"
+        4.0, gt=0, le=64, description="hidden channels of an MLP, relative to its input"
     )
     predictor: PredictorSettings = PredictorSettings()
 
@@ -70,13 +70,12 @@ class ModelSettings(Settings):
         if sum(self.depths) > MOST_BLOCKS:
             raise ValueError(f"depths of at most {MOST_BLOCKS} blocks in all, not {sum(self.depths)}")
         if self.embed % self.heads:
-            raise ValueError(f"heads that divide embed: {self.heads} does not divide {self.embed}")
+            raise ValueError(f"embed divisible by heads, but {self.embed} is not divisible by {self.heads}")
         if self.local_stages > len(self.depths):
-            raise ValueError(f"at most {len(self.depths)} local_stages, as there are stages, not {self.local_stages}")
+            raise ValueError(f"at most {len(self.depths)} local_stages, the number of stages, not {self.local_stages}")
         if len(self.strides) > len(self.depths) - 1:
             raise ValueError(
-                f"at most {len(self.depths) - 1} strides, not {len(self.strides)}: tokens are pooled at the start of "
-                "every stage but the first"
+                f"at most {len(self.depths) - 1} strides, one for every stage except the first, not {len(self.strides)}"
             )
         return self
 
@@ -86,7 +85,7 @@ PRESETS: dict[str, ModelSettings] = {
     "published": ModelSettings(
         embed=64, heads=1, depths=(2, 3, 16, 3), unit=(8, 8, 8, 8), strides=((2, 2, 2, 2), (2, 2, 2, 2))
     ),
-    # mask units aligned with 5-frame windows: half the FLOPs of a step
+    # mask units are aligned with windows of 5 frames, which halves the FLOPs of a step
     "lean": ModelSettings(
         embed=64, heads=1, depths=(2, 3, 16, 3), unit=(5, 4, 4, 4), strides=((5, 2, 2, 2), (1, 2, 2, 2))
     ),
@@ -98,7 +97,7 @@ PRESETS: dict[str, ModelSettings] = {
         strides=((2, 2, 2, 2), (2, 2, 2, 2)),
         predictor=PredictorSettings(width=384, depth=6, heads=12),
     ),
-    # for coarse grids (8 mm, 6 x 6 x 6 patches), tests and a first try
+    # for coarse grids (8 mm, 6 x 6 x 6 patches), tests and first trials
     "tiny": ModelSettings(
         embed=32,
         heads=2,
@@ -116,32 +115,32 @@ class DataItem(Settings):
 
     path: str = Field(description="folder of a dataset, or its URL (https://..., s3://...)")
     weight: Annotated[float, Unit("times")] = Field(
-        1.0, gt=0, description="times a session appears in an epoch, on average"
+        1.0, gt=0, description="mean number of times that a session appears in an epoch"
     )
 
     @field_validator("path")
     @classmethod
     def _without_password(cls, value: str) -> str:
-        return keep(value)  # settings are written into runs, checkpoints and pages
+        return keep(value)  # settings are written to run folders, checkpoints and pages
 
 
 class DrawSettings(Settings):
     """How windows are drawn for a sample."""
 
-    k: Annotated[int, Unit("windows")] = Field(8, ge=2, le=100_000, description="windows of a sample")
+    k: Annotated[int, Unit("windows")] = Field(8, ge=2, le=100_000, description="windows per sample")
     best: Annotated[int, Unit("windows")] = Field(
-        32, ge=2, le=10**6, description="windows of a sample are drawn from this many most salient ones of the session"
+        32, ge=2, le=10**6, description="number of most salient windows of a session from which the k are drawn"
     )
 
     @model_validator(mode="after")
     def _enough(self) -> DrawSettings:
         if self.best < self.k:
-            raise ValueError(f"best >= k: {self.best} >= {self.k} does not hold")
+            raise ValueError(f"best of at least k = {self.k}, not {self.best}")
         return self
 
 
 class TokenMaskSettings(Settings):
-    """Shares of brain tokens; context is the product of its two."""
+    """Shares of brain tokens. The context's share is the product of `context_places` and `context_times`."""
 
     context_places: Annotated[float, Unit("share")] = Field(
         0.6, gt=0, lt=1, description="share of the places in the brain that the encoder sees"
@@ -153,25 +152,25 @@ class TokenMaskSettings(Settings):
         0.5, gt=0, le=1, description="share of each kind of target that is predicted"
     )
     rebuilt: Annotated[float, Unit("share")] = Field(
-        0.25, gt=0, le=1, description="share of the targets whose voxels MAE rebuilds"
+        0.25, gt=0, le=1, description="share of the targets that MAE reconstructs"
     )
     kinds: tuple[Kind, ...] = Field(KINDS, min_length=1, description="kinds of target that are predicted")
 
 
 class LossSettings(Settings):
-    """Weights of the terms; null takes those of the objective."""
+    """Coefficients of the terms of the loss; null means the value of the objective."""
 
     jepa: Annotated[float | None, Unit("weight")] = Field(
-        None, ge=0, description="weight of the JEPA term; null: that of the objective"
+        None, ge=0, description="coefficient of the JEPA term; null: that of the objective"
     )
     sig: Annotated[float | None, Unit("weight")] = Field(
-        None, ge=0, description="weight of the SIG term; null: that of the objective"
+        None, ge=0, description="coefficient of the SIG term; null: that of the objective"
     )
     mae: Annotated[float | None, Unit("weight")] = Field(
-        None, ge=0, description="weight of the MAE term; null: that of the objective"
+        None, ge=0, description="coefficient of the MAE term; null: that of the objective"
     )
     sig_samples: Annotated[int | None, Unit("samples")] = Field(
-        None, ge=1, description="samples that share one SIG test; null: a first run.batch"
+        None, ge=1, description="samples per SIG group; null: run.batch at the start"
     )
 
 
@@ -207,12 +206,12 @@ class EmaSettings(Settings):
     )
     end: Annotated[float, Unit("ratio")] = Field(1.0, ge=0, le=1, description="the same at the last step")
     mean: Annotated[float, Unit("ratio")] = Field(
-        0.95, ge=0, lt=1, description="decay of the running mean target of each place and slot"
+        0.95, ge=0, lt=1, description="decay of the running mean of the target features"
     )
 
 
 class ZeroSettings(Settings):
-    """What DeepSpeed divides among processes or keeps in the memory of the host."""
+    """What DeepSpeed divides among processes or keeps in CPU memory."""
 
     stage: Annotated[int, Unit("stage")] = Field(
         2,
@@ -220,21 +219,21 @@ class ZeroSettings(Settings):
         le=3,
         description="what ZeRO divides among processes: 0 nothing, 1 moments, 2 gradients too, 3 parameters too",
     )
-    offload_optimizer: bool = Field(False, description="master copy and moments of Adam in the memory of the host")
-    offload_parameters: bool = Field(False, description="parameters, too, where they are not in use; stage 3")
+    offload_optimizer: bool = Field(False, description="keep fp32 weights and Adam moments in CPU memory")
+    offload_parameters: bool = Field(False, description="keep unused parameters in CPU memory, too; stage 3")
 
     @field_validator("offload_optimizer")
     @classmethod
     def _is_divided(cls, value: bool, others: ValidationInfo) -> bool:
         if value and others.data.get("stage") == 0:
-            raise ValueError("false at zero.stage 0, which keeps the optimizer on the GPU")
+            raise ValueError("false, because zero.stage 0 keeps the optimizer on the GPU")
         return value
 
     @field_validator("offload_parameters")
     @classmethod
     def _are_divided(cls, value: bool, others: ValidationInfo) -> bool:
         if value and others.data.get("stage", 3) != 3:
-            raise ValueError(f"false at zero.stage {others.data['stage']}: only stage 3 does without whole parameters")
+            raise ValueError(f"false, because only zero.stage 3 divides parameters, not {others.data['stage']}")
         return value
 
 
@@ -242,37 +241,37 @@ class RunSettings(Settings):
     """Folder, length, processes, checkpoints and log of the run."""
 
     out: PathText = Field(description="folder of the run")
-    seed: int = Field(0, ge=0, description="of weights, masks, and the order and draw of samples")
-    steps: Annotated[int | None, Unit("steps")] = Field(None, ge=1, description="optimizer steps; null: `epochs`")
+    seed: int = Field(0, ge=0, description="seed of weights, masks, and the order and draw of samples")
+    steps: Annotated[int | None, Unit("steps")] = Field(None, ge=1, description="optimizer steps; null: from `epochs`")
     epochs: Annotated[float, Unit("epochs")] = Field(
-        40, gt=0, description="passes through the training sessions, where steps is null"
+        40, gt=0, description="passes through the training sessions; used if steps is null"
     )
     batch: Annotated[int, Unit("samples")] = Field(4, ge=1, description="samples per process and micro-batch")
     accumulate: Annotated[int, Unit("micro-batches")] = Field(1, ge=1, description="micro-batches per optimizer step")
     processes: Annotated[int, Unit("processes")] = Field(1, ge=1, description="processes on this machine, one per GPU")
-    workers: Annotated[int, Unit("processes")] = Field(2, ge=0, description="loading processes per process")
+    workers: Annotated[int, Unit("processes")] = Field(2, ge=0, description="loading processes per training process")
     checkpoint_every: Annotated[int, Unit("steps")] = Field(
         500, ge=1, description="optimizer steps between checkpoints"
     )
-    keep: Annotated[int, Unit("checkpoints")] = Field(3, ge=1, description="newest checkpoints that are kept")
+    keep: Annotated[int, Unit("checkpoints")] = Field(3, ge=1, description="number of newest checkpoints to keep")
     keep_every: Annotated[int | None, Unit("steps")] = Field(
-        None, ge=1, description="checkpoints of every so many steps are kept, too; null: none"
+        None, ge=1, description="also keep the checkpoints of every so many steps; null: none"
     )
-    mirror: PathText | None = Field(None, description="second folder, to which checkpoints are copied meanwhile")
+    mirror: PathText | None = Field(None, description="second folder, to which checkpoints are copied during training")
     damaged: Annotated[float, Unit("share")] = Field(
         0.01, ge=0, le=1, description="share of the training sessions that may be damaged"
     )
     not_finite: Annotated[int, Unit("steps")] = Field(
-        10, ge=0, description="steps in a row that may be skipped for a loss that is not finite"
+        10, ge=0, description="consecutive steps with a non-finite loss that may be skipped"
     )
     max_seconds: Annotated[float | None, Unit("s")] = Field(
         None, gt=0, description="stop and save after this time; null: never"
     )
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on from the newest complete checkpoint; never: refuse a folder that holds a run"
+        "auto", description="auto: resume from the newest complete checkpoint; never: refuse a folder with a run"
     )
     extend: Literal["constant", "rewarm"] | None = Field(
-        None, description="how steps beyond the planned ones are trained: at the last learning rate, or warmed up again"
+        None, description="how added steps are trained: with the last learning rate, or with a new warm-up"
     )
     change: tuple[str, ...] = Field((), description="settings that may change on resume, such as optimizer.lr")
     log_every: Annotated[int, Unit("steps")] = Field(1, ge=1, description="optimizer steps per line of metrics.jsonl")
@@ -282,7 +281,7 @@ class RunSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
 
     def steps_in_all(self, per_epoch: int, processes: int) -> int:
-        """Optimizer steps of the run, where an epoch has so many samples and so many processes share them."""
+        """Total optimizer steps of the run, given the samples per epoch and the number of processes."""
         samples = self.batch * self.accumulate * processes
         return self.steps or max(1, math.ceil(self.epochs * per_epoch / samples))
 
@@ -305,16 +304,16 @@ class RunSettings(Settings):
         if value is not None and "out" in others.data:
             mirror, out = Path(value).resolve(), Path(others.data["out"]).resolve()
             if mirror == out or mirror in out.parents or out in mirror.parents:
-                raise ValueError(f"a folder that does not hold run.out ({out}) and does not lie in it")
+                raise ValueError(f"a folder that neither contains run.out ({out}) nor lies inside it")
         return value
 
 
-# Keys of version 0.1 that have another name now; files and commands may still use them.
+# Renamed keys of version 0.1, which files and commands may still use.
 RENAMED = {"stream": "chunk_tokens"}
 
 
 class TrainSettings(Settings):
-    """What every run that trains is told, whatever it learns."""
+    """Settings of both pretraining and fine-tuning runs."""
 
     data: tuple[DataItem, ...] = Field(description="a dataset, or a list of {path, weight}")
     model: ModelSettings = Field(
@@ -322,11 +321,11 @@ class TrainSettings(Settings):
     )
     model_name: str = Field("custom", description="set by `model`")
     view: View = Field(
-        "both", description="z-score of the voxels that the encoder sees: over the whole run, of each voxel, or both"
+        "both", description="z-scores of the voxels that the encoder gets: over the whole scan, of each voxel, or both"
     )
     windows: DrawSettings = DrawSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="of the arithmetic: bfloat16 or float32")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of the arithmetic: bfloat16 or float32")
     chunk_tokens: Annotated[int | None, Unit("tokens")] = Field(
         4096, ge=1, description="tokens that the local stages compute together; null: all of them"
     )
@@ -347,7 +346,7 @@ class TrainSettings(Settings):
 
 
 class PretrainSettings(TrainSettings):
-    """A pretraining configuration."""
+    """Settings of a pretraining run."""
 
     mask: TokenMaskSettings = TokenMaskSettings()
     objective: Literal["default", "jepa", "mae"] = Field("default", description="default: JEPA, SIG and MAE together")
@@ -357,10 +356,10 @@ class PretrainSettings(TrainSettings):
     @model_validator(mode="after")
     def _learns(self) -> PretrainSettings:
         if not any(self.loss_weights[::2]):
-            raise ValueError("a weight above 0 for jepa or mae")
+            raise ValueError("a coefficient above 0 for loss.jepa or loss.mae")
         samples = self.loss.sig_samples
         if samples is not None and self.run.batch % samples:
-            raise ValueError(f"a run.batch divisible by loss.sig_samples: {self.run.batch} by {samples}")
+            raise ValueError(f"run.batch ({self.run.batch}) divisible by loss.sig_samples ({samples})")
         return self
 
     @property
@@ -374,7 +373,7 @@ class PretrainSettings(TrainSettings):
 
 
 class HeadSettings(Settings):
-    """What is put on the encoder to answer a task, and how the two are trained together."""
+    """The head that predicts the labels of a task from the encoder's features, and its training."""
 
     pooling: Literal["cov", "mean", "attentive"] = Field(
         "cov", description="how the tokens of a sample become one vector, before a linear map"
@@ -386,42 +385,42 @@ class HeadSettings(Settings):
         4, ge=1, le=MOST_CHANNELS, description="learned queries of attentive pooling"
     )
     layer_decay: Annotated[float | None, Unit("ratio")] = Field(
-        None, gt=0, le=1, description="learning rate of a block over that of the next; null: 0.75, from scratch 1"
+        None, gt=0, le=1, description="learning rate of a block relative to the next one; null: 0.75, from scratch 1"
     )
     lr_scale: Annotated[float, Unit("ratio")] = Field(
-        10.0, gt=0, description="times the learning rate of the last block"
+        10.0, gt=0, description="learning rate of the head relative to the last block"
     )
 
 
 class AnswerSettings(Settings):
-    """What is answered: set by the command, from its task and the subjects a fold is fitted on."""
+    """The labels of a task. The command sets these from the task and the training subjects of a fold."""
 
     task: str = Field("", description="name of the task")
     label: str = Field("", description="column of the labels")
-    classes: tuple[str, ...] = Field((), description="names of the classes, in order; none where values are predicted")
+    classes: tuple[str, ...] = Field((), description="names of the classes, in order; empty for a regression")
     mean: Annotated[float, Unit("label")] = Field(0.0, description="mean of the training values")
     sd: Annotated[float, Unit("label")] = Field(
-        1.0, description="standard deviation of the training values, which are learned z-scored"
+        1.0, description="standard deviation of the training values; the model is trained on z-scores"
     )
 
 
 class FinetuneSettings(TrainSettings):
-    """Training an encoder on, towards the answers of a task (see `slim.finetune.labels`)."""
+    """Settings of a fine-tuning run, which trains an encoder and a head to predict the labels of a task."""
 
     head: HeadSettings = HeadSettings()
-    start: str | None = Field(None, description="hash of the weights the encoder begins with; null: random ones")
+    start: str | None = Field(None, description="hash of the encoder's initial weights; null: random weights")
     answer: AnswerSettings = AnswerSettings()
-    before: dict[str, Any] | None = Field(None, description="how those weights came about, as an export tells it")
+    before: dict[str, Any] | None = Field(None, description="how the initial weights were made, as recorded in exports")
 
 
 def renamed_assignments(assignments: Sequence[str]) -> list[str]:
-    """`key=value` overrides with older names of keys replaced, so that the last one wins under either name."""
+    """`key=value` overrides, with older names of keys replaced by the present ones."""
     parts = [assignment.partition("=") for assignment in assignments]
     return ["".join((RENAMED.get(key, key), sign, value)) for key, sign, value in parts]
 
 
 def _renamed(tree: Any) -> Any:
-    """Settings with older names of keys replaced. Beside its new name an old one stays, and is an unknown key."""
+    """Settings with older names of keys replaced. If both names are given, the old one stays and is an unknown key."""
     if not isinstance(tree, dict):
         return tree
     return {RENAMED[key] if key in RENAMED and RENAMED[key] not in tree else key: tree[key] for key in tree}
@@ -446,12 +445,12 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
 
 
 def load_run(path: str | Path) -> PretrainSettings | FinetuneSettings:
-    """The settings in the `config.yaml` of a run, whichever kind it is of."""
+    """Read the `config.yaml` of a pretraining or fine-tuning run."""
     return check_run(read_yaml(path), path)
 
 
 def check_run(tree: dict[str, Any], where: str | Path) -> PretrainSettings | FinetuneSettings:
-    """Settings of a run, of either kind, from a mapping; ConfigError names `where`."""
+    """Check the settings of a pretraining or fine-tuning run, given as a mapping; errors name `where`."""
     return check(FinetuneSettings, tree, where) if "head" in tree else check(PretrainSettings, tree, where)
 
 
@@ -460,6 +459,6 @@ def _model(name: str, path: str | Path) -> ModelSettings:
         return PRESETS[name]
     shipped = presets("model")
     for candidate in (Path(name), Path(path).parent / name, *([shipped[name].path] if name in shipped else [])):
-        if os.path.isfile(candidate):  # also of names that no system looks up
+        if os.path.isfile(candidate):  # False also for names that are not valid paths
             return check(ModelSettings, read_yaml(candidate), candidate)
     raise ConfigError(path, "model", name, f"{', '.join(PRESETS)}, or a YAML file")

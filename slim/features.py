@@ -1,4 +1,4 @@
-"""`from slim.features import SlimBrainTransformer`: the documented import path of `slim.evaluation.transformer`."""
+"""Documented import path of `slim.evaluation.transformer`: `from slim.features import SlimBrainTransformer`."""
 
 from slim.evaluation.transformer import POOLINGS, SlimBrainTransformer
 

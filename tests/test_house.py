@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import tomllib
 from pathlib import Path
 
@@ -13,10 +12,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from helpers.commands import ROOT, run_command
-from launchers.cluster.scheduler import SlurmSettings
-from shards.cohorts.cohort_file import CohortSettings
-from shards.conversion.settings import ConvertSettings
-from slim.config import FinetuneSettings, PretrainSettings, load_config
+from slim.config import load_config
 
 MAY_IMPORT = {
     "shards": set(),
@@ -140,23 +136,6 @@ def test_every_pretraining_configuration_is_valid_and_has_the_fixed_keys(name: s
         "max_seconds",
         "resume",
     } <= set(tree["run"])
-
-
-@pytest.mark.parametrize("model", [PretrainSettings, FinetuneSettings, ConvertSettings, CohortSettings, SlurmSettings])
-def test_every_field_of_the_settings_is_read_somewhere(model: type) -> None:
-    """A field that is parsed and never read is a promise that is not kept."""
-    text = "".join(path.read_text() for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
-
-    def fields(model: type) -> set[str]:
-        names = set()
-        for name, field in model.model_fields.items():
-            names.add(name)
-            if hasattr(field.annotation, "model_fields"):
-                names |= fields(field.annotation)
-        return names
-
-    unread = {name for name in fields(model) if not re.search(rf"\.{name}\b", text)}
-    assert unread == set()
 
 
 def test_the_custom_model_example_is_the_lean_preset() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from launchers import finetuning, local
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "data": args.data,
         "step": 0 if name == SCRATCH else step,
         "subjects_seen_in_pretraining": None if seen is None else len(seen.intersection(method.cases.subjects)),
-        "runs": method.runs,
+        "runs": [asdict(one) for one in method.runs],
         "settings": method.settings(0).model_dump(
             mode="json", include={"head", "optimizer", "run", "zero", "precision"}
         ),
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         {
             "report": str(report / PROBE),
             "runs": str(method.folder),
-            "best_steps": ", ".join(str(one["best_step"]) for one in method.runs),
+            "best_steps": ", ".join(str(one.best_step) for one in method.runs),
             "tasks": {task.name: tree["tasks"][task.name]},
             "facts": {task.name: tree["facts"][task.name]},
         },

@@ -1,1 +1,1 @@
-"""Which scans there are: cohort files, BIDS, patterns of paths, participants, images in memory."""
+"""Find scans: cohort files, BIDS derivatives, file patterns, participants tables, images in memory."""

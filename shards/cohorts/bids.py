@@ -1,7 +1,8 @@
-"""Finding the preprocessed runs of a BIDS derivative (fMRIPrep, XCP-D, tedana ...), by the names of its files.
+"""Find the preprocessed scans of a BIDS derivative (fMRIPrep, XCP-D, tedana ...) by their file names.
 
-A name is `entity-label` pairs and a suffix, parted by `_`: `sub-01_task-rest_space-MNI152NLin6Asym_desc-preproc_bold`.
-A label may hold hyphens, which BIDS forbids and many datasets have. What is left out, and why, is told.
+A name consists of `entity-label` pairs and a suffix, separated by `_`:
+`sub-01_task-rest_space-MNI152NLin6Asym_desc-preproc_bold`. Labels with hyphens are accepted: BIDS forbids them, but
+many datasets have them. Scans that are left out are reported with the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from shards.core.files import printable
 if TYPE_CHECKING:
     from shards.cohorts.cohort_file import CohortSettings, Filter
 
-VARIANTS = ("acq", "ce", "rec", "dir", "echo")  # entities that tell runs apart beside session, task and run
+VARIANTS = ("acq", "ce", "rec", "dir", "echo")  # distinguish scans, besides session, task and run
 ENDINGS = (".nii.gz", ".nii")
 _NAMES = {
     "subject": "sub",
@@ -55,13 +56,13 @@ _SHORT = (
     "desc",
 )
 _EXTENSION = "extension"
-_SETTLED = 2 * 10**9  # ns after which a change of a folder shows in its time, on coarse file systems too
-_LEAST = ("desc", "res", "den", "space", "cohort")  # entities of derivatives: they make no other scan
+_SETTLED = 2 * 10**9  # ns until a change of a folder is visible in its modification time, on all file systems
+_LEAST = ("desc", "res", "den", "space", "cohort")  # entities of derivatives, which do not distinguish scans
 
 
 @dataclass(frozen=True)
 class Name:
-    """A BIDS file name, taken apart."""
+    """The parts of a BIDS file name."""
 
     path: Path
     entities: Mapping[str, str]
@@ -72,17 +73,17 @@ class Name:
         return self.extension if entity == _EXTENSION else self.entities.get(entity)
 
     def without(self, *entities: str) -> tuple[tuple[str, str], ...]:
-        """Its other entities: equal for files that differ in these alone."""
+        """The other entities, which are equal for files that differ only in the given ones."""
         return tuple((name, label) for name, label in self.entities.items() if name not in entities)
 
 
 def entity_of(name: str) -> str:
-    """The short name of an entity: `ses` for `session` and `ses`.
+    """The short name of an entity, such as `ses` for `session` and `ses`.
 
     Raises
     ------
     ValueError
-        If there is no such entity.
+        If the entity does not exist.
     """
     short = _NAMES.get(name, name)
     if short not in (*_SHORT, _EXTENSION):
@@ -91,7 +92,7 @@ def entity_of(name: str) -> str:
 
 
 def parse(path: Path) -> Name:
-    """A file name taken apart; what is no pair of entity and label is left out."""
+    """Parse a file name. Parts that are not pairs of entity and label are ignored."""
     ending = next((ending for ending in (*ENDINGS, ".json") if path.name.endswith(ending)), path.suffix)
     *pairs, suffix = path.name.removesuffix(ending).split("_")
     parted = (pair.partition("-") for pair in pairs)
@@ -99,15 +100,15 @@ def parse(path: Path) -> Name:
 
 
 def top_folder(path: Path) -> Path:
-    """The folder that holds the subjects' folders, or, where a file is in none, the file's own."""
+    """The folder that contains the folders of the subjects; without these, the folder of the file."""
     subject = next((folder for folder in path.parents if folder.name.startswith("sub-")), None)
     return path.parent if subject is None else subject.parent
 
 
 def sidecars(bold: Path) -> list[Path]:
-    """JSON files that describe a run, the nearest first: its own, then those it inherits (BIDS inheritance principle).
+    """JSON files that describe a scan, the nearest first: its own, then inherited ones (BIDS inheritance principle).
 
-    A file in the run's folder or above it, up to the folder of the dataset, describes all runs that have its entities.
+    A file in the folder of the scan or above it, up to the dataset folder, describes all scans with its entities.
     """
     name = parse(bold)
     own = bold.with_name(bold.name.removesuffix(name.extension) + ".json")
@@ -126,16 +127,16 @@ def sidecars(bold: Path) -> list[Path]:
 
 
 def _descriptions(folder: Path) -> tuple[Name, ...]:
-    """The `*bold.json` of a folder.
+    """The `*bold.json` files of a folder.
 
-    The folder of a dataset is asked about for each of its runs, many times over, and may hold thousands of entries: it
-    is listed again only once it has changed.
+    This is called many times for the dataset folder, which may have thousands of entries, so a folder is listed again
+    only after it has changed.
     """
     try:
         changed = folder.stat().st_mtime_ns
     except OSError:
         return ()
-    if time.time_ns() - changed < _SETTLED:  # the next change may get the same time
+    if time.time_ns() - changed < _SETTLED:  # another change may have the same modification time
         return _listed_descriptions(folder)
     return _descriptions_since(folder, changed)
 
@@ -150,9 +151,9 @@ def _descriptions_since(folder: Path, changed: int) -> tuple[Name, ...]:
 
 
 def files_beside(bold: Path) -> tuple[Path | None, Path | None]:
-    """Mask and confounds that fMRIPrep wrote beside a run (those of old versions too); None where there is none.
+    """Mask and confounds that fMRIPrep (also old versions) wrote next to a scan; None for a missing file.
 
-    A link to content that is not on this machine counts: it is refused when it is read.
+    A link to content that is not on this machine is returned, too; it is refused when it is read.
     """
     name = parse(bold)
     if name.suffix != "bold" or "desc" not in name.entities:
@@ -171,12 +172,12 @@ def _first(bold: Path, names: Iterable[str]) -> Path | None:
 
 
 def find(path: Path, cohort: CohortSettings, root: Path) -> Found:
-    """The preprocessed runs under a root that a cohort file's space and filters keep.
+    """Find the preprocessed scans under a root that match the space and filters of a cohort file.
 
     Raises
     ------
     ConfigError
-        If there is none, with what there is instead.
+        If there is none. It says what was found instead.
     """
     search = Search()
     subjects, files = _bold_files(search, root)
@@ -197,14 +198,14 @@ def find(path: Path, cohort: CohortSettings, root: Path) -> Found:
         spaces = _labels("space", (name for name in files if name.entities["sub"] in without))
         there = f" (spaces found: {spaces})" if spaces else ""
         notes.append(
-            f"no run in {what} space that the filters keep, for {len(without)} subjects{there}: {listed(without)}"
+            f"no scan in {what} space that matches the filters, for {len(without)} subjects{there}: {listed(without)}"
         )
     items, more = _scans(kept, cohort, root)
     return Found(items, [], [*notes, *more, *search.notes])
 
 
 def _bold_files(search: Search, root: Path) -> tuple[set[str], list[Name]]:
-    """Labels of the subjects that have a folder, and all BOLD images of theirs."""
+    """Labels of the subjects that have a folder, and all their BOLD images."""
     subjects, found = set(), []
     for subject in (folder for folder in search.folders(root) if folder.name.startswith("sub-")):
         subjects.add(subject.name.removeprefix("sub-"))
@@ -215,7 +216,7 @@ def _bold_files(search: Search, root: Path) -> tuple[set[str], list[Name]]:
 
 
 def _not_ignored(root: Path, files: list[Name]) -> tuple[list[Name], list[str]]:
-    """The files that `.bidsignore` does not name."""
+    """Leave out the files that `.bidsignore` names; returns the others and a note."""
     path = root / ".bidsignore"
     if not path.is_file():
         return files, []
@@ -226,7 +227,7 @@ def _not_ignored(root: Path, files: list[Name]) -> tuple[list[Name], list[str]]:
 
 
 def _why_not(name: Name, cohort: CohortSettings, wanted: Mapping[str, Filter]) -> str | None:
-    """The entity by which an image is left out; None if it is kept."""
+    """The entity because of which an image is left out; None if it is kept."""
     if name.entities.get("part") == "phase" and "part" not in wanted:
         return "part"
     in_mni = str(name.entities.get("space", "")).startswith("MNI")
@@ -260,14 +261,14 @@ def _nothing(
     files: list[Name],
     wanted: Mapping[str, Filter],
 ) -> ConfigError:
-    """Why no run is left: the first entity by which all are left out, with the labels there are."""
-    under = f"no run under {printable(root)}"
+    """Why no scan was found: the first entity because of which all are left out, and the labels that exist."""
+    under = f"no scan under {printable(root)}"
     inner = next(iter(sorted(root.glob("derivatives/*/sub-*/"))), None)
-    elsewhere = inner and f"Preprocessed data seem to lie in {printable(inner.parent)}: give that folder as `root`"
+    elsewhere = inner and f"Preprocessed data seem to be in {printable(inner.parent)}: give that folder as `root`"
     if not files:
         space = "*" if cohort.space == "native" else "*_space-MNI*"
         expected = f"files that match sub-*/[ses-*/]func/{space}_desc-{_shown(wanted['desc'])}_bold.nii.gz"
-        hint = "Check root, space and filters" if subjects else "Give the folder that holds the folders sub-*"
+        hint = "Check root, space and filters" if subjects else "Give the folder that contains the folders sub-*"
         return ConfigError(path, "root", under, expected, elsewhere or hint)
     left, asked = files, {"space": "no MNI space" if cohort.space == "native" else "an MNI space"}
     asked |= {entity: _shown(value) for entity, value in wanted.items()}
@@ -280,12 +281,13 @@ def _nothing(
         left = kept
     hint = "Correct `filters`" if entity in cohort.filters else ""
     if entity == "space":
-        hint = elsewhere or "Set `space: native` to convert runs that are in no MNI space"
+        hint = elsewhere or "Set `space: native` to convert scans that are not in an MNI space"
     elif entity == "desc" and "desc" not in cohort.filters:
         raw = all(name.label("desc") is None for name in left)
-        hint = "Name the preprocessed one: `filters: {desc: ...}`"
-        hint = elsewhere or ("These look like raw data: preprocess them first, as with fMRIPrep" if raw else hint)
-    got = f"{under} whose {entity} fits `{'filters' if entity in cohort.filters else 'space'}`"
+        hint = "Choose the preprocessed scans with `filters: {desc: ...}`"
+        raw_hint = "These look like raw data: preprocess them first, for example with fMRIPrep"
+        hint = elsewhere or (raw_hint if raw else hint)
+    got = f"{under} with {entity} as in `{'filters' if entity in cohort.filters else 'space'}`"
     if entity == "desc" and "desc" not in cohort.filters:
         got = f"{under} with desc-preproc"
     return ConfigError(path, "root", f"{got} (found: {_labels(entity, left)})", f"{entity}: {asked[entity]}", hint)
@@ -296,7 +298,7 @@ def _shown(value: Filter) -> str:
 
 
 def _scans(names: list[Name], cohort: CohortSettings, root: Path) -> tuple[list[Item], list[str]]:
-    """A run for each scan: echoes beside their combination are none of their own; alone, they are refused."""
+    """One item for each scan. Echoes are left out if their combination exists; otherwise they are refused."""
     notes = []
     groups: dict[tuple[tuple[str, str], ...], list[Name]] = defaultdict(list)
     for name in names:
@@ -310,16 +312,14 @@ def _scans(names: list[Name], cohort: CohortSettings, root: Path) -> tuple[list[
             group = combined
         elif len({name.entities["echo"] for name in echoes}) > 1 and "echo" not in cohort.filters:
             source = printable(echoes[0].path.relative_to(root).as_posix())
-            got = f"{len(echoes)} echoes of one scan, and no combination of them"
-            hint = "Combine them (fMRIPrep and tedana do), or choose one: `filters: {echo: 2}`"
+            got = f"{len(echoes)} echoes of one scan without a combined image"
+            hint = "Combine them (for example with fMRIPrep or tedana), or choose one: `filters: {echo: 2}`"
             problem = RunRefused(source, "echo", got, "one image per scan", hint)
             items.append(replace(_item(echoes[0]), problem=problem))
             continue
         items += [_item(name) for name in group]
     if dropped:
-        notes.append(
-            f"{dropped} single echoes beside the combined scan are left out (choose one by `filters: {{echo: N}}`)"
-        )
+        notes.append(f"{dropped} single echoes of combined scans are left out (choose one with `filters: {{echo: N}}`)")
     return items, notes
 
 

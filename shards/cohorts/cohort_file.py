@@ -1,7 +1,7 @@
-"""A cohort file, and the runs it finds: BIDS derivatives, or file patterns with named fields.
+"""Cohort files, and the scans they find: BIDS derivatives, or file patterns with named fields.
 
-A cohort file (YAML) says where the runs lie and what is known about them; `find_runs` lists them. Nothing is read but
-names and the participants table.
+A cohort file (YAML) says where the scans are and what is known about them. `find_runs` lists the scans; it reads only
+file names and the participants table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shards.format.session_record import Labels
 
 __all__ = ["FIELDS", "Cohort", "CohortSettings", "RunSource", "find_cohort", "find_runs", "pattern_regex"]
 
-_LISTED = 10  # names in a note
+_LISTED = 10  # number of names in a note
 
 Label = StrictStr | StrictInt
 Filter = Label | tuple[Label, ...] | None
@@ -89,16 +89,17 @@ class CohortSettings(Settings):
 
 @dataclass(frozen=True)
 class Cohort:
-    """What a cohort file finds.
+    """The scans that a cohort file finds.
 
     Attributes
     ----------
     settings : CohortSettings
-    runs : list of RunSource, sorted by key
+    runs : list of RunSource
+        The scans, sorted by key.
     passed_over : list of Path
-        Files that the globs of the pattern reach but its fields do not match.
+        Files that match the globs of the pattern, but not its fields.
     notes : list of str
-        What else a user should know: who has no file in the chosen space, no row in the participants table ...
+        Further information for the user, such as subjects without a file in the chosen space or without labels.
     """
 
     settings: CohortSettings
@@ -108,30 +109,30 @@ class Cohort:
 
 
 def find_runs(path: str | Path) -> list[RunSource]:
-    """The runs of a cohort file, sorted by key; see `find_cohort`."""
+    """The scans of a cohort file, sorted by key; see `find_cohort`."""
     return find_cohort(path).runs
 
 
 def find_cohort(path: str | Path, needed: Collection[str] = ()) -> Cohort:
-    """Everything a cohort file finds. Files that claim the same key become one run with a `problem`.
+    """Find the scans of a cohort file. Several files with the same key become one scan with a `problem`.
 
     Parameters
     ----------
     path : str or Path
     needed : collection of str
-        Columns of the participants table that are taken whatever `labels` says: a split needs them.
+        Columns of the participants table that are kept regardless of `labels`, because a split needs them.
 
     Raises
     ------
     ConfigError
-        If the file or what it names is missing or malformed, or nothing matches.
+        If the file, or a file or folder it names, is missing or invalid, or no scan is found.
     """
     path = Path(path)
     cohort = load(CohortSettings, path)
     _check_consistent(path, cohort)
     root = (path.parent / cohort.root).resolve()
     if not root.is_dir():
-        raise ConfigError(path, "root", f"{root}, which is no folder", "the folder that holds the runs")
+        raise ConfigError(path, "root", f"{root}, which is not a folder", "the folder that contains the scans")
     found = (
         bids.find(path, cohort, root) if cohort.layout == "bids" else patterns.find(path, cohort.pattern or "", root)
     )
@@ -149,8 +150,8 @@ def _source(path: Path, cohort: CohortSettings, root: Path, item: patterns.Item,
     mask, confounds = bids.files_beside(item.bold) if cohort.layout == "bids" else (None, None)
     if cohort.confounds:
         named = patterns.beside(path, "confounds", cohort.confounds, root, names)
-        confounds = named if named.is_symlink() or named.is_file() else None  # some runs have none; dry runs count them
-    # printable: a name that is no UTF-8 is refused by `_problem` and must not stop the others
+        confounds = named if named.is_symlink() or named.is_file() else None  # some scans have none
+    # printable: a name that is not UTF-8 is refused by `_problem`, without stopping the others
     return RunSource(
         cohort=cohort.name,
         **{name: printable(value) for name, value in names.items()},
@@ -170,16 +171,16 @@ def _source(path: Path, cohort: CohortSettings, root: Path, item: patterns.Item,
 
 
 def _problem(item: patterns.Item, root: Path) -> RunRefused | None:
-    """Why a run is refused for its name, or for what else was found beside it."""
+    """Why a scan is refused because of its name or of other files; None if it is not."""
     source = item.bold.relative_to(root).as_posix()
     if printable(source) != source:
-        got, hint = "a name with control characters, or bytes that are no UTF-8", "Rename the file or its folder"
+        got, hint = "a name with control characters or bytes that are not UTF-8", "Rename the file or its folder"
         return RunRefused(printable(source), "name", got, "printable text in UTF-8", hint)
     return item.problem
 
 
 def _only(claims: list[RunSource], cohort: CohortSettings) -> RunSource:
-    """The one run of a key; of several, the first, which is refused and names the others."""
+    """The scan of a key. If several files have the same key, the first is refused, with the names of the others."""
     first = claims[0]
     names = {run.bold.name.lower() for run in claims}
     if (
@@ -192,9 +193,9 @@ def _only(claims: list[RunSource], cohort: CohortSettings) -> RunSource:
         return first
     others = ", ".join(run.source for run in claims[1:4]) + (" ..." if len(claims) > 4 else "")
     if len({run.bold.as_posix().removesuffix(".gz") for run in claims}) == 1:
-        hint = "They are one image, packed and unpacked: delete one of the two"
+        hint = "They are one image, with and without compression: delete one of the two"
     elif cohort.pattern:
-        hint = "Narrow the pattern, or name the field in which they differ"
+        hint = "Narrow the pattern, or add a field for the part in which they differ"
     else:
         hint = "Narrow `filters` (space, res, desc ...)"
     got = f"{first.key} for {len(claims)} files, also {others}"
@@ -204,9 +205,11 @@ def _only(claims: list[RunSource], cohort: CohortSettings) -> RunSource:
 def _check_consistent(path: Path, cohort: CohortSettings) -> None:
     if cohort.layout == "bids":
         if cohort.pattern is not None:
-            raise ConfigError(path, "pattern", cohort.pattern, "none with layout: bids", "Set layout: pattern")
+            hint = "Set layout: pattern, or remove the pattern"
+            raise ConfigError(path, "pattern", cohort.pattern, "none with layout: bids", hint)
         return
     if cohort.pattern is None or "{subject}" not in cohort.pattern:
         raise ConfigError(path, "pattern", cohort.pattern or "nothing", "a pattern with {subject} in it")
     if cohort.filters:
-        raise ConfigError(path, "filters", ", ".join(cohort.filters), "none with layout: pattern", "Narrow the pattern")
+        hint = "Remove the filters, and narrow the pattern"
+        raise ConfigError(path, "filters", ", ".join(cohort.filters), "none with layout: pattern", hint)

@@ -1,4 +1,4 @@
-"""A scan outside of any cohort: files, or images in memory. However it is given, it is the same scan.
+"""Single scans, given as files or as images in memory.
 
 with as_run("sub-01_bold.nii.gz", tr=2.0) as run: ...
 with as_run(nib.load("sub-01_bold.nii.gz"), tr=2.0) as run: ...  # the same file, mask, confounds and sidecar
@@ -36,8 +36,8 @@ Table: TypeAlias = "str | os.PathLike[str] | pd.DataFrame"
 
 _WHERE = "arguments"
 _ENDINGS = (".nii.gz", ".nii", ".img.gz", ".img", ".hdr.gz", ".hdr")
-_AFFINE = 1e-4  # mm: affines that went through 32-bit numbers differ by less
-_ONE_SCAN = "Encode one scan at a time; SlimBrainTransformer takes many"
+_AFFINE = 1e-4  # mm; affines that were stored as 32-bit numbers differ by less
+_ONE_SCAN = "Encode one scan at a time; SlimBrainTransformer accepts many"
 _IMAGE = "a path or a nibabel image"
 
 
@@ -52,36 +52,37 @@ def as_run(
     dummy: int | str = "auto",
     orientation: str | None = None,
 ) -> Iterator[RunSource]:
-    """A scan to convert. What is only in memory lies in temporary files meanwhile.
+    """Context that provides a scan to convert. Images in memory are written to temporary files.
 
-    An image that was loaded from a file and not changed is that file: `nib.load(path)` is `path`. If its header, affine
-    or voxels were changed, they count, and so do mask, confounds and sidecars beside its file (the sidecars not if it
-    was the TR of its header that was changed). An image without a file has none of these.
+    An image that was loaded from a file and not changed is replaced by the file, so `nib.load(path)` is the same as
+    `path`. If its header, affine or voxels were changed, the changed image is used, with the mask, confounds and
+    sidecars next to its file (but not the sidecars if the TR of the header was changed). An image without a file has
+    none of these.
 
     Parameters
     ----------
     image : path, Nifti1Image, or list of them
-        One 4-D BOLD scan. A list holds the 3-D images of one scan, of the same shape and affine, in time order; their
-        TR is not in their headers, so `tr` has to be given, and nothing beside their files is used.
+        One 4-D BOLD scan. A list holds the 3-D images of one scan, of the same shape and affine, in time order. Their
+        headers have no TR, so `tr` must be given, and files next to them are not used.
     mask : path or Nifti1Image, optional
-        Its brain mask; without one that which fMRIPrep wrote beside the file, else it is computed.
+        Brain mask; by default the one that fMRIPrep wrote next to the file, otherwise it is computed.
     confounds : path or DataFrame, optional
-        Its confounds, a row for each frame; without one the table that fMRIPrep wrote beside the file.
+        Confounds, one row for each frame; by default the table that fMRIPrep wrote next to the file.
     space : "MNI" or "native", optional
-        By default what the file says.
+        By default as in the file name or header.
     tr : float, optional
-        Seconds; by default that of the sidecar or header.
+        Repetition time in seconds; by default from the sidecar or header.
     dummy : "auto" or int
-        Volumes to drop at the start; "auto" drops those that are brighter than the rest.
+        Number of volumes to drop at the start; "auto" drops those that are brighter than the rest.
     orientation : str, optional
-        Axis codes, such as "LAS", of an image whose header has none.
+        Axis codes such as "LAS", for an image without orientation in its header.
 
     Raises
     ------
     ArgumentError
-        If an argument is of the wrong type (a TypeError).
+        If an argument has the wrong type (a TypeError).
     ConfigError
-        If an argument has a value that is not accepted (a ValueError).
+        If the value of an argument is not accepted (a ValueError).
     RunRefused
         If an image of a list, or the voxels of an image, cannot be read.
     """
@@ -113,7 +114,7 @@ def as_run(
         )
         try:
             yield run
-        except UserError as error:  # names of temporary files say nothing to a user
+        except UserError as error:  # replace the names of temporary files
             named = [given for given in (scan, brain, table) if given is not None and given.path.is_relative_to(folder)]
             if not named:
                 raise
@@ -126,9 +127,12 @@ class _Given:
 
     Attributes
     ----------
-    path : Path, what is read
-    source : str, how errors name it
-    file : Path or None, the file that it is of, beside which others may lie
+    path : Path
+        The file that is read.
+    source : str
+        Its name in errors.
+    file : Path or None
+        The original file, next to which mask, confounds and sidecar are searched.
     """
 
     path: Path
@@ -137,35 +141,35 @@ class _Given:
 
 
 def file_of(image: Any) -> Path | None:
-    """The file that a path or an image names; None of an image that was made in memory, and of anything else."""
+    """The file of a path or image; None for an image made in memory, and for other objects."""
     if isinstance(image, SpatialImage):
         image = image.get_filename()
     return Path(image).expanduser() if isinstance(image, str | os.PathLike) else None
 
 
 def unchanged(image: SpatialImage) -> Path | None:
-    """The file that an image was loaded from or saved to, if header, affine and voxels are as they are there."""
+    """The file from which an image was loaded or to which it was saved, if the image was not changed since."""
     file = file_of(image)
     try:
         there: Any = None if file is None else nib.load(file)
-    except Exception:  # nibabel raises many types; whoever reads the image tells what is wrong
+    except Exception:  # nibabel raises many types; the error is reported when the image is read
         return None
     if file is None or type(there) is not type(image) or there.shape != image.shape:
         return None
     if not (np.array_equal(there.affine, image.affine, equal_nan=True) and _header(there) == _header(image)):
         return None
-    read_from = getattr(image.dataobj, "file_like", None)  # of voxels that are still on disk
+    read_from = getattr(image.dataobj, "file_like", None)  # set if the voxels are still on disk
     if isinstance(read_from, str | os.PathLike) and Path(read_from).exists() and os.path.samefile(read_from, file):
         return file
     try:
         same = np.array_equal(_voxels(image), _voxels(there), equal_nan=True)
-    except (OSError, EOFError, TypeError, ValueError):  # a damaged file; voxels that are no numbers
+    except (OSError, EOFError, TypeError, ValueError):  # a damaged file, or voxels that are not numbers
         return None
     return file if same else None
 
 
 def check_voxels(image: Any, field: str, source: str) -> None:
-    """Refuse an image with two sets of voxels: nibabel saves those of `dataobj`, nilearn works on the cached ones."""
+    """Refuse an image with two different sets of voxels: nibabel saves `dataobj`, but nilearn uses the cached array."""
     for name in ("_fdata_cache", "_data_cache"):
         cache = getattr(image, name, None)
         if cache is None or cache is image.dataobj:
@@ -178,14 +182,14 @@ def check_voxels(image: Any, field: str, source: str) -> None:
             raise ConfigError(
                 source,
                 field,
-                "voxels of get_fdata() that were changed in place, and others in dataobj",
-                "one set of voxels",
+                "voxels of get_fdata() that were changed in place, so that dataobj differs",
+                "equal voxels in both",
                 "Make a new image: nib.Nifti1Image(image.get_fdata(), image.affine, image.header)",
             )
 
 
 def _header(image: Any) -> Any:
-    """What a header says of its image, without where and how the voxels are stored."""
+    """A header without the fields that describe how the voxels are stored."""
     header = image.header.copy()
     if isinstance(header, nib.Nifti1Header):
         for field in ("vox_offset", "magic", "scl_slope", "scl_inter", "datatype", "bitpix"):
@@ -194,7 +198,7 @@ def _header(image: Any) -> Any:
 
 
 def _voxels(image: Any) -> np.ndarray:
-    """Values of an image, in 32-bit floats, which is what a run is read as."""
+    """Values of an image as 32-bit floats, the precision in which scans are read."""
     values = np.asanyarray(image.dataobj)
     if values.dtype.kind in "biuf":
         with np.errstate(over="ignore"):
@@ -203,7 +207,7 @@ def _voxels(image: Any) -> np.ndarray:
 
 
 def _take(image: Any, field: str, folder: Path, accepted: str) -> _Given:
-    """An image as a file: its own, or a temporary one that is called like it."""
+    """An image as a file: its own file, or a temporary one with the same name."""
     if isinstance(image, str | os.PathLike):
         if not os.fspath(image):
             raise ConfigError(_WHERE, field, "an empty text", accepted)
@@ -216,22 +220,22 @@ def _take(image: Any, field: str, folder: Path, accepted: str) -> _Given:
     if (same := unchanged(image)) is not None:
         return _Given(same, source, same)
     if not isinstance(image, nib.Nifti1Pair):
-        hint = "Make a NIfTI image of it: nib.Nifti1Image(image.dataobj, image.affine)"
+        hint = "Convert it to NIfTI: nib.Nifti1Image(image.dataobj, image.affine)"
         raise ArgumentError(_WHERE, field, type(image).__name__, "a Nifti1Image", hint)
     if file is None:
         return _Given(_write(image, folder / field / f"{field}.nii", source), source)
     top = top_folder(file)
-    below = file.relative_to(top).with_name(f"{_stem(file)}.nii")  # names say what a scan is: space-MNI, for one
+    below = file.relative_to(top).with_name(f"{_stem(file)}.nii")  # names hold information such as the space
     path = _write(image, folder / field / below, source)
     if field == "image" and not _other_tr(image, file):
-        for sidecar in sidecars(file):  # at the same places, where they are found again
+        for sidecar in sidecars(file):  # to the same relative paths, where they will be searched
             if sidecar.is_file() or sidecar.is_symlink():
                 (folder / field / sidecar.relative_to(top)).symlink_to(sidecar.absolute())
     return _Given(path, f"{source} (changed in memory)", file)
 
 
 def _other_tr(image: Any, file: Path) -> bool:
-    """Whether the TR in the header of an image is another one than in its file."""
+    """Whether the TR in the header of an image differs from its file."""
 
     def tr(header: Any) -> tuple[Any, ...]:
         return (*header.get_zooms()[3:], header.get_xyzt_units()[1])
@@ -239,12 +243,12 @@ def _other_tr(image: Any, file: Path) -> bool:
     try:
         there: Any = nib.load(file)
         return tr(there.header) != tr(image.header)
-    except Exception:  # the file is gone, or has units that NIfTI does not know
+    except Exception:  # the file was removed, or has invalid units
         return False
 
 
 def _join(images: Sequence[Any], tr: float | None, folder: Path) -> _Given:
-    """The 3-D images of one scan as one file."""
+    """Join the 3-D images of one scan to one file."""
     if not images:
         raise ConfigError(_WHERE, "image", "an empty list", f"{_IMAGE}, or the 3-D images of one scan")
     loaded: list[Any] = []
@@ -262,14 +266,14 @@ def _join(images: Sequence[Any], tr: float | None, folder: Path) -> _Given:
             raise _wrong_type(place, item, _IMAGE)
         _check_frame(loaded[-1], names[-1], loaded[0], names[0])
     if tr is None:
-        expected = "seconds between the images: headers of 3-D images do not say it"
+        expected = "the repetition time in seconds, which headers of 3-D images do not have"
         raise ConfigError(_WHERE, "tr", "none for a list of 3-D images", expected, "Give tr=, such as tr=2.0")
     first = loaded[0]
     values = np.empty((*first.shape[:3], len(loaded)), np.float32, order="F")
     for number, (item, name) in enumerate(zip(loaded, names, strict=True)):
         try:
             values[..., number] = _voxels(item).reshape(first.shape[:3])
-        except Exception as error:  # gzip, zlib and nibabel raise many types for damaged files; colours are no numbers
+        except Exception as error:  # gzip, zlib and nibabel raise many types for damaged files and colour images
             raise _unreadable(name, error) from None
     joined = _kind(first)(values, first.affine, first.header, dtype=np.float32)
     source = f"{len(loaded)} images, the first {file_of(first) or 'in memory'}"
@@ -277,20 +281,20 @@ def _join(images: Sequence[Any], tr: float | None, folder: Path) -> _Given:
 
 
 def _check_frame(image: Any, name: str, first: Any, first_name: str) -> None:
-    """Refuse an image that is no frame of the scan that `first` is of."""
+    """Check that an image can be a frame of the same scan as `first`."""
     if len(image.shape) < 3 or any(size != 1 for size in image.shape[3:]):
         got = f"{len(image.shape)}-D, {'x'.join(map(str, image.shape))}"
-        raise ConfigError(name, "shape", got, "3-D: a list holds the 3-D images of one scan", _ONE_SCAN)
+        raise ConfigError(name, "shape", got, "3-D: a list must hold the 3-D images of one scan", _ONE_SCAN)
     if image.shape[:3] != first.shape[:3]:
         got, expected = ("x".join(map(str, size[:3])) for size in (image.shape, first.shape))
         raise ConfigError(name, "shape", got, f"{expected}, as {first_name}", "Give the images of one scan")
     if not np.allclose(affine_mm(image), affine_mm(first), rtol=0, atol=_AFFINE):
-        hint = "Bring them to one grid first, such as by nilearn.image.resample_to_img"
-        raise ConfigError(name, "affine", "another position or voxel size", f"that of {first_name}", hint)
+        hint = "Resample them to one grid first, for example with nilearn.image.resample_to_img"
+        raise ConfigError(name, "affine", "another position or voxel size", f"the affine of {first_name}", hint)
 
 
 def _kind(image: Any) -> type[nib.Nifti1Image]:
-    """NIfTI-2 stays NIfTI-2; a pair of files becomes one."""
+    """The type of the written image: NIfTI-2 stays NIfTI-2; a pair of files becomes one file."""
     return type(image) if isinstance(image, nib.Nifti1Image) else nib.Nifti1Image
 
 
@@ -312,19 +316,19 @@ def _table(confounds: Any, folder: Path) -> _Given:
     import pandas as pd
 
     if not isinstance(confounds, pd.DataFrame):
-        raise _wrong_type("confounds", confounds, "a path of a table (.tsv), or a pandas DataFrame")
+        raise _wrong_type("confounds", confounds, "the path of a table (.tsv), or a pandas DataFrame")
     path = folder / "confounds.tsv"
     confounds.to_csv(path, sep="\t", na_rep="n/a", index=False)
     return _Given(path, "the DataFrame of confounds")
 
 
 def check_names(given: Iterable[str]) -> None:
-    """Refuse a name that is no argument of `as_run`.
+    """Check that all names are arguments of `as_run`.
 
     Raises
     ------
     ArgumentError
-        If there is one.
+        If one is not.
     """
     known = ("image", "mask", "confounds", "space", "tr", "dummy", "orientation")
     for name in given:
@@ -336,7 +340,7 @@ def check_names(given: Iterable[str]) -> None:
 
 
 def _check_stated(space: Any, tr: Any, dummy: Any, orientation: Any) -> CohortSettings:
-    """What the caller says of the scan, checked."""
+    """Check the arguments that describe the scan."""
     if tr is not None and not _is(tr, Real):
         raise _wrong_type("tr", tr, "a number of seconds, such as 2.0")
     if not (dummy == "auto" if isinstance(dummy, str) else _is(dummy, Integral)):
@@ -360,7 +364,7 @@ def _check_stated(space: Any, tr: Any, dummy: Any, orientation: Any) -> CohortSe
         if error.field == "space":
             hint = f"Did you mean {'MNI' if str(space).lower().startswith('mni') else 'native'}?"
         elif error.field == "tr":
-            hint = "It is in seconds"
+            hint = "Give it in seconds"
         raise ConfigError(error.where, error.field, error.got, error.expected, hint) from None
 
 
@@ -373,7 +377,7 @@ def _wrong_type(field: str, value: Any, accepted: str) -> ArgumentError:
     if isinstance(value, np.ndarray):
         got = f"ndarray of {value.dtype} and shape {value.shape}"
         if "image" in accepted:
-            hint = "Make an image of it: nib.Nifti1Image(array, affine)"
+            hint = "Make an image from it: nib.Nifti1Image(array, affine)"
     elif value is None:
         got = "None"
     elif isinstance(value, str | Real):
@@ -388,7 +392,7 @@ def _unreadable(source: str, error: Exception) -> RunRefused:
 
 
 def _renamed(error: UserError, names: dict[str, str]) -> UserError:
-    """The same error with what a user gave in place of temporary files."""
+    """Replace the names of temporary files in an error by what the user gave."""
     parts = [error.where, error.field, str(error.got), str(error.expected), error.hint]
     for path, name in names.items():
         parts = [part.replace(path, name) for part in parts]

@@ -1,7 +1,8 @@
 """Labels of subjects and sessions, from the participants table of a cohort.
 
-A subject is looked up by name. One that lost or gained zeros (0050002, 50002, 50002.0 in a spreadsheet) is looked up by
-its number, if no other subject of table or scans has that number. Whoever is not found has no labels, and is listed.
+A subject is looked up by name. If spreadsheet software removed or added zeros (0050002, 50002, 50002.0), it is looked
+up by number, provided that no other subject in the table or the scans has that number. Subjects that are not found have
+no labels, and are listed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 SUBJECT_COLUMNS = ("participant_id", "subject", "Subject", "SUB_ID", "subject_id")
 SESSION_COLUMNS = ("session_id", "session", "ses")
-# Names of columns, without case and marks, that tell who somebody is: direct identifiers of HIPAA's safe harbor rule.
+# Names of columns, in lower case without punctuation, that identify persons (HIPAA safe harbor identifiers).
 _PRIVATE = re.compile(
     r"(first|last|sur|fore|full|given|family|maiden|middle|patient|subject|participant)?names?|initials"
     r"|.*(birthdate|birthday|birthplace|dateofbirth)|dob|(home|street|postal|mailing)?address(line)?\d*|street"
@@ -43,14 +44,15 @@ class Participants:
     cohort : CohortSettings
     root : Path
     scanned : iterable of (subject, session)
-        Who was scanned: a number decides only where it is one subject's.
+        The subjects and sessions that were scanned. A subject is found by number only if the number is unique.
     needed : collection of str
-        Columns that are taken whatever `labels` of the cohort file says.
+        Columns that are kept regardless of `labels` in the cohort file.
 
     Raises
     ------
     ConfigError
-        If the table is missing, unreadable, names no subjects, or has different rows for one subject (and session).
+        If the table is missing or unreadable, has no column of subjects, or has different rows for one subject (and
+        session).
     """
 
     def __init__(
@@ -61,9 +63,9 @@ class Participants:
         scanned: Iterable[tuple[str, str]],
         needed: Collection[str] = (),
     ):
-        self._rows: dict[str, dict[str, Labels]] = defaultdict(dict)  # by subject, by session
+        self._rows: dict[str, dict[str, Labels]] = defaultdict(dict)  # rows by subject, then by session
         self._scanned = sorted(set(scanned))
-        self._sessions: dict[str, set[str]] = defaultdict(set)  # that were scanned, by subject
+        self._sessions: dict[str, set[str]] = defaultdict(set)  # scanned sessions, by subject
         for subject, session in self._scanned:
             self._sessions[subject].add(session)
         self._table: tables.Table | None = None
@@ -73,9 +75,9 @@ class Participants:
         places = (path.parent / cohort.participants, root / cohort.participants)
         table_path = next((place for place in places if place.is_file() or place.is_symlink()), None)
         if table_path is None:
-            got = f"{cohort.participants}, which is no file"
-            raise ConfigError(path, "participants", got, "a table beside this file or under root")
-        self._table = table = tables.read(table_path, "columns parted by tabs or commas")
+            got = f"{cohort.participants}, which is not a file"
+            raise ConfigError(path, "participants", got, "a table in the folder of this file or under root")
+        self._table = table = tables.read(table_path, "a table separated by tabs or commas")
         column = _subject_column(table, path, cohort)
         sessions = next((name for name in SESSION_COLUMNS if name in table and name != column), None)
         columns = [name for name in table.columns if name and name != column]
@@ -85,7 +87,8 @@ class Participants:
         for row, text in enumerate(table.texts(column)):
             if text is None:
                 got = f"no subject in line {table.lines[row]}"
-                raise ConfigError(table_path, column, got, "a subject in every line", "Complete the table")
+                hint = "Add the missing subject, or remove the line"
+                raise ConfigError(table_path, column, got, "a subject in every line", hint)
             subject = text.removeprefix("sub-")
             session = (session_of[row] or "").removeprefix("ses-")
             labels = {name: values[name][row] for name in names}
@@ -97,7 +100,7 @@ class Participants:
         self._named = _matched(subjects, self._rows)
 
     def _chosen(self, columns: list[str], wanted: tuple[str, ...] | None, needed: Collection[str]) -> list[str]:
-        """The columns that become labels."""
+        """The columns that are kept as labels."""
         assert self._table is not None
         if wanted is None:
             self._private = [name for name in columns if _is_private(name) and name not in needed]
@@ -112,14 +115,15 @@ class Participants:
     def labels(self, subject: str, session: str) -> Labels:
         """The row of a subject's session; empty where there is none.
 
-        Where the table has no sessions, or only one row for a subject whose scan names none, it is the subject's row.
+        If the table has no sessions, or has one row for a subject and the scan has no session, the subject's row is
+        used.
         """
         rows = self._row_of(subject)
         name = self._session_of(subject, session)
         return rows[name] if name is not None else {}
 
     def notes(self) -> list[str]:
-        """Who was scanned and has no row, who was found by number, who has a row and was not scanned."""
+        """Notes on subjects without a row, subjects found by number, and rows without a scan."""
         if self._table is None:
             return []
         name = self._table.path.name
@@ -133,18 +137,18 @@ class Participants:
         unused = sorted(self._rows.keys() - {found for found in self._named.values() if found is not None})
         found = []
         if self._private:
-            hint = "name them in `labels` if they are meant to be in the dataset"
-            found.append(f"columns of {name} that look personal are left out: {listed(self._private)}; {hint}")
+            what = f"{listed(self._private)}; list them in `labels` to keep them"
+            found.append(f"columns of {name} that look like personal data are left out: {what}")
         if without:
             found.append(f"no row in {name}, so no labels, for {len(without)} subjects: {listed(without)}")
         if no_session:
             found.append(
-                f"no row in {name} for the session, so no labels, of {len(no_session)} scans: {listed(no_session)}"
+                f"no row in {name} for the session, so no labels, for {len(no_session)} scans: {listed(no_session)}"
             )
         if by_number:
-            found.append(f"found in {name} by their number, as no name is equal: {listed(by_number)}")
+            found.append(f"found in {name} by number, because no name is equal: {listed(by_number)}")
         if unused:
-            found.append(f"rows of {name} that no scan was found for: {len(unused)} subjects ({listed(unused)})")
+            found.append(f"rows of {name} without a scan: {len(unused)} subjects ({listed(unused)})")
         return found
 
     def _subjects(self) -> list[str]:
@@ -155,11 +159,11 @@ class Participants:
         return self._rows[found] if found is not None else {}
 
     def _session_of(self, subject: str, session: str) -> str | None:
-        """Which row of a subject is a session's."""
+        """The session in the table that a session of the scans belongs to."""
         rows = self._row_of(subject)
         if session in rows:
             return session
-        if list(rows) == [""]:  # the table knows no sessions, or not of this subject
+        if list(rows) == [""]:  # the table has no sessions, at least not for this subject
             return ""
         if not session:
             return next(iter(rows)) if len(rows) == 1 else None
@@ -167,12 +171,12 @@ class Participants:
 
 
 def _is_private(column: str) -> bool:
-    """Whether the name of a column says that it tells who somebody is."""
+    """Whether a column identifies persons, judged from its name."""
     return _PRIVATE.fullmatch(re.sub(r"[\W_]", "", column).lower()) is not None
 
 
 def _matched(names: set[str], rows: Mapping[str, Any]) -> dict[str, str | None]:
-    """The row of each name: its own, or the one of the same number where nobody else has that number."""
+    """The row of each name: the row with this name, or with the same number if the number is unique."""
     same = Counter(map(_number, names))
     rows_of: dict[int | None, list[str]] = defaultdict(list)
     for row in rows:
@@ -195,6 +199,6 @@ def _subject_column(table: tables.Table, path: Path, cohort: CohortSettings) -> 
     column = next((name for name in wanted if name in table), None)
     if column is None:
         got = f"columns {', '.join(map(printable, table.columns[:20]))}"
-        hint = f"Name the column of the subjects as `subject_column` in {path.name}"
+        hint = f"Set `subject_column` in {path.name} to the column with the subjects"
         raise ConfigError(table.path, "header", got, f"a column {cohort.subject_column or 'participant_id'}", hint)
     return column

@@ -1,8 +1,8 @@
-"""Files by a pattern with named fields: `sub-{subject}/*_run-{run}_bold.nii.gz`.
+"""Find files with a pattern that has named fields: `sub-{subject}/*_run-{run}_bold.nii.gz`.
 
-`{name}` is a field, `*` and `?` are globs within a name, `**` is any number of folders. Everything else is text, square
-brackets too. Links are followed; a link to a folder that it lies in is not. Hidden files and unfinished downloads
-are left out.
+`{name}` is a field, `*` and `?` match parts of a name, and `**` matches any number of folders. All other characters,
+including square brackets, are literal. Links are followed, except circular ones. Hidden files and unfinished downloads
+are ignored.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from shards.core.files import is_partial, printable
 
 FIELDS = ("subject", "session", "task", "run")
 _TOKEN = re.compile(r"\{(\w+)\}|\*\*/?|\*|\?")
-_LISTED = 10  # names in a note
+_LISTED = 10  # number of names in a note
 
 
 @dataclass(frozen=True)
 class Item:
-    """A run that was found: its names, its file, and why it is refused if that is known already."""
+    """A scan that was found: its names, its file, and why it is refused, if that is known already."""
 
     subject: str
     bold: Path
@@ -35,13 +35,13 @@ class Item:
     problem: RunRefused | None = None
 
     def names(self) -> dict[str, str]:
-        """What fills the fields of a pattern."""
+        """Values for the fields of a pattern."""
         return {name: getattr(self, name) for name in FIELDS}
 
 
 @dataclass
 class Found:
-    """What a search found: runs, files that only the globs of a pattern reach, and what else to tell."""
+    """The result of a search: scans, files that match only the globs of a pattern, and notes."""
 
     items: list[Item]
     passed_over: list[Path] = field(default_factory=list)
@@ -49,19 +49,19 @@ class Found:
 
 
 def listed(names: list[str]) -> str:
-    """The first of many names, and how many more there are."""
+    """The first of many names, and the number of further ones."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(printable(name) for name in names[:_LISTED]) + more
 
 
 def pattern_regex(pattern: str) -> re.Pattern[str]:
-    """A file pattern as a regular expression over relative paths.
+    """Convert a file pattern to a regular expression for relative paths.
 
-    `{name}` inside a file or folder name matches letters, digits and hyphens; where it is a whole folder name it
-    matches anything. A field that occurs again must match the same text. `*`, `?` and `**` are globs.
+    `{name}` as a part of a name matches any characters except `_`, `.` and `/`; as a whole folder name it matches any
+    name. A repeated field must match the same text. `*`, `?` and `**` are globs.
     """
     out, seen, at = "", set(), 0
-    star = -1  # where the last `*` stands in `out`, if only text came after it
+    star = -1  # position of the last `*` in `out`, if only text follows it
     for token in _TOKEN.finditer(pattern):
         out += re.escape(pattern[at : token.start()])
         at = token.end()
@@ -72,7 +72,7 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
             out += f"(?P={name})" if name in seen else f"(?P<{name}>{'[^/]+' if whole else '[^/_.]+'})"
             seen.add(name)
         elif token.group() == "*":
-            if star >= 0:  # text between two `*`: its first place will do, so no other is tried
+            if star >= 0:  # for text between two `*`, only its first match is tried
                 out = f"{out[:star]}(?>[^/]*?{out[star + len('[^/]*') :]})"
             star = len(out)
             out += "[^/]*"
@@ -86,14 +86,14 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
 
 
 def glob_regex(text: str) -> re.Pattern[str]:
-    """`*` and `?` as globs, all else as text; for `fullmatch`."""
+    """Convert a text with the globs `*` and `?` to a regular expression for `fullmatch`."""
     return _glob((piece, piece) for piece in re.split(r"([*?])", text))
 
 
 def _glob(pieces: Iterable[tuple[str, str]]) -> re.Pattern[str]:
-    """Pieces of a glob, each with what it stands for: `*`, `?`, or text.
+    """Build a regular expression from the pieces of a glob: `*`, `?` or text.
 
-    Of text between two `*` the first place will do, so no other is tried: many `*` cost no more than one.
+    For text between two `*`, only its first match is tried, so many `*` cost no more than one.
     """
     parts = [""]
     for piece, text in pieces:
@@ -107,19 +107,19 @@ def _glob(pieces: Iterable[tuple[str, str]]) -> re.Pattern[str]:
 
 
 def find(path: Path, pattern: str, root: Path) -> Found:
-    """The runs that a cohort file's pattern finds.
+    """Find the scans that match the pattern of a cohort file.
 
     Raises
     ------
     ConfigError
-        If the pattern has other fields than `FIELDS`, is no relative path, or finds nothing.
+        If the pattern has other fields than `FIELDS`, is not a relative path, or matches nothing.
     """
     unknown = set(re.findall(r"\{(\w+)\}", pattern)) - set(FIELDS)
     if unknown:
         raise ConfigError(path, "pattern", f"{{{sorted(unknown)[0]}}}", f"only {{{'}, {'.join(FIELDS)}}}")
     parts = pattern.split("/")
     if not parts[0] or any(part == ".." or ("**" in part and part != "**") for part in parts):
-        expected = "a path relative to root, without .., with ** as a whole folder name only"
+        expected = "a path relative to root, without .., and with ** only as a whole folder name"
         raise ConfigError(path, "pattern", pattern, expected)
     regex, found, partial = pattern_regex(pattern), Found([]), []
     search = Search()
@@ -127,7 +127,7 @@ def find(path: Path, pattern: str, root: Path) -> Found:
         match = regex.match(bold.relative_to(root).as_posix())
         if is_partial(bold.name):
             partial.append(bold.name)
-        elif match:  # a link to nothing as well (datalad): its run is refused by name
+        elif match:  # also a broken link (datalad), so that its scan is refused by name
             found.items.append(_item(bold, match.groupdict()))
         else:
             found.passed_over.append(bold)
@@ -135,8 +135,8 @@ def find(path: Path, pattern: str, root: Path) -> Found:
         hint = "Check root and pattern"
         if found.passed_over:
             name = printable(found.passed_over[0].name)
-            hint += f"; {name} is reached by its globs, but a field matches no _, . or /"
-        raise ConfigError(path, "root", f"no run under {printable(root)}", f"files that match {pattern}", hint)
+            hint += f"; {name} matches its globs, but a field cannot match _, . or /"
+        raise ConfigError(path, "root", f"no scan under {printable(root)}", f"files that match {pattern}", hint)
     if partial:
         found.notes.append(f"unfinished downloads are left out: {listed(partial)}")
     found.notes += search.notes
@@ -149,10 +149,10 @@ def _item(bold: Path, names: Mapping[str, str]) -> Item:
 
 
 def beside(path: Path, key: str, pattern: str, root: Path, names: Mapping[str, str]) -> Path:
-    """The file of a run that a pattern of the cohort file names, below the root or beside the cohort file.
+    """The file of a scan for a pattern in the cohort file, such as its mask, under root or next to the cohort file.
 
-    Fields are filled with the run's names, as text. A file that is promised but not there is returned as the path that
-    was expected, so that the run is refused by name and the rest of the cohort goes on.
+    Fields are replaced by the names of the scan. If the file does not exist, the expected path is returned, so that
+    only this scan is refused.
 
     Raises
     ------
@@ -171,12 +171,12 @@ def beside(path: Path, key: str, pattern: str, root: Path, names: Mapping[str, s
     if not matches and os.path.lexists(path.parent / relative):
         return path.parent / relative
     if len(matches) > 1:
-        raise ConfigError(path, key, f"{len(matches)} files for {printable(relative)}", "one file per run")
+        raise ConfigError(path, key, f"{len(matches)} files for {printable(relative)}", "one file per scan")
     return matches[0] if matches else literal
 
 
 class Search:
-    """A search through folders that follows links, and tells which folders could not be read.
+    """A search through folders that follows links, and notes folders that cannot be read.
 
     Attributes
     ----------
@@ -188,15 +188,15 @@ class Search:
         self._seen: set[tuple[str, int]] = set()
 
     def files(self, folder: Path, pattern: str, names: Mapping[str, str] | None = None) -> Iterator[Path]:
-        """Files (links to nothing among them) below a folder that match a pattern, in the order of their names.
+        """Files (including broken links) below a folder that match a pattern, sorted by name.
 
         Parameters
         ----------
         folder : Path
         pattern : str
-            A path relative to it, with globs.
+            A path relative to the folder, with globs.
         names : mapping of field to text, optional
-            Fills the fields of the pattern.
+            Values for the fields of the pattern.
         """
         words = [part for part in pattern.split("/") if part not in ("", ".")]
         words = [word for word, after in itertools.pairwise([*words, ""]) if (word, after) != ("**", "**")]
@@ -208,7 +208,7 @@ class Search:
 
     def _match(self, folder: Path, parts: list[_Part], above: tuple[str, ...]) -> Iterator[Path]:
         state = str(folder), len(parts)
-        if state in self._seen:  # several `**` reach a folder on several ways
+        if state in self._seen:  # several `**` can match a folder in several ways
             return
         self._seen.add(state)
         part, rest = parts[0], parts[1:]
@@ -216,7 +216,7 @@ class Search:
             yield from self._match(folder, rest, above) if rest else self._files(folder)
             for inner in self.folders(folder):
                 real = os.path.realpath(inner)
-                if real not in above:  # else a link to a folder that it lies in
+                if real not in above:  # otherwise a circular link
                     yield from self._match(inner, parts, (*above, real))
         elif part.literal is not None:
             inner = folder / part.literal
@@ -232,7 +232,7 @@ class Search:
             yield from (file for file in self._files(folder) if part.matches(file.name))
 
     def folders(self, folder: Path) -> list[Path]:
-        """Folders in a folder, and links to some, without hidden ones."""
+        """Folders, and links to folders, in a folder, without hidden ones."""
         return [Path(entry.path) for entry in self._entries(folder) if _is_folder(entry) and entry.name[0] != "."]
 
     def _files(self, folder: Path) -> list[Path]:
@@ -243,7 +243,7 @@ class Search:
             with os.scandir(folder) as entries:
                 return sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            note = f"a folder cannot be read: {printable(folder)} ({error.strerror})"
+            note = f"cannot read the folder {printable(folder)} ({error.strerror})"
             self.notes += [note] if note not in self.notes else []
             return []
 
@@ -251,12 +251,12 @@ class Search:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # for example a link to itself
         return False
 
 
 class _Part:
-    """A name in a pattern: text, a glob, or any number of folders."""
+    """A part of a pattern between `/`: text, a glob, or any number of folders."""
 
     def __init__(self, text: str, names: Mapping[str, str]):
         self.any_depth = text == "**"

@@ -1,4 +1,4 @@
-"""One scan of a cohort: where its files are, and what is known of it."""
+"""One scan of a cohort: its files, and what is known about it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.format.session_record import Labels
 
 @dataclass(frozen=True)
 class RunSource:
-    """One BOLD run as it lies on disk, before anything of it is read."""
+    """One BOLD scan on disk, before it is read."""
 
     cohort: str
     subject: str
@@ -23,21 +23,21 @@ class RunSource:
     run: str
     bold: Path
     source: str  # `bold` relative to the cohort's root
-    space: str | None  # None: not stated
-    variant: str = ""  # what else tells runs apart in BIDS, such as acq-mb3_dir-AP
-    people: str = ""  # whose subjects they are; the cohort's own where empty
+    space: str | None  # None: unknown
+    variant: str = ""  # further BIDS entities that distinguish scans, such as acq-mb3_dir-AP
+    people: str = ""  # name of the population, shared by cohorts with the same subjects; empty: that of the cohort
     mask: Path | None = None
     confounds: Path | None = None
     orientation: str | None = None
     tr: float | None = None  # seconds, overrides the header
     dummy: Literal["auto"] | int = "auto"
     labels: Labels = field(default_factory=dict)
-    stated: str = "in the cohort file"  # where what is said of the run is written, for hints
-    problem: RunRefused | None = None  # why it cannot be converted, where its name alone tells
+    stated: str = "in the cohort file"  # where the facts about the scan are given, for hints
+    problem: RunRefused | None = None  # why it cannot be converted, if known from the name
 
     @property
     def key(self) -> str:
-        """The sample's key: unique in a dataset, free of dots and slashes (WebDataset splits names there)."""
+        """Key of the sample: unique in a dataset, without dots and slashes, at which WebDataset splits names."""
         named = (("ses", self.session), ("task", self.task), ("", self.variant), ("run", self.run))
         parts = [self.cohort, f"sub-{self.subject}"]
         parts += [f"{short}-{value}" if short else value for short, value in named if value]
@@ -49,13 +49,13 @@ class RunSource:
 
     @property
     def says_mni(self) -> bool:
-        """Whether the cohort file, or the name of the file as BIDS has it, says that the run is in MNI space."""
+        """Whether the scan is in MNI space according to the cohort file or the BIDS name of the file."""
         return self.space == "MNI" or re.search(r"(^|_)space-MNI", self.bold.name) is not None
 
     @property
     def person(self) -> tuple[str, str]:
-        """Who was scanned: equal for the same subject of cohorts that share people."""
+        """The subject: equal for the same subject in cohorts with the same `people`."""
         return self.people or self.cohort, self.subject
 
 
-LONGEST_KEY = 180  # characters: names of files made of a key stay below 255 bytes
+LONGEST_KEY = 180  # characters; file names made from a key stay below 255 bytes

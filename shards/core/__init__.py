@@ -1,1 +1,1 @@
-"""Errors, settings, files and the command line: what every other package stands on."""
+"""Errors, settings, files and the command line, which all other packages use."""

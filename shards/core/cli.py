@@ -1,7 +1,7 @@
-"""What every command shares: exit statuses, one-line errors, progress with a rate and time left, a closing summary.
+"""The parts that all commands share: exit statuses, one-line errors, progress with rate and time left, a summary.
 
-Exit statuses: 0 done; 1 finished, but some inputs were refused; 2 the call or configuration is wrong; 3 stopped, and a
-second run goes on from there; 70 a fault of this software, told in one line with the file that has the traceback.
+Exit statuses: 0 done; 1 finished, but some inputs were refused; 2 the call or configuration is wrong; 3 stopped, and
+the same command continues; 70 a fault of this software, reported in one line that names the file with the traceback.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from shards.core.passwords import hidden
 
 DONE, REFUSED, WRONG, RESUME = 0, 1, 2, 3
 CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
-_LONGEST = 500  # characters of the message of an exception
+_LONGEST = 500  # largest number of characters of an exception's message
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_AWAY = (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)  # of network file systems
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # long work saves and ends
+_AWAY = (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)  # network file systems
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # long work saves and ends on these
 
 
 def call_of(command: str, *words: object) -> str:
-    """A call of a command, written as the user called the one that runs.
+    """The command line of another command, in the style in which the running command was called.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def call_of(command: str, *words: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with an example at the end of `--help`, errors of one line, and the `--json` every command has.
+    """argparse with an example at the end of `--help`, one-line errors, and the option `--json` of all commands.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         Such as "make-shards" or "slurm pretrain".
     description : str
     example : str
-        Arguments of a call, as they are typed.
+        Arguments of an example call.
     """
 
     def __init__(self, command: str, description: str, example: str):
@@ -80,12 +80,12 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.add_argument("--json", action="store_true", help="print the summary as one JSON object, as the last line")
+        self.add_argument("--json", action="store_true", help="print the summary as a JSON object on the last line")
 
     def parse_args(  # type: ignore[override]
         self, args: Any = None, namespace: Any = None
     ) -> argparse.Namespace:
-        """Options and positional arguments may come in any order."""
+        """Parse arguments; options and positional arguments may be in any order."""
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -103,13 +103,13 @@ def run(main: Callable[[], int]) -> None:
 
 
 def _in_utf8() -> None:
-    """Start this command again in Python's UTF-8 mode where the locale is another one, such as ASCII.
+    """Restart this command in Python's UTF-8 mode if the locale has another encoding, such as ASCII.
 
-    Names of files and arguments keep their bytes; files of text, and what other programs print, are UTF-8.
+    The bytes of file names and arguments stay the same. Text files and the output of other programs are read as UTF-8.
     """
     if sys.flags.utf8_mode or sys.getfilesystemencoding().lower() in ("utf-8", "utf8"):
         return
-    os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
+    os.environ["PYTHONUTF8"] = "1"  # for child processes
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
@@ -132,7 +132,7 @@ def show_log() -> None:
 
 
 class _Lasting:
-    """A stream that drops what nobody reads any more: the work goes on when `| head` or the terminal has gone."""
+    """A stream that discards output when its reader has gone (`| head`, a closed terminal), so the work continues."""
 
     def __init__(self, stream: io.TextIOWrapper):
         self._stream = stream
@@ -163,16 +163,16 @@ class _Lasting:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Have prints succeed where stdout or stderr is closed, its reader gone, or its encoding lacks a character."""
+    """Context in which printing succeeds if stdout or stderr is closed, has no reader, or lacks a character."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file that is opened would be taken for this stream
+        except OSError:  # closed: the next opened file would get the number of this stream
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     former = sys.stdout, sys.stderr
     for name, stream in zip(("stdout", "stderr"), former, strict=True):
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, _Lasting(stream))
@@ -180,24 +180,24 @@ def lasting_output() -> Iterator[None]:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # told by `status_of`
+            with suppress(OSError):  # `status_of` reports it
                 stream.flush()
         if None not in former:
             sys.stdout, sys.stderr = former
 
 
 def status_of(main: Callable[[], int]) -> int:
-    """The exit status of a command. What stopped it is one line: only 1 is given by the command alone.
+    """Run a command, print an error in one line, and return the exit status.
 
-    A `UserError`, an extra that is not installed, and a file that may not be read or written are status 2; an interrupt
-    and a full file system are status 3; any other exception is `CRASHED`. SystemExit passes.
+    A `UserError`, a missing extra, and a file without permission give status 2; an interrupt and a full file system
+    give status 3; any other exception gives `CRASHED`. The command itself returns status 0 or 1. SystemExit passes.
     """
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is printed with escapes
+    for stream in (sys.stdout, sys.stderr):  # characters that the encoding lacks are printed as escapes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
-        if sys.stdout is not None:  # it was closed by whoever started the command
+        if sys.stdout is not None:  # None if it was closed before the start
             sys.stdout.flush()
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
@@ -206,9 +206,9 @@ def status_of(main: Callable[[], int]) -> int:
         print(f"stopped: {printable(str(stop))}", file=sys.stderr)
         status = RESUME
     except KeyboardInterrupt:
-        print("stopped; call the same command again", file=sys.stderr)
+        print("stopped; give the same command again to continue", file=sys.stderr)
         status = RESUME
-    except BrokenPipeError:  # `command | head`: nobody reads on, which is not an error
+    except BrokenPipeError:  # the reader has gone, as in `command | head`, which is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = DONE
     except ModuleNotFoundError as error:
@@ -223,21 +223,21 @@ def status_of(main: Callable[[], int]) -> int:
 
 
 def _failed(error: Exception) -> int:
-    """Tell of an exception that nothing has put into words; the exit status."""
+    """Print an exception that is not a `UserError`; returns the exit status."""
     named = getattr(error, "filename", None)
     place = printable(os.fsdecode(named)) if isinstance(named, str | bytes | os.PathLike) else "a file"
     if is_full(error):
-        print(f"stopped: no space left for {place}; make room, then call the same command again", file=sys.stderr)
+        print(f"stopped: no space left for {place}; make room, then give the same command again", file=sys.stderr)
         return RESUME
     if isinstance(error, OSError) and error.errno in _AWAY:
-        print(f"stopped: {place}: {error.strerror}; call the same command again when it is back", file=sys.stderr)
+        print(f"stopped: {place}: {error.strerror}; give the same command again when it is back", file=sys.stderr)
         return RESUME
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         expected = "names of at most 255 bytes, and a path of at most 4095. Choose a shorter name"
         print(f"error: {place[:_LONGEST]}: got a name that is too long, expected {expected}", file=sys.stderr)
         return WRONG
     if isinstance(error, OSError) and error.errno in _FORBIDDEN and named is not None:
-        expected = "a file that can be read, or a folder that can be written. Check its permissions"
+        expected = "a readable file or a writable folder. Check its permissions"
         print(f"error: {place}: got {error.strerror}, expected {expected}", file=sys.stderr)
         return WRONG
     print(f"error: {crashed(error)}", file=sys.stderr)
@@ -245,23 +245,23 @@ def _failed(error: Exception) -> int:
 
 
 def crashed(error: BaseException, folder: Path | None = None) -> str:
-    """One line for an exception that is a fault of this software; its traceback goes into a file that the line names.
+    """Describe a fault of this software in one line, and write the traceback to a file that the line names.
 
     Parameters
     ----------
     error : exception
     folder : Path, optional
-        Where the file is written; by default the working folder. Where that is not possible, the folder of temporary
-        files.
+        Folder of the file; by default the working folder. If it cannot be written, the folder of temporary files is
+        used.
     """
     message = hidden(" ".join(printable(str(error)).split()))
     message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ..."
     text = hidden("".join(traceback.format_exception(error)))
-    found = "no file could be written for the traceback"
+    found = "the traceback could not be written to a file"
     for place in (folder or Path(), Path(tempfile.gettempdir())):
         try:
             path = place.absolute() / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-            with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:  # "x" follows no link
+            with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:  # "x" does not follow links
                 file.write(text)
         except OSError:
             continue
@@ -275,7 +275,7 @@ def summary(
 ) -> None:
     """Print what was done and what to do next; with `as_json`, the facts as one JSON object on the last line.
 
-    A fact is printed under its name, or under its title in `titles`.
+    A fact is printed with its name, or with its title in `titles`.
     """
     shown = {
         (titles or {}).get(name, name.replace("_", " ")): value
@@ -292,7 +292,7 @@ def summary(
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: `42 s`, `3 min 05 s`, `2 h 07 min`."""
+    """Format seconds as `42 s`, `3 min 05 s` or `2 h 07 min`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -302,17 +302,17 @@ def duration(seconds: float) -> str:
 
 
 def _speed(rate: float, unit: str) -> str:
-    """A rate (per second) in words: per minute where it is slow."""
+    """Format a rate per second; slow rates are given per minute."""
     return f"{rate:.2f} {unit}/s" if rate >= 1 else f"{60 * rate:.1f} {unit}/min"
 
 
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on a terminal, plain lines elsewhere, both with a rate and time left.
+    """Show progress with rate and time left: as a bar on a terminal, as lines elsewhere.
 
-    Yields a function `advance(count, note)`. Plain lines come at most every five seconds, so a log file stays
-    readable. It writes to stderr: stdout belongs to the summary. Text is shown as it is: brackets are no markup, and
-    control characters are escaped.
+    Yields a function `advance(count, note)`. Lines are printed at most every five seconds, so that log files stay
+    readable. Output goes to stderr, because stdout is for the summary. Brackets in texts are not markup, and control
+    characters are escaped.
     """
     what = printable(what)
     if sys.stderr.isatty():

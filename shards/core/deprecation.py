@@ -1,4 +1,4 @@
-"""Older names that users' code may hold: they go on working, and warn."""
+"""Deprecated names: they keep working, with a warning."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn that a name has another one now; by default at the line that called the caller."""
+    """Warn that a name is deprecated; by default at the line that called the caller."""
     warnings.warn(f"{old} is deprecated; use {new}", DeprecationWarning, stacklevel=stacklevel)
 
 
 class OldName:
-    """A read-only attribute that gives the value of another one, with a DeprecationWarning.
+    """A read-only attribute that returns the value of another attribute, with a DeprecationWarning.
 
     Parameters
     ----------
     new : str
-        The attribute that holds the value.
+        Name of the attribute with the value.
     """
 
     def __init__(self, new: str):
@@ -38,6 +38,6 @@ class OldName:
 
 
 def renamed_state(kind: type, state: dict[str, object]) -> dict[str, object]:
-    """The state of an object that was pickled when its attributes had their older names."""
+    """Rename attributes in the state of an object that was pickled with their older names."""
     new = {name: old.new for name, old in vars(kind).items() if isinstance(old, OldName)}
     return {new.get(name, name): value for name, value in state.items()}

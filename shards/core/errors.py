@@ -1,8 +1,8 @@
-"""The user's mistakes, each told in one line.
+"""Errors that users can correct, each with a message of one line.
 
-Everything that a user can correct is a subclass of `UserError`; the commands print it without a traceback and exit with
-status 2. Any other exception is a defect of this software and keeps its traceback. Wrong values are also `ValueError`s,
-and wrong types `TypeError`s, as callers of a Python library expect.
+They are subclasses of `UserError`. Commands print them without a traceback and exit with status 2. Any other exception
+is a fault of this software and keeps its traceback. Errors of wrong values also derive from `ValueError`, those of
+wrong types from `TypeError`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from pathlib import Path
 from shards.core.files import printable
 from shards.core.passwords import hidden
 
-_LONGEST = 1000  # characters of each part of a message: files can hold anything
+_LONGEST = 1000  # largest number of characters in each part of a message, which may quote the content of files
 
 
 class UserError(Exception):
-    """A mistake of the call or its input: where, which field, what was got, what was expected, what to do.
+    """A mistake in a call or its input: where it is, in which field, what was found, what is accepted, what to do.
 
     Parameters
     ----------
     where : str or Path
-        The file, folder or command-line argument at fault.
+        The file, folder or command-line argument.
     field : str
-        The key, header field or option inside it; empty where the file as a whole is meant.
+        The key, header field or option; empty if the error concerns the whole file.
     got, expected : object
-        What was found there and what would have been right.
+        What was found, and what is accepted.
     hint : str, optional
-        What to do about it, as an imperative sentence.
+        What to do, as an imperative sentence.
     """
 
     def __init__(self, where: str | Path, field: str, got: object, expected: object, hint: str = ""):
@@ -36,13 +36,13 @@ class UserError(Exception):
         super().__init__(self.line())
 
     def line(self) -> str:
-        """The whole message on one line, without control characters; what is very long is cut."""
+        """The message on one line, without control characters. Very long parts are cut."""
         field, got, expected, hint = (_cut(part) for part in (self.field, self.got, self.expected, self.hint))
         place = f"{self.where}: {field}" if field else self.where
         text = f"{place}: got {got}, expected {expected}"
         return hidden(printable(" ".join(f"{text}. {hint}".split() if hint else text.split())))
 
-    def __reduce__(self) -> tuple[object, ...]:  # worker processes send these back by pickle
+    def __reduce__(self) -> tuple[object, ...]:  # worker processes return errors as pickles
         return type(self), (self.where, self.field, self.got, self.expected, self.hint)
 
 
@@ -60,25 +60,26 @@ class ArgumentError(ConfigError, TypeError):
 
 
 class RunRefused(UserError, ValueError):
-    """One run that cannot be converted; the rest of its cohort is converted without it."""
+    """A scan that cannot be converted. The rest of its cohort is converted without it."""
 
 
 class DatasetError(UserError, ValueError):
-    """A dataset folder that is missing, incomplete, damaged, or of another configuration."""
+    """A dataset that is missing, incomplete, damaged, or was made with another configuration."""
 
 
 class SampleCorrupt(DatasetError):
-    """One sample of a dataset whose bytes cannot be read."""
+    """A sample of a dataset that cannot be read."""
 
 
 class Stopped(Exception):
-    """Work that stopped before its end and that a second call goes on with; the commands exit with status 3.
+    """Work that stopped before its end and can be continued with the same call. Commands exit with status 3.
 
     Parameters
     ----------
     why : str
+        Why it stopped.
     then : str
-        What the user does to go on, and from where it goes on; the message is both.
+        What to do to continue. The message has both parts.
     """
 
     def __init__(self, why: str, then: str = ""):
@@ -87,5 +88,5 @@ class Stopped(Exception):
 
 
 def is_full(error: Exception) -> bool:
-    """Whether an error is that of a file system, or a quota, that is full."""
+    """Whether an error was raised because a file system or quota is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

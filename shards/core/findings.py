@@ -1,4 +1,4 @@
-"""What a look at a dataset or a run has found: pages and commands show it, and decide by its severity and kind."""
+"""Findings about a dataset or a run. Pages and commands show them, and decide by their severity and kind."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ Severity = Literal["good", "look", "bad"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One finding.
 
     Attributes
     ----------
     kind : str
-        What it is about, such as `rank`; equal for findings of the same matter.
+        Subject of the finding, such as `rank`.
     severity : "good", "look" or "bad"
-        As it should be; worth a look; wrong.
+        Nothing wrong; worth a look; something wrong.
     text : str
-        For people. No decision is taken from it.
+        Text for the user. No decision depends on it.
     """
 
     kind: str
@@ -28,7 +28,7 @@ class Finding:
 
 
 def good(kind: str, text: str) -> Finding:
-    """A finding that all is as it should be."""
+    """A finding that nothing is wrong."""
     return Finding(kind, "good", text)
 
 
@@ -38,5 +38,5 @@ def look(kind: str, text: str) -> Finding:
 
 
 def bad(kind: str, text: str) -> Finding:
-    """A finding of something wrong."""
+    """A finding that something is wrong."""
     return Finding(kind, "bad", text)

@@ -1,7 +1,7 @@
-"""Passwords in the URLs of datasets: used to read them, and written nowhere.
+"""Passwords in the URLs of datasets: they are used for reading, but never written to files or logs.
 
-A URL such as https://me:secret@host/data?token=secret is kept as https://host/data from where it is read. What was
-taken out of it stays in memory, and in the environment of this process for those it starts.
+A URL such as https://me:secret@host/data?token=secret is stored as https://host/data. The removed parts are kept in
+memory, and in the environment of this process for its child processes.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ import re
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
-_VARIABLE = "SLIM_URLS"  # {URL without: [user, password or null, query]}
+_VARIABLE = "SLIM_URLS"  # {URL without secrets: [user, password or null, query]}
 # scheme, user, password, host with path, query
 _URL = re.compile(
     r"([A-Za-z][A-Za-z0-9+.-]*://)(?:([^/?#@:\s]*)(?::([^/?#\s]*))?@)?([^?#\s]*)(?:\?([^#\s]*))?.*", re.DOTALL
 )
-_SHORTEST = 3  # letters of a secret that is looked for in text
+_SHORTEST = 3  # shortest secret, in characters, that is searched for in texts
 
 
 def keep(url: str) -> str:
-    """A URL without the password and the query in it, which are remembered; any other text as it is."""
+    """Remove password and query from a URL, and remember them. Other text is returned unchanged."""
     found = _URL.fullmatch(url)
     if found is None:
         return url
     scheme, user, password, rest, query = found.groups()
     if password is None and not query:
         return url
-    # of http and s3 the user is told beside the URL, with the password
+    # for http and s3, the user is passed with the password, not in the URL
     bare = f"{scheme}{rest}" if scheme.startswith(("http", "s3")) or not user else f"{scheme}{user}@{rest}"
     os.environ[_VARIABLE] = json.dumps({**_kept(), bare: [user, password, query]})
     return bare
 
 
 def options(url: str) -> dict[str, Any]:
-    """What fsspec is told beside a URL without its password: as much as was kept of it."""
+    """The options with which fsspec opens a URL: the password and query that were removed from it."""
     kept = next((about for bare, about in _kept().items() if f"{url}/".startswith(bare.rstrip("/") + "/")), None)
     if kept is None:
         return {}
@@ -53,7 +53,7 @@ def options(url: str) -> dict[str, Any]:
 
 
 def hidden(text: str) -> str:
-    """Text without the passwords that were kept, and without that of any URL in it."""
+    """Remove remembered passwords, and passwords in URLs, from a text."""
     for _, password, query in _kept().values():
         values = [value for _, value in parse_qsl(query or "")]
         secrets = {*values, query or "", password or "", unquote(password or "")}

@@ -1,4 +1,4 @@
-"""Whether results can be written, asked before the work that leads to them."""
+"""Check before long work that its results can be written."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ from pathlib import Path
 
 from shards.core.errors import ConfigError, Stopped, is_full
 
-_LEAST = 1 << 20  # bytes that a file system with room takes
+_LEAST = 1 << 20  # smallest number of free bytes
 
 
 def has_room(folder: str | os.PathLike[str], size: int = 0) -> bool:
-    """Whether a folder's file system, and this user's quota there, take so many bytes more (1 MiB at least).
+    """Whether the file system of a folder, and this user's quota, have room for `size` bytes (at least 1 MiB).
 
-    For errors of libraries that keep no errno. Where it cannot be known, the answer is yes.
+    It is needed for errors of libraries without an errno. Returns True if it cannot be determined.
     """
     size = max(size, _LEAST)
     try:
         found = os.statvfs(folder)
         if found.f_blocks and found.f_bavail * found.f_frsize < size:
             return False
-        with tempfile.TemporaryFile(dir=folder) as probe:  # asks the quota
+        with tempfile.TemporaryFile(dir=folder) as probe:  # this checks the quota
             os.posix_fallocate(probe.fileno(), 0, size)
-    except (OSError, AttributeError) as error:  # some systems have no such call
+    except (OSError, AttributeError) as error:  # some systems do not have this call
         return not is_full(error)
     return True
 
 
 def require_room(folder: Path, field: str, size: int = 0) -> None:
-    """Look whether files can be written to a folder, which need not be there yet.
+    """Check that files can be written to a folder, which need not exist yet.
 
     Parameters
     ----------
     folder : Path
     field : str
-        How the user named it, such as `--out`.
+        Option or setting that names the folder, such as `--out`.
     size : int
-        Bytes that are needed, as far as is known; 1 MiB at least.
+        Number of bytes needed, if known; at least 1 MiB.
 
     Raises
     ------
     ConfigError
-        If it cannot be written: no permission, a read-only file system, a file in its place, a name that is too long.
+        If it cannot be written, for example without permission, on a read-only file system, or with a too long name.
     Stopped
         If the file system is full.
     """
-    full = Stopped(f"no space left for {folder}", "make room, then call the same command again")
+    full = Stopped(f"no space left for {folder}", "make room, then give the same command again")
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):
@@ -57,7 +57,7 @@ def require_room(folder: Path, field: str, size: int = 0) -> None:
         if is_full(error):
             raise full from None
         got = f"a folder that cannot be written ({error.strerror})"
-        raise ConfigError(folder, field, got, "a folder that can be written", "Choose another one") from None
+        raise ConfigError(folder, field, got, "a folder that can be written", "Use another folder") from None
     if not has_room(there, size):
         raise full
 

@@ -1,4 +1,4 @@
-"""YAML files with `key=value` overrides, checked by pydantic, with errors of one line."""
+"""Settings from YAML files with `key=value` overrides, checked by pydantic, with one-line errors."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from shards.core.files import printable, trouble
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
 _ZEROS = re.compile(r"0[0-9_]+", re.ASCII)
 _LONGEST_PATH = 2000
-_SHOWN = 200  # characters of a value in an error
+_SHOWN = 200  # largest number of characters of a value in an error
 
 
 class Settings(BaseModel):
-    """Base of every settings model: unknown keys are errors, values do not change after the check."""
+    """Base class of settings: unknown keys are errors, and values are read-only after the check."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,23 +40,22 @@ class Unit:
 
 def _is_path(text: str) -> str:
     if "\0" in text or len(text) > _LONGEST_PATH or any(len(part.encode()) > 255 for part in text.split("/")):
-        raise ValueError(f"a path of at most {_LONGEST_PATH} characters, 255 bytes in a name, none of them NUL")
+        raise ValueError(f"a path of at most {_LONGEST_PATH} characters, with names of at most 255 bytes, without NUL")
     return text
 
 
-PathText = Annotated[str, AfterValidator(_is_path)]  # a path, or a pattern of paths, that no system refuses to look up
+PathText = Annotated[str, AfterValidator(_is_path)]  # a path, or a pattern of paths, that is valid on all systems
 
 S = TypeVar("S", bound=BaseModel)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises
     ------
     ConfigError
-        If the file is missing, is no YAML, is beyond the limits of `shards.core.tree`, or holds something else than a
-        mapping.
+        If the file is missing or not YAML, exceeds the limits of `shards.core.tree`, or does not hold a mapping.
     """
     path = Path(path)
     if "\0" in str(path) or not (os.path.lexists(path) and (path.is_symlink() or path.is_file())):
@@ -73,7 +72,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         tree = yaml_tree.parse(content.decode(encoding))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        got = f"unreadable YAML (bytes that are no text in UTF-8 in line {line})"
+        got = f"unreadable YAML (bytes that are not UTF-8 in line {line})"
         raise ConfigError(path, "", got, "a YAML file", "Save it as UTF-8") from None
     except yaml_tree.TreeError as error:
         raise ConfigError(path, "", f"unreadable YAML ({error})", "a YAML file") from None
@@ -90,31 +89,31 @@ class Overridden(dict[str, Any]):
     Attributes
     ----------
     words : dict
-        By the place of a value in the tree, the text that was typed for it: a folder may be called 2024.
+        The typed text of each value, by its position in the tree. It is needed for names such as 2024.
     """
 
     words: dict[tuple[str, ...], str]
 
 
 def override(tree: dict[str, Any], assignments: Sequence[str]) -> Overridden:
-    """A copy of `tree` with `a.b=value` assignments applied; values are parsed as YAML.
+    """Return a copy of `tree` with `a.b=value` assignments applied. Values are parsed as YAML.
 
-    Where a setting is text, `check` takes what was typed, whatever YAML reads in it.
+    If a setting is text, `check` uses the typed text instead of the YAML value.
 
     Raises
     ------
     ConfigError
-        If one is no `key=value`, its value is no YAML, or its key leads through a value.
+        If an assignment is not `key=value`, its value is not YAML, or a part of its key is a value, not a section.
     """
     result = Overridden(json.loads(json.dumps(tree, default=str)))
     result.words = {}
     for assignment in assignments:
         key, sign, value = assignment.partition("=")
         if not sign or not key:
-            raise ConfigError("command line", shown(assignment), "no key=value", "an override such as run.steps=100")
+            raise ConfigError("command line", shown(assignment), "no `=`", "an override such as run.steps=100")
         *parents, last = key.split(".")
         if len(parents) >= yaml_tree.MOST_DEPTH:
-            expected = f"at most {yaml_tree.MOST_DEPTH}, as run.steps=100 has two"
+            expected = f"at most {yaml_tree.MOST_DEPTH} (run.steps=100 has two)"
             raise ConfigError("command line", shown(key), f"{len(parents) + 1} parts", expected)
         node: dict[str, Any] = result
         for depth, parent in enumerate(parents):
@@ -127,10 +126,10 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> Overridden:
             parsed = yaml_tree.parse(value)
         except yaml_tree.TreeError as error:
             raise ConfigError("command line", shown(key), f"{shown(value)} ({error})", "a YAML value") from None
-        # YAML 1.1 reads 001 as a number; people mean a name, and a field that is a number takes its text, too.
+        # YAML 1.1 reads 001 as a number, but users mean a name. Fields of numbers accept the text, too.
         if isinstance(parsed, int | float) and _ZEROS.fullmatch(value.strip()):
             parsed = value.strip()
-        # YAML 1.1 reads 1e-3 as text; people mean the number.
+        # YAML 1.1 reads 1e-3 as text, but users mean the number.
         if isinstance(parsed, str) and _NUMBER.fullmatch(parsed):
             parsed = float(parsed)
         node[last] = parsed
@@ -139,16 +138,16 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> Overridden:
 
 
 def shown(text: str) -> str:
-    """Text of the user as it is shown in an error: printable, and not too long for a line."""
+    """Text of the user for an error message: printable, and cut if it is long."""
     text = printable(text[: _SHOWN + 1])
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Names a key at `location` could have had."""
+    """The keys that are accepted at `location`."""
     current: Any = model
     for part in location[:-1]:
-        if isinstance(part, str):  # the number of an item leaves the model of the items
+        if isinstance(part, str):  # the number of a list item does not change the model
             field = getattr(current, "model_fields", {}).get(part)
             current = getattr(field, "annotation", None)
         while get_args(current):  # tuple[Item, ...], Item | None
@@ -157,21 +156,21 @@ def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 
 
 def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = ConfigError) -> S:
-    """`tree` as a checked settings object.
+    """Check `tree`, and return it as a settings object.
 
     Parameters
     ----------
     model : kind of BaseModel
     tree : mapping
     where : str or Path
-        The file, for errors.
+        The file, named in errors.
     kind : kind of UserError
-        Of the errors.
+        Type of the errors.
 
     Raises
     ------
     UserError
-        Of that kind, for the first unknown key, missing key or value out of range, with file, field, got and expected.
+        Of this kind, for the first unknown key, missing key or wrong value.
     """
     try:
         return model.model_validate(tree)
@@ -190,14 +189,14 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
         if first["type"] == "missing":
             raise kind(where, field, "nothing", "a value", "Add this key") from None
         if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
-            hint = "YAML reads it as another kind of value: put it in quotes"
+            hint = "YAML reads this as another type: put it in quotes"
             raise kind(where, field or "settings", shown(repr(first["input"])), "text", hint) from None
         expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise kind(where, field or "settings", shown(repr(first["input"])), expected) from None
 
 
 def _as_typed(tree: Overridden, location: tuple[Any, ...]) -> Overridden:
-    """A copy of a tree with the text that was typed in one place."""
+    """Return a copy of a tree with one value replaced by its typed text."""
     result = copy.deepcopy(tree)
     node: dict[str, Any] = result
     for part in location[:-1]:
@@ -207,10 +206,10 @@ def _as_typed(tree: Overridden, location: tuple[Any, ...]) -> Overridden:
 
 
 def load(model: type[S], path: str | Path, assignments: Sequence[str] = ()) -> S:
-    """A settings object from a YAML file and `key=value` overrides."""
+    """Read and check settings from a YAML file and `key=value` overrides."""
     return check(model, override(read_yaml(path), assignments), path)
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 (hex) of a JSON-able tree, independent of the order of its keys."""
+    """SHA-256 (hex) of a JSON-serialisable tree, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""One reader for all tables: participants, confounds, events.
+"""Read tables: participants, confounds, events.
 
-A line is a row. Fields are parted by tabs, commas or semicolons, whichever the header has first in this order, or by
-blanks where it has none of them. Only `n/a` (in any case) and an empty field are missing: `None`, `NA` and `null` are
-text. A row with more or fewer fields than the header is refused by its line, because its values could stand under the
-wrong names; empty fields at the end of a row, beyond the header, are ignored.
+A line is a row. Fields are separated by tabs, commas or semicolons: the first of these, in this order, that the header
+contains. Without any of them, fields are separated by blanks. Only `n/a` (in any case) and empty fields are missing
+values; `None`, `NA` and `null` are text. A row with more or fewer fields than the header is an error, because its
+values could belong to other columns. Empty fields at the end of a row, beyond the header, are ignored.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ _NAN = re.compile(r"[+-]?nan", re.IGNORECASE)  # as Matlab and R write a missing
 
 @dataclass(frozen=True)
 class Table:
-    """A table as it stands in a file.
+    """The table in a file.
 
     Attributes
     ----------
     path : Path
     columns : tuple of str
-    rows : tuple of tuple of str, as many fields each as there are columns
-    lines : tuple of int, the line of each row in the file, from 1
-    error : kind of the errors it raises
+    rows : tuple of tuple of str
+        Fields of each row, one for each column.
+    lines : tuple of int
+        Line number of each row in the file, from 1.
+    error : kind of UserError
+        Type of the errors it raises.
     """
 
     path: Path
@@ -57,21 +60,21 @@ class Table:
 
     @cached_property
     def _places(self) -> dict[str, int]:
-        """Where each column stands; of unnamed ones the first."""
+        """Position of each column; of unnamed columns only the first."""
         return {name: place for place, name in reversed([*enumerate(self.columns)])}
 
     def texts(self, column: str) -> list[str | None]:
-        """A column as text; None where it is missing."""
+        """A column as text, with None for missing values."""
         place = self._places[column]
         return [None if row[place].lower() in _MISSING else row[place] for row in self.rows]
 
     def numbers(self, column: str) -> np.ndarray:
-        """A column as float64; NaN where it is missing.
+        """A column as float64, with NaN for missing values.
 
         Raises
         ------
         UserError
-            Of the table's kind, if a value is no number, with its line.
+            If a value is not a number; it names the line.
         """
         texts = self.texts(column)
         values = np.full(len(texts), np.nan)
@@ -87,9 +90,9 @@ class Table:
         return values
 
     def values(self, column: str) -> list[Value]:
-        """A column as numbers where all of it are numbers, else as text; None where it is missing.
+        """A column as numbers if all its values are numbers, otherwise as text; None for missing values.
 
-        Numbers with leading zeros are text: 007 is a name.
+        Numbers with leading zeros, such as 007, are text.
         """
         texts = self.texts(column)
         known = [text for text in texts if text is not None]
@@ -102,20 +105,20 @@ class Table:
 
 
 def read(path: Path, what: str, error: type[UserError] = ConfigError) -> Table:
-    """The table in a file.
+    """Read the table in a file.
 
     Parameters
     ----------
     path : Path
     what : str
-        What the table is, for errors: "a participants table".
+        Description of the table for errors, such as "a participants table".
     error : kind of UserError
-        Raised if it cannot be read.
+        Type of the errors.
 
     Raises
     ------
     UserError
-        Of that kind, if the file is missing, no text in UTF-8 or UTF-16, or a row does not fit the header.
+        Of this kind, if the file is missing or not text in UTF-8 or UTF-16, or a row does not fit the header.
     """
     if found := trouble(path):
         raise error(path, "", f"an unreadable table ({found.got})", what, found.hint)
@@ -125,10 +128,10 @@ def read(path: Path, what: str, error: type[UserError] = ConfigError) -> Table:
         raise error(path, "", "an unreadable table (no line with text)", what, "Restore it")
     separator = next((mark for mark in _SEPARATORS if mark in header), None)
     columns = [name.strip() for name in _fields(header, separator)]
-    while len(columns) > 1 and not columns[-1]:  # separators at the end of each line
+    while len(columns) > 1 and not columns[-1]:  # lines may end with separators
         columns.pop()
     if twice := next((name for name, count in Counter(columns).items() if name and count > 1), None):
-        raise error(path, "header", f"column {printable(twice)} twice", "columns of different names", "Rename one")
+        raise error(path, "header", f"column {printable(twice)} twice", "columns with different names", "Rename one")
     rows, where = [], []
     for number, line in lines:
         fields = [field.strip() for field in _fields(line, separator)]
@@ -138,22 +141,22 @@ def read(path: Path, what: str, error: type[UserError] = ConfigError) -> Table:
             fields.pop()
         if len(fields) != len(columns):
             got = f"{len(fields)} fields in line {number}"
-            hint = "Correct that line: its values would stand under the wrong names"
-            raise error(path, "rows", got, f"{len(columns)}, as the header has", hint)
+            hint = "Correct that line; otherwise its values could belong to other columns"
+            raise error(path, "rows", got, f"{len(columns)}, as in the header", hint)
         rows.append(tuple(fields))
         where.append(number)
     return Table(path, tuple(columns), tuple(rows), tuple(where), error)
 
 
 def _lines(path: Path, what: str, error: type[UserError]) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers. Only line feeds (or, without any, carriage returns) end a line."""
+    """Lines with their numbers. Lines end with line feeds or, if there are none, with carriage returns."""
     content = path.read_bytes()
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as fault:
         line = content[: fault.start].count(b"\n") + 1
-        got = f"an unreadable table (bytes that are no {encoding.upper().removesuffix('-SIG')} in line {line})"
+        got = f"an unreadable table (bytes that are not {encoding.upper().removesuffix('-SIG')} in line {line})"
         raise error(path, "", got, what, "Save it as UTF-8") from None
     if "\x00" in text:
         raise error(path, "", "an unreadable table (binary content)", what, "Save it as text in UTF-8")
@@ -163,9 +166,9 @@ def _lines(path: Path, what: str, error: type[UserError]) -> Iterator[tuple[int,
 
 
 def _fields(line: str, separator: str | None) -> list[str]:
-    """Fields of a line, without a pair of quotes around one.
+    """Fields of a line, without the quotes around a field.
 
-    Quotes have a meaning in tables that are parted by commas alone, and never beyond the end of the line.
+    Separators inside quotes are allowed only in tables separated by commas, and quotes must end in the same line.
     """
     if separator is None:
         return line.split()
@@ -174,7 +177,7 @@ def _fields(line: str, separator: str | None) -> list[str]:
     else:
         try:
             fields = next(csv.reader([line], delimiter=separator), [])
-        except csv.Error:  # a field beyond the reader's limit
+        except csv.Error:  # a field exceeds the limit of the csv module
             fields = line.split(separator)
     return [_unquoted(field.strip()) for field in fields]
 

@@ -1,7 +1,6 @@
-"""Text made from jinja2 templates, which lie in the folder `templates` of a package.
+"""Render jinja2 templates from the folder `templates` of a package.
 
-Values are escaped in HTML and left as they are in any other text. A name that a template uses and that is not given is
-an error.
+Values are escaped in HTML, but not in other text. A variable of a template without a value is an error.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, se
 
 
 def render(name: str, *packages: str, **values: object) -> str:
-    """Fill in a template.
+    """Render a template.
 
     Parameters
     ----------
     name : str
-        File name of the template; `.html` has its values escaped.
+        File name of the template. In `.html` files, values are escaped.
     packages : str
-        Packages with a folder `templates`, in which this one and those it includes are looked up, the first one first.
+        Packages with a folder `templates`, which are searched in this order for the template and its includes.
     values : object
-        What the template shows.
+        Variables of the template.
     """
     return _environment(packages).get_template(name).render(values)
 

@@ -1,8 +1,7 @@
-"""YAML text as mappings, lists and values, within limits that no settings reach.
+"""Parse YAML text to mappings, lists and values, with limits far above any settings.
 
-The text is read event by event, so a bomb of aliases, circular aliases and deep nesting are refused before anything is
-built of them. Keys are text as they are written (`2020-01-01`, `1` and `yes` are names), and each is there once. Dates
-stay text, too.
+The text is parsed event by event, so exponential or circular aliases and deep nesting are refused before they use
+memory. Keys are always text (`2020-01-01`, `1` and `yes` are names) and must be unique. Dates stay text, too.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any
 import yaml
 
 MOST_BYTES = 1 << 20
-MOST_DEPTH = 40  # mappings and lists inside one another
-MOST_VALUES = 50_000  # with those that aliases repeat
-_MOST_DIGITS = 18  # of a whole number: it fits 64 bits
+MOST_DEPTH = 40  # nesting of mappings and lists
+MOST_VALUES = 50_000  # number of values, including those repeated by aliases
+_MOST_DIGITS = 18  # digits of a whole number, which then fits 64 bits
 _Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
 _NAMES = {"map": dict, "seq": list}
@@ -24,31 +23,31 @@ _WORDS = {"int": f"whole number of at most {_MOST_DIGITS} digits", "float": "num
 
 
 class TreeError(ValueError):
-    """Text that is no YAML, or YAML beyond the limits."""
+    """Text that is not YAML, or exceeds the limits."""
 
 
 @dataclass
 class _Open:
-    """A mapping or list whose end is not there yet."""
+    """A mapping or list that is being parsed."""
 
     value: dict[str, object] | list[Any]
     anchor: str | None
-    before: int  # values that were counted when it began
+    before: int  # number of values before it
     key: str | None = None
-    merged: list[dict[str, object]] = field(default_factory=list)  # by `<<`: own keys go first
+    merged: list[dict[str, object]] = field(default_factory=list)  # mappings merged by `<<`; own keys take precedence
 
 
 def parse(text: str) -> Any:
-    """The one document in a YAML text; None where there is none.
+    """Parse the document in a YAML text; None if the text is empty.
 
     Raises
     ------
     TreeError
-        If it is no YAML, has several documents, a key twice, a key that is no text, tags of other types, numbers of
-        more than 18 digits, or is larger than settings are.
+        If the text is not YAML, has several documents, duplicate keys, keys that are not text, tags of other types or
+        numbers of more than 18 digits, or exceeds the limits.
     """
     if len(text) > MOST_BYTES:
-        raise TreeError(f"{len(text)} characters, where {MOST_BYTES} are the most")
+        raise TreeError(f"{len(text)} characters, more than the limit of {MOST_BYTES}")
     try:
         loader = _Loader(text)
         try:
@@ -61,16 +60,16 @@ def parse(text: str) -> Any:
     except yaml.YAMLError as error:
         raise TreeError(str(error).replace("\n", " ")) from None
     except UnicodeError:
-        raise TreeError("text that is no UTF-8") from None
+        raise TreeError("text that is not UTF-8") from None
 
 
 class _Builder:
-    """Values from the events of a loader."""
+    """Builds values from the events of a YAML loader."""
 
     def __init__(self, loader: Any):
         self._loader = loader
         self._count = 0
-        self._anchors: dict[str | None, tuple[Any, int] | None] = {}  # value and its size; None while it is open
+        self._anchors: dict[str | None, tuple[Any, int] | None] = {}  # value and its size; None while it is parsed
 
     def document(self) -> Any:
         root: list[Any] = []
@@ -106,7 +105,7 @@ class _Builder:
             raise TreeError(f"more than {MOST_DEPTH} levels in line {line}")
         if event.tag not in (None, "!", _TAG + kind):
             raise TreeError(
-                f"the tag {event.tag[:40]} in line {line}, where mappings, lists, text and numbers are expected"
+                f"the tag {event.tag[:40]} in line {line}; only mappings, lists, text and numbers are accepted"
             )
         if event.anchor is not None:
             self._anchors[event.anchor] = None
@@ -115,7 +114,7 @@ class _Builder:
     def _tally(self, values: int, line: int) -> None:
         self._count += values
         if self._count > MOST_VALUES:
-            raise TreeError(f"more than {MOST_VALUES} values, with those that aliases repeat, in line {line}")
+            raise TreeError(f"more than {MOST_VALUES} values, including those repeated by aliases, in line {line}")
 
     def _name(self, anchor: str | None, value: Any, size: int) -> None:
         if anchor is not None:
@@ -126,7 +125,7 @@ class _Builder:
             raise TreeError(f"an alias in line {line} before its anchor")
         found = self._anchors[anchor]
         if found is None:
-            raise TreeError(f"an alias in line {line} inside what it stands for")
+            raise TreeError(f"an alias in line {line} inside its own anchor")
         value, size = found
         self._tally(size, line)
         return value
@@ -143,12 +142,12 @@ class _Builder:
             return _value(kind, text)
         except (ValueError, KeyError):
             cut = f"{text[:40]!r}{' ...' if len(text) > 40 else ''} in line {line}"
-            wanted = _WORDS.get(kind, f"value that settings have ({kind[:40]})")
+            wanted = _WORDS.get(kind, f"accepted type of value ({kind[:40]})")
             raise TreeError(f"{cut}, which is no {wanted}") from None
 
 
 class _Merge(str):
-    """The key `<<`, where it is not in quotes."""
+    """The key `<<` without quotes, which merges mappings."""
 
 
 _MERGE = _Merge("<<")
@@ -159,19 +158,19 @@ def _wants_key(inner: _Open) -> bool:
 
 
 def _put(inner: _Open, value: Any, line: int) -> None:
-    """A value into the mapping or list it lies in."""
+    """Add a value to the mapping or list that contains it."""
     if isinstance(inner.value, list):
         inner.value.append(value)
     elif inner.key is None:
         if not isinstance(value, str):
-            raise TreeError(f"a key in line {line} that is no text")
+            raise TreeError(f"a key in line {line} that is not text")
         inner.key = value
     else:
         key, inner.key = inner.key, None
         if isinstance(key, _Merge):
             parts = value if isinstance(value, list) else [value]
             if not all(isinstance(part, dict) for part in parts):
-                raise TreeError(f"<< in line {line} with something else than mappings")
+                raise TreeError(f"<< in line {line} with a value that is not a mapping")
             inner.merged += parts
         elif key in inner.value:
             raise TreeError(f"the key {key[:40]!r} a second time in line {line}")
@@ -180,12 +179,12 @@ def _put(inner: _Open, value: Any, line: int) -> None:
 
 
 def _joined(parts: list[dict[str, object]]) -> dict[str, object]:
-    """Several mappings as one; of a key that several have, the first counts."""
+    """Merge mappings. For a key in several of them, the first value is used."""
     return {key: value for part in reversed(parts) for key, value in part.items()}
 
 
 def _value(kind: str, text: str) -> Any:
-    """A scalar of YAML 1.1; ValueError or KeyError where the text is none of its kind."""
+    """Convert a scalar of YAML 1.1; raises ValueError or KeyError if the text is not of this type."""
     if kind in ("str", "timestamp", "value", "merge"):
         return text
     if kind == "null":
@@ -204,7 +203,7 @@ def _int(text: str) -> int:
     digits = text.lstrip("+-")
     if len(digits) > 4 * _MOST_DIGITS:
         raise ValueError("too long")
-    if ":" in digits:  # 1:30 is 90
+    if ":" in digits:  # base 60: 1:30 is 90
         number = 0
         for part in digits.split(":"):
             number = number * 60 + int(part)

@@ -1,4 +1,4 @@
-"""Processes that work for another one, and what they need of a machine."""
+"""Worker processes, and what they need from a machine."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import threading
 from collections.abc import Iterable
 from multiprocessing import process, util
 
-# A path of a socket has at most 107 bytes. Python's are at most 31 longer than the folder of temporary files.
+# The path of a socket has at most 107 bytes. Python adds up to 31 bytes to the folder of temporary files.
 _LONGEST_FOLDER = 70
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def end_with_parent(*_: object) -> None:
-    """In a worker process: end as soon as the one it works for is gone, however it ended.
+    """End this worker process when its main process has ended, for any reason.
 
-    Told to a pool, or to a loader of torch, as what each worker begins with. torch watches its parent by id, which is
-    that of the fork server, and the server lives as long as its children do.
+    It is the initializer of pools and of torch's loading processes. torch itself watches the ID of the parent process,
+    which is the fork server, and the fork server lives as long as its children.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -32,9 +32,9 @@ def end_with_parent(*_: object) -> None:
 
 
 def shorten_sockets(places: Iterable[str] = _SHORT) -> None:
-    """Have the sockets of `multiprocessing` in a private folder with a short path where TMPDIR is a long one.
+    """Put the sockets of `multiprocessing` in a private folder with a short path if TMPDIR has a long path.
 
-    Everything else stays in TMPDIR. The folder goes when this process exits; see `remove_sockets` for `os._exit`.
+    Everything else stays in TMPDIR. The folder is removed when this process exits; for `os._exit` see `remove_sockets`.
     """
     chosen = tempfile.gettempdir()
     if len(os.fsencode(chosen)) <= _LONGEST_FOLDER:
@@ -43,7 +43,7 @@ def shorten_sockets(places: Iterable[str] = _SHORT) -> None:
         if os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK):
             tempfile.tempdir = place
             try:
-                util.get_temp_dir()  # made once, and kept by the processes that this one starts
+                util.get_temp_dir()  # made once, and inherited by child processes
                 return
             except OSError:
                 continue
@@ -52,19 +52,19 @@ def shorten_sockets(places: Iterable[str] = _SHORT) -> None:
 
 
 def remove_sockets() -> None:
-    """Remove the folder of this process's sockets, before it exits without the usual clean-up."""
+    """Remove the folder of this process's sockets, before an exit without clean-up."""
     folder = process.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
     if folder is not None and process.parent_process() is None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def why_no_workers() -> str | None:
-    """Why this machine can start no worker processes; None where it can.
+    """Why this machine cannot start worker processes; None if it can.
 
-    Their queues need semaphores, which lie in /dev/shm. Some containers have none.
+    Their queues need semaphores in /dev/shm, which some containers do not have.
     """
     try:
         multiprocessing.get_context("spawn").Lock()
     except (OSError, ImportError) as error:
-        return f"no semaphores ({getattr(error, 'strerror', None) or error}), which lie in it"
+        return f"no semaphores ({getattr(error, 'strerror', None) or error})"
     return None

@@ -1,1 +1,1 @@
-"""One scan on the common grid and TR: BOLD, mask, space, resampling, confounds, quality."""
+"""Harmonise one scan to the common grid and TR: BOLD, mask, space, resampling, confounds, quality."""

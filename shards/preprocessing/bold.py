@@ -1,4 +1,4 @@
-"""One BOLD run as it lies on disk: what its header says, and its frames one by one.
+"""Read one BOLD scan: check the header, and read frames one by one.
 
 Legend: x, y, z voxels of the file; T frames.
 """
@@ -23,26 +23,30 @@ from shards.core import nifti
 from shards.core.errors import RunRefused
 from shards.core.files import trouble
 
-LEAST_FRAMES = 4  # a cubic spline in time needs as many
+LEAST_FRAMES = 4  # number of frames that a cubic spline in time needs
 _TR_RANGE = 0.05, 20.0  # s
-_TR_DIGITS = 6  # of a TR in s: 32-bit numbers, in which 0.8 is a little more than 0.8, have no more
+_TR_DIGITS = 6  # digits of a TR in s; the header stores 32-bit numbers, in which 0.8 is slightly more than 0.8
 _AGAIN = "Copy it again"
-_SMOOTH, _ROUGHER = 0.2, 2.0  # real images have a roughness below 0.4, and 2.7 times as much with bytes swapped
+_SMOOTH, _ROUGHER = 0.2, 2.0  # the roughness of real images is below 0.4, and 2.7 times as high with swapped bytes
 
 
 @dataclass(frozen=True)
 class Bold:
-    """A run whose header was found sound.
+    """A scan with a valid header.
 
     Attributes
     ----------
     run : RunSource
     image : Nifti1Pair
-    affine : float64 (4, 4), voxel index to mm; `image`'s unless its header has none
+    affine : float64 array (4, 4)
+        From voxel indices to mm. It is that of `image`, if its header has one.
     frames : int
-    tr : float, s
-    tr_source : str, where the TR is from: "stated", "header", or the name of a sidecar
-    assumed : str, axis codes that were assumed because the header has none, or empty
+    tr : float
+        In s.
+    tr_source : str
+        Source of the TR: "stated", "header", or the name of a sidecar.
+    assumed : str
+        Axis codes that were assumed because the header has none; otherwise empty.
     """
 
     run: RunSource
@@ -64,19 +68,19 @@ class Bold:
 
     @property
     def centred(self) -> bool:
-        """Whether the run has no place in MNI space and is moved to the middle of the grid by its mask."""
+        """Whether the scan is not in MNI space and is centred in the grid by its mask."""
         return self.run.space == "native" or bool(self.assumed)
 
     def volumes(self, wanted: Iterable[int] | None = None) -> Iterator[np.ndarray]:
-        """Frames one by one in time order, float32 (x, y, z), all or those of these numbers.
+        """Iterate over all frames, or those with the wanted numbers, in time order, float32 (x, y, z).
 
-        The file is read front to back, one frame in memory at a time, whether it is compressed or not.
+        The file is read once from start to end, with one frame in memory at a time.
 
         Raises
         ------
         RunRefused
-            If a value is not finite, a frame has the same value everywhere, the file ends too early, or it changes
-            while it is read.
+            If a value is not finite, a frame has the same value everywhere, the file is incomplete, or it changes while
+            it is read.
         """
         run = self.run
         proxy: Any = self.image.dataobj
@@ -100,7 +104,7 @@ class Bold:
                         _check_byte_order(run, stored)
                     _check_volume(run, frame, volume)
                     yield volume
-                file.read(1)  # the end of a gzip file, where its checksum is compared
+                file.read(1)  # at the end of a gzip file, its checksum is checked
         except RunRefused as refused:
             raise _changed(run, before) or refused from None
         except Exception as error:  # gzip, zlib and nibabel raise many types for damaged files
@@ -116,7 +120,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 
 def _changed(run: RunSource, before: tuple[int, int, int]) -> RunRefused | None:
-    """A refusal if the file is not the one it was when reading began."""
+    """A refusal if the file has changed since reading started."""
     try:
         now: Any = _stamp(run.bold)
     except OSError:
@@ -124,38 +128,38 @@ def _changed(run: RunSource, before: tuple[int, int, int]) -> RunRefused | None:
     if now == before:
         return None
     got = (
-        "no file any more"
+        "a file that was removed while it was read"
         if now is None
         else f"a file that changed while it was read ({before[0]}, now {now[0]} bytes)"
     )
-    return RunRefused(run.source, "data", got, "a file nobody writes to", "Convert again once it is complete")
+    return RunRefused(run.source, "data", got, "a file that does not change", "Convert again once it is complete")
 
 
 def _check_volume(run: RunSource, frame: int, volume: np.ndarray) -> None:
-    least, most = volume.min(), volume.max()  # NaN if any is
+    least, most = volume.min(), volume.max()  # NaN if a value is NaN
     if not (np.isfinite(least) and np.isfinite(most)):
-        hint = "Repair the preprocessing, or leave the run out"
+        hint = "Repair the preprocessing, or leave the scan out"
         raise RunRefused(run.source, "data", f"NaN or Inf in frame {frame}", "finite values", hint)
     if least == most:
-        hint = "Cut the empty frames off, or leave the run out"
+        hint = "Remove the empty frames, or leave the scan out"
         raise RunRefused(
             run.source, "data", f"{least:g} in every voxel of frame {frame}", "an image in every frame", hint
         )
 
 
 def _check_byte_order(run: RunSource, stored: np.ndarray) -> None:
-    """Refuse voxels that are noise in the byte order of the header, and an image in the other one."""
+    """Refuse an image with another byte order than its header: read as the header says, it looks like noise."""
     if stored.dtype.itemsize == 1 or (rough := _roughness(stored)) < _SMOOTH:
         return
     if rough > _ROUGHER * _roughness(stored.byteswap()):
         order = "big" if stored.dtype.byteorder == ">" else "little"
-        got = f"noise when read in the byte order of the header ({order}-endian), an image in the other one"
-        hint = "Write the image again with the software it came from: header and voxels must agree"
-        raise RunRefused(run.source, "data", got, "one byte order for header and voxels", hint)
+        got = f"voxels that are noise in the byte order of the header ({order}-endian), but an image in the other one"
+        hint = "Write the image again with the software that made it"
+        raise RunRefused(run.source, "data", got, "the same byte order in header and voxels", hint)
 
 
 def _roughness(stored: np.ndarray) -> float:
-    """Mean square of steps between neighbouring voxels over twice the variance: 1 in noise, near 0 in images."""
+    """Mean squared difference of neighbouring voxels, divided by twice the variance: 1 in noise, near 0 in images."""
     with np.errstate(all="ignore"):
         values = stored.astype(np.float64)
         steps = [np.square(np.diff(values, axis=axis)).mean() for axis in range(3) if values.shape[axis] > 1]
@@ -164,18 +168,18 @@ def _roughness(stored: np.ndarray) -> float:
 
 
 def open_bold(run: RunSource) -> Bold:
-    """A run's header, checked; no voxel is read.
+    """Open a scan and check its header. No voxels are read.
 
     Raises
     ------
     RunRefused
-        If the run is no 4-D NIfTI with real numbers, its position is unknown and not stated, or its TR is missing or
-        impossible.
+        If the scan is not a 4-D NIfTI image of real numbers, its position is unknown and not given, or its TR is
+        missing or impossible.
     """
     if run.problem is not None:
         raise run.problem
     image = nifti.open_image(run.bold, run.source)
-    longer = [axis for axis in range(3, len(image.shape)) if image.shape[axis] > 1]  # an axis of length 1 is none
+    longer = [axis for axis in range(3, len(image.shape)) if image.shape[axis] > 1]  # axes of length 1 do not count
     time_axis = longer[0] if longer else 3
     frames = image.shape[time_axis] if len(image.shape) > 3 else 1
     if len(longer) > 1 or frames < LEAST_FRAMES:
@@ -184,7 +188,7 @@ def open_bold(run: RunSource) -> Bold:
             "dim",
             "x".join(map(str, image.shape)),
             f"x, y, z and at least {LEAST_FRAMES} frames",
-            "Give a 4-D series; leave other images out",
+            "Give a 4-D series, and leave other images out",
         )
     if image.get_data_dtype().kind not in "iuf":
         raise RunRefused(run.source, "datatype", f"complex or colour values ({image.get_data_dtype()})", "real numbers")
@@ -194,11 +198,11 @@ def open_bold(run: RunSource) -> Bold:
 
 
 def _position(run: RunSource, image: nib.Nifti1Pair) -> tuple[np.ndarray, str]:
-    """The affine (mm), and the axis codes that had to be assumed for it, if any.
+    """The affine in mm, and the axis codes that were assumed for it, or an empty text.
 
-    Without a qform and sform neither place nor orientation is known. Where `space:` is stated the place does not matter
-    (the brain is moved to the middle of the grid), and the orientation is the cohort file's, or LAS: the ANALYZE
-    convention that NIfTI-1 keeps for such files ("method 1" of nifti1.h), which nibabel follows.
+    Without qform and sform, position and orientation are unknown. If `space` is given, the position is not needed,
+    because the brain is centred in the grid. The orientation is then taken from the cohort file, or assumed to be LAS:
+    the ANALYZE convention that NIfTI-1 keeps for such files ("method 1" in nifti1.h) and that nibabel follows.
     """
     affine, assumed = nifti.affine_mm(image), ""
     if not nifti.code_of(image):
@@ -208,7 +212,7 @@ def _position(run: RunSource, image: nib.Nifti1Pair) -> tuple[np.ndarray, str]:
                 "qform_code, sform_code",
                 "0, 0: position and orientation unknown",
                 "a code above 0",
-                f"Restore the header from the original scan, or state `space` and `orientation` {run.stated}",
+                f"Restore the header from the original scan, or give `space` and `orientation` {run.stated}",
             )
         assumed = run.orientation or "LAS"
         affine = np.zeros((4, 4))
@@ -222,15 +226,15 @@ def _position(run: RunSource, image: nib.Nifti1Pair) -> tuple[np.ndarray, str]:
 
 
 def _tr(run: RunSource, image: nib.Nifti1Pair, time_axis: int) -> tuple[float, str]:
-    """TR in seconds, and where it is from: what was stated, else a BIDS sidecar, else the header."""
+    """TR in seconds and its source: the given TR, else a BIDS sidecar, else the header."""
     if run.tr is not None:
         return round(run.tr, _TR_DIGITS), "stated"
-    hint = f"State `tr` {run.stated}"
+    hint = f"Give `tr` {run.stated}"
     tr, where = _sidecar_tr(run)
     if tr is None:
         zoom = float(image.header.get_zooms()[time_axis])
-        if zoom == 1 and not nifti.has_unit_of_time(image):  # what a header holds when nobody filled it in
-            raise RunRefused(run.source, "TR", "1 of no unit, a header nobody filled in", "a TR in seconds", hint)
+        if zoom == 1 and not nifti.has_unit_of_time(image):  # the default of an incomplete header
+            raise RunRefused(run.source, "TR", "1 without a unit (an incomplete header)", "a TR in seconds", hint)
         tr, where = zoom * nifti.unit_s(image), "header"
     tr = round(tr, _TR_DIGITS) if math.isfinite(tr) else tr
     if not _TR_RANGE[0] < tr <= _TR_RANGE[1]:

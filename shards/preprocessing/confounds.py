@@ -1,4 +1,4 @@
-"""What is known of a run beside its signal: the confounds table, and cleaning the signal with it.
+"""The confounds table of a scan, and cleaning the signal with it.
 
 Legend: T frames; N brain voxels; C confounds.
 """
@@ -17,11 +17,11 @@ from shards.core.errors import RunRefused
 from shards.core.settings import Settings, Unit
 from shards.core.tables import Table
 
-VOXEL_BLOCK = 8192  # voxels cleaned at once
+VOXEL_BLOCK = 8192  # number of voxels cleaned at once
 
 
 class CleanSettings(Settings):
-    """Cleaning of every voxel's series at the TR of the scan, by `nilearn.signal.clean`; nothing by default."""
+    """Cleaning of every voxel's series at the TR of the scan with `nilearn.signal.clean`. By default, none."""
 
     confounds: tuple[str, ...] = Field((), description="columns of the confounds table to regress out; globs allowed")
     detrend: bool = Field(False, description="remove a linear trend")
@@ -35,12 +35,12 @@ class CleanSettings(Settings):
     @model_validator(mode="after")
     def _band(self) -> CleanSettings:
         if self.high_pass and self.low_pass and self.high_pass >= self.low_pass:
-            raise ValueError(f"high_pass below low_pass: {self.high_pass} < {self.low_pass} does not hold")
+            raise ValueError(f"high_pass below low_pass, but {self.high_pass} is not below {self.low_pass}")
         return self
 
     @property
     def words(self) -> str:
-        """What is done, in words; empty where nothing is."""
+        """Description of the cleaning; empty if there is none."""
         parts = [f"regressed out {', '.join(self.confounds)}"] if self.confounds else []
         parts += ["detrended"] if self.detrend else []
         parts += [f"high-pass {self.high_pass:g} Hz"] if self.high_pass else []
@@ -49,21 +49,22 @@ class CleanSettings(Settings):
 
 
 def read(path: Path, frames: int) -> Table:
-    """A confounds table with a header line (parted by tabs, commas or blanks), a row per frame.
+    """Read a confounds table with a header line, separated by tabs, commas or blanks, and one row per frame.
 
     Raises
     ------
     RunRefused
         If it cannot be read or has another number of rows.
     """
-    table = tables.read(path, "columns with names, a row per frame", RunRefused)
+    table = tables.read(path, "named columns and one row per frame", RunRefused)
     if len(table) != frames:
-        raise RunRefused(path, "rows", len(table), f"{frames}, the frames of the run", "Find the run's own table")
+        hint = "Give the table that belongs to this scan"
+        raise RunRefused(path, "rows", len(table), f"{frames}, the number of frames of the scan", hint)
     return table
 
 
 def mean_framewise_displacement(table: Table) -> float | None:
-    """Mean of fMRIPrep's framewise displacement (mm); None where the table has none."""
+    """Mean of fMRIPrep's framewise displacement in mm; None if the table does not have it."""
     if "framewise_displacement" not in table:
         return None
     values = table.numbers("framewise_displacement")
@@ -72,21 +73,21 @@ def mean_framewise_displacement(table: Table) -> float | None:
 
 
 def non_steady_state(table: Table) -> int:
-    """How many leading volumes fMRIPrep found outside the steady state (columns `non_steady_state_outlier*`)."""
+    """Number of volumes at the start that fMRIPrep marked as not steady (columns `non_steady_state_outlier*`)."""
     names = [name for name in table.columns if name.startswith("non_steady_state_outlier")]
     marked = [np.flatnonzero(np.nan_to_num(table.numbers(name))) for name in names]
     return max((int(frames[-1]) + 1 for frames in marked if len(frames)), default=0)
 
 
 def columns(path: Path, table: Table, patterns: tuple[str, ...]) -> np.ndarray:
-    """The columns that any of the patterns names, float64 (T, C), in the table's order.
+    """The columns that match the patterns, float64 (T, C), in the order of the table.
 
-    Derivatives have no first value (n/a): the second stands in, as in nilearn's `load_confounds`.
+    The first value of derivatives is missing (n/a) and is replaced by the second, as in nilearn's `load_confounds`.
 
     Raises
     ------
     RunRefused
-        If a pattern names no column, or a value is missing elsewhere.
+        If a pattern matches no column, or another value is missing.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in table.columns):
@@ -103,14 +104,16 @@ def columns(path: Path, table: Table, patterns: tuple[str, ...]) -> np.ndarray:
 
 
 def clean(series_TN: np.ndarray, tr: float, settings: CleanSettings, confounds_TC: np.ndarray | None) -> None:
-    """Clean every voxel's series in place; its mean stays.
+    """Clean every voxel's series in place, without changing its mean.
 
     Parameters
     ----------
-    series_TN : float32 (T, N), changed
-    tr : float, s
+    series_TN : float32 array (T, N)
+        Changed in place.
+    tr : float
+        In s.
     settings : CleanSettings
-    confounds_TC : float64 (T, C), or None
+    confounds_TC : float64 array (T, C), or None
     """
     from nilearn.signal import clean as nilearn_clean  # takes seconds to import
 

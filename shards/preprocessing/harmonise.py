@@ -1,12 +1,13 @@
-"""One run in, one harmonised run out: orientation, grid, TR, mask and normalisation.
+"""Harmonise one scan: orientation, grid, TR, mask and normalisation.
 
-A pure function of the run and its settings. Space first (cubic B-spline at the brain voxels alone), then, on request,
-cleaning, then time (cubic B-spline per voxel, inside the measured span), then a global z-score inside the mask, kept as
-two parts: the baseline (each voxel's mean) and the fluctuation around it, because the fluctuation is a few per cent of
-the anatomical contrast and would be lost in half precision beside it.
+The result depends only on the scan and its settings. The steps are: resampling in space (cubic B-spline, brain voxels
+only); cleaning, if requested; resampling in time (cubic B-spline per voxel, inside the measured time span); and a
+global z-score inside the mask. The z-score is stored as two parts, the baseline (mean of each voxel) and the
+fluctuation around it: the fluctuation is a few per cent of the anatomical contrast, and their sum in half precision
+would lose it.
 
-Frames are read in blocks and voxels resampled in time in blocks, in place, so that memory is that of the run itself at
-the brain voxels, once, and of the interpolation weights.
+Frames are read, and voxels resampled in time, in blocks and in place. Memory use is that of one copy of the scan at the
+brain voxels, and of the interpolation weights.
 
 Legend: X, Y, Z voxels of the target grid; S source voxels; N brain voxels (C order of the grid); T frames; P patches;
 V voxels of a patch; K windows; F frames of a window; 3 the axes.
@@ -37,9 +38,9 @@ from shards.preprocessing.masks import BrainMaskSettings, find_mask
 from shards.preprocessing.resampling import antialias, field_of_view, low_pass, resample_mask, spline_weights
 from shards.preprocessing.space import check_space
 
-VOXEL_BLOCK = 16384  # voxels resampled in time at once
-FRAME_BLOCK = 16  # frames resampled in space at once
-ROUNDING = 1e-6  # what interpolation in float32 adds to a constant signal, relative to it
+VOXEL_BLOCK = 16384  # number of voxels resampled in time at once
+FRAME_BLOCK = 16  # number of frames resampled in space at once
+ROUNDING = 1e-6  # relative rounding error of a constant signal after interpolation in float32
 
 
 class GridSettings(Settings):
@@ -49,20 +50,20 @@ class GridSettings(Settings):
     shape: Annotated[tuple[int, int, int], Unit("voxels")] = Field((96, 96, 96), description="voxels along x, y, z")
     patch: Annotated[int, Unit("voxels")] = Field(4, ge=1, le=16, description="edge of a patch")
     tr: Annotated[float, Unit("s")] = Field(
-        0.72, gt=0.05, le=20, description="TR that scans outside tr_range are resampled to"
+        0.72, gt=0.05, le=20, description="TR to which scans outside tr_range are resampled"
     )
     tr_range: Annotated[tuple[float, float], Unit("s")] = Field(
-        (0.7, 0.8), description="TRs inside this range are left as they are"
+        (0.7, 0.8), description="scans with a TR inside this range are not resampled in time"
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> GridSettings:
         for size in self.shape:
             if size < self.patch or size % self.patch:
-                raise ValueError(f"a shape divisible by patch: {size} is no multiple of {self.patch}")
+                raise ValueError(f"a shape divisible by patch, but {size} is not a multiple of {self.patch}")
         low, high = self.tr_range
         if not low <= self.tr <= high:
-            raise ValueError(f"tr_range around tr: {low} <= {self.tr} <= {high} does not hold; set both")
+            raise ValueError(f"tr_range around tr, but {self.tr} is not between {low} and {high}; set both")
         return self
 
     def grid(self) -> Grid:
@@ -71,16 +72,22 @@ class GridSettings(Settings):
 
 @dataclass
 class Harmonised:
-    """A run on the common grid and TR.
+    """A scan on the common grid and TR.
 
     Attributes
     ----------
-    raw_TN : float32, the harmonised run before normalisation, brain voxels only
-    brain_XYZ : bool, the mask on the grid
-    edge : int, voxels along a patch
-    tr, source_tr : float, s
-    facts : dict, quality numbers and what was done
-    repeated_T : bool, frames that are made of volumes that repeat an earlier one
+    raw_TN : float32 array
+        The harmonised scan before normalisation, brain voxels only.
+    brain_XYZ : bool array
+        Brain mask on the grid.
+    edge : int
+        Edge of a patch in voxels.
+    tr, source_tr : float
+        In s.
+    facts : dict
+        Quality measures, and what was done.
+    repeated_T : bool array
+        Frames made from volumes that are copies of an earlier volume.
     """
 
     raw_TN: np.ndarray
@@ -102,13 +109,13 @@ class Harmonised:
 
     @cached_property
     def global_sd(self) -> float:
-        """SD over all brain voxels and frames: within-voxel plus between-voxel variance."""
+        """SD over all brain voxels and frames, from the variance within and between voxels."""
         mean_N, variance_N = self.moments
         return float(np.sqrt(variance_N.mean() + mean_N.var()))
 
     @cached_property
     def patch_P3(self) -> np.ndarray:
-        """Places of the patches that touch brain, int16."""
+        """Positions of the patches that contain brain, int16."""
         return patches.patch_places(self.brain_XYZ, self.edge)
 
     @cached_property
@@ -117,16 +124,16 @@ class Harmonised:
 
     @property
     def baseline_PV(self) -> np.ndarray:
-        """Each voxel's run mean in global-z units, float32; background voxels 0."""
+        """Mean of each voxel over the scan in global z-scores, float32; 0 for background voxels."""
         return self._in_patches((self.moments[0] - self.global_mean) / self.global_sd)
 
     @property
     def spread_PV(self) -> np.ndarray:
-        """Each voxel's SD over the run in units of the run's global SD, float32; background voxels 0."""
+        """SD of each voxel over the scan in units of the global SD, float32; 0 for background voxels."""
         return self._in_patches(np.sqrt(self.moments[1]) / self.global_sd)
 
     def windows(self, start_K: np.ndarray, frames: int) -> np.ndarray:
-        """Fluctuation of each voxel around its run mean in units of the run's global SD, float32 (K, F, P, V)."""
+        """Fluctuation of each voxel around its mean in units of the global SD, float32 (K, F, P, V)."""
         mean_N = self.moments[0]
         shape = len(start_K), frames, len(self.patch_P3), self.edge**3
         out = np.zeros((shape[0], frames, shape[2] * shape[3]), np.float32)
@@ -143,15 +150,19 @@ class Harmonised:
 
 @dataclass(frozen=True)
 class Placed:
-    """A run whose header, mask and tables were found sound, and where its brain lies on the grid.
+    """A scan with valid header, mask and tables, and the position of its brain on the grid.
 
     Attributes
     ----------
     bold : Bold
-    affine : float64 (4, 4), voxel index of the scan to mm, after centring
-    brain_XYZ : bool
-    table : DataFrame, the confounds, or None
-    facts : dict, what was found
+    affine : float64 array (4, 4)
+        From voxel indices of the scan to mm, after centring.
+    brain_XYZ : bool array
+        Brain mask on the grid.
+    table : Table or None
+        The confounds.
+    facts : dict
+        What was found.
     """
 
     bold: Bold
@@ -162,12 +173,12 @@ class Placed:
 
 
 def place(run: RunSource, settings: GridSettings, mask_settings: BrainMaskSettings, clean: CleanSettings) -> Placed:
-    """Everything that can be said of a run before its frames are read (unless its mask is computed from them).
+    """Check a scan, and find its brain on the grid. Frames are only read if the mask must be computed from them.
 
     Raises
     ------
     RunRefused
-        If the run cannot be opened (see `shards.preprocessing.bold`), its tables do not fit it, its mask is no brain,
+        If the scan cannot be opened (see `shards.preprocessing.bold`), its tables do not fit, its mask is not a brain,
         or too much of its brain lies outside the grid or the scan.
     """
     bold = open_bold(run)
@@ -182,7 +193,7 @@ def place(run: RunSource, settings: GridSettings, mask_settings: BrainMaskSettin
     affine, mask_affine = move @ bold.affine, move @ mask.affine
     outside = _outside(mask_mm + moved_mm, grid.affine, grid.shape)
     if outside > mask_settings.outside:
-        hint = f"If the run is not in MNI space, state `space: native` {run.stated}; else enlarge grid.shape"
+        hint = f"If the scan is not in MNI space, give `space: native` {run.stated}; otherwise enlarge grid.shape"
         got, limit = f"{outside:.0%} of the brain outside the grid", f"at most {mask_settings.outside:.0%}"
         raise RunRefused(run.source, "mask", got, limit, hint)
     unscanned = _outside(mask_mm + moved_mm, affine, bold.shape)
@@ -191,7 +202,8 @@ def place(run: RunSource, settings: GridSettings, mask_settings: BrainMaskSettin
     brain_XYZ &= field_of_view(bold.shape, affine, grid)
     if not brain_XYZ.any() or unscanned > 0.5:
         got = f"{unscanned:.0%} of the mask outside the scan" if unscanned > 0.5 else "no brain voxel on the grid"
-        raise RunRefused(run.source, "mask", got, "a mask that overlaps run and grid", "Give the run's own mask")
+        hint = "Give the mask that belongs to this scan"
+        raise RunRefused(run.source, "mask", got, "a mask that overlaps scan and grid", hint)
     facts: dict[str, object] = {
         "mask_outside_grid": round(outside, 4),
         "mask_outside_scan": round(unscanned, 4),
@@ -221,28 +233,28 @@ def harmonise(
     mask_settings: BrainMaskSettings | None = None,
     clean: CleanSettings | None = None,
 ) -> Harmonised:
-    """Bring one run to the common grid and TR.
+    """Harmonise one scan to the common grid and TR.
 
     Raises
     ------
     RunRefused
-        If the run cannot be placed (see `place`), or its values are not finite or do not vary.
+        If the checks of `place` fail, or the values are not finite or do not vary.
     """
     clean = clean or CleanSettings()
     mask_settings = mask_settings or BrainMaskSettings()
     placed = place(run, settings, mask_settings, clean)
     bold, grid = placed.bold, settings.grid()
-    # one array from reading to the end: the frames of the scan, which become those of the grid's TR in place
+    # One array is used throughout: the frames of the scan are resampled in time in place.
     length = max(bold.frames, frames_at(settings, bold.tr, bold.frames))
     buffer_TN = np.empty((length, np.count_nonzero(placed.brain_XYZ)), np.float32)
     varies_N = _resample_space(placed, grid, buffer_TN)
     if not varies_N.any():
         got, expected = "the same volume in every frame", "a signal that varies in time"
-        raise RunRefused(run.source, "data", got, expected, "Leave the run out")
+        raise RunRefused(run.source, "data", got, expected, "Leave the scan out")
     dead_share = 1 - float(varies_N.mean())
     if dead_share > (limit := mask_settings.dead):
         got = f"{dead_share:.0%} of its voxels without signal (the same value in every frame)"
-        hint = "Give a mask of what was scanned, or raise mask.dead"
+        hint = "Give a mask of the scanned region, or raise mask.dead"
         raise RunRefused(run.source, "mask", got, f"at most {limit:.0%}", hint)
     brain_XYZ = placed.brain_XYZ
     if dead_share:
@@ -258,9 +270,9 @@ def harmonise(
             confounds_TC = confounds.columns(run.confounds, placed.table, clean.confounds)[dropped:]
         try:
             confounds.clean(scan_TN, bold.tr, clean, confounds_TC)
-        except ValueError as error:  # nilearn: too few frames for the filter, and the like
+        except ValueError as error:  # raised by nilearn, for example with too few frames for the filter
             raise RunRefused(
-                run.source, "clean", str(error), "a run that can be filtered so", "Change `clean`"
+                run.source, "clean", str(error), "a scan that can be cleaned with these settings", "Change `clean`"
             ) from None
     raw_TN, tr = _resample_time(scan_TN, bold.tr, settings, buffer_TN)
 
@@ -269,7 +281,7 @@ def harmonise(
     mean_N, variance_N = result.moments
     if not float(np.sqrt(variance_N.mean())) > ROUNDING * np.abs(mean_N).max():
         got, expected = "the same volume in every frame", "a signal that varies in time"
-        raise RunRefused(run.source, "data", got, expected, "Leave the run out")
+        raise RunRefused(run.source, "data", got, expected, "Leave the scan out")
     result.facts.update(
         quality.of_run(raw_TN, mean_N, variance_N, brain_voxel_ml=grid.mm**3 / 1000),
         dropped_frames=dropped,
@@ -284,7 +296,7 @@ def harmonise(
 
 
 def read_confounds(bold: Bold, clean: CleanSettings) -> Any:
-    """The confounds table of a run, None where it has none; refused if it does not fit the run, or the cleaning it."""
+    """The confounds table of a scan, or None. Raises RunRefused if it does not fit the scan or the cleaning."""
     path = bold.run.confounds
     table = None if path is None else confounds.read(path, bold.frames)
     _check_clean(bold, table, clean)
@@ -298,14 +310,14 @@ def _check_clean(bold: Bold, table: Any, clean: CleanSettings) -> None:
             f"{clean.low_pass:g} Hz at TR {bold.tr:g} s",
             f"less than {nyquist:.4g} Hz, half the sampling rate",
         )
-        raise RunRefused(source, "clean.low_pass", got, expected, "Lower it")
+        raise RunRefused(source, "clean.low_pass", got, expected, "Lower clean.low_pass")
     if clean.confounds and table is None:
         hint = f"Give the tables as `confounds` {bold.run.stated}"
-        raise RunRefused(source, "clean.confounds", "no confounds table", "one beside every run", hint)
+        raise RunRefused(source, "clean.confounds", "no confounds table", "a table for every scan", hint)
 
 
 def _dummy(placed: Placed, scan_TN: np.ndarray) -> int:
-    """Leading volumes to drop: as the cohort file says, else those fMRIPrep found, else those that are bright."""
+    """Number of volumes to drop at the start: from the cohort file, else from fMRIPrep, else the bright ones."""
     bold, table = placed.bold, placed.table
     found = bold.run.dummy
     if found == "auto":
@@ -314,18 +326,19 @@ def _dummy(placed: Placed, scan_TN: np.ndarray) -> int:
         )
     if bold.frames - found < LEAST_FRAMES:
         got = f"{found} of {bold.frames} volumes to drop"
-        raise RunRefused(bold.run.source, "dummy", got, f"at least {LEAST_FRAMES} that are left", "Set `dummy`")
+        hint = "Set `dummy` to a smaller number"
+        raise RunRefused(bold.run.source, "dummy", got, f"at least {LEAST_FRAMES} remaining volumes", hint)
     return found
 
 
 def _outside(place_mm: np.ndarray, affine: np.ndarray, shape: tuple[int, int, int]) -> float:
-    """Fraction of places (n, 3) that lie outside a box of voxels."""
+    """Fraction of positions (n, 3) outside a box of voxels."""
     index = nib.affines.apply_affine(np.linalg.inv(affine), place_mm)
     return float(np.mean(((index < -0.5) | (index > np.array(shape) - 0.5)).any(axis=1)))
 
 
 def _without(buffer_TN: np.ndarray, kept_N: np.ndarray) -> np.ndarray:
-    """The kept voxels, moved to the front of the same memory: a copy of a run may not fit beside it."""
+    """Move the kept voxels to the front of the same array, because there may be no memory for a second copy."""
     kept = np.flatnonzero(kept_N)
     for row_N in buffer_TN:
         row_N[: len(kept)] = row_N[kept]
@@ -333,9 +346,9 @@ def _without(buffer_TN: np.ndarray, kept_N: np.ndarray) -> np.ndarray:
 
 
 def _resample_space(placed: Placed, grid: Grid, out_TN: np.ndarray) -> np.ndarray:
-    """Cubic B-spline values at the brain voxels of the grid, into the first rows of `out_TN`.
+    """Write cubic B-spline values at the brain voxels of the grid to the first rows of `out_TN`.
 
-    Returns which of these voxels have a signal, bool (N,): those whose nearest voxel of the scan varies in time.
+    Returns which of these voxels have a signal, bool (N,): those with a nearest voxel in the scan that varies in time.
     """
     bold = placed.bold
     matrix = np.linalg.inv(placed.affine) @ grid.affine
@@ -366,7 +379,7 @@ def _resample_space(placed: Placed, grid: Grid, out_TN: np.ndarray) -> np.ndarra
 
 
 def frames_at(settings: GridSettings, source_tr: float, frames: int) -> int:
-    """Frames of a run of so many frames once it is at the grid's TR; none lies outside the measured span."""
+    """Number of frames of a scan after resampling to the grid's TR. All lie inside the measured time span."""
     low, high = settings.tr_range
     if low <= source_tr <= high:
         return frames
@@ -376,9 +389,10 @@ def frames_at(settings: GridSettings, source_tr: float, frames: int) -> int:
 def _resample_time(
     scan_TN: np.ndarray, source_tr: float, settings: GridSettings, buffer_TN: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Cubic B-spline in time to `settings.tr`, into the first rows of `buffer_TN`, of which `scan_TN` is a part.
+    """Resample in time to `settings.tr` with cubic B-splines, into the first rows of `buffer_TN`.
 
-    What a longer TR cannot show is filtered away first, as in space. Returns (T, N) and its TR.
+    `scan_TN` is a part of `buffer_TN`. For a longer TR, frequencies above its Nyquist frequency are filtered out first.
+    Returns (T, N) and its TR.
     """
     low, high = settings.tr_range
     if low <= source_tr <= high:
@@ -387,21 +401,21 @@ def _resample_time(
 
     seconds = np.arange(len(scan_TN)) * source_tr
     wanted = np.arange(frames_at(settings, source_tr, len(scan_TN))) * settings.tr
-    # Interpolation is linear in the series and the same for every voxel: the splines through unit impulses, whose
-    # influence fades by a factor of 3.7 per frame, are a banded matrix.
+    # Interpolation is linear in the series and equal for all voxels. The splines through unit impulses, which decrease
+    # by a factor of 3.7 per frame, form a banded matrix.
     weights_TT = make_interp_spline(seconds, np.eye(len(seconds)), k=3)(wanted)
     if source_tr < settings.tr:
         weights_TT = weights_TT @ low_pass(len(seconds), source_tr, settings.tr)
     weights_TT = sparse.csr_array(np.where(np.abs(weights_TT) > 1e-9, weights_TT, 0).astype(np.float32))
     for first in range(0, scan_TN.shape[1], VOXEL_BLOCK):
         block = slice(first, first + VOXEL_BLOCK)
-        mean_B = scan_TN[:, block].mean(axis=0)  # apart, or the fluctuation would lose digits beside it
+        mean_B = scan_TN[:, block].mean(axis=0)  # kept apart, so that the fluctuation keeps its digits
         buffer_TN[: len(wanted), block] = weights_TT @ (scan_TN[:, block] - mean_B) + mean_B
     return buffer_TN[: len(wanted)], settings.tr
 
 
 def _frames_of(marked_T: np.ndarray, source_tr: float, settings: GridSettings) -> np.ndarray:
-    """Which frames of the grid's TR lie beside a marked frame of the scan, bool."""
+    """Which frames after resampling are neighbours of a marked frame of the scan, bool."""
     low, high = settings.tr_range
     if low <= source_tr <= high:
         return marked_T

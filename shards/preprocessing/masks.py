@@ -1,4 +1,4 @@
-"""The brain mask of a run: the given one, by its range of values, or one that is computed from the run.
+"""The brain mask of a scan: a given image, thresholded according to its range of values, or a computed mask.
 
 Legend: x, y, z voxels of the mask's image.
 """
@@ -19,32 +19,32 @@ from shards.core.nifti import affine_mm, code_of, open_image
 from shards.core.settings import Settings, Unit
 from shards.preprocessing.bold import Bold
 
-_MEAN_OF = 100  # frames: enough for a stable mean image
-_EDGE = 0.05  # share of the largest value below which a voxel belongs to a soft edge
+_MEAN_OF = 100  # number of frames of the mean image
+_EDGE = 0.05  # voxels below this share of the largest value belong to a soft edge
 _LEVEL, _NEAR, _PLATEAU = 0.75, 0.98, 0.25
-_FEW = 10  # largest label of tissues; masks in per cent and of 0 to 255 have larger values
+_FEW = 10  # largest label of tissues; masks with values up to 100 or 255 have larger values
 
 
 class BrainMaskSettings(Settings):
-    """What a brain mask must be like."""
+    """Limits for brain masks."""
 
     ml: Annotated[tuple[float, float], Unit("ml")] = Field(
-        (300, 2500), description="least and largest volume; lower it for infants or slabs"
+        (300, 2500), description="smallest and largest accepted volume; lower it for infants or slabs"
     )
     outside: Annotated[float, Unit("share")] = Field(
-        0.1, ge=0, le=1, description="largest fraction of a mask that may lie outside the grid"
+        0.1, ge=0, le=1, description="largest fraction of a mask outside the grid"
     )
     dead: Annotated[float, Unit("share")] = Field(
-        0.25, ge=0, le=1, description="largest fraction of a mask that may be without signal"
+        0.25, ge=0, le=1, description="largest fraction of a mask without signal"
     )
     mni_dice: Annotated[float, Unit("Dice")] = Field(
-        0.75, ge=0, le=1, description="least Dice overlap with the MNI152 brain where `space` is not stated"
+        0.75, ge=0, le=1, description="smallest Dice overlap with the MNI152 brain if `space` is not given"
     )
 
     @model_validator(mode="after")
     def _ordered(self) -> BrainMaskSettings:
         if not 0 <= self.ml[0] < self.ml[1]:
-            raise ValueError(f"two rising volumes: 0 <= {self.ml[0]:g} < {self.ml[1]:g} does not hold")
+            raise ValueError(f"a smaller and a larger volume, not {self.ml[0]:g} and {self.ml[1]:g}")
         return self
 
 
@@ -54,10 +54,13 @@ class Mask:
 
     Attributes
     ----------
-    brain : bool (x, y, z)
-    affine : float64 (4, 4), voxel index to mm
-    source : str, the file it came from, or "computed"
-    rule : str, how its values were made a mask, where they were not 0 and 1; else empty
+    brain : bool array (x, y, z)
+    affine : float64 array (4, 4)
+        From voxel indices to mm.
+    source : str
+        The file of the mask, or "computed".
+    rule : str
+        How the values were thresholded, if they were not 0 and 1; otherwise empty.
     """
 
     brain: np.ndarray
@@ -67,12 +70,12 @@ class Mask:
 
 
 def find_mask(bold: Bold, settings: BrainMaskSettings) -> Mask:
-    """The brain mask of a run.
+    """Find the brain mask of a scan.
 
     Raises
     ------
     RunRefused
-        If it is missing, unreadable, empty, or its volume is not that of a brain.
+        If the mask is missing, unreadable or empty, or its volume is outside the limits.
     """
     run = bold.run
     mask = Mask(_computed(bold), bold.affine, "computed", "") if run.mask is None else _given(bold, run.mask)
@@ -92,11 +95,11 @@ def find_mask(bold: Bold, settings: BrainMaskSettings) -> Mask:
 
 
 def threshold(values: np.ndarray) -> tuple[np.ndarray, str]:
-    """Which voxels of a mask image are brain, and the rule in words where its values are not 0 and 1 alone.
+    """Threshold a mask image. Returns the brain voxels, and a description of the rule if values are not only 0 and 1.
 
-    A mask is nearly flat inside: in a probability map, a mask in per cent or one of 0 to 255, most voxels have the
-    largest value, and half of it is the border. In a skull-stripped image the values inside differ, and in an image of
-    tissue labels they are few whole numbers: all above 0 is brain.
+    In masks with soft values (probabilities, per cent, or 0 to 255), most voxels inside have the largest value, and the
+    threshold is half of it. In skull-stripped images the values inside differ, and images of tissue labels have few
+    whole numbers; in both, all voxels above 0 are brain.
 
     Parameters
     ----------
@@ -134,24 +137,24 @@ def _given(bold: Bold, path: Path) -> Mask:
         raise RunRefused(run.source, "mask", got, "three dimensions")
     try:
         values = np.asarray(image.dataobj, np.float32).reshape(shape[:3])
-    except Exception as error:  # gzip, zlib and nibabel raise many types for damaged files; colours are no numbers
+    except Exception as error:  # gzip, zlib and nibabel raise many types for damaged files and colour images
         got = f"{path}, which cannot be read ({error})"
         raise RunRefused(run.source, "mask", got, "a NIfTI mask", "Copy it again") from None
     affine = affine_mm(image)
     if not code_of(image):
         if not bold.assumed or values.shape != bold.shape:
             got = f"{path} with qform_code and sform_code 0: position unknown"
-            raise RunRefused(run.source, "mask", got, "a code above 0", "Restore the mask's header")
-        affine = bold.affine  # of a run whose header has none either: the same voxels
+            raise RunRefused(run.source, "mask", got, "a code above 0", "Restore the header of the mask")
+        affine = bold.affine  # the header of the scan has none either, so both are assumed to have the same voxels
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         got = f"{path} with an affine that is singular or not finite"
-        raise RunRefused(run.source, "mask", got, "an invertible affine", "Restore the mask's header")
+        raise RunRefused(run.source, "mask", got, "an invertible affine", "Restore the header of the mask")
     brain, rule = threshold(values)
     return Mask(brain, affine, path.name, rule)
 
 
 def _computed(bold: Bold) -> np.ndarray:
-    """nilearn's EPI mask of the mean of frames that are spread over the run."""
+    """nilearn's EPI mask of the mean image, from frames spread over the scan."""
     from nilearn.masking import compute_epi_mask  # takes seconds to import
 
     wanted = np.unique(np.linspace(0, bold.frames - 1, min(_MEAN_OF, bold.frames)).astype(int))
@@ -160,7 +163,7 @@ def _computed(bold: Bold) -> np.ndarray:
         mean += volume / len(wanted)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of an empty mask, which is refused by name
+            warnings.simplefilter("ignore", UserWarning)  # an empty mask is refused later
             return compute_epi_mask(nib.Nifti1Image(mean.astype(np.float32), bold.affine)).get_fdata() > 0.5
     except Exception as error:  # nilearn raises many types for images without a brain
         got = f"none could be computed ({error})"

@@ -1,4 +1,4 @@
-"""The quality numbers of a run, written into its sample and shown on the dataset's page.
+"""Quality measures of a scan. They are written to its sample and shown on the page of the dataset.
 
 Legend: T frames, N brain voxels (C order of the grid), M voxels of the carpet; X, Y, Z voxels of the grid.
 """
@@ -12,11 +12,11 @@ from scipy import ndimage
 
 from shards.format.layout import CARPET_STEPS
 
-VOXEL_BLOCK = 16384  # voxels whose moments are taken at once
+VOXEL_BLOCK = 16384  # number of voxels processed at once
 
 
 def mean_and_variance(raw_TN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance over time of every voxel, float64 (N,), without a second copy of the run."""
+    """Mean and variance over time of every voxel, float64 (N,), without a second copy of the scan."""
     mean_N, variance_N = np.empty((2, raw_TN.shape[1]))
     for first in range(0, raw_TN.shape[1], VOXEL_BLOCK):
         block = slice(first, first + VOXEL_BLOCK)
@@ -28,22 +28,22 @@ def mean_and_variance(raw_TN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def of_run(
     raw_TN: np.ndarray, mean_N: np.ndarray, variance_N: np.ndarray, brain_voxel_ml: float
 ) -> dict[str, float | int]:
-    """Quality of a harmonised run before normalisation.
+    """Quality measures of a harmonised scan before normalisation.
 
     Parameters
     ----------
     raw_TN : float32 (T, N)
     mean_N, variance_N : float64 (N,)
-        Its `mean_and_variance`.
+        Result of `mean_and_variance`.
     brain_voxel_ml : float
         Volume of a voxel in ml.
 
     Returns
     -------
     dict
-        `tsnr`, the median over voxels of mean / SD in time; `dvars_outliers`, the number of frames whose DVARS lies
-        above the third quartile by more than 1.5 interquartile ranges (the box-plot rule of FSL's fsl_motion_outliers);
-        `brain_ml`, the volume of the mask.
+        `tsnr`, the median over voxels of mean / SD in time; `dvars_outliers`, the number of frames with a DVARS more
+        than 1.5 interquartile ranges above the third quartile (the box-plot rule of FSL's fsl_motion_outliers);
+        `brain_ml`, the volume of the mask in ml.
     """
     sd_N = np.sqrt(variance_N)
     alive = sd_N > 0
@@ -69,11 +69,11 @@ def dvars(raw_TN: np.ndarray) -> np.ndarray:
 
 
 def carpet(raw_TN: np.ndarray, brain_XYZ: np.ndarray, voxels: int = 512) -> np.ndarray:
-    """Brain voxels over the whole run, for the carpet plot (Power, NeuroImage 2017); int8 (M, T).
+    """Brain voxels over the whole scan, for the carpet plot (Power, NeuroImage 2017); int8 (M, T).
 
-    M = min(voxels, N) voxels, spread evenly over the brain once its voxels are ordered by their depth below its rim:
-    the rim, where motion shows first, comes first. A value is the voxel's z-score over the run times `CARPET_STEPS`,
-    clipped at the range of int8.
+    M = min(voxels, N) voxels are selected at equal steps from all brain voxels, sorted by their distance from the edge
+    of the brain. The edge, where motion is visible first, comes first. Values are z-scores over the scan times
+    `CARPET_STEPS`, clipped to the range of int8.
     """
     depth_N = ndimage.distance_transform_edt(np.pad(brain_XYZ, 1))[1:-1, 1:-1, 1:-1][brain_XYZ]
     order_N = np.argsort(depth_N, kind="stable")
@@ -85,9 +85,9 @@ def carpet(raw_TN: np.ndarray, brain_XYZ: np.ndarray, voxels: int = 512) -> np.n
 
 
 def repeats(raw_TN: np.ndarray) -> np.ndarray:
-    """Which frames are copies of an earlier one in every voxel, bool (T,).
+    """Which frames are exact copies of an earlier frame, bool (T,).
 
-    Measured volumes never are: a scanner that stopped, or censored frames that were filled in, leave such copies.
+    Measured volumes are never exact copies. They come from a scanner that stopped, or replace censored frames.
     """
     seen: set[bytes] = set()
     repeated_T = np.zeros(len(raw_TN), bool)
@@ -99,23 +99,23 @@ def repeats(raw_TN: np.ndarray) -> np.ndarray:
 
 
 def dummy_frames(mean_T: np.ndarray, tr: float) -> int:
-    """How many leading frames are brighter than the steady state, in which T1 saturation has not settled yet.
+    """Number of frames at the start that are brighter than the steady state, before T1 saturation is reached.
 
-    Brighter means: above the median of the run's mean signal by more than 2 % and by more than five SDs (1.4826 times
-    the median absolute deviation). Saturation settles within seconds, so more than 15 s of bright frames are something
-    else and count as none; nor is there a steady state to compare with in a signal whose mean was removed.
+    A frame is brighter if its mean signal exceeds the median over the scan by more than 2 % and by more than five SDs
+    (1.4826 times the median absolute deviation). Saturation takes seconds, so more than 15 s of bright frames have
+    another cause, and 0 is returned. 0 is also returned if the mean of the signal was removed.
 
     Parameters
     ----------
     mean_T : ndarray, (T,)
-        Mean over the brain of each frame.
+        Mean of each frame over the brain.
     tr : float
-        s.
+        In s.
     """
     middle = float(np.median(mean_T))
     sd = 1.4826 * float(np.median(np.abs(mean_T - middle)))
     if middle <= 10 * sd:
         return 0
     steady = mean_T <= middle + max(0.02 * middle, 5 * sd)
-    leading = int(np.argmax(steady))  # the median itself is steady
+    leading = int(np.argmax(steady))  # at least the median frame is steady
     return leading if leading * tr <= 15 else 0

@@ -1,4 +1,4 @@
-"""Resampling as linear algebra: masks and images onto the grid, series onto another TR.
+"""Resampling: masks and images to the grid, series to another TR.
 
 Legend: X, Y, Z voxels of the target grid; S source voxels; N places; T frames; K taps of a filter; 3 the axes.
 """
@@ -14,7 +14,7 @@ from shards.format.grid import Grid
 
 
 def resample_mask(mask: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
-    """A mask on the grid: linear interpolation of the fraction of brain, then half; bool (X, Y, Z)."""
+    """Resample a mask to the grid, by linear interpolation and a threshold of one half; bool (X, Y, Z)."""
     matrix = np.linalg.inv(affine) @ grid.affine
     values = mask.astype(np.float32)
     sigma = antialias(matrix)
@@ -25,7 +25,7 @@ def resample_mask(mask: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarra
 
 
 def field_of_view(shape: tuple[int, ...], affine: np.ndarray, grid: Grid) -> np.ndarray:
-    """Which voxels of the grid lie inside the scanned box; bool (X, Y, Z)."""
+    """Which voxels of the grid lie inside the field of view; bool (X, Y, Z)."""
     matrix = np.linalg.inv(affine) @ grid.affine
     indices = np.indices(grid.shape, np.float32).reshape(3, -1)
     place = matrix[:3, :3] @ indices + matrix[:3, 3:]
@@ -34,21 +34,21 @@ def field_of_view(shape: tuple[int, ...], affine: np.ndarray, grid: Grid) -> np.
 
 
 def antialias(matrix: np.ndarray) -> np.ndarray:
-    """SD (source voxels) of the Gaussian that makes source voxels as wide as target voxels; 0 where they are finer.
+    """SD, in source voxels, of the Gaussian filter before downsampling; 0 on axes with finer target voxels.
 
     The full width at half maximum is sqrt(target^2 - source^2), the difference of the two point-spread functions
     (Cardoso et al., "Scale factor point spread function matching", MICCAI 2015).
     """
-    # `matrix` maps target to source voxels: along each source axis, the target step measured in source voxels.
+    # `matrix` maps target to source voxels; this is the target step along each source axis, in source voxels.
     step = np.sqrt((matrix[:3, :3] ** 2).sum(axis=1))
     return np.sqrt(np.maximum(step**2 - 1, 0)) / np.sqrt(8 * np.log(2)) * (step > 1.01)
 
 
 def spline_weights(place_3N: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_array:
-    """Cubic B-spline interpolation as a sparse matrix (N, S): times the coefficients, it gives the values.
+    """Weights of cubic B-spline interpolation, as a sparse matrix (N, S) to multiply with the coefficients.
 
-    The weights are the same in every frame: computed once, they make interpolation several times faster than
-    `ndimage.map_coordinates` frame by frame. Places outside the lattice take the value at its border.
+    The weights are equal for all frames, so computing them once is several times faster than calling
+    `ndimage.map_coordinates` for each frame. Positions outside the image get the value at its border.
     """
     flat_N444, weight_N444 = np.zeros((1, 1, 1, 1), np.int32), np.ones((1, 1, 1, 1), np.float32)
     for axis, size in enumerate(shape):
@@ -62,7 +62,7 @@ def spline_weights(place_3N: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_a
             )
             / 6
         )
-        # beyond the ends the coefficients are mirrored, as `ndimage.spline_filter` takes them to be
+        # coefficients are mirrored at the ends, as in `ndimage.spline_filter`
         period = max(1, 2 * (size - 1))
         index_N4 = (below_N[:, None].astype(np.int32) + np.arange(-1, 3, dtype=np.int32)) % period
         index_N4 = np.where(index_N4 >= size, period - index_N4, index_N4)
@@ -75,10 +75,10 @@ def spline_weights(place_3N: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_a
 
 
 def low_pass(frames: int, source_tr: float, tr: float) -> np.ndarray:
-    """A low-pass without delay, as a matrix (frames, frames): what a TR of `tr` would alias is 50 dB down.
+    """A zero-phase low-pass filter as a matrix (frames, frames), which attenuates aliasing at a TR of `tr` by 50 dB.
 
-    A linear-phase FIR filter with a Kaiser window, whose transition is the upper fifth below the Nyquist frequency of
-    `tr`; at its ends the series is mirrored.
+    It is a linear-phase FIR filter with a Kaiser window. Its transition band is the upper fifth below the Nyquist
+    frequency of `tr`. The series is mirrored at its ends.
     """
     from scipy import signal  # takes a second to import
 

@@ -1,4 +1,4 @@
-"""Whether a run is in MNI space: what was stated, else the header's code and the overlap with the MNI152 brain.
+"""Check whether a scan is in MNI space: as given, or from the header code and the overlap with the MNI152 brain.
 
 Legend: X, Y, Z voxels of the grid.
 """
@@ -17,7 +17,7 @@ from shards.preprocessing.resampling import resample_mask
 
 
 def template() -> tuple[np.ndarray, np.ndarray]:
-    """The MNI152 brain mask that nilearn carries with it, float32 at 2 mm, and its affine."""
+    """The MNI152 brain mask included in nilearn, float32 at 2 mm, and its affine."""
     from nilearn.datasets import load_mni152_brain_mask  # takes a second to import
 
     image = load_mni152_brain_mask(resolution=2)
@@ -38,27 +38,28 @@ def mni_dice(brain_XYZ: np.ndarray, grid: Grid) -> float:
 
 
 def check_space(bold: Bold, brain_XYZ: np.ndarray, grid: Grid, least: float) -> tuple[float | None, str]:
-    """Whether a run may be taken as MNI.
+    """Check whether a scan can be used as a scan in MNI space.
 
     Parameters
     ----------
     bold : Bold
-    brain_XYZ : bool, its mask on the grid
+    brain_XYZ : bool array
+        Brain mask on the grid.
     grid : Grid
     least : float
-        Dice overlap with the MNI152 brain below which the space must be stated.
+        Smallest Dice overlap with the MNI152 brain for scans without a given space.
 
     Returns
     -------
     dice : float or None
-        None for a run that is moved to the middle of the grid, whose overlap says nothing.
+        None for a scan that is centred in the grid, because its overlap is not informative.
     assumed : str
-        What was assumed and why, in words; empty where nothing was.
+        What was assumed, and why; empty if nothing was.
 
     Raises
     ------
     RunRefused
-        If `space` is not stated, and the overlap is too small.
+        If `space` is not given and the overlap is too small.
     """
     run = bold.run
     if bold.centred:
@@ -73,8 +74,8 @@ def check_space(bold: Bold, brain_XYZ: np.ndarray, grid: Grid, least: float) -> 
             run.source,
             "space",
             f"{header}, and a brain that overlaps the MNI152 brain by Dice {dice:.2f}",
-            f"a run in MNI space: Dice of {least:g} or more",
-            f"State `space` {run.stated}: `native` moves the brain to the middle of the grid, `MNI` takes it as it is",
+            f"a scan in MNI space, with a Dice overlap of {least:g} or more",
+            f"Give `space` {run.stated}: `native` centres the brain in the grid, `MNI` uses the scan as it is",
         )
     taken = f"taken as MNI: {header}, but its brain overlaps the MNI152 brain by Dice {dice:.2f}"
     return dice, taken if code_of(bold.image) != MNI else ""

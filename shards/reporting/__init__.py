@@ -1,1 +1,1 @@
-"""The page of a dataset: what is in it, what to look at, figures of single sessions."""
+"""The report page of a dataset: its content, findings, and figures of single sessions."""

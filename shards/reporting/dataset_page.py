@@ -1,9 +1,9 @@
-"""The page people look at before they train: what is in a dataset, what was refused, and what it looks like.
+"""The report page of a dataset: what it contains, what was refused, and how sessions look.
 
     python tools/report.py DATASET        # also written at the end of make_shards.py
 
-Numbers of all sessions are summarised; pictures are drawn of a handful, chosen by quality and by key, so the
-page of thousands of sessions is as long as that of fifty.
+Quality measures of all sessions are summarised. A few sessions, chosen by quality and by key, are drawn, so the page of
+thousands of sessions is not longer than that of fifty.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from shards.preprocessing import space
 from shards.reporting import html, quality_figures
 from shards.reporting.distribution import MEASURES, Outlying, describe, find_outlying
 
-_ROWS = 100  # refused or moved sessions listed one by one
-_TRS = 4  # more of them in a cohort are told as a range
-_EXAMPLES, _MOST_EXAMPLES = 6, 12  # sessions drawn; more than six only where there are more than five cohorts
+_ROWS = 100  # largest number of refused or moved sessions listed one by one
+_TRS = 4  # more TRs in a cohort are shown as a range
+_EXAMPLES, _MOST_EXAMPLES = 6, 12  # number of sessions drawn; more than six only with more than five cohorts
 
 
 def write(folder: str | Path) -> Path:
@@ -50,7 +50,7 @@ def write(folder: str | Path) -> Path:
     Raises
     ------
     DatasetError
-        If the folder is no whole dataset, or a sample that is to be drawn is damaged.
+        If the folder is not a complete dataset, or a sample to be drawn is damaged.
     """
     dataset = Dataset(folder)
     failed = read_refusals(dataset.folder / layout.FAILED)
@@ -84,12 +84,12 @@ def _lead(dataset: Dataset, failed: list[Refusal]) -> str:
     cohorts = html.count(len(dataset.manifest.cohorts), "cohort")
     return (
         f"{html.count(len(sessions), 'session')} of {html.count(_subjects(sessions), 'subject')} from {cohorts}, "
-        f"{hours:.1f} hours; {html.count(len(failed), 'run')} refused."
+        f"{hours:.1f} hours; {html.count(len(failed), 'scan')} refused."
     )
 
 
 def _first_look(dataset: Dataset, failed: list[Refusal], outlying: Outlying) -> list[Finding]:
-    """What a reader should know before anything else."""
+    """The findings at the top of the page."""
     sessions, found = dataset.sessions, []
     homes: dict[tuple[str, str], set[str]] = defaultdict(set)
     for session in sessions:
@@ -100,7 +100,7 @@ def _first_look(dataset: Dataset, failed: list[Refusal], outlying: Outlying) -> 
             bad(
                 "splits",
                 f"{html.count(len(torn), 'subject')} in more than one split, first {torn[0]}: "
-                "scores will be too good. Make the dataset anew.",
+                "scores will be too good. Convert the dataset again.",
             )
         )
     empty = [split for split in SPLITS if not dataset.manifest.sessions.get(split)]
@@ -110,27 +110,26 @@ def _first_look(dataset: Dataset, failed: list[Refusal], outlying: Outlying) -> 
         found.append(
             look(
                 "refused",
-                f"{len(failed)} of {html.count(len(failed) + len(sessions), 'run')} refused; "
-                "reasons and remedies are below.",
+                f"{len(failed)} of {html.count(len(failed) + len(sessions), 'scan')} refused; "
+                "see the reasons and what to do below.",
             )
         )
     if outlying:
-        found.append(look("quality", f"{html.count(len(outlying), 'session')} of outlying quality, named below."))
+        found.append(look("quality", f"{html.count(len(outlying), 'session')} of outlying quality, listed below."))
     moved = sum(session.centred_by_mm is not None for session in sessions)
     if moved:
         found.append(
             look(
                 "native",
-                f"{html.count(moved, 'native-space session')} moved to the middle of the grid; "
-                "nothing was registered, so a place does not mean the same structure in all "
-                "of them.",
+                f"{html.count(moved, 'native-space session')} centred in the grid, but not "
+                "registered: a voxel is not the same brain structure in all of them.",
             )
         )
     for field, words in (
-        ("space_assumed", "whose space was not stated, or does not fit what was stated"),
-        ("forms_disagree", "whose sform and qform disagree on left and right; the sform was used"),
-        ("dead_share", "with a mask that takes in voxels without signal, which were left out"),
-        ("repeated_frames", "with volumes that repeat an earlier one; windows that hold them were not kept"),
+        ("space_assumed", "without a given space, or with a space that does not fit the image"),
+        ("forms_disagree", "with different left and right in sform and qform; the sform was used"),
+        ("dead_share", "with a mask that contains voxels without signal, which were left out"),
+        ("repeated_frames", "with volumes that are copies of an earlier one; windows with them were not kept"),
     ):
         if number := sum(bool(getattr(session, field)) for session in sessions):
             found.append(look(field, f'{html.count(number, "session")} {words}: see "To check" below.'))
@@ -139,8 +138,8 @@ def _first_look(dataset: Dataset, failed: list[Refusal], outlying: Outlying) -> 
         found.append(
             look(
                 "orientation",
-                f"{html.count(number, 'session')} whose header does not tell the orientation; {orientation} was "
-                "assumed. Left and right cannot be verified; their letters carry a question mark.",
+                f"{html.count(number, 'session')} without orientation in the header; {orientation} was assumed. Left "
+                "and right cannot be verified, and are marked with question marks.",
             )
         )
     whole = sum(session.n_kept == session.n_windows for session in sessions)
@@ -148,9 +147,9 @@ def _first_look(dataset: Dataset, failed: list[Refusal], outlying: Outlying) -> 
         found.append(
             look(
                 "windows",
-                f"In {whole} of {html.count(len(sessions), 'session')} every window was kept, as "
-                f"there are no more than {dataset.manifest.windows.keep}: the ranking "
-                "orders them but drops none.",
+                f"In {whole} of {html.count(len(sessions), 'session')} all windows were kept, because "
+                f"there are at most {dataset.manifest.windows.keep}: the ranking "
+                "sorts them, but does not drop any.",
             )
         )
     if not torn:
@@ -215,18 +214,18 @@ def _cohorts(dataset: Dataset, failed: list[Refusal]) -> list[html.Part]:
     if len(rows) > 1:
         rows.append(row("all", dataset.sessions, len(failed)))
     parts: list[html.Part] = [
-        html.Text("Sessions, and in brackets the subjects they come from. Splits are by subject."),
+        html.Text("Number of sessions, with the number of subjects in brackets. Splits are by subject."),
         html.Table(["Cohort", *SPLITS, "all", "refused", "TR of the scan, s"], rows, numbers=True),
     ]
     treated = Counter((session.cohort, words) for session in dataset.sessions for words in _treated(session))
     if treated:
-        parts.append(html.Text("What was done to runs, or taken for granted, before the harmonising:"))
+        parts.append(html.Text("What was done to scans, or assumed, before harmonising:"))
         parts.append(html.Table(["Cohort", "Treatment", "Sessions"], [[*key, treated[key]] for key in sorted(treated)]))
     return parts
 
 
 def _trs(sessions: Sequence[SessionRecord]) -> str:
-    """TRs with the number of sessions, the most frequent first; no number where all share one."""
+    """TRs with the number of sessions, the most frequent first; without a number if all have the same TR."""
     found = Counter(round(session.source_tr, 4) for session in sessions).most_common()
     if len(found) > _TRS:
         return f"{min(found)[0]:g}–{max(found)[0]:g}"
@@ -234,14 +233,14 @@ def _trs(sessions: Sequence[SessionRecord]) -> str:
 
 
 def _treated(session: SessionRecord) -> list[str]:
-    """What was done to a run beyond the usual, in words that sessions share."""
+    """What was done to a scan in addition to harmonising, in texts that are equal for similar sessions."""
     found = []
     if session.dropped_frames:
         found.append(f"{html.count(session.dropped_frames, 'leading frame')} dropped")
     if session.orientation_assumed:
         found.append(f"orientation {session.orientation_assumed} assumed")
     if session.mask_source == "computed":
-        found.append("brain mask computed from the run")
+        found.append("brain mask computed from the scan")
     if session.cleaned:
         found.append(f"cleaned: {session.cleaned}")
     return found
@@ -249,10 +248,10 @@ def _treated(session: SessionRecord) -> list[str]:
 
 def _refused(failed: list[Refusal]) -> list[html.Part]:
     if not failed:
-        return [html.Text("None: every run that was found was converted.")]
+        return [html.Text("None: all scans that were found were converted.")]
     parts: list[html.Part] = []
-    advice = [line.hint or "Look at the file: mend it, or leave it out of the cohort" for line in failed]
-    # The reason repeats the hint at its end; in the table it has a column of its own.
+    advice = [line.hint or "Check the file, and repair it or leave it out of the cohort" for line in failed]
+    # The reason ends with the hint, which has its own column in the table.
     rows = [
         [line.key, " ".join(line.reason.removesuffix(line.hint).split()), what]
         for line, what in zip(failed, advice, strict=True)
@@ -261,19 +260,19 @@ def _refused(failed: list[Refusal]) -> list[html.Part]:
         groups = Counter((line.cohort, what) for line, what in zip(failed, advice, strict=True))
         parts.append(
             html.Table(
-                ["Cohort", "What to do", "Runs"], [[*group, count] for group, count in groups.most_common(_ROWS)]
+                ["Cohort", "What to do", "Scans"], [[*group, count] for group, count in groups.most_common(_ROWS)]
             )
         )
         parts.append(html.Text(f"The first {_ROWS} of {len(failed)}; all are in {layout.FAILED}."))
-    return [*parts, html.Table(["Run", "Reason", "What to do"], rows[:_ROWS])]
+    return [*parts, html.Table(["Scan", "Reason", "What to do"], rows[:_ROWS])]
 
 
 def _to_check(sessions: Sequence[SessionRecord]) -> list[html.Part]:
-    """What was assumed or left out, and of which sessions."""
+    """What was assumed or left out, with the sessions."""
     rows = [[words, len(keys), html.first(keys, 8)] for words, keys in by_assumption(sessions).items()]
     if not rows:
         return []
-    intro = "What was assumed of sessions, or left out of them: correct the cohort file or the scans if it is wrong."
+    intro = "What was assumed about sessions, or left out. If it is wrong, correct the cohort file or the scans."
     return [html.Text(intro), html.Table(["What", "Sessions", "Which"], rows[:_ROWS])]
 
 
@@ -285,20 +284,20 @@ def _native(sessions: Sequence[SessionRecord]) -> list[html.Part]:
     rows = []
     for session, by_mm in moved[:_ROWS]:
         rows.append([session.key, *[f"{mm:+g}" for mm in by_mm], f"{np.linalg.norm(by_mm):.1f}"])
-    more = f" The {_ROWS} of {len(moved)} moved farthest:" if len(moved) > _ROWS else ""
+    more = f" The {_ROWS} of {len(moved)} with the largest shifts:" if len(moved) > _ROWS else ""
     return [
         html.Text(
-            "The middle of each brain mask was moved to the middle of the grid. Nothing was "
-            f"registered, turned or scaled.{more}"
+            "The centre of each brain mask was moved to the centre of the grid. Scans were not "
+            f"registered, rotated or scaled.{more}"
         ),
         html.Table(["Session", "right, mm", "front, mm", "up, mm", "distance, mm"], rows, numbers=True),
     ]
 
 
 def choose_examples(sessions: Sequence[SessionRecord], outlying: Outlying) -> list[SessionRecord]:
-    """The sessions that are drawn: the two of worst quality, then one cohort after the other.
+    """The sessions to draw: the two of worst quality, then one of each cohort in turn.
 
-    Within a cohort the order is that of a hash of the key: arbitrary, but the same every time.
+    Within a cohort, sessions are sorted by a hash of the key, which is arbitrary but reproducible.
     """
     of_key = {session.key: session for session in sessions}
     chosen = list(outlying)[:2]
@@ -317,22 +316,22 @@ def choose_examples(sessions: Sequence[SessionRecord], outlying: Outlying) -> li
 def _examples(dataset: Dataset, outlying: Outlying) -> list[html.Part]:
     parts: list[html.Part] = [
         html.Text(
-            "Top: the mean image in three planes of the grid. Thin blue lines are the edges of the patches that are "
-            "kept; the brain mask is outlined in orange, the MNI152 brain in white dashes (only in MNI space, where "
-            "the two should agree). The left of the picture is the left of the brain."
+            "Top: the mean image in three planes of the grid. Thin blue lines are the edges of the kept patches. The "
+            "brain mask is outlined in orange, the MNI152 brain with white dashes (only for scans in MNI space; the "
+            "outlines should agree). The left of the picture is the left of the brain."
         ),
         html.Text(
-            "Below, on one time axis: the parcels' signal, each z-scored; the saliency of every window; a carpet of "
-            "single voxels, each z-scored, from the rim of the brain to its depth; DVARS and global signal of the "
-            "parcels' means. The strip above the carpet repeats which windows are kept, the faint bands below it the "
-            "most salient ones. In the carpet, a stripe from rim to depth is global; one at the rim alone is mostly "
+            "Below, on one time axis: the z-scored signal of each parcel; the saliency of every window; a carpet plot "
+            "of z-scored voxels, from the edge to the centre of the brain; DVARS and the global signal of the parcel "
+            "means. The strip above the carpet shows the kept windows, the pale bands below it the most salient ones. "
+            "In the carpet, a stripe over the whole height is a global change; a stripe only at the edge is mostly "
             "motion. A good ranking avoids spikes of DVARS and does not simply follow the global signal."
         ),
         html.Text(
-            "Where the ranker asks for both, thin lines show the two parts of a score: how much of a window the other "
-            "parcels predict (space) and how much the windows before and after it do (time). A window scores no higher "
-            "than the lower of the two: a line that stands above the curve is the part that did not decide. Noise is "
-            "low in both; a spike is high in space at most, since nothing before it announces it."
+            "For rankers that use both, thin lines show the two parts of a score: how well a window is predicted from "
+            "other parcels (space), and from the windows before and after it (time). The score is at most the smaller "
+            "of the two. Noise is low in both; a spike can be high in space, but not in time, because it cannot be "
+            "predicted from other windows."
         ),
     ]
     outline = space.template()
@@ -356,7 +355,7 @@ def _examples(dataset: Dataset, outlying: Outlying) -> list[html.Part]:
 
 
 def _session_facts(session: SessionRecord, grid: Grid) -> dict[str, object]:
-    """What is known of a session, where it is known."""
+    """The facts about a session that are known."""
     facts: dict[str, object] = {
         "Cohort, subject, split": f"{session.cohort}, {session.subject}, {session.split}",
         "Frames": f"{session.frames} of {session.tr:g} s, scanned at {session.source_tr:.4g} s",
@@ -368,10 +367,10 @@ def _session_facts(session: SessionRecord, grid: Grid) -> dict[str, object]:
         if np.isfinite(value) and measure.field != "source_tr":
             facts[measure.title] = measure.words(value)
     if session.mask_source is not None:
-        facts["Brain mask"] = "computed from the run" if session.mask_source == "computed" else session.mask_source
+        facts["Brain mask"] = "computed from the scan" if session.mask_source == "computed" else session.mask_source
     if session.centred_by_mm is not None:
         moved = ", ".join(f"{mm:+g}" for mm in session.centred_by_mm)
-        facts["Native space"] = f"moved by ({moved}) mm to the grid's middle; nothing was registered"
+        facts["Native space"] = f"moved by ({moved}) mm to the centre of the grid; not registered"
     if session.orientation_assumed:
         facts["Orientation"] = f"{session.orientation_assumed} assumed; left and right cannot be verified"
     if words := assumptions(session):

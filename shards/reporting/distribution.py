@@ -1,4 +1,4 @@
-"""The quality numbers of a dataset's sessions: how they are distributed, and which sessions lie outside.
+"""Distributions of the quality measures of sessions, and outlying sessions.
 
 Legend: S sessions.
 """
@@ -18,18 +18,18 @@ from shards.reporting import html
 
 Outlying = dict[str, dict[str, str]]  # key: field: words
 
-_OUTLYING = 30  # outlying sessions named
-_DOTS = 150  # sessions drawn as dots per cohort
-_LANES = 12  # cohorts with a lane of their own
-_FEW = 8  # a cohort of fewer sessions is judged by the quartiles of the whole dataset
+_OUTLYING = 30  # largest number of outlying sessions listed
+_DOTS = 150  # largest number of sessions drawn as dots per cohort
+_LANES = 12  # largest number of cohorts drawn separately
+_FEW = 8  # a cohort with fewer sessions is judged by the quartiles of the whole dataset
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A quality number: field of the session, title, unit, bad side, and the least spread taken as real.
+    """A quality measure: field of the session, title, unit, bad side, and the smallest spread that is not rounding.
 
-    With `own`, cohorts differ in it by right: even a small one is judged by itself, and a session that differs is
-    named, but not counted as bad.
+    With `own`, cohorts may differ in it: also a small cohort is judged by its own quartiles, and a session that differs
+    is listed, but not counted as bad.
     """
 
     field: str
@@ -40,7 +40,7 @@ class Measure:
     own: bool = False
 
     def of(self, session: SessionRecord) -> float:
-        """Its value in `unit`; NaN where the session has none."""
+        """The value in `unit`; NaN if the session has none."""
         value = getattr(session, self.field)
         if value is None:
             return np.nan
@@ -65,16 +65,16 @@ MEASURES = (
 
 
 def find_outlying(sessions: Sequence[SessionRecord]) -> Outlying:
-    """Sessions whose quality lies outside that of their cohort, worst first; those whose TR alone differs, last.
+    """Find sessions of outlying quality, worst first; sessions with only an outlying TR come last.
 
-    A number is outlying if it lies beyond the quartiles by more than 1.5 interquartile ranges (the box-plot
-    rule), on its bad side. Quartiles are those of the cohort, or of all sessions for a cohort with fewer than
-    eight (but for the TR, which belongs to a cohort).
+    A value is outlying if it is more than 1.5 interquartile ranges outside the quartiles (the box-plot rule), on the
+    bad side. Quartiles are those of the cohort; for a cohort with fewer than eight sessions those of all sessions,
+    except for the TR.
 
     Returns
     -------
     dict of str to dict of str to str
-        Key of the session to the fields that are outlying, each in words.
+        For the key of each session, the outlying fields with a description.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for number, session in enumerate(sessions):
@@ -106,7 +106,7 @@ def find_outlying(sessions: Sequence[SessionRecord]) -> Outlying:
 
 
 def describe(sessions: Sequence[SessionRecord], outlying: Outlying) -> list[html.Part]:
-    """Parts of the page: a table of the numbers, a picture of their distributions, the outlying sessions by name."""
+    """Parts of the page: a table of the quality measures, a figure of their distributions, outlying sessions."""
     present = [measure for measure in MEASURES if any(np.isfinite(measure.of(s)) for s in sessions)]
     rows = []
     for measure in present:
@@ -116,26 +116,26 @@ def describe(sessions: Sequence[SessionRecord], outlying: Outlying) -> list[html
         marks = [measure.words(mark) for mark in mark_5]
         rows.append([measure.title, len(value_S), *marks])
     parts: list[html.Part] = [
-        html.Table(["Number", "Sessions", "Lowest", "5 %", "Median", "95 %", "Highest"], rows, numbers=True),
+        html.Table(["Measure", "Sessions", "Lowest", "5 %", "Median", "95 %", "Highest"], rows, numbers=True),
         html.Picture.of(
             _draw(sessions, present, outlying),
-            "Quality numbers of the sessions, a lane per cohort",
-            "TR is that of the scan, before resampling. A dot per session (of large cohorts a selection), a lane per "
-            "cohort; the line marks the median, the box the middle half. Orange diamonds are outlying sessions. "
-            "Cohorts may differ in level (scanner, smoothing, voxel size); look at a session that is far from its own "
+            "Quality measures of the sessions, one row per cohort",
+            "TR is that of the scan, before resampling. Each row is a cohort and each dot a session (a selection in "
+            "large cohorts). The line marks the median, the box the middle half. Orange diamonds are outlying "
+            "sessions. Cohorts may differ (scanner, smoothing, voxel size); check sessions that are far from their own "
             "cohort.",
         ),
     ]
     if not outlying:
-        return [*parts, html.Text("No session lies outside its cohort by the box-plot rule.")]
+        return [*parts, html.Text("No session is outlying by the box-plot rule.")]
     where = {session.key: session.split for session in sessions}
     named = [[key, where[key], "; ".join(outlying[key].values())] for key in list(outlying)[:_OUTLYING]]
     parts.append(
         html.Text(
-            f"{html.count(len(outlying), 'session')} beyond the quartiles of the cohort by more than 1.5 "
-            "interquartile ranges, worst first"
+            f"{html.count(len(outlying), 'session')} more than 1.5 interquartile ranges outside the quartiles of the "
+            "cohort, worst first"
             + (f" (the first {_OUTLYING})." if len(outlying) > _OUTLYING else ".")
-            + " They are in the dataset: decide whether to leave them out of the cohort."
+            + " They are in the dataset; decide whether to leave them out of the cohort."
         )
     )
     return [*parts, html.Table(["Session", "Split", "What is outlying"], named)]
@@ -162,14 +162,14 @@ def _draw(sessions: Sequence[SessionRecord], measures: Sequence[Measure], outlyi
             axes.plot([middle, middle], [lane - 0.34, lane + 0.34], color=html.INK, lw=1.5, zorder=5)
             shown = np.flatnonzero(~far_S)
             shown = shown[np.linspace(0, len(shown) - 1, min(len(shown), _DOTS)).astype(int)]
-            # golden-ratio steps spread the dots evenly without a random number
+            # steps of the golden ratio spread the dots evenly without random numbers
             height_S = lane + 0.6 * ((np.arange(len(value_S)) * 0.618034) % 1 - 0.5)
             axes.plot(value_S[shown], height_S[shown], ".", ms=7, color=html.SKY, alpha=0.9, mew=0, zorder=4)
             axes.plot(value_S[far_S], height_S[far_S], "D", ms=4.5, color=html.ORANGE, mec=html.INK, mew=0.5, zorder=6)
         lowest, highest = axes.dataLim.intervalx
-        # tiny differences are not blown up
+        # do not magnify tiny differences
         margin = max(0.06 * (highest - lowest), measure.least / 4, 0.02 * highest)
-        axes.set_xlim(max(lowest - margin, -margin / 4), highest + margin)  # none of the numbers is negative
+        axes.set_xlim(max(lowest - margin, -margin / 4), highest + margin)  # no measure is negative
         axes.set_title(_wrapped(measure.title), fontsize=9)
         axes.set_xlabel(measure.unit or "ratio")
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -181,7 +181,7 @@ def _draw(sessions: Sequence[SessionRecord], measures: Sequence[Measure], outlyi
 
 
 def _wrapped(words: str) -> str:
-    """Broken in two lines at the space nearest to the middle."""
+    """Break a text into two lines at the space nearest to the middle."""
     spaces = [place for place, letter in enumerate(words) if letter == " "]
     if len(words) < 20 or not spaces:
         return words

@@ -1,7 +1,7 @@
-"""One self-contained HTML page: style inline, pictures as data URIs, nothing fetched, nothing that runs.
+"""Self-contained HTML pages, with inline style and pictures as data URIs. They load nothing and run no scripts.
 
-A page is a template in `templates/` and typed parts that it shows: `templates/parts.html` has a macro for each class of
-them. All text is escaped. Equal content gives equal bytes.
+A page is a template in `templates/`, filled with typed parts; `templates/parts.html` has a macro for each class of
+part. All text is escaped. Equal content gives equal bytes.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _DRAWING = {
     "legend.fontsize": 8,
     "legend.frameon": False,
     "figure.facecolor": "white",
-    "text.parse_math": False,  # names of people's files may hold $
+    "text.parse_math": False,  # file names may contain $
 }
 
 
 def drawing() -> AbstractContextManager[None]:
-    """A context in which figures look alike on every machine, whatever its matplotlibrc says."""
+    """Context in which figures do not depend on the local matplotlibrc."""
     return matplotlib.style.context(["default", _DRAWING])
 
 
@@ -75,7 +75,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and values, in columns as wide as the window allows; `small` beside a picture."""
+    """Names and values, in as many columns as fit; `small` is for use next to a picture."""
 
     values: Mapping[str, object]
     small: bool = False
@@ -84,9 +84,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that scrolls sideways where it is wider than the window.
+    """A table, which scrolls sideways if it is wider than the window.
 
-    With `numbers`, all columns but the first are aligned on the right.
+    With `numbers`, all columns except the first are right-aligned.
     """
 
     head: Sequence[str]
@@ -97,7 +97,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG of `png` inside the page. `alt` tells what can be seen; the caption says how to read it."""
+    """A PNG image. `alt` describes what it shows; the caption explains how to read it."""
 
     png: bytes
     alt: str
@@ -106,7 +106,7 @@ class Picture:
 
     @classmethod
     def of(cls, figure: Figure, alt: str, caption: str = "") -> Picture:
-        """A figure as a picture."""
+        """Make a picture from a figure."""
         return cls(png(figure), alt, caption)
 
     @property
@@ -123,7 +123,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Groups of parts, side by side where the window is wide enough."""
+    """Groups of parts, side by side if the window is wide enough."""
 
     groups: Sequence[Sequence[Part]]
     macro: ClassVar = "pairs"
@@ -131,7 +131,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part of the page; not shown where it has no parts."""
+    """A section of the page with a title; not shown if it is empty."""
 
     title: str
     parts: Sequence[Part]
@@ -142,41 +142,41 @@ Part = Text | Heading | Facts | Table | Picture | Pairs | Section
 
 
 def render(template: str, *packages: str, title: str, lead: str, findings: Sequence[Finding], **values: object) -> str:
-    """A whole page. Its content policy forbids the browser to fetch or to run anything.
+    """Render a page. Its content security policy does not allow the browser to load or run anything.
 
     Parameters
     ----------
     template : str
-        A file that extends `page.html`.
+        Name of a template that extends `page.html`.
     packages : str
-        Packages with a folder `templates` that holds it, if it is not in this one.
+        Packages with a folder `templates` that contains it, if it is not in this package.
     title, lead : str
-        Heading of the page and the sentence below it.
+        Heading of the page, and the sentence below it.
     findings : sequence of Finding
-        To be read first.
+        Findings at the top of the page.
     values : object
-        What the template shows: mostly lists of parts.
+        Variables of the template, mostly lists of parts.
     """
     given = {"title": title, "lead": lead, "findings": findings, **values}
     return templates.render(template, *packages, "shards.reporting", **given)
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG."""
+    """Convert a figure to the bytes of a PNG."""
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=_DPI)
-    # 256 colours look the same in a third of the bytes; this method keeps the rare ones too
+    # 256 colours look the same with a third of the bytes; this method also keeps rare colours
     image = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2)
     image.save(small, "PNG", optimize=True)
     return small.getvalue()
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun, in the plural where it is not one."""
+    """A number with its noun, in the plural if needed."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def first(names: Sequence[str], count: int) -> str:
-    """The first of many names, and how many more there are."""
+    """The first of many names, and the number of further ones."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

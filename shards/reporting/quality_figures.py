@@ -1,4 +1,4 @@
-"""One session drawn: three planes of its mean image, and its signals over time.
+"""Figures of one session: three planes of its mean image, and its signals over time.
 
 Legend: X, Y, Z voxels of the grid (RAS+); P kept patches; E edges of patches; R parcels; M voxels of the carpet;
 T frames; W windows; K kept windows.
@@ -28,11 +28,11 @@ Extent = tuple[float, float, float, float]  # mm: left, right, bottom, top
 # title, picture, extent, letters of the left, right, lower and upper margin
 Plane = tuple[str, np.ndarray, Extent, str]
 
-_BEST = 8  # most salient windows marked: as many as a published training sample holds
+_BEST = 8  # number of most salient windows marked, as in a training sample of the published model
 _PLANES = (("Sagittal, x", "PAIS"), ("Coronal, y", "LRIS"), ("Axial, z", "LRPA"))
 _KINDS = ((2, html.BLUE, "the {best} most salient"), (1, html.SKY, "kept"), (0, html.PALE, "dropped"))
 _PARTS = (("scores_space", html.ORANGE, "space part"), ("scores_time", html.PURPLE, "time part"))
-_BACK = "#10151c"  # nearly black, as neuroimagers are used to
+_BACK = "#10151c"  # nearly black, as usual for brain images
 
 
 def slices(volume_XYZ: np.ndarray, grid: Grid, place: Sequence[int]) -> list[Plane]:
@@ -41,17 +41,16 @@ def slices(volume_XYZ: np.ndarray, grid: Grid, place: Sequence[int]) -> list[Pla
     Parameters
     ----------
     volume_XYZ : ndarray
-        On the grid, RAS+.
+        Volume on the grid, RAS+.
     grid : Grid
     place : three int
-        Voxel the slices go through.
+        Voxel at which the volume is cut.
 
     Returns
     -------
     list of (title, picture, extent, ends)
-        `picture` has rows from bottom to top; `extent` (left, right, bottom, top) is in mm; `ends` are the
-        letters of the left, right, lower and upper margin: L is on the left, so the left of the picture is the
-        left of the brain.
+        `picture` has rows from bottom to top; `extent` (left, right, bottom, top) is in mm; `ends` are the letters at
+        the left, right, lower and upper margin. The left of the picture is the left of the brain.
     """
     low_3 = grid.affine[:3, 3] - grid.mm / 2
     high_3 = low_3 + grid.mm * np.asarray(grid.shape)
@@ -70,14 +69,14 @@ def patch_edges(patch_P3: np.ndarray, grid: Grid, axis: int, index: int) -> np.n
     Parameters
     ----------
     patch_P3 : int (P, 3)
-        Places of the kept patches in the patch grid.
+        Positions of the kept patches in the patch grid.
     grid : Grid
     axis, index : int
 
     Returns
     -------
     ndarray, float64 (E, 2, 2)
-        Both ends of each edge, (across, up) in mm as in `slices`; an edge that two patches share is there once.
+        Both ends of each edge, (across, up) in mm as in `slices`. Shared edges of two patches are included once.
     """
     plane = [other for other in range(3) if other != axis]
     corner_Q2 = patch_P3[patch_P3[:, axis] == index // grid.patch][:, plane].astype(np.int64)
@@ -88,16 +87,16 @@ def patch_edges(patch_P3: np.ndarray, grid: Grid, axis: int, index: int) -> np.n
 
 
 class Shown:
-    """One session as it is drawn.
+    """The data of a session for its figures.
 
     Parameters
     ----------
     grid : Grid
     frames : int
-        Frames of a window.
+        Number of frames of a window.
     session : SessionRecord
     arrays : dict of ndarray
-        `baseline`, `brain`, `carpet`, `patch`, `roi`, `scores`, `start`; `scores_space` and `scores_time` if the
+        `baseline`, `brain`, `carpet`, `patch`, `roi`, `scores`, `start`; also `scores_space` and `scores_time` if the
         sample has them.
     """
 
@@ -112,7 +111,7 @@ class Shown:
         roi_RT = arrays["roi"].astype(np.float64)
         sd_R1 = roi_RT.std(axis=1, keepdims=True)
         self.z_RT = (roi_RT - roi_RT.mean(axis=1, keepdims=True)) / np.maximum(sd_R1, 1e-12)
-        percent_TR = 100 * roi_RT.T / max(abs(roi_RT.mean()), 1e-12)  # of the mean over parcels and frames
+        percent_TR = 100 * roi_RT.T / max(abs(roi_RT.mean()), 1e-12)  # percent of the mean over parcels and frames
         self.global_T = percent_TR.mean(axis=1) - percent_TR.mean()
         self.dvars_T = quality.dvars(percent_TR)
         low, high = np.percentile(self.dvars_T, [25, 75])
@@ -125,19 +124,19 @@ class Shown:
         self.kind_W[kept_K], self.kind_W[self.best_K] = 1, 2
 
     def words(self) -> str:
-        """How the most salient windows lie to outlying frames."""
-        # DVARS at place t is the change from frame t to t + 1; the later frame is the one it is charged to.
+        """Describe how many of the most salient windows contain outlying frames."""
+        # DVARS at index t is the change from frame t to t + 1, and is assigned to the later frame.
         window_T = (np.flatnonzero(self.dvars_T > self.limit) + 1) // self.frames
         struck = np.unique(window_T[window_T < len(self.scores_W)])
         among = int(np.isin(self.best_K, struck).sum())
         chance = len(self.best_K) * len(struck) / len(self.scores_W)
         return (
             f"Windows with a frame above the DVARS line: {among} of the {len(self.best_K)} most salient "
-            f"({chance:.1f} expected of as many drawn at random)."
+            f"({chance:.1f} expected for random windows)."
         )
 
     def draw(self, template: tuple[np.ndarray, np.ndarray]) -> Figure:
-        """Three planes above, signals over time below."""
+        """Draw three planes of the mean image above, and signals over time below."""
         figure = Figure(figsize=(11, 11), layout="constrained")
         above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(3.7, 7.3))[:, 0]
         place = [int(places.mean().round()) for places in np.nonzero(self.brain_XYZ)]
@@ -169,7 +168,7 @@ class Shown:
         return self.z_RT.shape[1] * self.tr
 
     def _draw_parcels(self, figure: Any, axes: Axes) -> None:
-        """Parcels in their order from below; blue and red around each parcel's mean."""
+        """Draw the parcels in their order from below; blue and red are below and above the mean of each parcel."""
         image = axes.imshow(
             self.z_RT,
             aspect="auto",
@@ -183,7 +182,7 @@ class Shown:
         figure.colorbar(image, ax=axes, label="z", pad=0.01, fraction=0.025, aspect=9)
 
     def draw_saliency(self, axes: Axes) -> None:
-        """The score of every window and its parts; a score far below the others is marked at the foot of the axis."""
+        """Draw the score of every window and its parts. Scores far below the others are marked at the bottom."""
         width = self.frames * self.tr
         low, high = np.percentile(self.scores_W, [25, 75])
         seen_W = self.scores_W >= low - 1.5 * (high - low)
@@ -199,7 +198,7 @@ class Shown:
                 axes.bar(at * width, height_W[at], width, bottom, align="edge", color=colour, label=label)
         edge_W = np.arange(len(height_W) + 1) * width
         axes.stairs(bottom + height_W, edge_W, baseline=None, color=html.INK, lw=0.7)
-        for part_W, colour, name in self.parts:  # behind the score: what can be seen of a part did not decide it
+        for part_W, colour, name in self.parts:  # drawn behind the score
             axes.stairs(np.maximum(part_W, bottom), edge_W, baseline=None, color=colour, lw=1, label=name, zorder=0.9)
         if not seen_W.all():
             middle = (np.flatnonzero(~seen_W) + 0.5) * width
@@ -210,7 +209,7 @@ class Shown:
         _legend(axes)
 
     def _draw_carpet(self, figure: Any, axes: Axes) -> None:
-        """Voxels from the rim of the brain (top) to its depth, and above them a strip of the windows."""
+        """Draw voxels from the edge (top) to the centre of the brain, with a strip of the windows above them."""
         image = axes.imshow(
             self.carpet_MT,
             aspect="auto",
@@ -232,7 +231,7 @@ class Shown:
         figure.colorbar(image, ax=axes, label="z", pad=0.01, fraction=0.025, aspect=13)
 
     def _draw_dvars(self, axes: Axes) -> None:
-        """At the middle of the later frame, as in `words`."""
+        """Draw DVARS at the middle of the later frame, as in `words`."""
         axes.plot((np.arange(len(self.dvars_T)) + 1.5) * self.tr, self.dvars_T, color=html.INK, lw=0.9)
         axes.axhline(self.limit, color=html.RED, lw=1, ls="--", label="outlying above (box-plot rule)")
         axes.set(title="DVARS of the parcels", ylabel="% of mean")
@@ -240,13 +239,13 @@ class Shown:
         self._draw_bands(axes)
 
     def _draw_global(self, axes: Axes) -> None:
-        """Mean of the parcels around its mean over time, at the middle of each frame."""
+        """Draw the mean of the parcels, relative to its mean over time, at the middle of each frame."""
         axes.plot((np.arange(len(self.global_T)) + 0.5) * self.tr, self.global_T, color=html.INK, lw=0.9)
         axes.set(title="Global signal", ylabel="% of mean", xlabel="time, s", xlim=(0, self._end))
         self._draw_bands(axes)
 
     def _draw_bands(self, axes: Axes) -> None:
-        """The most salient windows."""
+        """Draw bands at the most salient windows."""
         axes.grid(axis="y")
         width = self.frames * self.tr
         for number in self.best_K:
@@ -254,27 +253,28 @@ class Shown:
 
 
 def _legend(axes: Axes) -> None:
-    """A legend on the right above the axes, on the height of their title."""
+    """Draw a legend at the right above the axes, next to their title."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6, borderaxespad=0)
 
 
 def draw_slice(
     axes: Axes, view: Plane, mask: np.ndarray, edge_E22: np.ndarray, limits: np.ndarray, sure: bool = True
 ) -> None:
-    """A slice with the outline of the mask and the edges of the kept patches.
+    """Draw a slice with the outline of the mask and the edges of the kept patches.
 
     Parameters
     ----------
     axes : Axes
     view : Plane
-        Of the mean image, NaN outside the brain.
-    mask : bool, as the picture of the view
+        Plane of the mean image, NaN outside the brain.
+    mask : bool array
+        Of the shape of the picture.
     edge_E22 : ndarray
-        From `patch_edges`.
+        Result of `patch_edges`.
     limits : two float
-        Values drawn black and white.
+        Values drawn in black and white.
     sure : bool
-        Whether left and right are known; if not, their letters carry a question mark.
+        Whether left and right are known. If not, their letters have a question mark.
     """
     title, picture, extent, ends = view
     low, high = limits
@@ -282,11 +282,11 @@ def draw_slice(
     axes.imshow(picture, gray, vmin=low, vmax=high, origin="lower", extent=extent, interpolation="nearest")
     axes.add_collection(LineCollection(list(edge_E22), colors=html.SKY, linewidths=0.6, alpha=0.6, snap=True))
     if mask.any() and not mask.all():
-        fine = np.kron(mask, np.ones((4, 4)))  # so that the outline follows the voxels' edges
+        fine = np.kron(mask, np.ones((4, 4)))  # so that the outline follows the edges of voxels
         axes.contour(fine, levels=[0.5], colors=html.ORANGE, linewidths=1.2, origin="lower", extent=extent)
     axes.set_title(title, fontsize=9)
     axes.set_axis_off()
-    # inside, so that a letter cannot be taken for that of the neighbouring plane
+    # inside the picture, so that a letter is not confused with that of the neighbouring plane
     places = ((0.02, 0.5, "left"), (0.98, 0.5, "right"), (0.5, 0.04, "center"), (0.5, 0.96, "center"))
     for letter, (x, y, ha) in zip(ends, places, strict=True):
         words = letter if sure or letter not in "LR" else f"{letter}?"
@@ -295,7 +295,7 @@ def draw_slice(
 
 
 def _draw_template(axes: Axes, template: tuple[np.ndarray, np.ndarray], axis: int, mm: float, extent: Extent) -> None:
-    """Outline of the MNI152 brain in the plane of a slice."""
+    """Draw the outline of the MNI152 brain in the plane of a slice."""
     mask, affine = template
     across = np.arange(extent[0], extent[1], 2.0)
     up = np.arange(extent[2], extent[3], 2.0)

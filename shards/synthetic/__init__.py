@@ -1,1 +1,1 @@
-"""A cohort nobody was scanned for: anatomy, signals, and the truth that is planted in them."""
+"""A synthetic cohort: anatomy, signals, and a known ground truth."""

@@ -1,4 +1,4 @@
-"""The head of the synthetic cohort: a brain in MNI mm, its tissue and the foci of its networks."""
+"""Anatomy of the synthetic cohort: a brain in MNI space, its tissue and its networks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NOISE_FWHM_MM, NOISE_TIME_S = 6.0, 0.8
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What all subjects share: the grid, the mask, a template and the networks' maps.
+    """The anatomy shared by all subjects: the grid, the mask, a template and the maps of the networks.
 
-    `template_V` is the mean image in scanner units, `grey_V` the share of grey matter (0-1), and `map_NV` the
-    percent of its baseline by which a voxel moves per SD of a network's activity.
+    `template_V` is the mean image in scanner units and `grey_V` the share of grey matter (0-1). `map_NV` is the change
+    of a voxel, in percent of its baseline, per SD of a network's activity.
     """
 
     affine: np.ndarray
@@ -35,7 +35,7 @@ class Anatomy:
 
 
 def smooth_field(rng: np.random.Generator, mm_V3: np.ndarray) -> np.ndarray:
-    """A random field (V,) of unit SD with wavelengths of 50-120 mm, the same at any voxel size."""
+    """A random field (V,) of unit SD with wavelengths of 50-120 mm, independent of the voxel size."""
     waves = 32
     field_V = np.zeros(len(mm_V3), np.float32)
     for _ in range(waves):
@@ -47,7 +47,7 @@ def smooth_field(rng: np.random.Generator, mm_V3: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def anatomy(voxel_mm: float) -> Anatomy:
-    """The MNI152 brain on an RAS+ grid of cubes of `voxel_mm`, with one voxel of margin at least."""
+    """The MNI152 brain on an RAS+ grid with voxels of `voxel_mm` and a margin of at least one voxel."""
     resolution = 1 if voxel_mm < 2 else 2
     brain, grey = load_mni152_brain_mask(resolution), load_mni152_gm_template(resolution)
     inside = np.asarray(brain.dataobj) > 0
@@ -56,18 +56,18 @@ def anatomy(voxel_mm: float) -> Anatomy:
     high = np.ceil(brain_mm.max(0) / voxel_mm).astype(int) + 1
     shape = tuple(int(n) for n in high - low + 1)
     affine = np.diag([voxel_mm, voxel_mm, voxel_mm, 1.0])
-    affine[:3, 3] = low * voxel_mm  # voxel centres at multiples of the voxel size: one lies on the midline
+    affine[:3, 3] = low * voxel_mm  # voxel centres at multiples of the voxel size, so one lies on the midline
 
     mm_3XYZ = np.moveaxis(apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1)), -1, 0)
     source = apply_affine(np.linalg.inv(brain.affine), mm_3XYZ.reshape(3, -1).T).T.reshape(mm_3XYZ.shape)
     mask_XYZ = map_coordinates(inside.astype(np.float32), source, order=1) >= 0.5
-    # Smoothed to the new voxel size first: a coarse grid averages the tissue instead of picking from it.
+    # Smooth to the new voxel size first, so that a coarse grid averages the tissue instead of sampling it.
     sigma = max(NOISE_FWHM_MM, voxel_mm) / 2.355 / resolution
     blurred = gaussian_filter(np.asarray(grey.dataobj, dtype=np.float32), sigma)
     grey_V = np.clip(map_coordinates(blurred, source, order=1)[mask_XYZ], 0, 1)
     mm_V3 = mm_3XYZ[:, mask_XYZ].T.astype(np.float32)
 
-    # Grey matter is brighter in EPI than white matter; signal is lost above the sinuses and the ear canals.
+    # In EPI, grey matter is brighter than white matter, and signal is lost above the sinuses and the ear canals.
     loss_V = 0.4 * blobs([(0, 40, -20), *both_sides(50, -10, -34)], mm_V3)
     template_V = BASELINE * (0.8 + 0.35 * grey_V) * (1 - loss_V)
     map_NV = np.stack([blobs(foci, mm_V3) for foci in NETWORKS.values()]) * (0.25 + 0.75 * grey_V)
@@ -76,6 +76,6 @@ def anatomy(voxel_mm: float) -> Anatomy:
 
 
 def blobs(foci: list[tuple[int, int, int]], mm_V3: np.ndarray) -> np.ndarray:
-    """The largest of the Gaussians (V,) around `foci`, 1 at each focus."""
+    """The maximum (V,) of Gaussians around `foci`, with the value 1 at each focus."""
     nearest_V = np.min([((mm_V3 - np.asarray(focus, np.float32)) ** 2).sum(1) for focus in foci], axis=0)
     return np.exp(-nearest_V / (2 * FOCUS_SD_MM**2))

@@ -1,4 +1,4 @@
-"""Signals of the synthetic cohort: neural activity, BOLD, motion, frame by frame."""
+"""Signals of the synthetic cohort: neural activity, BOLD and motion, computed frame by frame."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from shards.synthetic.anatomy import (
 )
 from shards.synthetic.truth import NETWORKS, SyntheticCohort, connectivity, planted, rng_of
 
-STEP_S = 0.1  # neural activity is drawn at this step, whatever the TR
-HRF_S = 32.0  # length of the haemodynamic response, hence of the lead-in before frame 0
+STEP_S = 0.1  # time step of neural activity, independent of the TR
+HRF_S = 32.0  # length of the haemodynamic response, and of the lead-in before frame 0
 ANATOMY_SD, SESSION_SD = 0.08, 0.01  # of the baseline's logarithm
-RESIDUAL_MOTION = 0.3  # share of a displacement that realignment leaves in the data
+RESIDUAL_MOTION = 0.3  # share of a displacement that remains after realignment
 HEAD_RADIUS_MM = 50.0  # Power et al. 2012: rotations as arc length on a sphere
 
 
 def network_activity(cohort: SyntheticCohort, subject: int, session: int) -> np.ndarray:
-    """BOLD activity of the networks, (T, N) float32: ongoing (SD 1) plus the planted events."""
+    """BOLD activity of the networks, (T, N) float32: ongoing activity (SD 1) plus the simulated events."""
     hrf = glover_hrf(STEP_S, 1, HRF_S)
     lead = len(hrf)
     steps = int(np.ceil(cohort.frames * cohort.tr / STEP_S)) + 1
-    # White neural activity: the haemodynamic response alone makes it slow.
+    # Neural activity is white noise; the haemodynamic response makes the BOLD signal slow.
     rng = rng_of(cohort.seed, "ongoing", subject, session)
     white_DN = rng.standard_normal((lead + steps, len(NETWORKS)))
     neural_DN = white_DN @ np.linalg.cholesky(connectivity(cohort.seed, subject)).T
@@ -51,7 +51,7 @@ def network_activity(cohort: SyntheticCohort, subject: int, session: int) -> np.
 
 
 def motion(cohort: SyntheticCohort, subject: int, session: int) -> np.ndarray:
-    """Position of the head, (T, 6), in mm and rad: a slow wander plus the planted artefacts."""
+    """Position of the head, (T, 6), in mm and rad: slow drift plus the simulated artefacts."""
     rng = rng_of(cohort.seed, "motion", subject, session)
     step_6 = np.repeat([0.02, 0.0003], 3)
     motion_T6 = np.zeros((cohort.frames, 6))
@@ -66,13 +66,13 @@ def motion(cohort: SyntheticCohort, subject: int, session: int) -> np.ndarray:
 
 
 def framewise_displacement(motion_T6: np.ndarray) -> np.ndarray:
-    """Framewise displacement (T,) in mm of Power et al. 2012; the first frame has none and is NaN."""
+    """Framewise displacement (T,) in mm after Power et al. 2012; NaN for the first frame."""
     moved_T6 = np.abs(np.diff(motion_T6, axis=0)) * np.repeat([1.0, HEAD_RADIUS_MM], 3)
     return np.concatenate([[np.nan], moved_T6.sum(1)])
 
 
 def baseline(cohort: SyntheticCohort, subject: int, session: int) -> np.ndarray:
-    """Mean image (V,) of a subject in a session, scanner units: it tells the person, and no trait."""
+    """Mean image (V,) of a subject in a session, in scanner units. It identifies the subject, but no trait."""
     brain = anatomy(cohort.voxel_mm)
     person_V = ANATOMY_SD * smooth_field(rng_of(cohort.seed, "anatomy", subject), brain.mm_V3)
     day_V = SESSION_SD * smooth_field(rng_of(cohort.seed, "session", subject, session), brain.mm_V3)
@@ -80,7 +80,7 @@ def baseline(cohort: SyntheticCohort, subject: int, session: int) -> np.ndarray:
 
 
 def _motion_patterns(brain: Anatomy, baseline_V: np.ndarray) -> np.ndarray:
-    """Percent by which voxels change per mm of translation and rad of rotation, (6, V), most at the rim."""
+    """Percent change of voxels per mm of translation and rad of rotation, (6, V); largest at the edge of the brain."""
     volume_XYZ = np.zeros(brain.mask_XYZ.shape, np.float32)
     volume_XYZ[brain.mask_XYZ] = baseline_V
     mm = float(brain.affine[0, 0])
@@ -95,7 +95,7 @@ def _motion_patterns(brain: Anatomy, baseline_V: np.ndarray) -> np.ndarray:
 def _courses(
     cohort: SyntheticCohort, subject: int, session: int, baseline_V: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All but the noise: time courses (T, K) and the patterns (K, V), in percent, that they drive."""
+    """The signal without noise: time courses (T, K), and their spatial patterns (K, V) in percent."""
     brain = anatomy(cohort.voxel_mm)
     rng = rng_of(cohort.seed, "nuisance", subject, session)
     global_T = gaussian_filter1d(rng.standard_normal(cohort.frames + 100), 4 / cohort.tr)[50:-50]
@@ -121,7 +121,7 @@ def _courses(
 
 
 def run_frames(cohort: SyntheticCohort, subject: int, session: int) -> Iterator[np.ndarray]:
-    """The frames of a run, each (V,) float32 in scanner units, one by one: memory never holds a whole run."""
+    """Iterate over the frames of a scan, each (V,) float32 in scanner units, without holding a whole scan in memory."""
     brain, baseline_V = anatomy(cohort.voxel_mm), baseline(cohort, subject, session)
     course_TK, pattern_KV = _courses(cohort, subject, session, baseline_V)
     rng = rng_of(cohort.seed, "noise", subject, session)

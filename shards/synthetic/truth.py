@@ -1,6 +1,6 @@
-"""What is planted in the synthetic cohort: networks and their coupling, traits of subjects, states.
+"""The ground truth of the synthetic cohort: networks and their connectivity, traits of subjects, events.
 
-Sizes are in mm and s. Everything is drawn from the seed of the cohort, its subject and its session."""
+Sizes are in mm and s. All random numbers depend on the seed of the cohort, the subject and the session."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ SPACE = "MNI152NLin2009cAsym"
 
 GENERATOR = "SLIM-Brain synthetic cohort"
 
-RECIPE = 2  # raise it when the same parameters no longer give the same bytes
+RECIPE = 2  # increase it if the same parameters give other bytes
 
 
 def both_sides(x: int, y: int, z: int) -> list[tuple[int, int, int]]:
-    """A focus in either hemisphere."""
+    """A focus in each hemisphere."""
     return [(-x, y, z), (x, y, z)]
 
 
-# Foci of each network, MNI mm.
+# Foci of each network, in MNI mm.
 NETWORKS: dict[str, list[tuple[int, int, int]]] = {
     "visual": [*both_sides(10, -90, 2), *both_sides(40, -74, -2)],
     "somatomotor-hand": [*both_sides(38, -26, 56), (0, -18, 62)],
@@ -40,7 +40,7 @@ NETWORKS: dict[str, list[tuple[int, int, int]]] = {
     "cerebellar": [*both_sides(28, -66, -38), (0, -58, -20)],
 }
 
-# Mean correlations in the population; pairs that are not named have `USUAL_CORRELATION`.
+# Mean correlations in the population. Other pairs have `USUAL_CORRELATION`.
 EVENT_EVERY_S, ARTEFACT_EVERY_FRAMES = 20.0, 40
 
 USUAL_CORRELATION = 0.05
@@ -59,7 +59,7 @@ CORRELATIONS = {
     ("subcortical", "cerebellar"): 0.3,
 }
 
-# What an event is: networks that rise together. No pair of them carries a trait.
+# The networks that are active in an event. No pair of them depends on a trait.
 STATES = {
     "look": ("visual", "dorsal-attention"),
     "move": ("somatomotor-hand", "subcortical"),
@@ -69,9 +69,9 @@ STATES = {
     "startle": ("salience", "cerebellar"),
 }
 
-# A trait raises three pairs and lowers three, and each network is in one pair only: so the matrix bears large
-# effects and stays positive definite. The pairs lie apart in the brain, because where two maps overlap their
-# correlation would show in a voxel's variance.
+# A trait increases the correlation of three pairs and decreases that of three others. Each network is in one pair only,
+# so the matrix stays positive definite with large effects. The networks of a pair do not overlap in the brain;
+# otherwise their correlation would change the variance of voxels.
 TRAIT_PAIRS: dict[str, list[tuple[str, str, int]]] = {
     "group": [
         ("visual", "salience", 1),
@@ -91,13 +91,13 @@ TRAIT_PAIRS: dict[str, list[tuple[str, str, int]]] = {
     ],
 }
 
-GROUP_EFFECT = 0.25  # on a pair's correlation, + in one group and - in the other
+GROUP_EFFECT = 0.25  # effect on the correlation of a pair: + in one group, - in the other
 
-SCORE_EFFECT = 0.38  # the same per unit of the score
+SCORE_EFFECT = 0.38  # effect per unit of the score
 
 GROUPS = ("A", "B")
 
-FINGERPRINT_SD = 0.22  # of a pair's correlation over subjects, traits apart
+FINGERPRINT_SD = 0.22  # SD of the correlation of a pair over subjects, without the traits
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ class SyntheticCohort:
     Parameters
     ----------
     subjects, sessions, frames : int
-        Subjects, sessions of each, frames of each session (at least 20).
+        Number of subjects, of sessions per subject, and of frames per session (at least 20).
     voxel_mm : float
         Edge of a voxel, 1 to 20 mm.
     tr : float
         Repetition time, seconds, at most 10.
     snr : float
-        RMS over the brain of network activity, over the SD of the noise, of a voxel.
+        RMS of network activity over the brain, divided by the SD of the noise of a voxel.
     seed : int
         At least 0.
 
@@ -135,7 +135,7 @@ class SyntheticCohort:
         for name, good, expected in (
             ("subjects", self.subjects >= 1, "at least 1"),
             ("sessions", self.sessions >= 1, "at least 1"),
-            ("frames", 20 <= self.frames <= 32_767, "20 to 32767, what a NIfTI-1 header can hold"),
+            ("frames", 20 <= self.frames <= 32_767, "20 to 32767, the limit of NIfTI-1"),
             ("voxel-mm", 1 <= self.voxel_mm <= 20, "1 to 20 mm"),
             ("tr", 0 < self.tr <= 10, "more than 0 and at most 10 s"),
             ("snr", 0 < self.snr < float("inf"), "a number above 0"),
@@ -146,24 +146,24 @@ class SyntheticCohort:
                 raise ConfigError("command line", f"--{name}", got, expected)
 
     def runs(self) -> list[tuple[int, int]]:
-        """(subject, session) of every run, both counted from 1."""
+        """(subject, session) of every scan, both counted from 1."""
         return [(i, j) for i in range(1, self.subjects + 1) for j in range(1, self.sessions + 1)]
 
 
 def rng_of(seed: int, purpose: str, *indices: int) -> np.random.Generator:
-    """A generator of its own for each purpose: drawing more for one changes no other."""
+    """A separate random generator for each purpose, so that more draws for one do not change the others."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *indices])
 
 
 def traits(seed: int, subject: int) -> tuple[str, float]:
-    """A subject's `group` and `score`; subjects 1 and 2, 3 and 4 ... are of different groups."""
+    """The `group` and `score` of a subject. Subjects 1 and 2, 3 and 4 ... are in different groups."""
     flip = int(rng_of(seed, "group", (subject - 1) // 2).integers(2))
     score = float(np.clip(rng_of(seed, "score", subject).standard_normal(), -2, 2))
     return GROUPS[(subject + flip) % 2], round(score, 4)
 
 
 def connectivity(seed: int, subject: int) -> np.ndarray:
-    """A subject's correlations among the networks, (N, N): population, fingerprint and traits together."""
+    """Correlations of a subject's networks, (N, N): the sum of population mean, fingerprint and traits."""
     index = {name: i for i, name in enumerate(NETWORKS)}
     count = len(index)
     corr_NN = np.full((count, count), USUAL_CORRELATION)
@@ -185,18 +185,18 @@ def connectivity(seed: int, subject: int) -> np.ndarray:
 
 
 def planted(cohort: SyntheticCohort, subject: int, session: int) -> dict[str, list[dict[str, Any]]]:
-    """The events and artefacts of a run, as they stand in `truth.json`.
+    """The events and artefacts of a scan, as in `truth.json`.
 
     Returns
     -------
     dict
         `events`: state, its networks, onset_s after frame 0, length_s, amplitude (peak of the response in SDs of the
-        networks' ongoing activity). `artefacts`: kind (`rim`: motion; `global`: motion and a drop of the
-        whole brain's signal), frame (counted from 0), frames (1 or 2).
+        networks' ongoing activity). `artefacts`: kind (`rim`: motion; `global`: motion and a drop of the signal in the
+        whole brain), frame (counted from 0), frames (1 or 2).
     """
     rng = rng_of(cohort.seed, "events", subject, session)
     seconds = cohort.frames * cohort.tr
-    usable = max(seconds - 8, seconds / 2)  # the response peaks some five seconds after the onset
+    usable = max(seconds - 8, seconds / 2)  # the response peaks about five seconds after the onset
     count = max(1, round(seconds / EVENT_EVERY_S))
     events = []
     for k in range(count):
@@ -227,7 +227,7 @@ def planted(cohort: SyntheticCohort, subject: int, session: int) -> dict[str, li
 
 
 def truth(cohort: SyntheticCohort) -> dict[str, Any]:
-    """Everything that is planted in a cohort, as `truth.json` holds it."""
+    """The ground truth of a cohort, as in `truth.json`."""
     subjects: dict[str, Any] = {}
     for subject in range(1, cohort.subjects + 1):
         group, score = traits(cohort.seed, subject)

@@ -1,17 +1,17 @@
-"""A synthetic BIDS-derivative cohort in MNI space whose events, artefacts, traits and fingerprints are known.
+"""Write a synthetic BIDS-derivative cohort in MNI space with known events, artefacts, traits and fingerprints.
 
     python tools/make_cohort.py --out cohort --subjects 24 --sessions 2
 
-What is planted where, so that a method can be scored by what it finds:
+The ground truth, against which methods can be tested:
 
-- the *mean image* tells who a person is (smooth anatomical variation), and nothing about the traits;
-- the *connectivity* among twelve overlapping networks tells who a person is (shared by a subject's sessions)
-  and carries both traits, `group` and `score`; each network's variance is the same in everyone;
-- *events* (a state of the brain, two networks for a few seconds, through a haemodynamic response) and *artefacts*
-  (motion of a frame or two) are listed with their times in `truth.json`; events also as BIDS `events.tsv`.
+- the *mean image* identifies the subject (smooth anatomical variation), but contains no information about the traits;
+- the *connectivity* of twelve overlapping networks identifies the subject (it is shared by the subject's sessions) and
+  depends on both traits, `group` and `score`; the variance of each network is equal in all subjects;
+- *events* (two networks are active for a few seconds, convolved with a haemodynamic response) and *artefacts* (motion
+  in one or two frames) are listed with their times in `truth.json`, and events also in BIDS `events.tsv` files.
 
-Every random number is drawn from (seed, purpose, subject, session) alone, so a run's files do not depend on
-how many other subjects there are. `cohort.yaml` is written last: where it exists, the cohort is complete.
+All random numbers depend only on (seed, purpose, subject, session), so the files of a scan do not depend on the number
+of subjects. `cohort.yaml` is written last: if it exists, the cohort is complete.
 
     DIR/README  dataset_description.json  participants.tsv (and .json)  truth.json  cohort.yaml  .bidsignore
     DIR/sub-01/ses-1/func/
@@ -59,16 +59,16 @@ _COLUMNS = {
     "group": {"Description": "trait of the subject, in its connectivity", "Levels": {"A": "group A", "B": "group B"}},
     "score": {"Description": "trait of the subject, in its connectivity", "Units": "arbitrary"},
 }
-# What BIDS has no name for; fMRIPrep's .bidsignore names its confounds, too.
+# Files that are not part of BIDS; fMRIPrep's .bidsignore also lists its confounds.
 _NOT_BIDS = ("cohort.yaml", "truth.json", "*_timeseries.tsv")
 
 
-SLOPE, INTERCEPT = 0.5, 12_000.0  # exact in binary, so the background reads back as exactly 0
+SLOPE, INTERCEPT = 0.5, 12_000.0  # exact in binary, so that the background is read as exactly 0
 
 
 @contextmanager
 def _gzip(path: Path) -> Iterator[gzip.GzipFile]:
-    """A gzip file without name and time of day in it: the same content is the same bytes."""
+    """A gzip file without a name and time in its header, so that equal content gives equal bytes."""
     with files.atomically(path) as file, gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
         yield packed
 
@@ -79,7 +79,7 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def _header(brain: Anatomy, dtype: type, tr: float | None = None, count: int = 1) -> bytes:
-    """A NIfTI-1 header in MNI152 space; with `tr`, of `count` frames of scaled integers."""
+    """A NIfTI-1 header in MNI152 space; with `tr`, for `count` frames of scaled integers."""
     header = nib.Nifti1Header()
     header.set_data_dtype(dtype)
     mm = float(brain.affine[0, 0])
@@ -97,7 +97,7 @@ def _header(brain: Anatomy, dtype: type, tr: float | None = None, count: int = 1
 
 
 def write_run(root: Path, cohort: SyntheticCohort, subject: int, session: int) -> None:
-    """Write one run with its sidecar, mask and confounds, named as fMRIPrep does, below `root`."""
+    """Write one scan with its sidecar, mask and confounds below `root`, with the file names of fMRIPrep."""
     brain = anatomy(cohort.voxel_mm)
     folder = root / f"sub-{subject:02d}" / f"ses-{session}" / "func"
     stem = f"sub-{subject:02d}_ses-{session}_task-rest"
@@ -106,7 +106,7 @@ def write_run(root: Path, cohort: SyntheticCohort, subject: int, session: int) -
         file.write(_header(brain, np.uint8) + brain.mask_XYZ.astype(np.uint8).tobytes(order="F"))
 
     global_signal = []
-    outside = round(-INTERCEPT / SLOPE)  # reads back as 0
+    outside = round(-INTERCEPT / SLOPE)  # is read as 0
     stored_XYZ = np.full(brain.mask_XYZ.shape, outside, np.int16)
     limits = np.iinfo(np.int16)
     with _gzip(folder / f"{stem}_space-{SPACE}_desc-preproc_bold.nii.gz") as file:
@@ -135,7 +135,7 @@ def _pretty(tree: Any) -> str:
 
 
 def _check_folder(root: Path, cohort: SyntheticCohort) -> None:
-    """Refuse a folder that holds something else than (a part of) this cohort."""
+    """Check that a folder is empty or holds (a part of) this cohort."""
     if all(path.name.endswith(".tmp") for path in root.iterdir()):
         return
     try:
@@ -145,9 +145,9 @@ def _check_folder(root: Path, cohort: SyntheticCohort) -> None:
         was = None
     hint = "Give another folder"
     if was is None:
-        got = f"{root}, which holds other files"
+        got = f"{root}, which contains other files"
         raise ConfigError("command line", "--out", got, "a new or empty folder", hint)
-    # More subjects or sessions extend a cohort; fewer would leave runs behind that its table does not know.
+    # More subjects or sessions extend a cohort; with fewer, scans would remain that are not in its tables.
     for key, value in (asdict(cohort) | {"recipe": RECIPE}).items():
         grows = key in ("subjects", "sessions") and key in was and value >= was[key]
         if not grows and value != was.get(key):
@@ -158,20 +158,20 @@ def _check_folder(root: Path, cohort: SyntheticCohort) -> None:
 def write_cohort(
     root: str | Path, cohort: SyntheticCohort, advance: Callable[[int, str], None] = lambda count, note: None
 ) -> None:
-    """Write a cohort below `root`; over the same cohort, whole or not, the same bytes again.
+    """Write a cohort below `root`. Writing the same cohort again gives the same bytes.
 
     Parameters
     ----------
     root : str or Path
-        A new or empty folder, or one that holds this cohort or one of fewer subjects or sessions.
+        A new or empty folder, or a folder with this cohort, possibly with fewer subjects or sessions.
     cohort : SyntheticCohort
     advance : callable, optional
-        Called with (1, name of the run) after each run.
+        Called with (1, name of the scan) after each scan.
 
     Raises
     ------
     ConfigError
-        If `root` holds anything else, or cannot be made.
+        If `root` has other content or cannot be made.
     """
     root = Path(root)
     facts = truth(cohort)

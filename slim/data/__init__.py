@@ -1,1 +1,1 @@
-"""From sessions of a dataset to batches: samples, masks, collating, and the loading processes."""
+"""Make batches from the sessions of a dataset: samples, masks, collating, and loading processes."""

@@ -1,4 +1,4 @@
-"""From items of the stream to batches of gathered tokens, in the loading processes.
+"""Make batches from items of the stream; runs in the loading processes.
 
 Legend: B samples; S slots; L places; K targets of the batch; G cells that are rebuilt; E tokens of a cell; M cells of
 all brain tokens; J joint sequence of context and targets; R, Q, V as in `slim.model.hiera`.
@@ -29,7 +29,7 @@ from slim.model.ragged import Plan, integers, plan, segments
 def load_batch(
     items: Sequence[Item], datasets: Sequence[Dataset], geometry: Geometry, settings: TrainSettings
 ) -> PackedBatch:
-    """A micro-batch for training, packed; samples that are damaged are left out and named."""
+    """Load a packed micro-batch for training. Damaged samples are left out and listed in `damaged`."""
     samples, damaged = [], {}
     for item in items:
         try:
@@ -44,15 +44,15 @@ def load_batch(
 
 @lru_cache(maxsize=8)
 def _tokens_of_cell(geometry: Geometry) -> np.ndarray:
-    """Tokens of each cell, int64 (cells, tokens of a cell), in C order inside the cell."""
+    """Flat indices of the tokens of each cell, int64 (cells, tokens per cell), in C order inside the cell."""
     return np.argsort(geometry.cell_of, kind="stable").reshape(prod(geometry.cells), prod(geometry.cell))
 
 
 def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None) -> Batch:
-    """Put samples together: tables of values, plans, and (for masked samples) targets.
+    """Combine samples into a batch: tables of values, plans, and targets if the samples are masked.
 
-    Tables of all samples lie one after another: row t * P + p of a sample's values is frame t of its patch p. Voxels
-    outside the mask have baseline and spread 0 here, whatever the sample holds there, so no encoder sees them.
+    The tables of all samples are concatenated. Row t * P + p of a sample's values is frame t of its patch p. Baseline
+    and spread of voxels outside the brain mask are set to 0, so that no encoder uses their values.
     """
     frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
     token_BN, row_BN, patch_BN, dense_B = [], [], [], []

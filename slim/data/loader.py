@@ -1,7 +1,7 @@
-"""The processes that load batches for one that trains: how they are started, waited for, and what ends a wait.
+"""Loading processes: they load batches for a training process.
 
-A batch comes through shared memory. Where /dev/shm is small or full, as in a container, it is sent as bytes through a
-pipe; where there is none, batches are loaded by the process that trains.
+Batches are sent through shared memory. If /dev/shm is small or full, as in some containers, they are sent as bytes
+through a pipe. If loading processes cannot be started, the training process loads the batches itself.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ from shards.core.workers import end_with_parent, shorten_sockets, why_no_workers
 from shards.format.stream import Item, MicroBatches
 
 _SHARED = "/dev/shm"
-_ENOUGH = 512 << 20  # bytes free in it: with less, batches are sent as bytes
-_PATIENCE = 1800.0  # seconds a loading process may take for a batch before it counts as lost
-_POLL = 1.0  # seconds between looks at whether the run is to stop
-_GRACE = {signal.SIGTERM.name: 5.0, signal.SIGINT.name: 5.0}  # seconds for a batch after a signal that ends a process
-_LONG_GRACE = 60.0  # after one that comes well before the end
-_INTERRUPTED = "{} came while waiting for data"
-_waiting = False  # for a batch, in this process
-_WORKERS_HINT = "lower run.workers or run.batch, or give the machine more memory"
+_ENOUGH = 512 << 20  # free bytes in shared memory below which batches are sent as bytes
+_PATIENCE = 1800.0  # seconds to wait for a batch before the run stops
+_POLL = 1.0  # seconds between checks whether the run must stop
+_GRACE = {signal.SIGTERM.name: 5.0, signal.SIGINT.name: 5.0}  # seconds to wait for a batch after these signals
+_LONG_GRACE = 60.0  # seconds after other signals, which arrive well before the end of a job
+_INTERRUPTED = "{} was received while waiting for data"
+_waiting = False  # whether this process waits for a batch
+_WORKERS_HINT = "lower run.workers or run.batch, or use a machine with more memory"
 
 
 class Loader:
-    """The micro-batches of one process of a run, in order. An iterator.
+    """Iterator over the micro-batches of one training process, in order.
 
     Parameters
     ----------
     stream : MicroBatches
     workers : int
-        Loading processes; 0: this process loads.
+        Number of loading processes; with 0 this process loads.
     stopped : callable
-        Name of the signal that asks the run to stop, or None.
+        Returns the name of the signal that stops the run, or None.
     warn : callable
-        Given a line about what this machine lacks.
+        Called with a warning if loading processes cannot be started.
 
     Raises
     ------
     Stopped
-        If a loading process died, no batch comes, the run is to stop and the next batch is not there in time, or the
-        dataset is away. The last complete checkpoint is the state to resume from.
+        If a loading process died, no batch arrives, the run must stop before the next batch is ready, or the dataset
+        cannot be reached. The run can be resumed from the last complete checkpoint.
     UserError
-        Of the loading process.
+        If a loading process raised one.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Loader:
     ):
         self._stopped = stopped
         if workers and (why := why_no_workers()):
-            warn(f"{_SHARED}: {why}: batches are loaded by the training process itself, which takes longer")
+            warn(f"{_SHARED}: {why}, so the training process loads batches itself, which is slower")
             workers = 0
         if not workers:
             stream.load = Sent(stream.load)
@@ -87,7 +87,7 @@ class Loader:
         try:
             self._batches = iter(self._loader)
         except (OSError, EOFError) as error:
-            raise Stopped(f"loading processes could not be started ({error}); {_WORKERS_HINT}") from None
+            raise Stopped(f"loading processes could not be started ({error}): {_WORKERS_HINT}") from None
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -105,7 +105,7 @@ class Loader:
         while True:
             try:
                 return received(next(self._batches))
-            except RuntimeError as error:  # torch has no types of its own for these
+            except RuntimeError as error:  # torch has no specific types for these
                 if str(error).startswith("DataLoader worker (pid"):
                     raise Stopped(_died(str(error))) from None
                 if not str(error).startswith("DataLoader timed out"):
@@ -116,14 +116,14 @@ class Loader:
                 if now - told >= _GRACE.get(name, _LONG_GRACE):
                     raise Stopped(_INTERRUPTED.format(name))
             if now - asked > _PATIENCE:
-                why = "a loading process is stuck, or the file system of the dataset does not answer"
-                raise Stopped(f"no batch came in {_PATIENCE / 60:.0f} minutes: {why}")
+                why = "a loading process is stuck, or the file system of the dataset does not respond"
+                raise Stopped(f"no batch arrived in {_PATIENCE / 60:.0f} minutes: {why}")
 
 
 def limit_wait(name: str) -> None:
-    """In the handler of a signal: end a wait for data that does not look for signals by itself.
+    """Limit the wait for data; called in the handler of a signal.
 
-    A loading process that was stopped in the midst of a batch leaves the one that trains in a read without a limit.
+    If a loading process is stopped while it sends a batch, the training process would otherwise wait forever.
     """
 
     def ring(*_: object) -> None:
@@ -138,11 +138,11 @@ def _died(error: str) -> str:
     free = free_shared_memory()
     shared = "" if free >= _ENOUGH else f", or {_SHARED} is too small ({free >> 20} MiB free; docker run --shm-size=8g)"
     detail = error.removeprefix("DataLoader worker ").partition(". ")[0]
-    return f"a loading process died ({detail}): was the machine out of memory{shared}? Then {_WORKERS_HINT}"
+    return f"a loading process died ({detail}), perhaps because the machine is out of memory{shared}: {_WORKERS_HINT}"
 
 
 def free_shared_memory() -> int:
-    """Bytes free in /dev/shm; 0 where there is none."""
+    """Free bytes in /dev/shm; 0 if it does not exist."""
     try:
         found = os.statvfs(_SHARED)
     except OSError:
@@ -162,7 +162,7 @@ class _Bytes:
 
 @dataclass
 class _Shared:
-    """A batch whose tensors lie in shared memory; it is opened as soon as it arrives, while its sender is alive."""
+    """A batch with tensors in shared memory. It is opened when it arrives, while the sender is alive."""
 
     content: bytes
 
@@ -171,16 +171,17 @@ class _Shared:
 
 
 class Sent:
-    """What a loading process does: load a batch and make it ready to be sent, or the exception in its place.
+    """The function that a loading process calls: it loads a batch and prepares it, or an exception, for sending.
 
-    torch would turn an exception with arguments of its own into a RuntimeError. And it would put tensors into shared
-    memory in a thread, where a failure loses the batch and nobody hears of it.
+    torch would turn some exceptions into RuntimeErrors. It would also move tensors to shared memory in a thread, where
+    a failure loses the batch without an error.
 
     Parameters
     ----------
     load : callable
-        Makes the micro-batch of a list of items.
+        Makes a micro-batch from a list of items.
     how : "as it is", "shared memory" or "bytes"
+        How the batch is sent.
     """
 
     def __init__(
@@ -198,13 +199,13 @@ class Sent:
         if self.how == "shared memory":
             try:
                 return _Shared(bytes(ForkingPickler.dumps(batch)))
-            except (RuntimeError, OSError):  # it is full
+            except (RuntimeError, OSError):  # shared memory is full
                 self.how = "bytes"
         return _Bytes(to_bytes(batch))
 
 
 def received(sent: Any) -> Any:
-    """The batch that was sent; raises what was raised."""
+    """Unpack a sent batch, or raise a sent exception."""
     if isinstance(sent, _Failed):
         raise sent.error
     return pickle.loads(sent.content) if isinstance(sent, _Bytes) else sent
@@ -212,32 +213,32 @@ def received(sent: Any) -> Any:
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, item: Any) -> Any:
-        # By themselves tensors are sent as files in shared memory, or saved one by one, which is slow.
+        # By default, tensors are sent as files in shared memory, or saved one by one, which is slow.
         return (torch.from_numpy, (item.numpy(),)) if isinstance(item, Tensor) else NotImplemented
 
 
 def to_bytes(batch: Any) -> bytes:
-    """A batch as bytes that need no shared memory."""
+    """Serialise a batch to bytes, without shared memory."""
     file = io.BytesIO()
     _Pickler(file, protocol=5).dump(batch)
     return file.getvalue()
 
 
 def context() -> BaseContext:
-    """How loading processes are started: forked from a small server of one thread.
+    """The start method of loading processes: fork from a small server process with one thread.
 
-    Forked from the training process itself, which runs threads of gloo and others, a child can inherit a lock that
-    nobody will ever release, and wait for it for ever.
+    The training process has threads, for example of gloo. A child forked from it can inherit a lock that is never
+    released, and then waits forever.
     """
     shorten_sockets()
     chosen = multiprocessing.get_context("forkserver")
     chosen.set_forkserver_preload(["slim.data.collate"])
-    # A scheduler signals all processes of a job. Those that load go on, for the step that is yet to end; what is
-    # blocked here stays so in the server and in all it forks.
+    # A scheduler sends signals to all processes of a job. Loading processes must ignore them, because the current step
+    # still needs data. Signals blocked here stay blocked in the server and in the processes it forks.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # again: that unblocks SIGTERM and SIGINT
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # again, as starting the server unblocks SIGTERM and SIGINT
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

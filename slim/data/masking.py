@@ -1,12 +1,12 @@
-"""Context and targets of a sample: a pure function of (seed, epoch, sample key).
+"""Masking: draw the context and the targets of a sample, as a pure function of (seed, epoch, sample key).
 
-Cells, not tokens, are chosen: the tokens that end in one token of the last level are context together or not at all,
-so nothing of a target reaches the context at any level. A cell is a place (of the cell grid in space) at a slot (of the
-cell grid in time). Context is some places at some slots; the three kinds of target are
+Whole cells are drawn, not tokens, so that no pooled token mixes context and targets. A cell is a place (in the spatial
+cell grid) at a slot (in the temporal cell grid). The context is a set of places at a set of slots. There are three
+kinds of target:
 
-- cross-time: places of the context at other slots,
-- cross-location: other places at slots of the context,
-- double-cross: neither.
+- cross-time: places of the context, at other slots;
+- cross-location: other places, at slots of the context;
+- double-cross: other places at other slots.
 
 Legend: S slots; L places; K chosen cells.
 """
@@ -23,13 +23,16 @@ from slim.config import KINDS, TokenMaskSettings
 
 @dataclass(frozen=True)
 class Mask:
-    """Flat cells (slot * places + place) of one sample.
+    """Context and targets of one sample, as flat cell indices (slot * places + place).
 
     Attributes
     ----------
-    context_K, target_K : int64, ascending
-    kind_K : int64, index into KINDS of each target
-    rebuilt_K : bool, the targets whose voxels MAE rebuilds
+    context_K, target_K : int64 array
+        Cells, in ascending order.
+    kind_K : int64 array
+        Kind of each target, as an index into KINDS.
+    rebuilt_K : bool array
+        Targets that MAE reconstructs.
     """
 
     context_K: np.ndarray
@@ -39,12 +42,12 @@ class Mask:
 
 
 def choose(size_L: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Choose items so that each is as likely as any other and their sizes sum to `share` of all, within one item.
+    """Choose items with equal probability, so that their sizes sum to `share` of the total, up to one item.
 
-    Systematic sampling: the items are laid round a circle in random order, each as long as its size, an arc of `share`
-    of the circle starts at a random point, and the items whose middle it covers are chosen. A middle is covered with
-    probability `share` whatever the item's size, so neither large nor late items are favoured. At least one item is
-    chosen and, if there are two or more, at least one is left.
+    This is systematic sampling. The items are placed on a circle in random order, each with an arc of its size. An arc
+    of `share` of the circle starts at a random point, and all items with a midpoint inside it are chosen. A midpoint is
+    covered with probability `share`, independent of the item's size. At least one item is chosen and, if there are two
+    or more, at least one is not.
 
     Returns
     -------
@@ -66,12 +69,12 @@ def choose(size_L: np.ndarray, share: float, rng: np.random.Generator) -> np.nda
 
 
 def draw(size_SL: np.ndarray, settings: TokenMaskSettings, seed: int, epoch: int, key: str) -> Mask:
-    """Draw context and targets of one sample.
+    """Draw the context and the targets of one sample.
 
     Parameters
     ----------
     size_SL : int (S, L)
-        Brain tokens of each cell; cells without any belong to nothing.
+        Number of brain tokens in each cell. Cells without brain tokens are never drawn.
     settings : TokenMaskSettings
     seed, epoch : int
     key : str

@@ -1,4 +1,4 @@
-"""One session of a dataset as a sample: its windows, read in time order, and the draw of windows and mask in training.
+"""Samples: the windows of one session in time order; in training, the draw of windows and mask.
 
 Legend: T frames; P patches; V voxels of a patch; S slots; L places of cells; K windows.
 """
@@ -23,9 +23,10 @@ from slim.model.geometry import Geometry, geometry_of
 
 @dataclass
 class Sample:
-    """One session's k windows in time order, with its mask.
+    """The k windows of one session in time order, with the mask.
 
-    `value` (T, P, V) fluctuation, `baseline` and `spread` (P, V), `place` (P,) flat patch places, `second` (T,) s.
+    `value` (T, P, V) is the fluctuation; `baseline` and `spread` are (P, V); `place` (P,) holds the flat positions of
+    the patches; `second` (T,) the times in s.
     """
 
     key: str
@@ -39,12 +40,12 @@ class Sample:
     mask: Mask | None = None
 
 
-# What all data of a model share: with another one, equal numbers in a sample would mean something else.
+# Fields that must be equal in all datasets of a model; otherwise equal numbers would have different meanings.
 _SHARED = ("grid", "windows.frames", "tr", "tr_range", "normalisation")
 
 
 def unlike(data: DataRecord, other: DataRecord) -> tuple[str, Any, Any] | None:
-    """The first in which two datasets differ that one model is to read: field, and both values; None if they fit."""
+    """The first field that must be equal for one model and differs, with both values; None if two datasets fit."""
     one, two = data.tree(), other.tree()
 
     def value(of: dict[str, Any], field: str) -> Any:
@@ -56,18 +57,18 @@ def unlike(data: DataRecord, other: DataRecord) -> tuple[str, Any, Any] | None:
 
 
 def geometry_for(settings: TrainSettings, datasets: Sequence[Dataset]) -> Geometry:
-    """The token grid of samples from these datasets, divided as the model says.
+    """The geometry of samples from these datasets, for the sizes of the model.
 
     Raises
     ------
     ConfigError
-        If the datasets differ in what `unlike` compares, the model's units do not fit, or its cells are too large.
+        If the datasets differ in a field that `unlike` compares, or the model's units or cells do not fit the grid.
     """
     first = datasets[0]
     for other in datasets[1:]:
         if (found := unlike(other.manifest, first.manifest)) is not None:
             field, got, expected = found
-            hint = "Convert both alike, or train on them in runs of their own"
+            hint = "Convert both with the same settings, or train on them in separate runs"
             raise ConfigError(other.folder, field, got, f"{expected}, as in {first.folder}", hint)
     tokens = (settings.windows.k * first.frames, *first.grid.patch_shape)
     geometry = geometry_of(settings.model, tokens)
@@ -77,12 +78,12 @@ def geometry_for(settings: TrainSettings, datasets: Sequence[Dataset]) -> Geomet
 
 
 def read_windows(dataset: Samples[ScanT], session: ScanT, rank_K: Sequence[int] | np.ndarray, epoch: int = 0) -> Sample:
-    """The windows of these ranks, put into time order.
+    """Read the windows of these ranks, in time order.
 
     Raises
     ------
     SampleCorrupt
-        If the sample's bytes are damaged.
+        If the bytes of the sample are damaged.
     """
     arrays = dataset.read(session, ("baseline", "spread", "patch", "brain", "start", "windows"), rank_K)
     start_K = arrays["start"][np.asarray(rank_K)]
@@ -104,14 +105,14 @@ def read_windows(dataset: Samples[ScanT], session: ScanT, rank_K: Sequence[int] 
 
 @dataclass(frozen=True)
 class WindowGroup:
-    """The windows of a session that pass through the model together.
+    """Windows of a session that the model processes together.
 
     Attributes
     ----------
     windows : slice
-        Of the session's windows in time order.
+        Range of the session's windows in time order.
     repeated : int
-        The first so many are in the group before, too.
+        Number of windows at the start that are also in the group before.
     """
 
     windows: slice
@@ -119,7 +120,7 @@ class WindowGroup:
 
 
 def window_groups(count: int, k: int) -> list[WindowGroup]:
-    """`count` windows in groups of k; the last group starts earlier, and repeats windows, where k leaves a rest."""
+    """Divide `count` windows into groups of k. If k does not divide `count`, the last group repeats some windows."""
     firsts = [*range(0, count - k, k), count - k]
     return [
         WindowGroup(slice(first, first + k), before + k - first)
@@ -128,7 +129,7 @@ def window_groups(count: int, k: int) -> list[WindowGroup]:
 
 
 def empty_sample(geometry: Geometry, voxels: int, settings: TrainSettings) -> Sample:
-    """A sample of zeros in two cells: every process takes part in every backward pass, whatever it has read."""
+    """A sample of zeros in two cells, with which a process without samples takes part in the backward pass."""
     frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
     place = np.unique(geometry.cell_of[:places], return_index=True)[1][:2]
     still = np.zeros((len(place), voxels), np.float32)
@@ -140,14 +141,14 @@ def empty_sample(geometry: Geometry, voxels: int, settings: TrainSettings) -> Sa
 
 
 def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: TrainSettings) -> Sample:
-    """One session's windows and, in pretraining, its mask, drawn by (seed, epoch, key).
+    """Draw the windows of one session and, in pretraining, its mask, from (seed, epoch, key).
 
     Raises
     ------
     SampleCorrupt
-        If its bytes are damaged, or it has brain to be masked in one cell alone.
+        If the bytes are damaged, or all brain tokens lie in one place, so that nothing can be masked.
     ConfigError
-        If it has fewer windows than are drawn; a `Stream` with `least_windows` has no such session.
+        If the session has fewer windows than are drawn. A `Stream` with `least_windows` leaves such sessions out.
     """
     windows, seed, key = settings.windows, settings.run.seed, item.session.key
     best = min(windows.best, item.session.n_kept)
@@ -166,14 +167,14 @@ def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: Trai
             "patch",
             f"brain in {places} cell of the grid",
             "2 or more, for context and targets",
-            "Take a model with smaller cells (unit, strides), or leave the session out",
+            "Use a model with smaller cells (unit, strides), or leave the session out",
         )
     sample.mask = draw(size_SL, settings.mask, seed, item.epoch, key)
     return sample
 
 
 def cell_sizes(geometry: Geometry, place: np.ndarray) -> np.ndarray:
-    """Brain tokens of each cell, int64 (S, L), given the flat patch places that hold brain."""
+    """Number of brain tokens in each cell, int64 (S, L), given the flat positions of the patches with brain."""
     frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
     tokens = (np.arange(frames)[:, None] * places + place).ravel()
     count = np.bincount(geometry.cell_of[tokens], minlength=prod(geometry.cells))

@@ -31,7 +31,17 @@ from slim.evaluation import baselines as baseline
 from slim.evaluation import display, metrics
 from slim.evaluation.attentive import Attentive
 from slim.evaluation.linear import Linear
-from slim.evaluation.results import OURS, Draws, Estimate, Estimates, Report, TaskFacts, TaskResult, averaged
+from slim.evaluation.results import (
+    OURS,
+    Draws,
+    Estimate,
+    Estimates,
+    Report,
+    SplitFacts,
+    TaskFacts,
+    TaskResult,
+    averaged,
+)
 from slim.evaluation.splits import Fold, Split
 from slim.evaluation.task import Cases, Task, make_splits
 from slim.inference.slim_brain import Features
@@ -276,29 +286,29 @@ def summarise(
 def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts:
     """What was asked, of whom and how: the part of a report that all methods share."""
     tested = np.unique(np.concatenate([cases.subject_N[split.test] for split in splits[0]]))
-    facts: dict[str, object] = {
-        "type": task.type,
-        "label": task.label,
-        "split": task.split.model_dump(),
-        "pooling": task.pooling,
-        "components": task.components if task.pooling == "cov" else None,
-        "bootstrap": task.bootstrap,
-        "permutations": task.permutations,
-        "confounds": list(task.confounds),
-        "sessions": len(cases.distinct()),
-        "subjects": len(cases.subjects),
-        "test_subjects": len(tested),
-        "left_out": cases.left_out,
-    }
-    if task.type == "state":
-        rows = np.concatenate([split.test for split in splits[0]])
-        facts["windows"] = len(cases.sessions)
-        facts["classes"] = {name: int((cases.answer_N[rows] == k).sum()) for k, name in enumerate(cases.classes)}
-    if task.type == "classification":
-        facts["classes"] = {name: int((cases.truth_S[tested] == k).sum()) for k, name in enumerate(cases.classes)}
+    facts = TaskFacts(
+        type=task.type,
+        label=task.label,
+        split=SplitFacts.model_validate(task.split.model_dump()),
+        pooling=task.pooling,
+        components=task.components if task.pooling == "cov" else None,
+        bootstrap=task.bootstrap,
+        permutations=task.permutations,
+        confounds=task.confounds,
+        sessions=len(cases.distinct()),
+        subjects=len(cases.subjects),
+        test_subjects=len(tested),
+        left_out=cases.left_out,
+    )
     if task.type == "fingerprint":
-        facts["chance"] = metrics.fingerprint_chance(cases.subject_N[splits[0][0].test])
-    return TaskFacts.model_validate(facts)
+        return facts.with_facts(chance=metrics.fingerprint_chance(cases.subject_N[splits[0][0].test]))
+    if task.type == "regression":
+        return facts
+    answered = cases.truth_S[tested]
+    if task.type == "state":
+        answered = cases.answer_N[np.concatenate([split.test for split in splits[0]])]
+        facts = facts.with_facts(windows=len(cases.sessions))
+    return facts.with_facts(classes={name: int((answered == k).sum()) for k, name in enumerate(cases.classes)})
 
 
 def write_report(folder: Path, results: Iterable[TaskResult]) -> Report:

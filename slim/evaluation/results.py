@@ -136,14 +136,19 @@ class TaskFacts(BaseModel):
     type: StrictStr | None = None
     label: StrictStr | None = None
     pooling: StrictStr | None = None
+    components: Count | None = None
     split: SplitFacts | None = None
+    bootstrap: Count | None = None
+    permutations: Count | None = None
+    confounds: tuple[StrictStr, ...] = ()
     sessions: Count | None = None
     subjects: Count | None = None
     test_subjects: Count | None = None
     subjects_seen_in_pretraining: Count | None = None
     left_out: dict[str, Count] = {}
-    seeds: list[Any] | StrictInt | None = None
-    classes: dict[str, Any] | list[Any] | None = None
+    seeds: list[StrictInt] | StrictInt | None = None
+    windows: Count | None = None
+    classes: dict[str, Count] | list[StrictStr] | None = None
     chance: dict[str, Number | None] | None = None
     differences: Annotated[Estimates, Field(max_length=_MOST)] = {}
 

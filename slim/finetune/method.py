@@ -95,6 +95,16 @@ def settings_for(
     return check(FinetuneSettings, tree, "command line")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRun:
+    """A fine-tuning that is done: its folder and seed, and the step and loss of its best validation."""
+
+    run: str
+    seed: int
+    best_step: int
+    val_loss: float
+
+
 @dataclass
 class Finetuned:
     """A method of `slim.evaluation.probe`.
@@ -121,7 +131,7 @@ class Finetuned:
 
     Attributes
     ----------
-    runs : list of dict, a line for each fine-tuning done
+    runs : list of FinetuneRun
     """
 
     name: str
@@ -134,7 +144,7 @@ class Finetuned:
     assignments: Sequence[str]
     train: Callable[[FinetuneSettings], None]
     device: torch.device | str = "cpu"
-    runs: list[dict[str, Any]] = field(default_factory=list)
+    runs: list[FinetuneRun] = field(default_factory=list)
 
     @property
     def seen(self) -> Seen | None:
@@ -178,15 +188,15 @@ class Finetuned:
         geometry = self.ours.geometry
         device = torch.device(self.device)
         guess_mK = predict(model.to(device), answers.classes, self.dataset, sessions, geometry, settings, device)
-        self.runs.append({"run": str(out), "seed": settings.run.seed, "best_step": step, "val_loss": loss})
+        self.runs.append(FinetuneRun(run=str(out), seed=settings.run.seed, best_step=step, val_loss=loss))
         return guess_mK
 
     def _answer(self, fold: Fold) -> AnswerSettings:
-        about: dict[str, Any] = {"task": self.task.name, "label": self.task.label or ""}
+        name, label = self.task.name, self.task.label or ""
         if fold.classes:
-            return AnswerSettings(**about, classes=tuple(self.cases.classes))
+            return AnswerSettings(task=name, label=label, classes=tuple(self.cases.classes))
         mean, sd = probe.scale_of(self.cases, fold.train)
-        return AnswerSettings(**about, mean=mean, sd=sd)
+        return AnswerSettings(task=name, label=label, mean=mean, sd=sd)
 
     def _answers(self, fold: Fold) -> Answers:
         assert fold.val_n is not None

@@ -1,1 +1,1 @@
-"""What `from slim import SlimBrain` needs: encoding, vectors, predictions, exports. No part of training."""
+"""Inference with trained weights: encoding, vectors, predictions, exports. Independent of the training code."""

@@ -1,9 +1,9 @@
-"""Using the cores this process was given, and no more CPU time than the work takes.
+"""Use the available cores efficiently.
 
-Threads inside an operation of torch (OpenMP) wait for one another at its end, spinning. Where a core is taken by
-somebody else, or a quota is smaller than the number of cores, that waiting costs many times the work. Items that do not
-need each other go to threads that do not wait, each with one thread inside its operations. Their numbers are then the
-same for every number of cores, bit for bit.
+The threads inside an operation of torch (OpenMP) wait for each other at its end in a busy loop. If other processes use
+a core, or a quota is smaller than the number of cores, this waiting costs many times the work. Independent items are
+therefore processed in separate threads, each with one thread inside its operations. The results are then bit-identical
+for every number of cores.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Threads to use: those of torch (OMP_NUM_THREADS, torch.set_num_threads), at most the cores of this process.
+    """Number of threads to use: that of torch (OMP_NUM_THREADS, torch.set_num_threads), but at most the cores.
 
-    The cores are those that affinity and the quota of a container (cgroup) leave, or LOKY_MAX_CPU_COUNT.
+    The number of cores takes into account CPU affinity, the quota of a container (cgroup) and LOKY_MAX_CPU_COUNT.
     """
     return max(1, min(torch.get_num_threads(), joblib.cpu_count()))
 
 
 @contextmanager
 def threads_inside(count: int) -> Iterator[None]:
-    """Meanwhile, torch uses this many threads inside an operation."""
+    """Context in which torch uses this number of threads inside an operation."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -40,7 +40,7 @@ def threads_inside(count: int) -> Iterator[None]:
 
 
 def spread(work: Callable[[Item], Result], items: Sequence[Item], most: int) -> list[Result]:
-    """`work` of each item, in order, on as many cores as there are, at most `most` items at once."""
+    """Call `work` for each item on the available cores, at most `most` at once; returns the results in order."""
     workers = min(cores(), most, len(items))
     with threads_inside(1):
         if workers <= 1:

@@ -1,9 +1,9 @@
-"""Weights that travel: a folder with everything another machine needs to go from a NIfTI run to vectors.
+"""Export weights to a folder with everything that another machine needs to encode NIfTI scans.
 
     write(SlimBrain.from_pretrained("runs/name"), Path("export"))
 
-What lies in the folder is told in `slim.checkpoints.weights`, which reads it. It is written beside its place and
-renamed, so it is there whole or not at all.
+`slim.checkpoints.weights` describes the files of the folder, and reads them. The folder is written under a temporary
+name and renamed, so an incomplete export is never found under its name.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 
 
 def write(model: SlimBrain, out: Path) -> dict[str, Any]:
-    """Write a model's exported folder.
+    """Export a model to a folder.
 
     Parameters
     ----------
     model : SlimBrain
-        Of a run, a checkpoint, or another export.
+        A model from a run, a checkpoint or another export.
     out : Path
-        A folder that is not there yet, or an empty one.
+        A new or empty folder.
 
     Returns
     -------
     dict
-        What went into `config.json`.
+        The content of `config.json`.
 
     Raises
     ------
     ConfigError
-        If `out` is taken, or cannot be written, or the temporal extractor of the training data is out of reach.
+        If `out` is not empty or cannot be written, or the temporal extractor of the training data cannot be read.
     Stopped
         If the file system is full.
     """
@@ -71,7 +71,7 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
     try:
         temporary.mkdir(parents=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in model.encoder.state_dict().items()}
-        # not by `save_file`, which makes a file that nobody else may read
+        # `save_file` would make a file that other users cannot read
         (temporary / MODEL).write_bytes(save_tensors(tensors, {"format": "pt"}))
         if model.head is not None:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in model.head.state_dict().items()}
@@ -98,22 +98,22 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
         full = is_full(error) or (isinstance(error, SafetensorError) and not has_room(out.parent, size))
         shutil.rmtree(temporary, ignore_errors=True)
         if full:
-            raise Stopped(f"no space left for {out}; make room, then call it again") from None
+            raise Stopped(f"no space left for {out}; make room, then export again") from None
         if isinstance(error, OSError):
-            raise ConfigError(out, "--out", error.strerror, "a folder that can be written") from None
+            raise ConfigError(out, "--out", error.strerror, "a writable folder") from None
         raise
     return about
 
 
 def history(model: SlimBrain) -> dict[str, Any]:
-    """How weights came about: `made` of a model, with what is known of the datasets it was pretrained on."""
+    """How the weights were made: `made` of a model, with facts about the datasets of its pretraining."""
     if "training" in model.made or not isinstance(model.settings, PretrainSettings):
-        return {"training": [], **model.made}  # from scratch it was trained on its task alone
+        return {"training": [], **model.made}  # a model from scratch has no pretraining data
     return {**model.made, "training": _training(model.settings, model.data)}
 
 
 def _anywhere(settings: TrainSettings) -> dict[str, Any]:
-    """The settings of a run without the folders of the machine it ran on: of each path its last part."""
+    """The settings of a run without local folders: only the last part of each path is kept."""
     tree = settings.model_dump(mode="json")
     for item in tree["data"]:
         item["path"] = _name(item["path"])
@@ -126,14 +126,14 @@ def _name(path: str) -> str:
 
 
 def _training(settings: PretrainSettings, first: DataRecord) -> list[dict[str, Any]]:
-    """What is known of each dataset the run was trained on: cohorts, and how much its training split holds."""
+    """Facts about each training dataset of the run: its cohorts, and the size of its training split."""
     found = []
     for number, item in enumerate(settings.data):
         about: dict[str, Any] = {"dataset": _name(item.path), "weight": item.weight}
         try:
             data: DataRecord = first if number == 0 else Manifest.read(item.path)
         except DatasetError:
-            about["unknown"] = "out of reach when the weights were exported"
+            about["unknown"] = "not readable when the weights were exported"
         else:
             about |= {"cohorts": data.cohorts, "configuration_hash": data.configuration_hash}
             about |= {"subjects": data.subjects["train"], "sessions": data.sessions["train"]}

@@ -1,4 +1,4 @@
-"""The model card of an export: what its weights are, how they came about, and what they may be used for."""
+"""The model card of an export: what the weights are, how they were made, and how they may be used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slim.config import check_run
 
 
 def write(about: dict[str, Any]) -> str:
-    """The card, Markdown, from what `config.json` says."""
+    """The model card in Markdown, from the content of `config.json`."""
     made, data = about["made"], about["data"]
     chosen = data["configuration"]["settings"]
     return templates.render(

@@ -1,4 +1,4 @@
-"""What a fine-tuned model predicts of sessions, from all their windows.
+"""Predictions of a fine-tuned model for sessions, from all their windows.
 
 Legend: N sessions; K classes; B samples of a micro-batch.
 """
@@ -32,9 +32,9 @@ def predict(
     settings: FinetuneSettings,
     device: torch.device,
 ) -> np.ndarray:
-    """Probabilities (N, K) or values (N, 1) of sessions: means over all their windows in time order, k by k.
+    """Predict probabilities (N, K) or values (N, 1) of sessions, as means over groups of k windows in time order.
 
-    All processes share the work, and all get the whole of it.
+    The processes share the work, and each returns all predictions.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def predict(
         return np.argsort(dataset.read(sessions[row], ("start",))["start"], kind="stable")
 
     for number in range(rank, math.ceil(len(micro_batches) / world) * world, world):
-        # At ZeRO stage 3 all processes take part in every forward pass: who has nothing left does one for nothing.
+        # At ZeRO stage 3 all processes must take part in every forward pass, also those without remaining sessions.
         mine = micro_batches[min(number, len(micro_batches) - 1)]
         read = [read_windows(dataset, sessions[row], in_time(row)[windows].tolist()) for row, windows in mine]
         guess_BK, _ = forward(collate(read, geometry, settings.chunk_tokens).to(device))
@@ -70,6 +70,6 @@ def world_size() -> int:
 
 
 def sum_over_processes(tensor: Tensor) -> None:
-    """Over all processes, in place."""
+    """Sum a tensor over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)

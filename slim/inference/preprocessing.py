@@ -1,7 +1,7 @@
-"""How the data of a model were made of NIfTI runs, so that another run can be made into the same.
+"""The preprocessing of a model's training data, so that new scans can be preprocessed in the same way.
 
-The settings are those in the manifest of the dataset the model was trained on. Two things lie elsewhere, named
-there by their checksums alone: the temporal extractor that ranked the windows, and the label image of the parcels.
+The settings come from the manifest of the training dataset. The manifest holds only checksums of two files that are
+stored elsewhere: the temporal extractor that ranked the windows, and the label image of the parcels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from slim.ranking.rankers import Ranker, make_ranker
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything `shards.conversion.session.convert_run` asks for beside the run.
+    """The arguments of `shards.conversion.session.convert_run`, except the scan.
 
     Attributes
     ----------
@@ -36,23 +36,23 @@ class Recipe:
 
 
 def read_recipe(data: DataRecord, where: str | Path, extractor: Path | None, image: Path | None) -> Recipe:
-    """The recipe of a dataset.
+    """Read the recipe of a dataset.
 
     Parameters
     ----------
     data : DataRecord
-        Its manifest.
+        Manifest of the dataset.
     where : str or Path
-        The weights it is for, named in errors.
+        The weights, named in errors.
     extractor : Path, optional
-        Folder where the temporal extractor is expected.
+        Folder of the temporal extractor.
     image : Path, optional
-        Where the label image of the parcels is expected.
+        Label image of the parcels.
 
     Raises
     ------
     ConfigError
-        If one that the dataset was made with is not there, or is another one.
+        If a file that the dataset was made with is missing, or differs from it.
     """
     tree = data.configuration["settings"]
     try:
@@ -61,10 +61,10 @@ def read_recipe(data: DataRecord, where: str | Path, extractor: Path | None, ima
         stated = {name: data.ranker[name] for name in ("name", "extractor", "seed")}
         named = image_of is None or all(isinstance(image_of[name], str) for name in ("name", "sha256"))
     except (KeyError, TypeError) as error:
-        got = f"no recipe ({type(error).__name__}: {error})"
+        got = f"invalid settings ({type(error).__name__}: {error})"
         raise ConfigError(where, "data", got, "the settings of a conversion") from None
     if not named or not all(isinstance(stated[name], str | None) for name in ("name", "extractor")):
-        raise ConfigError(where, "data", "names that are no text", "the settings of a conversion")
+        raise ConfigError(where, "data", "names that are not text", "the settings of a conversion")
     if tree["parcels"]["image"] is not None:
         labels = _image(tree["parcels"]["image"], where, image)
         tree = tree | {"parcels": tree["parcels"] | {"image": str(labels)}}
@@ -73,7 +73,7 @@ def read_recipe(data: DataRecord, where: str | Path, extractor: Path | None, ima
     found = None if identity["extractor"] is None else _extractor(identity["extractor"], where, extractor)
     ranker = make_ranker(identity["name"], found, identity["seed"])
     if ranker.identity() != identity:
-        got, hint = "other parameters in this version", "Use the version that made the weights' data"
+        got, hint = "other parameters in this version", "Use the version that converted the training data"
         raise ConfigError(where, f"ranker {identity['name']}", got, identity, hint)
     return Recipe(settings, make_parcels(settings.grid.grid(), settings.parcels), ranker)
 
@@ -83,13 +83,13 @@ def _extractor(checksum: str, where: str | Path, folder: Path | None) -> Extract
         raise ConfigError(
             where,
             "extractor",
-            f"none ({folder or 'its dataset lies elsewhere'})",
+            f"none ({folder or 'the training dataset is not on this machine'})",
             f"the temporal extractor of the training data, checksum {checksum[:12]}",
-            "Fetch the folder `extractor` of the dataset it was trained on, and name it as `extractor`",
+            "Copy the folder `extractor` of the training dataset, and give its path as `extractor`",
         )
     found = Extractor.load(folder)
     if found.checksum != checksum:
-        hint = "Name that of the dataset it was trained on"
+        hint = "Give the extractor of the training dataset"
         raise ConfigError(folder, "checksum", found.checksum[:12], f"{checksum[:12]}, as in {where}", hint)
     return found
 
@@ -97,9 +97,9 @@ def _extractor(checksum: str, where: str | Path, folder: Path | None) -> Extract
 def _image(known: dict[str, str], where: str | Path, path: Path | None) -> Path:
     name, expected = known["name"], known["sha256"]
     if path is None or not path.is_file():
-        got, hint = f"none ({path or 'a dataset does not hold it'})", "Name that file as `parcels`"
+        got, hint = f"none ({path or 'datasets do not contain it'})", "Give the path of that file as `parcels`"
         raise ConfigError(where, "parcels", got, f"the label image {name}, SHA-256 {expected[:12]}", hint)
     found = sha256(path)
     if found != expected:
-        raise ConfigError(path, "SHA-256", found[:12], f"{expected[:12]}, that of {name} as in {where}")
+        raise ConfigError(path, "SHA-256", found[:12], f"{expected[:12]}, the checksum of {name} in {where}")
     return path

@@ -1,11 +1,11 @@
-"""A trained encoder, and what it makes of a whole session.
+"""SlimBrain: a trained encoder that turns scans into vectors, tokens or predictions.
 
     model = SlimBrain.from_pretrained("export/")
-    z_WC = model.encode_windows("sub-01_bold.nii.gz")                  # a vector of each window
-    features = model.encode_tokens("sub-01_bold.nii.gz")                  # (time slots, places, channels)
-    features = model.encode_session(dataset, dataset.sessions[0])      # the same of a session in shards
+    z_WC = model.encode_windows("sub-01_bold.nii.gz")                  # one vector per window
+    features = model.encode_tokens("sub-01_bold.nii.gz")               # (time slots, places, channels)
+    features = model.encode_session(dataset, dataset.sessions[0])      # the same for a session of a dataset
 
-Legend: S time slots of a session; L places (cells of the last stage that hold brain); C channels; G groups of k
+Legend: S time slots of a session; L places (cells of the last stage that contain brain); C channels; G groups of k
 windows; M cells of a batch; W windows; P features of a vector.
 """
 
@@ -47,18 +47,18 @@ from slim.model.hiera import Hiera
 
 
 class SlimBrain:
-    """An encoder and what it needs to know to read data. Made by `from_pretrained` or `random`.
+    """A trained encoder with the settings it needs to read scans. Use `from_pretrained` or `random` to make one.
 
     Attributes
     ----------
-    encoder : Hiera, in fp32 and evaluation mode, without gradients
-    head : Head or None, of a fine-tuning, for `predict`
+    encoder : Hiera in fp32 and evaluation mode, without gradients
+    head : Head or None, the head of a fine-tuned model, for `predict`
     settings : PretrainSettings or FinetuneSettings of the run
-    data : DataRecord, of the data it was made for
-    made : dict, how the weights came about; see `slim.checkpoints.weights.Weights`
-    step : optimizer steps behind the weights; 0 for random ones
-    run_folder : Path, the run, or the exported folder
-    results : Path, where tools put what they find by default; see `slim.checkpoints.weights.Weights`
+    data : DataRecord of the training data
+    made : dict, how the weights were made; see `slim.checkpoints.weights.Weights`
+    step : int, optimizer steps of training; 0 for random weights
+    run_folder : Path of the run or the exported folder
+    results : Path, where tools write results by default; see `slim.checkpoints.weights.Weights`
     """
 
     def __init__(self, about: Weights, step: int):
@@ -81,27 +81,27 @@ class SlimBrain:
         extractor: str | Path | None = None,
         parcels: str | Path | None = None,
     ) -> SlimBrain:
-        """A pretrained encoder.
+        """Load a pretrained model.
 
         Parameters
         ----------
         source : str or Path
-            A run (its newest complete checkpoint is taken), one `checkpoints/step-...` folder of it, a folder that
-            `tools/export.py` wrote, or its name on the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION.
+            A run (its newest complete checkpoint is used), a folder `checkpoints/step-...` of a run, a folder written
+            by `tools/export.py`, or its name on the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION.
         weights : "encoder" or "target", optional
-            The online encoder, or its moving average. By default the former of a run, and of an export what it holds.
+            The online encoder or its moving average. By default the online encoder of a run, and the weights that an
+            export holds.
         extractor, parcels : path, optional
-            The temporal extractor (a folder) and the label image of the parcels that the training data were made
-            with. An export holds both; of a run the extractor is looked for in its dataset. Only runs that are encoded
-            straight from NIfTI need them.
+            The temporal extractor (a folder) and the label image of the parcels with which the training data were made.
+            They are only needed to encode NIfTI scans. By default, they are read from an export, and the extractor of a
+            run from the run or its dataset.
 
         Raises
         ------
         CheckpointError
-            If there are no weights, or they lack a tensor, or have one too many or of another shape, or a file is
-            damaged or missing.
+            If there are no weights, tensors do not match the settings, or a file is damaged or missing.
         ConfigError
-            If the run's configuration cannot be read.
+            If the configuration of the run cannot be read.
         """
         for name, path in (("source", source), ("extractor", extractor), ("parcels", parcels)):
             if not isinstance(path, str | os.PathLike) and not (path is None and name != "source"):
@@ -113,7 +113,7 @@ class SlimBrain:
             extractor=about.extractor if extractor is None else Path(extractor),
             parcels=about.parcels if parcels is None else Path(parcels),
         )
-        with threads_inside(1):  # copies of small tensors: more threads would wait for one another
+        with threads_inside(1):  # copying small tensors is faster with one thread
             model = cls(about, about.made["step"])
             about.load_into(model.encoder)
         if isinstance(settings := model.settings, FinetuneSettings):
@@ -124,9 +124,9 @@ class SlimBrain:
 
     @classmethod
     def random(cls, like: SlimBrain, seed: int) -> SlimBrain:
-        """The same architecture with fresh random weights; the generator of the caller is left as it was.
+        """The same architecture with random weights. The caller's random generator is not changed.
 
-        With the run's own seed these are the weights its training began with.
+        With the seed of the run, these are the initial weights of its training.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -142,48 +142,48 @@ class SlimBrain:
         return self
 
     def check_data(self, dataset: Dataset) -> None:
-        """Refuse a dataset that the encoder would misread.
+        """Check that a dataset was converted with the same settings as the training data.
 
         Raises
         ------
         ConfigError
-            If grid, patch, window length, TR, the range of TRs or normalisation is another one than in training.
+            If grid, patch, window length, TR, range of TRs or normalisation differ.
         """
         if (found := unlike(dataset.manifest, self.data)) is not None:
             field, got, expected = found
-            hint = "Convert the data as that dataset was"
+            hint = "Convert the data with the settings of the pretraining dataset"
             raise ConfigError(dataset.folder, field, got, f"{expected}, as in pretraining", hint)
 
     def check_unseen(self, dataset: Dataset) -> None:
-        """Refuse a dataset whose labels the encoder may have been shown: scores on it would be too good.
+        """Check that the encoder was not fine-tuned on labels of a dataset. Scores on such data would be too good.
 
         Raises
         ------
         ConfigError
-            If the encoder was fine-tuned on one of its cohorts.
+            If the encoder was fine-tuned on one of the dataset's cohorts.
         """
         tuned = self.made.get("finetuned")
         if tuned and (seen := sorted(set(tuned["cohorts"]) & set(dataset.manifest.cohorts))):
             raise ConfigError(
                 dataset.folder,
                 "cohorts",
-                f"{', '.join(seen)}, whose labels these weights were fine-tuned on ({tuned['task']})",
+                f"{', '.join(seen)}, on which these weights were fine-tuned ({tuned['task']})",
                 "cohorts that were not used for fine-tuning",
-                "finetune.py has tested them on the subjects it left out; for another task take the pretrained weights",
+                "For this task see the test scores of the fine-tuning; for another task use the pretrained weights",
             )
 
     @property
     def seen(self) -> Seen | None:
-        """Who was seen in pretraining, person by person; None where that was not written down (version 0.1)."""
+        """The subjects seen in pretraining; None if this was not recorded (version 0.1)."""
         return self._about.seen
 
     def seen_people(self, dataset: Dataset) -> set[Person] | None:
-        """People of a dataset who were seen in pretraining, without labels, in this dataset or in another.
+        """Subjects of a dataset that were seen in pretraining, without labels, in this or another dataset.
 
         Returns
         -------
         set of (people, subject), or None
-            None where it is not known: the run is of version 0.1, and of other data.
+            None if unknown, for runs of version 0.1 on other data.
         """
         if self.seen is not None:
             return {who for who in (session.person for session in dataset.sessions) if self.seen.has(who)}
@@ -194,12 +194,12 @@ class SlimBrain:
         return None
 
     def was_trained_on(self, dataset: Dataset) -> bool:
-        """Whether this is the dataset of the pretraining, the first where there are several, as it was then."""
+        """Whether this is the unchanged dataset of the pretraining; if there were several, the first."""
         return Manifest.read(dataset.folder).data.tree() == self.data.tree()
 
     @cached_property
     def checksum(self) -> str:
-        """SHA-256 (hex) of the weights and of all that tells what they make of a run; an export has that of its run."""
+        """SHA-256 (hex) of the weights and of everything that determines the result for a scan; exports keep it."""
         sizes = self.settings.model_dump(mode="json", include={"model", "view", "windows"})
         found = hashlib.sha256(digest([sizes, self.data.tree()]).encode())
         for name, value in self.encoder.state_dict().items():
@@ -207,16 +207,16 @@ class SlimBrain:
         return found.hexdigest()
 
     def __sklearn_clone__(self) -> SlimBrain:
-        return self  # as the parameter of an estimator: no fit changes it
+        return self  # scikit-learn clones parameters of estimators; this one is never changed by a fit
 
     @cached_property
     def recipe(self) -> Recipe:
-        """How the training data were made of NIfTI runs.
+        """The preprocessing of the training data.
 
         Raises
         ------
         ConfigError
-            If the temporal extractor, or the label image of the parcels, is not where it is expected.
+            If the temporal extractor or the label image of the parcels is missing.
         """
         return read_recipe(self.data, self.run_folder, self._about.extractor, self._about.parcels)
 
@@ -234,47 +234,46 @@ class SlimBrain:
         dummy: int | str = "auto",
         orientation: str | None = None,
     ) -> np.ndarray:
-        """Vectors of a scan, straight from NIfTI: `encode_windows` or `encode_scan`.
+        """Encode a NIfTI scan: `encode_windows` or `encode_scan`, chosen by `per`.
 
-        However the scan is given, the vectors are the same, bit for bit: a path, `nib.load(path)`, or the list of its
-        3-D images; and for every number of threads. A list has no files beside it: give it the `mask` and `confounds`
-        that are found beside a path.
+        The vectors are bit-identical for a path, for `nib.load(path)` and for the list of its 3-D images, and for every
+        number of threads. For a list, `mask` and `confounds` must be given, because there are no files next to it.
 
         Parameters
         ----------
         image : path, Nifti1Image, or list of them
-            Preprocessed 4-D BOLD. A list holds the 3-D images of one scan in time order and needs `tr`; many scans are
-            for `slim.evaluation.transformer.SlimBrainTransformer`. Mask, confounds and sidecar that lie beside the file
-            are used, those of an image beside the file that it was loaded from.
+            Preprocessed 4-D BOLD. A list holds the 3-D images of one scan in time order and needs `tr`; to encode many
+            scans, use `slim.evaluation.transformer.SlimBrainTransformer`. Mask, confounds and sidecar next to the file
+            are used; for an image, those next to the file from which it was loaded.
         per : "window" or "scan"
         pooling : "mean", "mean+sd" or "location"
-            See `slim.inference.vectors.vectors`; poolings that are fitted on a set of scans are for
+            See `slim.inference.vectors.vectors`. Poolings that are fitted on a set of scans are in
             `slim.evaluation.transformer.SlimBrainTransformer`.
         stage : int, optional
-            Of the encoder, from 1; by default the last. Of an earlier one each cell has the mean of its tokens.
+            Stage of the encoder, from 1; by default the last. In earlier stages, the tokens of each cell are averaged.
         mask, confounds, space, tr, dummy, orientation
-            Of this scan, as a cohort file has them; `tr` in seconds. See `shards.cohorts.niimg.as_run`.
+            Facts about this scan, as in a cohort file; `tr` in seconds. See `shards.cohorts.niimg.as_run`.
 
         Returns
         -------
         ndarray, float32
-            (W, P), the windows the ranker keeps (at most `windows.keep` of the training data), in time order; or (P,).
-            `encode_tokens` gives the start of each window and the TR that was used.
+            (W, P), for the windows that the ranker keeps (at most `windows.keep` of the training data), in time order;
+            or (P,). `encode_tokens` also returns the start of each window and the TR that was used.
 
         Raises
         ------
         RunRefused
             If the scan cannot be converted (a ValueError).
         ConfigError
-            If an argument has a wrong value (a ValueError) or type (a TypeError), or what the training data were made
-            with is missing.
+            If an argument has a wrong value (a ValueError) or type (a TypeError), or the temporal extractor or label
+            image is missing.
         DatasetError
-            If the scan has fewer windows than pass through the encoder together (a ValueError).
+            If the scan has fewer than `windows.k` windows (a ValueError).
 
         Warns
         -----
         UserWarning
-            Of what was assumed about the scan, such as its space or orientation.
+            If something was assumed about the scan, such as its space or orientation.
         """
         check_fixed(per, pooling)
         self._check_stage(stage)
@@ -294,7 +293,7 @@ class SlimBrain:
         dummy: int | str = "auto",
         orientation: str | None = None,
     ) -> np.ndarray:
-        """A vector of each window of a scan; arguments and errors as in `encode`.
+        """Encode a scan to one vector per window. Arguments and errors are as in `encode`.
 
         Returns
         -------
@@ -319,7 +318,7 @@ class SlimBrain:
         dummy: int | str = "auto",
         orientation: str | None = None,
     ) -> np.ndarray:
-        """One vector of a scan; arguments and errors as in `encode`.
+        """Encode a scan to one vector. Arguments and errors are as in `encode`.
 
         Returns
         -------
@@ -343,15 +342,15 @@ class SlimBrain:
         dummy: int | str = "auto",
         orientation: str | None = None,
     ) -> Features:
-        """All tokens of a scan, straight from NIfTI: harmonised and ranked as the training data were, then encoded.
+        """Encode a NIfTI scan to all its tokens, after harmonising and ranking it like the training data.
 
-        They equal those that `encode_session` gives once the scan is converted. Arguments and errors as in `encode`.
+        The tokens equal those of `encode_session` for the converted scan. Arguments and errors are as in `encode`.
         """
         self._check_stage(stage)
         return self.encode_converted(self._read(image, mask, confounds, space, tr, dummy, orientation), stage)
 
     def encode_run(self, image: Scan, stage: int | None = None, **stated: Any) -> Features:
-        """Deprecated: `encode_tokens`."""
+        """Deprecated; use `encode_tokens`."""
         warn_renamed("SlimBrain.encode_run", "encode_tokens")
         self._check_stage(stage)
         return self.encode_converted(self._read(image, **stated), stage)
@@ -367,13 +366,13 @@ class SlimBrain:
         dummy: int | str = "auto",
         orientation: str | None = None,
     ) -> Converted:
-        """A scan as the training data hold theirs, for `encode_converted` and `outputs_converted`; see `encode`.
+        """Convert a scan like the training data, for `encode_converted` and `outputs_converted`; see `encode`.
 
-        It does not warn: `shards.conversion.session.assumptions` puts what was assumed, in its `meta`, into words.
+        It does not warn of assumptions; `shards.conversion.session.assumptions` describes those in its `meta`.
         """
         recipe = self.recipe
         scan = as_run(image, mask, confounds, space=space, tr=tr, dummy=dummy, orientation=orientation)
-        # One thread, as in the worker processes of a conversion: sums come out the same.
+        # One thread, as in the worker processes of a conversion, so that sums are equal.
         with scan as run, threadpool_limits(1):
             return convert_run(run, recipe.settings, recipe.parcels, recipe.ranker)
 
@@ -387,7 +386,7 @@ class SlimBrain:
         dummy: int | str = "auto",
         orientation: str | None = None,
     ) -> Converted:
-        """A converted scan, with warnings of what was assumed about it."""
+        """Convert a scan, and warn of what was assumed about it."""
         made = self.convert(
             image, mask=mask, confounds=confounds, space=space, tr=tr, dummy=dummy, orientation=orientation
         )
@@ -396,7 +395,7 @@ class SlimBrain:
         return made
 
     def encode_converted(self, made: Converted, stage: int | None = None) -> Features:
-        """As `encode_tokens`."""
+        """Encode a converted scan to all its tokens, as `encode_tokens` does."""
         self._check_stage(stage)
         return self._encode(made, made.meta.model_copy(update={"key": made.meta.subject}), made.meta.source, stage)
 
@@ -411,20 +410,20 @@ class SlimBrain:
         dummy: int | str = "auto",
         orientation: str | None = None,
     ) -> str | float:
-        """The prediction of a fine-tuned model for a scan, straight from NIfTI.
+        """Predict the label of a NIfTI scan with a fine-tuned model.
 
-        The mean over groups of k windows, as for the test subjects of a fine-tuning. Arguments and errors as in
-        `encode`.
+        The prediction is the mean over groups of k windows, as for the test subjects of a fine-tuning. Arguments and
+        errors are as in `encode`.
 
         Returns
         -------
         str or float
-            The name of the most probable class; or the value, in the unit of the label.
+            The most probable class, or the value in the unit of the label.
 
         Raises
         ------
         ConfigError
-            If the weights are not of a fine-tuned model.
+            If the model is not fine-tuned.
         """
         classes = self._labels().classes
         outputs = self.outputs_converted(self._read(image, mask, confounds, space, tr, dummy, orientation))
@@ -441,7 +440,7 @@ class SlimBrain:
         dummy: int | str = "auto",
         orientation: str | None = None,
     ) -> np.ndarray:
-        """The probability of each class for a scan. Arguments and errors as in `predict`.
+        """Predict the probability of each class for a scan. Arguments and errors are as in `predict`.
 
         Returns
         -------
@@ -451,28 +450,28 @@ class SlimBrain:
         Raises
         ------
         ConfigError
-            If the weights are not of a fine-tuned model, or it predicts a value.
+            If the model is not fine-tuned, or predicts a value.
         """
         if not self._labels().classes:
             got = "a model that predicts a value"
-            raise ConfigError(self.run_folder, "predict_proba", got, "a model that predicts classes", "Call predict")
+            raise ConfigError(self.run_folder, "predict_proba", got, "a model that predicts classes", "Use predict")
         return self.outputs_converted(self._read(image, mask, confounds, space, tr, dummy, orientation))
 
     def answer(self, image: Scan, **stated: Any) -> np.ndarray:
-        """Deprecated: `predict_proba` (K,) for classes, `predict` (1,) for values."""
+        """Deprecated; use `predict_proba` (K,) for classes, or `predict` (1,) for values."""
         warn_renamed("SlimBrain.answer", "predict_proba for classes, or predict")
         return self.outputs_converted(self._read(image, **stated))
 
     def _labels(self) -> AnswerSettings:
-        """What a fine-tuned model predicts."""
+        """The labels that a fine-tuned model predicts."""
         if self.head is None or not isinstance(self.settings, FinetuneSettings):
-            got = "none: these weights were pretrained only, and predict no label"
-            hint = "Give the folder of a fine-tuning, or an export of one"
+            got = "none: these weights were only pretrained, so they cannot predict a label"
+            hint = "Use the folder of a fine-tuning, or an export of one"
             raise ConfigError(self.run_folder, "head", got, "a fine-tuned encoder", hint)
         return self.settings.answer
 
     def answer_converted(self, made: Converted) -> np.ndarray:
-        """Deprecated: `outputs_converted`."""
+        """Deprecated; use `outputs_converted`."""
         warn_renamed("SlimBrain.answer_converted", "outputs_converted")
         return self.outputs_converted(made)
 
@@ -483,7 +482,7 @@ class SlimBrain:
         Returns
         -------
         ndarray, float64
-            (K,), the probability of each class; or (1,), the value in the unit of the label.
+            Probabilities of the classes, (K,), or the value in the unit of the label, (1,).
         """
         from slim.inference.predict import predict
 
@@ -499,11 +498,11 @@ class SlimBrain:
     def encode_session(
         self, dataset: Dataset, session: SessionRecord, batch: int = 4, stage: int | None = None
     ) -> Features:
-        """Features of all kept windows of a session, whole brain.
+        """Features of all kept windows of a session, for the whole brain.
 
-        Windows are read in time order in groups of k, as in training. The last group reaches back over
-        windows that were already read where k does not divide their number; their slots are then used once,
-        from the group before. A slot belongs to the window that holds its middle.
+        Windows are encoded in time order in groups of k, as in training. If k does not divide their number, the last
+        group repeats windows of the group before; their slots are taken from the group before. A slot belongs to the
+        window that contains its middle.
 
         Parameters
         ----------
@@ -511,15 +510,15 @@ class SlimBrain:
         session : SessionRecord
             One of `dataset.sessions`.
         batch : int
-            Groups in memory together: on a GPU they pass through the encoder as one batch, on a CPU each has a core.
-            It does not change the features.
+            Number of groups in memory at the same time. A GPU encodes them as one batch, a CPU on one core each. It
+            does not change the features.
         stage : int, optional
             As in `encode`.
 
         Raises
         ------
         ConfigError, DatasetError
-            See `check_data`; or if the session has fewer than k windows, or its bytes are damaged.
+            See `check_data`; also if the session has fewer than k windows, or its bytes are damaged.
         """
         if not isinstance(dataset, Dataset):
             expected = "a shards.format.reader.Dataset, such as Dataset('shards/')"
@@ -577,7 +576,7 @@ class SlimBrain:
 
     @torch.inference_mode()
     def _pass(self, groups: list[Sample], stage: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of groups of windows, (G, S, L, C), and the places, (L,)."""
+        """Encode groups of windows; returns the tokens, (G, S, L, C), and the places, (L,)."""
         slots, places = self.geometry.cells[0], math.prod(self.geometry.cells[1:])
         together = collate(groups, self.geometry, self.settings.chunk_tokens).to(self.device)
         encoded_MC = self.encoder.stage(together.voxels, together.whole, stage or len(self.encoder.ends))
@@ -590,7 +589,7 @@ class SlimBrain:
 
 
 def _assumed(scan: ScanRecord) -> list[str]:
-    """What was assumed about a run; voxels without signal at the rim of a mask, which most runs have, are left out."""
+    """What was assumed about a scan, except voxels without signal at the edge of the mask, which most scans have."""
     return assumptions(scan.model_copy(update={"dead_share": 0}))
 
 

@@ -1,9 +1,9 @@
-"""The tokens of a session, and ways to make one vector of them, or one of each window.
+"""The tokens of a session, and poolings to one vector per session or per window.
 
     vector = location(features, features.places)
     vector_WP = vectors(features, "window", "mean", features.places)
 
-Legend: N sessions; S time slots of a session; W windows; L places (cells of the last stage that hold brain); C
+Legend: N sessions; S time slots of a session; W windows; L places (cells of the last stage that contain brain); C
 channels; M tokens of all places and slots; Q principal axes; P features of a session.
 """
 
@@ -24,18 +24,26 @@ from slim.model import pooling as in_torch
 
 @dataclass
 class Features:
-    """What the encoder made of one session.
+    """The features of one session.
 
     Attributes
     ----------
-    key : the session's key
-    tokens : float32 (S, L, C); slots in time order, places in ascending order
-    places : int64 (L,), flat index of each place in the grid of cells
-    slot_times : (S,), middle of each slot, s from the start of the scan
-    slot_window_onsets : float64 (S,), start of the window that holds each slot, s from the start of the scan
-    tr : TR of the frames that were encoded, s; None where nobody said
-    source_tr : TR of the scan, as it was read or stated, s; where it differs the scan was brought to `tr`
-    assumed : what was assumed about the scan (its space, orientation, TR, mask), a sentence each
+    key : str
+        Key of the session.
+    tokens : float32 array (S, L, C)
+        Slots in time order, places in ascending order.
+    places : int64 array (L,)
+        Flat index of each place in the grid of cells.
+    slot_times : array (S,)
+        Middle of each slot, in s from the start of the scan.
+    slot_window_onsets : float64 array (S,)
+        Start of the window that contains each slot, in s from the start of the scan.
+    tr : float or None
+        TR of the encoded frames, in s; None if unknown.
+    source_tr : float or None
+        TR of the scan, in s. If it differs, the scan was resampled to `tr`.
+    assumed : tuple of str
+        What was assumed about the scan (space, orientation, TR, mask), one sentence each.
     """
 
     key: str
@@ -49,10 +57,10 @@ class Features:
 
     @property
     def window_onsets(self) -> np.ndarray:
-        """Start of each window in time order, s from the start of the scan; float64 (W,)."""
+        """Start of each window in time order, in s from the start of the scan; float64 (W,)."""
         return np.unique(self.slot_window_onsets)
 
-    # the names of version 0.1
+    # names of version 0.1
     token_SLC = OldName("tokens")
     place_L = OldName("places")
     second_S = OldName("slot_times")
@@ -64,10 +72,10 @@ class Features:
 
 
 def common_places(features: Sequence[Features]) -> np.ndarray:
-    """Places that hold brain in every session, ascending."""
+    """Places that contain brain in every session, in ascending order."""
     place_L = reduce(np.intersect1d, [item.places for item in features])
     if not len(place_L):
-        raise DatasetError("features", "places", "no place that all sessions have", "masks that overlap")
+        raise DatasetError("features", "places", "no place that is in all sessions", "overlapping brain masks")
     return place_L
 
 
@@ -77,17 +85,18 @@ def at_places(features: Features, place_L: np.ndarray) -> np.ndarray:
     Raises
     ------
     DatasetError
-        If it has no tokens at one of them.
+        If the session has no tokens at one of them.
     """
     missing = np.setdiff1d(place_L, features.places)
     if len(missing):
         got = f"no brain in {len(missing)} of the {len(place_L)} places"
-        raise DatasetError(features.key, "places", got, "tokens at all of them", "Pool over places that all have")
+        hint = "Pool over places that all sessions have"
+        raise DatasetError(features.key, "places", got, "tokens at all places", hint)
     return features.tokens[:, np.searchsorted(features.places, place_L)]
 
 
 def fixed(features: Features, place_L: np.ndarray, pooling: str) -> np.ndarray:
-    """One of `slim.model.pooling.FIXED`, of the tokens at these places, float32 (P,)."""
+    """Apply one of `slim.model.pooling.FIXED` to the tokens at these places; float32 (P,)."""
     return _float32(in_torch.FIXED[pooling](_tensor(at_places(features, place_L))))
 
 
@@ -102,12 +111,12 @@ def _float32(x: Tensor) -> np.ndarray:
 def principal_axes(features: Sequence[Features], place_L: np.ndarray, count: int) -> np.ndarray:
     """Axes of largest variance over time, pooled over places and sessions, (C, Q).
 
-    The mean over time of each session's place is taken off first: what differs between places (anatomy,
-    position) would otherwise take the first axes, and it cannot take part in a correlation over time.
+    The mean over time is subtracted for each place of each session. Otherwise the first axes would describe differences
+    between places (anatomy, position), which do not contribute to correlations over time.
     """
     dim = features[0].tokens.shape[2]
     if count > dim:
-        raise ConfigError("task", "components", count, f"at most {dim}, the channels of the encoder")
+        raise ConfigError("task", "components", count, f"at most {dim}, the number of channels of the encoder")
     scatter_CC = np.zeros((dim, dim))
     for item in features:
         x_SLC = at_places(item, place_L)
@@ -117,26 +126,26 @@ def principal_axes(features: Sequence[Features], place_L: np.ndarray, count: int
 
 
 def cov(features: Features, place_L: np.ndarray, axes_CQ: np.ndarray) -> np.ndarray:
-    """Correlations over slots between all pairs of (place, axis): a learned connectome, (L Q (L Q - 1) / 2,).
+    """Correlations over slots between all pairs of (place, axis), a learned connectome, (L Q (L Q - 1) / 2,).
 
-    The upper triangle, row by row. A series that does not vary correlates 0 with all others.
+    They are the upper triangle, row by row. The correlations of a constant series are 0.
     """
     return _float32(in_torch.cov(_tensor(at_places(features, place_L)), _tensor(axes_CQ)))
 
 
 def pool(features: Sequence[Features], pooling: str, components: int, train: np.ndarray) -> np.ndarray:
-    """One vector for each session, float32 (N, P), on the places that all of them have.
+    """Pool each session to one vector, float32 (N, P), on the places that all sessions have.
 
-    Without answers: attentive pooling, which needs them, is `slim.evaluation.attentive`.
+    Attentive pooling needs labels and is in `slim.evaluation.attentive`.
 
     Parameters
     ----------
     features : sequence of Features
     pooling : "mean", "mean+sd", "location" or "cov"
     components : int
-        Axes of `cov`.
+        Number of axes of `cov`.
     train : int array
-        Rows of the sessions that the axes of `cov` may be fitted on.
+        Rows of the sessions on which the axes of `cov` are fitted.
     """
     place_L = common_places(features)
     if pooling == "cov":
@@ -146,23 +155,23 @@ def pool(features: Sequence[Features], pooling: str, components: int, train: np.
 
 
 def windows(features: Features, place_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each window's tokens at these places, the mean over its slots: starts (s), (W,), and (W, L, C), in time order."""
+    """Mean tokens of each window at these places: starts in s, (W,), and tokens, (W, L, C), in time order."""
     start_W, number_S = np.unique(features.slot_window_onsets, return_inverse=True)
     token_SLC = _tensor(at_places(features, place_L))
     return start_W, _float32(in_torch.group_means(token_SLC, _tensor(number_S), len(start_W)))
 
 
 def vectors(features: Features, per: str, pooling: str, place_L: np.ndarray) -> np.ndarray:
-    """A vector of each window, or of the whole scan, float32.
+    """Pool tokens to one vector per window, or to one vector of the scan, float32.
 
     Parameters
     ----------
     features : Features
     per : "window" or "scan"
-        "run" is an older word for "scan".
+        "run" is accepted as an older name of "scan".
     pooling : "mean", "mean+sd" or "location"
-        For a scan see `mean`, `mean_sd` and `location`; `mean+sd` of a window has the SD over places, because a window
-        has too few slots for one over time.
+        For a scan see `mean`, `mean_sd` and `location`. For a window, the SD is over places, because a window has too
+        few slots for an SD over time.
     place_L : int array
 
     Returns
@@ -172,7 +181,7 @@ def vectors(features: Features, per: str, pooling: str, place_L: np.ndarray) -> 
     Raises
     ------
     ConfigError
-        If `per` or `pooling` is none of these; `cov` and `attentive` are fitted on a set of scans.
+        If `per` or `pooling` is another value. `cov` and `attentive` must be fitted on a set of scans.
     """
     check_fixed(per, pooling)
     if per != "window":
@@ -186,9 +195,9 @@ def vectors(features: Features, per: str, pooling: str, place_L: np.ndarray) -> 
 
 
 def check_fixed(per: str, pooling: str) -> None:
-    """Raise what `vectors` raises."""
+    """Check `per` and `pooling` of `vectors`."""
     if per not in ("window", "scan", "run"):
         raise ConfigError("per", "", per, "window or scan")
     if pooling not in tuple(in_torch.FIXED):
-        hint = "Others are fitted on a set of scans: slim.SlimBrainTransformer does that"
+        hint = "Other poolings are fitted on a set of scans: use slim.SlimBrainTransformer"
         raise ConfigError("pooling", "", pooling, ", ".join(in_torch.FIXED), hint)

@@ -1,1 +1,1 @@
-"""Stage 2, tensors only: the grid of tokens, ragged layouts and operations, the Hiera encoder and its heads."""
+"""The model: the grid of tokens, ragged layouts and operations, the Hiera encoder and its head."""

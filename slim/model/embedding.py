@@ -1,4 +1,4 @@
-"""Embedding of gathered patches: values of voxels, places on a grid, and seconds.
+"""Embeddings of patches: of voxel values, of positions on the grid, and of time in seconds.
 
 Legend: N tokens; L places of a grid; A its axes; Q rows of patches; V voxels of a patch; C channels; F frequencies of a
 position.
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 from slim.config import View
 from slim.model.inputs import Voxels
 
-# Periods (s) of the sinusoids that carry a window's time in the run: from a frame to a long run.
+# Periods (s) of the sinusoids that encode the time of a window in the scan, from one frame to a long scan.
 _PERIODS = tuple(2.0 * 4.0**i for i in range(6))
 
-# Shortest period (places) of the sinusoids that positions start as.
+# Shortest period (in places) of the sinusoids with which position embeddings are initialised.
 _SHORTEST = 2.5
 
-# A voxel whose SD (global-SD units) is not above this does not vary: background, or constant.
+# A voxel with an SD (global-SD units) up to this value counts as constant or background.
 STILL = 1e-6
 
 
 def standardise(value_NV: Tensor, spread_NV: Tensor) -> Tensor:
-    """Fluctuation in units of each voxel's own SD; background and constant voxels 0."""
+    """Divide the fluctuation of each voxel by its SD; background and constant voxels are 0."""
     alive = spread_NV > STILL
     return torch.where(alive, value_NV / torch.where(alive, spread_NV, 1.0), 0.0)
 
 
 class PatchEmbed(nn.Module):
-    """Patch embedding as a linear map of the V voxels of a kept patch.
+    """Linear embedding of the V voxels of a kept patch.
 
-    The map is linear, so the baseline is embedded once per patch and the fluctuation once per frame, and their sum is
-    the embedding of the sum, without the fluctuation being rounded beside the anatomy.
+    Because the map is linear, the baseline is embedded once per patch and the fluctuation once per frame, and the two
+    are added. The small fluctuation is therefore not rounded by adding it to the much larger baseline first.
     """
 
     def __init__(self, voxels: int, dim: int, view: View):
@@ -46,11 +46,11 @@ class PatchEmbed(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def baseline(self, voxels: Voxels) -> Tensor | None:
-        """Embedding of every patch's baseline, (Q, C); None where the view has none."""
+        """Embedding of the baseline of every patch, (Q, C); None if the view has no baseline."""
         return None if self.whole is None else self.whole(voxels.baseline_QV)
 
     def forward(self, value_NV: Tensor, spread_NV: Tensor, base_NC: Tensor | None) -> Tensor:
-        """Embedding of tokens, (N, C), given the patches' spread and embedded baselines; still voxels count as 0."""
+        """Embedding of tokens, (N, C), given the spread and the embedded baseline of their patches."""
         x_NC = self.bias
         if self.whole is not None and base_NC is not None:
             x_NC = x_NC + self.whole(torch.where(spread_NV > STILL, value_NV, 0.0)) + base_NC
@@ -60,7 +60,7 @@ class PatchEmbed(nn.Module):
 
 
 class Seconds(nn.Module):
-    """A linear map of sinusoids of time in s; starts at zero."""
+    """A linear map of sinusoids of time in s, initialised with zeros."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -75,10 +75,9 @@ class Seconds(nn.Module):
 
 
 def sinusoids(shape: Sequence[int], dim: int) -> Tensor:
-    """Sines and cosines of every place of a grid, (places, dim), each axis with an equal share of the channels.
+    """Sines and cosines for every place of a grid, (places, dim), with an equal share of the channels for each axis.
 
-    Periods fall geometrically from twice the length of the axis to `_SHORTEST` places; channels that are left over
-    are 0.
+    Periods decrease geometrically from twice the length of the axis to `_SHORTEST` places. Remaining channels are 0.
     """
     at_LA = torch.cartesian_prod(*[torch.arange(size, dtype=torch.float64) for size in shape]).view(-1, len(shape))
     count = dim // (2 * len(shape))
@@ -94,10 +93,11 @@ def sinusoids(shape: Sequence[int], dim: int) -> Tensor:
 
 @torch.no_grad()
 def init_positions(space_LC: Tensor, time_LC: Tensor, seconds: Seconds, shape: Sequence[int]) -> None:
-    """Start learned positions on a grid (time first) as sinusoids, and those in s at 0.
+    """Initialise learned positions on a grid (time first) with sinusoids, and positions in s with 0.
 
-    They are as large as an embedded patch. Attention has to find the places that tell of one another, and to it
-    neighbours have to look alike from the first step: from small random numbers that takes longer than most runs last.
+    The sinusoids are as large as an embedded patch. With them, neighbouring places have similar embeddings from the
+    first step, so attention can find related places. From small random numbers, learning this takes longer than most
+    runs.
     """
     space_LC.copy_(sinusoids(shape[1:], space_LC.shape[1]))
     time_LC.copy_(sinusoids(shape[:1], time_LC.shape[1]))
@@ -105,7 +105,7 @@ def init_positions(space_LC: Tensor, time_LC: Tensor, seconds: Seconds, shape: S
 
 
 def init_linear(module: nn.Module) -> None:
-    """Xavier weights, zero biases. A fixed SD of 0.02 would all but silence the narrow layers of the small presets."""
+    """Xavier weights and zero biases. A fixed SD of 0.02 would be too small for the narrow layers of small presets."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -1,7 +1,7 @@
-"""Grids, mask units and pooling as plain integers, for any number of dimensions.
+"""The geometry of tokens in integers: grids, mask units, pooling and cells, for any number of dimensions.
 
-A token grid is divided into mask units; pooling steps merge tokens inside a unit; the tokens that end in one token of
-the last level form a cell. Only the shape of things is decided here: no tensor of features is touched.
+The token grid is divided into mask units. Pooling steps merge tokens inside a unit. A cell is the set of tokens that
+are merged into one token of the last level. No features are computed here.
 
 Legend: A axes (time first); L all tokens of the dense grid in C order.
 """
@@ -22,24 +22,24 @@ Ints = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The token grid and how it is divided.
+    """A token grid with its mask units and pooling steps.
 
     Parameters
     ----------
     tokens : tuple of int
         Tokens along each axis, (T, X, Y, Z) for fMRI.
     unit : tuple of int
-        Tokens of a mask unit along each axis; divides `tokens`.
+        Tokens of a mask unit along each axis; must divide `tokens`.
     strides : tuple of tuples of int
-        Pooling steps in order; their product divides `unit`.
+        Pooling steps in order; their product must divide `unit`.
     global_steps : int
-        How many of the steps, the last ones, are taken where attention is global. The others merge tokens while
-        attention stays inside mask units.
+        Number of pooling steps, counted from the last, in stages with global attention. The earlier steps are in stages
+        with attention inside mask units.
 
     Raises
     ------
     ConfigError
-        If the sizes do not fit into each other; names the axis, the rule and both numbers.
+        If the sizes do not divide each other. It names the axis, the rule and both numbers.
     """
 
     tokens: Ints
@@ -50,7 +50,7 @@ class Geometry:
     def __post_init__(self) -> None:
         for name, sizes in (("unit", self.unit), *((f"strides[{i}]", s) for i, s in enumerate(self.strides))):
             if len(sizes) != len(self.tokens):
-                raise ConfigError("model", name, f"{len(sizes)} axes", f"{len(self.tokens)}, as the token grid has")
+                raise ConfigError("model", name, f"{len(sizes)} axes", f"{len(self.tokens)}, as in the token grid")
             if min(sizes) < 1:
                 raise ConfigError("model", name, min(sizes), "sizes of 1 or more")
         for axis, (size, unit, cell) in enumerate(zip(self.tokens, self.unit, self.cell, strict=True)):
@@ -67,7 +67,7 @@ class Geometry:
 
     @property
     def local_steps(self) -> int:
-        """Pooling steps while attention stays inside mask units."""
+        """Number of pooling steps in the stages with attention inside mask units."""
         return len(self.strides) - self.global_steps
 
     @property
@@ -81,11 +81,11 @@ class Geometry:
         return tuple(size // cell for size, cell in zip(self.tokens, self.cell, strict=True))
 
     def window_of_slot(self, frames: int) -> np.ndarray:
-        """Window of so many frames that holds the middle of each slot of cells along the first axis, int (S,)."""
+        """For each slot, the index of the window (of `frames` frames) that contains its middle, int (S,)."""
         return ((np.arange(self.cells[0]) + 0.5) * self.cell[0] // frames).astype(int)
 
     def _parent(self, block: Ints) -> np.ndarray:
-        """Flat index of the block of `block` tokens that holds each token; int64 (L,)."""
+        """For each token, the flat index of its block; a block has `block` tokens along each axis. int64 (L,)."""
         places = np.indices(self.tokens).reshape(len(self.tokens), -1)
         coarse = tuple(size // step for size, step in zip(self.tokens, block, strict=True))
         return np.ravel_multi_index(tuple(p // step for p, step in zip(places, block, strict=True)), coarse)
@@ -97,7 +97,7 @@ class Geometry:
 
     @cached_property
     def ancestors(self) -> tuple[np.ndarray, ...]:
-        """For each pooling step, the token of the next level that each token of the grid ends in; int64 (L,)."""
+        """For each pooling step, the token of the next level into which each token is merged; int64 (L,)."""
         result, block = [], (1,) * len(self.tokens)
         for stride in self.strides:
             block = tuple(size * step for size, step in zip(block, stride, strict=True))
@@ -111,9 +111,9 @@ class Geometry:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Position of each token when units, cells, ... , children lie one after another; int64 (L,).
+        """Sort key of each token, ordered by unit, then cell, down to the children of one token; int64 (L,).
 
-        Sorting any subset of tokens by it makes every unit, and every pooled token's children, contiguous.
+        Sorting any subset of tokens by this key makes each unit, and the children of each pooled token, contiguous.
         """
         keys = [np.arange(prod(self.tokens)), *self.ancestors, self.unit_of]
         rank = np.empty(prod(self.tokens), np.int64)
@@ -122,12 +122,12 @@ class Geometry:
 
 
 def geometry_of(sizes: ModelSettings, tokens: tuple[int, ...]) -> Geometry:
-    """The token grid (time, x, y, z), divided as the sizes of a model say.
+    """The geometry of a token grid (time, x, y, z) for a model of these sizes.
 
     Raises
     ------
     ConfigError
-        If they do not fit.
+        If the grid and the sizes of the model do not fit together.
     """
-    # The first block of a stage pools, and attends where the stage before it did.
+    # The first block of a stage pools; its attention has the range of the stage before.
     return Geometry(tokens, sizes.unit, sizes.strides, max(0, len(sizes.strides) - sizes.local_stages))

@@ -1,4 +1,4 @@
-"""What is put on the encoder to answer a task: pooling over the tokens of a sample, and a linear map.
+"""The head that predicts labels from the encoder's features: pooling over the tokens of a sample, and a linear map.
 
 Legend: B samples; M cells; C channels; H queries; S time slots; L places; Q principal axes; P pooled features; K
 outputs.
@@ -19,17 +19,16 @@ from slim.model.hiera import Hiera
 from slim.model.inputs import Batch
 from slim.model.ragged import Plan
 
-_MOST = 2_000_000  # features of `cov`
+_MOST = 2_000_000  # largest number of features of `cov`
 
 
 class Head(nn.Module):
-    """Correlations of places over time (`cov`), mean or attentive pooling; standardised, then a linear map.
+    """Pooling (`cov`, mean or attentive), standardisation and a linear map.
 
-    What differs between people is small beside what their tokens have in common, and a linear map trained from a small
-    start sees the second first. So pooled features are standardised by means and SDs that are measured once, before
-    training (`standardise`). Queries start at zero, where attentive pooling is the mean. `cov` is that of
-    `slim.inference.vectors`: its axes are measured once, too (`set_axes`), and stay; what they see changes with the
-    encoder.
+    Differences between subjects are small compared with what their tokens have in common, so pooled features are
+    standardised by means and SDs measured once before training (`standardise`). Queries are initialised with zeros,
+    where attentive pooling equals the mean. `cov` is the correlation of places over time, as in
+    `slim.inference.vectors`; its principal axes are measured once before training (`set_axes`) and stay fixed.
 
     Parameters
     ----------
@@ -65,13 +64,13 @@ class Head(nn.Module):
         if axis_CQ is None:
             nn.init.trunc_normal_(self.linear.weight, std=0.02)
         else:
-            nn.init.zeros_(self.linear.weight)  # of so many features the sum would not be small
+            nn.init.zeros_(self.linear.weight)  # with random weights, a sum over so many features would be large
         nn.init.zeros_(self.linear.bias)
         self.register_buffer("centre_P", torch.zeros(features))
         self.register_buffer("scale_P", torch.ones(features))
 
     def pool(self, x_MC: Tensor, whole: Plan, samples: int) -> Tensor:
-        """One vector for each sample, (B, P), of tokens at the cells of a plan."""
+        """Pool the tokens at the cells of a plan to one vector for each sample, (B, P)."""
         if self.axis_CQ is not None:
             shape = (samples, self.slots, self.places)
             return pooling.ragged_cov(x_MC, self.axis_CQ, whole.sample_M, whole.cell_M, shape)
@@ -82,11 +81,11 @@ class Head(nn.Module):
         return pooling.ragged(x_MC, logit_MH, whole.sample_M, samples)
 
     def forward(self, pooled_BP: Tensor) -> Tensor:
-        """Logits of the classes, or the value, (B, K)."""
+        """Logits of the classes, or the predicted value, (B, K)."""
         return self.linear((pooled_BP - self.centre_P) * self.scale_P)
 
     def scatter(self, x_MC: Tensor, whole: Plan) -> Tensor:
-        """What samples add to the scatter of tokens around the mean of their sample's place, float64 (C, C)."""
+        """Scatter matrix of the tokens around the mean of their sample and place, float64 (C, C)."""
         place_M = whole.sample_M.long() * self.places + whole.cell_M % self.places
         x_MC = x_MC.double()
         sum_NC = x_MC.new_zeros(int(place_M.max()) + 1, x_MC.shape[1]).index_add(0, place_M, x_MC)
@@ -94,16 +93,16 @@ class Head(nn.Module):
         return x_MC.T @ x_MC
 
     def set_axes(self, scatter_CC: Tensor) -> None:
-        """Set the axes of `cov`, of largest variance over time."""
+        """Set the axes of `cov` to the directions of largest variance over time."""
         assert self.axis_CQ is not None
         vectors_CC = torch.linalg.eigh(scatter_CC.cpu())[1].flip(1)
         self.axis_CQ.copy_(vectors_CC[:, : self.axis_CQ.shape[1]])
 
     def standardise(self, mean_P: Tensor, variance_P: Tensor) -> None:
-        """Set what pooled features are standardised by; those that do not vary are dropped.
+        """Set the means and variances that standardise pooled features; features that do not vary are dropped.
 
-        Those of `cov` are divided by the root of their number, too: there are so many that a small step of each weight
-        would be a large one of the output.
+        Features of `cov` are also divided by the square root of their number, because with so many features a small
+        change of each weight would change the output strongly.
         """
         sd_P = variance_P.clamp_min(0).sqrt()
         alive_P = pooling.varies(mean_P, sd_P)
@@ -115,25 +114,25 @@ class Head(nn.Module):
 
 def _pairs(components: int, dim: int, places: int) -> int:
     if components > dim:
-        raise ConfigError("head.components", "", components, f"at most {dim}, the channels of the encoder")
+        raise ConfigError("head.components", "", components, f"at most {dim}, the number of channels of the encoder")
     series = places * components
     if (count := series * (series - 1) // 2) > _MOST:
-        hint = "Take fewer head.components, or head.pooling=attentive"
+        hint = "Lower head.components, or set head.pooling=attentive"
         raise ConfigError("head.pooling", "", f"cov with {count} pairs of {places} places", f"at most {_MOST}", hint)
     return count
 
 
 class Answerer(nn.Module):
-    """Encoder and head: the module that is fine-tuned."""
+    """The encoder and the head, as the module that is fine-tuned."""
 
     def __init__(self, encoder: Hiera, head: Head, bf16: bool):
         super().__init__()
         self.encoder, self.head, self.bf16 = encoder, head, bf16
 
     def forward(self, batch: Batch, tokens: bool = False) -> tuple[Tensor, Tensor] | Tensor:
-        """Outputs (B, K) and pooled features before they are standardised (B, P), from all brain tokens of a sample.
+        """Outputs (B, K) and pooled features before standardisation (B, P), from all brain tokens of a sample.
 
-        With `tokens` these alone, (M, C).
+        With `tokens`, only the tokens of the encoder are returned, (M, C).
         """
         with torch.autocast(batch.brain_QV.device.type, torch.bfloat16, enabled=self.bf16):
             x_MC = self.encoder(batch.voxels, batch.whole)

@@ -2,8 +2,9 @@
 
 Blocks follow Hiera (Ryali et al., "Hiera: A Hierarchical Vision Transformer without the Bells-and-Whistles", ICML
 2023): pre-norm attention and MLP, queries max-pooled at the first block of a pooled stage, attention inside mask
-units in the local stages and over all cells of a sample afterwards. What is different: tokens that hold no brain do
-not exist, so units are ragged and a pooled token is the maximum over the children there are.
+units in the local stages and over all cells of a sample afterwards. In contrast to Hiera, only tokens that contain
+brain are processed. Mask units therefore differ in length, and a pooled token is the maximum over the children that
+exist.
 
 Legend: B samples; N kept tokens; M tokens of the last level (cells); L places of a grid; A its axes; R rows of voxel
 values; Q rows of patches; V voxels of a patch; C channels; F hidden channels, or frequencies of a position; H heads; D
@@ -29,7 +30,7 @@ from slim.model.ragged_ops import attend, segment_max, segment_sum
 
 
 class Attention(nn.Module):
-    """Ragged multi-head attention; queries may be max-pooled first."""
+    """Multi-head attention inside segments of different lengths; queries may be max-pooled first."""
 
     def __init__(self, dim: int, dim_out: int, heads: int):
         super().__init__()
@@ -46,7 +47,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A Hiera block. With `children`, tokens are pooled and the residual is the pooled projection."""
+    """A Hiera block. With `children`, tokens are pooled, and the residual is the pooled projection."""
 
     def __init__(self, dim: int, dim_out: int, heads: int, mlp_ratio: float = 4.0):
         super().__init__()
@@ -67,7 +68,7 @@ class Block(nn.Module):
         hidden_NF = self.fc1(self.norm2(x_NC))
         if not torch.is_grad_enabled():
             return x_NC + self._leave(hidden_NF)
-        # The widest tensor of a block is kept once, not before and behind the activation: that is computed again.
+        # To save memory, the widest tensor is kept only before the activation, which is computed again in the backward.
         return x_NC + checkpoint(self._leave, hidden_NF, use_reentrant=False, preserve_rng_state=False)
 
     def _leave(self, hidden_NF: Tensor) -> Tensor:
@@ -81,11 +82,11 @@ class Hiera(nn.Module):
     ----------
     settings : ModelSettings
     geometry : Geometry
-        Of the samples; time is the first axis.
+        Geometry of the samples; time is the first axis.
     voxels : int
-        V, voxels of a patch.
+        V, number of voxels in a patch.
     view : "global", "voxel" or "both"
-        Which normalisation of the values the model sees.
+        Normalisation of the values that the model receives.
     """
 
     def __init__(self, settings: ModelSettings, geometry: Geometry, voxels: int, view: View):
@@ -102,13 +103,13 @@ class Hiera(nn.Module):
                 grows = stage > 0 and index == 0
                 dim_out, heads = (dim * 2, heads * 2) if grows else (dim, heads)
                 blocks.append(Block(dim, dim_out, heads, settings.mlp_ratio))
-                # The first block of a stage still attends where the stage before it did: its queries are pooled there.
+                # The first block of a stage pools its queries; its attention has the range of the stage before.
                 local.append(stage < settings.local_stages or (grows and stage == settings.local_stages))
                 dim = dim_out
         self.blocks = nn.ModuleList(blocks)
         ends = [sum(settings.depths[:stage]) for stage in range(1, len(settings.depths) + 1)]
         self.pooled = set(ends[: len(geometry.strides)])
-        self.ends = ends  # blocks up to the end of each stage
+        self.ends = ends  # number of blocks up to the end of each stage
         self.n, self.n_local = len(blocks), sum(local)
         self.dim = dim
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -116,10 +117,10 @@ class Hiera(nn.Module):
         init_positions(self.space, self.time, self.seconds, geometry.tokens)
 
     def forward(self, voxels: Voxels, plan: Plan) -> Tensor:
-        """Features of every cell that holds a kept token, (M, C), in the order of `plan.cell_M`.
+        """Features of every cell with at least one kept token, (M, C), in the order of `plan.cell_M`.
 
-        The local stages run chunk by chunk; with more than one chunk their activations are not kept but computed again
-        in the backward pass, so they take the memory of one chunk.
+        The local stages run chunk by chunk. With more than one chunk, their activations are computed again in the
+        backward pass, so they need the memory of one chunk only.
         """
         base_QC = self.embed.baseline(voxels)
         stream = len(plan.chunks) > 1 and torch.is_grad_enabled()
@@ -133,10 +134,10 @@ class Hiera(nn.Module):
         return self.norm(self._climb(torch.cat(parts)[plan.by_sample_L], range(self.n_local, self.n), plan.samples))
 
     def stage(self, voxels: Voxels, plan: Plan, number: int) -> Tensor:
-        """Features of every cell at the end of a stage, (M, C of that stage), in the order of `plan.cell_M`.
+        """Features of every cell at the end of stage `number`, (M, C of that stage), in the order of `plan.cell_M`.
 
-        The last stage (`number` as many as there are) is `forward`. In an earlier one a cell still has several tokens,
-        and its features are their mean, without a norm, which only the last stage has.
+        The last stage gives the result of `forward`. In earlier stages a cell has several tokens, and its features are
+        their mean, without the norm that follows the last stage.
         """
         if number == len(self.ends):
             return self(voxels, plan)
@@ -155,7 +156,7 @@ class Hiera(nn.Module):
         return x_MC[:, :-1] / x_MC[:, -1:]
 
     def _local(self, voxels: Voxels, base_QC: Tensor | None, plan: Plan, chunk: Chunk, stop: int) -> Tensor:
-        """Embedding and the blocks before `stop` of one chunk of mask units."""
+        """Apply the embedding and the blocks before `stop` to one chunk of mask units."""
         here = slice(chunk.first, chunk.stop)
         patch_N = plan.patch_N[here]
         value_NV = voxels.value_RV[plan.row_N[here]].to(self.space.dtype)
@@ -167,7 +168,7 @@ class Hiera(nn.Module):
         return self._climb(x_NC, range(stop), chunk)
 
     def _climb(self, x_NC: Tensor, indices: range, chunk: Chunk) -> Tensor:
-        """Blocks over one chunk of segments, pooling on the way."""
+        """Apply blocks to one chunk of segments, with pooling where a stage starts."""
         level = 0
         for index in indices:
             if index in self.pooled:
@@ -179,12 +180,12 @@ class Hiera(nn.Module):
 
 
 def _counted(x_NC: Tensor) -> Tensor:
-    """With a channel of ones behind the others: in a sum over tokens, it tells how many they are."""
+    """Append a channel of ones, which counts the tokens in a sum."""
     return torch.cat([x_NC, x_NC.new_ones(len(x_NC), 1)], dim=1)
 
 
 def _add_up(x_NC: Tensor, levels: list[Children]) -> Tensor:
-    """Sums over the tokens below those at the top of some levels."""
+    """Sum tokens over several levels of children."""
     for where in levels:
         x_NC = segment_sum(x_NC, where)
     return x_NC

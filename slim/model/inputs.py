@@ -1,4 +1,4 @@
-"""What a micro-batch holds: values, layouts and targets, as an encoder takes them.
+"""The content of a micro-batch: voxel values, layouts of tokens, and targets.
 
 Legend: K targets of the batch; G cells that are rebuilt; E tokens of a cell; J joint sequence of context and targets;
 R rows of voxel values; Q rows of patches; V voxels of a patch; T frames of a sample.
@@ -19,16 +19,22 @@ from slim.model.ragged import Plan, Segments
 
 @dataclass
 class Targets:
-    """What is to be predicted.
+    """The targets of a batch.
 
     Attributes
     ----------
-    cell_K, sample_K, kind_K : cell, sample and kind of each target, sample by sample
-    row_K : row of each target among the cells of the whole-brain plan
-    joint, slots : attention over context and targets of a sample together, and over those of one slot
-    joint_J : rows of cat(context, targets) in the order both expect; back_K the targets' rows in that order
-    rebuilt_G : targets whose voxels are rebuilt; value_GE rows of their tokens in the voxel table, -1 where none is;
-    patch_GE : rows in the patch table, likewise
+    cell_K, sample_K, kind_K : int tensors
+        Cell, sample and kind of each target, sample by sample.
+    row_K : int tensor
+        Row of each target in the cells of the whole-brain plan.
+    joint, slots : Segments
+        Attention over the context and targets of a sample, and over those of one slot.
+    joint_J, back_K : int tensors
+        Rows of cat(context, targets) in the order that `joint` and `slots` use; rows of the targets in that order.
+    rebuilt_G : int tensor
+        Targets that are reconstructed.
+    value_GE, patch_GE : int tensors
+        Rows of their tokens in the tables of voxel values and of patches; -1 where a token has no brain.
     """
 
     cell_K: Tensor
@@ -46,10 +52,10 @@ class Targets:
 
 @dataclass
 class Batch:
-    """A micro-batch: values, the context's plan, the plan of all brain tokens, and the targets.
+    """A micro-batch: voxel values, the plans of the context and of all brain tokens, and the targets.
 
-    `damaged` names the samples that were left out, with reasons; where nothing else was there the batch is `empty`, and
-    what it holds stands for nothing.
+    `damaged` holds the keys of samples that were left out, with reasons. If no sample is left, `empty` is True and the
+    batch holds a placeholder.
     """
 
     keys: list[str]
@@ -63,7 +69,7 @@ class Batch:
     empty: bool = False
 
     def pack(self) -> PackedBatch:
-        """The same in few tensors, to be sent between processes and to a device."""
+        """Pack the batch into few tensors, to send it to another process or a device."""
         plans = Packed([self.whole, self.context, self.targets])
         return PackedBatch(self.keys, self.epochs, self.voxels, self.brain_QV, plans, self.damaged, self.empty)
 
@@ -73,7 +79,7 @@ class Batch:
 
 @dataclass
 class PackedBatch:
-    """A batch on its way from a loading process."""
+    """A packed batch, as a loading process sends it."""
 
     keys: list[str]
     epochs: list[int]
@@ -84,7 +90,7 @@ class PackedBatch:
     empty: bool
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`."""
+        """Unpack the batch on `device`."""
         whole, context, targets = self.plans.to(device)
         voxels, brain_QV = self.voxels.to(device), self.brain_QV.to(device)
         return Batch(self.keys, self.epochs, voxels, brain_QV, whole, context, targets, dict(self.damaged), self.empty)
@@ -92,13 +98,16 @@ class PackedBatch:
 
 @dataclass
 class Voxels:
-    """The values of a batch, as gathered in the shards.
+    """The voxel values of a batch, as stored in the shards.
 
     Attributes
     ----------
-    value_RV : fluctuation of every kept patch in every frame of every sample, global-SD units
-    baseline_QV, spread_QV : run mean (global z) and SD (global-SD units) of every patch of every sample
-    second_BT : time of every frame in its run, s
+    value_RV : Tensor
+        Fluctuation of every kept patch in every frame of every sample, in global-SD units.
+    baseline_QV, spread_QV : Tensor
+        Mean over the scan (global z) and SD (global-SD units) of every patch of every sample.
+    second_BT : Tensor
+        Time of every frame in its scan, in s.
     """
 
     value_RV: Tensor
@@ -111,10 +120,10 @@ class Voxels:
 
 
 class Packed:
-    """A tree of dataclasses and lists whose integer tensors lie in one buffer.
+    """A tree of dataclasses and lists with all integer tensors in one buffer.
 
-    A plan has thousands of small tensors. Sent one by one from a loading process they take a file descriptor each, and
-    a copy each to the device; packed they take one.
+    A plan has thousands of small tensors. Sent one by one, each needs a file descriptor and a copy to the device;
+    packed, they need only one.
     """
 
     def __init__(self, tree: Any):
@@ -132,7 +141,7 @@ class Packed:
         return _rebuild(item, lambda part: self._take(part, parts))
 
     def to(self, device: torch.device | str) -> Any:
-        """The tree again, its tensors views of one buffer on `device`."""
+        """Rebuild the tree on `device`; its tensors are views of one buffer."""
         buffer = self._buffer.to(device, non_blocking=True)
 
         def give(item: Any) -> Any:
@@ -150,7 +159,7 @@ class _Slot:
 
 
 def _rebuild(item: Any, change: Callable[[Any], Any]) -> Any:
-    """A list or dataclass with `change` applied to its parts; anything else as it is."""
+    """Apply `change` to the parts of a list or dataclass; other objects are returned unchanged."""
     if isinstance(item, list):
         return [change(part) for part in item]
     if is_dataclass(item) and not isinstance(item, _Slot | type):

@@ -1,8 +1,8 @@
-"""Ways to make one vector of the tokens of a session, with gradients. Every other module takes them from here.
+"""Poolings: they reduce the tokens of a session or sample to one vector, and are differentiable.
 
-`mean`, `mean_sd`, `location` and `cov` take all tokens of a session as an array; `attentive` takes sessions that are
-padded to one length; `ragged` and `ragged_cov` take samples of a batch whose tokens lie one after the other. The first
-three sum in float64, so that the order of a sum does not show in the float32 that is kept.
+`mean`, `mean_sd`, `location` and `cov` take all tokens of a session as an array. `attentive` takes sessions padded to
+one length. `ragged` and `ragged_cov` take a batch of samples with concatenated tokens. The first three sum in float64,
+so the float32 result does not depend on the order of summation.
 
 Legend: B sessions or samples; S time slots; L places; C channels; T tokens of a session; M tokens of a batch; A queries
 of a member, of which there are M in `attentive`; H queries; Q principal axes; P series (or features); E pairs of them.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_STILL = 1e-24  # sum of squares of a series, or variance, up to which it does not vary
+_STILL = 1e-24  # a series counts as constant up to this variance or sum of squares
 
 
 def mean(token_SLC: Tensor) -> Tensor:
@@ -25,14 +25,14 @@ def mean(token_SLC: Tensor) -> Tensor:
 
 
 def sd(x: Tensor, dim: int) -> Tensor:
-    """SD along a dimension, float64; 0, with a gradient of 0, where nothing varies."""
+    """SD along a dimension, float64. For constant values the SD and its gradient are 0."""
     centred = x - x.mean(dim=dim, keepdim=True, dtype=torch.float64).to(x.dtype)
     variance = centred.square().mean(dim=dim, dtype=torch.float64)
     return torch.where(variance > _STILL, variance.clamp(min=_STILL).sqrt(), 0.0)
 
 
 def mean_sd(token_SLC: Tensor) -> Tensor:
-    """Mean over slots and places, then the SD over slots averaged over places, float64 (2 C,)."""
+    """Mean over slots and places, followed by the SD over slots averaged over places, float64 (2 C,)."""
     return torch.cat([mean(token_SLC), sd(token_SLC, 0).mean(dim=0)])
 
 
@@ -42,20 +42,20 @@ def location(token_SLC: Tensor) -> Tensor:
 
 
 def group_means(x_SLC: Tensor, number_S: Tensor, groups: int) -> Tensor:
-    """Mean over the slots of each group (a window), given the number of each slot's, float64 (groups, L, C)."""
+    """Mean over the slots of each group (a window); `number_S` is the group of each slot. float64 (groups, L, C)."""
     sum_WLC = torch.zeros(groups, *x_SLC.shape[1:], dtype=torch.float64, device=x_SLC.device)
     count_W = torch.bincount(number_S, minlength=groups)
     return sum_WLC.index_add(0, number_S, x_SLC.double()) / count_W[:, None, None]
 
 
-# Those that nothing is fitted for.
+# Poolings that need no fit.
 FIXED = {"mean": mean, "mean+sd": mean_sd, "location": location}
 
 
 def correlations(x_SP: Tensor) -> Tensor:
-    """Of all pairs of series: the upper triangle, row by row, (E,).
+    """Correlations of all pairs of series: the upper triangle, row by row, (E,).
 
-    A series that does not vary correlates 0 with all others.
+    The correlations of a constant series are 0.
     """
     x_SP = x_SP - x_SP.mean(dim=0)
     square_P = (x_SP**2).sum(dim=0)
@@ -70,7 +70,7 @@ def cov(token_SLC: Tensor, axes_CQ: Tensor) -> Tensor:
 
 
 def attentive(query_MAC: Tensor, token_BTC: Tensor, valid_BT: Tensor) -> Tensor:
-    """Means of the valid tokens of each session, weighted by their softmax match with each query, (B, M, A, C)."""
+    """Means of the valid tokens of each session, weighted by softmax attention to each query, (B, M, A, C)."""
     score_BTH = token_BTC @ query_MAC.flatten(0, 1).T
     weight_BTH = score_BTH.masked_fill(~valid_BT[:, :, None], -torch.inf).softmax(dim=1)
     mean_BHC = torch.bmm(weight_BTH.transpose(1, 2), token_BTC)
@@ -83,7 +83,7 @@ def ragged(x_MC: Tensor, logit_MH: Tensor, sample_M: Tensor, samples: int) -> Te
     Parameters
     ----------
     sample_M : int tensor
-        The sample of each token; those of a sample need not lie together.
+        Sample of each token, in any order.
     """
     index_M = sample_M.long()
     index_MH = index_M[:, None].expand(logit_MH.shape)
@@ -97,12 +97,12 @@ def ragged(x_MC: Tensor, logit_MH: Tensor, sample_M: Tensor, samples: int) -> Te
 
 
 def ragged_cov(x_MC: Tensor, axes_CQ: Tensor, sample_M: Tensor, cell_M: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """`cov` of each sample, (B, E), in the precision of the tokens; places without tokens correlate 0 with all others.
+    """`cov` of each sample, (B, E), in the precision of the tokens. The correlations of places without tokens are 0.
 
     Parameters
     ----------
     cell_M : int tensor
-        Flat cell of each token, slot by slot.
+        Flat index of the cell of each token, slot by slot.
     shape : tuple of int
         Samples, slots, places.
     """
@@ -113,8 +113,8 @@ def ragged_cov(x_MC: Tensor, axes_CQ: Tensor, sample_M: Tensor, cell_M: Tensor, 
 
 
 def varies(mean_P: Any, sd_P: Any) -> Any:
-    """Which features vary, bool (P,), by their means and SDs: of numpy, or of torch.
+    """Which features vary, bool (P,), from their means and SDs (numpy or torch).
 
-    A constant that was pooled in float32 varies by some 1e-6 of itself.
+    Because of rounding in float32, the SD of a constant feature may be about 1e-6 of its mean.
     """
     return sd_P > 1e-5 * (abs(mean_P) + sd_P + 1e-30)

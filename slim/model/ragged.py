@@ -1,8 +1,8 @@
-"""Sparse patch gathers in plain PyTorch: only tokens that exist are ever stored, in contiguous ragged segments.
+"""Layouts of sparse tokens in plain PyTorch: kept tokens are stored in contiguous segments of different lengths.
 
-The kept tokens of a batch are sorted so that each mask unit, and the children of each pooled token, lie side by side;
-lengths then say everything. `plan` works that out once per batch, on the CPU and in integers; `attend` and
-`segment_max` are the two ragged operations an encoder needs.
+The kept tokens of a batch are sorted so that each mask unit, and the children of each pooled token, are contiguous. The
+layout is then described by the lengths of these segments. `plan` computes it once per batch, on the CPU and in
+integers; `slim.model.ragged_ops` has the operations on segments.
 
 Legend: B samples; N tokens; U segments (mask units or samples); L tokens of the first global level; M tokens of the
 last level; S a bucket's segments; Q, K padded queries and keys of a bucket; H heads; D channels of a head; C channels.
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from slim.model.geometry import Geometry
 
-# Segments share a bucket while the shortest has at least this share of the longest's keys: padding stays small.
+# The shortest segment of a bucket has at least this share of the keys of the longest, which limits padding.
 _FILL = 0.9
 
 
 @dataclass
 class Bucket:
-    """Segments of similar length that are attended to at once: first row and length of their queries and keys."""
+    """Segments of similar length that are processed together: first row and length of their queries and keys."""
 
     q_first: Tensor
     q_length: Tensor
@@ -33,7 +33,7 @@ class Bucket:
     k_length: Tensor
     q_max: int
     k_max: int
-    full: bool  # all segments have k_max keys: no mask is needed
+    full: bool  # all segments have k_max keys, so no mask is needed
 
 
 @dataclass
@@ -42,9 +42,12 @@ class Children:
 
     Attributes
     ----------
-    first_M : first row of each, longest first
-    back_M : where each segment stands in that order
-    at_least : how many segments have 1, 2, ... tokens or more
+    first_M : int tensor
+        First row of each segment, longest first.
+    back_M : int tensor
+        Position of each segment in that order.
+    at_least : sequence of int
+        Numbers of segments with at least 1, 2, ... tokens.
     """
 
     first_M: Tensor
@@ -54,14 +57,16 @@ class Children:
 
 @dataclass
 class Segments:
-    """Ragged attention: queries of segment u see the keys of segment u and no others.
+    """Segments for attention: the queries of a segment attend to the keys of the same segment only.
 
     Attributes
     ----------
-    buckets : the segments by length, longest first
-    back_N : where each query's output lies in the concatenated outputs of the buckets, padding included
-    q_bound, k_bound : first row of each segment, and the number of rows at the end (U + 1); with the longest segment,
-        all that varlen attention needs
+    buckets : sequence of Bucket
+        The segments by length, longest first.
+    back_N : int tensor
+        Position of each query's output in the concatenated outputs of the buckets, including padding.
+    q_bound, k_bound : int tensor, (U + 1,)
+        First row of each segment, followed by the number of rows, for varlen attention.
     """
 
     buckets: list[Bucket]
@@ -74,7 +79,7 @@ class Segments:
 
 @dataclass
 class Chunk:
-    """Whole segments (mask units; samples in the global stages) that pass through some stages together.
+    """Whole segments (mask units; samples in the global stages) that are computed together in some stages.
 
     `levels[i]` attends inside segments at pooling level i; `pools[i]` has queries of level i + 1 and keys of level i;
     `children[i]` are the tokens of level i below each token of level i + 1.
@@ -89,21 +94,29 @@ class Chunk:
 
 @dataclass
 class Plan:
-    """Where every kept token of a batch lies and what it attends to; everything an encoder needs beside the values.
+    """Layout of the kept tokens of a batch: their positions, and the segments for attention and pooling.
 
-    Units of similar length follow each other, whatever their sample; behind the local stages tokens lie sample by
+    In the local stages, mask units are sorted by length, across samples. In the global stages, tokens are sorted by
     sample, in the order of the geometry. All tensors are int32.
 
     Attributes
     ----------
-    row_N : rows of the tokens in the batch's table of voxel values, in sorted order
-    patch_N : rows of the tokens in the batch's table of patches
-    frame_N : sample * frames + place on the first axis, of each token; space_N : its place (flat) on the others
-    chunks : the mask units, in order, for the local stages
-    by_sample_L : what the local stages leave, put in order for the global ones
-    samples : the samples, for the global stages
-    cell_M : flat cell index of every token of the last level; sample_M : its sample
-    tokens_B : tokens of each sample
+    row_N, patch_N : int tensors
+        Rows of the sorted tokens in the batch's tables of voxel values and of patches.
+    frame_N : int tensor
+        sample * frames + position on the first axis, of each token.
+    space_N : int tensor
+        Flat position of each token on the other axes.
+    chunks : sequence of Chunk
+        The mask units, in order, for the local stages.
+    by_sample_L : int tensor
+        Order of the tokens for the global stages, as rows of the output of the local stages.
+    samples : Chunk
+        The samples, for the global stages.
+    cell_M, sample_M : int tensors
+        Flat index of the cell, and sample, of every token of the last level.
+    tokens_B : int tensor
+        Number of tokens of each sample.
     """
 
     row_N: Tensor
@@ -119,17 +132,17 @@ class Plan:
 
 
 def integers(values: np.ndarray | list[int]) -> Tensor:
-    """An int32 tensor; counts of tokens stay far below 2^31."""
+    """An int32 tensor; numbers of tokens are far below 2^31."""
     return torch.from_numpy(np.asarray(values, np.int32))
 
 
 def _starts(length_U: np.ndarray) -> np.ndarray:
-    """First row of each of the segments that lie one after another, and the number of rows; (U + 1)."""
+    """First row of each concatenated segment, followed by the number of rows; (U + 1,)."""
     return np.concatenate([[0], np.cumsum(length_U)])
 
 
 def segments(q_length_U: np.ndarray, k_length_U: np.ndarray) -> Segments:
-    """Ragged attention of segments with these many queries and keys, lying one after another in the tensors."""
+    """Segments for attention, from the numbers of queries and keys of concatenated segments."""
     q_bound, k_bound = _starts(q_length_U), _starts(k_length_U)
     order = np.argsort(-k_length_U, kind="stable")
     buckets, at, back_N, offset = [], 0, np.empty(int(q_bound[-1]), np.int64), 0
@@ -166,7 +179,7 @@ def segments(q_length_U: np.ndarray, k_length_U: np.ndarray) -> Segments:
 
 
 def children(length_M: np.ndarray) -> Children:
-    """Segments of these many tokens, lying one after another, to be pooled to one token each."""
+    """Segments for pooling, from the numbers of tokens of concatenated segments."""
     order = np.argsort(-length_M, kind="stable")
     at_least = np.bincount(length_M)[::-1].cumsum()[::-1]
     return Children(integers(_starts(length_M)[order]), integers(np.argsort(order)), at_least[1:].tolist())
@@ -181,7 +194,7 @@ def _run_lengths(ids: np.ndarray) -> np.ndarray:
 class _Stages:
     """Segments of some stages: their lengths at each level, and the number of children of each pooled token.
 
-    `first_M` is the first token of the first level below each token of the last one.
+    `first_M` is, for each token of the last level, the first token of the first level that is merged into it.
     """
 
     lengths: list[np.ndarray]
@@ -190,7 +203,7 @@ class _Stages:
 
     @classmethod
     def climb(cls, segment_N: np.ndarray, parents: list[np.ndarray]) -> _Stages:
-        """From the segment of each token and, level by level, the token that it ends in; equal ones lie together."""
+        """Build from each token's segment and its parent at each level. Tokens with equal parents are contiguous."""
         lengths, below, first = [_run_lengths(segment_N)], [], np.arange(len(segment_N))
         for parent_N in parents:
             run = _run_lengths(parent_N[first])
@@ -200,7 +213,7 @@ class _Stages:
         return cls(lengths, below, first)
 
     def chunk(self, first: int, stop: int) -> Chunk:
-        """Segments `first` to `stop`."""
+        """The chunk of the segments from `first` up to `stop`."""
         lengths = [length[first:stop] for length in self.lengths]
         starts = [(int(length[:first].sum()), int(length[:stop].sum())) for length in self.lengths]
         return Chunk(
@@ -218,21 +231,23 @@ def plan(
     patch_BN: list[np.ndarray],
     chunk_tokens: int | None = None,
 ) -> Plan:
-    """Sort the tokens of a batch and lay out its ragged segments.
+    """Sort the tokens of a batch and compute the layout of its segments.
 
     Parameters
     ----------
     geometry : Geometry
-    token_BN : per sample, flat places (in the dense token grid) of its tokens, in any order, none twice
-    row_BN, patch_BN : per sample, the tokens' rows in the batch's tables of voxel values and of patches
+    token_BN : sequence of int arrays
+        For each sample, the flat indices of its tokens in the dense token grid, in any order, without duplicates.
+    row_BN, patch_BN : sequence of int arrays
+        For each sample, the rows of its tokens in the batch's tables of voxel values and of patches.
     chunk_tokens : int, optional
-        Mask units are put into chunks of at most this many tokens (a single unit may exceed it); None for one chunk.
+        Largest number of tokens in a chunk of mask units; a single unit may exceed it. None for one chunk.
     """
     total = geometry.order.size
     token_N, row_N, patch_N = (np.concatenate(part) for part in (token_BN, row_BN, patch_BN))
     sample_N = np.repeat(np.arange(len(token_BN)), [len(token) for token in token_BN])
     order_N = sample_N * total + geometry.order[token_N]
-    # Longest units first: units of similar length share a chunk and a bucket, and little is padded.
+    # Longest units first, so that units of similar length share a chunk and a bucket, with little padding.
     unit_N = sample_N * total + geometry.unit_of[token_N]
     length_N = np.bincount(unit_N)[unit_N]
     by = np.lexsort((order_N, -length_N))
@@ -261,7 +276,7 @@ def plan(
 
 
 def _chunk_bounds(lengths_U: np.ndarray, chunk_tokens: int | None) -> list[int]:
-    """Cuts between units so that no chunk exceeds `chunk_tokens` unless one unit alone does."""
+    """Bounds of chunks between units. No chunk exceeds `chunk_tokens`, unless it is a single unit."""
     if chunk_tokens is None:
         return [0, len(lengths_U)]
     bounds, filled = [0], 0

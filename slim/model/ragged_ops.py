@@ -1,4 +1,4 @@
-"""Ragged operations of an encoder in plain PyTorch: attention inside segments, maxima and sums over children.
+"""Operations on segments of different lengths in plain PyTorch: attention inside segments, maxima and sums.
 
 Legend: N tokens; M parents; S segments of a bucket; Q, K padded queries and keys of a bucket; H heads; D channels of a
 head; C channels.
@@ -14,16 +14,15 @@ from torch import Tensor
 
 from slim.model.ragged import Children, Segments
 
-# What flash attention over segments of different lengths asks of a device and of its inputs.
+# Requirements of varlen flash attention on the device and the inputs.
 _VARLEN_CAPABILITY, _VARLEN_TYPES, _VARLEN_HEAD, _VARLEN_STEP = (8, 0), (torch.bfloat16, torch.float16), 256, 8
 
 
 def attend(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, where: Segments) -> Tensor:
-    """Softmax attention inside segments; (N, H, D) of the queries.
+    """Softmax attention inside segments; returns (N, H, D), one row per query.
 
-    Where the device has flash attention over segments of different lengths (varlen), nothing is padded. Elsewhere
-    segments of similar length are padded to the longest of their bucket, never to the longest of the batch. Both give
-    the same numbers, up to rounding.
+    If the device supports flash attention over segments of different lengths (varlen), nothing is padded. Otherwise
+    segments are padded to the longest one in their bucket, not in the batch. The results are equal up to rounding.
     """
     if has_varlen(q_NHD):
         return varlen_attn(q_NHD, k_NHD, v_NHD, where.q_bound, where.k_bound, where.q_max, where.k_max)
@@ -32,7 +31,7 @@ def attend(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, where: Segments) -> Tens
         q_slot = torch.arange(bucket.q_max, device=q_NHD.device)
         k_slot = torch.arange(bucket.k_max, device=q_NHD.device)
         k_valid_SK = k_slot < bucket.k_length[:, None]
-        # Rows behind a segment's end are clamped to its last row: finite values, masked or never read.
+        # Padding rows repeat the last row of the segment: their values are finite, and they are masked or not read.
         q_row_SQ = bucket.q_first[:, None] + torch.minimum(q_slot, bucket.q_length[:, None] - 1)
         k_row_SK = bucket.k_first[:, None] + torch.minimum(k_slot, bucket.k_length[:, None] - 1)
         bias = None
@@ -47,7 +46,7 @@ def attend(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, where: Segments) -> Tens
 
 
 def has_varlen(q_NHD: Tensor) -> bool:
-    """Whether `attend` takes varlen flash attention: half precision, on CUDA from compute capability 8.0."""
+    """Whether `attend` uses varlen flash attention: half precision, on CUDA from compute capability 8.0."""
     heads_fit = q_NHD.shape[2] <= _VARLEN_HEAD and q_NHD.shape[2] % _VARLEN_STEP == 0
     if not (q_NHD.is_cuda and q_NHD.dtype in _VARLEN_TYPES and heads_fit):
         return False
@@ -57,16 +56,16 @@ def has_varlen(q_NHD: Tensor) -> bool:
 def varlen_attn(
     q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, q_bound: Tensor, k_bound: Tensor, q_max: int, k_max: int
 ) -> Tensor:
-    """Flash attention of torch over segments of different lengths."""
-    from torch.nn.attention.varlen import varlen_attn  # 1.5 s of imports that a CPU has no use for
+    """Torch's flash attention over segments of different lengths."""
+    from torch.nn.attention.varlen import varlen_attn  # takes 1.5 s to import, and is not used on the CPU
 
     out_NHD = varlen_attn(q_NHD, k_NHD, v_NHD, q_bound, k_bound, q_max, k_max)
-    assert isinstance(out_NHD, Tensor)  # without the log-sum-exp, which was not asked for
+    assert isinstance(out_NHD, Tensor)  # not a tuple: the log-sum-exp was not requested
     return out_NHD
 
 
 class _SegmentMax(torch.autograd.Function):
-    """Maximum over contiguous segments; keeps for the backward only which token of its segment won."""
+    """Maximum over contiguous segments. For the backward pass it keeps only the index of the largest token."""
 
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, where: Children) -> Tensor:
@@ -86,11 +85,11 @@ class _SegmentMax(torch.autograd.Function):
 
 
 def _maximum(x_NC: Tensor, where: Children, winner_MC: Tensor | None = None) -> Tensor:
-    """Maximum of each segment; `winner_MC` receives, longest segment first, which of its tokens has it."""
+    """Maximum of each segment, longest first; `winner_MC` receives the index of the largest token in its segment."""
     best_MC = x_NC[where.first_M]
     for j, count in enumerate(
         where.at_least[1:], start=1
-    ):  # the tokens after the first, of the segments that have them
+    ):  # the second, third, ... token of the segments that are long enough
         value_MC, best = x_NC[where.first_M[:count] + j], best_MC[:count]
         if winner_MC is not None:
             winner_MC[:count].masked_fill_(value_MC > best, j)
@@ -99,7 +98,7 @@ def _maximum(x_NC: Tensor, where: Children, winner_MC: Tensor | None = None) -> 
 
 
 def segment_max(x_NC: Tensor, where: Children) -> Tensor:
-    """Channel-wise maximum over the tokens of each segment, (M, C); the first of equal values wins."""
+    """Channel-wise maximum over the tokens of each segment, (M, C). Of equal values, the first gets the gradient."""
     if torch.is_grad_enabled() and x_NC.requires_grad:
         return _SegmentMax.apply(x_NC, where)
     return _maximum(x_NC, where)

@@ -1,1 +1,1 @@
-"""What a run needs before it runs: memory of a step, buffers of ZeRO, FLOPs, hours, disk."""
+"""Estimate what a run needs: memory of a step, buffers of ZeRO, FLOPs, hours, disk space."""

@@ -1,13 +1,13 @@
-"""Peak memory and FLOPs of a training step, counted without running it: floats are fake, integers are real.
+"""Count the peak memory and FLOPs of a training step without running it: float tensors are fake, integers are real.
 
-Integers (plans, indices, lengths) decide shapes, so operations on integers and booleans alone are carried out. All that
-holds floats is a fake tensor: it has a shape and a type, but no bytes, and costs no arithmetic. Where the code asks a
-fake tensor for a value, the answer is 1 (True), and a boolean index that depends on floats chooses everything.
+Integers (plans, indices, lengths) determine shapes, so operations on integers and booleans only are computed. Tensors
+of floats are fake: they have a shape and a type, but no data. If the code reads a value of a fake tensor, it gets 1
+(True), and a boolean index computed from floats selects everything.
 
-Memory is that of all live storages, each rounded up to 512 bytes as CUDA's allocator does. Not in it: what a kernel
-allocates for itself while it runs, fragmentation of the allocator's pool, the CUDA context. FLOPs are those of
-`torch.utils.flop_counter`, a multiply and an add being two: matrix products and attention, backward passes and
-recomputation included.
+Memory is the sum of all live storages, each rounded up to 512 bytes as in CUDA's allocator. It does not include memory
+that kernels allocate while they run, fragmentation, or the CUDA context. FLOPs are counted as in
+`torch.utils.flop_counter`, with two for a multiply and an add: matrix products and attention, including backward passes
+and recomputation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-BLOCK = 512  # bytes: what memory is given out in
+BLOCK = 512  # bytes: unit in which the allocator provides memory
 _aten = torch.ops.aten
 
 
@@ -40,32 +40,38 @@ def _attention_backward(
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
-# The counter of torch knows the kernels of GPUs only; a product is counted alike in all of them. From shapes.
+# Torch counts attention kernels of GPUs only. On the CPU, the same formula is used, from the shapes.
 CPU_ATTENTION: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 _COUNTS = flop_registry | {packet: shape_wrapper(count) for packet, count in CPU_ATTENTION.items()}
 _CHOOSES = {_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default}
-# What torch's backward passes do to a tensor of zeros: in place in earnest, to a copy while a mode looks on.
+# Torch's backward passes apply these operations to a tensor of zeros: normally in place, but to a copy inside a mode.
 _IN_PLACE = {_aten.index_put.default: _aten.index_put_.default}
 
 
 class _FakeMode(FakeTensorMode):
     def __deepcopy__(self, memo: dict) -> _FakeMode:
-        """A module's copy holds fakes of the same mode: those of two modes do not mix."""
+        """Return the same mode, because fake tensors of two modes cannot be combined."""
         return self
 
 
 class Footprint(TorchDispatchMode):
-    """What is computed inside is counted, by part of the step.
+    """Context manager that counts memory and FLOPs by part of the step.
 
     Attributes
     ----------
-    live : Counter, bytes of the storages that are alive, by the part that made them
-    peak : int, bytes; at_peak : the same by part
-    peaks : the same at the peak of each moment of each part; whoever drives the step counts `moment` on
-    flops : Counter, by part
+    live : Counter
+        Bytes of live storages, by the part that made them.
+    peak : int
+        Peak memory in bytes.
+    at_peak : Counter
+        Bytes at the peak, by part.
+    peaks : dict
+        Bytes at the peak of each moment of each part. The caller increments `moment`.
+    flops : Counter
+        FLOPs by part.
     """
 
     def __init__(self) -> None:
@@ -79,7 +85,7 @@ class Footprint(TorchDispatchMode):
         self._known: dict[int, tuple[weakref.ref, str, int]] = {}
 
     def restart(self) -> None:
-        """Forget peaks and FLOPs; what is alive stays known."""
+        """Reset peaks and FLOPs, but keep the record of live storages."""
         self.moment = 0
         self._highest = {(self.part, 0): self._total}
         self.peaks = {(self.part, 0): self.live.copy()}
@@ -95,7 +101,7 @@ class Footprint(TorchDispatchMode):
 
     @contextmanager
     def called(self, part: str) -> Iterator[None]:
-        """Count what is made inside under this name."""
+        """Context in which storages and FLOPs are counted under this name."""
         outer, self.part = self.part, part
         try:
             yield
@@ -103,7 +109,7 @@ class Footprint(TorchDispatchMode):
             self.part = outer
 
     def add(self, tensor: Tensor) -> Tensor:
-        """Count a tensor made elsewhere; it is returned, fake if it holds floats."""
+        """Count a tensor made outside, and return it, as a fake tensor if it holds floats."""
         return self._take(tensor)
 
     def rename(self, tensor: Tensor, part: str) -> None:
@@ -127,7 +133,7 @@ class Footprint(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, self._shape_of, (args, kwargs))
             with self.fake:
                 out = func(*args, **kwargs)
-        if not fake or (not given and not any(map(_is_float, tree_leaves(out)))):  # integers from nothing are real, too
+        if not fake or (not given and not any(map(_is_float, tree_leaves(out)))):  # new integers are real, too
             out = func(*args, **kwargs)
         packet = func._overloadpacket
         if packet in _COUNTS:
@@ -135,7 +141,7 @@ class Footprint(TorchDispatchMode):
         return tree_map_only(Tensor, self._take, out)
 
     def _shape_of(self, tensor: Tensor) -> FakeTensor:
-        """A fake of a real operand; `FakeTensorMode` makes one more slowly, and does not cache what is done with it."""
+        """A fake tensor for a real operand. `FakeTensorMode` would make it more slowly and without caching."""
         if isinstance(tensor, FakeTensor):
             return tensor
         shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -167,7 +173,7 @@ def _is_float(item: Any) -> bool:
 
 
 def _chosen(indices: Any) -> list[Tensor | None]:
-    """Boolean indices as rows: those of a real one as they are, all of a fake one."""
+    """Convert boolean indices to rows: the selected rows of a real index, all rows of a fake one."""
     rows: list[Tensor | None] = []
     for index in indices:
         if index is None or index.dtype != torch.bool:

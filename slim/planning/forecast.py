@@ -1,9 +1,9 @@
-"""What a run will need of a machine: memory by part, the largest batch, FLOPs, hours, disk.
+"""Forecast what a run needs: memory by part, the largest batch, FLOPs, hours, disk space.
 
-Steps of one and of two samples are counted by `slim.planning.step_cost` with the buffers of
-`slim.planning.zero_memory`. Everything else follows from them: what the second sample adds, each further one adds, too.
-(Of two and of three where the local stages are computed in chunks from the second sample on only, or of as many samples
-as share a SIG test.)
+`slim.planning.step_cost` counts a step with one sample and a step with two, with the buffers of
+`slim.planning.zero_memory`. Each further sample adds as much as the second one. If the local stages are divided into
+chunks only from the second sample on, steps with two and three samples are counted instead; with SIG, the unit is a SIG
+group instead of a sample.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from slim.planning.zero_memory import Zero
 
 T = TypeVar("T")
 Counted = tuple[Cost, Footprint]
-_LOOKED_AT = 8  # sessions of a dataset among which the largest brain is looked for
+_LOOKED_AT = 8  # number of sessions of a dataset in which the largest brain is searched
 ASSUMED_TFLOPS = 100
 LEFT_OUT = "CUDA context, workspaces of kernels, fragmentation, buffers of NCCL"
-# Numbers of 4 bytes that DeepSpeed writes for each parameter: weights, two moments, at stages 1 and 2 a master copy.
+# fp32 numbers that DeepSpeed writes for each parameter: weight, two moments, and a master copy at stages 1 and 2.
 _SAVED = {0: 3, 1: 4, 2: 4, 3: 3}
 
 
 def present(settings: PretrainSettings, required: bool) -> list[Dataset]:
-    """The datasets of a configuration; none where its folders are not there and need not be.
+    """The datasets of a configuration; an empty list if a folder does not exist and is not `required`.
 
     Raises
     ------
     DatasetError
-        If a folder is there but no dataset, or is not there and `required`.
+        If a folder exists but is not a dataset, or does not exist and is `required`.
     """
     paths = [item.path for item in settings.data]
     if not required and not any("://" in path or Path(path).exists() for path in paths):
@@ -52,7 +52,7 @@ def present(settings: PretrainSettings, required: bool) -> list[Dataset]:
 
 
 def largest_brain(datasets: list[Dataset]) -> tuple[np.ndarray, str]:
-    """Brain mask (X, Y, Z) with the most patches among the first training sessions, and where it is from.
+    """The brain mask (X, Y, Z) with the most patches in the first training sessions, and a description of its source.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def largest_brain(datasets: list[Dataset]) -> tuple[np.ndarray, str]:
             try:
                 arrays = dataset.read(session, names=("patch", "brain"), windows=())
             except SampleCorrupt:
-                continue  # a run that meets it leaves it out and names it
+                continue  # a run leaves this session out and reports it
             if len(arrays["patch"]) > most:
                 most = len(arrays["patch"])
                 brain_XYZ = scatter(arrays["brain"], arrays["patch"], dataset.grid.shape, dataset.grid.patch)
@@ -78,28 +78,28 @@ def largest_brain(datasets: list[Dataset]) -> tuple[np.ndarray, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast(Cost):
-    """Everything that can be said of a configuration before it is run.
+    """The forecast for a configuration.
 
     Attributes
     ----------
     parameters, tokens, peak_memory_bytes, memory_parts, step_flops, flops_parts
-        Of a step, as in `slim.planning.step_cost.Cost`.
+        Cost of a step, as in `slim.planning.step_cost.Cost`.
     basis : str
-        Where the brain is from.
+        Source of the brain mask.
     model, precision, batch, accumulate, processes, zero_stage
-        Of the configuration.
+        From the configuration.
     counted_batches : list of int
-        Values of `run.batch` whose steps were counted; from these all others follow.
+        Values of `run.batch` with a counted step. All other values are extrapolated from these.
     left_out : str
-        What no count holds.
+        What the counts do not include.
     gpu_memory_bytes : int or None
-        Of a GPU; `fits` and `largest_batch` (0: not even the smallest) are None without it.
+        Memory of a GPU. Without it, `fits` and `largest_batch` (0 if no batch fits) are None.
     samples_per_epoch, steps, hours, shards_bytes, sessions
-        None where they are not known: without the data, or without `run.steps`.
+        None if unknown, without the data or without `run.steps`.
     tflops : float
-        TFLOP/s of a GPU; `tflops_assumed` if it was not given.
+        TFLOP/s of a GPU. `tflops_assumed` is True if the default is used.
     checkpoint_bytes, checkpoints_kept : int
-        Of one checkpoint, and how many lie there.
+        Size of one checkpoint, and the number of checkpoints on disk.
     """
 
     basis: str
@@ -127,14 +127,18 @@ class Forecast(Cost):
 
 @dataclass(frozen=True, kw_only=True)
 class _Brain:
-    """What steps are counted on.
+    """The brain and the geometry for which steps are counted.
 
     Attributes
     ----------
-    brain_XYZ : bool array, on `grid`
-    basis : where it is from
-    grid, frames, geometry : of the data
-    per_epoch : samples of an epoch; None without datasets
+    brain_XYZ : bool array
+        Brain mask on `grid`.
+    basis : str
+        Source of the mask.
+    grid, frames, geometry
+        Of the data.
+    per_epoch : int or None
+        Samples per epoch; None without datasets.
     """
 
     brain_XYZ: np.ndarray
@@ -146,7 +150,7 @@ class _Brain:
 
     @classmethod
     def of(cls, settings: PretrainSettings, datasets: list[Dataset]) -> _Brain:
-        """The largest brain of the datasets; with none, the MNI152 mask on the default grid."""
+        """The largest brain in the datasets or, without datasets, the MNI152 mask on the default grid."""
         if not datasets:
             grid, frames = Grid(), 5
             basis = f"MNI152 mask at {grid.mm:g} mm; no dataset at {settings.data[0].path}"
@@ -169,11 +173,12 @@ class _Brain:
 
 
 class _Steps:
-    """Steps of a configuration at any `run.batch`: two are counted, the others follow from them.
+    """The cost of steps with any `run.batch`: two values are counted, the others extrapolated.
 
     Attributes
     ----------
-    counted : dict of `run.batch` to what was counted
+    counted : dict
+        The counts by `run.batch`.
     """
 
     def __init__(self, settings: PretrainSettings, brain: _Brain, begun: Callable[[str], None]):
@@ -188,12 +193,12 @@ class _Steps:
         return self.settings.model_copy(update={"run": self.settings.run.model_copy(update={"batch": batch})})
 
     def _streams(self, batch: int) -> bool:
-        """Whether the local stages take more than one chunk."""
+        """Whether the local stages are computed in more than one chunk."""
         context = make_batch(self._of_batch(batch), self.brain.geometry, self.brain.brain_XYZ).context
         return context is not None and len(context.chunks) > 1
 
     def count(self, batch: int) -> Counted:
-        """Of a step; each is counted once."""
+        """Count a step, once for each `run.batch`."""
         if batch not in self.counted:
             self.begun(f"counting a step with run.batch={batch}")
             brain = self.brain
@@ -201,14 +206,14 @@ class _Steps:
         return self.counted[batch]
 
     def cost(self, batch: int) -> Cost:
-        """Counted, or extrapolated."""
+        """The cost of a step, counted or extrapolated."""
         if batch <= self._second:
             return self.count(batch)[0]
         first, second = self.count(self._first), self.count(self._second)
         return extrapolate(first, second, (batch - self._first) // self._unit + 1)
 
     def largest_batch(self, memory: int) -> int:
-        """The largest `run.batch` whose peak is within so many bytes; 0 if none is."""
+        """The largest `run.batch` with a peak of at most `memory` bytes; 0 if there is none."""
         first, second = self.count(self._first), self.count(self._second)
         most = self._first + self._unit * (largest(first, second, memory) - 1)
         if 0 < most < self._first and self.count(most)[0].peak_memory_bytes > memory:
@@ -223,24 +228,24 @@ def forecast(
     tflops: float | None = None,
     begun: Callable[[str], None] = lambda what: None,
 ) -> Forecast:
-    """Everything that can be said of a configuration before it is run.
+    """Forecast the needs of a configuration.
 
     Parameters
     ----------
     settings : PretrainSettings
     datasets : list of Dataset
-        Of the configuration; with none, the MNI152 mask on the default grid stands for a brain.
+        The datasets of the configuration; if empty, the MNI152 mask on the default grid is used as the brain.
     gpu_memory : int, optional
-        Bytes of a GPU, for the largest batch.
+        Memory of a GPU in bytes, for the largest batch.
     tflops : float, optional
-        TFLOP/s that a GPU sustains; `ASSUMED_TFLOPS` if it is not given.
+        TFLOP/s that a GPU sustains; by default `ASSUMED_TFLOPS`.
     begun : callable
-        Told what is being counted; at full size a count takes up to a minute.
+        Called with a text before each count, which takes up to a minute at full size.
 
     Raises
     ------
     ConfigError
-        If the model's units do not fit the grid, datasets do not fit each other, there is nothing to train on, or
+        If the model's units do not fit the grid, the datasets do not fit together, there are no training sessions, or
         states are offloaded.
     """
     if settings.zero.offload_optimizer:
@@ -248,8 +253,8 @@ def forecast(
             "zero",
             "offload_optimizer",
             "true",
-            "false: what it moves to the host is not counted",
-            "Without it the forecast is an upper bound",
+            "false: the forecast does not count what is moved to CPU memory",
+            "Set it to false; the forecast is then an upper bound",
         )
     run, brain = settings.run, _Brain.of(settings, datasets)
     counter = _Steps(settings, brain, begun)
@@ -284,10 +289,10 @@ def forecast(
 
 
 def extrapolate(one: Counted, two: Counted, times: int) -> Cost:
-    """A step that has `times` - 1 further portions of samples than `one`, of which `two` has one.
+    """The cost of a step with `times` portions of samples, from the counts of a step with `one` and with `two`.
 
-    At each moment of the step a further portion adds as much as that of `two`. Which moment has the peak may change:
-    from AdamW's update, which samples add little to, to the backward pass.
+    At each moment of the step, each further portion adds as much as the second one. The moment with the peak may change
+    with the number of portions, from AdamW's update, which hardly depends on samples, to the backward pass.
     """
 
     def further(first: Mapping[T, int], second: Mapping[T, int]) -> dict[T, int]:
@@ -302,7 +307,7 @@ def extrapolate(one: Counted, two: Counted, times: int) -> Cost:
 
 
 def largest(one: Counted, two: Counted, memory: int) -> int:
-    """The largest `times` of `extrapolate` at which the peak is within so many bytes; 0 if that of `one` is not."""
+    """The largest `times` of `extrapolate` with a peak of at most `memory` bytes; 0 if the peak of `one` is larger."""
     first, second = _totals(one), _totals(two)
     if max(first.values()) > memory:
         return 0
@@ -316,7 +321,7 @@ def _totals(counted: Counted) -> dict[tuple[str, int], int]:
 
 
 def checkpoint_bytes(settings: PretrainSettings, found: Cost, cells: int) -> int:
-    """Bytes of a checkpoint: `weights.safetensors`, and DeepSpeed's files of all processes."""
+    """Size of a checkpoint in bytes: `weights.safetensors`, and DeepSpeed's files of all processes."""
     trained = found.parameters["encoder"] + found.parameters["predictor"]
     width = settings.model.embed * 2 ** (len(settings.model.depths) - 1)
     jepa, sig, _ = settings.loss_weights
@@ -328,7 +333,7 @@ def checkpoint_bytes(settings: PretrainSettings, found: Cost, cells: int) -> int
 def flops_per_token(settings: PretrainSettings, dataset: Dataset) -> float:
     """FLOPs of a step per token of brain, counted for one session (see `slim.planning.step_cost`).
 
-    Most layers cost the same for every token, so it serves for all sessions.
+    Most layers cost the same for every token, so the number is used for all sessions.
     """
     brain_XYZ, _ = largest_brain([dataset])
     alone = settings.run.model_copy(update={"batch": 1, "accumulate": 1})

@@ -1,11 +1,11 @@
-"""What a configuration costs before it is run: parameters, tokens, peak memory and FLOPs of a training step.
+"""The cost of a training step before it is run: parameters, tokens, peak memory and FLOPs.
 
-One process's step is counted by `slim.planning.counting`, without a GPU and without being carried out: targets by the
-EMA encoder on all tokens of the brain, losses, backward, clipping, AdamW, running means, EMA. It is the step of
-`slim.training.trainer`, with weights, gradients, Adam's moments, target encoder, running means, voxel values and plans.
-In place of DeepSpeed it is driven by plain AdamW, tensor by tensor, or by `slim.planning.zero_memory.Zero`, which takes
-the memory DeepSpeed takes. Autocast is that of a CPU: layer norms stay in bf16, which a GPU computes in fp32 (up to 2 %
-of a peak, as far as was tried).
+`slim.planning.counting` counts the step of one process, without a GPU and without computing it. The step is that of
+`slim.training.trainer`: targets of the EMA encoder on all brain tokens, losses, backward, clipping, AdamW, running
+means and EMA. It holds weights, gradients, Adam moments, the target encoder, running means, voxel values and plans.
+Instead of DeepSpeed, plain AdamW updates the weights tensor by tensor, or `slim.planning.zero_memory.Zero`, which
+allocates the memory that DeepSpeed does. Autocast is that of a CPU, with layer norms in bf16; a GPU computes them in
+fp32 (in our trials a difference of up to 2 % of the peak).
 
 Legend: T frames of a sample; P patches that hold brain; V voxels of a patch; X, Y, Z voxels of the grid.
 """
@@ -39,18 +39,22 @@ _APART = 20.0  # seconds from window to window
 
 @dataclass(frozen=True)
 class Cost:
-    """What one process holds and computes.
+    """Memory and FLOPs of one process.
 
     Attributes
     ----------
-    parameters : of `encoder`, `predictor` and `target` (the EMA encoder)
-    tokens : of a sample: of the dense `grid`, with `brain`, in the `context`; of samples that differ, the mean
-    peak_memory_bytes, memory_parts : at the peak of an optimizer step, and which part of the step made them
-    step_flops, flops_parts : of an optimizer step with all its micro-batches, and of each of its parts
+    parameters : dict
+        Number of parameters of `encoder`, `predictor` and `target` (the EMA encoder).
+    tokens : dict
+        Mean tokens of a sample: in the dense `grid`, with `brain`, and in the `context`.
+    peak_memory_bytes, memory_parts : int, dict
+        Peak memory of an optimizer step, and its parts.
+    step_flops, flops_parts : int, dict
+        FLOPs of an optimizer step with all its micro-batches, and of each part.
 
-    Parts are `states` (weights, moments, target, running means), `gradients`, `batch` (values and plans), `targets`,
-    `encoder` (of the context), `predictor` (and losses), `backward` (with what it computes again), `optimizer`, `means`
-    (and the EMA).
+    The parts are `states` (weights, moments, target, running means), `gradients`, `batch` (values and plans),
+    `targets`, `encoder` (of the context), `predictor` (and losses), `backward` (with recomputation), `optimizer` and
+    `means` (and the EMA).
     """
 
     parameters: dict[str, int]
@@ -69,21 +73,21 @@ def cost(
     dense: bool = False,
     drive: Drive = Plain,
 ) -> Cost:
-    """Count a step of a configuration; its data are not read.
+    """Count a step of a configuration. Its data are not read.
 
     Parameters
     ----------
     settings : PretrainSettings
     grid : Grid, optional
-        Of the data; the default grid if it is not given.
+        Grid of the data; by default the default grid.
     frames : int
-        Of a window.
+        Number of frames of a window.
     brain_XYZ : bool (X, Y, Z), optional
-        Brain mask on the grid; the MNI152 mask if it is not given.
+        Brain mask on the grid; by default the MNI152 mask.
     dense : bool
-        Drop nothing, for comparison: all of the grid is brain, and all of it is context.
+        For comparison: count the whole grid as brain and as context.
     drive : callable
-        Makes what updates the weights: `slim.planning.zero_memory.Plain` or `Zero`.
+        Class that updates the weights: `slim.planning.zero_memory.Plain` or `Zero`.
 
     Raises
     ------
@@ -101,7 +105,7 @@ def detailed(
     dense: bool = False,
     drive: Drive = Plain,
 ) -> tuple[Cost, Footprint]:
-    """As `cost`, together with all that was counted."""
+    """As `cost`, and also return the counts."""
     grid = grid or Grid()
     geometry = geometry_of(settings.model, (settings.windows.k * frames, *grid.patch_shape))
     if dense:
@@ -131,7 +135,7 @@ def detailed(
 
 def mni_brain(grid: Grid) -> np.ndarray:
     """The MNI152 brain mask on a grid, bool (X, Y, Z)."""
-    import nibabel as nib  # takes seconds with nilearn; a mask that is given needs neither
+    import nibabel as nib  # takes seconds together with nilearn, and is not needed if a mask is given
     from nilearn.datasets import load_mni152_brain_mask
     from nilearn.image import resample_to_img
 
@@ -141,7 +145,7 @@ def mni_brain(grid: Grid) -> np.ndarray:
 
 
 def make_batch(settings: PretrainSettings, geometry: Geometry, brain_XYZ: np.ndarray, dense: bool = False) -> Batch:
-    """A micro-batch as a loading process would make it, of samples that differ in their masks; its values are zeros."""
+    """A micro-batch as from a loading process: samples with different masks, and values of zero."""
     frames, *patches = geometry.tokens
     edges = dict(zip("abc", np.divide(brain_XYZ.shape, patches).astype(int).tolist(), strict=True))
     brain_PV = rearrange(brain_XYZ, "(x a) (y b) (z c) -> (x y z) (a b c)", **edges)
@@ -163,13 +167,13 @@ def make_batch(settings: PretrainSettings, geometry: Geometry, brain_XYZ: np.nda
 def count(
     settings: PretrainSettings, geometry: Geometry, batch: Batch, drive: Drive = Plain
 ) -> tuple[Footprint, PretrainLearner]:
-    """Count a step on a micro-batch; the learner is returned with it, its floats fake."""
-    packed = batch.pack()  # as it comes from a loading process
+    """Count a step on a micro-batch; also returns the learner, with fake tensors of floats."""
+    packed = batch.pack()  # as a loading process sends it
     with torch.device("meta"):
         model = Objective(settings, geometry, batch.brain_QV.shape[1])
     with Footprint() as found:
         model.to_empty(device="cpu")
-        with warnings.catch_warnings():  # copying a fake module asks for the address of its data
+        with warnings.catch_warnings():  # copying a fake module reads the address of its data
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
             learner = PretrainLearner(settings, model)
         driver = drive(settings, model, found)
@@ -181,9 +185,9 @@ def count(
             module.register_forward_pre_hook(lambda *_, part=part: setattr(found, "part", part))
         found.restart()
 
-        micro_batches = min(settings.run.accumulate, 2)  # a third is as the second: gradients lie there already
+        micro_batches = min(settings.run.accumulate, 2)  # a third costs as much as the second: gradients exist already
         for number in range(micro_batches):
-            with found.called("targets"):  # and what the hooks say
+            with found.called("targets"):  # the hooks set the names of the other parts
                 losses = learner.losses(batch, 0)
             with found.called("backward"):
                 losses.total.backward()

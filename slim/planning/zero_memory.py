@@ -1,8 +1,9 @@
-"""What drives a counted step: plain AdamW, or ZeRO as DeepSpeed lays it out in memory.
+"""Memory of the optimizer in a counted step: plain AdamW, or ZeRO with the buffers of DeepSpeed.
 
-`Zero` makes and frees tensors of the sizes of DeepSpeed's, in its order; nothing is communicated. Read from DeepSpeed
-0.19 (`stage_1_and_2.py`, `stage3.py`, `partition_parameters.py`, `coalesced_collectives.py`) for fp32 weights, nothing
-offloaded. N: numbers of the model, g of a group of AdamW; W: processes; B: bucket.
+`Zero` allocates and frees tensors of the same sizes as DeepSpeed, in the same order, without communication. The table
+follows the code of DeepSpeed 0.19 (`stage_1_and_2.py`, `stage3.py`, `partition_parameters.py`,
+`coalesced_collectives.py`) for fp32 weights without offloading. N: numbers of the model, g: of a group of AdamW; W:
+processes; B: bucket.
 
 stage  always                          in forward and backward passes               in the step, group by group
 0      weights N, moments 2 N          gradients N, then N flat to reduce them      AdamW's own
@@ -13,12 +14,12 @@ stage  always                          in forward and backward passes           
        2, gradients: N/W each; B
        W > 1: S gathered               L gathered, and flat in the forward pass     S dropped; each in turn for the EMA
 
-A full bucket is reduced by way of a flat copy (at stages 1 and 2 only if W > 1). A further micro-batch adds N at stage
-1, and N/W at stage 2 while it runs. S and L are the parameters of up to and of more than 100 000 numbers; of L each is
-dropped when its gradient is there. DeepSpeed gathers L ahead, 50 million numbers at once, as soon as it knows the order
-of the layers, and starts over where that changes: a step whose order it knows holds more, and is what is counted.
-AdamW's own is a copy of the second moments (of a whole group where `foreach` is on, as it is on GPUs; where it is off,
-two copies, but of one tensor).
+A full bucket is reduced through a flat copy (at stages 1 and 2 only if W > 1). A further micro-batch adds N at stage 1,
+and N/W at stage 2 while it runs. S are the parameters with up to 100 000 numbers, L the larger ones; each of L is freed
+once its gradient is computed. When DeepSpeed knows the order of the layers, it gathers L ahead, up to 50 million
+numbers at once; when the order changes, it starts over. A step with a known order needs more memory, and is the one
+that is counted. "AdamW's own" is a copy of the second moments: of a whole group with `foreach`, as on GPUs; without it,
+two copies of one tensor.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ from slim.planning.counting import Footprint
 from slim.training.engine import BUCKET
 from slim.training.optim import parameter_groups
 
-_FLATTENED = 500_000_000  # numbers that stage 0 of DeepSpeed flattens at once
-_SMALL, _AHEAD = 100_000, 50_000_000  # numbers of a parameter that its stage 3 keeps gathered; what it gathers at once
+_FLATTENED = 500_000_000  # numbers that DeepSpeed flattens at once at stage 0
+_SMALL, _AHEAD = 100_000, 50_000_000  # stage 3: largest parameters that stay gathered; numbers gathered ahead
 
 
 class Plain:
-    """AdamW of torch, alone in one process.
+    """Torch's AdamW in one process.
 
     Parameters
     ----------
     settings : PretrainSettings
     model : nn.Module
-        Inside the footprint.
+        The model, made inside the footprint.
     found : Footprint
-        What counts.
+        The footprint that counts.
 
     Attributes
     ----------
     whole : callable, optional
-        The whole value of a parameter, where processes hold parts of it.
+        Returns the whole value of a parameter that is divided among processes.
     """
 
     foreach = False
@@ -65,42 +66,42 @@ class Plain:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()  # makes the moments
+        self.optimizer.step()  # allocates the moments
         self.optimizer.zero_grad()
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self.ready)
 
     def updated(self) -> list[dict[str, Any]]:
-        """What AdamW updates, by group."""
+        """The tensors that AdamW updates, by group."""
         return parameter_groups(self.model)
 
     def ready(self, parameter: Tensor) -> None:
-        """A gradient has been computed."""
+        """Called when a gradient has been computed."""
         assert parameter.grad is not None
         self.found.rename(parameter.grad, "gradients")
         self.found.moment += 1
 
     def reduce(self, last: bool) -> None:
-        """The backward pass of a micro-batch has ended, the last of its step or not."""
+        """Called at the end of the backward pass of a micro-batch; `last` for the last one of a step."""
 
     def step(self) -> None:
-        """Clip and update."""
+        """Clip the gradients and update the weights."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 class Zero(Plain):
-    """ZeRO of DeepSpeed at the stage, and among the processes, of the configuration.
+    """DeepSpeed's ZeRO with the stage and number of processes of the configuration.
 
     Parameters
     ----------
     settings, model, found
         As in `Plain`.
     bucket : int
-        Numbers of the buffer through which gradients are reduced.
+        Size, in numbers, of the buffer through which gradients are reduced.
     foreach : bool
-        AdamW takes all tensors of a group at once.
+        Whether AdamW updates all tensors of a group at once.
     """
 
     def __init__(
@@ -109,10 +110,10 @@ class Zero(Plain):
         self.stage, self.processes = settings.zero.stage, settings.run.processes
         self.bucket, self.foreach = bucket, foreach
         self._buffer: Tensor | None = None
-        self._filled = 0  # numbers that wait in the buffer
-        self._larger: Tensor | None = None  # a gradient that waits beside it
-        self._partitions: list[Tensor] = []  # gradients of this process's part: of a step, and of a micro-batch
-        self._begun = False  # whether this micro-batch has its partition
+        self._filled = 0  # numbers in the buffer
+        self._larger: Tensor | None = None  # a gradient that is larger than the buffer
+        self._partitions: list[Tensor] = []  # gradients of this process's part: of the step, and of a micro-batch
+        self._begun = False  # whether the partition of this micro-batch is allocated
         super().__init__(settings, model, found)
         if self.stage == 3:
             self.whole = lambda parameter: torch.empty(parameter.shape)
@@ -142,12 +143,12 @@ class Zero(Plain):
         return [{"params": [part]} for part in self._parts]
 
     def _share(self, parameters: list[Tensor]) -> int:
-        """Numbers of a group that a process updates: of the whole group, or at stage 3 of each parameter."""
+        """Numbers of a group that a process updates: a share of the group, or at stage 3 of each parameter."""
         sizes = [parameter.numel() for parameter in parameters]
         return sum(-(-size // self.processes) for size in (sizes if self.stage == 3 else [sum(sizes)]))
 
     def _overlap(self, parameters: list[Tensor]) -> int:
-        """Numbers of a group whose gradients a process keeps: its share, at stages 1 and 2 in whole parameters."""
+        """Number of gradients of a group that a process keeps: its share; at stages 1 and 2, of whole parameters."""
         share = self._share(parameters)
         if self.stage == 3:
             return share
@@ -175,7 +176,7 @@ class Zero(Plain):
         if self.stage > 1 or (self.stage == 1 and last):
             self._flush()
         if self.stage == 2 or (self.stage == 1 and last):
-            del self._partitions[1:]  # added to the first
+            del self._partitions[1:]  # they have been added to the first
             self._buffer, self._begun = None, False
 
     def step(self) -> None:
@@ -198,7 +199,7 @@ class Zero(Plain):
             self._gather(self._small)
 
     def _send(self, parameter: Tensor) -> None:
-        """Through the buffer, which is emptied into the partition when it is full."""
+        """Add a gradient to the buffer; a full buffer is emptied into the partition."""
         size = parameter.numel()
         if self._filled + size > self.bucket:
             self._flush()

@@ -1,1 +1,1 @@
-"""Stage 1: which windows of a scan matter. Parcels, the temporal extractor, saliency, and rankers by name."""
+"""Stage 1: rank the windows of a scan. Parcels, the temporal extractor, saliency, and rankers by name."""

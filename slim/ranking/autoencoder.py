@@ -1,10 +1,9 @@
-"""The network of stage 1: tokens of neighbouring parcels, axial attention over parcels and time.
+"""The network of stage 1: tokens of neighbouring parcels, with axial attention over parcels and time.
 
-A token is a group of neighbouring parcels in one window of frames. Each block attends along one axis at a
-time (axial attention, arXiv 1912.12180): groups within a window, then windows within a group with a bias for
-their distance in time; full attention over all tokens does not learn this in the same number of steps.
-Groups come from the parcels' centres alone, so any number of parcels and any parcellation fit the same
-weights.
+A token is a group of neighbouring parcels in one window of frames. Each block attends along one axis at a time (axial
+attention, arXiv 1912.12180): first over the groups of a window, then over the windows of a group, with a bias for their
+distance in time. Full attention over all tokens does not reach the same loss in the same number of steps. Groups depend
+only on the centres of the parcels, so the same weights work for any number of parcels and any parcellation.
 
 Shape suffixes: R parcels; T frames; W windows; F frames of a window; G groups of neighbouring parcels; S
 slots of a group; B samples; N rows of attention; L their tokens; C channels; H heads; P position features; 3
@@ -23,14 +22,14 @@ from torch import Tensor, nn
 
 from shards.core.settings import Settings
 
-CLAMP = 4.0  # z units; a spike must not own the loss
+CLAMP = 4.0  # z units; limits the effect of spikes on the loss
 PLACE_FEATURES = 18  # sine and cosine of three frequencies along three axes
 
 
 def group_parcels(centre_R3: np.ndarray, size: int) -> np.ndarray:
-    """Neighbouring parcels in as few groups of at most `size` as hold them all.
+    """Divide parcels into the smallest number of groups of at most `size` neighbours.
 
-    Recursive bisection of the centres across their widest axis, in proportion to the groups on either side.
+    The centres are bisected recursively across their widest axis, in proportion to the number of groups on either side.
 
     Returns
     -------
@@ -55,7 +54,7 @@ def group_parcels(centre_R3: np.ndarray, size: int) -> np.ndarray:
 
 
 class Layout:
-    """Where the parcels of one run go in the tokens of the network, and back."""
+    """Maps the parcels of one scan to the tokens of the network, and back."""
 
     def __init__(self, centre_R3: np.ndarray, size: int):
         centre_R3 = np.asarray(centre_R3, dtype=np.float64)
@@ -64,7 +63,7 @@ class Layout:
         filled = self.filled_GS.numpy()
         padded = np.where(filled[..., None], centre_R3[self.slot_GS.numpy()], 0.0)
         centre_G3 = padded.sum(1) / filled.sum(1, keepdims=True) - centre_R3.mean(0)
-        # A brain spans about 180 mm: the lowest of the three frequencies tells its two ends apart.
+        # A brain spans about 180 mm, so its two ends differ at the lowest of the three frequencies.
         phase_G33 = centre_G3[:, :, None] / 90.0 * (math.pi / 2) * np.array([1.0, 2.0, 4.0])
         waves_GP = np.concatenate([np.sin(phase_G33), np.cos(phase_G33)], axis=-1).reshape(len(filled), -1)
         self.place_GP = torch.from_numpy(waves_GP.astype(np.float32))
@@ -84,9 +83,10 @@ class Layout:
 
 
 class ExtractorConfig(Settings):
-    """Sizes of an extractor and how it was trained.
+    """Sizes of an extractor and settings of its training.
 
-    `frames` of a window, parcels of a `group`, `crop`: the longest stretch of windows seen at once.
+    `frames` is the length of a window, `group` the number of parcels in a group, and `crop` the largest number of
+    consecutive windows that the network processes together.
     """
 
     frames: int = Field(ge=1, le=10_000)
@@ -101,7 +101,7 @@ class ExtractorConfig(Settings):
 
     @property
     def fewest_parameters(self) -> int:
-        """Numbers of the extractor at the least: its matrices, and the reach of its heads."""
+        """A lower bound of the number of parameters: the matrices, and the time biases of the heads."""
         values = self.group * self.frames
         return self.depth * (16 * self.width**2 + self.heads * (2 * self.crop - 1)) + 2 * values * self.width
 
@@ -112,7 +112,7 @@ def _attend(qkv_NLC: Tensor, heads: int, bias: Tensor | None) -> Tensor:
 
 
 class _AxialBlock(nn.Module):
-    """Attention of the groups within each window, of the windows within each group, then an MLP; pre-norm."""
+    """Attention over the groups of each window, then over the windows of each group, then an MLP; pre-norm."""
 
     def __init__(self, width: int, heads: int, crop: int):
         super().__init__()
@@ -120,8 +120,8 @@ class _AxialBlock(nn.Module):
         self.space_norm, self.time_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
         self.space_qkv, self.time_qkv = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
         self.space_out, self.time_out = nn.Linear(width, width), nn.Linear(width, width)
-        # Each head starts with a reach of its own (arXiv 2108.12409): near windows matter most, and finding
-        # that out from a flat start takes longer than all the rest of the training.
+        # Each head is initialised with another slope of its bias for distance (arXiv 2108.12409). Near windows matter
+        # most; learning this from a flat bias would take longer than the rest of the training.
         reach_H = 2.0 ** torch.arange(heads).sub(1)
         distance = torch.arange(1 - crop, crop).abs()
         self.time_bias = nn.Parameter(-distance / reach_H[:, None])
@@ -144,9 +144,9 @@ class _AxialBlock(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Tokens in, tokens out; hidden ones enter as the mask token (SimMIM, arXiv 2111.09886), linear head.
+    """Masked autoencoder (SimMIM, arXiv 2111.09886): hidden tokens are replaced by the mask token; linear head.
 
-    `real_BG` marks the groups that are no padding of a batch; None if all are real.
+    `real_BG` is False for groups that are padding of a batch; None if there is no padding.
     """
 
     def __init__(self, config: ExtractorConfig):
@@ -158,7 +158,7 @@ class MaskedAutoencoder(nn.Module):
         self.blocks = nn.ModuleList(_AxialBlock(width, config.heads, config.crop) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, values)
-        nn.init.zeros_(self.head.weight)  # starts as the trivial predictor, 0
+        nn.init.zeros_(self.head.weight)  # the first prediction is 0, the mean
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x_BWGC: Tensor, hidden_BWG: Tensor, place_BGP: Tensor, real_BG: Tensor | None) -> Tensor:

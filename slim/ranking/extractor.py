@@ -1,9 +1,9 @@
-"""Stage 1: the masked autoencoder over parcels x time.
+"""The temporal extractor of stage 1: a masked autoencoder over parcels x time.
 
-The volume is compressed to a parcel x time matrix, and a light transformer learns to rebuild what is hidden
-of it (SLIM-Brain, arXiv 2512.21881, stage 1; masking and loss of SimMIM, arXiv 2111.09886: mask tokens enter
-the encoder, L1 on the masked part, linear head). What it can rebuild of a hidden window tells
-`slim.ranking.saliency` how predictable that window is in time. The network itself is in `slim.ranking.autoencoder`.
+The scan is reduced to a matrix of parcels x time, and a small transformer learns to reconstruct hidden parts of it
+(SLIM-Brain, arXiv 2512.21881, stage 1; masking and loss of SimMIM, arXiv 2111.09886: mask tokens enter the encoder, L1
+on the masked part, linear head). From the reconstruction of a hidden window, `slim.ranking.saliency` computes how
+predictable that window is in time. The network is in `slim.ranking.autoencoder`.
 
     extractor = train_extractor([(roi_RT, centre_R3), ...])
     extractor.save("extractor/")
@@ -31,16 +31,16 @@ from shards.core.files import write_atomically
 from shards.core.settings import check, digest
 from slim.ranking.autoencoder import ExtractorConfig, Layout, MaskedAutoencoder
 
-PASSES = 4  # every 4th window is hidden at once
-MARGIN = PASSES - 1  # windows a chunk sees beyond those it answers for: up to the next hidden one
+PASSES = 4  # each pass hides every 4th window
+MARGIN = PASSES - 1  # further windows at each end of a chunk, up to the next hidden one
 WEIGHTS_FILE, CONFIG_FILE = "extractor.safetensors", "config.json"
 
 
 def standardise(roi_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two standardised views of a run's parcel means.
+    """Two standardised views of the parcel means of a scan.
 
-    View 0 is z-scored per parcel over the run. View 1 has the mean parcel signal of view 0 regressed out of
-    each parcel and is z-scored again; a parcel with nothing left is 0 there.
+    View 0 is z-scored per parcel over the scan. In view 1, the mean parcel signal of view 0 is regressed out of each
+    parcel, and the result is z-scored again; a parcel without remaining variance is 0.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def standardise(roi_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Raises
     ------
     RunRefused
-        For a matrix of other than two dimensions, NaN or infinity, or fewer than two parcels that vary.
+        If the matrix does not have two dimensions, holds NaN or infinity, or has fewer than two parcels that vary.
     """
     roi_RT = np.asarray(roi_RT, dtype=np.float64)
     if roi_RT.ndim != 2:
@@ -64,9 +64,9 @@ def standardise(roi_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     broken_R = ~np.isfinite(roi_RT).all(axis=1)
     if broken_R.any():
         got = f"NaN or infinity in {broken_R.sum()} of {len(roi_RT)} parcels (first: {broken_R.argmax()})"
-        raise RunRefused("parcel time series", "values", got, "finite numbers", "Check the run and its mask")
-    # Relative to the parcel's size: float32 means of a constant differ in their last bit, and scale must not
-    # matter.
+        raise RunRefused("parcel time series", "values", got, "finite numbers", "Check the scan and its mask")
+    # The threshold is relative to the size of the parcel's values: float32 means of a constant differ in the last bit,
+    # and the unit must not matter.
     floor_R = 1e-6 * np.abs(roi_RT).max(axis=1, initial=0.0)
     centred_RT = roi_RT - roi_RT.mean(axis=1, keepdims=True)
     kept_R = np.abs(centred_RT).max(axis=1, initial=0.0) > floor_R
@@ -74,7 +74,7 @@ def standardise(roi_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         got = f"{kept_R.sum()} of {len(roi_RT)} parcels vary"
         raise RunRefused("parcel time series", "parcels", got, "at least 2 that vary", "Check the brain mask")
     plain_RT = centred_RT[kept_R]
-    # Divide by the peak first: squares of very small or very large units leave the range of floats.
+    # Divide by the peak first: squares of very small or very large values exceed the range of floats.
     plain_RT /= np.abs(plain_RT).max(axis=1, keepdims=True)
     plain_RT /= plain_RT.std(axis=1, keepdims=True)
     global_T = plain_RT.mean(axis=0)
@@ -87,7 +87,7 @@ def standardise(roi_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Extractor:
-    """The masked autoencoder with its configuration; untrained unless it comes from training or `load`."""
+    """The masked autoencoder with its configuration. A new instance is untrained; see `train_extractor` and `load`."""
 
     def __init__(self, config: ExtractorConfig):
         self.config = config
@@ -112,32 +112,32 @@ class Extractor:
 
     @torch.no_grad()
     def rebuild(self, z_RT: np.ndarray, centre_R3: np.ndarray) -> np.ndarray:
-        """Every window rebuilt from the others, each hidden once: every 4th window at a time, in 4 passes.
+        """Reconstruct every window from the others, in 4 passes that each hide every 4th window.
 
         Parameters
         ----------
         z_RT : float array
-            Standardised parcels; T must be a whole number of windows.
+            Standardised parcel series; T must be a multiple of the window length.
         centre_R3 : float array
             Parcel centres in mm.
 
         Returns
         -------
         rebuilt_RT : float32 array
-            In the units of `z_RT`. Long runs are seen in overlapping chunks, so the cost is linear in T.
+            In the units of `z_RT`. Long scans are processed in overlapping chunks, so the cost is linear in T.
 
         Raises
         ------
         ConfigError
-            If T is no whole number of the extractor's windows, or the centres are not one per parcel.
+            If T is not a multiple of the extractor's window length, or the number of centres and parcels differ.
         """
         frames, crop = self.config.frames, self.config.crop
         if z_RT.shape[1] % frames or z_RT.shape[1] == 0:
             raise ConfigError("extractor", "frames", z_RT.shape[1], f"a multiple of {frames}")
         if np.shape(centre_R3) != (len(z_RT), 3):
             raise ConfigError("extractor", "centres", np.shape(centre_R3), (len(z_RT), 3))
-        # The network is no odd function: a run and its negative take the same path, so scores ignore the
-        # sign.
+        # The network is not an odd function. A scan and its negative are therefore given the same sign here, so that
+        # scores do not depend on the sign.
         sign = -1.0 if np.sum(np.asarray(z_RT, dtype=np.float64) ** 3) < 0 else 1.0
         layout = Layout(centre_R3, self.config.group)
         x_WGC = layout.tokens(torch.as_tensor(sign * z_RT, dtype=torch.float32), frames)
@@ -146,7 +146,7 @@ class Extractor:
         starts = [*range(0, windows - length, crop - 2 * MARGIN), windows - length]
         jobs = [(start, turn) for start in starts for turn in range(PASSES)]
         rebuilt_WGC = torch.zeros_like(x_WGC)
-        at_once = max(1, 2048 // (length * groups))  # tokens that stay in the processor's cache
+        at_once = max(1, 2048 // (length * groups))  # limits tokens to the size of the processor's cache
         for first in range(0, len(jobs), at_once):
             batch = jobs[first : first + at_once]
             x_BWGC = torch.stack([x_WGC[start : start + length] for start, _ in batch])
@@ -156,15 +156,15 @@ class Extractor:
             place_BGP = layout.place_GP.expand(len(batch), -1, -1)
             y_BWGC = self.model(x_BWGC, hidden_BWG, place_BGP, None)
             for (start, _), y_WGC, hidden_W, index_W in zip(batch, y_BWGC, hidden_BW, index_BW, strict=True):
-                # Chunks come in time order: what lies in the next chunk's interior is overwritten by it.
-                answered_W = hidden_W & (index_W >= (start + MARGIN if start else 0))
-                rebuilt_WGC[index_W[answered_W]] = y_WGC[answered_W]
+                # Chunks are in time order, and each overwrites the margin of the chunk before.
+                kept_W = hidden_W & (index_W >= (start + MARGIN if start else 0))
+                rebuilt_WGC[index_W[kept_W]] = y_WGC[kept_W]
         return sign * layout.series(rebuilt_WGC, frames).numpy()
 
     def save(self, folder: str | Path) -> None:
         """Write `extractor.safetensors` and `config.json`, each atomically (temporary name, fsync, rename).
 
-        `config.json` comes last and carries the checksum, so a half-written pair is recognised by `load`.
+        `config.json` is written last and holds the checksum, so `load` recognises an incomplete pair.
         """
         folder = Path(folder)
         weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
@@ -174,27 +174,27 @@ class Extractor:
 
     @classmethod
     def load(cls, folder: str | Path) -> Extractor:
-        """Read what `save` wrote.
+        """Load an extractor written by `save`.
 
         Raises
         ------
         ConfigError
-            If a file is missing, unreadable, or does not belong to the other.
+            If a file is missing or unreadable, or the two files do not belong together.
         """
         folder = Path(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                hint = "Give a folder written by Extractor.save, or leave it out to train a new extractor"
+                hint = "Give a folder written by Extractor.save, or no extractor to train a new one"
                 raise ConfigError(folder / name, "", "no such file", "a trained extractor", hint)
         try:
             stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             checksum = stored.pop("checksum")
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             got = f"unreadable ({error!r})"
-            raise ConfigError(folder / CONFIG_FILE, "", got, "an extractor's config") from None
+            raise ConfigError(folder / CONFIG_FILE, "", got, "the config of an extractor") from None
         config = check(ExtractorConfig, stored, folder / CONFIG_FILE)
         size, needed = (folder / WEIGHTS_FILE).stat().st_size, 4 * config.fewest_parameters
-        if size < needed:  # before a model of these sizes is made
+        if size < needed:  # check before memory for these sizes is allocated
             expected = f"the weights that {CONFIG_FILE} describes, at least {needed} bytes"
             raise ConfigError(folder / WEIGHTS_FILE, "", f"{size} bytes", expected)
         if config.width % config.heads:

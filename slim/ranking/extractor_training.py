@@ -17,11 +17,11 @@ from slim.ranking.autoencoder import CLAMP, PLACE_FEATURES, ExtractorConfig, Lay
 from slim.ranking.extractor import Extractor, standardise
 
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP, BATCH = 4e-3, 0.05, 30, 6
-MOST_RUNS = 256  # rankings from 12 and from 48 training runs already agree; bounds memory for large cohorts
+MOST_RUNS = 256  # limits memory for large cohorts; rankings from 12 and from 48 training scans already agree
 
 
 class _Crops:
-    """Random crops of the training runs with random masks, as padded batches."""
+    """Draws padded batches of random crops of the training scans, with random masks."""
 
     def __init__(self, runs: Sequence[tuple[np.ndarray, np.ndarray]], config: ExtractorConfig):
         self.config = config
@@ -35,17 +35,17 @@ class _Crops:
             usable = np.shape(roi_RT)[1] // config.frames * config.frames
             try:
                 z_VRT, kept_R = standardise(np.asarray(roi_RT)[:, :usable])
-            except RunRefused:  # told when its own ranking is due; the others are enough to learn from
+            except RunRefused:  # reported when this scan is ranked; training uses the others
                 continue
             if usable >= 2 * config.frames:
                 layout = Layout(np.asarray(centre_R3)[kept_R], config.group)
                 self.runs.append((torch.from_numpy(z_VRT), layout))
         if not self.runs:
-            expected = f"runs of at least {2 * config.frames} frames with 2 parcels that vary"
-            raise ConfigError("extractor", "training runs", f"{len(chosen)} that cannot be used", expected)
+            expected = f"scans of at least {2 * config.frames} frames with 2 parcels that vary"
+            raise ConfigError("extractor", "training scans", f"{len(chosen)} that cannot be used", expected)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x_BWGC, hidden_BWG, place_BGP, real_BG, and counted_BWGC: the hidden values that enter the loss."""
+        """Draw a batch: x_BWGC, hidden_BWG, place_BGP, real_BG, and counted_BWGC, the hidden values in the loss."""
         rng, frames = self.rng, self.config.frames
         picked = [self.runs[i] for i in rng.integers(len(self.runs), size=BATCH)]
         windows = min(self.config.crop, *(z_VRT.shape[2] // frames for z_VRT, _ in picked))
@@ -78,30 +78,30 @@ def train_extractor(
     seed: int = 0,
     advance: Callable[[int, str], object] | None = None,
 ) -> Extractor:
-    """Train the masked autoencoder on random crops of runs.
+    """Train the masked autoencoder on random crops of scans.
 
     Parameters
     ----------
     runs : sequence of (roi_RT, centre_R3)
-        Raw parcel means (any unit) and parcel centres in mm; lengths and numbers of parcels may differ. Of
-        more than 256 runs, 256 are drawn by the seed and only those are read. Runs that no ranker could score
-        (fewer than two windows, NaN, fewer than two parcels that vary) are left out.
+        Raw parcel means (in any unit) and parcel centres in mm of each scan. Lengths and numbers of parcels may differ.
+        Of more than 256 scans, 256 are drawn with the seed, and only these are read. Scans that cannot be ranked (fewer
+        than two windows, NaN, fewer than two parcels that vary) are left out.
     frames : int
-        Frames of a window.
+        Number of frames of a window.
     steps : int
-        Optimizer steps.
+        Number of optimizer steps.
     seed : int
-        Fixes weights, crops and masks: the same runs in the same order give the same extractor.
+        Seed of weights, crops and masks. The same scans in the same order give the same extractor.
     advance : callable, optional
         Called as ``advance(1, note)`` after each step.
 
     Raises
     ------
     ConfigError
-        If no run can be used, or `frames` or `steps` is below 1.
+        If no scan can be used, or `frames` or `steps` is below 1.
     """
     if len(runs) == 0 or frames < 1 or steps < 1:
-        got = f"{len(runs)} runs, {frames} frames, {steps} steps"
+        got = f"{len(runs)} scans, {frames} frames, {steps} steps"
         raise ConfigError("extractor", "training", got, "at least one of each")
     config = ExtractorConfig(frames=frames, steps=steps, seed=seed, runs=len(runs))
     crops = _Crops(runs, config)

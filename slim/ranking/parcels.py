@@ -1,4 +1,4 @@
-"""The parcels whose means stage 1 sees: cubes of the brain mask, or the parcels of a label image in MNI space.
+"""The parcels of stage 1: cubes of the brain mask, or the parcels of a label image in MNI space.
 
 Shape suffixes: X Y Z voxels of the grid; R parcels.
 """
@@ -20,7 +20,7 @@ from shards.format.grid import Grid
 
 
 def parcels_from_mask(brain_XYZ: np.ndarray, mm: float, cube_mm: float = 24.0, least: float = 0.1) -> np.ndarray:
-    """Cubic parcels of a brain mask: no atlas, and the same labels for everyone on the same grid.
+    """Cubic parcels of a brain mask. No atlas is needed, and labels are equal for all subjects on the same grid.
 
     Parameters
     ----------
@@ -29,8 +29,7 @@ def parcels_from_mask(brain_XYZ: np.ndarray, mm: float, cube_mm: float = 24.0, l
     mm : float
         Voxel edge in mm.
     cube_mm : float
-        Cube edge in mm, rounded to whole voxels (at least one). The first cube lies in the grid's first
-        corner.
+        Cube edge in mm, rounded to whole voxels (at least one). The first cube starts at the first voxel of the grid.
     least : float
         Smallest share of a whole cube that must be brain.
 
@@ -42,7 +41,7 @@ def parcels_from_mask(brain_XYZ: np.ndarray, mm: float, cube_mm: float = 24.0, l
     Raises
     ------
     ConfigError
-        If the mask has not three dimensions, or an edge is not a positive number.
+        If the mask does not have three dimensions, or an edge is not a positive number.
     """
     brain_XYZ = np.asarray(brain_XYZ, dtype=bool)
     if brain_XYZ.ndim != 3:
@@ -59,33 +58,33 @@ def parcels_from_mask(brain_XYZ: np.ndarray, mm: float, cube_mm: float = 24.0, l
 
 
 def read_labels(path: Path, grid: Grid) -> np.ndarray:
-    """A label image in MNI space, on the grid: each voxel takes the label that lies nearest to its middle.
+    """Read a label image in MNI space, and resample it to the grid by nearest neighbour.
 
     Parameters
     ----------
     path : Path
-        A NIfTI image of integers, 0 for no parcel; three dimensions, or four with one volume.
+        A NIfTI image of integers, 0 for no parcel. It has three dimensions, or four with one volume.
     grid : Grid
 
     Returns
     -------
     labels_XYZ : int32 array
-        0 outside the image.
+        Labels on the grid; 0 outside the image.
 
     Raises
     ------
     ConfigError
-        If it is no such image, its header tells no position, or fewer than two of its parcels lie on the grid.
+        If the file is not such an image, its header has no position, or fewer than two of its parcels lie on the grid.
     """
     image = open_image(path, path, error=ConfigError)
     try:
         value_XYZ = np.asarray(image.dataobj)
-    except Exception as error:  # gzip and zlib raise many types for damaged files
+    except Exception as error:  # gzip and zlib raise many types of exception for damaged files
         raise ConfigError(path, "", f"unreadable ({type(error).__name__})", "a NIfTI label image") from None
     if value_XYZ.ndim == 4 and value_XYZ.shape[3] == 1:
         value_XYZ = value_XYZ[..., 0]
     if value_XYZ.ndim != 3:
-        got, hint = "x".join(map(str, value_XYZ.shape)), "Probabilistic atlases have to be turned into labels first"
+        got, hint = "x".join(map(str, value_XYZ.shape)), "Convert a probabilistic atlas to labels first"
         raise ConfigError(path, "dim", got, "x, y, z", hint)
     if value_XYZ.dtype.kind not in "iuf":
         raise ConfigError(path, "datatype", value_XYZ.dtype, "integers")
@@ -93,11 +92,11 @@ def read_labels(path: Path, grid: Grid) -> np.ndarray:
         label_XYZ = value_XYZ.astype(np.int32)
     wrong_XYZ = (label_XYZ != value_XYZ) | (label_XYZ < 0)
     if wrong_XYZ.any():
-        got, hint = f"{value_XYZ[wrong_XYZ][0]:g}", "Resample label images by nearest neighbour only"
+        got, hint = f"{value_XYZ[wrong_XYZ][0]:g}", "Resample label images with nearest neighbour only"
         raise ConfigError(path, "values", got, "0 for no parcel, and whole numbers from 1 on", hint)
     affine = affine_mm(image)
     if not code_of(image):
-        got, hint = "0, 0: position unknown", "Restore the header from the original image"
+        got, hint = "0, 0 (unknown position)", "Restore the header from the original image"
         raise ConfigError(path, "qform_code, sform_code", got, "a code above 0", hint)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         raise ConfigError(path, "affine", "singular or not finite", "an invertible affine")
@@ -118,16 +117,16 @@ def parcels_from_labels(brain_XYZ: np.ndarray, labels_XYZ: np.ndarray, least: fl
     Parameters
     ----------
     brain_XYZ : bool array
-        The brain mask of a run.
+        The brain mask of a scan.
     labels_XYZ : int32 array
         From `read_labels`.
     least : float
-        Smallest share of a parcel's voxels on the grid that must be brain; with less it is left out.
+        Smallest share of a parcel's voxels on the grid that must be brain. Other parcels are left out.
 
     Returns
     -------
     labels_XYZ : int32 array
-        The image's labels; 0 for no parcel.
+        The labels of the image; 0 for no parcel.
     """
     number_R, place_XYZ = np.unique(labels_XYZ, return_inverse=True)
     whole_R = np.bincount(place_XYZ.ravel(), minlength=len(number_R))
@@ -137,7 +136,7 @@ def parcels_from_labels(brain_XYZ: np.ndarray, labels_XYZ: np.ndarray, least: fl
 
 
 def make_parcels(grid: Grid, settings: ParcelSettings) -> Callable[[np.ndarray], np.ndarray]:
-    """What gives a brain mask on the grid its parcels: cubes, or those of a label image, which it carries along.
+    """A function that returns the parcels of a brain mask on the grid: cubes, or those of a label image.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Ways to score the windows of a scan, by name.
+"""Rankers: methods that score the windows of a scan, by name.
 
 Legend: R parcels; T frames; V views; W windows.
 """
@@ -67,14 +67,14 @@ def _leave_one_out(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, fra
 
 
 def _uniform(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
-    # The bit-reversed index (van der Corput): the first k of it are spread over the run, whatever k.
+    # Bit-reversed index (van der Corput sequence): for every k, the first k windows are spread over the scan.
     windows = z_VRT.shape[2] // frames
     bits = max(1, (windows - 1).bit_length())
     return {"scores": np.array([-int(f"{w:0{bits}b}"[::-1], 2) for w in range(windows)], dtype=np.float64)}
 
 
 def _random(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
-    # The frame of each parcel's largest deviation names the run, and knows neither its sign nor its scale.
+    # The frames of the parcels' largest deviations identify the scan, independent of sign and scale.
     print_R = np.abs(z_VRT[0]).argmax(axis=1).astype("<i8")
     named = hashlib.sha256(f"{ranker.seed} {z_VRT.shape}".encode() + print_R.tobytes()).digest()
     return {"scores": np.random.default_rng(int.from_bytes(named[:16], "little")).random(z_VRT.shape[2] // frames)}
@@ -100,20 +100,21 @@ _RANKERS: dict[str, tuple[_Score, dict[str, Any]]] = {
 
 
 class Ranker:
-    """A way to score the windows of a run; small and picklable. Made by `make_ranker`.
+    """Scores the windows of a scan. It is picklable; use `make_ranker` to make one.
 
-    ``mutual``: joint predictable energy, space by ridge and time by the extractor. ``ridge``: both by ridge.
-    ``variance``: mean z^2 of the window. ``median-variance``: the same after a median filter over 5 frames.
-    ``leave-one-out``: mean squared error of the window rebuilt by ridge from its neighbours. ``uniform``:
-    evenly spaced windows first. ``random``: drawn from the seed, the numbers of parcels and frames, and the
-    frames of the parcels' largest deviations, so that runs of one length differ.
+    ``mutual``: joint predictable energy, predicted in space by ridge regression and in time by the extractor.
+    ``ridge``: the same, with ridge regression for both. ``variance``: mean z^2 of the window. ``median-variance``: the
+    same after a median filter over 5 frames. ``leave-one-out``: mean squared error of the window reconstructed by ridge
+    regression from its neighbours. ``uniform``: evenly spaced windows first. ``random``: drawn with the seed, the
+    numbers of parcels and frames, and the frames of the parcels' largest deviations, so that scans of equal length
+    differ.
     """
 
     def __init__(self, name: str, extractor: Extractor | None, seed: int):
         self.name, self.extractor, self.seed = name, extractor, seed
 
     def identity(self) -> dict[str, Any]:
-        """What decides the scores, for a manifest: name, parameters, and the extractor's checksum or None."""
+        """What determines the scores, for a manifest: name, parameters, and checksum of the extractor or None."""
         return {
             "name": self.name,
             "seed": self.seed,
@@ -122,35 +123,33 @@ class Ranker:
         }
 
     def scores(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
-        """Score of every window, float32 (W,), higher = more salient: ``scores`` of `parts`."""
+        """Score of every window, float32 (W,); higher is more salient. These are the ``scores`` of `parts`."""
         return self.parts(roi_RT, centre_R3, frames)["scores"]
 
     def parts(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
-        """Score of every window and what limits it; independent of the sign and scale of `roi_RT`.
+        """Score of every window, and its parts in space and time. They do not depend on the sign and scale of `roi_RT`.
 
         Parameters
         ----------
         roi_RT : float array
-            Raw parcel means in any unit. Constant parcels are left out, and so are frames after the last
-            whole window.
+            Raw parcel means in any unit. Constant parcels and frames after the last whole window are left out.
         centre_R3 : float array
             Parcel centres in mm.
         frames : int
-            Frames of a window.
+            Number of frames of a window.
 
         Returns
         -------
         dict of float32 arrays (W,), W = T // frames, in time order
-            ``scores``: higher = more salient. ``mutual`` and ``ridge`` also ``scores_space`` and
-            ``scores_time``: the same with S_w alone and with T_w alone in place of the smaller of both, in the
-            units of the score, which exceeds neither.
+            ``scores``: higher is more salient. ``mutual`` and ``ridge`` also give ``scores_space`` and ``scores_time``:
+            the score with only S_w, or only T_w, instead of the smaller of both. The score exceeds neither.
 
         Raises
         ------
         RunRefused
-            For a run of fewer than two windows, NaN or infinity, or fewer than two parcels that vary.
+            If the scan has fewer than two windows, NaN or infinity, or fewer than two parcels that vary.
         ConfigError
-            If the extractor was trained for windows of another length, or the centres are not one per parcel.
+            If the extractor was trained for another window length, or the number of centres and parcels differ.
         """
         roi_RT, centre_R3 = np.asarray(roi_RT), np.asarray(centre_R3)
         where = f"ranker {self.name}"
@@ -170,29 +169,30 @@ class Ranker:
 
 
 def make_ranker(name: str = "mutual", extractor: Path | str | Extractor | None = None, seed: int = 0) -> Ranker:
-    """A ranker by name.
+    """Make a ranker by name.
 
     Parameters
     ----------
     name : str
         mutual, ridge, median-variance, variance, leave-one-out, uniform or random.
     extractor : path or Extractor, optional
-        The trained extractor, or its folder: required by ``mutual``, refused by the others.
+        The trained extractor or its folder. ``mutual`` needs it; the others do not accept it.
     seed : int
         Seed of the half-splits (``mutual``, ``ridge``) or of the draw (``random``).
 
     Raises
     ------
     ConfigError
-        For an unknown name, a missing or needless extractor, or one that cannot be read.
+        If the name is unknown, or the extractor is missing, not accepted or unreadable.
     """
     if name not in _RANKERS:
         raise ConfigError("ranker", "name", name, f"one of {', '.join(_RANKERS)}")
     if name == "mutual" and extractor is None:
-        hint = "Train one, or take the training-free ranker ridge"
-        raise ConfigError("ranker mutual", "extractor", "none", "a trained extractor's folder", hint)
+        hint = "Train an extractor, or use the ranker ridge, which needs none"
+        raise ConfigError("ranker mutual", "extractor", "none", "the folder of a trained extractor", hint)
     if name != "mutual" and extractor is not None:
-        raise ConfigError(f"ranker {name}", "extractor", "one", "none", "Only mutual takes an extractor")
+        hint = "Only the ranker mutual uses an extractor"
+        raise ConfigError(f"ranker {name}", "extractor", "an extractor", "none", hint)
     if isinstance(extractor, (str, Path)):
         extractor = Extractor.load(extractor)
     return Ranker(name, extractor, seed)

@@ -1,18 +1,18 @@
-"""Stage 1: which windows of a run deserve voxel-level compute.
+"""Saliency of the windows of a scan (stage 1).
 
-The paper ranks windows by "mutual masked reconstruction" (SLIM-Brain, arXiv 2512.21881, stage 1) without a
-formula. The definition here is *joint predictable energy*: a window matters if it stands out from its run by
-energy that both the other parcels and the neighbouring windows can predict. A spike fails in time, an
-incoherent slow burst in space, noise in both:
+The paper ranks windows by "mutual masked reconstruction" (SLIM-Brain, arXiv 2512.21881, stage 1) without a formula.
+Here saliency is defined as *joint predictable energy*: a window is salient if it exceeds the other windows of its scan
+in energy that can be predicted both from other parcels and from neighbouring windows. A spike cannot be predicted in
+time, an incoherent slow burst not in space, and noise in neither:
 
     joint_w = sum over the two views of  min(S_w, T_w)
     saliency_w = (joint_w-1 + 4 joint_w + joint_w+1) / 6
 
-The views are those of `slim.ranking.extractor.standardise`. S_w and T_w are the parts of the window's energy that are
-predictable in space (`space_energy`) and in time (rebuilt by the extractor, or by `rebuild_by_ridge` without
-one). Each is multiplied by the weight of the window's most outlying frame (`calmness`) and then given as its
-`standing` among the run's windows: the predictors are unlike, and without a common scale the smaller of them
-alone decides. Neighbours count because a haemodynamic response outlasts a window.
+The views are those of `slim.ranking.extractor.standardise`. S_w and T_w are the parts of the window's energy that can
+be predicted in space (`space_energy`) and in time (with the extractor, or with `rebuild_by_ridge`). Each is multiplied
+by the weight of the window's most outlying frame (`calmness`) and standardised over the windows of the scan
+(`standing`). Without a common scale, the predictor with the smaller values alone would determine the minimum. The
+neighbours are included because a haemodynamic response is longer than a window.
 
     ranker = make_ranker("mutual", Path("extractor/"))
     score_W = ranker.scores(roi_RT, centre_R3, frames=5)
@@ -28,8 +28,8 @@ from scipy import linalg, ndimage
 
 SPLITS, RHO = 4, 0.3
 FOLDS, BLOCK, MARGIN = 6, 3, 3  # interleaved folds of blocks of windows; margin in frames
-REACH, PENALTY = 3, 0.03  # frames each side and ridge penalty of the training-free time part
-LEAST_RANGE = 1e-3  # quartile range below which windows do not differ but by rounding
+REACH, PENALTY = 3, 0.03  # for `rebuild_by_ridge`: frames on each side, and ridge penalty
+LEAST_RANGE = 1e-3  # below this interquartile range, windows differ by rounding only
 
 
 def window_mean(value_RT: np.ndarray, frames: int) -> np.ndarray:
@@ -38,17 +38,17 @@ def window_mean(value_RT: np.ndarray, frames: int) -> np.ndarray:
 
 
 def frame_weights(z_RT: np.ndarray) -> np.ndarray:
-    """Weight of each frame in covariances: min(1, 1.5 median RMS / RMS_t)^2, so spikes do not own them."""
+    """Weight of each frame in covariances, min(1, 1.5 median RMS / RMS_t)^2, which limits the effect of spikes."""
     rms_T = np.sqrt(np.mean(np.square(z_RT), axis=0, dtype=np.float64))
     return np.minimum(1.0, 1.5 * np.median(rms_T) / np.maximum(rms_T, 1e-12)) ** 2
 
 
 def folds(windows: int, frames: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Interleaved folds of a run's frames: the frames to predict, and those a prediction may learn from.
+    """Interleaved folds of the frames of a scan: for each fold the frames to predict, and the training frames.
 
-    Blocks of 3 windows are dealt to 6 folds in turn; what lies within 3 frames of a fold teaches it nothing.
-    Runs of fewer than 6 windows are cut into blocks of 2 windows or 1, so that every fold has frames to
-    learn from.
+    Blocks of 3 windows are assigned to 6 folds in turn. Frames within 3 frames of a fold are not used to train its
+    prediction. Scans of fewer than 6 windows are divided into blocks of 2 windows or 1, so that every fold has training
+    frames.
     """
     fold_T = np.repeat(np.arange(windows) // max(1, min(BLOCK, windows // 2)) % FOLDS, frames)
     pairs = []
@@ -59,23 +59,23 @@ def folds(windows: int, frames: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def space_energy(z_RT: np.ndarray, frames: int, seed: int) -> np.ndarray:
-    """Energy of each window that the other parcels predict (S_w).
+    """Energy of each window that can be predicted from other parcels (S_w).
 
-    A random half B of the parcels is predicted from the other half A, zhat_B = C_BA (C_AA + rho I)^-1 z_A,
-    with rho = 0.3 and the covariance C from other frames of the run only; mean of z^2 - (z - zhat)^2 over
-    the hidden parcels, the window's frames and 4 random splits.
+    A random half B of the parcels is predicted from the other half A, zhat_B = C_BA (C_AA + rho I)^-1 z_A, with
+    rho = 0.3 and the covariance C of other frames of the scan. The energy is the mean of z^2 - (z - zhat)^2 over the
+    predicted parcels, the frames of the window and 4 random splits.
 
     Parameters
     ----------
     z_RT : float32 array
-        Standardised parcels, T a whole number of windows.
+        Standardised parcel series; T is a multiple of the window length.
     frames, seed : int
-        Frames of a window; seed of the splits.
+        Number of frames of a window; seed of the splits.
 
     Returns
     -------
     energy_W : float64 array
-        In units of z^2; negative where the prediction is worse than none.
+        In units of z^2; negative if the prediction is worse than predicting 0.
     """
     parcels, length = z_RT.shape
     weight_T = frame_weights(z_RT).astype(z_RT.dtype)
@@ -96,11 +96,10 @@ def space_energy(z_RT: np.ndarray, frames: int, seed: int) -> np.ndarray:
 
 
 def rebuild_by_ridge(z_RT: np.ndarray, frames: int) -> np.ndarray:
-    """Every window rebuilt from 3 frames on each side of it, without training.
+    """Reconstruct every window from 3 frames on each side, without a trained extractor.
 
-    One linear interpolation for all parcels of the run, from their mean autocorrelation (frames weighted as
-    in `frame_weights`), penalty 0.03. At the ends of the run one side is missing and the other side predicts
-    alone.
+    All parcels share one linear interpolation, computed from their mean autocorrelation (frames are weighted as in
+    `frame_weights`) with the ridge penalty 0.03. At the ends of the scan, only the frames on one side are used.
 
     Returns
     -------
@@ -108,8 +107,8 @@ def rebuild_by_ridge(z_RT: np.ndarray, frames: int) -> np.ndarray:
         In the units of `z_RT`.
     """
     length = z_RT.shape[1]
-    # Weighting both frames of each product, and dividing every lag by the same total, keeps the matrix of
-    # autocorrelations positive definite.
+    # Weighting both frames of each product, and dividing all lags by the same total, keeps the autocorrelation matrix
+    # positive definite.
     tapered_RT = z_RT * np.sqrt(frame_weights(z_RT)).astype(z_RT.dtype)
     power = np.square(tapered_RT, dtype=np.float64).sum()
     corr_L = np.zeros(frames + 2 * REACH)
@@ -127,16 +126,16 @@ def rebuild_by_ridge(z_RT: np.ndarray, frames: int) -> np.ndarray:
 
 
 def time_energy(z_RT: np.ndarray, rebuilt_RT: np.ndarray, frames: int) -> np.ndarray:
-    """Energy of each window that its neighbours predict (T_w): mean of z^2 - (z - zhat)^2, float64 (W,)."""
+    """Energy of each window that can be predicted from its neighbours (T_w): mean z^2 - (z - zhat)^2, float64 (W,)."""
     return window_mean(z_RT**2 - (z_RT - rebuilt_RT) ** 2, frames)
 
 
 def calmness(z_RT: np.ndarray, frames: int) -> np.ndarray:
-    """How calm each window is: the least root of its `frame_weights`, 1 without an outlying frame; (W,)."""
+    """The smallest square root of the `frame_weights` of each window; 1 without an outlying frame. (W,)"""
     return np.sqrt(frame_weights(z_RT)).reshape(-1, frames).min(axis=1)
 
 
 def standing(value_W: np.ndarray) -> np.ndarray:
-    """How far each window stands above the run's median window, in quartile ranges of the run's windows."""
+    """Difference of each window from the median over the scan, in units of the interquartile range."""
     low, middle, high = np.quantile(value_W, (0.25, 0.5, 0.75))
     return (value_W - middle) / max(high - low, LEAST_RANGE)

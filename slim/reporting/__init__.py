@@ -1,1 +1,1 @@
-"""The page of a run: its curves, its health, its results."""
+"""The report page of a run: its curves, findings and results."""

@@ -1,6 +1,6 @@
-"""The curves of a run, drawn, each with words on what a normal one looks like.
+"""Figures of the curves of a run, with captions that describe a normal curve.
 
-Long runs are thinned: at most 600 places along the axis, with the range of what shares a place.
+Curves of long runs are reduced to at most 600 points along the axis, with the range of the values at each point.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shards.reporting import html
 from slim.config import FinetuneSettings, PretrainSettings
 from slim.training.metrics import MetricsLine
 
-_POINTS = 600  # places along the axis of a drawn curve
+_POINTS = 600  # largest number of points of a drawn curve
 _KINDS = {
     "cross_time": ("cross-time: same places, other windows", html.BLUE),
     "cross_location": ("cross-location: other places, same windows", html.ORANGE),
@@ -27,14 +27,14 @@ _KINDS = {
 
 
 def values(lines: Sequence[MetricsLine], name: str) -> np.ndarray:
-    """A field of all lines; NaN where it was not logged."""
+    """The values of a field in all lines; NaN if it was not logged."""
     return np.array([np.nan if line.get(name) is None else line[name] for line in lines], float)
 
 
 def thin(step: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """A curve in at most 600 places: step, lowest, mean and highest value of each.
+    """Reduce a curve to at most 600 points: step, and lowest, mean and highest value of each.
 
-    Values that are not finite are left out. Lowest and highest keep a single spike visible among 10^5 steps.
+    Non-finite values are left out. The lowest and highest values keep a single spike visible among 10^5 steps.
     """
     finite = np.isfinite(value)
     step, value = step[finite], value[finite]
@@ -51,7 +51,7 @@ def thin(step: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
 
 def smoothed(value: np.ndarray) -> np.ndarray:
-    """Running mean over a thirtieth of the curve, shorter at its ends."""
+    """Running mean over a thirtieth of the curve, with a shorter window at its ends."""
     window = np.ones(max(1, len(value) // 30) | 1)
     half = len(window) // 2
     padded = np.convolve(value, window)[half : half + len(value)]
@@ -60,7 +60,7 @@ def smoothed(value: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a plot: field of metrics.jsonl, name, colour, factor to the plotted unit."""
+    """A line of a plot: field of metrics.jsonl, name, colour, factor to the plotted unit."""
 
     field: str
     name: str = ""
@@ -99,9 +99,9 @@ def _figure(
     zero: bool = False,
     limit: tuple[float, str] | None = None,
 ) -> list[html.Part]:
-    """Title and picture of panels (y label, curves, log) over one step axis; nothing where no field was logged.
+    """Title and picture of panels (y label, curves, log) over one step axis; empty if no field was logged.
 
-    With `zero` the line of no gain is drawn and all below it shaded; `limit` draws and names another line.
+    With `zero`, the line of no gain is drawn, and the area below it is shaded. `limit` adds a line with a name.
     """
     panels = [panel for panel in panels if any(np.isfinite(values(lines, curve.field)).any() for curve in panel[1])]
     if not panels:
@@ -115,7 +115,7 @@ def _figure(
     if zero:
         low, high = axes.get_ylim()
         span = max(high, 0.0) - min(low, 0.0)
-        axes.set_ylim(min(low - 0.12 * span, -0.15 * span), max(high, 0.05 * span))  # room for the words
+        axes.set_ylim(min(low - 0.12 * span, -0.15 * span), max(high, 0.05 * span))  # room for the text
         axes.axhspan(axes.get_ylim()[0], 0, color=html.RED, alpha=0.09, lw=0)
         axes.axhline(0, color=html.RED, lw=1, ls="--")
         _say(axes, axes.get_ylim()[0], "no better than the mean of the place")
@@ -126,7 +126,7 @@ def _figure(
 
 
 def _say(axes: Axes, height: float, words: str) -> None:
-    """Words just above a height, at the right end."""
+    """Write a text just above a height, at the right end."""
     axes.annotate(
         words,
         (1, height),
@@ -147,15 +147,15 @@ def _kinds(prefix: str) -> list[Curve]:
 def sections(
     settings: PretrainSettings | FinetuneSettings, lines: Sequence[MetricsLine], guess: float | None = None
 ) -> list[html.Section]:
-    """All curves of a run, in sections; what was not logged is left out.
+    """All logged curves of a run, in sections.
 
     Parameters
     ----------
     settings : PretrainSettings or FinetuneSettings
     lines : sequence of dict
-        Of metrics.jsonl.
+        Lines of metrics.jsonl.
     guess : float, optional
-        Of a fine-tuning: validation loss of whoever guesses.
+        For a fine-tuning, the validation loss of guessing.
     """
     if not lines:
         return []
@@ -163,7 +163,7 @@ def sections(
         learning = _answering(lines, guess)
     else:
         learning = _predicting(settings, lines)
-    how = "Line: running mean. Pale: the logged values themselves, or their range where many share a place."
+    how = "Line: running mean. Pale: the logged values, or their range in long runs."
     named = (("Learning", learning), ("Health", _health(settings, lines)), ("Speed and memory", _machine(lines)))
     found: list[html.Section] = []
     for title, pictures in named:
@@ -179,18 +179,18 @@ def _answering(lines: Sequence[MetricsLine], guess: float | None) -> list[list[h
     validation = [Curve("val_loss", "validation, by epoch", html.ORANGE, noisy=False)]
     return [
         _figure(
-            "Loss of the training people",
+            "Loss of the training subjects",
             lines,
             [("loss", training, False)],
-            "Cross-entropy with all classes counted alike, or squared error of standardised values. It can be brought "
-            "to nothing by learning people by heart: judge by the validation.",
+            "Cross-entropy with equal weight for all classes, or squared error of standardised values. It can fall to "
+            "0 by memorising the training subjects: judge the run by the validation loss.",
         ),
         _figure(
-            "Loss of the validation people",
+            "Loss of the validation subjects",
             lines,
             [("loss", validation, False)],
-            "Once an epoch, from all windows. Normal: it falls, then flattens or rises again; the weights of its "
-            "lowest point are kept and tested.",
+            "Computed once per epoch from all windows. Normal: it falls, then flattens or rises again. The weights at "
+            "its lowest point are kept and tested.",
             limit=None if guess is None else (guess, "guessing"),
         ),
     ]
@@ -214,27 +214,26 @@ def _predicting(settings: PretrainSettings, lines: Sequence[MetricsLine]) -> lis
             "Gain over the mean of each place",
             lines,
             [("gain", [Curve("gain")], False)],
-            "Gain = 1 - loss / loss of a predictor that knows only the mean target of each place and "
-            "slot. Zero is that predictor: no better than knowing what a place looks like on average. "
-            "Normal: at or below 0 at first, then rising. A collapse: it stays at 0 or below to the "
-            "end.",
+            "Gain = 1 - loss / loss of predicting the mean target of each place and slot. At 0, the "
+            "model is no better than this mean. Normal: at or below 0 at first, then rising. "
+            "Collapse: it stays at or below 0 to the end.",
             zero=True,
         ),
         _figure(
             "Loss and its terms",
             lines,
             [("loss", terms, True)],
-            f"Total = {weights}; the terms are drawn without their weights. MAE falls from about 1. The "
-            "JEPA term may rise while the gain grows: its targets are made by the model itself and "
-            "become harder as they grow richer. A JEPA loss that drops to almost nothing with a gain "
-            "near 0 is a collapse, not a success.",
+            f"Total = {weights}; the terms are drawn without these coefficients. The MAE term falls from about "
+            "1. The JEPA term may rise while the gain rises, because the model computes its own targets "
+            "and they become harder to predict. A JEPA term near 0 with a gain near 0 is a collapse, not a "
+            "success.",
         ),
         _figure(
             "Gain for each kind of target",
             lines,
             [("gain", _kinds("gain"), False)],
-            "Normal: cross-location carries the dynamics and comes to lead; cross-time and "
-            "double-cross, of windows minutes apart, carry the person (anatomy, "
+            "Normal: cross-location, which depends on brain dynamics, becomes the highest. Cross-time "
+            "and double-cross predict windows minutes apart, and depend on the subject (anatomy, "
             "connectivity).",
             zero=True,
         ),
@@ -242,8 +241,8 @@ def _predicting(settings: PretrainSettings, lines: Sequence[MetricsLine]) -> lis
             "Loss for each kind of target",
             lines,
             [("loss", _kinds("loss"), False)],
-            "The JEPA loss by kind of target. Compare kinds by their gain, not by this: targets of "
-            "unlike kinds differ in variance.",
+            "The JEPA term by kind of target. Compare kinds by their gain, not by their loss, because "
+            "the variance of targets differs between kinds.",
         ),
     ]
 
@@ -255,10 +254,9 @@ def _health(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Metri
             "Spread of the targets",
             lines,
             [("SD", [Curve("target_std")], False)],
-            "Standard deviation of the targets around the mean of their place, mean over channels. "
-            "Normal: it settles well above 0. Towards 0: every sample gives the same "
-            "features.",
-            limit=(0, "all samples alike"),
+            "Standard deviation of the targets around the mean of their place, averaged over channels. "
+            "Normal: it becomes stable well above 0. Near 0, all samples give the same features.",
+            limit=(0, "all samples equal"),
         ),
         _figure(
             "Effective rank",
@@ -273,25 +271,25 @@ def _health(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Metri
                     False,
                 )
             ],
-            "How many directions the features use: targets around the mean of their place, and the context's "
-            "features as they are. Normal: it falls from its start, then settles. Below 5 is a dimensional "
-            "collapse: raise loss.sig or loss.mae.",
+            "Number of directions that the features use: of targets around the mean of their place, and of "
+            "context features. Normal: it falls from its initial value, then becomes stable. Below 5 is a "
+            "dimensional collapse: raise loss.sig or loss.mae.",
             limit=(5, "dimensional collapse below 5"),
         ),
         _figure(
             "Do samples differ?",
             lines,
             [("cosine", [Curve("sample_cosine")], False), ("SD, context", [Curve("context_std")], False)],
-            "Cosine between the features of different samples at the same place and slot: high from the start, "
-            "because anatomy is shared. Normal: it falls, or stays below 1. At 1 all samples give the same "
-            "features. Lower panel: the standard deviation of the context's features over their cells.",
+            "Cosine similarity between the features of different samples at the same place and slot. It is high at "
+            "the start, because anatomy is similar. Normal: it falls, or stays below 1. At 1, all samples give the "
+            "same features. Lower panel: the standard deviation of the context features over cells.",
         ),
         _figure(
             "Norm of the gradient",
             lines,
             [("gradient norm", [Curve("grad_norm")], True)],
-            f"Before clipping at {clip:g}. Normal: falls early, then flat with rare spikes. Spikes that "
-            "become frequent announce a divergence: lower optimizer.lr.",
+            f"Before clipping at {clip:g}. Normal: falls early, then flat with rare spikes. Frequent "
+            "spikes are a sign of divergence: lower optimizer.lr.",
             limit=(clip, "clipped above"),
         ),
         _figure(
@@ -302,9 +300,9 @@ def _health(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Metri
                 ("weight decay", [Curve("wd", noisy=False)], False),
                 ("EMA momentum", [Curve("ema", noisy=False)], False),
             ],
-            "As planned, per optimizer step: the learning rate warms up, then falls along half a cosine "
-            "and ends on the last step; weight decay and EMA momentum go from their first to their last "
-            "value.",
+            "Schedules by optimizer step: the learning rate rises linearly during the warm-up, then falls along "
+            "half a cosine to the last step; weight decay and EMA momentum change from their first to their "
+            "last value.",
         ),
     ]
 
@@ -319,8 +317,8 @@ def _machine(lines: Sequence[MetricsLine]) -> list[list[html.Part]]:
                 ("data wait, %", [Curve("data_wait", factor=100)], False),
                 ("MFU, %", [Curve("mfu", factor=100)], False),
             ],
-            "All processes together. Normal: flat. Data wait is the share of a step spent waiting for "
-            "samples; where it stays high, raise run.workers.",
+            "All processes together. Normal: flat. Data wait is the share of time spent waiting for "
+            "samples; if it stays high, raise run.workers.",
         ),
         _figure(
             "Memory and tokens",
@@ -329,8 +327,8 @@ def _machine(lines: Sequence[MetricsLine]) -> list[list[html.Part]]:
                 ("peak memory, GiB", [Curve("peak_memory_bytes", factor=2**-30, noisy=False)], False),
                 ("tokens kept", [Curve("tokens_kept")], False),
             ],
-            "Memory: of the GPU's allocator, or of the process where there is none; it only rises, and "
-            "should soon stop rising. Tokens kept: brain tokens of the context, per sample; it varies a "
-            "little with the brains.",
+            "Peak memory of the GPU's allocator, or of the process without a GPU; it should soon stop "
+            "rising. Tokens kept: brain tokens of the context per sample, which varies slightly with the "
+            "size of the brains.",
         ),
     ]

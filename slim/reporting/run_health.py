@@ -1,6 +1,6 @@
-"""What probes and explanations found, for the page of a run: first in words, then in tables and pictures.
+"""Results of probes and explanations on the page of a run: findings, tables and figures.
 
-Reads `report/report.json` of `tools/probe.py` and `report/explain/` of `tools/explain.py`.
+They are read from `report/report.json` of `tools/probe.py` and `report/explain/` of `tools/explain.py`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ _METHODS = {
     OURS: "this run",
     "finetuned": "this run, fine-tuned",
     "random": "same encoder, random weights",
-    "scratch": "same encoder, trained on the task alone",
+    "scratch": "same encoder, trained only on the task",
     "connectome": "functional connectivity",
     "connectome_kept": "connectivity, kept windows",
     "parcel_means": "parcel means",
     "mean_image": "mean image",
-    "confounds": "confounds alone",
+    "confounds": "confounds only",
 }
 
 
 def read_tasks(path: Path) -> list[TaskResult]:
-    """The tasks of a probe's report, by name, with the methods in the order they are shown; none without the file.
+    """Read the tasks of a probe report, with the methods in the order in which they are shown; empty without the file.
 
     Raises
     ------
     ConfigError
-        If the file is no such report.
+        If the file is not a probe report.
     """
     found = []
     for task in Report.read(path).results.values():
@@ -45,7 +45,7 @@ def read_tasks(path: Path) -> list[TaskResult]:
 
 
 def verdict(tasks: Sequence[TaskResult]) -> list[Finding]:
-    """Is it of use?"""
+    """Findings from the results of probes."""
     found = []
     better, worse, alike = _sorted(tasks, "random")
     compared = len(better) + len(worse) + len(alike)
@@ -55,26 +55,26 @@ def verdict(tasks: Sequence[TaskResult]) -> list[Finding]:
         found.append(Finding("random", "good" if most and not worse else "look", words + _listed(better, ": {}") + "."))
     if alike:
         found.append(
-            look("random", f"No clear difference from random weights on {', '.join(alike)}: more people may show one.")
+            look("random", f"No clear difference from random weights on {', '.join(alike)}; test more subjects.")
         )
     if worse:
         found.append(bad("random", f"Random weights are better on {', '.join(worse)}."))
     better, worse, alike = _sorted(tasks, "connectome")
     if worse:
-        found.append(look("connectome", f"Functional connectivity wins on {', '.join(worse)}."))
+        found.append(look("connectome", f"Functional connectivity is better on {', '.join(worse)}."))
     if better:
         found.append(good("connectome", f"Beats functional connectivity on {', '.join(better)}."))
     if alike:
         found.append(look("connectome", f"No clear difference from functional connectivity on {', '.join(alike)}."))
-    for method, said in (("parcel_means", "Parcel means alone"), ("confounds", "Confounds alone")):
+    for method, said in (("parcel_means", "Parcel means"), ("confounds", "Confounds")):
         _, worse, alike = _sorted(tasks, method)
         if worse or alike:
-            found.append(look(method, f"{said} do as well or better on {', '.join(sorted([*worse, *alike]))}."))
+            found.append(look(method, f"{said} alone are equal or better on {', '.join(sorted([*worse, *alike]))}."))
     better, worse, _ = _sorted(tasks, "scratch", "finetuned")
     if better:
-        found.append(good("finetuned", f"Fine-tuned, it beats training on the task alone on {', '.join(better)}."))
+        found.append(good("finetuned", f"Fine-tuning beats training only on the task on {', '.join(better)}."))
     if worse:
-        found.append(bad("finetuned", f"Training on the task alone beats fine-tuning on {', '.join(worse)}."))
+        found.append(bad("finetuned", f"Training only on the task beats fine-tuning on {', '.join(worse)}."))
     unsure = [task.name for task in tasks if _p(task) is not None and (_p(task) or 0) >= 0.05]
     if unsure:
         found.append(look("chance", f"No better than chance on {', '.join(unsure)} (permutation p of .05 or more)."))
@@ -87,7 +87,7 @@ def _p(task: TaskResult) -> float | None:
 
 
 def _sorted(tasks: Sequence[TaskResult], method: str, mine: str = OURS) -> tuple[list[str], list[str], list[str]]:
-    """Names of the tasks on which `mine` is better than a method, worse, and neither."""
+    """Names of the tasks on which `mine` is better than a method, worse, and not clearly different."""
     signs = {task.name: task.compare(method, mine) for task in tasks}
     better, worse, alike = ([name for name, sign in signs.items() if sign == wanted] for wanted in (1, -1, 0))
     return better, worse, alike
@@ -98,7 +98,7 @@ def _listed(names: Sequence[str], form: str) -> str:
 
 
 def _words(found: Estimate | None, digits: int = 3) -> str:
-    """Value [low, high], p."""
+    """A value with its interval and p value: `0.71 [0.62, 0.80], p = 0.002`."""
     if found is None or found.value is None:
         return "–"
     ends = "" if found.interval is None else " [{:.{n}f}, {:.{n}f}]".format(*found.interval, n=digits)
@@ -111,7 +111,7 @@ def _name(method: str) -> str:
 
 
 def probes(tasks: Sequence[TaskResult]) -> list[html.Part]:
-    """All tasks in one table, then each with its intervals drawn."""
+    """A table of all tasks, then a figure of each task with intervals."""
     if not tasks:
         return []
     judged = [(task, metric) for task in tasks if (metric := task.judged_by) is not None]
@@ -123,9 +123,9 @@ def probes(tasks: Sequence[TaskResult]) -> list[html.Part]:
     head = ["Features", *[f"{task.name}, {metrics.words(metric)}" for task, metric in judged]]
     return [
         html.Text(
-            "Values with 95 % intervals over people; p from shuffled labels, where it was asked for. The weights are "
-            "worth something where this run beats the same encoder with random weights. Functional connectivity is "
-            "what has to be beaten for traits of a person. What the mean image can tell is anatomy, not activity."
+            "Values with 95 % intervals over subjects; p values from shuffled labels, if requested. Pretraining is "
+            "useful if this run beats the same encoder with random weights. For traits of subjects, it should also "
+            "beat functional connectivity. The mean image contains anatomy, but no activity."
         ),
         *([html.Table(head, rows, numbers=True)] if len(judged) > 1 else []),
         *[part for task in tasks for part in _probe(task)],
@@ -133,16 +133,16 @@ def probes(tasks: Sequence[TaskResult]) -> list[html.Part]:
 
 
 def _about(task: TaskResult) -> str:
-    """What was done, as far as the report tells."""
+    """Description of a task, from the facts in the report."""
     facts, found = task.facts, []
     if facts.type:
         found.append(facts.type + (f" of {facts.label}" if facts.label else ""))
     if facts.test_subjects is not None:
-        found.append(f"{facts.test_subjects} people tested")
+        found.append(f"{facts.test_subjects} subjects tested")
     if facts.pooling:
         found.append(f"{facts.pooling} pooling")
     if facts.split is not None and facts.split.kind == "folds":
-        found.append(f"{facts.split.folds} folds by person, dealt {facts.split.repeats} times")
+        found.append(f"{facts.split.folds} folds by subject, repeated {facts.split.repeats} times")
     elif facts.split is not None and facts.split.kind:
         found.append(f"split: {facts.split.kind}")
     if isinstance(facts.seeds, list):
@@ -151,7 +151,7 @@ def _about(task: TaskResult) -> str:
         whom = "the" if facts.subjects is None else facts.subjects
         found.append(f"{facts.subjects_seen_in_pretraining} of {whom} subjects seen in pretraining, without labels")
     elif facts.says_unknown("subjects_seen_in_pretraining"):
-        found.append("who was seen in pretraining is not known (version 0.1)")
+        found.append("subjects seen in pretraining are not known (version 0.1)")
     words = "; ".join(found)
     return words[0].upper() + words[1:] + "." if words else ""
 
@@ -173,7 +173,7 @@ def _probe(task: TaskResult) -> list[html.Part]:
 
 
 def _drawn(task: TaskResult) -> html.Picture:
-    """A panel a metric, a point and its interval a method."""
+    """A figure with one panel per metric, and one point with its interval per method."""
     figure = display.forest(task, _name, (OURS, "finetuned"))
     caption = metrics.caption("Dashed", task.metrics, task.levels)
     return html.Picture.of(
@@ -182,12 +182,12 @@ def _drawn(task: TaskResult) -> html.Picture:
 
 
 def explanations(folder: Path) -> list[html.Part]:
-    """Where and when the predictions come from, of every task that was explained.
+    """Where and when predictions come from, for every explained task.
 
     Raises
     ------
     ConfigError
-        If what `tools/explain.py` wrote cannot be read.
+        If a file of `tools/explain.py` cannot be read.
     """
     parts: list[html.Part] = []
     for path in sorted(folder.glob("*.json")):
@@ -200,44 +200,44 @@ def explanations(folder: Path) -> list[html.Part]:
     if not parts:
         return []
     intro = (
-        "Integrated gradients take the score of a probe apart: every voxel of every frame is given a share, and all "
-        "shares together are the score less that at the start of the path. A share tells what the prediction rests on, "
-        "not what causes the trait; where voxels carry the same, the division among them is the model's. The NIfTI "
-        "maps lie beside this page, in explain/."
+        "Integrated gradients divide the score of a probe into shares of all voxels and frames. The sum of the shares "
+        "is the score minus the score at the start of the path. A share shows what the prediction depends on, not what "
+        "causes the trait. If voxels contain the same information, the model determines how it is divided among them. "
+        "The NIfTI maps are in the folder explain/ next to this page."
     )
     return [html.Text(intro), *parts]
 
 
 def _explanation(name: str, found: Explanation, maps: bytes, windows: bytes) -> list[html.Part]:
     start = {
-        "still": "every voxel at its run mean, anatomy kept",
-        "empty": "every voxel at its run mean, and no anatomy",
+        "still": "every voxel at its mean over the scan, with anatomy",
+        "empty": "every voxel at its mean over the scan, without anatomy",
     }[found.start]
     rows = [[" ".join(f"{x:+g}" for x in place.mm), f"{place.value:.2g}"] for place in found.places]
     where = "MNI" if found.space == "MNI" else "grid, no standard space"
     about = (
         f"Explained: {found.score}, {found.pooling} pooling, in {html.count(len(found.sessions), 'session')} of "
-        f"{html.count(len({one.subject for one in found.sessions}), 'subject')} that the probe had not seen. "
+        f"{html.count(len({one.subject for one in found.sessions}), 'subject')} not used to train the probe. "
         f"Start of the path: {start}."
     )
     off = found.incomplete
-    told = f" In {len(off)} of them the shares do not sum to the score, first {off[0]}." if off else ""
+    told = f" In {len(off)} of them the shares do not add up to the score, the first is {off[0]}." if off else ""
     return [
         html.Heading(name),
         html.Text(about + told),
         html.Picture(
             maps,
             f"Slices of the brain with the shares in {name}",
-            "Mean over the sessions, smoothed for the eye, on their mean image; the largest tenth is coloured. Above: "
-            "how much a voxel takes part, in either direction. Below: red raises the score, blue lowers it. "
-            "Where a cell of the model holds little brain, as at its rim, each of the few voxels has a larger share.",
+            "Mean over the sessions, smoothed for display, on their mean image; the largest tenth is coloured. Above: "
+            "absolute shares. Below: red raises the score, blue lowers it. In cells of the model that contain little "
+            "brain, as at its edge, each of the few voxels has a larger share.",
         ),
         html.Table([f"Strongest places: x y z, mm ({where})", "mean |share|"], rows),
         html.Picture(
             windows,
             f"Saliency of the windows, and their shares in {name}, over time",
-            "Above, for some of the sessions: the score by which windows were ranked. Below: how much a voxel of each "
-            "kept window takes part in the prediction. The ranking never saw a label; where both rise together, the "
-            "windows it prefers are those the prediction rests on. Orange, where they were given: events.",
+            "Above, for some of the sessions: the saliency of the windows. Below: the mean absolute share of voxels in "
+            "each kept window. The ranking does not use labels; if both rise together, the prediction depends on the "
+            "windows that the ranking prefers. Orange: events, if they were given.",
         ),
     ]

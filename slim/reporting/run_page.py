@@ -1,10 +1,10 @@
-"""The page of a run: is it normal, in words and in curves.
+"""The report page of a run: findings, curves and results.
 
     python tools/report.py RUN
 
-Reads `config.yaml`, `metrics.jsonl`, `checkpoints/` and what `tools/probe.py` and `tools/explain.py` left in `report/`;
-writes `report/index.html`. It can be called while the run goes on. Long runs are thinned before they are drawn. The run
-of a fine-tuning has a page as well, with its training and validation.
+It reads `config.yaml`, `metrics.jsonl`, `checkpoints/` and the results of `tools/probe.py` and `tools/explain.py` in
+`report/`, and writes `report/index.html`. It can be called during training. Fine-tuning runs have a page as well, with
+their training and validation losses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from slim.finetune.labels import Answers
 from slim.reporting import curves, run_health
 from slim.training.metrics import RECENT, MetricsLine, number, read_metrics, warnings_of
 
-_CLEAR = 0.01  # a gain above this is called one
+_CLEAR = 0.01  # smallest gain that counts as clear
 
 
 def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> Path:
@@ -41,10 +41,10 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
     ----------
     run_folder : str or Path
     paths : bool
-        Whether the page holds absolute paths whole. Else their last part alone: a page is sent to others.
+        Whether to show whole absolute paths. By default only their last part is shown, because pages may be shared.
     remote : bool
-        Open datasets of the configuration that lie elsewhere (URLs), where the number of steps depends on them. Of a
-        run that somebody sent, they are what its sender chose.
+        Whether to open datasets with a URL, if the number of steps depends on them. The URLs of a run received from
+        others may be unsafe.
 
     Returns
     -------
@@ -54,7 +54,7 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
     Raises
     ------
     UserError
-        If the folder holds no run, or its configuration or probe report cannot be read.
+        If the folder is not a run, or its configuration or probe report cannot be read.
     """
     folder = Path(run_folder)
     config = folder / CONFIG
@@ -93,11 +93,10 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
 def total_steps(
     settings: PretrainSettings | FinetuneSettings, folder: Path, lines: Sequence[MetricsLine], remote: bool = False
 ) -> int | None:
-    """Optimizer steps of the whole run; None where epochs were asked for and the data are out of reach.
+    """Total optimizer steps of the run; None if they are given as epochs and the data cannot be read.
 
-    Datasets that lie elsewhere are out of reach, but with `remote`.
-
-    The samples of a step are taken from the log: only it knows how many processes there were.
+    Datasets with a URL are only read with `remote`. The samples per step are read from the log, because they depend on
+    the number of processes.
     """
     if settings.run.steps is not None:
         return settings.run.steps
@@ -115,7 +114,7 @@ def total_steps(
             raise ConfigError(folder, "data", elsewhere[0], "a folder of this machine")
         sessions = [Manifest.read(item.path).sessions["train"] for item in settings.data]
     except UserError:
-        note = folder / DATASET  # written at the start of a run: what its first dataset was
+        note = folder / DATASET  # manifest of the first dataset, written at the start of the run
         if len(settings.data) > 1 or not note.is_file():
             return None
         try:
@@ -128,7 +127,7 @@ def total_steps(
 
 
 def _steps(settings: PretrainSettings, sessions: Sequence[int], per_step: int) -> int:
-    """Optimizer steps of the epochs asked for, where the datasets have so many training sessions."""
+    """Optimizer steps of the requested epochs, from the numbers of training sessions of the datasets."""
     per_epoch = sum(item.weight * count for item, count in zip(settings.data, sessions, strict=True))
     return max(1, math.ceil(settings.run.epochs * max(1, round(per_epoch)) / per_step))
 
@@ -153,7 +152,7 @@ def _lead(lines: Sequence[MetricsLine], steps: int | None) -> str:
 
 
 def is_over(lines: Sequence[MetricsLine], steps: int | None) -> bool:
-    """Whether the last of so many steps was logged."""
+    """Whether the last step was logged."""
     return bool(lines) and steps is not None and number(lines[-1], "step") >= steps
 
 
@@ -165,16 +164,16 @@ def verdict(
     Parameters
     ----------
     lines : sequence of dict
-        Of metrics.jsonl.
+        Lines of metrics.jsonl.
     steps : int or None
-        Optimizer steps of the whole run.
+        Total optimizer steps of the run.
     judged : sequence of Finding
-        What `learned` or `answered` says of them.
+        Result of `learned` or `answered`.
     unreadable : int
-        Lines that could not be read.
+        Number of unreadable lines.
     """
     if not lines:
-        return [look("not_begun", "Nothing was logged yet: the run is at its first step, or stopped before.")]
+        return [look("not_begun", "Nothing was logged yet: the run is at its first step, or stopped before it.")]
     last, found = lines[-1], []
     if is_over(lines, steps):
         found.append(good("finished", f"Finished: {last['step']} of {steps} steps."))
@@ -184,7 +183,7 @@ def verdict(
             look(
                 "unfinished",
                 f"Not finished: step {last['step']} of {steps or 'an unknown number'}{share}. "
-                "If it is not running, the command it was started with goes on from the "
+                "If it is not running, the command that started it continues from the "
                 "newest checkpoint.",
             )
         )
@@ -192,8 +191,8 @@ def verdict(
         found.append(
             bad(
                 "loss",
-                "The last loss is not a finite number: go back to an earlier checkpoint with a "
-                "lower optimizer.lr, or precision fp32.",
+                "The last loss is not finite: resume from an earlier checkpoint with a lower "
+                "optimizer.lr, or with precision fp32.",
             )
         )
     found += judged
@@ -203,7 +202,7 @@ def verdict(
             look(
                 "unreadable",
                 f"{unreadable} unreadable line{'s' * (unreadable > 1)} of {METRICS} left out; "
-                "one at the end is what a kill leaves.",
+                "a killed run leaves an incomplete last line.",
             )
         )
     return found
@@ -215,30 +214,31 @@ def answered(lines: Sequence[MetricsLine], finished: bool, guess: float) -> list
     Parameters
     ----------
     lines : sequence of dict
-        Of metrics.jsonl.
+        Lines of metrics.jsonl.
     finished : bool
     guess : float
         Validation loss of guessing.
     """
     validated = [line for line in lines if line.get("val_loss") is not None]
     if not validated:
-        return [look("validation", "Not validated yet: the first epoch has not ended.")] if lines else []
+        return [look("validation", "Not validated yet: the first epoch is not finished.")] if lines else []
     first, last = validated[0]["step"], validated[-1]["step"]
     best = min(validated, key=lambda line: number(line, "val_loss"))
-    where = f"{best['val_loss']:.4f} at step {best['step']}, where guessing has {guess:.4f}"
+    where = f"{best['val_loss']:.4f} at step {best['step']} (guessing: {guess:.4f})"
     if number(best, "val_loss") >= guess:
         hint = "Lower optimizer.lr, try head.pooling=attentive, and compare with the probe of frozen features"
-        return [bad("validation", f"Validation was never better than guessing: {where}. {hint}.")]
-    found = [good("validation", f"Validation was best with {where}; these weights are kept.")]
+        return [bad("validation", f"The validation loss was never better than guessing: {where}. {hint}.")]
+    found = [good("validation", f"The lowest validation loss is {where}; these weights are kept.")]
     if finished and len(validated) > 2 and best["step"] == last:
-        found.append(look("duration", "Validation was best at the end: more run.epochs may do better."))
+        found.append(look("duration", "The validation loss was lowest at the end: more run.epochs may improve it."))
     if len(validated) > 2 and best["step"] == first:
-        found.append(look("rate", "Validation was best after the first epoch: a lower optimizer.lr may do better."))
+        words = "The validation loss was lowest after the first epoch: a lower optimizer.lr may improve it."
+        found.append(look("rate", words))
     return found
 
 
 def learned(lines: Sequence[MetricsLine], finished: bool) -> list[Finding]:
-    """Whether a pretraining learns, or collapses."""
+    """Findings about a pretraining: whether it learns, or has collapsed."""
     if not lines:
         return []
     last, found, gain = lines[-1], [], _recent(lines, "gain")
@@ -246,30 +246,28 @@ def learned(lines: Sequence[MetricsLine], finished: bool) -> list[Finding]:
         found.append(
             look(
                 "gain",
-                "No gain: the objective has no JEPA term, so there is no prediction to "
-                "compare with the mean of each place. Judge the run by its MAE loss and by "
-                "probes.",
+                "No gain is computed, because the objective has no JEPA term. Judge the run by its "
+                "MAE loss and by probes.",
             )
         )
     elif gain is None:
-        found.append(bad("gain", "None of the last gains is a finite number."))
+        found.append(bad("gain", "None of the last gains is finite."))
     elif gain > _CLEAR:
         found.append(good("gain", f"Predictions beat the mean of each place: gain {gain:+.4f}."))
     elif gain > 0:
         found.append(
             look(
                 "gain",
-                f"Predictions hardly beat the mean of each place: gain {gain:+.4f}. Let it "
-                "train longer, and see by a probe whether it beats random weights.",
+                f"Predictions hardly beat the mean of each place: gain {gain:+.4f}. Train "
+                "longer, and test with a probe whether the run beats random weights.",
             )
         )
     elif finished:
         found.append(
             bad(
                 "gain",
-                "Collapsed, or never began to learn: the gain over the mean of each place is "
-                f"{gain:+.4f} at the end. Do not use these weights before a probe has beaten "
-                "random weights.",
+                "Collapsed, or did not learn: the gain over the mean of each place is "
+                f"{gain:+.4f} at the end. Do not use these weights unless a probe beats random weights.",
             )
         )
     best, place = _best_gain(lines)
@@ -277,7 +275,7 @@ def learned(lines: Sequence[MetricsLine], finished: bool) -> list[Finding]:
         found.append(
             look(
                 "best_gain",
-                f"The gain was higher before: {best:+.4f} around step {place}. Probe a checkpoint from there too.",
+                f"The gain was higher before: {best:+.4f} around step {place}. Also probe a checkpoint from there.",
             )
         )
     return found
@@ -304,8 +302,8 @@ def _numbers(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Metr
         last = lines[-1]
         named["Samples seen"] = f"{last['samples']:,}"
         for name, field, form in (
-            ("Seconds a step", "seconds", "{:.3g}"),
-            ("Samples a second", "samples_per_s", "{:.3g}"),
+            ("Seconds per step", "seconds", "{:.3g}"),
+            ("Samples per second", "samples_per_s", "{:.3g}"),
             ("Waiting for data", "data_wait", "{:.0%}"),
             ("Effective rank of the targets", "target_rank", "{:.1f}"),
         ):
@@ -313,7 +311,7 @@ def _numbers(settings: PretrainSettings | FinetuneSettings, lines: Sequence[Metr
             if value is not None:
                 named[name] = form.format(value)
         if last.get("peak_memory_bytes") is not None:
-            named["Peak memory of a process"] = f"{number(last, 'peak_memory_bytes') / 2**30:.2f} GiB"
+            named["Peak memory per process"] = f"{number(last, 'peak_memory_bytes') / 2**30:.2f} GiB"
     return named
 
 
@@ -323,7 +321,7 @@ def _aim(settings: PretrainSettings | FinetuneSettings) -> dict[str, object]:
     start = "random weights" if settings.start is None else "weights"
     if settings.before:
         start = f"{settings.before['run']}, step {settings.before['step']}"
-    return {"Task": settings.answer.task, "Head": f"{settings.head.pooling} pooling", "Begun from": start}
+    return {"Task": settings.answer.task, "Head": f"{settings.head.pooling} pooling", "Initial weights": start}
 
 
 def _checkpoints(folder: Path) -> list[html.Part]:
@@ -334,7 +332,7 @@ def _checkpoints(folder: Path) -> list[html.Part]:
             size = sum(about["files"].values())
             rows.append([path.name, about["step"], "complete", about["world_size"], f"{size / 1e6:,.1f}"])
         else:
-            rows.append([path.name, "", "incomplete: passed over when the run goes on", "", ""])
+            rows.append([path.name, "", "incomplete: ignored when the run is resumed", "", ""])
     if not rows:
-        return [html.Text("None yet: a run that stops now starts again from step 0.")]
+        return [html.Text("None yet: if the run stops now, it starts again from step 0.")]
     return [html.Table(["Folder", "Step", "State", "Processes", "MB"], rows)]

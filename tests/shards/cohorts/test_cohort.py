@@ -94,7 +94,7 @@ def test_bids_filters_keep_entities(tmp_path):
     assert len(runs) == 6 and runs[0].key == "lab_sub-01_task-nback_dir-AP" and not any(run.problem for run in runs)
     runs = find_runs(cohort_file(tmp_path, filters={"task": "rest", "dir": "PA"}))
     assert len(runs) == 1 and "task-rest_dir-PA" in runs[0].source
-    with pytest.raises(ConfigError, match=r"no run under.*filters"):
+    with pytest.raises(ConfigError, match=r"no scan under.*filters"):
         find_runs(cohort_file(tmp_path, filters={"task": "motor"}))
 
 
@@ -170,7 +170,7 @@ def test_masks_by_pattern_as_one_file_and_beside_the_cohort_file(tmp_path):
     # one that is promised and missing: the run is refused by name when its turn comes, the others go on
     assert masks("{subject}_mask.nii.gz") == [root / "s1_mask.nii.gz", root / "s2_mask.nii.gz"]
     assert not (root / "s2_mask.nii.gz").exists()
-    with pytest.raises(ConfigError, match=r"2 files for .*one file per run"):
+    with pytest.raises(ConfigError, match=r"2 files for .*one file per scan"):
         masks("**/*_mask.nii.gz")
     for wrong in ("{session}_mask.nii.gz", "{}_mask.nii.gz", "{subject.x}_mask.nii.gz", "{subject"):
         with pytest.raises(ConfigError, match=r"mask: got .*expected a path with the fields subject"):
@@ -205,7 +205,7 @@ def test_labels_travel_with_the_subject(tmp_path, table, wanted):
         ("name\tage\ns1\t3\n", r"people\.tsv: header: got columns name, age, expected a column participant_id"),
         ("participant_id\tage\ns1\t3\ns1\t4\n", r"people\.tsv: participant_id: got two different rows for s1"),
         ("", r"people\.tsv: got an unreadable table"),
-        (None, r"cohort\.yaml: participants: got people\.tsv, which is no file"),
+        (None, r"cohort\.yaml: participants: got people\.tsv, which is not a file"),
     ],
 )
 def test_a_participants_table_that_cannot_be_meant(tmp_path, table, message):
@@ -235,10 +235,10 @@ PATTERN = {"layout": "pattern", "pattern": "{subject}.nii.gz"}
         ({**PATTERN, "filters": {"task": "rest"}}, "filters: got task, expected none with layout: pattern"),
         ({"layout": "pattern", "pattern": "{subject}_{side}.nii"}, r"pattern: got \{side\}, expected only \{subject\}"),
         ({"layout": "pattern", "pattern": "/data/{subject}.nii"}, "pattern: got .*, expected a path relative to root"),
-        ({"layout": "pattern", "pattern": "**a/{subject}.nii"}, "(pattern: got .*, expected a path relative)|no run"),
-        ({"root": "nowhere"}, "root: got .*nowhere, which is no folder"),
-        ({**PATTERN, "pattern": "x/{subject}.nii"}, "root: got no run under .*files that match"),
-        ({}, "root: got no run under .*desc-preproc_bold"),
+        ({"layout": "pattern", "pattern": "**a/{subject}.nii"}, "(pattern: got .*, expected a path relative)|no scan"),
+        ({"root": "nowhere"}, "root: got .*nowhere, which is not a folder"),
+        ({**PATTERN, "pattern": "x/{subject}.nii"}, "root: got no scan under .*files that match"),
+        ({}, "root: got no scan under .*desc-preproc_bold"),
     ],
 )
 def test_a_cohort_file_that_cannot_be_meant_is_told_in_one_line(tmp_path, settings, message):

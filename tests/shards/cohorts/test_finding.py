@@ -195,7 +195,7 @@ def test_echoes_beside_their_combination_are_no_scans(tmp_path):
     found = find(tmp_path, space="native")
     assert names(found) == ["01_task-rest", "02_task-rest_echo-1", "03_task-rest"]
     assert "3 single echoes" in told(found) and [run.problem is not None for run in found.runs] == [False, True, False]
-    assert "2 echoes of one scan, and no combination" in found.runs[1].problem.line()
+    assert "2 echoes of one scan without a combined image" in found.runs[1].problem.line()
     chosen = find(tmp_path, space="native", filters={"echo": 2})
     assert names(chosen) == ["01_task-rest_echo-2", "02_task-rest_echo-2"] and not any(r.problem for r in chosen.runs)
 
@@ -210,7 +210,7 @@ def test_bidsignore_and_subjects_without_a_run_are_told(tmp_path):
     found = find(tmp_path)
     assert names(found) == ["01_task-rest", "02_task-rest"]
     assert "1 images are left out by .bidsignore" in told(found)
-    assert "no run in MNI space that the filters keep, for 3 subjects (spaces found: T1w (1)): 03, 04, 05" in told(
+    assert "no scan in MNI space that matches the filters, for 3 subjects (spaces found: T1w (1)): 03, 04, 05" in told(
         found
     )
 
@@ -230,7 +230,7 @@ def test_bidsignore_and_subjects_without_a_run_are_told(tmp_path):
         (lambda d: bids(d, "01", REST), {"filters": {"task": "nback"}}, r"found: rest \(1\)\), expected task: nback"),
         (lambda d: bids(d, "01", REST), {"filters": {"run": 1}}, r"found: none \(1\)\), expected run: 1"),
         (lambda d: bids(d, "01", REST), {"filters": {"runn": 1}}, r"filters: got .*expected BIDS entities such as sub"),
-        (lambda d: touch(d / "x.nii.gz"), {}, r"Give the folder that holds the folders sub-\*"),
+        (lambda d: touch(d / "x.nii.gz"), {}, r"Give the folder that contains the folders sub-\*"),
     ],
 )
 def test_nothing_found_says_what_there_is_instead(tmp_path, make, settings, message):
@@ -266,15 +266,15 @@ def test_ids_that_lost_or_gained_zeros_are_matched_where_one_candidate_exists(tm
         "10/1": None,
     }
     assert "no row in p.tsv, so no labels, for 4 subjects: 01, 10, 8, x09" in told(found)
-    assert "by their number, as no name is equal: 007 for 7.0, 50002 for 0050002" in told(found)
-    assert "rows of p.tsv that no scan was found for: 3 subjects (008, 08, x9)" in told(found)
+    assert "by number, because no name is equal: 007 for 7.0, 50002 for 0050002" in told(found)
+    assert "rows of p.tsv without a scan: 3 subjects (008, 08, x9)" in told(found)
 
 
 def test_sessions_are_matched_by_name_then_by_number_and_never_by_chance(tmp_path):
     table = "participant_id\tsession_id\tage\na\tses-01\t20\na\tses-02\t21\nb\t\t30\nc\t1\t40\n"
     found = people(tmp_path, table, [("a", "1"), ("a", "02"), ("a", "3"), ("b", "5"), ("c", "1")])
     assert ages(found) == {"a/02": 21, "a/1": 20, "a/3": None, "b/5": 30, "c/1": 40}
-    assert "no row in p.tsv for the session, so no labels, of 1 scans: a 3" in told(found)
+    assert "no row in p.tsv for the session, so no labels, for 1 scans: a 3" in told(found)
 
 
 def test_text_of_a_table_is_only_text(tmp_path):
@@ -302,7 +302,8 @@ def test_personal_columns_stay_behind_and_labels_are_chosen(tmp_path):
 
     default, words = labels()
     assert default == {"age": 20, "site_name": "X", "birth_order": 2, "mailing": 1}
-    assert "look personal are left out: Surname, date_of_birth, zipCode, email, DOB; name them in `labels`" in words
+    expected = "look like personal data are left out: Surname, date_of_birth, zipCode, email, DOB; list them in"
+    assert expected in words
     assert labels(labels=["age", "birth_*"]) == ({"age": 20, "birth_order": 2}, "")
     assert labels(labels=[]) == ({}, "")
     with pytest.raises(ConfigError, match=r"p\.tsv: header: got no column sex among age, Surname"):

@@ -116,7 +116,7 @@ def test_a_run_may_be_called_001() -> None:
     ("options", "status", "said"),
     [
         ("-o ro", 2, "error: /mnt/new: --out: got a folder that cannot be written (Read-only file system)"),
-        ("-o size=64k", 3, "stopped: no space left for /mnt/new; make room, then call the same command again"),
+        ("-o size=64k", 3, "stopped: no space left for /mnt/new; make room, then give the same command again"),
     ],
 )
 def test_where_results_cannot_go_is_told_before_the_work(options: str, status: int, said: str) -> None:

@@ -69,7 +69,7 @@ def test_the_traceback_goes_to_temporary_files_where_the_folder_cannot_be_writte
     (path,) = (tmp_path / "temp").iterdir()
     assert line.endswith(f"(the traceback is in {path})")
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "nowhere"))
-    assert cli.crashed(KeyError("a"), tmp_path / "nowhere").endswith("(no file could be written for the traceback)")
+    assert cli.crashed(KeyError("a"), tmp_path / "nowhere").endswith("(the traceback could not be written to a file)")
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
@@ -81,7 +81,7 @@ def test_a_link_that_waits_for_the_traceback_is_not_followed(monkeypatch, tmp_pa
     monkeypatch.setattr("time.strftime", lambda _: "now")
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "nowhere"))
     (tmp_path / f"error-now-{os.getpid()}.txt").symlink_to(tmp_path / "victim")
-    assert "no file could be written" in cli.crashed(KeyError("a"), tmp_path)
+    assert "could not be written to a file" in cli.crashed(KeyError("a"), tmp_path)
     assert not (tmp_path / "victim").exists()
 
 

@@ -11,11 +11,11 @@ from shards.core.files import is_partial, printable, trouble, without_folders
 
 RAW = b"\x5c\x01\x00\x00" + bytes(400)  # begins as a NIfTI-1 header does
 CONTENT = {
-    "notgz_bold.nii.gz": (RAW, "not packed by gzip", "Rename it to .nii"),
-    "gz_bold.nii": (gzip.compress(RAW), "packed by gzip", "Rename it to .nii.gz"),
-    "zstd_bold.nii.gz": (b"\x28\xb5\x2f\xfd" + RAW, "packed by zstd", "Unpack it"),
-    "zip_bold.nii.gz": (b"PK\x03\x04" + RAW, "packed by zip", "Unpack it"),
-    "named_bold.nii.zst": (RAW, "ends with .zst", "Unpack it"),
+    "notgz_bold.nii.gz": (RAW, "not compressed with gzip", "Rename it to .nii"),
+    "gz_bold.nii": (gzip.compress(RAW), "gzip-compressed file", "Rename it to .nii.gz"),
+    "zstd_bold.nii.gz": (b"\x28\xb5\x2f\xfd" + RAW, "compressed with zstd", "Convert it to .nii"),
+    "zip_bold.nii.gz": (b"PK\x03\x04" + RAW, "compressed with zip", "Convert it to .nii"),
+    "named_bold.nii.zst": (RAW, "ends with .zst", "Decompress it"),
     "annex_bold.nii.gz": (b"/annex/objects/MD5E-s26--c3fd.nii.gz\n", "a pointer of git-annex", "datalad get"),
     "lfs_bold.nii.gz": (b"version https://git-lfs.github.com/spec/v1\noid sha256:c3\n", "Git LFS", "git lfs pull"),
     "empty_bold.nii.gz": (b"", "an empty file", "again"),
@@ -56,7 +56,7 @@ def test_links_folders_and_pipes(tmp_path):
         ("gone.nii.gz", "a link to moved.nii.gz, which does not exist", "Restore"),
         ("loop.nii.gz", "cannot be opened", "permissions"),
         ("folder.nii.gz", "a folder", "Give a file"),
-        ("pipe.nii.gz", "no regular file", "Give a file"),
+        ("pipe.nii.gz", "not a regular file", "Give a file"),
         ("none.nii.gz", "no such file", "Check the path"),
     ):
         found = trouble(tmp_path / name)

@@ -60,8 +60,8 @@ def test_keys_and_dates_are_text_as_they_are_written() -> None:
     ("text", "words"),
     [
         (bomb(), "more than 50000 values"),
-        ("a: &a [*a]", "inside what it stands for"),
-        ("&a {b: *a}", "inside what it stands for"),
+        ("a: &a [*a]", "inside its own anchor"),
+        ("&a {b: *a}", "inside its own anchor"),
         ("a: *b", "before its anchor"),
         ("- 1\n" * 60_000, "more than 50000 values"),
         ("a: " + "x" * 2_000_000, "2000003 characters"),
@@ -74,13 +74,13 @@ def test_keys_and_dates_are_text_as_they_are_written() -> None:
         ("a: !!float one", "no number"),
         ("a: !!bool maybe", "no yes or no"),
         ("a: 1\nb: 2\na: 3", "the key 'a' a second time in line 3"),
-        ("? [a, b]\n: 1", "a key in line 1 that is no text"),
+        ("? [a, b]\n: 1", "a key in line 1 that is not text"),
         ("a: !!python/object/apply:os.system [ls]", "the tag"),
         ("a: !!binary AAAA", "binary"),
-        ("a: {<<: 1}", "something else than mappings"),
+        ("a: {<<: 1}", "a value that is not a mapping"),
         ("a: 1\n---\nb: 2", "a second document"),
         ("a: \0", "control characters"),
-        ("a: \udc80", "no UTF-8"),
+        ("a: \udc80", "not UTF-8"),
         ("a: [1, 2", "in line"),
     ],
     ids=lambda value: value[:20],
@@ -102,7 +102,7 @@ def test_what_settings_never_hold_is_refused_at_once(text: str, words: str, tmp_
 def test_files_that_are_no_settings(tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     for content, words in (
-        (b"\xff\xfea", "no text in UTF-8"),
+        (b"\xff\xfea", "not UTF-8"),
         (b"a: 1\nb: \xff", "in line 2"),
         (b"- 1", "a list at the top level"),
         (b"a: 1\n" * 300_000, "a file of 1500000 bytes"),

@@ -44,7 +44,7 @@ def test_tr_is_the_cohorts_then_the_sidecars_then_the_headers(tmp_path, plain):
         1,
         2,
     ]
-    with pytest.raises(RunRefused, match=r"TR: got 1 of no unit.*State `tr` in the cohort file"):
+    with pytest.raises(RunRefused, match=r"TR: got 1 without a unit.*Give `tr` in the cohort file"):
         tr(1, "unknown")
     assert tr(1, "unknown", tr=1.3) == 1.3
     (tmp_path / "b.json").write_text(json.dumps({"RepetitionTime": 1.44}))
@@ -97,7 +97,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, plain, how, m
         checked(run, frame, volume)
 
     monkeypatch.setattr(bold_module, "_check_volume", change)
-    with pytest.raises(RunRefused, match=r"changed while it was read|no file any more"):
+    with pytest.raises(RunRefused, match=r"changed while it was read|was removed while it was read"):
         harmonise(source(path, mask_path), SMALL)
 
 
@@ -203,7 +203,7 @@ REFUSALS = {
     "truncated plain": ("data", "it ends in frame 14 of 24", "a complete file"),
     "last byte of gzip lost": ("data", "unreadable", "a complete file"),
     "a flipped bit of the checksum": ("data", "CRC", "a complete file"),
-    "no NIfTI": ("", "a file that is not packed by gzip", "a NIfTI image"),
+    "no NIfTI": ("", "a file that is not compressed with gzip", "a NIfTI image"),
     "no file": ("", "no such file", "a NIfTI image"),
     "colour": ("datatype", "colour", "real numbers"),
     "no mask file": ("mask", "sub-01_mask.nii.gz: no such file", "a NIfTI image"),
@@ -211,7 +211,7 @@ REFUSALS = {
     "a mask without position": ("mask", "position unknown", "a code above 0"),
     "a mask of four dimensions": ("mask", "4 dimensions", "three dimensions"),
     "mask beside the run": ("mask", "100% of the mask outside the scan", "overlap"),
-    "no TR": ("TR", "1 of no unit", "in seconds"),
+    "no TR": ("TR", "1 without a unit", "in seconds"),
     "an empty frame": ("data", "0 in every voxel of frame 7", "an image in every frame"),
     "a mask of everything": ("mask", "a brain of 2912 ml", "300 to 2500 ml"),
     "a speck of a mask": ("mask", "a brain of 8 ml", "300 to 2500 ml"),

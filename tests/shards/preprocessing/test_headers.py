@@ -145,13 +145,13 @@ def test_half_of_a_pair_and_analyze_are_named(tmp_path, scan):
     data, affine, mask_path, _ = scan
     stored(tmp_path / "b.img", nib.Nifti1Pair(data, affine))
     (tmp_path / "b.hdr").unlink()
-    with pytest.raises(RunRefused, match=r"no b\.hdr beside it, expected both files of the pair"):
+    with pytest.raises(RunRefused, match=r"no b\.hdr next to it, expected both files of the pair"):
         open_bold(source(tmp_path / "b.img", mask_path))
-    with pytest.raises(RunRefused, match=r"no c\.img beside it"):
+    with pytest.raises(RunRefused, match=r"no c\.img next to it"):
         (tmp_path / "c.hdr").write_bytes(bytes(348))
         open_bold(source(tmp_path / "c.hdr", mask_path))
     nib.save(nib.AnalyzeImage(data, affine), tmp_path / "old.img")
-    with pytest.raises(RunRefused, match=r"ANALYZE 7\.5, which knows no orientation.*Convert it to NIfTI"):
+    with pytest.raises(RunRefused, match=r"ANALYZE 7\.5, which has no orientation.*Convert it to NIfTI"):
         open_bold(source(tmp_path / "old.img", mask_path))
 
 
@@ -167,7 +167,7 @@ def test_voxels_in_another_byte_order_than_the_header_are_refused(tmp_path, scan
     raw = bytearray(path.read_bytes())
     raw[352:] = np.frombuffer(raw[352:], dtype).byteswap().tobytes()
     path.write_bytes(raw)
-    with pytest.raises(RunRefused, match=r"data: got noise when read in the byte order of the header"):
+    with pytest.raises(RunRefused, match=r"data: got voxels that are noise in the byte order of the header"):
         harmonise(source(path, mask_path), SMALL)
 
 
@@ -217,7 +217,7 @@ def test_sform_and_qform_that_disagree_on_left_and_right_are_told(tmp_path, scan
 def test_hints_speak_of_where_things_are_stated(tmp_path, scan):
     data, affine, mask_path, _ = scan
     bold = save(tmp_path / "b.nii", data, affine, tr=0)
-    with pytest.raises(RunRefused, match="State `tr` in the cohort file"):
+    with pytest.raises(RunRefused, match="Give `tr` in the cohort file"):
         open_bold(source(bold, mask_path))
-    with pytest.raises(RunRefused, match="State `tr` as an argument"):
+    with pytest.raises(RunRefused, match="Give `tr` as an argument"):
         open_bold(replace(source(bold, mask_path), stated="as an argument"))

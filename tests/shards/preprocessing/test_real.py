@@ -193,7 +193,7 @@ def test_a_header_nobody_filled_in_needs_tr_and_orientation_from_the_cohort_file
     run = stored(real, "oro-nifti", "filtered_func_data.nii.gz", space=None)
     for stated, message in (
         ({}, "qform_code, sform_code: got 0, 0"),
-        ({"space": "native"}, "TR: got 1 of no unit"),
+        ({"space": "native"}, "TR: got 1 without a unit"),
         ({"space": "native", "tr": 2.0}, "mask: got a brain of"),  # voxels of 1 mm, a brain of 40 ml
     ):
         with pytest.raises(RunRefused, match=message):

@@ -184,7 +184,7 @@ def test_names_refused_runs_and_escapes_them(content):
     assert "<script" not in content
     text = Reader(content).text
     assert f"two_{NASTY} {NASTY}.nii.gz: TR: got 0 s, expected 0.05-20 s. Set `tr` in the cohort" in text
-    assert "1 of 12 runs refused" in text
+    assert "1 of 12 scans refused" in text
 
 
 def test_names_the_outlying_session_first_among_the_pictures(content):
@@ -196,21 +196,21 @@ def test_names_the_outlying_session_first_among_the_pictures(content):
 def test_says_how_far_native_sessions_were_moved(content):
     text = Reader(content).text
     assert "two_sub-x +3 -4 +12 13.0" in text
-    assert "moved by (+3, -4, +12) mm to the grid's middle; nothing was registered" in text
+    assert "moved by (+3, -4, +12) mm to the centre of the grid; not registered" in text
 
 
 def test_says_what_was_done_to_a_run_and_what_was_taken_for_granted(content):
     """In the notes, in the cohort's table and beside the picture, and only for the session that it is true of."""
     text = Reader(content).text
-    assert "Look: 1 session whose header does not tell the orientation; LAS was assumed" in text
+    assert "Look: 1 session without orientation in the header; LAS was assumed" in text
     for words in (
         "two 4 leading frames dropped 1",
-        "two brain mask computed from the run 1",
+        "two brain mask computed from the scan 1",
         f"two cleaned: 6 motion parameters {NASTY} 1",
         "two orientation LAS assumed 1",
         "Orientation LAS assumed; left and right cannot be verified",
         "Leading frames dropped 4",
-        "Brain mask computed from the run",
+        "Brain mask computed from the scan",
         f"Cleaned 6 motion parameters {NASTY}",
     ):
         assert text.count(words) == 1, words
@@ -225,7 +225,7 @@ def test_names_what_was_assumed_and_of_which_sessions(tmp_path):
     )
     text = Reader(dataset_page.write(make_dataset(tmp_path, sessions, [])).read_text()).text
     for words in (
-        'Look: 1 session with volumes that repeat an earlier one; windows that hold them were not kept: see "To check"',
+        'Look: 1 session with volumes that are copies of an earlier one; windows with them were not kept: see "To',
         f"mask of {rule} 11 one_0, one_1, one_10, one_2, one_3, one_4, one_5, one_6 and 3 more",
         "8.4% of the mask is without signal and was left out 1 one_3",
         "15 volumes repeat an earlier one; windows that hold them were not kept 1 one_3",

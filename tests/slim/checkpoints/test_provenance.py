@@ -203,7 +203,7 @@ def test_who_was_seen_travels_with_a_checkpoint_and_as_hashes_with_an_export(
     content = (tmp_path / "export/config.json").read_text()
     assert not any(name in content for name in ours.seen.people)
     card = (tmp_path / "export/README.md").read_text()
-    assert f"a salted hash of each of the {len(ours.seen.people)} people seen in pretraining" in card
+    assert f"a salted hash for each of the {len(ours.seen.people)} subjects seen in pretraining" in card
     with open(moved / SEEN, "a") as file:
         file.write(" ")
     with pytest.raises(UserError, match=r"seen\.json"):

@@ -381,7 +381,7 @@ def test_the_encoder_of_the_best_epoch_is_loaded_exported_and_encodes(
     for words in (
         "pretrained, then fine-tuned on the labels of `s`",
         "| shards | synthetic |",
-        "learned from people of synthetic",
+        "fine-tuned on labels of `s` from synthetic",
         "Fine-tuned with a head (cov pooling)",
         f"after {told['best_step']} optimizer steps",
     ):
@@ -422,7 +422,7 @@ def test_what_was_fine_tuned_answers_for_a_run_as_for_a_test_subject(
     with np.load(tmp_path / "z.npz") as arrays:
         np.testing.assert_allclose(arrays["answers"], [expected], rtol=1e-6)
         assert arrays["vectors"].shape[0] == session.n_kept and not len(arrays["classes"])
-    with pytest.raises(ConfigError, match="head: got none: these weights were pretrained only"):
+    with pytest.raises(ConfigError, match="head: got none: these weights were only pretrained"):
         SlimBrain.from_pretrained(pretrained).predict(source.bold)
     (tmp_path / "export" / "head.safetensors").unlink()
     with pytest.raises(checkpoint.CheckpointError, match=r"head\.safetensors: got no such file"):
@@ -433,7 +433,7 @@ def test_what_was_fine_tuned_is_not_judged_by_those_it_learned_from(
     whole: tuple[Path, dict], people: Path, tmp_path: Path
 ) -> None:
     run, task = _runs(whole)[0]["run"], write_task(tmp_path)
-    line = "cohorts: got synthetic, whose labels these weights were fine-tuned on (s), expected cohorts that were not"
+    line = "cohorts: got synthetic, on which these weights were fine-tuned (s), expected cohorts that were not"
     for name in ("probe.py", "finetune.py", "explain.py"):
         done = tool(name, run, "--data", people, "--task", task, "--out", tmp_path / "out")
         assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -124,7 +124,7 @@ def test_hints_speak_of_arguments(model: SlimBrain):
         model.encode(unknown, tr=2)
     assert "cohort" not in str(told.value)
     image = nib.Nifti1Image(rng.random((8, 8, 8, 60), np.float32), np.eye(4))
-    with pytest.raises(UserError, match="State `tr` as an argument"):
+    with pytest.raises(UserError, match="Give `tr` as an argument"):
         model.encode(image)
 
 

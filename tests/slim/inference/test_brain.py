@@ -248,7 +248,7 @@ def test_what_cannot_be_encoded_is_told(run: Path, cohort: Path, tmp_path: Path)
         (ConfigError, "orientation: got 'XYZ'", {"image": bold, "orientation": "XYZ"}),
         (TypeError, "unexpected keyword argument .smooth.", {"image": bold, "smooth": 6}),
         (ConfigError, "image: got ndarray", {"image": np.zeros((4, 4, 4, 9))}),
-        (RunRefused, "TR: got 1 of no unit", {"image": nib.Nifti1Image(np.zeros((8, 8, 8, 60)), np.eye(4))}),
+        (RunRefused, "TR: got 1 without a unit", {"image": nib.Nifti1Image(np.zeros((8, 8, 8, 60)), np.eye(4))}),
     ):
         with pytest.raises(error, match=match):
             model.encode(**arguments)

@@ -119,8 +119,8 @@ def test_the_3d_images_of_a_scan(model: SlimBrain, source: RunSource, tmp_path: 
     elsewhere = nib.Nifti1Image(np.asanyarray(images[1].dataobj), there.affine + np.eye(4), images[1].header)
     (tmp_path / "cut.nii.gz").write_bytes(paths[1].read_bytes()[:900])
     for frames, arguments, error, match in (
-        (paths, {}, ConfigError, "tr: got none for a list of 3-D images, expected seconds .*Give tr="),
-        ([source.bold], {"tr": 2}, ConfigError, r"image\[0\]: .*: shape: got 4-D.*SlimBrainTransformer takes many"),
+        (paths, {}, ConfigError, "tr: got none for a list of 3-D images, expected the repetition time .*Give tr="),
+        ([source.bold], {"tr": 2}, ConfigError, r"image\[0\]: .*: shape: got 4-D.*SlimBrainTransformer accepts many"),
         ([images[0], small], {"tr": 2}, ConfigError, r"image\[1\]: an image in memory: shape: got 2x2x2, expected"),
         ([paths[0], elsewhere], {"tr": 2}, ConfigError, r"image\[1\]: .*affine: got another position"),
         ([paths[0], tmp_path / "none.nii"], {"tr": 2}, RunRefused, r"image\[1\]: .*none.nii: got no such file"),

@@ -163,7 +163,7 @@ def test_files_that_are_no_images_are_refused_in_one_line(tmp_path):
     nib.save(nib.MGHImage(LABELS, NEAR), tmp_path / "atlas.mgz")
     for name, message in (
         ("half.nii.gz", "unreadable"),
-        ("text.nii.gz", "not packed by gzip"),
+        ("text.nii.gz", "not compressed with gzip"),
         ("atlas.mgz", "format: got MGHImage, expected NIfTI"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:

@@ -313,7 +313,7 @@ def test_calls_that_cannot_be_meant_are_refused(extractor, rankers, tmp_path):
         make_ranker("mutal")
     with pytest.raises(ConfigError, match="ranker mutual: extractor: got none"):
         make_ranker("mutual")
-    with pytest.raises(ConfigError, match="Only mutual takes an extractor"):
+    with pytest.raises(ConfigError, match="Only the ranker mutual uses an extractor"):
         make_ranker("ridge", tmp_path)
     with pytest.raises(ConfigError, match="no such file"):
         make_ranker("mutual", tmp_path)

@@ -209,7 +209,7 @@ def test_training_leaves_out_what_it_cannot_use():
     useless = [broken, structured_run(1, 20, 9), structured_run(1, 1, 80)]
     trained = train_extractor([useless[0], structured_run(0), *useless[1:]], steps=2)
     assert all(torch.isfinite(weight).all() for weight in trained.model.state_dict().values())
-    with pytest.raises(ConfigError, match="3 that cannot be used, expected runs of at least 10 frames"):
+    with pytest.raises(ConfigError, match="3 that cannot be used, expected scans of at least 10 frames"):
         train_extractor(useless, steps=2)
 
 

@@ -140,7 +140,7 @@ def test_collapse_is_told_in_words(tmp_path):
     assert "look: Predictions hardly beat" in words_of([line(step, gain=0.001) for step in range(1, 121)])
     lines = [line(step, gain=0.0, target_rank=3.0) for step in range(1, 121)]
     text = text_of(make_run(tmp_path / "run", lines))
-    assert "Trouble: Collapsed, or never began to learn" in text
+    assert "Trouble: Collapsed, or did not learn" in text
     assert "no gain over predicting the mean of each place" in text.lower()
     assert "dimensional collapse: the effective rank of the targets is 3.0" in text.lower()
     early = words_of(lines[:40])
@@ -155,12 +155,12 @@ def test_gain_that_was_higher_before():
 
 def test_loss_that_is_no_number(tmp_path):
     lines = [line(step, loss=float("nan")) for step in range(1, 121)]
-    assert "Trouble: The last loss is not a finite number" in text_of(make_run(tmp_path / "run", lines))
+    assert "Trouble: The last loss is not finite" in text_of(make_run(tmp_path / "run", lines))
 
 
 def test_gain_that_is_no_number():
     words = words_of([line(step, gain=float("nan")) for step in range(1, 121)])
-    assert "bad: None of the last gains is a finite number." in words and "no JEPA term" not in words
+    assert "bad: None of the last gains is finite." in words and "no JEPA term" not in words
 
 
 def test_run_without_jepa(tmp_path):
@@ -177,7 +177,7 @@ def test_run_without_jepa(tmp_path):
     )
     folder = make_run(tmp_path / "run", [line(step, **gone) for step in range(1, 121)], objective="mae")
     text = text_of(folder)
-    assert "No gain: the objective has no JEPA term" in text
+    assert "No gain is computed, because the objective has no JEPA term" in text
     alts = [alt for alt, _ in Reader((folder / "report" / "index.html").read_text()).pictures()]
     assert not any("Spread of the targets" in alt or "Gain" in alt for alt in alts)
 
@@ -186,12 +186,12 @@ def test_a_fine_tuning_is_judged_by_its_validation(tmp_path):
     folder = make_finetuning(tmp_path / "sex-finetuned" / "seed-0", [None, 1.0, None, 0.7, None, 0.9])
     text = text_of(folder)
     assert "Run sex-finetuned, seed-0" in text and "Not finished: step 6 of 20, 30%" in text  # 10 epochs of 2 steps
-    assert "Validation was best with 0.7000 at step 4, where guessing has 1.0986; these weights are kept." in text
-    assert "Task sex" in text and f"Begun from {NASTY}, step 900" in text and "No gain" not in text
+    assert "The lowest validation loss is 0.7000 at step 4 (guessing: 1.0986); these weights are kept." in text
+    assert "Task sex" in text and f"Initial weights {NASTY}, step 900" in text and "No gain" not in text
     alts = [alt for alt, _ in Reader((folder / "report" / "index.html").read_text()).pictures()]
     assert [alt.split(",")[0] for alt in alts] == [
-        "Loss of the training people",
-        "Loss of the validation people",
+        "Loss of the training subjects",
+        "Loss of the validation subjects",
         "Norm of the gradient",
         "Schedules",
         "Speed",
@@ -206,10 +206,10 @@ def test_a_fine_tuning_is_judged_by_its_validation(tmp_path):
     [
         (
             [1.2, 1.3, 1.1],
-            "bad: Validation was never better than guessing: 1.1000 at step 3, where guessing has 1.0986",
+            "bad: The validation loss was never better than guessing: 1.1000 at step 3 (guessing: 1.0986)",
         ),
-        ([0.9, 0.8, 0.7], "look: Validation was best at the end"),
-        ([0.7, 0.8, 0.9], "look: Validation was best after the first epoch"),
+        ([0.9, 0.8, 0.7], "look: The validation loss was lowest at the end"),
+        ([0.7, 0.8, 0.9], "look: The validation loss was lowest after the first epoch"),
         ([0.8, 0.7, 0.9], "these weights are kept."),
     ],
 )
@@ -231,7 +231,7 @@ def test_empty_and_absent_metrics(tmp_path):
     assert "Nothing was logged yet" in text_of(folder)
     (folder / "metrics.jsonl").unlink()
     text = text_of(folder)
-    assert "No step was logged yet." in text and "None yet: a run that stops now starts again from step 0." in text
+    assert "No step was logged yet." in text and "None yet: if the run stops now, it starts again from step 0." in text
 
 
 def test_truncated_last_line(tmp_path):
@@ -296,8 +296,8 @@ def test_findings_in_words(tmp_path):
     words = said(tmp_path, {"sex": ours, "age": close})
     assert "look: Beats the same encoder with random weights on 1 of 2 tasks: sex." in words
     assert "look: No clear difference from random weights on age" in words
-    assert "look: Functional connectivity wins on sex." in words
-    assert "look: Confounds alone do as well or better on age." in words
+    assert "look: Functional connectivity is better on sex." in words
+    assert "look: Confounds alone are equal or better on age." in words
     assert "No better than chance on age" in words and "sex (perm" not in words
     # subjects are paired: a difference is told where the intervals overlap, and the other way round
     paired = {"differences": {"random": {"r": {"value": 0.02, "low": 0.01, "high": 0.03}}}}
@@ -308,7 +308,7 @@ def test_findings_in_words(tmp_path):
     words = said(tmp_path, {"age": close}, {"age": paired})
     assert "bad: Random weights are better on age." in words and "on 0 of 1 task." in words
     tuned = {"ours": {"auroc": cell(0.7)}, "finetuned": {"auroc": cell(0.9)}, "scratch": {"auroc": cell(0.6)}}
-    assert said(tmp_path, {"sex": tuned}) == "good: Fine-tuned, it beats training on the task alone on sex."
+    assert said(tmp_path, {"sex": tuned}) == "good: Fine-tuning beats training only on the task on sex."
     assert said(tmp_path, {"sex": {"ours": {"auroc": {"value": None}}}}) == ""
 
 
@@ -327,7 +327,7 @@ def test_p_and_the_table_of_all_tasks(healthy):
     assert "Features score, r state, balanced accuracy" in text
     assert "this run 0.40 [0.35, 0.45], p = 0.031 0.62 [0.57, 0.67], p < 0.001" in text
     assert "same encoder, random weights 0.20 [0.15, 0.25] –" in text
-    assert "State; 40 people tested; 3 seeds." in text and "parcel means 0.600" in text
+    assert "State; 40 subjects tested; 3 seeds." in text and "parcel means 0.600" in text
 
 
 def test_a_state_task_is_judged_as_the_tables_judge_it(tmp_path):

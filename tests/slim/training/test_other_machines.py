@@ -89,10 +89,10 @@ def test_a_signal_is_heard_while_waiting_for_data(monkeypatch) -> None:
     begun, said = time.monotonic(), None
     waiting = loader.Loader(micro_batches(waits), 1, lambda: said)
     monkeypatch.setattr(loader, "_PATIENCE", 4.0)
-    with pytest.raises(Stopped, match="no batch came in"):
+    with pytest.raises(Stopped, match="no batch arrived in"):
         next(waiting)
     said = "SIGTERM"
-    with pytest.raises(Stopped, match="SIGTERM came while waiting for data"):
+    with pytest.raises(Stopped, match="SIGTERM was received while waiting for data"):
         next(waiting)
     assert time.monotonic() - begun < 60
 
@@ -102,7 +102,7 @@ def test_without_semaphores_batches_are_loaded_all_the_same(monkeypatch) -> None
     told: list[str] = []
     found = [batch.tolist() for batch in loader.Loader(micro_batches(as_tensor), 2, warn=told.append)]
     assert found[3] == [6, 7]
-    assert told == ["/dev/shm: no semaphores: batches are loaded by the training process itself, which takes longer"]
+    assert told == ["/dev/shm: no semaphores, so the training process loads batches itself, which is slower"]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_shared_memory_that_is_small_or_cannot_be_written(how: str, dataset, pla
     done = train(dataset, tmp_path / "run", before=f"exec unshare --mount bash -c '{inside}' bash \"$@\"")
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == plain
-    assert ("batches are loaded by the training process itself" in done.stderr) == ("ro" in how)
+    assert ("the training process loads batches itself" in done.stderr) == ("ro" in how)
 
 
 def test_a_long_path_of_temporary_files(dataset, plain, tmp_path) -> None:
@@ -177,7 +177,7 @@ def test_a_run_whose_loading_processes_stand_still_ends(how: str, dataset, tmp_p
     if how == "SIGTERM":
         assert child.returncode == 3
         after = "the same command continues from the last complete checkpoint; as there is none yet, from step 0"
-        assert f"SIGTERM came while waiting for data; {after}" in said
+        assert f"SIGTERM was received while waiting for data; {after}" in said
 
 
 def test_a_dataset_that_is_away_for_a_moment_stops_a_run(dataset, tmp_path) -> None:
