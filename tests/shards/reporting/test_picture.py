@@ -151,7 +151,7 @@ def shown(scores: np.ndarray, keep: int = KEEP, **changes) -> quality_figures.Sh
     }
     given = (*arrays, "scores_space", "scores_time")
     arrays |= {name: changes.pop(name) for name in [*changes] if name in given}
-    return quality_figures.Shown(GRID, FRAMES, session_record(space="MNI", **changes), arrays)
+    return quality_figures.Shown(GRID, FRAMES, session_record(**{"space": "MNI", **changes}), arrays)
 
 
 def panel(figure: Figure, title: str) -> Axes:
