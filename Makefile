@@ -6,16 +6,18 @@
 # make slurm        as root: the SLURM packages of Debian
 # make experiments  does pretraining learn? many hours of two cores: runs/experiments/tables.md
 # make lint         ruff, mypy and shellcheck
+# make docs         the documentation: docs/_build/html/index.html; warnings are errors
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.ready-docs
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test test-slurm test-slow test-oldest test-newest slurm lint experiments clean
+.PHONY: quickstart test test-slurm test-slow test-oldest test-newest slurm lint docs experiments clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -63,5 +65,12 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/shellcheck launchers/cluster/templates/*.sh tests/slurm/install.sh
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(DOCS_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 clean:
-	rm -rf $(VENV) $(VENV)-test-* runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-test-* runs build dist docs/_build *.egg-info

@@ -35,9 +35,18 @@ def without_launchers(given: Iterable[tuple[str, str]] | None = None) -> dict[st
     return {name: value for name, value in pairs if not _OF_LAUNCHERS.fullmatch(name)}
 
 
+def is_checkout() -> bool:
+    """Whether this software runs from its sources, which another process may not find by itself."""
+    return (ROOT / "pyproject.toml").is_file()
+
+
 def with_packages(given: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that imports the packages of this one: those of a checkout may not be installed."""
-    if not (ROOT / "pyproject.toml").exists():
+    """The environment of a process that imports the packages of this one.
+
+    Installed packages are found without PYTHONPATH. In it they would come before the standard library, and before the
+    packages of another Python that jobs are told to use.
+    """
+    if not is_checkout():
         return dict(given)
     return {**given, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), given.get("PYTHONPATH")]))}
 

@@ -51,7 +51,7 @@ class Script:
     name : str
         Name of the job.
     command : str
-        Lines of bash; FOLDER, PYTHON and PYTHONPATH are set in their environment.
+        Lines of bash; FOLDER, PYTHON and SOFTWARE (where this software is) are set in their environment.
     about : Path
         Value of FOLDER: the run or the dataset.
     log : str
@@ -83,9 +83,10 @@ class Script:
         refuse_setup(settings)
         self.folder = folder
         root = shlex.quote(str(ROOT))
+        path = f"export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}\n" if environment.is_checkout() else ""
         self._command = f"""
 export FOLDER={shlex.quote(str(about))} PYTHON={shlex.quote(settings.python or sys.executable)}
-export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUTF8=1
+{path}export SOFTWARE={root} PYTHONUTF8=1
 {command.strip()}
 """
         self._sbatch = {
@@ -233,17 +234,16 @@ def probe(settings: SlurmSettings, nodes: int, folder: Path) -> None:
     asked["constraint"] = settings.constraint
     words = [f"--{name}={value}" for name, value in asked.items() if value is not None]
     words += ["--immediate=3", "--time=1", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-    path = f"{ROOT}:{os.environ['PYTHONPATH']}" if "PYTHONPATH" in os.environ else str(ROOT)
     with contextlib.ExitStack() as stack:
         try:
             there = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".seen-"))
             done = subprocess.run(
                 ["srun", *words, *settings.srun, "bash", "-c", "\n".join([*_setup(settings), _check()])],
                 env={
-                    **environment.for_slurm(),
+                    **environment.with_packages(environment.for_slurm()),
                     "FOLDER": there,
                     "PYTHON": settings.python or sys.executable,
-                    "PYTHONPATH": path,
+                    "SOFTWARE": str(ROOT),
                     "WRONG": str(WRONG),
                 },
                 capture_output=True,

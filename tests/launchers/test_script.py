@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.commands import ROOT
+from launchers import environment
+from launchers.cluster import script as script_module
 from launchers.cluster.scheduler import SlurmSettings
 from launchers.cluster.script import Script
 from launchers.cluster.training_job import Batch
@@ -90,3 +93,22 @@ def test_folders_reach_the_script_as_they_are(tmp_path_factory, name: str) -> No
     done = subprocess.run(["bash"], input=written.encode(), capture_output=True, cwd="/")
     assert done.stdout.decode() == f"{run}\n/opt/{name}/python\n", written
     assert not done.stderr
+
+
+def test_pythonpath_leads_to_a_checkout_and_not_to_installed_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In PYTHONPATH installed packages would come before the standard library, and before those of another Python."""
+    show = 'printf "%s|%s" "${PYTHONPATH-unset}" "$SOFTWARE"'
+
+    def seen(**variables: str) -> str:
+        text = Script(SlurmSettings(), tmp_path / "run", "run", show, tmp_path / "run", "%j.log", {}, {}).text()
+        return subprocess.run(["bash"], input=text, capture_output=True, text=True, env=variables).stdout
+
+    root = str(ROOT)
+    assert seen() == f"{root}|{root}" and seen(PYTHONPATH="/a:/b") == f"{root}:/a:/b|{root}"
+    assert environment.with_packages({"PYTHONPATH": "/a"}) == {"PYTHONPATH": f"{root}:/a"}
+    for module in (environment, script_module):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    assert seen() == f"unset|{tmp_path}" and seen(PYTHONPATH="/a:/b") == f"/a:/b|{tmp_path}"
+    assert environment.with_packages({"PYTHONPATH": "/a"}) == {"PYTHONPATH": "/a"}
