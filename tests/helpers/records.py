@@ -6,7 +6,7 @@ from typing import Any
 
 from shards.format import layout
 from shards.format.manifest import DataRecord
-from shards.format.session_record import ScanRecord, SessionRecord
+from shards.format.session_record import ScanFacts, ScanRecord, SessionRecord
 
 _SCAN = {
     "key": "k",
@@ -21,6 +21,11 @@ _SCAN = {
     "n_patches": 8,
 }
 _DATA = {"grid": {"mm": 2.0, "shape": [8, 8, 8], "patch": 4, "centre_mm": [0.0, 0.0, 0.0]}, "windows": {"frames": 5}}
+
+
+def scan_facts(**facts: Any) -> ScanFacts:
+    """What is found in the files of a scan."""
+    return ScanFacts.model_validate({"tr": 0.72} | facts)
 
 
 def scan_record(**facts: Any) -> ScanRecord:

@@ -12,10 +12,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from helpers.records import scan_facts
 from helpers.scans import FRAMES, SMALL, save, source, zscored
 from shards.cohorts import bids
 from shards.conversion.session import assumptions
 from shards.core.errors import RunRefused
+from shards.format.session_record import ScanFacts
 from shards.preprocessing.bold import open_bold
 from shards.preprocessing.harmonise import harmonise
 
@@ -64,7 +66,7 @@ def test_a_tr_is_inherited_as_bids_has_it(tmp_path, scan):
         path.write_text(json.dumps(content))
 
     assert tr() == (1.0, "header")
-    assert "TR 1 s is from the header alone" in assumptions({"tr": 1.0, "tr_source": "header"})[0]
+    assert "TR 1 s is from the header alone" in assumptions(ScanFacts(tr=1.0, tr_source="header"))[0]
     write(tmp_path / "task-nback_bold.json", RepetitionTime=9)  # of another task
     write(tmp_path / "task-rest_run-2_bold.json", RepetitionTime=8)
     write(tmp_path / "task-rest_physio.json", RepetitionTime=7)
@@ -210,7 +212,9 @@ def test_sform_and_qform_that_disagree_on_left_and_right_are_told(tmp_path, scan
         nib.save(image, tmp_path / "b.nii")
         result = harmonise(source(tmp_path / "b.nii", mask_path), SMALL)
         assert result.facts.get("forms_disagree") == told
-        assert any("disagree on left and right" in words for words in assumptions(result.facts)) == bool(told)
+        assert any("disagree on left and right" in words for words in assumptions(scan_facts(**result.facts))) == bool(
+            told
+        )
         np.testing.assert_allclose(result.raw_TN, expected.raw_TN)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from helpers.records import scan_facts
 from helpers.scans import FRAMES, SMALL, brain, oblique, save, saved, signal, source
 from shards.conversion.session import SessionSettings, WindowSettings, assumptions, convert_run
 from shards.core.errors import RunRefused
@@ -86,7 +87,10 @@ def test_voxels_without_signal_are_left_out_and_refused_above_a_limit(tmp_path):
         np.testing.assert_array_equal(result.brain_XYZ, whole.brain_XYZ & ~resample_mask(lost, AFFINE, grid.grid()))
         np.testing.assert_array_equal(result.raw_TN, whole.raw_TN[:, ~kept])  # the others are as they were
         assert result.baseline_PV.shape == result.spread_PV.shape
-        assert f"{result.facts['dead_share']:.1%} of the mask is without signal" in assumptions(result.facts)[-1]
+        assert (
+            f"{result.facts['dead_share']:.1%} of the mask is without signal"
+            in assumptions(scan_facts(**result.facts))[-1]
+        )
         with pytest.raises(RunRefused, match=r"mask: got \d+% of its voxels without signal.*at most 3%"):
             harmonise(run_of(tmp_path, data), grid, BrainMaskSettings(dead=0.03))
     assert whole.facts["dead_share"] == 0
