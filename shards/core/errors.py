@@ -67,6 +67,13 @@ class DatasetError(UserError, ValueError):
     """A dataset that is missing, incomplete, damaged, or was made with another configuration."""
 
 
+class UnknownSession(DatasetError, KeyError):
+    """A key that no session of a dataset has."""
+
+    def __str__(self) -> str:  # that of KeyError quotes the message
+        return self.line()
+
+
 class SampleCorrupt(DatasetError):
     """A sample of a dataset that cannot be read."""
 

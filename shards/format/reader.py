@@ -7,19 +7,25 @@ sample = dataset.read(dataset.sessions[0], names=("windows", "start"), windows=r
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import numpy as np
 from upath import UPath
 
-from shards.core.errors import DatasetError, SampleCorrupt, Stopped
+from shards.core.display import as_html, as_text
+from shards.core.errors import DatasetError, SampleCorrupt, Stopped, UnknownSession
 from shards.format import layout, remote, sample
 from shards.format.byte_range import LocalSpan
 from shards.format.grid import Grid
 from shards.format.manifest import Manifest
 from shards.format.session_record import ScanRecord, SessionRecord, read_sessions
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ScanT = TypeVar("ScanT", bound=ScanRecord, contravariant=True)
 
@@ -68,6 +74,75 @@ class Dataset:
                 raise DatasetError(path, "", got, f"{shard.bytes} bytes", layout.DAMAGED)
         if paths and isinstance(paths[0], UPath):
             remote.require_ranges(paths[0], shards[0].bytes)
+
+    def __len__(self) -> int:
+        """Number of sessions."""
+        return len(self.sessions)
+
+    def __iter__(self) -> Iterator[SessionRecord]:
+        """The sessions, sorted by key."""
+        return iter(self.sessions)
+
+    def __getitem__(self, key: str | int) -> SessionRecord:
+        """A session by its key, or by its position in the order of the keys.
+
+        Raises
+        ------
+        UnknownSession
+            If no session has this key. It is a `KeyError`, too.
+        IndexError
+            If there is no such position.
+        """
+        if isinstance(key, str):
+            if key not in self._by_key:
+                near = get_close_matches(key, self._by_key, 1)
+                hint = f"Did you mean {near[0]}?" if near else "See the keys in to_frame().index"
+                raise UnknownSession(self.folder, "key", key, f"one of the {len(self)} sessions", hint)
+            return self._by_key[key]
+        return self.sessions[key]
+
+    def __contains__(self, key: object) -> bool:
+        """Whether a session has this key, or is this one."""
+        if isinstance(key, SessionRecord):
+            return self._by_key.get(key.key) == key
+        return isinstance(key, str) and key in self._by_key
+
+    @cached_property
+    def _by_key(self) -> dict[str, SessionRecord]:
+        return {session.key: session for session in self.sessions}
+
+    def to_frame(self) -> pd.DataFrame:
+        """A table of the sessions.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A row for each session, by its key. A column for each fact of `shards.format.session_record.SessionRecord`,
+            and for each label a column `labels.NAME`.
+        """
+        import pandas as pd
+
+        rows = [session.tree() for session in self.sessions]
+        return pd.json_normalize(rows, max_level=1).set_index("key")
+
+    def __repr__(self) -> str:
+        return as_text(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._shown())
+
+    def _shown(self) -> tuple[str, dict[str, object]]:
+        manifest, grid = self.manifest, self.grid
+        splits = ", ".join(f"{count} {split}" for split, count in manifest.sessions.items())
+        tr = "" if manifest.tr is None else f", TR {manifest.tr:g} s"
+        return f"Dataset {self.folder}", {
+            "sessions": f"{len(self)} ({splits})",
+            "subjects": len({session.person for session in self.sessions}),
+            "cohorts": ", ".join(manifest.cohorts) or None,
+            "refused scans": manifest.failed or None,
+            "grid": f"{' x '.join(map(str, grid.shape))} voxels of {grid.mm:g} mm",
+            "windows": f"{self.frames} frames{tr}; the {manifest.windows.keep} most salient of each scan are kept",
+        }
 
     @property
     def grid(self) -> Grid:

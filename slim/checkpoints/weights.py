@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -30,8 +29,9 @@ from shards.core.files import printable
 from shards.core.settings import check
 from shards.format import layout
 from shards.format.manifest import DataRecord
-from slim.checkpoints import checkpoint
+from slim.checkpoints import checkpoint, hub
 from slim.checkpoints.checkpoint import CheckpointError
+from slim.checkpoints.hub import HubOptions
 from slim.checkpoints.provenance import Provenance
 from slim.checkpoints.run_folder import ABOUT_RUN, ALSO_ABOUT_RUN, CHECKPOINTS, SEEN
 from slim.checkpoints.run_folder import CONFIG as RUN_CONFIG
@@ -161,7 +161,7 @@ def _load(module: nn.Module, path: Path, prefix: str) -> None:
     module.load_state_dict(given, strict=True)
 
 
-def find(source: str | Path, kind: str | None = None) -> Weights:
+def find(source: str | Path, kind: str | None = None, options: HubOptions | None = None) -> Weights:
     """Find weights. `Weights.load_into` reads their tensors.
 
     Parameters
@@ -172,6 +172,8 @@ def find(source: str | Path, kind: str | None = None) -> Weights:
     kind : "encoder" or "target", optional
         The online encoder or its moving average. By default the online encoder of a run, and the weights that an
         export holds. A fine-tuning has the encoder of its best epoch and no moving average.
+    options : HubOptions, optional
+        How they are fetched from the hub.
 
     Raises
     ------
@@ -183,9 +185,16 @@ def find(source: str | Path, kind: str | None = None) -> Weights:
     if kind is not None and kind not in KINDS:
         raise ConfigError("weights", "", kind, f"one of {', '.join(KINDS)}")
     folder = Path(source)
-    on_hub = re.fullmatch(r"([\w.-]+/([\w.-]+))(?:@([\w./-]+))?", source) if isinstance(source, str) else None
+    options = options or HubOptions()
+    on_hub = hub.NAME.fullmatch(source) if isinstance(source, str) else None
     if on_hub and not folder.parent.exists():
-        return _of_export(_fetch(str(source), on_hub[1], on_hub[3]), kind, on_hub[2])
+        if None not in (on_hub[3], options.revision) and on_hub[3] != options.revision:
+            raise ConfigError(str(source), "revision", options.revision, f"{on_hub[3]}, as in the name, or none")
+        options = replace(options, revision=on_hub[3] or options.revision)
+        wanted = [MODEL, HEAD, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"]
+        return _of_export(hub.fetch(str(source), on_hub[1], options, wanted, _WHAT), kind, on_hub[2])
+    if options.revision is not None:
+        raise ConfigError(folder, "revision", options.revision, "none, as this is no name on the hub")
     if (folder / SUMS).is_file() or (folder / CONFIG).is_file():
         return _of_export(folder, kind, folder.resolve().name)
     return _of_run(folder, kind or "encoder")
@@ -368,18 +377,3 @@ def _compared(folder: Path) -> list[str]:
         if found != listed[name]:
             raise CheckpointError(path, "SHA-256", found[:12], listed[name][:12], _AGAIN)
     return list(listed)
-
-
-def _fetch(source: str, name: str, revision: str | None) -> Path:
-    """Download an exported folder from the hub into the cache of `huggingface_hub`; errors name `source`."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        hint = "If it is a name on the hub, pip install 'slim-brain[hub]'"
-        raise CheckpointError(source, "", "no such folder", _WHAT, hint) from None
-    try:
-        wanted = [MODEL, HEAD, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # many types: unknown or private name, no network, no space
-        got = f"no such folder, and the hub does not provide it ({type(error).__name__}: {error})"
-        raise CheckpointError(source, "", got, _WHAT, "Check the name, the connection and your access") from None

@@ -11,14 +11,13 @@ windows; M cells of a batch; W windows; P features of a vector.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import warnings
 from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,27 +25,24 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from shards.cohorts.niimg import Niimg, Scan, Table, as_run
-from shards.conversion.session import Converted, assumptions, convert_run
+from shards.conversion.session import Converted, convert_run
 from shards.core.deprecation import warn_renamed
 from shards.core.errors import ArgumentError, ConfigError, DatasetError
-from shards.core.settings import digest
-from shards.format.manifest import Manifest
 from shards.format.reader import Dataset, Samples, ScanT
-from shards.format.session_record import ScanRecord, SessionRecord
-from slim.checkpoints.seen import Person, Seen
-from slim.checkpoints.weights import Weights, find
+from shards.format.session_record import SessionRecord
+from slim.checkpoints import hub
+from slim.checkpoints.hub import HubOptions
+from slim.checkpoints.weights import find
 from slim.config import AnswerSettings, FinetuneSettings
-from slim.data.collate import collate
-from slim.data.samples import Sample, read_windows, unlike, window_groups
-from slim.inference.cores import cores, spread, threads_inside
+from slim.inference.cores import cores, threads_inside
+from slim.inference.encoding import SessionEncoder, assumed
 from slim.inference.preprocessing import Recipe, read_recipe
+from slim.inference.pretrained import Pretrained
 from slim.inference.vectors import Features, check_fixed, vectors
-from slim.model.geometry import geometry_of
 from slim.model.head import Answerer, Head
-from slim.model.hiera import Hiera
 
 
-class SlimBrain:
+class SlimBrain(Pretrained):
     """A trained encoder with the settings it needs to read scans. Use `from_pretrained` or `random` to make one.
 
     Attributes
@@ -61,18 +57,6 @@ class SlimBrain:
     results : Path, where tools write results by default; see `slim.checkpoints.weights.Weights`
     """
 
-    def __init__(self, about: Weights, step: int):
-        self._about, self.step = about, step
-        self.settings, self.data, self.made = about.settings, about.data, about.made
-        self.run_folder, self.results = about.folder, about.results
-        grid, self.frames = self.data.grid.grid(), self.data.windows.frames
-        patches = grid.patch_shape
-        self.geometry = geometry_of(self.settings.model, (self.settings.windows.k * self.frames, *patches))
-        encoder = Hiera(self.settings.model, self.geometry, grid.voxels, self.settings.view)
-        self.encoder = encoder.eval().requires_grad_(False)
-        self.head: Head | None = None
-        self.device = torch.device("cpu")
-
     @classmethod
     def from_pretrained(
         cls,
@@ -80,6 +64,12 @@ class SlimBrain:
         weights: str | None = None,
         extractor: str | Path | None = None,
         parcels: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        device: torch.device | str = "cpu",
     ) -> SlimBrain:
         """Load a pretrained model.
 
@@ -95,6 +85,11 @@ class SlimBrain:
             The temporal extractor (a folder) and the label image of the parcels with which the training data were made.
             They are only needed to encode NIfTI scans. By default, they are read from an export, and the extractor of a
             run from the run or its dataset.
+        revision, cache_dir, token, local_files_only
+            For a name on the hub, as in `huggingface_hub.snapshot_download`: a tag, branch or commit; the folder of
+            downloaded files; the token for private models; whether to use downloaded files only.
+        device : torch.device or str
+            Where the encoder is put.
 
         Raises
         ------
@@ -107,7 +102,8 @@ class SlimBrain:
             if not isinstance(path, str | os.PathLike) and not (path is None and name != "source"):
                 expected = "a path, or OWNER/NAME on the hub" if name == "source" else "a path"
                 raise ArgumentError("from_pretrained", name, f"a {type(path).__name__}", expected)
-        about = find(source, weights)
+        options = HubOptions(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+        about = find(source, weights, options)
         about = replace(
             about,
             extractor=about.extractor if extractor is None else Path(extractor),
@@ -120,7 +116,59 @@ class SlimBrain:
             outputs = max(1, len(settings.answer.classes))
             model.head = Head(settings.head, model.encoder.dim, outputs, model.geometry.cells).requires_grad_(False)
             about.load_head(model.head)
-        return model
+        return model.to(device)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Export the model to a new or empty folder, which `from_pretrained` reads; as `slim-brain export`.
+
+        Returns
+        -------
+        Path
+            The folder.
+
+        Raises
+        ------
+        ConfigError, Stopped
+            See `slim.inference.export.write`.
+        """
+        from slim.inference import export
+
+        export.write(self, Path(folder))
+        return Path(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a SLIM-Brain model",
+    ) -> str:
+        """Export the model and upload it to the Hugging Face hub.
+
+        Parameters
+        ----------
+        repo_id : str
+            OWNER/NAME; a model that does not exist is made.
+        private : bool
+            Whether a new model is visible to you alone. The default is True, because a data agreement may forbid to
+            publish what was trained on the data.
+        token, commit_message
+            As in `huggingface_hub.HfApi.upload_folder`.
+
+        Returns
+        -------
+        str
+            The URL of the commit.
+
+        Raises
+        ------
+        HubError
+            If the hub does not take it, or `huggingface_hub` is not installed.
+        """
+        with TemporaryDirectory() as folder:
+            exported = self.save_pretrained(Path(folder) / repo_id.rpartition("/")[2])
+            return hub.push(exported, repo_id, private=private, token=token, message=commit_message)
 
     @classmethod
     def random(cls, like: SlimBrain, seed: int) -> SlimBrain:
@@ -132,79 +180,6 @@ class SlimBrain:
             torch.manual_seed(seed)
             model = cls(like._about, 0)
         return model.to(like.device)
-
-    def to(self, device: torch.device | str) -> SlimBrain:
-        """Move the encoder; returns self."""
-        self.device = torch.device(device)
-        self.encoder.to(self.device)
-        if self.head is not None:
-            self.head.to(self.device)
-        return self
-
-    def check_data(self, dataset: Dataset) -> None:
-        """Check that a dataset was converted with the same settings as the training data.
-
-        Raises
-        ------
-        ConfigError
-            If grid, patch, window length, TR, range of TRs or normalisation differ.
-        """
-        if (found := unlike(dataset.manifest, self.data)) is not None:
-            field, got, expected = found
-            hint = "Convert the data with the settings of the pretraining dataset"
-            raise ConfigError(dataset.folder, field, got, f"{expected}, as in pretraining", hint)
-
-    def check_unseen(self, dataset: Dataset) -> None:
-        """Check that the encoder was not fine-tuned on labels of a dataset. Scores on such data would be too good.
-
-        Raises
-        ------
-        ConfigError
-            If the encoder was fine-tuned on one of the dataset's cohorts.
-        """
-        tuned = self.made.get("finetuned")
-        if tuned and (seen := sorted(set(tuned["cohorts"]) & set(dataset.manifest.cohorts))):
-            raise ConfigError(
-                dataset.folder,
-                "cohorts",
-                f"{', '.join(seen)}, on which these weights were fine-tuned ({tuned['task']})",
-                "cohorts that were not used for fine-tuning",
-                "For this task see the test scores of the fine-tuning; for another task use the pretrained weights",
-            )
-
-    @property
-    def seen(self) -> Seen | None:
-        """The subjects seen in pretraining; None if this was not recorded (version 0.1)."""
-        return self._about.seen
-
-    def seen_people(self, dataset: Dataset) -> set[Person] | None:
-        """Subjects of a dataset that were seen in pretraining, without labels, in this or another dataset.
-
-        Returns
-        -------
-        set of (people, subject), or None
-            None if unknown, for runs of version 0.1 on other data.
-        """
-        if self.seen is not None:
-            return {who for who in (session.person for session in dataset.sessions) if self.seen.has(who)}
-        if isinstance(self.settings, FinetuneSettings):
-            return set() if self.settings.start is None else None
-        if len(self.settings.data) == 1 and self.was_trained_on(dataset):
-            return {session.person for session in dataset.of_split("train")}
-        return None
-
-    def was_trained_on(self, dataset: Dataset) -> bool:
-        """Whether this is the unchanged dataset of the pretraining; if there were several, the first."""
-        return Manifest.read(dataset.folder).data.tree() == self.data.tree()
-
-    @cached_property
-    def checksum(self) -> str:
-        """SHA-256 (hex) of the weights and of everything that determines the result for a scan; exports keep it."""
-        sizes = self.settings.model_dump(mode="json", include={"model", "view", "windows"})
-        found = hashlib.sha256(digest([sizes, self.data.tree()]).encode())
-        for name, value in self.encoder.state_dict().items():
-            found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()
 
     def __sklearn_clone__(self) -> SlimBrain:
         return self  # scikit-learn clones parameters of estimators; this one is never changed by a fit
@@ -390,7 +365,7 @@ class SlimBrain:
         made = self.convert(
             image, mask=mask, confounds=confounds, space=space, tr=tr, dummy=dummy, orientation=orientation
         )
-        for words in _assumed(made.meta):
+        for words in assumed(made.meta):
             warnings.warn(f"{made.meta.source}: {words}", stacklevel=3)  # the line that called the public method
         return made
 
@@ -531,10 +506,6 @@ class SlimBrain:
         self._check_stage(stage)
         return self._encode(dataset, session, f"{dataset.folder} ({session.key})", stage, batch)
 
-    def _check_windows(self, count: int, where: str) -> None:
-        if count < (k := self.settings.windows.k):
-            raise DatasetError(where, "windows", count, f"{k} or more, as windows.k")
-
     def _check_stage(self, stage: int | None) -> None:
         stages = len(self.encoder.ends)
         expected = f"1 to {stages}, the stages of this encoder"
@@ -546,51 +517,13 @@ class SlimBrain:
     def _encode(
         self, samples: Samples[ScanT], session: ScanT, where: str, stage: int | None, batch: int = 4
     ) -> Features:
-        k, count = self.settings.windows.k, session.n_kept
-        self._check_windows(count, where)
-        start_K = samples.read(session, ("start",))["start"]
-        in_time = np.argsort(start_K, kind="stable")
-        group_G = window_groups(count, k)
-        groups = [read_windows(samples, session, in_time[group.windows].tolist()) for group in group_G]
-        size = 1 if self.device.type == "cpu" else batch
-        parts = [groups[at : at + size] for at in range(0, len(groups), size)]
-        passed = spread(lambda part: self._pass(part, stage), parts, batch // size)
-        place_L = passed[0][1]
-        window_S = self.geometry.window_of_slot(self.frames)
-        tokens, seconds, starts = [], [], []
-        for sample, x_SLC, group in zip(groups, (x for x_GSLC, _ in passed for x in x_GSLC), group_G, strict=True):
-            fresh_S = window_S >= group.repeated
-            tokens.append(x_SLC[fresh_S])
-            seconds.append(sample.second.reshape(len(window_S), -1).mean(axis=1)[fresh_S])
-            starts.append(start_K[in_time[group.windows][window_S]][fresh_S] * float(session.tr))
-        return Features(
-            session.key,
-            np.concatenate(tokens),
-            place_L,
-            np.concatenate(seconds),
-            np.concatenate(starts),
-            float(session.tr),
-            float(session.source_tr),
-            tuple(_assumed(session)),
-        )
+        self._check_windows(session.n_kept, where)
+        encoder = SessionEncoder(self.encoder, self.geometry, self.settings, self.frames, self.device)
+        return encoder.features(samples, session, stage, batch)
 
-    @torch.inference_mode()
-    def _pass(self, groups: list[Sample], stage: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Encode groups of windows; returns the tokens, (G, S, L, C), and the places, (L,)."""
-        slots, places = self.geometry.cells[0], math.prod(self.geometry.cells[1:])
-        together = collate(groups, self.geometry, self.settings.chunk_tokens).to(self.device)
-        encoded_MC = self.encoder.stage(together.voxels, together.whole, stage or len(self.encoder.ends))
-        x_MC = encoded_MC.float().cpu().numpy()
-        cell_M, sample_M = together.whole.cell_M.cpu().numpy(), together.whole.sample_M.cpu().numpy()
-        # Every frame of a session has the same brain patches, so every slot has the same places.
-        by = np.lexsort((cell_M, sample_M))
-        x_GSLC = x_MC[by].reshape(len(groups), slots, -1, x_MC.shape[1])
-        return x_GSLC, cell_M[by][: x_GSLC.shape[2]] % places
-
-
-def _assumed(scan: ScanRecord) -> list[str]:
-    """What was assumed about a scan, except voxels without signal at the edge of the mask, which most scans have."""
-    return assumptions(scan.model_copy(update={"dead_share": 0}))
+    def _check_windows(self, count: int, where: str) -> None:
+        if count < (k := self.settings.windows.k):
+            raise DatasetError(where, "windows", count, f"{k} or more, as windows.k")
 
 
 def _is_count(value: Any) -> bool:

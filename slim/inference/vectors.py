@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shards.core.deprecation import OldName, renamed_state
+from shards.core.display import as_html, as_text
 from shards.core.errors import ConfigError, DatasetError
 from slim.model import pooling as in_torch
 
@@ -59,6 +60,22 @@ class Features:
     def window_onsets(self) -> np.ndarray:
         """Start of each window in time order, in s from the start of the scan; float64 (W,)."""
         return np.unique(self.slot_window_onsets)
+
+    def __repr__(self) -> str:
+        return as_text(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._shown())
+
+    def _shown(self) -> tuple[str, dict[str, object]]:
+        slots, places, channels = self.tokens.shape
+        moved = "" if self.source_tr in (None, self.tr) else f", resampled from {self.source_tr:g} s"
+        return f"Features of {self.key}", {
+            "tokens": f"{slots} slots x {places} places x {channels} channels, {self.tokens.dtype}",
+            "windows": len(self.window_onsets),
+            "TR": None if self.tr is None else f"{self.tr:g} s{moved}",
+            "assumed": "; ".join(self.assumed) or None,
+        }
 
     # names of version 0.1
     token_SLC = OldName("tokens")

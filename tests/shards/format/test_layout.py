@@ -20,6 +20,7 @@ from zarr.storage import ZipStore
 
 from helpers.samples import sample_arrays
 from shards.conversion.splits import SPLITS
+from shards.core.display import as_html
 from shards.core.errors import DatasetError, SampleCorrupt
 from shards.format.patches import gather, parcel_means, patch_places, scatter, voxel_slots
 from shards.format.reader import Dataset
@@ -388,3 +389,34 @@ def test_parcel_means_are_means(brain, labels, seed):
         np.testing.assert_allclose(row, values[:, labels[brain] == label].mean(axis=1), atol=1e-5)
         voxels = np.argwhere(brain & (labels == label)).mean(axis=0)
         np.testing.assert_allclose(place, affine[:3, :3] @ voxels + affine[:3, 3], atol=1e-4)
+
+
+def test_a_dataset_is_a_collection_of_sessions(dataset: Path):
+    opened = Dataset(dataset)
+    assert len(opened) == 6 and list(opened) == opened.sessions
+    first = opened.sessions[0]
+    assert opened[first.key] is opened[0] is first and opened[-1] is opened.sessions[-1]
+    assert first.key in opened and "nobody" not in opened and first in opened and 0 not in opened
+    assert first.model_copy(update={"frames": 7}) not in opened
+    with pytest.raises(KeyError) as error:
+        opened[first.key[:-1]]
+    assert str(error.value).endswith(f"Did you mean {first.key}?") and isinstance(error.value, DatasetError)
+    with pytest.raises(IndexError):
+        opened[6]
+
+
+def test_a_dataset_is_a_table(dataset: Path, tmp_path: Path):
+    opened = Dataset(dataset)
+    table = opened.to_frame()
+    assert list(table.index) == [session.key for session in opened] and table.index.name == "key"
+    lines = [json.loads(line) for line in (dataset / "sessions.jsonl").read_text().splitlines()]
+    assert table["frames"].tolist() == [line["frames"] for line in lines]
+    assert table["labels.score"].tolist() == [line["labels"]["score"] for line in lines]
+
+
+def test_a_dataset_shows_what_it_holds(dataset: Path):
+    opened = Dataset(dataset)
+    text, page = repr(opened), opened._repr_html_()
+    for part in (str(dataset), "6 (", "synthetic", "TR 0.72 s"):
+        assert part in text and part in page, part
+    assert "<script>" not in as_html("<script>", {"<script>": "<script>"})

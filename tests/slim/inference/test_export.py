@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -252,8 +253,9 @@ class Hub:
     def __init__(self, name: str, folder: Path):
         self.name, self.folder, self.asked = name, folder, []
 
-    def snapshot_download(self, name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, name: str, revision: str | None, allow_patterns: list[str], **options: object) -> str:
         self.asked.append(revision)
+        self.options = options
         if name != self.name:
             raise RuntimeError(f"404 Client Error: {name} not found")
         for path in self.folder.rglob("*"):
@@ -289,3 +291,50 @@ def test_a_name_on_the_hub(exported: Path, tmp_path: Path, monkeypatch: pytest.M
     assert SlimBrain.from_pretrained("someone/lean@v1.0").step == 7 and hub.asked == [None, "v1.0"]
     with pytest.raises(UserError, match=r"someone/other: got no such folder, and the hub does not provide it .*404"):
         SlimBrain.from_pretrained("someone/other")
+    asked = {"cache_dir": tmp_path, "token": "secret", "local_files_only": True}
+    assert SlimBrain.from_pretrained("someone/lean", revision="v2", **asked).step == 7
+    assert hub.asked[-1] == "v2" and hub.options == asked
+    with pytest.raises(UserError, match=r"someone/lean@v1: revision: got v2, expected v1, as in the name, or none"):
+        SlimBrain.from_pretrained("someone/lean@v1", revision="v2")
+    with pytest.raises(UserError, match=r"revision: got v2, expected none, as this is no name on the hub"):
+        SlimBrain.from_pretrained(exported, revision="v2")
+
+
+def test_a_model_is_saved_and_pushed_as_it_is_exported(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = SlimBrain.from_pretrained(exported)
+    assert model.save_pretrained(tmp_path / "saved") == tmp_path / "saved"
+    assert SlimBrain.from_pretrained(tmp_path / "saved").checksum == model.checksum
+    with pytest.raises(UserError, match="a folder with files"):
+        model.save_pretrained(tmp_path / "saved")
+    calls = []
+
+    class Api:
+        def __init__(self, token: str | None):
+            self.token = token
+
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> None:
+            calls.append((self.token, name, private, exist_ok))
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> SimpleNamespace:
+            if repo_id == "other/lean":
+                raise PermissionError("403 Forbidden")
+            assert SlimBrain.from_pretrained(folder_path).checksum == model.checksum
+            calls.append((repo_id, commit_message))
+            return SimpleNamespace(commit_url="https://hub/commit/1")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=Api))
+    assert model.push_to_hub("someone/lean", token="t", commit_message="first") == "https://hub/commit/1"
+    assert calls == [("t", "someone/lean", True, True), ("someone/lean", "first")]  # private, unless asked otherwise
+    with pytest.raises(UserError, match=r"other/lean: got a model that the hub does not take .*403"):
+        model.push_to_hub("other/lean")
+    with pytest.raises(UserError, match="push_to_hub: repo_id: got lean, expected OWNER/NAME"):
+        model.push_to_hub("lean")
+
+
+def test_a_model_shows_what_it_is(exported: Path):
+    model = SlimBrain.from_pretrained(exported, device="cpu")
+    text, page = repr(model), model._repr_html_()
+    for part in (f"{model.made['weights']} after 7 steps", "M parameters", "voxels of", "TR 0.72 s", "cpu"):
+        assert part in text and part in page, part
+    assert len(text.splitlines()) < 12 and page.count("<tr>") == len(text.splitlines()) - 1
+    assert "random" in repr(SlimBrain.random(model, 0))

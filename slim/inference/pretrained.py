@@ -1,0 +1,133 @@
+"""A trained encoder, and what is known about its weights and their training data."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Self
+
+import torch
+
+from shards.core.display import as_html, as_text
+from shards.core.errors import ConfigError
+from shards.core.settings import digest
+from shards.format.manifest import Manifest
+from shards.format.reader import Dataset
+from slim.checkpoints.seen import Person, Seen
+from slim.checkpoints.weights import Weights
+from slim.config import FinetuneSettings
+from slim.data.samples import unlike
+from slim.model.geometry import geometry_of
+from slim.model.head import Head
+from slim.model.hiera import Hiera
+
+
+class Pretrained:
+    """The encoder of `slim.inference.slim_brain.SlimBrain`, which lists the attributes."""
+
+    def __init__(self, about: Weights, step: int):
+        self._about, self.step = about, step
+        self.settings, self.data, self.made = about.settings, about.data, about.made
+        self.run_folder, self.results = about.folder, about.results
+        grid, self.frames = self.data.grid.grid(), self.data.windows.frames
+        patches = grid.patch_shape
+        self.geometry = geometry_of(self.settings.model, (self.settings.windows.k * self.frames, *patches))
+        encoder = Hiera(self.settings.model, self.geometry, grid.voxels, self.settings.view)
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.head: Head | None = None
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the encoder; returns self."""
+        self.device = torch.device(device)
+        self.encoder.to(self.device)
+        if self.head is not None:
+            self.head.to(self.device)
+        return self
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Check that a dataset was converted with the same settings as the training data.
+
+        Raises
+        ------
+        ConfigError
+            If grid, patch, window length, TR, range of TRs or normalisation differ.
+        """
+        if (found := unlike(dataset.manifest, self.data)) is not None:
+            field, got, expected = found
+            hint = "Convert the data with the settings of the pretraining dataset"
+            raise ConfigError(dataset.folder, field, got, f"{expected}, as in pretraining", hint)
+
+    def check_unseen(self, dataset: Dataset) -> None:
+        """Check that the encoder was not fine-tuned on labels of a dataset. Scores on such data would be too good.
+
+        Raises
+        ------
+        ConfigError
+            If the encoder was fine-tuned on one of the dataset's cohorts.
+        """
+        tuned = self.made.get("finetuned")
+        if tuned and (seen := sorted(set(tuned["cohorts"]) & set(dataset.manifest.cohorts))):
+            raise ConfigError(
+                dataset.folder,
+                "cohorts",
+                f"{', '.join(seen)}, on which these weights were fine-tuned ({tuned['task']})",
+                "cohorts that were not used for fine-tuning",
+                "For this task see the test scores of the fine-tuning; for another task use the pretrained weights",
+            )
+
+    @property
+    def seen(self) -> Seen | None:
+        """The subjects seen in pretraining; None if this was not recorded (version 0.1)."""
+        return self._about.seen
+
+    def seen_people(self, dataset: Dataset) -> set[Person] | None:
+        """Subjects of a dataset that were seen in pretraining, without labels, in this or another dataset.
+
+        Returns
+        -------
+        set of (people, subject), or None
+            None if unknown, for runs of version 0.1 on other data.
+        """
+        if self.seen is not None:
+            return {who for who in (session.person for session in dataset.sessions) if self.seen.has(who)}
+        if isinstance(self.settings, FinetuneSettings):
+            return set() if self.settings.start is None else None
+        if len(self.settings.data) == 1 and self.was_trained_on(dataset):
+            return {session.person for session in dataset.of_split("train")}
+        return None
+
+    def was_trained_on(self, dataset: Dataset) -> bool:
+        """Whether this is the unchanged dataset of the pretraining; if there were several, the first."""
+        return Manifest.read(dataset.folder).data.tree() == self.data.tree()
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 (hex) of the weights and of everything that determines the result for a scan; exports keep it."""
+        sizes = self.settings.model_dump(mode="json", include={"model", "view", "windows"})
+        found = hashlib.sha256(digest([sizes, self.data.tree()]).encode())
+        for name, value in self.encoder.state_dict().items():
+            found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def __repr__(self) -> str:
+        return as_text(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._shown())
+
+    def _shown(self) -> tuple[str, dict[str, object]]:
+        grid, tr = self.data.grid.grid(), self.data.tr
+        count = sum(tensor.numel() for tensor in self.encoder.parameters())
+        labels = self.settings.answer if isinstance(self.settings, FinetuneSettings) else None
+        task = None if labels is None else f"{labels.task}: {', '.join(labels.classes) or labels.label}"
+        timing = "" if tr is None else f", TR {tr:g} s"
+        return f"SlimBrain {self.made.get('run', self.run_folder.name)}", {
+            "model": f"{self.settings.model_name}, {count / 1e6:.2f} M parameters",
+            "weights": f"{self.made.get('weights', 'encoder')} after {self.step} steps" if self.step else "random",
+            "predicts": task,
+            "trained on": ", ".join(self.data.cohorts) or None,
+            "scans": f"{' x '.join(map(str, grid.shape))} voxels of {grid.mm:g} mm{timing}",
+            "windows": f"{self.settings.windows.k} of {self.frames} frames are encoded together",
+            "device": self.device,
+        }
