@@ -35,6 +35,7 @@ source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "literal"
+smartquotes = False  # `--list` is no dash
 autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc's Parameters have the types
 numpydoc_show_class_members = False

@@ -78,10 +78,10 @@ def _commands_index() -> str:
 
 
 def _doc(name: str) -> tuple[str, str]:
-    """The first line and the rest of the text at the head of a command's module."""
+    """The first line and the paragraphs of the text at the head of a command's module, without its calls."""
     module = import_module(f"launchers.commands.{name.replace('-', '_')}")
-    first, _, rest = dedent(module.__doc__ or "").strip().partition("\n")
-    return first, rest.strip("\n")
+    first, *rest = dedent(module.__doc__ or "").strip().split("\n\n")
+    return first, "\n\n".join(part for part in rest if not part.startswith("    "))
 
 
 def _command_page(name: str) -> str:
@@ -99,7 +99,8 @@ def _parser_lines(parser: argparse.ArgumentParser) -> Iterator[str]:
     with patch.dict(os.environ, COLUMNS="90"):
         usage = parser.format_usage().rstrip()
     yield from ("```text", usage, "```", "")
-    for action in parser._actions:  # argparse has no public list of them
+    # argparse has no public list of actions
+    for action in sorted(parser._actions, key=lambda action: "--json" in action.option_strings):
         names = ", ".join(f"`{name}`" for name in action.option_strings)
         values = "" if action.nargs == 0 else _values(action)
         if isinstance(action, argparse._HelpAction):
@@ -120,8 +121,8 @@ def _values(action: argparse.Action) -> str:
 
 def _help(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     text = (action.help or "") % {**vars(action), "prog": parser.prog} if action.help else ""
-    required = "Required. " if action.option_strings and action.required else ""
-    return (required + (text[:1].upper() + text[1:])) or "See the example."
+    required = "required" if action.option_strings and action.required else ""
+    return "; ".join(filter(None, (text, required))) or "see the example"
 
 
 def _settings_page(kind: str) -> str:
