@@ -277,5 +277,7 @@ def test_the_examples_of_the_documentation_work(run: Path, cohort: Path, tmp_pat
     exec(first.replace("sub-01_bold.nii.gz", images[0]), {})
     shape, (slots, _, channels) = eval(f"[{capsys.readouterr().out.replace(') (', '), (')}]")
     assert shape == (12, ALIGNED["embed"] * 2) and (slots, channels) == shape
-    exec(second, known)
-    assert len(capsys.readouterr().out.strip("[] \n").split()) == 5
+    readme = (ROOT / "README.md").read_text().split("```python")[1].split("```")[0].replace("runs/lean", str(run))
+    for code in (second, readme.replace("sub-01_bold.nii.gz", images[0])):
+        exec(code, dict(known))
+        assert len(capsys.readouterr().out.strip("[] \n").split()) == 5
