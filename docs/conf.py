@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_code")]
 
 from example_data import quickstart_folder  # noqa: E402
-from generate import write_reference  # noqa: E402
+from generate import packages_page, write_reference  # noqa: E402
 
 from slim import __version__  # noqa: E402
 
@@ -75,3 +75,4 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 write_reference(HERE / "reference")
+(HERE / "contributing" / "packages.txt").write_text(packages_page(), encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Reference pages that are written from the code each time the documentation is built: commands and configurations."""
+"""Pages that are written from the code each time the documentation is built: commands, configurations, packages."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from shards.core.cli import Parser
 from shards.core.keys import Key, keys
 from shards.core.presets import KINDS, presets
 
+ROOT = Path(__file__).parents[2]
 SUBCOMMANDS = {
     "slurm": ("shards", "pretrain", "finetune", "status", "cancel"),
     "config": ("show", "explain"),
@@ -171,3 +173,15 @@ def _presets_page() -> str:
         lines += [f"| `{one.name}` | {one.description} |" for one in presets(kind).values()]
         lines.append("")
     return "\n".join(lines)
+
+
+def packages_page() -> str:
+    """A table of the packages of this project: what each holds, in its own words, and its modules."""
+    lines = ["| package | |", "|---|---|"]
+    for top in ("shards", "slim", "launchers"):
+        for folder in sorted(path.parent for path in (ROOT / top).glob("*/__init__.py")):
+            words = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+            first = words.partition("\n")[0]
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("__")))
+            lines.append(f"| `{top}/{folder.name}` | {first}<br>*{names}* |")
+    return "\n".join([*lines, ""])
