@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_code")]
 
 from example_data import quickstart_folder  # noqa: E402
-from generate import write_reference  # noqa: E402
+from generate import packages_page, write_reference  # noqa: E402
 
 from slim import __version__  # noqa: E402
 
@@ -35,6 +35,7 @@ source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "literal"
+smartquotes = False  # `--list` is no dash
 autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc's Parameters have the types
 numpydoc_show_class_members = False
@@ -74,3 +75,4 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 write_reference(HERE / "reference")
+(HERE / "contributing" / "packages.txt").write_text(packages_page(), encoding="utf-8")

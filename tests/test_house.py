@@ -78,6 +78,12 @@ def test_packages_import_only_those_before_them(top: str) -> None:
     assert checked > 40
 
 
+def test_the_order_of_packages_is_drawn() -> None:
+    page = (ROOT / "docs" / "contributing" / "architecture.md").read_text(encoding="utf-8")
+    for top, packages in ORDER.items():
+        assert f"**{top}**: {' → '.join(packages)}\n" in page
+
+
 def test_inference_needs_nothing_of_training() -> None:
     code = (
         "import pkgutil, importlib, sys, slim.inference as package\n"

@@ -1,8 +1,9 @@
-"""Reference pages that are written from the code each time the documentation is built: commands and configurations."""
+"""Pages that are written from the code each time the documentation is built: commands, configurations, packages."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from shards.core.cli import Parser
 from shards.core.keys import Key, keys
 from shards.core.presets import KINDS, presets
 
+ROOT = Path(__file__).parents[2]
 SUBCOMMANDS = {
     "slurm": ("shards", "pretrain", "finetune", "status", "cancel"),
     "config": ("show", "explain"),
@@ -78,10 +80,10 @@ def _commands_index() -> str:
 
 
 def _doc(name: str) -> tuple[str, str]:
-    """The first line and the rest of the text at the head of a command's module."""
+    """The first line and the paragraphs of the text at the head of a command's module, without its calls."""
     module = import_module(f"launchers.commands.{name.replace('-', '_')}")
-    first, _, rest = dedent(module.__doc__ or "").strip().partition("\n")
-    return first, rest.strip("\n")
+    first, *rest = dedent(module.__doc__ or "").strip().split("\n\n")
+    return first, "\n\n".join(part for part in rest if not part.startswith("    "))
 
 
 def _command_page(name: str) -> str:
@@ -99,7 +101,8 @@ def _parser_lines(parser: argparse.ArgumentParser) -> Iterator[str]:
     with patch.dict(os.environ, COLUMNS="90"):
         usage = parser.format_usage().rstrip()
     yield from ("```text", usage, "```", "")
-    for action in parser._actions:  # argparse has no public list of them
+    # argparse has no public list of actions
+    for action in sorted(parser._actions, key=lambda action: "--json" in action.option_strings):
         names = ", ".join(f"`{name}`" for name in action.option_strings)
         values = "" if action.nargs == 0 else _values(action)
         if isinstance(action, argparse._HelpAction):
@@ -120,8 +123,8 @@ def _values(action: argparse.Action) -> str:
 
 def _help(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     text = (action.help or "") % {**vars(action), "prog": parser.prog} if action.help else ""
-    required = "Required. " if action.option_strings and action.required else ""
-    return (required + (text[:1].upper() + text[1:])) or "See the example."
+    required = "required" if action.option_strings and action.required else ""
+    return "; ".join(filter(None, (text, required))) or "see the example"
 
 
 def _settings_page(kind: str) -> str:
@@ -170,3 +173,15 @@ def _presets_page() -> str:
         lines += [f"| `{one.name}` | {one.description} |" for one in presets(kind).values()]
         lines.append("")
     return "\n".join(lines)
+
+
+def packages_page() -> str:
+    """A table of the packages of this project: what each holds, in its own words, and its modules."""
+    lines = ["| package | |", "|---|---|"]
+    for top in ("shards", "slim", "launchers"):
+        for folder in sorted(path.parent for path in (ROOT / top).glob("*/__init__.py")):
+            words = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+            first = words.partition("\n")[0]
+            names = ", ".join(sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("__")))
+            lines.append(f"| `{top}/{folder.name}` | {first}<br>*{names}* |")
+    return "\n".join([*lines, ""])

@@ -39,9 +39,18 @@ affine = grid.affine.copy()
 affine[:3, 3] += affine[:3, :3] @ ((size - 1) / 2)
 affine[:3, :3] *= size
 image = nib.Nifti1Image(volume, affine)
-plotting.plot_stat_map(image, title="change of the tokens over time", cut_coords=(0, -20, 20), display_mode="ortho")
+low, high = np.percentile(change, (2, 98))
+plotting.plot_stat_map(
+    image,
+    title="change of the tokens over time",
+    cut_coords=(0, -20, 20),
+    cmap="viridis",
+    vmin=low,
+    vmax=high,
+    draw_cross=False,
+)
 plotting.show()
 
 # %%
 # In a notebook, ``view_img`` gives a viewer that you can click through.
-plotting.view_img(image, threshold=0, title="change of the tokens over time")
+plotting.view_img(image, threshold=0, cmap="viridis", symmetric_cmap=False, vmin=low, vmax=high)

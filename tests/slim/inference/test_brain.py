@@ -268,15 +268,16 @@ def test_no_sort_of_weights_is_mistaken_for_another(run: Path, tmp_path: Path, m
     assert "pip" not in str(told.value)
 
 
-def test_the_examples_of_the_readme_work(run: Path, cohort: Path, tmp_path: Path, monkeypatch, capsys):
-    readme = (ROOT / "README.md").read_text()
-    section = readme.split("## From a run to vectors")[1].split("\n## ")[0]
+def test_the_examples_of_the_documentation_work(run: Path, cohort: Path, tmp_path: Path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "how_to" / "encode.md").read_text()
     monkeypatch.chdir(tmp_path)
     images = [str(source.bold) for source in find_runs(cohort / "cohort.yaml")]
     known = {"images": images * 2, "labels": ["a", "b"] * 6}
-    first, second = (part.split("```")[0].replace("runs/lean", str(run)) for part in section.split("```python")[1:])
+    first, second = (part.split("```")[0].replace("runs/lean", str(run)) for part in page.split("```python")[1:])
     exec(first.replace("sub-01_bold.nii.gz", images[0]), {})
     shape, (slots, _, channels) = eval(f"[{capsys.readouterr().out.replace(') (', '), (')}]")
     assert shape == (12, ALIGNED["embed"] * 2) and (slots, channels) == shape
-    exec(second, known)
-    assert len(capsys.readouterr().out.strip("[] \n").split()) == 5
+    readme = (ROOT / "README.md").read_text().split("```python")[1].split("```")[0].replace("runs/lean", str(run))
+    for code in (second, readme.replace("sub-01_bold.nii.gz", images[0])):
+        exec(code, dict(known))
+        assert len(capsys.readouterr().out.strip("[] \n").split()) == 5

@@ -1,0 +1,103 @@
+"""What README and documentation show exists: files, commands, options, settings, configurations."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from helpers.commands import ROOT
+from launchers.commands.__main__ import COMMANDS
+from launchers.commands.config import MODELS
+from shards.core.keys import keys
+from shards.core.presets import presets
+
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS / "_code"))
+generate = import_module("generate")
+
+GENERATED = {"_build", "commands", "configuration", "gallery"}
+PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if not GENERATED & {*path.parts})]
+# The kind of settings that a command takes as key=value.
+SETTINGS = {
+    "pretrain": "pretrain",
+    "plan": "pretrain",
+    "slurm pretrain": "pretrain",
+    "make-shards": "shards",
+    "slurm shards": "shards",
+    "finetune": "finetune",
+    "slurm finetune": "finetune",
+    "experiments": "pretrain",
+}
+
+
+def calls() -> Iterator[tuple[str, list[str]]]:
+    """Every call of slim-brain in a block of bash: where it stands, and its words."""
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if (at := line.find("slim-brain ")) >= 0 and not line.lstrip().startswith(("#", "cd", "git", "pip")):
+                    words = shlex.split(line[at:].partition(">")[0].partition(";")[0], comments=True)
+                    yield f"{page.relative_to(ROOT)}: {line.strip()}", words[1:]
+
+
+CALLS = [call for call in calls() if call[1] and call[1][0] not in ("COMMAND", "--help", "--version")]
+
+
+def test_the_readme_is_a_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert "make quickstart" in text and "make test" in text
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_links_of_the_pages_at_the_root_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / name).read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize(("where", "words"), CALLS, ids=[where for where, _ in CALLS])
+def test_commands_of_the_documentation_exist_with_their_options_and_settings(where: str, words: list[str]) -> None:
+    name, *rest = words
+    assert name in COMMANDS
+    subs = [rest.pop(0)] if rest and rest[0] in generate.SUBCOMMANDS.get(name, ()) else []
+    known = {option for action in generate.parser_of(name, *subs)._actions for option in action.option_strings}
+    assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known
+    kind = SETTINGS.get(" ".join([name, *subs]))
+    given = {word.partition("=")[0] for word in rest if re.match(r"[a-z_.]+=", word)}
+    if kind:
+        module, _, model = MODELS[kind].partition(":")
+        assert given <= {key.name for key in keys(getattr(import_module(module), model))}
+    else:
+        assert given == set() or name == "bench"
+
+
+def test_configurations_that_the_documentation_names_ship() -> None:
+    found = 0
+    for where, (name, *rest) in CALLS:
+        words = [name, *rest] if name != "config" else []
+        for word, value in pairwise(words):
+            kind = {"--task": "task", "pretrain": "pretrain", "plan": "pretrain"}.get(word)
+            if kind and re.fullmatch(r"[a-z_]+", value):
+                assert value in presets(kind), where
+                found += 1
+    assert found > 15
+
+
+def test_every_kind_of_configuration_has_a_page() -> None:
+    assert set(generate.TITLES) == set(MODELS)
+    listed = (DOCS / "reference" / "configuration.md").read_text(encoding="utf-8")
+    assert [kind for kind in MODELS if f"configuration/{kind}\n" not in listed] == []
+
+
+def test_every_command_has_a_page(tmp_path: Path) -> None:
+    generate.write_reference(tmp_path)
+    assert {path.stem for path in (tmp_path / "commands").glob("*.md")} == {*COMMANDS, "index"}
+    for name in COMMANDS:
+        assert f"slim-brain {name}" in (tmp_path / "commands" / f"{name}.md").read_text(encoding="utf-8")
