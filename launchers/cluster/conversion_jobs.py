@@ -35,7 +35,7 @@ from launchers.cluster.scheduler import (
     require_slurm,
     states,
 )
-from launchers.cluster.script import Script, lines, probe
+from launchers.cluster.script import Place, Script, lines, probe
 from shards.core import files
 from shards.core.cli import DONE, REFUSED, RESUME, call_of, progress, summary
 from shards.core.errors import ConfigError
@@ -180,13 +180,12 @@ class Chain:
                 STAGE=stage,
                 OUTCOMES=f"{conversion_task.PLACE}/outcome",
             )
+            log = f"{stage}-%A_%a.log" if options else f"{stage}-%j.log"
             scripts[stage] = Script(
                 self._settings,
-                self._folder / conversion_task.PLACE,
+                Place(self._folder, self._folder / conversion_task.PLACE, log),
                 f"{self._folder.name}-{stage}",
                 command,
-                self._folder,
-                f"{stage}-%A_%a.log" if options else f"{stage}-%j.log",
                 {"cpus_per_task": cpus, "ntasks_per_node": 1},
                 {"nodes": 1, "kill-on-invalid-dep": "yes", **options},
             )

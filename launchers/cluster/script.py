@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,22 +41,36 @@ def _writer(folder: Path) -> SlurmExecutor:
     return Writer(folder)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a job works and writes.
+
+    Attributes
+    ----------
+    about : Path
+        The run or the dataset: FOLDER in the environment of the script.
+    folder : Path
+        Absolute path of the folder for the script and its logs.
+    log : str
+        Name of the log, with SLURM's fields such as `%j` for the job number.
+    """
+
+    about: Path
+    folder: Path
+    log: str
+
+
 class Script:
     """A script and its submission.
 
     Parameters
     ----------
     settings : SlurmSettings
-    folder : Path
-        Absolute path of the folder for the script and its logs.
+    place : Place
     name : str
         Name of the job.
     command : str
         Lines of bash; FOLDER, PYTHON and SOFTWARE (where this software is) are set in their environment.
-    about : Path
-        Value of FOLDER: the run or the dataset.
-    log : str
-        Name of the log, with SLURM's fields such as `%j` for the job number.
     share : dict
         Requested resources of a node, as parameters of submitit.
     sbatch : dict
@@ -70,23 +85,22 @@ class Script:
     def __init__(
         self,
         settings: SlurmSettings,
-        folder: Path,
+        place: Place,
         name: str,
         command: str,
-        about: Path,
-        log: str,
         share: Mapping[str, object],
         sbatch: Mapping[str, object],
     ):
-        for place in (folder, about, Path.cwd(), ROOT):
-            refuse_folder(place)
+        about, folder, log = place.about, place.folder, place.log
+        for path in (folder, about, Path.cwd(), ROOT):
+            refuse_folder(path)
         refuse_setup(settings)
         self.folder = folder
         root = shlex.quote(str(ROOT))
-        path = f"export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}\n" if environment.is_checkout() else ""
+        lookup = f"export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}\n" if environment.is_checkout() else ""
         self._command = f"""
 export FOLDER={shlex.quote(str(about))} PYTHON={shlex.quote(settings.python or sys.executable)}
-{path}export SOFTWARE={root} PYTHONUTF8=1
+{lookup}export SOFTWARE={root} PYTHONUTF8=1
 {command.strip()}
 """
         self._sbatch = {

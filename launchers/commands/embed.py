@@ -34,7 +34,7 @@ from shards.core.room import require_room
 from slim import __version__
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parser() -> Parser:
     parser = Parser("embed", __doc__.splitlines()[0], "export/ sub-01_bold.nii.gz --out vectors.npz")
     parser.add_argument("weights", metavar="WEIGHTS", help="an exported folder, OWNER/NAME on the hub, or a run")
     parser.add_argument("runs", nargs="+", metavar="run.nii.gz", help="preprocessed 4-D BOLD")
@@ -53,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dummy", metavar="N", default="auto", help="volumes dropped at the start (default: found)")
     parser.add_argument("--orientation", metavar="LAS", help="of files whose header has none")
     parser.add_argument("--paths", action="store_true", help="keep absolute paths whole in the file")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
     masks = _each(args.mask, "--mask", len(args.runs), shared=True)
     tables = _each(args.confounds, "--confounds", len(args.runs), shared=False)
     dummy = int(args.dummy) if args.dummy.isdigit() else args.dummy

@@ -23,7 +23,7 @@ from slim.evaluation.events import read as read_events
 from slim.evaluation.task import find_cases, load_task
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parser() -> Parser:
     parser = Parser(
         "explain", __doc__.splitlines()[0], "runs/name --data data/mylab --task configs/downstream/synthetic_score.yaml"
     )
@@ -50,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=("encoder", "target"),
         help="the online encoder (default) or its moving average; an export has one of them",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
     if args.subjects < 1:
         raise ConfigError("command line", "--subjects", args.subjects, "1 or more")
     args.task = find("task", args.task, "--task")

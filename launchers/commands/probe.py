@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from slim.inference.slim_brain import SlimBrain
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parser() -> Parser:
     parser = Parser(
         "probe", __doc__.splitlines()[0], "runs/name --data data/mylab --task configs/downstream/synthetic_group.yaml"
     )
@@ -62,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--random-seeds", type=int, default=3, metavar="N", help="random encoders whose mean is scored (default 3)"
     )
     parser.add_argument("--events", type=Path, metavar="FOLDER", help="where the tables of events lie (states)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
     if args.random_seeds < 1:
         raise ConfigError("command line", "--random-seeds", args.random_seeds, "1 or more")
     args.task = [find("task", given, "--task") for given in args.task]
