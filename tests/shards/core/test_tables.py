@@ -85,7 +85,7 @@ def test_only_line_feeds_end_a_line(tmp_path):
         ("", r"an empty file \(0 bytes\)"),
         ("\n \n", r"no line with text"),
         ("id\tage\n1\t\x00\n", r"binary content"),
-        ("id\tname\n1\tJ\u00f6rg\n".encode("latin-1"), r"bytes that are no UTF-8 in line 2.*Save it as UTF-8"),
+        ("id\tname\n1\tJ\u00f6rg\n".encode("latin-1"), r"bytes that are not UTF-8 in line 2.*Save it as UTF-8"),
         (b"/annex/objects/MD5E-s1--00.tsv\n", r"a pointer of git-annex.*datalad get"),
         ("<!DOCTYPE html><title>403</title>", r"an HTML page"),
     ],
