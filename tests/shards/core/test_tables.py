@@ -67,7 +67,7 @@ def test_quotes_never_reach_beyond_their_line(tmp_path):
     assert table.values("age") == [20, 30, 40] and table.texts("note") == ['"lenses', "ok", 'screen at 5"']
     quoted = read(tmp_path, 'id,note,age\n1,"left, then right",20\n2,"he said ""no""",30\n')
     assert quoted.texts("note") == ["left, then right", 'he said "no"'] and quoted.values("age") == [20, 30]
-    with pytest.raises(ConfigError, match=r"rows: got 2 fields in line 2, expected 3, as the header has"):
+    with pytest.raises(ConfigError, match=r"rows: got 2 fields in line 2, expected 3, as in the header"):
         read(tmp_path, 'id,note,age\n1,"two\nlines",20\n')
 
 

@@ -200,9 +200,9 @@ BIG = [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "blosc"}]
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("patch", {"data_type": "|O"}, "patch of another dtype"),  # bytes as pointers: the process died
-        ("windows", {"data_type": "O,O"}, "windows of another dtype"),
-        ("windows", {"data_type": "float64"}, "windows of another dtype"),
+        ("patch", {"data_type": "|O"}, "patch with another dtype"),  # bytes as pointers: the process died
+        ("windows", {"data_type": "O,O"}, "windows with another dtype"),
+        ("windows", {"data_type": "float64"}, "windows with another dtype"),
         ("baseline", {"shape": [10**6, 10**6], "chunk_grid": grid(10**6, 10**6)}, "along P|another size|along V"),
         ("carpet", {"shape": [10**6, 60], "chunk_grid": grid(10**6, 60)}, "a chunk of another size"),
         ("carpet", {"shape": [-8, -60], "chunk_grid": grid(-8, -60)}, "without 2 axes"),
