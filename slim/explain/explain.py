@@ -91,7 +91,7 @@ def choose(task: Task, cases: Cases, where: str | Path, subjects: int, output: i
         asked = []
         for fold, unit in folds:
             rows = fold.test[in_state_N[fold.test] & np.isin(cases.subject_N[fold.test], chosen)]
-            keys = np.array([cases.sessions[row]["key"] for row in rows])
+            keys = np.array([cases.sessions[row].key for row in rows])
             for key in np.unique(keys):
                 of_session = rows[keys == key]
                 asked.append(Asked(int(of_session[0]), fold, unit, cases.window_N[of_session]))
