@@ -6,9 +6,10 @@
     slim-brain slurm status DATASET_OR_RUN
     slim-brain slurm cancel DATASET_OR_RUN
 
-A run comes back by itself: before its time limit and when it is preempted it saves and is requeued, a lost process
-or node leads to another attempt from the last complete checkpoint, with other nodes or fewer if need be. A conversion
-is an array of tasks; what fails is tried a second time. A fine-tuning is a job for each division of the subjects.
+A run is requeued automatically. Before its time limit and when it is preempted, it saves a checkpoint first; after the
+loss of a process or node, it starts again from the last complete checkpoint, with other or fewer nodes if needed. A
+conversion is an array of tasks; those that fail are tried a second time. A fine-tuning has one job for each split of
+the subjects.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in commands:
         return commands[words[0]](words[1:])
     parser = Parser("slurm", __doc__.strip().replace("slim-brain slurm", call_of("slurm")), f"pretrain {_EXAMPLE}")
-    parser.add_argument("command", choices=list(commands), help="COMMAND --help says more")
+    parser.add_argument("command", choices=list(commands), help="see COMMAND --help")
     parser.parse_args(words)
     return WRONG
 
@@ -61,9 +62,9 @@ _EXAMPLE = "configs/pretrain/lean.yaml data=DATASET --nodes 4 --gpus-per-node 8"
 
 
 def pretrain(words: list[str]) -> int:
-    """Check, write the script, submit it; follow it if asked to."""
+    """Check the call, write the script and submit it; with --follow, show its log."""
     parser = Parser(
-        "slurm pretrain", "Pretrain through sbatch: one process per GPU, as often requeued as it takes.", _EXAMPLE
+        "slurm pretrain", "Pretrain with sbatch: one process per GPU, requeued until the run is finished.", _EXAMPLE
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -90,10 +91,10 @@ def pretrain(words: list[str]) -> int:
 
 
 def finetune(words: list[str]) -> int:
-    """A job for each division of the subjects; the command of a fine-tuning then tests what they have trained."""
+    """Submit a job for each split of the subjects. tools/finetune.py then tests the trained models."""
     parser = Parser(
         "slurm finetune",
-        "Fine-tune through sbatch: a job for each division of the subjects, as often requeued as it takes.",
+        "Fine-tune with sbatch: one job for each split of the subjects, requeued until it is finished.",
         "runs/lean --data data/mylab --task TASK.yaml --nodes 1 --gpus-per-node 2",
     )
     finetuning.add_arguments(parser)
@@ -111,7 +112,7 @@ def finetune(words: list[str]) -> int:
     jobs = [asked.submit(asked.spread(method.prepare(number)), command, then) for number in numbers]
     facts: dict[str, Any] = {name: [job[name] for job in jobs] for name in ("job", "run", "log")}
     facts["processes"] = jobs[0]["processes"]
-    ended, following = DONE, f"once they have ended: {then}"
+    ended, following = DONE, f"when the jobs have ended: {then}"
     if args.follow:
         ends = [tracking.follow(job["job"], Path(job["log"]), job.get("cluster")) for job in jobs]
         ended, facts["status"] = max(ends), ends
@@ -123,12 +124,12 @@ def finetune(words: list[str]) -> int:
 
 
 class Asked:
-    """What a submission asks the cluster for.
+    """The resources that a submission requests, and the submission.
 
     Parameters
     ----------
     args : argparse.Namespace
-        Of `_add_nodes`.
+        The arguments of `_add_nodes`.
 
     Raises
     ------
@@ -145,28 +146,28 @@ class Asked:
         self.cluster = _cluster(args)
 
     def spread(self, settings: S) -> S:
-        """The settings of a run for so many processes, in a folder that is the same wherever it is looked at from."""
+        """The settings of a run with this number of processes and an absolute path of its folder."""
         changes = {"out": str(Path(settings.run.out).resolve()), "processes": self.nodes * self.tasks}
         return settings.model_copy(update={"run": settings.run.model_copy(update=changes)})
 
     def script(self, settings: TrainSettings) -> Batch:
-        """That of a run."""
+        """The script of a run."""
         wanted = str(self.nodes) if self.fewest == self.nodes else f"{self.fewest}-{self.nodes}"
         cpus = self.cluster.cpus_per_task or settings.run.workers + 1
         return Batch(self.cluster, Path(settings.run.out), wanted, self.tasks, self.gpus, cpus)
 
     def dry_run(self, settings: TrainSettings) -> int:
-        """Print the script of a run, and what the cluster says to it; leaves nothing behind."""
+        """Print the script of a run, and the reply of `sbatch --test-only`. Nothing is written."""
         print(self.script(settings).text())
         if shutil.which("sbatch") is None:
-            print("sbatch is not on this machine: no cluster has seen this script", file=sys.stderr)
+            print("sbatch is not installed here, so the script was not tested on a cluster", file=sys.stderr)
             return DONE
         self._accept([settings])
         print(self.script(settings).test())
         return DONE
 
     def check(self, runs: Sequence[TrainSettings]) -> None:
-        """Refuse what the cluster, a node of it, or a job that is still there would make fail."""
+        """Check that the cluster and its nodes can run the job, and that no earlier job of the run is unfinished."""
         self._accept(runs)
         out = Path(runs[0].run.out)
         self.script(runs[0]).test()
@@ -179,7 +180,7 @@ class Asked:
             tracking.refuse_another(Path(settings.run.out))
 
     def submit(self, settings: TrainSettings, command: list[str], then: str) -> dict[str, Any]:
-        """Make the folder of a run and queue its job; facts for the summary. `then` is what to call afterwards."""
+        """Make the folder of a run and submit its job; returns facts for the summary. `then` is the next command."""
         out = Path(settings.run.out)
         commit, steps = _prepare(settings)
         script = self.script(settings)
@@ -202,17 +203,17 @@ class Asked:
 
 
 def shards(words: list[str]) -> int:
-    """Check, find the runs, submit the jobs; follow them if asked to."""
+    """Check the call, find the scans and submit the jobs; with --follow, show their progress."""
     parser = Parser(
         "slurm shards",
-        "Convert cohorts into shards, as make-shards does, in an array of jobs.",
+        "Convert cohorts into shards with an array of jobs, as make-shards does on one machine.",
         "mylab.yaml --out data/mylab --tasks 100 --throttle 20 --follow",
     )
-    from launchers.conversion import add_arguments, conversion_of  # which imports torch
+    from launchers.conversion import add_arguments, conversion_of  # imports torch
 
     add_arguments(parser)
-    parser.add_argument("--tasks", type=int, required=True, metavar="N", help="tasks of the array, at most")
-    parser.add_argument("--throttle", type=int, metavar="M", help="tasks that run at the same time, at most")
+    parser.add_argument("--tasks", type=int, required=True, metavar="N", help="largest number of tasks in the array")
+    parser.add_argument("--throttle", type=int, metavar="M", help="largest number of tasks at the same time")
     _add_cluster(parser, _FLAGS)
     args = parser.parse_args(words)
     cluster = _cluster(args)
@@ -225,20 +226,20 @@ def shards(words: list[str]) -> int:
 
 
 def _add_nodes(parser: argparse.ArgumentParser) -> None:
-    """What the submission of a run is called with."""
+    """Add the arguments of the submission of a run."""
     parser.add_argument(
-        "--nodes", required=True, metavar="N", help="a number, or a range such as 2-4: as many as are free"
+        "--nodes", required=True, metavar="N", help="number of nodes, or a range such as 2-4 for as many as are free"
     )
     per_node = parser.add_mutually_exclusive_group(required=True)
-    per_node.add_argument("--gpus-per-node", type=int, metavar="G", help="one process per GPU")
+    per_node.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs per node, one process each")
     per_node.add_argument(
-        "--tasks-per-node", type=int, metavar="T", help="processes per node of a cluster without GPUs"
+        "--tasks-per-node", type=int, metavar="T", help="processes per node, on a cluster without GPUs"
     )
     _add_cluster(parser, (*_FLAGS, "max_failures"))
 
 
 def _add_cluster(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
-    """What every submission is called with."""
+    """Add the arguments that all submissions have."""
     add = parser.add_argument
     add(
         "--slurm",
@@ -248,8 +249,8 @@ def _add_cluster(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
     for name in flags:
         kind = int if name in ("cpus_per_task", "max_failures") else str
         add(f"--{name.replace('_', '-')}", type=kind, help=SlurmSettings.model_fields[name].description)
-    add("--dry-run", action="store_true", help="print what would be submitted, and what the cluster says to it")
-    add("--follow", action="store_true", help="show how far it is until it has ended, and exit with its status")
+    add("--dry-run", action="store_true", help="print the scripts and test them with sbatch, without submitting them")
+    add("--follow", action="store_true", help="show the progress until the end, and exit with the status of the job")
 
 
 def _cluster(args: argparse.Namespace) -> SlurmSettings:
@@ -257,14 +258,14 @@ def _cluster(args: argparse.Namespace) -> SlurmSettings:
     tree = read_yaml(path) if path else {}
     flags = [name for name in (*_FLAGS, "max_failures") if hasattr(args, name)]
     given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
-    for name, value in given.items():  # told by their flags, where these are at fault
+    for name, value in given.items():  # checked one by one, so that an error names the command line
         check(SlurmSettings, {name: value}, "command line")
     return check(SlurmSettings, tree | given, path or "command line")
 
 
 def _prepare(settings: TrainSettings) -> tuple[str, int]:
-    """Make the folder of the run, when its data and model have been looked at; the commit, and steps to the end."""
-    # These import torch, which takes seconds: all that can be wrong with the call is told before, and without.
+    """Check the data and the model, and make the folder of the run; returns the commit and the number of steps."""
+    # These import torch, which takes seconds. Errors in the call are reported before.
     from launchers.job import open_task
     from launchers.run_setup import git_commit, prepare_run
 
@@ -289,8 +290,8 @@ def _folder_of(words: list[str], command: str, does: str) -> tuple[argparse.Name
 
 
 def status(words: list[str]) -> int:
-    """Say what the jobs of a run or of a dataset are doing and how far it is."""
-    args, folder = _folder_of(words, "status", "What the jobs of a run or of a dataset are doing, and how far it is.")
+    """Show the state of the jobs of a run or dataset, and their progress."""
+    args, folder = _folder_of(words, "status", "Show the state of the jobs of a run or dataset, and their progress.")
     about = tracking.about_job(folder)
     facts, following = conversion_jobs.status(folder) if about is None else tracking.status(folder, about)
     summary(facts, following, args.json)
@@ -298,8 +299,8 @@ def status(words: list[str]) -> int:
 
 
 def cancel(words: list[str]) -> int:
-    """Cancel the jobs of a run or of a dataset."""
-    args, folder = _folder_of(words, "cancel", "Cancel the jobs of a run or of a dataset. What it has saved stays.")
+    """Cancel the jobs of a run or dataset."""
+    args, folder = _folder_of(words, "cancel", "Cancel the jobs of a run or dataset. Saved results are kept.")
     about = tracking.about_job(folder)
     if about is None:
         command = conversion_task.submitted(folder).command

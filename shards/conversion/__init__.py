@@ -1,1 +1,1 @@
-"""From a cohort to a dataset: sessions, the work folder, splits, packing, and the dry run."""
+"""Convert cohorts to a dataset: sessions, the work folder, splits, packing, and the dry run."""

@@ -1,9 +1,9 @@
-"""Cohorts in, a dataset out: find, harmonise, rank, pack.
+"""Convert cohorts to a dataset: find, harmonise, rank and pack scans.
 
-Each step leaves its results under `DATASET/work/` (`shards/conversion/state.py`), so a conversion that was stopped
-continues where it stopped. A session whose source and configuration are unchanged is not read again, and a scan that
-was refused is not tried again before it changes. One conversion at a time holds the folder
-(`shards/conversion/lock.py`); its processes may be many, on as many machines.
+Each step writes its results under `DATASET/work/` (`shards/conversion/state.py`), so a stopped conversion continues
+where it stopped. A session with unchanged source and configuration is not read again, and a refused scan is not tried
+again until it changes. Only one conversion at a time can hold the lock of the folder (`shards/conversion/lock.py`), but
+it may use many processes on several machines.
 """
 
 from __future__ import annotations
@@ -39,40 +39,40 @@ _SAME_SETTINGS = "Use the settings it was made with (manifest.json), or another 
 
 
 class Conversion:
-    """One dataset in the making.
+    """The conversion of cohorts to a dataset.
 
     Parameters
     ----------
     cohorts : sequence of paths
-        Cohort files; all that the dataset is to hold.
+        All cohort files of the dataset.
     folder : Path
-        The dataset.
+        Folder of the dataset.
     settings : ConvertSettings
     ranking : dict
-        Which ranker will be used (name, a given extractor's checksum), part of the configuration.
+        The ranker (name, checksum of a given extractor), as a part of the configuration.
     parcels : callable
-        `parcels(brain_XYZ) -> labels_XYZ` as `settings.parcels` asks for; worker processes get it by pickle.
+        Picklable function `parcels(brain_XYZ) -> labels_XYZ` for `settings.parcels`.
     workers : int
-        Processes.
+        Number of worker processes.
     retry : bool
-        Try scans again that were refused and have not changed.
+        Whether to try unchanged scans again that were refused.
 
     Attributes
     ----------
     state : State
-        Which scans are done.
+        The scans that are done.
     found : list of Cohort
-        The cohorts, after `find`.
+        The cohorts; set by `find`.
     runs : list of RunSource
-        Their scans in the order of their keys, after `find`.
+        Their scans, sorted by key; set by `find`.
     splits : dict of Person to str
-        The split of each person, after `find`.
+        The split of each subject; set by `find`.
 
     Raises
     ------
     DatasetError
-        If `folder` holds a dataset of another configuration, or one of cohorts that are not named here, or another
-        conversion holds it.
+        If `folder` holds a dataset with another configuration or with other cohorts, or another conversion holds its
+        lock.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Conversion:
         self.splits: dict[Person, str] = {}
 
     def open(self) -> None:
-        """Finish what a killed conversion left half done, and refuse to mix two configurations; writes nothing new."""
+        """Finish the commit of a killed conversion, and check that the configuration is the same."""
         if not self.folder.exists():
             return
         if not self.folder.is_dir():
@@ -109,12 +109,12 @@ class Conversion:
             self._same_configuration(self._stamp.read_text(encoding="utf-8").strip())
 
     def resume(self, alone: bool) -> None:
-        """Read what the folder holds of an earlier conversion. The lock must be held.
+        """Read the results of an earlier conversion in the folder. The lock must be held.
 
         Parameters
         ----------
         alone : bool
-            No other process holds the folder: finish what a killed one left half done.
+            Whether no other process uses the folder, so that incomplete results of a killed process can be removed.
         """
         if alone:
             writer.finish_commit(self.folder)
@@ -124,7 +124,7 @@ class Conversion:
             self._same_configuration(manifest.configuration_hash, manifest.configuration)
 
     def begin(self) -> None:
-        """Make the folder, and write down its configuration and who is in which split; `open` and `find` come first."""
+        """Make the folder, and write the configuration and the splits; call `open` and `find` before."""
         try:
             self.lock.acquire()
             self.state.prepare(self.retry)
@@ -136,12 +136,12 @@ class Conversion:
             raise DatasetError(self.folder, "--out", error.strerror, "a folder that can be written") from None
 
     def close(self) -> None:
-        """Let other conversions into the folder again."""
+        """Release the lock of the folder."""
         self.lock.close()
 
     @property
     def _stamp(self) -> Path:
-        """Of which configuration the results under `work/` are."""
+        """The file with the configuration of the results under `work/`."""
         return self.folder / layout.WORK / "configuration"
 
     def _same_configuration(self, found: str, before: dict[str, object] | None = None) -> None:
@@ -149,17 +149,17 @@ class Conversion:
             return
         if before and (differing := _first_difference(self.configuration, before)):
             name, mine, theirs = differing
-            hint, expected = _SAME_SETTINGS, f"{theirs}, as for the sessions already there"
+            hint, expected = _SAME_SETTINGS, f"{theirs}, as for the existing sessions"
             if theirs is None:
-                expected = "no such setting: an earlier version made the sessions already there"
+                expected = "no such setting: an earlier version made the existing sessions"
                 hint = "Convert into another --out"
             field = f"configuration.{name.removeprefix('settings.')}"
             raise DatasetError(self.folder, field, mine, expected, hint)
-        expected = f"{found[:12]}, that of the sessions already there"
+        expected = f"{found[:12]}, as for the existing sessions"
         raise DatasetError(self.folder, "configuration", f"hash {self.hash[:12]}", expected, _SAME_SETTINGS)
 
     def find(self) -> list[RunSource]:
-        """List the scans of all cohorts and assign everybody to a split; reads no image."""
+        """List the scans of all cohorts and assign subjects to splits, without reading images."""
         split = self.settings.split
         needed = {column for column in (split.stratify, split.family, split.column) if column}
         self.found = [find_cohort(path, needed) for path in self.cohorts]
@@ -174,8 +174,8 @@ class Conversion:
                     self.folder,
                     "cohorts",
                     f"only {', '.join(sorted(names))}",
-                    f"also {', '.join(sorted(lost))}, which the dataset holds",
-                    "Name all cohort files, or another --out",
+                    f"also {', '.join(sorted(lost))}, which is in the dataset",
+                    "Give all cohort files, or another --out",
                 )
         runs = _once_each([run for cohort in self.found for run in cohort.runs])
         self.splits, torn = assign(runs, self.settings.split, read_table(self.folder))
@@ -184,16 +184,16 @@ class Conversion:
         return self.runs
 
     def extractor_runs(self) -> list[RunSource]:
-        """The training-split scans the extractor is trained on; scans that are known to be refused are left out."""
+        """The training scans of the extractor, without scans that were refused."""
         train = [run for run in self.runs if self.splits.get(run.person) == "train" and not self.state.refusal(run)]
         return self.settings.extractor.draw(train, lambda run: run.key)
 
     def harmonise(self, runs: Iterable[RunSource]) -> None:
-        """Harmonise scans and keep the results under `work/harmonised/` until they are ranked."""
+        """Harmonise scans, and keep the results in `work/harmonised/` until they are ranked."""
         self._convert([run for run in runs if not is_harmonised(self.folder, run)], None)
 
     def parcel_series(self, runs: Iterable[RunSource]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(roi_RT, centre_R3) of the harmonised scans among `runs`; refused scans are left out."""
+        """(roi_RT, centre_R3) of the harmonised scans in `runs`, without refused scans."""
         return [series for run in runs if (series := self.state.parcel_series(run)) is not None]
 
     def unsettled(self) -> list[RunSource]:
@@ -201,19 +201,19 @@ class Conversion:
         return [run for run in self.runs if not self.state.is_settled(run)]
 
     def refused(self) -> list[Refusal]:
-        """Why scans were refused, of those that were."""
+        """The refusals of all refused scans."""
         return [line for run in self.runs if (line := self.state.refusal(run))]
 
     def write_refused(self) -> None:
-        """Write `failed.jsonl` of a conversion in which every scan was refused."""
+        """Write `failed.jsonl` if all scans were refused."""
         files.write_atomically(self.folder / layout.FAILED, files.dump_lines(line.tree() for line in self.refused()))
 
     def rank(self, ranker: WindowRanker, runs: Iterable[RunSource]) -> None:
-        """Rank scans and write their members, harmonising them first where that was not done."""
+        """Rank scans and write their members; scans that are not harmonised yet are harmonised first."""
         self._convert(runs, ranker)
 
     def _convert(self, runs: Iterable[RunSource], ranker: WindowRanker | None) -> None:
-        """Convert scans in worker processes; a refused scan is written down, and the others continue."""
+        """Convert scans in worker processes. A refused scan is recorded, and the others continue."""
         todo = [run for run in runs if not self.state.is_settled(run)]
         if not todo:
             return
@@ -225,38 +225,38 @@ class Conversion:
                 advance(1, f"{run.key} refused: {result.reason}" if isinstance(result, Refusal) else run.key)
 
     def pack(self, identity: dict[str, object]) -> Manifest | None:
-        """Write the dataset from the finished sessions; does nothing if it is there already.
+        """Write the dataset from the finished sessions, unless it is up to date.
 
         Parameters
         ----------
         identity : dict
-            What the ranker's scores depend on, as `WindowRanker.identity`.
+            What the scores depend on, from `WindowRanker.identity`.
 
         Returns
         -------
         Manifest or None
-            None if every scan was refused: there is nothing to pack.
+            None if all scans were refused.
         """
         before = self.state.dataset
         if before is not None and before.manifest.ranker != identity:
             raise DatasetError(
                 self.folder,
                 "ranker",
-                "another extractor than the one its sessions were ranked with",
-                "the extractor of the sessions already there",
-                "Restore it, or give another --out",
+                "another extractor than the one that ranked the existing sessions",
+                "the extractor of the existing sessions",
+                "Restore that extractor, or give another --out",
             )
         sessions, refused = self._finished()
         self.state.refused = {line.key: line for line in refused}
         if not sessions:
             if before is not None:
-                hint = "The dataset is left as it was; see the cohort files"
-                raise DatasetError(self.folder, "", "no run that can be converted any more", "at least one", hint)
+                hint = "The dataset was not changed; check the cohort files"
+                raise DatasetError(self.folder, "", "no scan that can still be converted", "at least one", hint)
             return None
         if before is not None and self.state.is_packed(sessions, refused):
             self.state.clear()
             return before.manifest
-        (self.folder / layout.REPORT / layout.PAGE).unlink(missing_ok=True)  # it shows the dataset as it was
+        (self.folder / layout.REPORT / layout.PAGE).unlink(missing_ok=True)  # it describes the former dataset
         size = int(self.settings.shards.mb * 1e6)
         with progress("pack", len(sessions), "sessions") as advance, stop_if_full(self.folder, "the shards"):
             data = self._data(identity)
@@ -265,7 +265,7 @@ class Conversion:
         return manifest
 
     def _finished(self) -> tuple[list[ScanRecord], list[Refusal]]:
-        """All scans: those that are ranked, with their splits, and those that were refused."""
+        """All ranked scans, with their splits, and all refused scans."""
         sessions: list[ScanRecord] = []
         refused: list[Refusal] = []
         for run in self.runs:
@@ -274,7 +274,7 @@ class Conversion:
             elif self.state.is_done(run):
                 sessions.append(self.state.record(run).model_copy(update={"split": self.splits[run.person]}))
             else:
-                got, expected = f"{run.key} neither ranked nor refused", "all runs ranked before they are packed"
+                got, expected = f"{run.key} neither ranked nor refused", "all scans ranked before packing"
                 raise DatasetError(self.folder, "--only", got, expected, "Run it without --only")
         return sessions, sorted(refused, key=lambda line: line.key)
 
@@ -298,7 +298,7 @@ class Conversion:
 
 
 def _first_difference(mine: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first setting in which two configurations differ: its dotted name, and both values (None: not there)."""
+    """The first setting that differs between two configurations: its dotted name, and both values (None if absent)."""
     if not (isinstance(mine, dict) and isinstance(theirs, dict)):
         return None if mine == theirs else (name, mine, theirs)
     for key in [*mine, *(key for key in theirs if key not in mine)]:
@@ -309,15 +309,15 @@ def _first_difference(mine: Any, theirs: Any, name: str = "") -> tuple[str, Any,
 
 
 def _once_each(runs: list[RunSource]) -> list[RunSource]:
-    """The runs, of which one whose file another run has already (a link perhaps) is refused."""
+    """Refuse scans with the same file as another scan, for example through a link."""
     seen: dict[Path, RunSource] = {}
     result = []
     for run in runs:
         first = seen.setdefault(run.bold.resolve(), run)
         if first is not run and run.problem is None:
-            hint = "List every file once; cohorts of the same people share a name in `people`"
+            hint = "List every file once. Cohorts of the same subjects can share a name in `people`"
             run = replace(
-                run, problem=RunRefused(run.source, "key", f"the file of {first.key} again", "a file of its own", hint)
+                run, problem=RunRefused(run.source, "key", f"the same file as {first.key}", "a different file", hint)
             )
         result.append(run)
     return result

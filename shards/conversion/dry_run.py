@@ -1,6 +1,6 @@
-"""What a conversion would find, told before it begins: `make_shards.py --dry-run`.
+"""The dry run of a conversion, `make_shards.py --dry-run`: what it would find.
 
-Headers, masks and tables are read, frames are not.
+Headers, masks and tables are read, but no frames.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from shards.core.files import printable
 
 @dataclass(frozen=True, kw_only=True)
 class CohortSurvey:
-    """What would be converted of a cohort.
+    """A summary of the scans of a cohort.
 
     Attributes
     ----------
     runs, subjects, sessions : int
     splits : dict of str to int
-        Subjects of each split.
+        Number of subjects in each split.
     tr, voxel_mm, masks : dict of str to int
-        Runs of each TR (s), of each voxel size (mm), with and without a mask of their own; of those that can be opened.
+        Number of readable scans with each TR (s), each voxel size (mm), and with given and computed masks.
     frames : list of int
-        Least, median and most frames of a run; empty where none can be opened.
+        Smallest, median and largest number of frames of a scan; empty if no scan can be opened.
     confounds : int
-        Runs with a confounds table.
+        Number of scans with a confounds table.
     labels : dict of str to int
-        Subjects that have a value of each column.
+        Number of subjects with a value in each column.
     passed_over, notes : list of str
-        Files that are not taken, and what else is to be told.
+        Ignored files, and notes for the user.
     """
 
     runs: int
@@ -54,7 +54,7 @@ class CohortSurvey:
 
 
 def look(conversion: Conversion) -> tuple[list[tuple[RunSource, Survey]], list[RunRefused]]:
-    """What the header, mask and tables of every run tell, and those that are certain to be refused."""
+    """Check the header, mask and tables of every scan; returns the facts, and the scans that will be refused."""
 
     def one(run: RunSource) -> Survey | RunRefused:
         try:
@@ -78,7 +78,7 @@ def look(conversion: Conversion) -> tuple[list[tuple[RunSource, Survey]], list[R
 
 
 def line(run: RunSource, facts: Survey, split: str) -> str:
-    """A run on one line."""
+    """Describe a scan in one line."""
     size = " x ".join(f"{edge:g}" for edge in facts.voxel_mm)
     moved = f", moved by {facts.centred_by_mm} mm" if facts.centred_by_mm is not None else ""
     notes = "".join(f"; {words}" for words in assumptions(facts))
@@ -90,7 +90,7 @@ def line(run: RunSource, facts: Survey, split: str) -> str:
 
 
 def cohorts(conversion: Conversion, found: list[tuple[RunSource, Survey]]) -> dict[str, CohortSurvey]:
-    """Per cohort, of all its runs: counts, and of those that can be opened: TRs, voxel sizes, masks, frames."""
+    """Summarise each cohort: counts of all scans, and TRs, voxel sizes, masks and frames of the readable ones."""
     opened: dict[str, list[Survey]] = defaultdict(list)
     for run, facts in found:
         opened[run.cohort].append(facts)
@@ -127,7 +127,7 @@ def _counts(values: Iterable[str]) -> dict[str, int]:
 
 
 def words(name: str, facts: CohortSurvey) -> list[str]:
-    """A cohort's facts as lines for people."""
+    """Describe a cohort in a few lines."""
 
     def listed(counts: dict[str, int], unit: str = "") -> str:
         return ", ".join(f"{value}{unit} ({count})" for value, count in counts.items())

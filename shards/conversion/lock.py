@@ -1,4 +1,4 @@
-"""One conversion at a time in a dataset's folder: DATASET/work/lock."""
+"""The lock on the folder of a dataset, DATASET/work/lock, so that only one conversion at a time writes to it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ logger = logging.getLogger(__name__)
 
 
 class FolderLock:
-    """The lock on a dataset's folder. It lasts until `close`, or until this process ends, however it ends."""
+    """The lock on the folder of a dataset. It is held until `close`, or until this process ends for any reason."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._descriptor: int | None = None
 
     def acquire(self, who: str = "", shared: bool = False, patience: float = 0) -> None:
-        """Keep other conversions out of the folder. A lock that is held already stays as it is.
+        """Acquire the lock, unless this object holds it already.
 
         Parameters
         ----------
         who : str
-            What others are told about this process; by default its number.
+            Name of this process in the errors of others; by default its process ID.
         shared : bool
-            Share the folder with the other tasks of one conversion. A process that held the lock alone must have begun
-            this conversion.
+            Whether to share the lock with other tasks of the same conversion. A process that held the lock alone must
+            have started this conversion.
         patience : float
-            Seconds to wait for the processes that hold it now.
+            Seconds to wait for the lock.
 
         Raises
         ------

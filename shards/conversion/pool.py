@@ -1,4 +1,4 @@
-"""Scans harmonised and ranked in worker processes, one thread each."""
+"""Harmonise and rank scans in worker processes with one thread each."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def convert_all(
     ranker: WindowRanker | None,
     workers: int,
 ) -> Generator[tuple[RunSource, ScanRecord | Refusal], None, None]:
-    """Call `convert` for each scan, and yield each scan with its result as it ends.
+    """Call `convert` for each scan, and yield each scan with its result when it is done.
 
-    At most two scans a worker are waiting, so that a fault stops the rest soon.
+    At most two scans per worker are queued, so that an error stops the conversion soon.
 
     Raises
     ------
     ConfigError
-        If worker processes cannot be started here.
+        If worker processes cannot be started on this machine.
     Stopped
         If a worker process died, or the disk is full.
     """
@@ -62,14 +62,14 @@ def convert_all(
                     yield run, found
     except BrokenProcessPool:
         raise Stopped(
-            "a worker process died, perhaps because memory ran out",
-            "the same command continues from there, with fewer --workers if need be",
+            "a worker process died, perhaps because the machine is out of memory",
+            "the same command continues; use fewer --workers if it happens again",
         ) from None
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Have processes that start meanwhile use one thread: sums come out the same at any number of workers."""
+    """Context in which new processes use one thread, so that sums do not depend on the number of workers."""
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, "1"))
     try:

@@ -1,8 +1,8 @@
-"""One run into one session: harmonised, ranked, and written as the two members of its sample.
+"""Convert one scan to a session: harmonise it, rank its windows, and write the two members of its sample.
 
-The ranker is handed in: this package does not know how windows are scored.
+The ranker is an argument, because this package does not import rankers.
 
-Legend: T frames of the run, F frames of a window, W windows, K kept windows, N brain voxels, P patches, V voxels,
+Legend: T frames of the scan, F frames of a window, W windows, K kept windows, N brain voxels, P patches, V voxels,
 R parcels.
 """
 
@@ -37,7 +37,7 @@ from shards.preprocessing.masks import BrainMaskSettings
 
 
 class WindowRanker(Protocol):
-    """Scores the windows of a run; see `slim.ranking.saliency` for those there are."""
+    """Scores the windows of a scan. The rankers are in `slim.ranking.rankers`."""
 
     name: str
 
@@ -45,47 +45,47 @@ class WindowRanker(Protocol):
         """What the scores depend on, for the manifest."""
 
     def parts(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
-        """Saliency of each window in time order, float32 (W,), as `scores`; and, of a ranker that joins the two,
-        what it found in space and in time, as `scores_space` and `scores_time`."""
+        """Saliency of each window in time order, float32 (W,), as `scores`. Rankers that use space and time also return
+        their parts as `scores_space` and `scores_time`."""
 
 
-Parcels = Callable[[np.ndarray], np.ndarray]  # brain_XYZ to labels_XYZ; worker processes get it by pickle
+Parcels = Callable[[np.ndarray], np.ndarray]  # maps brain_XYZ to labels_XYZ; picklable
 
 
 class WindowSettings(Settings):
-    """Windows of a run, and how many are kept."""
+    """Windows of a scan, and how many are kept."""
 
-    frames: Annotated[int, Unit("frames")] = Field(5, ge=1, le=100, description="frames of a window")
-    keep: Annotated[int, Unit("windows")] = Field(32, ge=1, description="most salient windows kept")
-    minimum: Annotated[int, Unit("windows")] = Field(8, ge=2, description="a run with fewer windows is refused")
+    frames: Annotated[int, Unit("frames")] = Field(5, ge=1, le=100, description="number of frames of a window")
+    keep: Annotated[int, Unit("windows")] = Field(32, ge=1, description="number of most salient windows kept")
+    minimum: Annotated[int, Unit("windows")] = Field(8, ge=2, description="scans with fewer windows are refused")
 
 
 class ParcelSettings(Settings):
-    """What the temporal extractor and the ranker see of a volume."""
+    """The parcels from which the temporal extractor and the ranker take their time series."""
 
     image: Path | None = Field(None, description="label image in MNI space; without one, cubes of the brain mask")
     cube_mm: Annotated[float, Unit("mm")] = Field(24.0, gt=0, le=200, description="edge of a cube")
     least_brain: Annotated[float, Unit("share")] = Field(
-        0.1, ge=0, le=1, description="a parcel with a smaller share of brain is left out"
+        0.1, ge=0, le=1, description="parcels with a smaller share of brain are left out"
     )
 
     @field_validator("image")
     @classmethod
     def _is_there(cls, image: Path | None) -> Path | None:
         if image is not None and not image.is_file():
-            raise ValueError("a file: a NIfTI label image in MNI space")
+            raise ValueError("an existing file, a NIfTI label image in MNI space")
         return image
 
     @field_serializer("image")
     def _content(self, image: Path | None) -> dict[str, str] | None:
-        """An image is written down by its content: one that was changed makes another configuration."""
+        """Describe an image by its content, so that a changed image is another configuration."""
         if image is None:
             return None
         return {"name": image.name, "sha256": files.sha256(image)}
 
 
 class SessionSettings(Settings):
-    """What a session's sample depends on beside its run and the ranker."""
+    """The settings that a sample depends on, besides its scan and the ranker."""
 
     grid: GridSettings = GridSettings()
     mask: BrainMaskSettings = BrainMaskSettings()
@@ -95,7 +95,7 @@ class SessionSettings(Settings):
 
 
 def fingerprint(run: RunSource) -> str:
-    """What a session's sample depends on beside the configuration: its files' sizes and times, labels, TR, space."""
+    """Hash of what a sample depends on, besides the configuration: sizes and times of files, labels, TR, space."""
 
     def stamp(path: Path | None) -> list[Any] | None:
         if path is None or not path.exists():
@@ -112,12 +112,12 @@ def fingerprint(run: RunSource) -> str:
 
 
 def harmonised_path(folder: Path, run: RunSource) -> Path:
-    """Where a harmonised run waits to be ranked."""
+    """The file of a harmonised scan that is not ranked yet."""
     return folder / layout.WORK / "harmonised" / f"{run.key}.npz"
 
 
 def is_harmonised(folder: Path, run: RunSource) -> bool:
-    """Whether a run waits to be ranked, harmonised from its source as it is now."""
+    """Whether a scan is harmonised, from its present files, and not ranked yet."""
     path = harmonised_path(folder, run)
     if not path.exists():
         return False
@@ -126,27 +126,27 @@ def is_harmonised(folder: Path, run: RunSource) -> bool:
 
 
 def assumptions(facts: ScanFacts) -> list[str]:
-    """What was assumed of a run, and what in it contradicts itself or is missing, in a sentence each."""
+    """What was assumed about a scan, and what is contradictory or missing, one sentence each."""
     found = []
     if words := facts.space_assumed:
         found.append(f"space {words}")
     if words := facts.orientation_assumed:
-        found.append(f"orientation {words} assumed, its header has none: check left and right")
+        found.append(f"orientation {words} assumed, because the header has none: check left and right")
     if words := facts.forms_disagree:
         found.append(f"{words}: they disagree on left and right; the sform was used")
     if facts.tr_source == "header" and (facts.source_tr or facts.tr) == 1:
-        found.append("TR 1 s is from the header alone, which often says 1 where nobody filled it in: check it")
+        found.append("TR 1 s is from the header, where 1 is often a default: check it")
     if words := facts.mask_rule:
         found.append(f"mask of {words}")
     if share := facts.dead_share:
-        found.append(f"{share:.1%} of the mask is without signal and was left out")
+        found.append(f"{share:.1%} of the mask has no signal and was left out")
     if count := facts.repeated_frames:
-        found.append(f"{count} volumes repeat an earlier one; windows that hold them were not kept")
+        found.append(f"{count} volumes are copies of an earlier one; windows with them were not kept")
     return found
 
 
 def by_assumption(sessions: Iterable[ScanRecord]) -> dict[str, list[str]]:
-    """Every sentence of `assumptions`, with the keys of the sessions that it is about."""
+    """Every sentence of `assumptions`, with the keys of its sessions."""
     found: dict[str, list[str]] = {}
     for session in sessions:
         for words in assumptions(session):
@@ -155,7 +155,7 @@ def by_assumption(sessions: Iterable[ScanRecord]) -> dict[str, list[str]]:
 
 
 class Survey(ScanFacts):
-    """What is known of a run before its frames are read."""
+    """Facts about a scan that are known before its frames are read."""
 
     tr_source: str
     frames: int
@@ -164,21 +164,21 @@ class Survey(ScanFacts):
 
 
 def survey(run: RunSource, settings: SessionSettings) -> Survey:
-    """What is known of a run before its frames are read.
+    """Collect the facts about a scan that are known before its frames are read.
 
     Raises
     ------
     RunRefused
-        If it is certain by now that the run will be refused.
+        If it is already certain that the scan will be refused.
     """
     bold = _open(run, settings)
     facts: dict[str, object] = {"tr_source": bold.tr_source}
     if run.mask is not None:
         facts = place(run, settings.grid, settings.mask, settings.clean).facts
-    else:  # it is computed from the frames
+    else:  # the mask will be computed from the frames
         read_confounds(bold, settings.clean)
         if not bold.centred and not run.says_mni:
-            words = f"not stated, {nifti.code_words(bold.image)}: the overlap of the brain with MNI152 will decide"
+            words = f"not given, {nifti.code_words(bold.image)}: the overlap of the brain with MNI152 will decide"
             facts["space_assumed"] = words
     about = {"frames": bold.frames, "tr": bold.tr, "shape": bold.shape, "voxel_mm": bold.voxel_mm}
     return Survey.model_validate(facts | about)
@@ -187,12 +187,12 @@ def survey(run: RunSource, settings: SessionSettings) -> Survey:
 def convert(
     run: RunSource, settings: SessionSettings, folder: Path, parcels: Parcels, ranker: WindowRanker | None
 ) -> ScanRecord | Refusal:
-    """Harmonise one run and, with a ranker, write its members.
+    """Harmonise one scan and, with a ranker, write its members.
 
     Returns
     -------
     ScanRecord or Refusal
-        What is known of the scan; why it cannot be converted.
+        The record of the scan, or why it cannot be converted.
     """
     stamp = fingerprint(run)
     path = harmonised_path(folder, run)
@@ -219,12 +219,13 @@ def convert(
 
 @dataclass(frozen=True)
 class Converted:
-    """One run as it would lie in a dataset, in memory.
+    """One converted scan in memory.
 
     Attributes
     ----------
     meta : ScanRecord
-    data : bytes of its Zarr member
+    data : bytes
+        The Zarr member.
     grid : Grid
     """
 
@@ -235,24 +236,24 @@ class Converted:
     def read(
         self, session: ScanRecord, names: Iterable[str] | None = None, windows: Iterable[int] | None = None
     ) -> dict[str, np.ndarray]:
-        """Arrays of its session, the only one; as `shards.format.reader.Dataset.read`."""
+        """Read arrays of the scan, like `shards.format.reader.Dataset.read`."""
         return sample.unpack(io.BytesIO(self.data), session.source, names, windows)
 
 
 def convert_run(run: RunSource, settings: SessionSettings, parcels: Parcels, ranker: WindowRanker) -> Converted:
-    """What `convert` writes of a run, written nowhere.
+    """Convert a scan in memory, without writing files.
 
     Raises
     ------
     RunRefused
-        If it cannot be converted.
+        If the scan cannot be converted.
     """
     return _converted(run, _harmonise(run, settings, parcels), settings, ranker)
 
 
 @dataclass
 class _Session:
-    """A harmonised run, its parcels, and what is known about it."""
+    """A harmonised scan with its parcels and facts."""
 
     result: Harmonised
     roi_RT: np.ndarray
@@ -261,7 +262,7 @@ class _Session:
     meta: ScanRecord
 
     def save(self, path: Path, stamp: str) -> None:
-        """Keep it until it is ranked; brain voxels only, uncompressed."""
+        """Save the scan until it is ranked: brain voxels only, uncompressed."""
         arrays: dict[str, Any] = {
             "fingerprint": stamp,
             "meta": files.dump(self.meta.tree()),
@@ -288,12 +289,12 @@ def _load(path: Path) -> _Session:
 
 
 def _open(run: RunSource, settings: SessionSettings) -> Bold:
-    """A run's header, checked; what cannot be converted is refused before anything of it is read."""
+    """Open a scan and check its header and settings, before frames are read."""
     bold = open_bold(run)
     if settings.parcels.image is not None and bold.centred:
         got = "native" if run.space == "native" else "a header without position"
-        expected = f"MNI space, in which the parcels of {settings.parcels.image.name} lie"
-        hint = "Register the run, or leave parcels.image out: cubes need no registration"
+        expected = f"MNI space, as for the parcels of {settings.parcels.image.name}"
+        hint = "Register the scan, or remove parcels.image: cubes need no registration"
         raise RunRefused(run.source, "space", got, expected, hint)
     frames = bold.frames - (run.dummy if isinstance(run.dummy, int) else 0)
     resampled = frames_at(settings.grid, bold.tr, frames)
@@ -305,7 +306,7 @@ def _check_length(run: RunSource, frames: int, tr: float, settings: SessionSetti
     windows = settings.windows
     if frames // windows.frames < windows.minimum:
         got = f"{frames // windows.frames} windows of {windows.frames} frames at TR {tr:g} s"
-        hint = "The run is too short; leave it out"
+        hint = "The scan is too short; leave it out"
         raise RunRefused(run.source, "frames", got, f"at least {windows.minimum}", hint)
 
 
@@ -313,7 +314,7 @@ def _harmonise(run: RunSource, settings: SessionSettings, parcels: Parcels) -> _
     grid = settings.grid.grid()
     _open(run, settings)
     result = harmonise(run, settings.grid, settings.mask, settings.clean)
-    frames = len(result.raw_TN)  # fewer where dummy volumes were found
+    frames = len(result.raw_TN)  # fewer if dummy volumes were dropped
     _check_length(run, frames, result.tr, settings)
     labels_XYZ = parcels(result.brain_XYZ)
     roi_RT, centre_R3, number_R = parcel_means(result.raw_TN, labels_XYZ, result.brain_XYZ, grid.affine)
@@ -352,19 +353,19 @@ def _converted(run: RunSource, session: _Session, settings: SessionSettings, ran
 def _ranked(
     run: RunSource, session: _Session, settings: SessionSettings, ranker: WindowRanker
 ) -> dict[str, np.ndarray]:
-    """The arrays of a sample: the K most salient windows in rank order; of equal scores the earlier comes first.
+    """The arrays of a sample, with the K most salient windows in rank order; for equal scores, the earlier is first.
 
-    Windows with volumes that repeat an earlier one are never kept; they get the lowest score of the others.
+    Windows with volumes that are copies of an earlier one are never kept, and get the lowest score of the others.
     """
     frames, result, n_windows = settings.windows.frames, session.result, session.meta.n_windows
     measured_W = ~result.repeated_T[: n_windows * frames].reshape(n_windows, frames).any(axis=1)
     if (count := np.count_nonzero(measured_W)) < settings.windows.minimum:
-        got = f"{count} windows without volumes that repeat an earlier one, of {n_windows}"
-        hint = "The scanner may have stopped, or censored volumes were filled in: leave the run out"
+        got = f"{count} of {n_windows} windows without volumes that are copies of an earlier one"
+        hint = "The scanner may have stopped, or censored volumes were replaced by copies: leave the scan out"
         raise RunRefused(run.source, "data", got, f"at least {settings.windows.minimum}", hint)
     try:
         parts = ranker.parts(session.roi_RT, session.centre_R3, frames)
-    except RunRefused as refused:  # the ranker does not know which run it scores
+    except RunRefused as refused:  # the ranker does not know the name of the scan
         raise RunRefused(run.source, refused.field, refused.got, refused.expected, refused.hint) from None
     for name, values_W in parts.items():
         if values_W.shape != (n_windows,) or not np.isfinite(values_W).all():

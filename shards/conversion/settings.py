@@ -1,4 +1,4 @@
-"""Everything a conversion depends on besides its cohorts and its ranker."""
+"""The settings of a conversion, besides its cohorts and its ranker."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ S = TypeVar("S")
 
 
 class ExtractorSettings(Settings):
-    """The temporal extractor that a conversion trains when none is given."""
+    """The temporal extractor that is trained if none is given."""
 
     sessions: Annotated[int, Unit("sessions")] = Field(
-        24, ge=1, le=256, description="training sessions it is trained on, drawn from all of them"
+        24, ge=1, le=256, description="number of training sessions, drawn from all of them"
     )
     steps: Annotated[int, Unit("steps")] = Field(1200, ge=1, description="optimizer steps")
     seed: int = Field(0, ge=0, description="seed of the draw of sessions, the weights, crops and masks")
 
     def draw(self, sessions: Iterable[S], key: Callable[[S], str]) -> list[S]:
-        """The sessions it is trained on, in the order of their keys; the draw depends on seed and keys alone."""
+        """Draw the sessions for its training, sorted by key. The draw depends only on the seed and the keys."""
         shuffled = sorted(sessions, key=lambda s: hashlib.sha256(f"{self.seed}/{key(s)}".encode()).hexdigest())
         return sorted(shuffled[: self.sessions], key=key)
 
@@ -37,7 +37,7 @@ class ShardSettings(Settings):
 
 
 class ConvertSettings(SessionSettings):
-    """Everything a conversion depends on besides its cohorts and its ranker."""
+    """All settings of a conversion, besides its cohorts and its ranker."""
 
     split: DatasetSplitSettings = DatasetSplitSettings()
     extractor: ExtractorSettings = ExtractorSettings()

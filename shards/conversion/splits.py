@@ -1,6 +1,6 @@
-"""Subjects into train, validation and test: never a person, or a family, in two of them.
+"""Divide subjects into training, validation and test sets. No subject and no family is in two of them.
 
-Who went where is written down (`splits.tsv` in the dataset) and kept: runs or people that are added later move nobody.
+The splits are stored in `splits.tsv` of the dataset and kept: scans or subjects added later do not change them.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from shards.format import layout
 SPLITS = ("train", "val", "test")
 _COLUMNS = ["people", "subject", "split"]
 _BINS = 5  # strata of a column of numbers
-_VALUES = 10  # more different numbers than this are divided into bins
+_VALUES = 10  # columns with more different numbers are divided into bins
 
 Person = tuple[str, str]  # people, subject
 
 
 class DatasetSplitSettings(Settings):
-    """Which split a subject goes to. `stratify`, `family` and `column` name columns of the participants table."""
+    """How subjects are divided. `stratify`, `family` and `column` are columns of the participants table."""
 
-    seed: int = Field(0, description="of the division of subjects")
+    seed: int = Field(0, description="seed of the division of subjects")
     shares: Annotated[tuple[float, float, float], Unit("share")] = Field(
         (0.7, 0.1, 0.2), description="shares of the subjects for training, validation and test"
     )
     stratify: str | None = Field(
         None,
-        description="column of the participants table: people of each value are divided alike, numbers by their fifths",
+        description="column of the participants table: subjects with each value (numbers: each fifth) are divided in "
+        "the same shares",
     )
     family: str | None = Field(
-        None, description="column of the participants table: people with the same value stay together"
+        None, description="column of the participants table: subjects with the same value stay together"
     )
     column: str | None = Field(
         None, description="column of the participants table that holds the split (train, val or test), instead"
@@ -51,35 +52,35 @@ class DatasetSplitSettings(Settings):
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"shares of 0 or more that add up to 1, not to {sum(self.shares):g}")
         if self.column and (self.stratify or self.family):
-            raise ValueError("either column, or stratify and family")
+            raise ValueError("either `column`, or `stratify` and `family`")
         return self
 
 
 def assign(
     runs: Iterable[RunSource], settings: DatasetSplitSettings, settled: Mapping[Person, str]
 ) -> tuple[dict[Person, str], dict[Person, RunRefused]]:
-    """The split of everybody who was scanned.
+    """Assign every scanned subject to a split.
 
     Parameters
     ----------
     runs : iterable of RunSource
     settings : DatasetSplitSettings
     settled : mapping of person to split
-        What was written down before.
+        The stored splits.
 
     Returns
     -------
     splits : dict of person to "train", "val" or "test"
-        With everybody of `settled`.
+        Including all subjects in `settled`.
     torn : dict of person to RunRefused
-        People whose sessions have different values where one is needed: they would be in two splits.
+        Subjects with different values in their sessions, which would be in two splits.
 
     Raises
     ------
     ConfigError
-        If a named column is not there.
+        If a column does not exist.
     DatasetError
-        If what was written down has a family in two splits, or contradicts `settings.column`.
+        If the stored splits have a family in two splits, or contradict `settings.column`.
     """
     by_person: dict[Person, list[RunSource]] = defaultdict(list)
     for run in runs:
@@ -87,7 +88,7 @@ def assign(
     torn: dict[Person, RunRefused] = {}
 
     def values(column: str | None, field: str) -> dict[Person, Any]:
-        """The value of a column for everybody, None where it is empty."""
+        """The value of a column for every subject, None if it is empty."""
         result: dict[Person, Any] = {}
         for person, own in by_person.items():
             if column is None:
@@ -100,7 +101,7 @@ def assign(
             result[person] = own[0].labels[column]
             if len(found) > 1:
                 what = " and ".join(sorted(map(str, found)))
-                hint = "Give all sessions of a person the same value"
+                hint = "Give all sessions of a subject the same value"
                 torn[person] = RunRefused(own[0].source, column, f"{what} for subject {person[1]}", "one value", hint)
         return result
 
@@ -110,13 +111,13 @@ def assign(
             if split is None and person not in torn:
                 run = by_person[person][0]
                 got = f"{run.labels[settings.column]} for subject {run.subject}"
-                torn[person] = RunRefused(run.source, settings.column, got, "train, val or test", "Mend the table")
+                torn[person] = RunRefused(run.source, settings.column, got, "train, val or test", "Correct the table")
             if person not in torn and settled.get(person, split) != split:
                 raise DatasetError(
                     layout.SPLITS_TABLE,
                     settings.column,
                     f"{split} for subject {person[1]}",
-                    f"{settled[person]}, as when the dataset was begun",
+                    f"{settled[person]}, as in the dataset's splits.tsv",
                     "Restore the table, or give another --out",
                 )
         return {**settled, **{person: split for person, split in given.items() if split and person not in torn}}, torn
@@ -135,7 +136,7 @@ def _split_of(value: Any) -> str | None:
 
 
 def _bins(values: Mapping[Person, Any]) -> dict[Person, Any]:
-    """The values themselves, or of many different numbers the fifth in which each lies."""
+    """The values, or for columns with many different numbers the fifth to which each belongs."""
     import pandas as pd  # takes half a second to import
 
     numbers = pd.Series({p: v for p, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)})
@@ -152,24 +153,24 @@ def split_people(
     families: Mapping[Person, Any] | None = None,
     settled: Mapping[Person, str] | None = None,
 ) -> dict[Person, str]:
-    """Divide people, stratum by stratum, family by family.
+    """Divide subjects by strata and families.
 
-    Families (a person without one is their own) come in an order that depends on the seed and their names alone, the
-    largest first, and each goes to the split that is furthest below its share; the train split wins a tie, so it is
-    never empty. What a stratum leaves over or short is handed on to the next of the same people, so the shares hold
-    within strata and in all.
+    Families (a subject without a family is one) are sorted by size, the largest first, and in an order that depends
+    only on the seed and their names. Each family is assigned to the split that is furthest below its share. In a tie,
+    it is assigned to the training split, which is therefore never empty. Deviations in one stratum are compensated in
+    the next stratum of the same population, so the shares hold within strata and in total.
 
     Parameters
     ----------
     strata : mapping of person to str
-        The stratum of each person; a family belongs to that of its first member.
+        The stratum of each subject. A family belongs to the stratum of its first member.
     shares : three floats
         Shares of train, validation and test; their sum is 1.
     seed : int
     families : mapping of person to anything, optional
-        People of one value (None: no family) stay together.
+        Subjects with the same value (None: no family) stay together.
     settled : mapping of person to split, optional
-        People who keep their split, whether they are among `strata` or not.
+        Subjects that keep their split, also if they are not in `strata`.
 
     Returns
     -------
@@ -178,7 +179,7 @@ def split_people(
     Raises
     ------
     DatasetError
-        If a family is settled in two splits.
+        If `settled` has a family in two splits.
     """
     result = dict(settled or {})
     members: dict[tuple[str, str], list[Person]] = defaultdict(list)
@@ -188,7 +189,7 @@ def split_people(
     groups: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for name, family_members in members.items():
         groups[name[0], strata[family_members[0]]].append(name)
-    short_of: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])  # how many each split is behind its share
+    short_of: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])  # subjects missing from each split
     for stratum in sorted(groups):
         size = sum(len(members[name]) for name in groups[stratum])
         behind = short_of[stratum[0]]
@@ -199,7 +200,7 @@ def split_people(
             if len(known) > 1:
                 got = f"{' and '.join(sorted(known))} for {name[1]}"
                 hint = "Restore the participants table, or give another --out"
-                raise DatasetError(layout.SPLITS_TABLE, "split", got, "a family in one split", hint)
+                raise DatasetError(layout.SPLITS_TABLE, "split", got, "every family in one split", hint)
             if known:
                 _put(members[name], known.pop(), result, behind)
             else:
@@ -220,7 +221,7 @@ def _order(seed: int, *name: str) -> str:
 
 
 def read_table(folder: Path) -> dict[Person, str]:
-    """Who was put where, from a dataset's `splits.tsv`; empty if there is none.
+    """Read the splits from `splits.tsv` of a dataset; empty if the file does not exist.
 
     Raises
     ------
@@ -240,6 +241,6 @@ def read_table(folder: Path) -> dict[Person, str]:
 
 
 def write_table(folder: Path, splits: Mapping[Person, str]) -> None:
-    """Write down who was put where."""
+    """Write the splits to `splits.tsv`."""
     lines = ["\t".join(_COLUMNS), *("\t".join([*person, split]) for person, split in sorted(splits.items()))]
     files.write_atomically(folder / layout.SPLITS_TABLE, "".join(f"{line}\n" for line in lines))

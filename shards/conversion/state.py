@@ -1,10 +1,10 @@
-"""Which scans of a conversion are done: those of the dataset that is there, and results that wait under `work/`.
+"""The state of a conversion: scans that are in the dataset, and results under `work/` that are not packed yet.
 
-    DATASET/work/harmonised/KEY.npz               a scan that waits to be ranked
-    DATASET/work/members/KEY.json, KEY.zarr.zip   a ranked scan that waits to be packed
+    DATASET/work/harmonised/KEY.npz               a harmonised scan, not ranked yet
+    DATASET/work/members/KEY.json, KEY.zarr.zip   a ranked scan, not packed yet
     DATASET/work/failed/KEY.json                  why a scan was refused
 
-A result counts only while its scan is unchanged: each holds the fingerprint of the files it was made from.
+A result is only used as long as its scan is unchanged: it holds the fingerprint of the files from which it was made.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from shards.format.session_record import ScanRecord, SessionRecord
 
 
 class State:
-    """What a dataset's folder holds of its scans.
+    """The state of the scans in the folder of a dataset.
 
     Parameters
     ----------
     folder : Path
-        The dataset.
+        Folder of the dataset.
 
     Attributes
     ----------
@@ -52,14 +52,14 @@ class State:
         self.refused: dict[str, Refusal] = {}
 
     def read(self, retry: bool) -> None:
-        """Read the dataset that is there, if any, and with `retry` forget which scans it refused."""
+        """Read the existing dataset, if there is one; with `retry`, ignore which scans it refused."""
         if (self.folder / layout.MANIFEST).exists():
             self.dataset = Dataset(self.folder)
             self.sessions = {session.key: session for session in self.dataset.sessions}
         self.refused = {} if retry else {line.key: line for line in read_refusals(self.folder / layout.FAILED)}
 
     def prepare(self, retry: bool) -> None:
-        """Remove what killed processes left half written, and with `retry` why scans were refused."""
+        """Remove incomplete files of killed processes and, with `retry`, the refusals of scans."""
         for left_over in self.work.rglob(".*.tmp"):
             left_over.unlink()
         if retry:
@@ -67,17 +67,17 @@ class State:
             shutil.rmtree(self.work / "failed", ignore_errors=True)
 
     def is_settled(self, run: RunSource) -> bool:
-        """Whether nothing is left to do for a scan: it is ranked, or refused."""
+        """Whether a scan is ranked or refused, so that nothing is left to do."""
         return self.is_done(run) or self.refusal(run) is not None
 
     def is_done(self, run: RunSource) -> bool:
-        """Whether a scan is ranked, here or in the dataset, from its source as it is now."""
+        """Whether a scan is ranked from its present files, in `work/` or in the dataset."""
         _, data_path = writer.member_paths(self.folder, run.key)
         scan = (self._ranked(run) if data_path.exists() else None) or self.sessions.get(run.key)
         return scan is not None and scan.fingerprint == fingerprint(run)
 
     def record(self, run: RunSource) -> ScanRecord:
-        """The record of a scan that is done."""
+        """The record of a ranked scan."""
         return self._ranked(run) or self.sessions[run.key]
 
     def refusal(self, run: RunSource) -> Refusal | None:
@@ -88,7 +88,7 @@ class State:
         return found if current else None
 
     def settle(self, run: RunSource, found: ScanRecord | Refusal) -> None:
-        """Write down that a scan was refused, or that it no longer is."""
+        """Record that a scan was refused, or is no longer refused."""
         path = self._refusal_path(run)
         if isinstance(found, Refusal):
             files.write_atomically(path, files.dump(found.tree()) + "\n")
@@ -106,7 +106,7 @@ class State:
         return None
 
     def members(self, scan: ScanRecord) -> tuple[bytes, bytes]:
-        """Bytes of a sample's two members, from `work/` or from the dataset as it is."""
+        """Bytes of the two members of a sample, from `work/` or from the existing dataset."""
         meta = files.dump(scan.member()).encode()
         _, data_path = writer.member_paths(self.folder, scan.key)
         if data_path.exists():
@@ -117,7 +117,7 @@ class State:
             return meta, file.read(session.zarr_size)
 
     def is_packed(self, sessions: Sequence[ScanRecord], refused: Sequence[Refusal]) -> bool:
-        """Whether the dataset that is there consists of just these sessions and refused scans."""
+        """Whether the existing dataset has exactly these sessions and refused scans."""
 
         def of(scans: Sequence[ScanRecord]) -> list[tuple[str, str, str]]:
             return sorted((scan.key, scan.fingerprint, scan.split) for scan in scans)
@@ -131,7 +131,7 @@ class State:
         return of(sessions) == of(self.dataset.sessions) and of_refused(refused) == of_refused(there)
 
     def clear(self) -> None:
-        """Remove the results that the dataset now holds."""
+        """Remove the results that are now in the dataset."""
         for name in ("members", "harmonised", "failed"):
             shutil.rmtree(self.work / name, ignore_errors=True)
 
@@ -147,7 +147,7 @@ class State:
         return self.work / "failed" / f"{run.key}.json"
 
     def _ranked(self, run: RunSource) -> ScanRecord | None:
-        """The record of a scan that waits to be packed."""
+        """The record of a ranked scan that is not packed yet."""
         path, _ = writer.member_paths(self.folder, run.key)
         lines = layout.read_lines(path)
         return check(ScanRecord, lines[0], path, DatasetError) if lines else None

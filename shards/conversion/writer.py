@@ -1,8 +1,8 @@
-"""Sessions into tars, and the whole set into place at once.
+"""Write sessions to tar files, and replace the dataset by the new files in one commit.
 
-The new tars, `sessions.jsonl`, `failed.jsonl` and `manifest.json` are first written under `work/next/`. A marker file
-is then written and everything is moved into place; a run that finds the marker finishes the moves. So a kill at any
-moment leaves either the old dataset or the new one, never a mixture that is not noticed.
+The new tar files, `sessions.jsonl`, `failed.jsonl` and `manifest.json` are first written to `work/next/`. Then a marker
+file is written and all files are moved into place; a later conversion that finds the marker finishes the moves. After a
+kill at any moment, the dataset is therefore either the old one or the new one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MARKER = "commit"
 
 
 def member_paths(folder: Path, key: str) -> tuple[Path, Path]:
-    """Where a session's two members wait to be packed."""
+    """The files of the two members of a session that is not packed yet."""
     members = folder / layout.WORK / "members"
     return members / f"{key}.{layout.JSON_MEMBER}", members / f"{key}.{layout.ZARR_MEMBER}"
 
@@ -44,21 +44,21 @@ def pack(
     Parameters
     ----------
     folder : Path
-        The dataset.
+        Folder of the dataset.
     sessions, failed : list of ScanRecord, list of Refusal
     data : DataRecord
         The manifest without shards; its counts are replaced.
     shard_bytes : int
-        A shard is closed once it holds this many bytes.
+        Size at which a shard is closed, in bytes.
     read_members : callable
-        Bytes of a session's JSON and Zarr member.
+        Returns the bytes of the JSON and Zarr members of a session.
     advance : callable
-        Progress, called once per session.
+        Called once per session, to show progress.
 
     Returns
     -------
     Manifest
-        As written.
+        The written manifest.
     """
     following = folder / layout.WORK / "next"
     shutil.rmtree(following, ignore_errors=True)
@@ -93,7 +93,7 @@ def pack(
 
 
 def finish_commit(folder: Path) -> None:
-    """Move a written set into place; does nothing unless a set was completely written."""
+    """Move new files into place, if they were written completely."""
     marker = folder / layout.WORK / _MARKER
     if not marker.exists():
         return
@@ -113,7 +113,7 @@ def finish_commit(folder: Path) -> None:
 
 
 def _fill(sessions: list[ScanRecord], shard_bytes: int) -> Iterator[list[ScanRecord]]:
-    """Sessions, in order, in shards of about `shard_bytes`."""
+    """Divide sessions, in order, into shards of about `shard_bytes`."""
     part: list[ScanRecord] = []
     size = 0
     for session in sessions:
@@ -132,10 +132,10 @@ def _write_tar(
     read_members: Callable[[ScanRecord], tuple[bytes, bytes]],
     advance: Callable[[int, str], None],
 ) -> None:
-    import webdataset as wds  # here: who reads weights and runs needs no webdataset
+    import webdataset as wds  # imported here, because only this function needs it
 
     with open(path, "wb") as file:
-        # fixed owner, mode and time: equal samples give equal bytes
+        # fixed owner, mode and time, so that equal samples give equal bytes
         with wds.TarWriter(
             file, encoder=False, mtime=0, user="slim", group="slim", mode=0o644, format="GNU_FORMAT"
         ) as tar:
@@ -148,7 +148,7 @@ def _write_tar(
 
 
 def _locate(path: Path, sessions: list[ScanRecord]) -> list[SessionRecord]:
-    """The sessions with the byte offset and size of both members."""
+    """Add the byte offset and size of both members to the sessions."""
     with tarfile.open(path) as tar:
         at = {member.name: (member.offset_data, member.size) for member in tar}
     lines = []

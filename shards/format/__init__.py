@@ -1,1 +1,1 @@
-"""The on-disk format of a dataset: layout, samples, manifest, grid, and the readers, also over a network."""
+"""The format of a dataset on disk: layout, samples, manifest, grid, and readers for local and remote datasets."""

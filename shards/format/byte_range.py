@@ -1,4 +1,4 @@
-"""A part of a file as a file of its own: how a sample inside a shard is read without the rest."""
+"""File objects for a byte range of a file, to read a sample inside a shard without the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Span(io.RawIOBase):
-    """A read-only view of `size` bytes of a file from `offset` on; how they are read is for subclasses to say."""
+    """A read-only view of `size` bytes of a file from `offset` on. Subclasses implement the reading."""
 
     def __init__(self, offset: int, size: int):
         self._offset, self._size, self._at = offset, size, 0
@@ -28,7 +28,7 @@ class Span(io.RawIOBase):
         return self._at
 
     def _count(self, buffer: Any) -> int:
-        """Bytes that a buffer takes of those that are left."""
+        """Number of remaining bytes that fit into a buffer."""
         return max(0, min(len(buffer), self._size - self._at))
 
 
@@ -46,7 +46,7 @@ class LocalSpan(Span):
         return read
 
     def close(self) -> None:
-        # nothing to close where the file could not be opened
+        # the attribute is missing if the file could not be opened
         if not self.closed and hasattr(self, "_file"):
             self._file.close()
         super().close()

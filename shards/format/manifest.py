@@ -1,6 +1,6 @@
-"""The manifest of a dataset: what it is and how it was made.
+"""The manifest of a dataset: what it contains and how it was made.
 
-A dataset of another version may lack the newer facts: they are None, or empty.
+A dataset of an earlier version may lack newer fields; they are then None or empty.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shards.format import layout, remote
 from shards.format.grid import Grid
 from shards.format.record import Length, Number, Record, Size
 
-_MOST_VOXELS = 1 << 31  # of a grid
+_MOST_VOXELS = 1 << 31  # largest number of voxels of a grid
 
 
 class ShardRecord(Record):
@@ -48,7 +48,7 @@ class GridRecord(Record):
 
     @classmethod
     def of(cls, grid: Grid) -> GridRecord:
-        """That of a grid."""
+        """Make the record of a grid."""
         affine = grid.affine.tolist()
         return cls(mm=grid.mm, shape=grid.shape, patch=grid.patch, centre_mm=grid.centre_mm, affine=affine)
 
@@ -58,7 +58,7 @@ class GridRecord(Record):
 
 
 class WindowsRecord(Record):
-    """How windows were cut and chosen."""
+    """How windows were cut and selected."""
 
     frames: Annotated[StrictInt, Field(ge=1, le=10_000)]
     keep: Size | None = None
@@ -66,7 +66,7 @@ class WindowsRecord(Record):
 
 
 class DataRecord(Record):
-    """A manifest without its shards, as a run and an exported model keep it of the data they were made with.
+    """A manifest without its shards. Runs and exported models store it to describe their training data.
 
     Attributes
     ----------
@@ -76,16 +76,16 @@ class DataRecord(Record):
         Settings and ranking of the conversion, and their hash.
     grid, windows : GridRecord, WindowsRecord
     tr, tr_range : float, list of float
-        Seconds: the TR of the grid, and those that are resampled to it.
+        In s: the TR of the grid, and the range of TRs that are not resampled.
     normalisation : str
-        What the stored values are, in words.
+        Description of the stored values.
     ranker, split : dict
-        What the scores depend on; how people were divided.
+        What the scores depend on; how subjects were divided.
     cohorts : list of str
     sessions, subjects : dict of str to int
-        Of each split.
+        Numbers for each split.
     failed : int
-        Refused scans.
+        Number of refused scans.
     """
 
     format: Size = layout.FORMAT
@@ -111,17 +111,17 @@ class Manifest(DataRecord):
 
     @property
     def data(self) -> DataRecord:
-        """All of it but the shards."""
+        """The manifest without the shards."""
         return DataRecord.model_validate({name: value for name, value in self.tree().items() if name != "shards"})
 
     @classmethod
     def read(cls, folder: str | Path | UPath) -> Manifest:
-        """The manifest of a dataset, by its path or URL.
+        """Read the manifest of a dataset, by its path or URL.
 
         Raises
         ------
         DatasetError
-            If the folder is no finished dataset, or one of another format version, or cannot be reached; if a field is
-            missing or holds what it cannot.
+            If the folder is not a finished dataset, has another format version, or cannot be reached; or if a field is
+            missing or invalid.
         """
         return check(cls, layout.read_manifest(folder), str(remote.place(folder) / layout.MANIFEST), DatasetError)

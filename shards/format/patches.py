@@ -1,7 +1,7 @@
-"""Brain patches of a volume, and back.
+"""Divide volumes into brain patches, and reassemble them.
 
-A patch is a cube of `edge` voxels a side; only patches that touch the brain are kept, in ascending flat order of the
-patch grid. Inside a patch voxels run x-major (C order): voxel (i, j, k) is number (i * edge + j) * edge + k.
+A patch is a cube with an edge of `edge` voxels. Only patches that contain brain are kept, in ascending flat order of
+the patch grid. Voxels inside a patch are in C order: voxel (i, j, k) has the index (i * edge + j) * edge + k.
 
 Legend: X, Y, Z voxels of the grid; P kept patches; V voxels of a patch; N brain voxels in C order of the grid;
 R parcels; T frames; 3 the axes x, y, z.
@@ -20,21 +20,21 @@ def _blocks(volume_XYZ: np.ndarray, edge: int) -> np.ndarray:
 
 
 def patch_places(brain_XYZ: np.ndarray, edge: int) -> np.ndarray:
-    """Places (patch_P3, int16) of the patches that hold at least one brain voxel, in ascending flat order."""
+    """Positions (patch_P3, int16) of the patches with at least one brain voxel, in ascending flat order."""
     shape = [size // edge for size in brain_XYZ.shape]
     flat = np.flatnonzero(_blocks(brain_XYZ, edge).any(axis=1))
     return np.stack(np.unravel_index(flat, shape), axis=1).astype(np.int16)
 
 
 def gather(volume_XYZ: np.ndarray, patch_P3: np.ndarray, edge: int) -> np.ndarray:
-    """The kept patches of a volume, (P, V), of the volume's dtype."""
+    """The kept patches of a volume, (P, V), with the dtype of the volume."""
     shape = [size // edge for size in volume_XYZ.shape]
     flat = np.ravel_multi_index(tuple(patch_P3.T.astype(np.intp)), shape)
     return _blocks(volume_XYZ, edge)[flat]
 
 
 def scatter(values_PV: np.ndarray, patch_P3: np.ndarray, shape: tuple[int, int, int], edge: int) -> np.ndarray:
-    """Put patches back into a volume (X, Y, Z); voxels of patches that were not kept are 0."""
+    """Put patches back into a volume (X, Y, Z). Voxels outside the kept patches are 0."""
     x, y, z = (size // edge for size in shape)
     blocks = np.zeros((x * y * z, edge**3), values_PV.dtype)
     blocks[np.ravel_multi_index(tuple(patch_P3.T.astype(np.intp)), (x, y, z))] = values_PV
@@ -42,7 +42,7 @@ def scatter(values_PV: np.ndarray, patch_P3: np.ndarray, shape: tuple[int, int, 
 
 
 def voxel_slots(brain_XYZ: np.ndarray, patch_P3: np.ndarray, edge: int) -> np.ndarray:
-    """Where each brain voxel (N, C order of the grid) lies in the flattened (P * V) patches; int64 (N,)."""
+    """Index of each brain voxel (N, in C order of the grid) in the flattened (P * V) patches; int64 (N,)."""
     number = np.full(brain_XYZ.shape, -1, np.int64)
     number[brain_XYZ] = np.arange(np.count_nonzero(brain_XYZ))
     number_PV = gather(number, patch_P3, edge).ravel()
@@ -62,16 +62,18 @@ def parcel_means(
     values_TN : ndarray, (T, N)
         Time series of the brain voxels, in C order of the grid.
     labels_XYZ : ndarray of int
-        Parcel number of each voxel; 0 belongs to none.
+        Parcel number of each voxel; 0 for no parcel.
     brain_XYZ : ndarray of bool
     affine : ndarray, (4, 4)
-        Voxel index to mm.
+        From voxel indices to mm.
 
     Returns
     -------
-    roi_RT : float32 (R, T)
-    centre_R3 : float32 (R, 3), mm, the mean position of the parcel's brain voxels
-    number_R : int32 (R,), the label of each parcel, ascending
+    roi_RT : float32 array (R, T)
+    centre_R3 : float32 array (R, 3)
+        Mean position of the brain voxels of each parcel, in mm.
+    number_R : int32 array (R,)
+        Label of each parcel, in ascending order.
     """
     label_N = labels_XYZ[brain_XYZ]
     order = np.flatnonzero(label_N)

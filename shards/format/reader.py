@@ -1,6 +1,6 @@
-"""Reading a dataset: any sample by its byte offset, and of it only the windows that are wanted.
+"""Read datasets: any sample by its byte offset, and only the requested arrays and windows of it.
 
-dataset = Dataset("DATASET")  # a folder, or where it lies elsewhere: https://..., s3://..., any protocol of fsspec
+dataset = Dataset("DATASET")  # a folder, or a URL: https://..., s3://..., any protocol of fsspec
 sample = dataset.read(dataset.sessions[0], names=("windows", "start"), windows=range(8))
 """
 
@@ -31,7 +31,7 @@ ScanT = TypeVar("ScanT", bound=ScanRecord, contravariant=True)
 
 
 class Samples(Protocol[ScanT]):
-    """Where samples are read from: a `Dataset`, or a `shards.conversion.session.Converted` scan in memory."""
+    """A source of samples: a `Dataset`, or a `shards.conversion.session.Converted` scan in memory."""
 
     @property
     def grid(self) -> Grid: ...
@@ -42,27 +42,28 @@ class Samples(Protocol[ScanT]):
 
 
 class Dataset:
-    """A dataset, on this machine or elsewhere.
+    """A local or remote dataset.
 
     Parameters
     ----------
     folder : str, Path or UPath
-        A path, or a URL of any protocol of fsspec.
+        A path, or a URL with any protocol of fsspec.
 
     Attributes
     ----------
-    folder : Path, or elsewhere UPath
+    folder : Path or UPath
     manifest : Manifest
-    sessions : list of SessionRecord, sorted by key
+    sessions : list of SessionRecord
+        Sorted by key.
 
     Raises
     ------
     DatasetError
-        If the folder is no finished dataset, or a shard is missing or of another size than the manifest says.
+        If the folder is not a finished dataset, or a shard is missing or has another size than in the manifest.
     """
 
     def __init__(self, folder: str | Path | UPath):
-        # What is done with it, joining and naming, a UPath does as a Path, though it is not derived from it.
+        # A UPath is not derived from Path, but has the same methods for joining and naming.
         self.folder = cast(Path, remote.place(folder))
         self.manifest = Manifest.read(self.folder)
         self.sessions = read_sessions(self.folder, self.manifest)
@@ -146,35 +147,35 @@ class Dataset:
 
     @property
     def grid(self) -> Grid:
-        """The grid the samples lie on."""
+        """The grid of the samples."""
         return self.manifest.grid.grid()
 
     @property
     def frames(self) -> int:
-        """F, frames of a window."""
+        """F, the number of frames of a window."""
         return self.manifest.windows.frames
 
     def of_split(self, split: str) -> list[SessionRecord]:
-        """Sessions of `train`, `val` or `test`; `all` for every session."""
+        """The sessions of `train`, `val` or `test`, or of all splits with `all`."""
         return [session for session in self.sessions if split in ("all", session.split)]
 
     def read(
         self, session: SessionRecord, names: Iterable[str] | None = None, windows: Iterable[int] | None = None
     ) -> dict[str, np.ndarray]:
-        """Arrays of one session; see `shards.format.sample.unpack`.
+        """Read arrays of one session; see `shards.format.sample.unpack`.
 
         Raises
         ------
         SampleCorrupt
-            If its bytes cannot be read; the message names shard and key.
+            If its bytes cannot be read. The message names the shard and the key.
         Stopped
-            If the whole dataset cannot be reached any more.
+            If the dataset cannot be reached any more.
         """
         try:
             return self._read(session, names, windows)
         except SampleCorrupt:
             if (why := away(self.folder)) is not None:
-                raise Stopped(why, "call the same command again when it is back") from None
+                raise Stopped(why, "give the same command again when it is back") from None
             raise
 
     def _read(
@@ -197,11 +198,11 @@ class Dataset:
 
 
 def away(folder: str | Path | UPath) -> str | None:
-    """Why a dataset cannot be reached at present, as its mount or its server is away; None where it can."""
+    """Why a dataset cannot be reached at present, for example because of a lost mount; None if it can."""
     try:
         with (remote.place(folder) / layout.MANIFEST).open("rb") as file:
             file.read(1)
-    except Exception as error:  # of any kind, where it lies elsewhere
+    except Exception as error:  # protocols of remote datasets raise errors of any type
         reason = getattr(error, "strerror", None) or type(error).__name__
         return f"the dataset {folder} cannot be reached ({reason})"
     return None

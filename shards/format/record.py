@@ -1,4 +1,4 @@
-"""JSON as typed records: checked once where it is read, written back with the same bytes."""
+"""Typed records for JSON: checked once when they are read, and written with the same bytes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Length = Annotated[float, Field(gt=0, lt=1e6, strict=True)]
 
 
 class Record(BaseModel):
-    """A JSON object. Facts that other versions add are kept, and written back."""
+    """A JSON object. Fields of other versions are kept and written again."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     def tree(self) -> dict[str, object]:
-        """For JSON: what was read or set, without defaults."""
+        """The fields that were read or set, without defaults, as JSON-serialisable data."""
         return self.model_dump(mode="json", exclude_unset=True)

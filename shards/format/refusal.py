@@ -1,4 +1,4 @@
-"""A scan that was refused: a line of `failed.jsonl`."""
+"""The record of a refused scan: a line of `failed.jsonl`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Refusal(Record):
     Attributes
     ----------
     key, cohort, source : str
-        Which scan.
+        The scan.
     reason, hint : str
-        What is wrong, which ends with the hint; and what to do.
+        What is wrong, with the hint at the end; and the hint, what to do.
     fingerprint : str
-        Of its files and what is stated of it when it was refused.
+        Fingerprint of its files and of the facts given about it when it was refused.
     """
 
     key: StrictStr
@@ -35,12 +35,12 @@ class Refusal(Record):
 
 
 def read_refusals(path: Path | UPath) -> list[Refusal]:
-    """Those in a JSON-lines file; an absent file has none.
+    """Read the refusals in a JSON lines file. A missing file gives an empty list.
 
     Raises
     ------
     DatasetError
-        If a line is none.
+        If a line is not a refusal.
     """
     lines = enumerate(layout.read_lines(path), 1)
     return [check(Refusal, line, f"{path}: line {number}", DatasetError) for number, line in lines]

@@ -1,7 +1,7 @@
-"""A dataset that lies elsewhere: on a web server, in a bucket, behind any protocol of fsspec.
+"""Remote datasets: on a web server, in a bucket, or with any other protocol of fsspec.
 
-Only bytes that are asked for travel, many ranges at the same time. Backends raise errors of any type; here each becomes
-one of this package that names the URL.
+Only requested byte ranges are transferred, many at the same time. The backends raise errors of any type; they are
+converted to errors of this package that name the URL.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from shards.core.errors import DatasetError, SampleCorrupt
 from shards.core.passwords import keep, options
 from shards.format.byte_range import Span
 
-_TOGETHER = 16  # requests for sizes at the same time
-_TAIL = 16 << 10  # bytes at the end of a sample that are sure to hold its zip directory (70 of a member)
-_NEAR = 64 << 10  # ranges closer than this are one request: bytes in between cost less than another one
+_TOGETHER = 16  # number of requests for sizes at the same time
+_TAIL = 16 << 10  # bytes at the end of a sample that contain its zip directory (70 bytes per member)
+_NEAR = 64 << 10  # ranges closer than this are fetched in one request, which is faster than two
 _HINT = "Check the address and the connection"
 
 
 def place(folder: str | Path | UPath) -> Path | UPath:
-    """A folder by its path or URL, to be joined with `/`; on this machine a plain Path.
+    """Convert a path or URL of a folder to a Path or UPath, which can be joined with `/`.
 
     Raises
     ------
     DatasetError
-        If the protocol of the URL is unknown, or a chain, or needs a package that is not installed.
+        If the protocol of the URL is unknown, is a chain, or needs a package that is not installed.
     """
     if "://" not in str(folder):
         return Path(str(folder))
     if not isinstance(folder, UPath):
         folder = keep(str(folder))
     if "::" in str(folder):
-        raise DatasetError(str(folder), "protocol", "a chain (::)", "a single one, such as https or s3")
+        raise DatasetError(str(folder), "protocol", "a chain (::)", "a single protocol, such as https or s3")
     try:
         found = folder if isinstance(folder, UPath) else UPath(folder, **options(str(folder)))
         found.fs  # noqa: B018 (imports the package of the protocol)
@@ -47,22 +47,22 @@ def place(folder: str | Path | UPath) -> Path | UPath:
         raise DatasetError(
             str(folder),
             "protocol",
-            f"no package for it ({error})",
-            "an installed one",
+            f"a protocol without an installed package ({error})",
+            "an installed package",
             "Install it: pip install 'slim-brain[http]' for http and https, 'slim-brain[s3]' for s3",
         ) from None
     except ValueError as error:
-        raise DatasetError(str(folder), "protocol", error, "one of fsspec, such as https or s3") from None
+        raise DatasetError(str(folder), "protocol", error, "a protocol of fsspec, such as https or s3") from None
     return Path(found.path) if found.protocol in ("file", "local") else found
 
 
 def read_text(path: Path | UPath) -> str | None:
-    """Content of a file; None where there is none."""
+    """Content of a file; None if it does not exist."""
     if isinstance(path, Path):
         try:
             return path.read_text(encoding="utf-8") if path.is_file() else None
         except (OSError, UnicodeDecodeError) as error:
-            got = error.strerror if isinstance(error, OSError) else "bytes that are no UTF-8"
+            got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
             raise DatasetError(str(path), "", got, "a readable file", "Copy the dataset again") from None
     try:
         return path.fs.cat_file(path.path).decode()
@@ -73,7 +73,7 @@ def read_text(path: Path | UPath) -> str | None:
 
 
 def sizes(paths: Sequence[Path | UPath]) -> list[int | None]:
-    """Bytes of each file; None where there is none."""
+    """Size of each file in bytes; None if it does not exist."""
     with ThreadPoolExecutor(_TOGETHER) as pool:
         return list(pool.map(_size, paths))
 
@@ -93,12 +93,12 @@ def _size(path: Path | UPath) -> int | None:
 
 
 def require_ranges(path: UPath, size: int) -> None:
-    """Ask a web server for the second byte of a file, to refuse one that would send all of it every time.
+    """Check that a web server supports byte ranges, by a request for the second byte of a file.
 
     Raises
     ------
     DatasetError
-        If it sends something else than this byte.
+        If it does not send this byte only.
     """
     if path.protocol not in ("http", "https"):
         return
@@ -106,7 +106,7 @@ def require_ranges(path: UPath, size: int) -> None:
         with path.fs.open(path.path, size=size, block_size=1, cache_type="none") as file:
             file.seek(1)
             count = len(file.read(1))
-    except ValueError:  # what fsspec raises, having read the header of the answer and none of its body
+    except ValueError:  # raised by fsspec after reading the header of the response, without its body
         count = size
     except Exception as error:
         raise DatasetError(str(path), "", _reason(error), "a shard", _HINT) from None
@@ -114,14 +114,14 @@ def require_ranges(path: UPath, size: int) -> None:
         raise DatasetError(
             str(path),
             "Range",
-            f"{count} bytes where one was asked for",
-            "a server that sends byte ranges",
+            f"{count} bytes for a request of one byte",
+            "a server that supports byte ranges",
             "Use another web server, or copy the dataset to this machine",
         )
 
 
 def _is_missing(error: Exception) -> bool:
-    """Whether there is no such file; every failure of a HEAD request comes as a missing file, with its cause."""
+    """Whether an error means a missing file. fsspec reports all failed HEAD requests as missing files, with a cause."""
     cause = error.__cause__
     of_network = type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError)
     return isinstance(error, FileNotFoundError) and (not of_network or getattr(cause, "status", None) == 404)
@@ -135,30 +135,30 @@ def _reason(error: Exception) -> str:
 
 
 class RemoteSpan(Span):
-    """A span of a file elsewhere.
+    """A byte range of a remote file.
 
-    What was fetched is kept; what was not is fetched when it is read.
+    Fetched bytes are kept. Other bytes are fetched when they are read.
 
     Parameters
     ----------
     path : UPath
     offset, size : int
     where : str
-        Named in errors.
+        Name of the sample in errors.
     """
 
     def __init__(self, path: UPath, offset: int, size: int, where: str):
         super().__init__(offset, size)
         self._path, self._where = path, where
-        self._parts: dict[int, memoryview] = {}  # by the place of their first byte
+        self._parts: dict[int, memoryview] = {}  # by the position of their first byte
 
     def fetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Fetch these ranges (start, stop) that are not there yet, all at the same time.
+        """Fetch the ranges (start, stop) that are missing, all at the same time.
 
         Raises
         ------
         SampleCorrupt
-            If the file is gone, shorter, or cannot be reached.
+            If the file is missing, too short, or cannot be reached.
         """
         wanted = [(start, stop) for start, stop in ranges if len(self._held(start)) < stop - start]
         if not wanted:
@@ -179,12 +179,12 @@ class RemoteSpan(Span):
                     f"bytes {begin}-{end - 1}",
                     f"{len(part)} bytes",
                     f"{end - begin} bytes",
-                    "The shard changed, or the server sends no byte ranges: check both, and read again",
+                    "The shard has changed, or the server does not support byte ranges: check both",
                 )
             self._parts[start] = memoryview(part)
 
     def fetch_members(self, choose: Callable[[list[str]], Collection[str]]) -> None:
-        """Fetch the directory of the zip that the span is, then of its members those that are chosen by name."""
+        """Fetch the directory of the zip, then the members that `choose` selects by name."""
         self.fetch([(max(0, self._size - _TAIL), self._size)])
         try:
             with zipfile.ZipFile(self) as archive:
@@ -192,13 +192,13 @@ class RemoteSpan(Span):
                 bounds = sorted([*begin.values(), archive.start_dir])
         except SampleCorrupt:
             raise
-        except Exception:  # a damaged directory: whoever reads the zip reads the same bytes, and tells it
+        except Exception:  # a damaged directory: reading the zip will report it
             return
         end = dict(itertools.pairwise(bounds))
         self.fetch([(begin[name], min(end[begin[name]], self._size)) for name in choose([*begin])])
 
     def _held(self, at: int) -> memoryview:
-        """Bytes that are there from `at` on, perhaps none."""
+        """The fetched bytes from `at` on, possibly none."""
         for start, part in self._parts.items():
             if start <= at < start + len(part):
                 return part[at - start :]

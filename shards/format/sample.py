@@ -1,4 +1,4 @@
-"""A sample as bytes and as arrays: a Zarr group in an uncompressed zip, the same bytes for the same arrays.
+"""Pack and unpack samples: a Zarr group in an uncompressed zip. Equal arrays give equal bytes.
 
 Legend: K kept windows in rank order; F frames of a window; P patches; V voxels of a patch.
 """
@@ -22,22 +22,22 @@ from zarr.storage import MemoryStore
 from shards.core.errors import SampleCorrupt
 from shards.format.layout import ARRAYS, AXES, DAMAGED, OPTIONAL, ZARR_MEMBER
 
-_PRECISION = 1e-3  # largest RMS error of a stored voxel, in units of its own SD
+_PRECISION = 1e-3  # largest RMS error of a stored voxel, in units of its SD
 
-# Large blocks at zstd's fastest level: smaller, and several times faster to write, than small blocks at a higher level.
+# Large blocks at zstd's fastest level are smaller, and several times faster to write, than small ones at higher levels.
 _BLOCK_BYTES = 1 << 20
 
-_MOST_BLOCK_BYTES = 16 << 20  # of blocks that are read: what a damaged or hostile chunk can claim stays near its size
+_MOST_BLOCK_BYTES = 16 << 20  # largest block read; limits the memory that damaged or malicious chunks can request
 
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 
 def encode_windows(windows_KFPV: np.ndarray, spread_PV: np.ndarray) -> dict[str, np.ndarray]:
-    """Fluctuation as stored: float16 where it keeps every voxel to 1e-3 of its SD (RMS), else int16 with `scale`."""
+    """Encode the fluctuation as float16 if its RMS error is at most 1e-3 SD everywhere, else as int16 and `scale`."""
     small_KFPV = np.empty(windows_KFPV.shape, np.float16)
     square_PV = np.zeros(spread_PV.shape, np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        for index in np.ndindex(windows_KFPV.shape[:2]):  # a frame fits the processor's cache, all windows do not
+        for index in np.ndindex(windows_KFPV.shape[:2]):  # a frame fits into the processor's cache
             small_KFPV[index] = windows_KFPV[index]
             error_PV = small_KFPV[index] - windows_KFPV[index]
             error_PV *= error_PV
@@ -51,7 +51,7 @@ def encode_windows(windows_KFPV: np.ndarray, spread_PV: np.ndarray) -> dict[str,
 
 
 def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Arrays as the bytes of `KEY.zarr.zip`."""
+    """Pack arrays to the bytes of `KEY.zarr.zip`."""
     store = MemoryStore()
     group = zarr.create_group(store=store, zarr_format=3)
     for name, (dtype, chunked) in ARRAYS.items():
@@ -68,7 +68,7 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
                 typesize=values.dtype.itemsize, cname="zstd", clevel=1, shuffle="shuffle", blocksize=_BLOCK_BYTES
             ),
             fill_value=0,
-            config={"write_empty_chunks": True},  # so a chunk that is not there is a damage, never zeros
+            config={"write_empty_chunks": True},  # so that a missing chunk is an error, not zeros
         )
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
@@ -82,7 +82,7 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _place(member: str) -> tuple[bool, str, int, str]:
-    """Order in the zip: descriptions first; the chunks of an array by number, so the best windows lie side by side."""
+    """Sort key of a member in the zip: metadata first, then chunks by number, so the best windows are contiguous."""
     return not member.endswith("zarr.json"), member.split("/")[0], len(member), member
 
 
@@ -92,27 +92,27 @@ def unpack(
     names: Iterable[str] | None = None,
     windows: Iterable[int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Arrays of one `KEY.zarr.zip`, touching only the bytes of what is asked for.
+    """Unpack arrays of one `KEY.zarr.zip`. Only the bytes of the requested arrays are read.
 
     Parameters
     ----------
     file : seekable binary file
     where : str
-        Named in errors.
+        Name of the sample in errors.
     names : iterable of str, optional
-        Arrays wanted; all by default. Of the `OPTIONAL` ones, those that the sample has.
+        Requested arrays; by default all. Arrays in `OPTIONAL` are left out if the sample does not have them.
     windows : iterable of int, optional
-        Rows of `windows` wanted, in this order; all by default.
+        Requested rows of `windows`, in this order; by default all.
 
     Returns
     -------
     dict of str to ndarray
-        `windows` is decoded to float32 where it was stored as int16; `scale` is then left out.
+        `windows` stored as int16 is decoded to float32, and `scale` is left out.
 
     Raises
     ------
     SampleCorrupt
-        If the zip is damaged (every member carries a CRC-32) or lacks an array that every sample has.
+        If the zip is damaged (every member has a CRC-32) or lacks an array that every sample has.
     """
     wanted = list(ARRAYS) if names is None else [*names]
     try:
@@ -121,7 +121,7 @@ def unpack(
             present = [name for name in ARRAYS if name in found]
             load = [name for name in present if name in wanted or (name == "scale" and "windows" in wanted)]
             if json.loads(_member(archive, "zarr.json"))["zarr_format"] != 3:
-                raise ValueError("no Zarr v3 group")
+                raise ValueError("not a Zarr v3 group")
             rows = None if windows is None else [int(row) for row in windows]
             shapes = _shapes(archive, load)
             out = {name: _decode(archive, name, *shapes[name], rows, where) for name in load}
@@ -132,7 +132,7 @@ def unpack(
             where,
             ZARR_MEMBER,
             f"unreadable bytes ({type(error).__name__}: {error})",
-            "a sample as it was written",
+            "an undamaged sample",
             DAMAGED,
         ) from None
     missing = [name for name in wanted if name not in out and name not in OPTIONAL]
@@ -147,21 +147,21 @@ def unpack(
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member of the zip. It is stored as it is, so it is no longer than the zip."""
+    """Read a member of the zip. It is not compressed, so it cannot be larger than the zip."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.compress_size > archive.start_dir:
-        raise ValueError(f"{name} is packed, or longer than the zip it lies in")
+        raise ValueError(f"{name} is compressed, or larger than its zip")
     return archive.read(info)
 
 
 def _shapes(archive: zipfile.ZipFile, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shapes and dtypes of arrays of an open sample, compared with the contract before any of it is made.
+    """Shapes and dtypes of the arrays of an open sample, checked against the format before memory is allocated.
 
     Raises
     ------
     ValueError
-        If an array has another dtype, number of axes, chunks or codecs than this format has, or two arrays have
-        different sizes of one axis.
+        If an array has another dtype, number of axes, chunks or codecs than in this format, or arrays disagree about
+        the size of an axis.
     """
     found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     sizes: dict[str, int] = {}
@@ -170,7 +170,7 @@ def _shapes(archive: zipfile.ZipFile, names: Iterable[str]) -> dict[str, tuple[t
         shape, axes, chunked = meta["shape"], AXES[name], ARRAYS[name][1]
         dtypes = ("float16", "int16") if name == "windows" else (ARRAYS[name][0],)
         if meta["data_type"] not in dtypes:
-            raise ValueError(f"{name} of another dtype than {' or '.join(dtypes)}")
+            raise ValueError(f"{name} with another dtype than {' or '.join(dtypes)}")
         if len(shape) != len(axes) or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"{name} without {len(axes)} axes")
         for axis, size in zip(axes, shape, strict=True):
@@ -180,7 +180,7 @@ def _shapes(archive: zipfile.ZipFile, names: Iterable[str]) -> dict[str, tuple[t
         order = meta["codecs"][0].get("configuration", {}).get("endian", "little")
         chunk_shape = meta["chunk_grid"]["configuration"]["chunk_shape"]
         if codecs != ["bytes", "blosc"] or order != "little" or chunk_shape != ([1, *shape[1:]] if chunked else shape):
-            raise ValueError(f"{name} in other chunks or codecs than this format has")
+            raise ValueError(f"{name} with other chunks or codecs than in this format")
         found[name] = tuple(shape), np.dtype(meta["data_type"]).newbyteorder("<")
     return found
 
@@ -188,10 +188,10 @@ def _shapes(archive: zipfile.ZipFile, names: Iterable[str]) -> dict[str, tuple[t
 def _decode(
     archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype, rows: list[int] | None, where: str
 ) -> np.ndarray:
-    """An array of an open sample; of one that is chunked along its first axis, these rows (all with `None`).
+    """Decode an array of an open sample, or the given rows of an array that is chunked along its first axis.
 
-    Chunks are decompressed straight into the result. Zarr would read the same bytes, but through an event loop,
-    threads and copies that cost more than the decompression.
+    Chunks are decompressed directly into the result. Zarr would use an event loop, threads and copies, which take
+    longer than the decompression.
     """
     chunked = ARRAYS[name][1]
     part_shape = (1, *shape[1:]) if chunked else shape
@@ -203,7 +203,7 @@ def _decode(
             raise SampleCorrupt(where, name, f"{shape[0]} windows", f"window {chunk} among them")
         data = _member(archive, "/".join([name, "c", str(chunk), *["0"] * (len(shape) - 1)]))
         _check_chunk(name, data, part_bytes)
-        if out is None:  # the first chunk is sound: memory is taken
+        if out is None:  # allocate memory after the first valid chunk
             out = np.empty((len(chunks), *part_shape), dtype)
         blosc.decompress(data, out[place])
     if out is None:
@@ -212,21 +212,21 @@ def _decode(
 
 
 def _check_chunk(name: str, data: bytes, part_bytes: int) -> None:
-    """Refuse a Blosc chunk whose header claims other sizes than the array has, or more than the chunk can hold."""
+    """Refuse a Blosc chunk if the sizes in its header do not fit the array, or are too large for the chunk."""
     unpacked, block, packed = (int.from_bytes(data[at : at + 4], "little") for at in (4, 8, 12))
     if unpacked != part_bytes or packed != len(data):
         raise ValueError(f"{name} with a chunk of another size")
     is_copy = len(data) > 2 and data[2] & 2
     if is_copy:
         sound = packed == unpacked + 16
-    else:  # 16 bytes of header, then 4 bytes for the place of each block
+    else:  # 16 bytes of header, then 4 bytes for the position of each block
         sound = 0 < block <= _MOST_BLOCK_BYTES and 16 + 4 * -(-unpacked // block) <= packed
     if unpacked and not sound:
-        raise ValueError(f"{name} with a chunk that cannot hold what it claims")
+        raise ValueError(f"{name} with a chunk that is too small for its size in the header")
 
 
 def members_read(members: Iterable[str], names: Collection[str] | None, windows: Collection[int] | None) -> list[str]:
-    """Of the members of a `KEY.zarr.zip`, those that `unpack` reads for these arrays and windows."""
+    """The members of a `KEY.zarr.zip` that `unpack` reads for these arrays and windows."""
     wanted = {*(ARRAYS if names is None else names)}
     if "windows" in wanted:
         wanted.add("scale")

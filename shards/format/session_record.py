@@ -1,6 +1,6 @@
-"""The facts of a scan and of its session in a dataset: `KEY.json` and a line of `sessions.jsonl`.
+"""The records of a scan and of its session in a dataset: `KEY.json` and a line of `sessions.jsonl`.
 
-A dataset of an earlier version may lack the newer facts: they are None, or empty.
+A dataset of an earlier version may lack newer fields; they are then None or empty.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from shards.format.record import Length, Number, Record, Size
 
 Label = str | int | float | bool | None
 Labels = dict[str, Label]  # by column of the participants table
-Key = Annotated[StrictStr, Field(max_length=255, pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9._+-]*$")]  # names files of results
+Key = Annotated[StrictStr, Field(max_length=255, pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9._+-]*$")]  # used in file names
 
 
 class ScanFacts(Record):
-    """What is found in the files of a scan.
+    """Facts found in the files of a scan.
 
     Attributes
     ----------
     tr, source_tr : float
-        Seconds, on the grid and of the scan.
+        TR after harmonising, and TR of the scan, in s.
     tr_source : str
-        Where the TR is from: the cohort file, a sidecar, the header.
+        Source of the TR: the cohort file, a sidecar, or the header.
     space, space_assumed : str
-        Its space, and in words what was assumed of it.
+        Space of the scan, and what was assumed about it.
     orientation_assumed, forms_disagree : str
-        What the header does not tell, or contradicts.
+        Axis codes that were assumed without orientation in the header; axis codes of sform and qform that disagree.
     centred_by_mm : list of float
-        Of a scan in native space: how far it was moved.
+        Shift of a scan in native space.
     mask_source, mask_rule : str
-        Where the brain mask is from.
+        Source of the brain mask, and how it was thresholded.
     mask_outside_grid, mask_outside_scan, dead_share : float
-        Shares of the mask.
+        Shares of the mask outside the grid, outside the scan, and without signal.
     mni_dice : float
-        Overlap with the MNI152 brain.
+        Dice overlap with the MNI152 brain.
     repeated_frames, dropped_frames, dvars_outliers : int
-        Volumes that repeat an earlier one, left out at the start, or with an outlying DVARS.
+        Numbers of volumes that are copies of an earlier one, were dropped at the start, or have an outlying DVARS.
     mean_fd_mm, tsnr, brain_ml, global_mean, global_sd : float
-        Quality numbers.
+        Quality measures.
     cleaned : str
         What was regressed out or filtered.
     """
@@ -77,16 +77,16 @@ class ScanFacts(Record):
 
 
 class ScanRecord(ScanFacts):
-    """A converted scan: what its `KEY.json` says.
+    """A converted scan, as in its `KEY.json`.
 
-    `n_kept` and `zarr_size` are known once it is ranked, `fingerprint` once it is written, `split` once it is packed.
+    `n_kept` and `zarr_size` are set when it is ranked, `fingerprint` when it is written, `split` when it is packed.
     """
 
     key: Key
     cohort: StrictStr
     subject: StrictStr
     labels: Labels
-    people: StrictStr = ""  # whose subjects they are
+    people: StrictStr = ""  # name of the population of the subject
     session: StrictStr = ""
     run: StrictStr = ""
     variant: StrictStr = ""
@@ -104,11 +104,11 @@ class ScanRecord(ScanFacts):
 
     @property
     def person(self) -> tuple[str, str]:
-        """Who was scanned: equal for the same subject of cohorts that share people."""
+        """The subject: equal for the same subject in cohorts with the same `people`."""
         return self.people or self.cohort, self.subject
 
     def fact(self, name: str) -> Any:
-        """A label of the subject, or else a fact of the session; None where it has neither."""
+        """A label of the subject or, if there is none, a fact of the session; None if there is neither."""
         if name in self.labels:
             return self.labels[name]
         if name in type(self).model_fields:
@@ -116,12 +116,12 @@ class ScanRecord(ScanFacts):
         return (self.model_extra or {}).get(name)
 
     def member(self) -> dict[str, object]:
-        """For JSON: the scan's `KEY.json`, which does not say where it lies."""
+        """The content of `KEY.json`, without the position of the members."""
         return {name: value for name, value in self.tree().items() if name not in _LOCATION}
 
 
 class SessionRecord(ScanRecord):
-    """A session of a dataset, a line of `sessions.jsonl`: the scan, and where its two members lie in the shards."""
+    """A session of a dataset, a line of `sessions.jsonl`: the scan, and the position of its members in the shards."""
 
     n_kept: Size
     zarr_size: Size
@@ -136,13 +136,13 @@ _LOCATION = ("shard", "json_offset", "json_size", "zarr_offset", "zarr_size", "f
 
 
 def read_sessions(folder: Path | UPath, manifest: Manifest) -> list[SessionRecord]:
-    """The sessions of a dataset.
+    """Read the sessions of a dataset.
 
     Raises
     ------
     DatasetError
-        If they are not as many as the manifest says, or one is not as it must be or lies outside the shards; it names
-        the first such line and its field.
+        If their number differs from the manifest, or a line is invalid or points outside the shards. It names the first
+        such line and its field.
     """
     where = folder / layout.SESSIONS
     lines = layout.read_lines(where)
@@ -156,11 +156,12 @@ def read_sessions(folder: Path | UPath, manifest: Manifest) -> list[SessionRecor
         session = check(SessionRecord, line, place, DatasetError)
         shard, key = session.shard, session.key
         if shard not in size:
-            raise DatasetError(place, "shard", shown(shard), "one of the manifest's", layout.DAMAGED)
+            raise DatasetError(place, "shard", shown(shard), "a shard in the manifest", layout.DAMAGED)
         if session.zarr_offset + session.zarr_size > size[shard]:
             got = f"{session.zarr_size} bytes at {session.zarr_offset} of {shard}"
-            raise DatasetError(place, "zarr_offset, zarr_size", got, f"a part of its {size[shard]}", layout.DAMAGED)
+            inside = f"a range inside its {size[shard]} bytes"
+            raise DatasetError(place, "zarr_offset, zarr_size", got, inside, layout.DAMAGED)
         if key in sessions:
-            raise DatasetError(place, "key", f"{shown(key)} a second time", "a key for each session", layout.DAMAGED)
+            raise DatasetError(place, "key", f"{shown(key)} a second time", "a unique key", layout.DAMAGED)
         sessions[key] = session
     return list(sessions.values())

@@ -1,8 +1,7 @@
-"""The deterministic stream of samples: position n of it is the same sample whoever reads it.
+"""The deterministic stream of training samples: position n is the same sample in every process.
 
-The stream is one epoch after another, each a permutation of the sessions that depends on (seed, epoch) alone. A run
-consumes it from the front; how many samples were consumed is all a checkpoint needs to hold, whatever the number of
-processes and of loading processes that share them.
+The stream is a sequence of epochs. Each epoch is a permutation of the sessions that depends only on (seed, epoch). A
+checkpoint only needs the number of consumed samples, independent of the number of processes and loading processes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ B = TypeVar("B")
 
 @dataclass(frozen=True)
 class Item:
-    """A session of one of the datasets, at an epoch."""
+    """A session of one of the datasets, in an epoch."""
 
     dataset: int
     session: SessionRecord
@@ -41,23 +40,23 @@ class Stream:
     ----------
     datasets : sequence of Dataset
     weights : sequence of float
-        How often a session of each dataset appears in an epoch, on average: 2 is twice, 0.5 every second epoch.
+        Mean number of times that a session of each dataset appears in an epoch: 2 is twice, 0.5 every second epoch.
     split : str
     seed : int
     least_windows : int, optional
-        Windows a session must have kept; shorter ones are left out.
+        Sessions with fewer kept windows are left out.
 
     Attributes
     ----------
     sessions : list of list of SessionRecord
-        The sessions of each dataset that are streamed.
+        The sessions of each dataset that are used.
     short : list of int
-        How many of each dataset were left out, because they have fewer windows.
+        Number of sessions of each dataset that were left out because they have too few windows.
 
     Raises
     ------
     ConfigError
-        If the split holds no session, or none that is long enough.
+        If the split has no session, or none with enough windows.
     """
 
     def __init__(
@@ -74,17 +73,17 @@ class Stream:
             raise ConfigError(
                 self.datasets[0].folder,
                 split,
-                f"{sum(self.short)} sessions, the longest of {most} windows",
-                f"one of {least_windows} or more, as windows.k",
+                f"{sum(self.short)} sessions with at most {most} windows",
+                f"a session with {least_windows} or more windows (windows.k)",
                 "Lower windows.k, or convert with shorter windows",
             )
         mean = sum(weight * len(part) for weight, part in zip(self.weights, self.sessions, strict=True))
         self.per_epoch = max(1, round(mean))
         self._cache: tuple[int, list[tuple[int, int]]] = (-1, [])
-        self._ends: list[int] = []  # position after the last one of each epoch, as far as it was asked for
+        self._ends: list[int] = []  # position after the end of each epoch, as far as computed
 
     def digest(self) -> str:
-        """Hash of all that decides which sample lies at which position."""
+        """Hash of everything that determines the sample at each position."""
         keys = [[session.key for session in part] for part in self.sessions]
         return digest([self.seed, self.weights, keys])
 
@@ -94,7 +93,7 @@ class Stream:
             picks: list[tuple[int, int]] = []
             for number, (weight, part) in enumerate(zip(self.weights, self.sessions, strict=True)):
                 rng = generator(self.seed, number, "weight")
-                # A session's share of fractional appearances is spread over epochs, starting at its own offset.
+                # Fractional appearances of a session are spread over epochs, with an offset for each session.
                 offset = rng.random(len(part))
                 times = np.floor(offset + weight * (epoch + 1)) - np.floor(offset + weight * epoch)
                 picks += [(number, index) for index, count in enumerate(times.astype(int)) for _ in range(count)]
@@ -113,35 +112,35 @@ class Stream:
 
 
 def generator(*names: object) -> np.random.Generator:
-    """Random numbers that depend on their names alone: seed, epoch, sample key, purpose."""
+    """A random generator that depends only on these names, such as seed, epoch, sample key and purpose."""
     name = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return np.random.default_rng(np.frombuffer(name, np.uint32))
 
 
 class MicroBatches(IterableDataset[B]):
-    """The stream as one process of a run consumes it, micro-batch by micro-batch.
+    """The micro-batches of one process of a run.
 
-    Every micro-batch takes `batch * world` samples from the front of the stream, and process r the r-th `batch` of
-    them: all processes get equally many, and together every sample once. Of the W workers of a
-    `DataLoader(..., batch_size=None)` the w-th makes the micro-batches w, w + W, w + 2 W ..., and the loader takes from
-    them in turn, so it returns the same sequence for any number of workers.
+    Each micro-batch takes the next `batch * world` samples of the stream, of which process r gets the r-th `batch`
+    samples. All processes get equally many samples, and together every sample once. Worker w of the W workers of a
+    `DataLoader(..., batch_size=None)` makes the micro-batches w, w + W, w + 2 W ..., and the loader reads from the
+    workers in turn, so the sequence does not depend on the number of workers.
 
-    The state is one number, the samples that all processes have consumed. Whoever trains on the batches counts them
-    (workers are ahead of that); from it a run goes on with any batch, world or number of workers.
+    The state is one number, the samples that all processes have consumed. The training process counts it, because
+    workers load ahead. A run can be resumed from it with any batch, world or number of workers.
 
     Parameters
     ----------
     stream : Stream
     load : callable
-        Makes the micro-batch of a list of `batch` items, in the worker; it has to be picklable.
+        Picklable function that makes a micro-batch from a list of `batch` items, in the worker.
     batch : int
-        Samples of a micro-batch.
+        Samples per micro-batch.
     rank, world : int
-        This process, of how many.
+        Rank of this process, and number of processes.
     count : int, optional
-        Micro-batches of this process until its end; None: the stream has no end.
+        Number of micro-batches of this process; None for no end.
     consumed : int
-        Samples of the stream that all processes together have consumed before.
+        Samples of the stream that all processes together have already consumed.
     """
 
     def __init__(

@@ -1,20 +1,20 @@
-"""Attentive pooling: learned queries attend over all tokens of a session, then the linear probe.
+"""Attentive pooling: learned queries attend to all tokens of a session, followed by the linear probe.
 
     Attentive(features).predict(fold)
 
-A query is the same for all sessions, so it and a key projection act only through their product, one vector of C
-channels for each head; likewise a value projection and a linear model behind it are one linear map. What is
-learned is that vector for each of A heads. It gathers a weighted mean of the tokens, and the A means are the
+A query is the same for all sessions, so query and key projection only act through their product, one vector of C
+channels per head. Likewise, the value projection and the following linear model are one linear map. Training therefore
+learns one vector for each of A heads. Each head computes a weighted mean of the tokens, and the A means are the
 features of the session.
 
-Queries start at zero, where every weight is equal and attentive pooling is mean pooling. They are trained together
-with a linear model (cross-entropy with every class counted alike, or squared error), which is then dropped:
-the features go to the same linear probe as those of every other pooling. How many steps the queries are trained,
-with zero among the choices, is decided with the penalty of the probe, by the same cross-validation inside the
-training subjects, in which queries never saw the sessions that they are judged by.
+Queries are initialised with zeros, where all weights are equal and attentive pooling is mean pooling. They are trained
+together with a linear model (cross-entropy with equal weight for all classes, or squared error), which is then
+discarded: the features go to the same linear probe as those of other poolings. The number of training steps, which may
+be zero, is selected together with the penalty of the probe, by cross-validation inside the training subjects. In it,
+queries are always tested on sessions on which they were not trained.
 
-The encoder is frozen, and its tokens stay in memory as `Features` holds them: 11 MB a session at the published
-sizes with 32 windows (40 slots, about 136 places, 512 channels). A batch of sessions is copied to the device.
+The encoder is frozen, and its tokens stay in memory as `Features`: 11 MB per session at the published sizes with 32
+windows (40 slots, about 136 places, 512 channels). Batches of sessions are copied to the device.
 
 Legend: N sessions (n of training, B of a batch); T tokens of a session (slots x places); C channels; A queries;
 M members (models trained side by side); H = M A; P = A C features; K classes or 1.
@@ -37,25 +37,25 @@ from slim.inference.vectors import at_places, common_places
 from slim.model import pooling
 
 QUERIES = 4
-STEPS = (0, 5, 10, 20, 40)  # after which training may end
+STEPS = (0, 5, 10, 20, 40)  # numbers of steps after which training may end
 _RATE = 0.03
-_BATCH = 64  # sessions of a step
+_BATCH = 64  # sessions per step
 
 
 class Members(nn.Module):
-    """Queries, and the linear model they are trained with, of M members.
+    """The queries of M members, with the linear models they are trained with.
 
-    Members share every batch, so that the tokens are read once for all of them; they differ in the sessions
-    that count. No parameter of one has a gradient from another.
+    All members use the same batches, so the tokens are read only once, but different sessions of them. The gradients of
+    members are independent.
 
     Parameters
     ----------
     scale_MC : Tensor
-        One over the SD of each channel over the tokens that a member sees.
+        1 / SD of each channel, over the tokens that a member uses.
     outputs : int
         K.
     generator : torch.Generator
-        Of the linear models, on the CPU; all members start alike.
+        CPU generator for the linear models; all members have the same initial values.
     """
 
     def __init__(self, scale_MC: Tensor, outputs: int, generator: torch.Generator):
@@ -70,14 +70,14 @@ class Members(nn.Module):
         self.bias_MK = nn.Parameter(torch.zeros(members, outputs))
 
     def query(self) -> Tensor:
-        """Queries (M, A, C) for tokens as they are: for standardised ones, over the SD of each channel.
+        """Queries (M, A, C) for tokens before standardisation: queries of standardised tokens, divided by the SD.
 
-        The mean of a channel adds the same to the scores of all tokens, which softmax takes off.
+        The mean of a channel adds the same value to the scores of all tokens, which softmax removes.
         """
         return self.standard_MAC * self.scale_MC[:, None]
 
     def forward(self, token_BTC: Tensor, valid_BT: Tensor, seen_BM: Tensor) -> Tensor:
-        """Logits or values (B, M, K), from features z-scored over the sessions of the batch that a member sees."""
+        """Logits or values (B, M, K), from features z-scored over the sessions of the batch that a member uses."""
         x_BMP = (pooling.attentive(self.query(), token_BTC, valid_BT) * self.scale_MC[:, None]).flatten(2)
         share_BM1 = (seen_BM / seen_BM.sum(dim=0).clamp(min=1))[:, :, None]
         x_BMP = x_BMP - (x_BMP * share_BM1).sum(dim=0)
@@ -91,10 +91,10 @@ class Attentive:
     Parameters
     ----------
     features : sequence of Features
-        Of all sessions of the task; they may differ in the number of slots. Places that all of them have are used.
+        Features of all sessions of the task, with any number of slots. Only places that all sessions have are used.
     device : torch.device or str
-        Where queries are trained. On the CPU the same seed gives the same bits, and another number of threads
-        the same up to rounding.
+        Device for the training of queries. On the CPU, the same seed gives bit-identical results, and equal results up
+        to rounding with another number of threads.
     """
 
     def __init__(self, features: Sequence[Features], device: torch.device | str = "cpu"):
@@ -110,7 +110,7 @@ class Attentive:
         return fit_predict(fold, penalty, train_nP, self.pool(query_1AC, fold.test)[:, 0])
 
     def choose(self, fold: Fold) -> tuple[Tensor, float, np.ndarray]:
-        """The queries (1, A, C), the penalty, and what the queries gather from the training sessions, (n, P)."""
+        """The queries (1, A, C), the penalty, and the features of the training sessions, (n, P)."""
         inner_n = fold.inner()
         found = []
         for query_MAC in self.fit(fold, inner_n):
@@ -121,12 +121,12 @@ class Attentive:
         return query_1AC, penalty, train_nP
 
     def fit(self, fold: Fold, inner_n: np.ndarray) -> list[Tensor]:
-        """Queries (M, A, C) after each of `STEPS`: member f never saw inner fold f, the last saw all of training.
+        """Queries (M, A, C) after each of `STEPS`. Member f is trained without inner fold f, the last member with all.
 
         Parameters
         ----------
         fold : Fold
-            Its test sessions are not looked at.
+            Its test sessions are not used.
         inner_n : int array
             Inner fold of each training session.
         """
@@ -158,14 +158,14 @@ class Attentive:
 
     @torch.no_grad()
     def pool(self, query_MAC: Tensor, rows: np.ndarray) -> np.ndarray:
-        """What each member's queries gather from these sessions, float32 (len(rows), M, P)."""
+        """The features of these sessions with the queries of each member, float32 (len(rows), M, P)."""
         batches = (self._tokens(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH))
         return np.concatenate([pooling.attentive(query_MAC, *batch).flatten(2).cpu().numpy() for batch in batches])
 
     def _tokens(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, C) of these sessions, and which of them are not padding (B, T).
 
-        The last batch is kept: where all training sessions are one, it is made once.
+        The last batch is cached. If all training sessions fit into one batch, it is made only once.
         """
         if self._last is None or not np.array_equal(self._last[0], rows):
             sessions = [torch.from_numpy(at_places(self.features[row], self.places)).flatten(0, 1) for row in rows]
@@ -181,7 +181,7 @@ class Attentive:
         return token_SLC.mean(axis=(0, 1), dtype=np.float64), token_SLC.var(axis=(0, 1), dtype=np.float64)
 
     def _scale(self, train: np.ndarray, seen_nM: np.ndarray) -> np.ndarray:
-        """One over the SD of each channel over the tokens that each member sees, (M, C); 0 where nothing varies."""
+        """1 / SD of each channel over the tokens that each member uses, (M, C); 0 for constant channels."""
         scales = []
         for seen_n in seen_nM.T:
             mean_nC, variance_nC = self.mean_NC[train[seen_n]], self.variance_NC[train[seen_n]]
@@ -192,7 +192,7 @@ class Attentive:
 
 
 def _weights(fold: Fold, seen_nM: np.ndarray) -> np.ndarray:
-    """Weight of each session in the loss of each member, (n, M): 0 unless seen, and alike in total for every class."""
+    """Weight of each session in the loss of each member, (n, M): 0 if unused, with the same total for every class."""
     if fold.kind == "regression":
         return seen_nM.astype(float)
     is_nK = fold.answer_n[:, None] == np.arange(fold.classes)

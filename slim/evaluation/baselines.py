@@ -1,6 +1,6 @@
-"""What the field had before: functional connectivity, the mean image, parcel means of a window, confounds alone.
+"""Baselines: functional connectivity, the mean image, parcel means of a window, confounds only.
 
-They come from the same samples the model reads, so they see the same runs on the same grid.
+They are computed from the same samples as the features of the model, so they use the same scans on the same grid.
 
 Legend: N sessions, or rows of windows; R parcels; T frames; P patches; V voxels of a patch; E edges; W voxels that are
 brain in all sessions; F features.
@@ -24,8 +24,8 @@ def connectomes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Functional connectivity: correlations (Ledoit-Wolf) between parcels, float32 (N, E).
 
-    Of whole runs, and of the frames of kept windows alone, which are all that an encoder reads. Only parcels that every
-    session has are used. Nothing is estimated across sessions.
+    It is computed for whole scans, and for the frames of the kept windows only, which are those that an encoder reads.
+    Only parcels that all sessions have are used. Nothing is estimated across sessions.
 
     Raises
     ------
@@ -42,16 +42,16 @@ def connectomes(
             advance(1)
     common = reduce(np.intersect1d, labels)
     if len(common) < 2:
-        raise DatasetError(dataset.folder, "roi", f"{len(common)} parcels all sessions have", "at least 2")
+        raise DatasetError(dataset.folder, "roi", f"{len(common)} parcels that all sessions have", "at least 2")
     whole = [roi_RT[_rows(label_R, common)].T for roi_RT, label_R in zip(series, labels, strict=True)]
     return _correlations(whole), _correlations([x_TR[rows] for x_TR, rows in zip(whole, kept, strict=True)])
 
 
 def _correlations(series: list[np.ndarray]) -> np.ndarray:
-    """Of the columns of each (T, R)."""
+    """Correlations of the columns of each (T, R)."""
     from nilearn.connectome import ConnectivityMeasure  # takes seconds to import
 
-    # Parcels are z-scored first: the shrinkage of the covariance would otherwise favour the brightest ones.
+    # Parcels are z-scored first; otherwise the shrinkage of the covariance depends on the brightest parcels.
     runs = []
     for series_TR in series:
         x_TR = series_TR.astype(np.float64)
@@ -64,7 +64,7 @@ def _correlations(series: list[np.ndarray]) -> np.ndarray:
 def mean_image(
     dataset: Dataset, sessions: list[SessionRecord], advance: Callable[[int], None] | None = None
 ) -> np.ndarray:
-    """Each run's mean image (global z) on the voxels that are brain in all sessions, float32 (N, W).
+    """Mean image (global z) of each scan, on the voxels that are brain in all sessions, float32 (N, W).
 
     Raises
     ------
@@ -83,14 +83,14 @@ def mean_image(
             advance(1)
     common = reduce(np.intersect1d, numbers)
     if not len(common):
-        raise DatasetError(dataset.folder, "brain", "no voxel that all sessions have", "masks that overlap")
+        raise DatasetError(dataset.folder, "brain", "no voxel that is brain in all sessions", "overlapping brain masks")
     return np.stack([value[_rows(number, common)] for value, number in zip(values, numbers, strict=True)])
 
 
 def parcel_means(
     dataset: Dataset, sessions: list[SessionRecord], window_N: np.ndarray, advance: Callable[[int], None] | None = None
 ) -> np.ndarray:
-    """Mean of each parcel's z-scored series over a window, float32 (N, R), on the parcels all sessions have.
+    """Mean of each parcel's z-scored series over a window, float32 (N, R), for parcels that all sessions have.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def parcel_means(
     sessions : list of dict
         Session of each window.
     window_N : float array
-        Start of each window, s.
+        Start of each window, in s.
 
     Raises
     ------
@@ -126,13 +126,13 @@ def parcel_means(
 
 
 def confounds(sessions: list[SessionRecord], names: Sequence[str]) -> np.ndarray:
-    """Columns such as age, sex or site as features, float32 (N, F): numbers as they are, words one-hot.
+    """Columns such as age, sex or site as features, float32 (N, F): numbers unchanged, text as one-hot vectors.
 
     Parameters
     ----------
     sessions : list of dict
     names : sequence of str
-        Columns of the participants table, or facts of a session; none is missing.
+        Columns of the participants table, or facts of a session, without missing values.
     """
     columns: list[np.ndarray] = []
     for name in names:
@@ -147,6 +147,6 @@ def confounds(sessions: list[SessionRecord], names: Sequence[str]) -> np.ndarray
 
 
 def _rows(label: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Rows of `label` that hold `wanted`, in the order of `wanted`; every one is there."""
+    """Rows of `label` with the values `wanted`, in the order of `wanted`. All must exist."""
     order = np.argsort(label, kind="stable")
     return order[np.searchsorted(label[order], wanted)]

@@ -1,4 +1,4 @@
-"""Results of a task as a table in the terminal and as a picture, for all commands and pages."""
+"""Show the results of a task as a table in the terminal and as a figure, for all commands and pages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from shards.reporting import html
 from slim.evaluation import metrics
 from slim.evaluation.results import OURS, Estimate, TaskResult
 
-_WIDTH = 130  # characters of a line in a log file, which has no width of its own
+_WIDTH = 130  # number of characters per line in log files
 
 
 def words_of(method: str) -> str:
-    """A method's name as it is written."""
+    """The name of a method for display."""
     return method.replace("_", " ")
 
 
@@ -30,7 +30,7 @@ def print_table(result: TaskResult, title: str, compared: bool = True) -> None:
     result : TaskResult
     title : str
     compared : bool
-        Whether the paired differences and what guessing scores follow, where they are known.
+        Whether to print paired differences and chance levels, if they are known.
     """
     names, facts = result.metrics, result.facts
     table = Table(title=title, title_justify="left")
@@ -59,15 +59,15 @@ def _cell(found: Estimate | None) -> str:
 
 
 def forest(result: TaskResult, label: Callable[[str], str] = words_of, ours: Collection[str] = (OURS,)) -> Figure:
-    """A panel for each metric, a point and its interval for each method; dashed, chance where it is known.
+    """A figure with a panel for each metric, and a point with interval for each method. Dashed: chance, if known.
 
     Parameters
     ----------
     result : TaskResult
     label : callable
-        How a method is written.
+        Returns the name of a method for display.
     ours : collection of str
-        Methods to be coloured.
+        Methods to highlight by colour.
     """
     names, levels, count = result.metrics, result.levels, len(result.estimates)
     figure = Figure(figsize=(min(11, 2.6 + 2.7 * len(names)), 0.9 + 0.34 * count))
@@ -93,7 +93,7 @@ def forest(result: TaskResult, label: Callable[[str], str] = words_of, ours: Col
 
 
 def save_forest(result: TaskResult, path: Path) -> None:
-    """The same as a PNG that stands for itself."""
+    """Save the figure as a PNG, with a title."""
     chance = metrics.caption("dashed", result.metrics, result.levels)
     with html.drawing():
         figure = forest(result)

@@ -1,8 +1,8 @@
-"""What a subject was doing: the states of a run's windows, from BIDS tables of events.
+"""The states of the windows of a scan, from BIDS tables of events.
 
-A window belongs to the trial type whose events, moved by the delay of the haemodynamic response, overlap it most, if
-they cover half of the window or lie in it with half of their own length. A window that two types claim alike, or none,
-belongs to no state.
+Events are shifted by the delay of the haemodynamic response. A window belongs to the trial type with the largest
+overlap, if its events cover half of the window, or half of their length lies in the window. Otherwise, and if two types
+have the same overlap, the window has no state.
 
 Legend: W windows; E events.
 """
@@ -28,16 +28,16 @@ FIELDS = ("subject", "session", "task", "run")
 
 
 class EventSettings(Settings):
-    """Where the tables lie and how they are read."""
+    """Where the tables are and how they are read."""
 
     path: PathText = Field(
-        description="of a run's table below the folder of events; {subject}, {session}, {task}, {run}"
+        description="path of the table of a scan in the folder of events; {subject}, {session}, {task}, {run}"
     )
     root: PathText | None = Field(None, description="folder of events, relative to the task's file; or --events FOLDER")
-    column: str = Field("trial_type", description="column that names the states")
-    keep: tuple[str, ...] = Field((), description="states that are decoded; all by default")
+    column: str = Field("trial_type", description="column with the states")
+    keep: tuple[str, ...] = Field((), description="states to decode; by default all")
     delay: Annotated[float, Unit("s")] = Field(
-        5.0, ge=0, le=15, description="from an event to the peak of its response"
+        5.0, ge=0, le=15, description="delay from an event to the peak of its response"
     )
 
     @field_validator("path")
@@ -47,19 +47,19 @@ class EventSettings(Settings):
             fields = [field for field in Formatter().parse(value) if field[1] is not None]
         except ValueError:  # braces that do not match
             fields = [("", "", "", "")]
-        # a width, as in {subject:>9}, could make a path of any length
+        # a width, as in {subject:>9}, could make very long paths
         if any(name not in FIELDS or width or conversion for _, name, width, conversion in fields):
             raise ValueError(f"a path with {{{'}, {'.join(FIELDS)}}} and no other fields")
         return value
 
 
 def read(settings: EventSettings, root: Path, session: SessionRecord, where: str | Path) -> pd.DataFrame:
-    """The events of a session: onset and end (s from the start of the harmonised run), and state.
+    """Read the events of a session: onset and end (in s from the start of the harmonised scan), and state.
 
     Raises
     ------
     ConfigError
-        If the table is missing, or lacks a column, or an onset or duration is no number.
+        If the table or a column is missing, or an onset or duration is not a number.
     """
     path = root / settings.path.format(**{name: getattr(session, name) for name in FIELDS})
     import pandas as pd  # takes half a second to import
@@ -81,25 +81,25 @@ def read(settings: EventSettings, root: Path, session: SessionRecord, where: str
 
 
 def states(events: pd.DataFrame, start_W: np.ndarray, seconds: float, delay: float) -> list[str | None]:
-    """State of each window.
+    """The state of each window.
 
     Parameters
     ----------
     events : DataFrame
-        From `read`.
+        Result of `read`.
     start_W : float array
-        Start of each window, s.
+        Start of each window, in s.
     seconds : float
-        Length of a window, s.
+        Length of a window, in s.
     delay : float
-        s.
+        Delay of the haemodynamic response, in s.
     """
     onset_E, end_E = events["onset"].to_numpy() + delay, events["end"].to_numpy() + delay
     state_E = events["state"].to_numpy()
     names = np.unique(state_E)
     found: list[str | None] = []
     for start in start_W:
-        # An event without length is a moment: it counts as a tenth of a second.
+        # Events with duration 0 are counted with a tenth of a second.
         length_E = np.maximum(end_E - onset_E, 0.1)
         overlap_E = np.minimum(onset_E + length_E, start + seconds) - np.maximum(onset_E, start)
         covers_E = overlap_E >= 0.5 * np.minimum(length_E, seconds) - 1e-9

@@ -1,10 +1,10 @@
-"""Values of a column of labels: what is missing, what is one value, what is a number.
+"""Values of labels: which are missing, which are equal, which are numbers.
 
     word(1.0) == word("1") == word(" 1 ") == "1"        # one class
-    word("01") == "01"                                  # a name; beside "1" it is refused
+    word("01") == "01"                                  # a name; refused if "1" is in the same column
 
-Missing is what a conversion leaves out (`n/a` and an empty field), and what a task lists under `missing`. None, NA and
-nan as text are values like any other.
+Missing values are those that a conversion leaves out (`n/a` and empty fields), and those listed under `missing` in a
+task. The texts None, NA and nan are not missing values.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 from shards.core.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
-_NAME = re.compile(r"[+-]?0\d", re.ASCII)  # how a number begins that is a name: 007
+_NAME = re.compile(r"[+-]?0\d", re.ASCII)  # start of numbers that are names, such as 007
 
 
 def is_missing(value: Any, marks: Iterable[str] = ()) -> bool:
-    """Whether a value is none: None, NaN, "", "n/a", or one of `marks`."""
+    """Whether a value is missing: None, NaN, "", "n/a", or one of `marks`."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     found = word(value)
@@ -32,9 +32,9 @@ def is_missing(value: Any, marks: Iterable[str] = ()) -> bool:
 
 
 def word(value: Any) -> str:
-    """A value as text, the same for all ways to write it: without blanks around it, a number without idle zeros.
+    """Normalise a value to text: without surrounding blanks, and numbers without trailing zeros.
 
-    Numbers that begin with a zero stay as they are: an id 007 is no 7.
+    Numbers with leading zeros are not changed: an ID 007 differs from 7.
     """
     text = repr(float(value)) if isinstance(value, float) else str(value).strip()
     if not _NUMBER.fullmatch(text) or _NAME.match(text):
@@ -44,7 +44,7 @@ def word(value: Any) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A value as a number; None where it is none, or none that is finite."""
+    """Convert a value to a number; None if it is not a finite number."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
@@ -55,20 +55,20 @@ def number(value: Any) -> float | None:
 
 
 def refuse_lookalikes(words: Iterable[str], column: str, where: str | Path, field: str) -> None:
-    """Refuse values of a column that are one value or two, which nobody can tell: 1 and 01, M and m.
+    """Refuse ambiguous values of a column, such as 1 and 01, or M and m.
 
     Parameters
     ----------
     words : iterable of str
-        From `word`.
+        Values from `word`.
     column : str
     where, field
-        Of the task's file, for the error.
+        File and field of the task, for the error.
 
     Raises
     ------
     ConfigError
-        Naming both.
+        If there are such values. It names both.
     """
     alike: dict[str, set[str]] = defaultdict(set)
     for found in words:
@@ -79,7 +79,7 @@ def refuse_lookalikes(words: Iterable[str], column: str, where: str | Path, fiel
         if len(same) > 1:
             first, second, *_ = sorted(same)
             got = f"both {first!r} and {second!r} in column {column}"
-            hint = "Write them alike in the table, or list under `classes` which values make each class"
+            hint = "Write them in the same way in the table, or list the values of each class under `classes`"
             if field != "label":
-                hint = "Write them alike in the table"
+                hint = "Write them in the same way in the table"
             raise ConfigError(where, field, got, "one way to write a value", f"{hint}, and convert the cohort again")

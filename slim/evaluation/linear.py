@@ -1,4 +1,4 @@
-"""The linear model of a probe: ridge or logistic regression, its penalty chosen inside the training sessions.
+"""The linear model of a probe: ridge or logistic regression, with a penalty selected inside the training sessions.
 
 Legend: N sessions (n of training, m of test); P features; A axes; L penalties; K classes or 1.
 """
@@ -14,19 +14,19 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from slim.evaluation.splits import Fold
 from slim.model.pooling import varies
 
-# On features scaled as below; the lightest all but interpolates.
+# Penalties for features scaled as below. The smallest almost interpolates.
 PENALTIES = tuple(float(value) for value in np.logspace(-3, 3, 7))
-_WIDEST = 1000  # coefficients up to which second derivatives are written down
+_WIDEST = 1000  # largest number of coefficients with an explicit matrix of second derivatives
 
 
 @dataclass
 class Linear:
-    """A linear probe of one vector a session.
+    """A linear probe of one vector per session.
 
     Attributes
     ----------
     vectors : callable
-        Features of all rows (sessions, or windows), float (N, P), given the rows they may be fitted on, int (n,).
+        Returns the features of all rows (sessions or windows), float (N, P), given the training rows, int (n,).
     """
 
     vectors: Callable[[np.ndarray], np.ndarray]
@@ -39,28 +39,29 @@ class Linear:
 
 
 def choose_penalty(fold: Fold, train_nP: np.ndarray) -> float:
-    """The penalty under which held-out training rows are predicted best, of features that nothing was fitted for."""
+    """The penalty with the best predictions of held-out training rows, for features without a fit."""
     inner_n = fold.inner()
     loss_L = held_out_losses(fold, [train_nP] * (inner_n.max() + 1), inner_n)
     return PENALTIES[int(loss_L.argmin())]
 
 
 def scaling(train_nP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and scale of each feature, (P,) each: SD times sqrt(P); infinite for one without variance in training."""
+    """Mean and scale (SD times sqrt(P)) of each feature, (P,) each; the scale of constant features is infinite."""
     mean_P, sd_P = train_nP.mean(axis=0, dtype=np.float64), train_nP.std(axis=0, dtype=np.float64)
     alive_P = varies(mean_P, sd_P)
     return mean_P, np.where(alive_P, sd_P, np.inf) * np.sqrt(max(alive_P.sum(), 1))
 
 
 def standardised_axes(train_nP: np.ndarray, test_mP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides z-scored by the training side, over sqrt(P), on its principal axes: (n, A) and (m, A).
+    """Training and test rows, z-scored by the training rows and divided by sqrt(P), on principal axes: (n, A), (m, A).
 
-    A linear model with a squared penalty on its coefficients has them in the span of the training rows, so it
-    predicts the same from these at most n coordinates as from all P features; only the rotation is left out
-    of the cost. With 1/sqrt(P) one grid of penalties fits features of any number. Features without variance
-    in training are dropped.
+    The coefficients of a linear model with a squared penalty are in the span of the training rows, so the model gives
+    the same predictions from these at most n coordinates as from all P features, at a lower cost. With the factor
+    1/sqrt(P), the same penalties can be used for any number of features. Features without variance in training are
+    dropped.
 
-    The axes are those of the smaller of the two Gram matrices, (n, n) and (P, P): windows can be tens of thousands.
+    The axes are computed from the smaller of the two Gram matrices, (n, n) and (P, P), because there can be tens of
+    thousands of windows.
     """
     mean_P, scale_P = scaling(train_nP)
     alive_P = np.isfinite(scale_P)
@@ -77,17 +78,17 @@ def standardised_axes(train_nP: np.ndarray, test_mP: np.ndarray) -> tuple[np.nda
 
 
 def held_out_losses(fold: Fold, vectors: Sequence[np.ndarray], inner_n: np.ndarray) -> np.ndarray:
-    """Loss of the training rows under each penalty, each predicted from the other inner folds, (L,).
+    """Loss of the training rows with each penalty, predicted from the other inner folds, (L,).
 
-    Squared error, or log loss with every class counted alike.
+    It is the squared error, or the log loss with equal weight for all classes.
 
     Parameters
     ----------
     fold : Fold
     vectors : sequence of float array
-        One (n, P) for each inner fold: the training sessions by a pooling that did not see that inner fold.
+        One (n, P) for each inner fold: features of the training sessions, with a pooling fitted without that fold.
     inner_n : int array
-        Inner fold of each training row; rows of -1 are trained on and never predicted.
+        Inner fold of each training row. Rows with -1 are used for training, but never predicted.
     """
     held_n = inner_n >= 0
     guess_LnK = np.zeros((len(PENALTIES), len(inner_n), fold.classes if fold.kind == "classification" else 1))
@@ -116,11 +117,11 @@ def _predict(fold: Fold, penalty: float, x_nA: np.ndarray, y_n: np.ndarray, x_mA
 
 
 def fit(fold: Fold, penalty: float, x_nA: np.ndarray, y_n: np.ndarray) -> Ridge | LogisticRegression:
-    """The linear model of a probe on these axes; classes count alike."""
+    """Fit the linear model of a probe on these axes, with equal weight for all classes."""
     if fold.kind == "regression":
         return Ridge(alpha=penalty).fit(x_nA, y_n)
-    # Newton: separable classes under a light penalty take lbfgs thousands of steps. Its matrix of second derivatives
-    # is as wide as there are coefficients, so where those are many it is only multiplied with.
+    # Newton's method, because lbfgs needs thousands of steps for separable classes with a small penalty. With many
+    # coefficients, the matrix of second derivatives is not stored, but only multiplied with vectors.
     coefficients = x_nA.shape[1] * (1 if fold.classes == 2 else fold.classes)
     solver = "newton-cholesky" if coefficients <= _WIDEST else "newton-cg"
     model = LogisticRegression(C=1 / penalty, class_weight="balanced", solver=solver, max_iter=200)
@@ -128,7 +129,7 @@ def fit(fold: Fold, penalty: float, x_nA: np.ndarray, y_n: np.ndarray) -> Ridge 
 
 
 def _loss(kind: str, guess_mK: np.ndarray, y_m: np.ndarray) -> float:
-    """What is chosen by: squared error, or log loss with every class counted alike."""
+    """The loss for selection: squared error, or log loss with equal weight for all classes."""
     if kind == "regression":
         return float(((guess_mK[:, 0] - y_m) ** 2).mean())
     of_true_m = np.clip(guess_mK[np.arange(len(y_m)), y_m], 1e-12, 1)

@@ -1,1 +1,1 @@
-"""Which voxels a probe looks at: integrated gradients, maps in MNI space, figures."""
+"""Explain which voxels and windows a probe depends on: integrated gradients, maps in MNI space, figures."""

@@ -1,8 +1,8 @@
-"""A linear probe behind its pooling, as one function of a session's tokens, with gradients.
+"""A pooling and a linear probe as one differentiable function of the tokens of a session.
 
-    score = fit_score(features, task.pooling, task.components, fold, output=1)     # of sessions
-    of = fit_state_score(features, cases, task.pooling, fold, output=2)            # of windows
-    score = of(features_of_a_session, starts_of_its_windows)                       # their mean
+    score = fit_score(features, task.pooling, task.components, fold, output=1)     # for tasks with labels of sessions
+    of = fit_state_score(features, cases, task.pooling, fold, output=2)            # for tasks with states of windows
+    score = of(features_of_a_session, starts_of_its_windows)                       # mean over the windows
 
     score(token_SLC)                                                               # a logit, or the predicted value
 
@@ -31,16 +31,19 @@ from slim.model import pooling as in_torch
 
 @dataclass
 class Score:
-    """A probe as a function of a session's tokens: one class's logit, or the predicted value.
+    """A probe as a function of a session's tokens: the logit of one class, or the predicted value.
 
     Attributes
     ----------
     pool : callable
-        Tokens (S, L, C) at `places` to features (P,), with gradients.
-    places : int64 (L,), places that all sessions of the task have
-    weight_P : float64 tensor, on features as they are (standardisation included)
+        Maps tokens (S, L, C) at `places` to features (P,), with gradients.
+    places : int64 array (L,)
+        Places that all sessions of the task have.
+    weight_P : float64 tensor
+        Weights of features before standardisation.
     offset : float
-    sd : SD of the score over the training sessions
+    sd : float
+        SD of the score over the training sessions.
     """
 
     pool: Callable[[Tensor], Tensor]
@@ -62,14 +65,14 @@ def fit_score(
     Parameters
     ----------
     features : sequence of Features
-        Of all sessions of the task; only those of training are fitted on.
+        Features of all sessions of the task; only those of training are used for the fit.
     pooling, components : as in a `Task`
     fold : Fold
     output : int
-        The class whose logit is the score: against the others with two classes, else as in multinomial logistic
-        regression. Not used in a regression.
+        Class with the logit that is the score: of binary logistic regression for two classes, otherwise of multinomial
+        logistic regression. Not used in a regression.
     unit : float
-        What one of the fold's z-scored answers is in the unit of the label, in a regression.
+        For a regression, the SD of the fold's labels, which converts z-scores to the unit of the label.
     """
     place_L = common_places(features)
     pool: Callable[[Tensor], Tensor]
@@ -103,24 +106,24 @@ def fit_score(
 def fit_state_score(
     features: Sequence[Features], cases: Cases, pooling: str, fold: Fold, output: int
 ) -> Callable[[Features, np.ndarray], Score]:
-    """The probe of windows that `slim.evaluation.probe.encoder_method` fits on the training side.
+    """The probe of windows that `slim.evaluation.probe.encoder_method` fits on the training set.
 
     Parameters
     ----------
     features : sequence of Features
-        Of the sessions, each once.
+        Features of the sessions, each once.
     cases : Cases
-        Of windows.
+        Cases of windows.
     pooling : "location" or "mean"
     fold : Fold
     output : int
-        The state whose logit is the score.
+        State with the logit that is the score.
 
     Returns
     -------
     callable
-        From a session's features and starts of some of its windows (s) to the score of that session: the mean of
-        their logits, which is the logit of their mean.
+        Returns the score of a session from its features and the starts (s) of some of its windows: the mean of their
+        logits, which equals the logit of their mean.
     """
     place_L = common_places(features)
     train_nP = window_vectors(features, cases, pooling)[fold.train]
@@ -143,10 +146,10 @@ def fit_state_score(
 
 
 def _weights(fold: Fold, penalty: float, train_nP: np.ndarray, output: int) -> tuple[np.ndarray, float]:
-    """The probe on features as they are: weights float64 (P,) and offset.
+    """The probe for features before standardisation: weights, float64 (P,), and offset.
 
-    `slim.evaluation.linear` fits on A principal axes of the standardised training side Z = U S V'; coefficients b there
-    are V b on Z's features, and V = Z' (U S) S^-2.
+    `slim.evaluation.linear` fits on A principal axes of the standardised training set Z = U S V'. Its coefficients b
+    correspond to V b for the features of Z, with V = Z' (U S) S^-2.
     """
     x_nA, _ = standardised_axes(train_nP, train_nP[:0])
     model = fit(fold, penalty, x_nA, fold.answer_n)

@@ -1,15 +1,15 @@
-"""Looking inside: where in the brain, and when, the predictions of a task come from; as NIfTI, pictures and facts.
+"""Explain the predictions of a task: where in the brain and when they come from, as NIfTI maps, figures and JSON.
 
     RUN/report/explain/
-        TASK.nii.gz            mean over the sessions: share of each voxel, signed; its sum is the mean of f(x) - f(x')
-        TASK_absolute.nii.gz   mean over the sessions: mean over frames of the size of the shares
-        TASK_anatomy.nii.gz    with `start: empty`: share of each voxel's run mean, signed
-        TASK/KEY.nii.gz ...    the same of each session
+        TASK.nii.gz            mean over the sessions: signed share of each voxel; the sum is the mean of f(x) - f(x')
+        TASK_absolute.nii.gz   mean over the sessions: mean over frames of the absolute shares
+        TASK_anatomy.nii.gz    with `start: empty`: signed share of the mean of each voxel over the scan
+        TASK/KEY.nii.gz ...    the same for each session
         TASK.png               both maps on the mean image;  TASK_windows.png  ranking and shares over time
         TASK.json              facts: scores, gaps, windows, strongest places
 
-Maps lie on the grid of the dataset. A session is explained by the probe of the fold that its subject was not in. Where
-states are decoded, what is explained is the mean over all windows of a session that are in one state.
+Maps are on the grid of the dataset. A session is explained with the probe of a fold that did not train on its subject.
+For decoded states, the mean over all windows of a session in one state is explained.
 
 Legend: N rows of a task; K windows in time order; F frames; M patches; V voxels of a patch.
 """
@@ -42,19 +42,22 @@ from slim.inference.vectors import Features
 if TYPE_CHECKING:
     import pandas as pd
 
-_DRAWN = 3  # sessions whose windows are drawn
+_DRAWN = 3  # number of sessions with drawn windows
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A session to explain, and the probe that has not seen its subject.
+    """A session to explain, with a fold that does not train on its subject.
 
     Attributes
     ----------
-    row : of the task, one of the session
+    row : int
+        A row of the task that belongs to the session.
     fold : Fold
-    unit : what one of the fold's z-scored answers is in the unit of the label
-    start_w : starts (s) of the windows in the state; None where sessions answer
+    unit : float
+        SD of the fold's labels, which converts z-scores to the unit of the label.
+    start_w : array or None
+        Starts (s) of the windows in the state; None for tasks with labels of sessions.
     """
 
     row: int
@@ -64,21 +67,21 @@ class Asked:
 
 
 def check_task(task: Task, where: str | Path) -> None:
-    """Refuse a task that fits no probe.
+    """Check that a task fits a probe.
 
     Raises
     ------
     ConfigError
     """
     if task.type == "fingerprint":
-        expected = "classification, regression or state: the prediction of a probe is what is explained"
+        expected = "classification, regression or state, which fit a probe to explain"
         raise ConfigError(where, "type", task.type, expected)
 
 
 def choose(task: Task, cases: Cases, where: str | Path, subjects: int, output: int = 0) -> list[Asked]:
-    """Test sessions of the first repeat: those of so many subjects, spread evenly over the classes or values.
+    """Test sessions of the first repeat from this number of subjects, spread evenly over the classes or values.
 
-    Where states are decoded: sessions with windows of the class `output`, of subjects spread evenly over all.
+    For decoded states: sessions with windows of the class `output`, of evenly spread subjects.
     """
     folds = _folds(task, cases, where)
     if cases.window_N is not None and cases.state_N is not None:
@@ -88,7 +91,7 @@ def choose(task: Task, cases: Cases, where: str | Path, subjects: int, output: i
         asked = []
         for fold, unit in folds:
             rows = fold.test[in_state_N[fold.test] & np.isin(cases.subject_N[fold.test], chosen)]
-            keys = np.array([cases.sessions[row]["key"] for row in rows])
+            keys = np.array([cases.sessions[row].key for row in rows])
             for key in np.unique(keys):
                 of_session = rows[keys == key]
                 asked.append(Asked(int(of_session[0]), fold, unit, cases.window_N[of_session]))
@@ -100,12 +103,12 @@ def choose(task: Task, cases: Cases, where: str | Path, subjects: int, output: i
 
 
 def _spread(ordered: np.ndarray, count: int) -> np.ndarray:
-    """So many of them, at even distances."""
+    """Select `count` elements at equal distances."""
     return ordered[np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))]
 
 
 def _folds(task: Task, cases: Cases, where: str | Path) -> list[tuple[Fold, float]]:
-    """The folds of the first repeat, as a probe has them, each with what one of its z-scored answers is worth."""
+    """The folds of the first repeat, as in a probe, each with the SD of its labels."""
     found = []
     for number, split in enumerate(make_splits(task, cases, where)[0]):
         unit = 1.0
@@ -118,15 +121,15 @@ def _folds(task: Task, cases: Cases, where: str | Path) -> list[tuple[Fold, floa
 def fitted_scores(
     task: Task, cases: Cases, asked: Sequence[Asked], features: Mapping[str, Features], output: int
 ) -> Iterator[tuple[SessionRecord, Score]]:
-    """The sessions asked for, one after another, each with the probe of its fold.
+    """Iterate over the sessions to explain, each with the probe of its fold.
 
     Parameters
     ----------
     task, cases, asked
     features : mapping of str to Features
-        Of all sessions of the task, by key.
+        Features of all sessions of the task, by key.
     output : int
-        Class whose logit is explained; not used in a regression.
+        Class with the logit to explain; not used in a regression.
     """
     once, each = ([features[s.key] for s in rows] for rows in (cases.distinct(), cases.sessions))
     fold = None
@@ -149,13 +152,13 @@ def explain(
     start: Start,
     tolerance: float = TOLERANCE,
 ) -> Iterator[tuple[SessionRecord, Attribution]]:
-    """Sessions, one after another, with their shares.
+    """Iterate over sessions with their shares.
 
     Parameters
     ----------
     model, dataset
     scores : iterable
-        Of `fitted_scores`.
+        Result of `fitted_scores`.
     start, tolerance : see `slim.explain.integrated_gradients.integrated_gradients`
     """
     for session, score in scores:
@@ -196,7 +199,7 @@ def write(
     advance: Callable[[int, str], None],
     events: Callable[[SessionRecord], pd.DataFrame] | None = None,
 ) -> Explanation:
-    """Write maps, pictures and facts of a task as the sessions come.
+    """Write maps, figures and facts of a task while sessions are explained.
 
     Parameters
     ----------
@@ -204,18 +207,18 @@ def write(
         RUN/report/explain.
     dataset : Dataset
     explained : iterable
-        Of `explain`.
+        Result of `explain`.
     about : Explanation
-        What is known before.
+        The explanation without places and sessions.
     advance : callable
-        Told after each session.
+        Called after each session.
     events : callable, optional
-        The events of a session, as `slim.evaluation.events.read` gives them, to be drawn with its windows.
+        Returns the events of a session, as from `slim.evaluation.events.read`, to draw them with its windows.
 
     Returns
     -------
     Explanation
-        With places and sessions, as TASK.json holds it.
+        With places and sessions, as in TASK.json.
     """
     grid, registered, mean, under = dataset.grid, about.space == "MNI", Mean(), Mean()
     done: list[tuple[SessionRecord, SessionShares]] = []
@@ -241,7 +244,7 @@ def write(
 
 
 def _mean_image(dataset: Dataset, session: SessionRecord) -> np.ndarray:
-    """The run means of a session, (X, Y, Z); 0 outside the brain."""
+    """The mean image of a session, (X, Y, Z); 0 outside the brain."""
     arrays = dataset.read(session, ("baseline", "brain", "patch"))
     baseline_MV = np.where(arrays["brain"] > 0, arrays["baseline"], 0)
     return scatter(baseline_MV, arrays["patch"], dataset.grid.shape, dataset.grid.patch)
@@ -253,7 +256,7 @@ def draw_windows(
     events: Callable[[SessionRecord], pd.DataFrame] | None,
     path: Path,
 ) -> None:
-    """For a few sessions: the ranker's scores over the run, and below them the size of each kept window's shares."""
+    """Draw, for a few sessions, the scores of the ranker and below them the absolute shares of each kept window."""
     from matplotlib.figure import Figure
 
     spread = np.linspace(0, len(explained) - 1, min(_DRAWN, len(explained))).round().astype(int)
@@ -280,7 +283,7 @@ def draw_windows(
                 axes.axvspan(event.onset, event.end, color=html.ORANGE, alpha=0.3, lw=0)
             place = (event.onset, 0.98)
             below.annotate(event.state, place, xycoords=("data", "axes fraction"), va="top", fontsize=7, clip_on=True)
-        below.set_ylim(0, 1.3 * max(size))  # room for the names
+        below.set_ylim(0, 1.3 * max(size))  # room for the names of states
         below.ticklabel_format(axis="y", scilimits=(-2, 3))
         below.grid(axis="y")
     write_atomically(path, html.png(figure))

@@ -1,4 +1,4 @@
-"""What was explained of a task: RUN/report/explain/TASK.json."""
+"""The record of an explanation: RUN/report/explain/TASK.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.core.findings import Finding, good, look
 from shards.core.settings import check
 from shards.reporting import html
 
-Start = Literal["still", "empty"]  # of the path: see `slim.explain.integrated_gradients`
+Start = Literal["still", "empty"]  # start of the path, see `slim.explain.integrated_gradients`
 
 
 class _Part(BaseModel):
@@ -22,14 +22,14 @@ class _Part(BaseModel):
 
 
 class Place(_Part):
-    """A place of the brain whose voxels have large shares: mm (x, y, z), and the size of a share there."""
+    """A place in the brain with large shares: its position (x, y, z) in mm, and the mean absolute share."""
 
     mm: tuple[float, float, float]
     value: float
 
 
 class WindowShares(_Part):
-    """A kept window: start (s), saliency, mean size of the shares of its brain voxels, and their sum."""
+    """A kept window: start (s), saliency, mean absolute share of its brain voxels, and the sum of the shares."""
 
     start_s: float
     saliency: float
@@ -38,19 +38,19 @@ class WindowShares(_Part):
 
 
 class SessionShares(_Part):
-    """A session whose score was taken apart.
+    """An explained session.
 
     Attributes
     ----------
     key, subject : str
     score, at_start : float
-        At the session, and at the start of the path.
+        Score of the session, and at the start of the path.
     sum : float
-        Of all shares; `gap` is what it lacks, or has too much, of `score - at_start`.
+        Sum of all shares; `gap` is its difference from `score - at_start`.
     complete : bool
         Whether the gap is within the tolerance.
     points : int
-        Of the path.
+        Number of points on the path.
     windows : tuple of WindowShares
         In time order.
     """
@@ -67,24 +67,24 @@ class SessionShares(_Part):
 
 
 class Explanation(_Part):
-    """What was explained, how, and what was found.
+    """The explanation of a task.
 
     Attributes
     ----------
     task, type, label, classes, pooling
-        Of the task.
+        Facts of the task.
     score : str
-        What is explained, in words.
+        Description of the explained score.
     start, tolerance
-        Of the path; see `slim.explain.integrated_gradients.integrated_gradients`.
+        Settings of the path; see `slim.explain.integrated_gradients.integrated_gradients`.
     run, data, step, weights
-        Where the features are from.
+        Source of the features.
     space : "MNI" or "native"
-        Of the maps.
+        Space of the maps.
     places : tuple of Place
-        The largest first.
+        The strongest places, the largest first.
     sessions : tuple of SessionShares
-        By key.
+        Sorted by key.
     """
 
     task: str
@@ -105,12 +105,12 @@ class Explanation(_Part):
 
     @classmethod
     def read(cls, path: Path) -> Explanation:
-        """That in a file.
+        """Read an explanation from a file.
 
         Raises
         ------
         ConfigError
-            If the file holds something else.
+            If the file has other content.
         """
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
@@ -119,39 +119,39 @@ class Explanation(_Part):
         return check(cls, tree, path)
 
     def tree(self) -> dict[str, object]:
-        """For JSON."""
+        """The explanation as JSON-serialisable data."""
         return self.model_dump(mode="json")
 
     def write(self, folder: Path) -> None:
-        """To FOLDER/TASK.json."""
+        """Write FOLDER/TASK.json."""
         write_atomically(folder / f"{self.task}.json", dump(self.tree()) + "\n")
 
     @property
     def incomplete(self) -> list[str]:
-        """Keys of the sessions whose shares do not sum to the score within the tolerance."""
+        """Keys of the sessions with shares that do not add up to the score within the tolerance."""
         return [session.key for session in self.sessions if not session.complete]
 
     def remarks(self) -> list[Finding]:
-        """What to know before the maps are believed."""
+        """Findings about the quality of the maps."""
         sessions, off = html.count(len(self.sessions), "session"), self.incomplete
         if off:
             return [
                 look(
                     "completeness",
-                    f"In {len(off)} of {sessions} the shares do not sum to the score within the tolerance, first "
-                    f"{off[0]}: read those maps with care.",
+                    f"In {len(off)} of {sessions} the shares do not add up to the score within the tolerance, first "
+                    f"{off[0]}: interpret these maps with care.",
                 )
             ]
         return [
             good(
                 "completeness",
-                f"Complete: in {sessions} the shares of all voxels sum to the score less that at the start, within "
-                f"{self.tolerance:.0%} of that difference or of the score's SD over people.",
+                f"Complete: in {sessions} the shares of all voxels add up to the score minus the score at the start, "
+                f"within {self.tolerance:.0%} of this difference or of the SD of the score over subjects.",
             )
         ]
 
 
 def unreadable(path: Path, error: Exception) -> ConfigError:
-    """Of a file that should be one of an explanation, or a picture of it."""
-    got = f"what cannot be read ({type(error).__name__}: {error})"
-    return ConfigError(path, "", got, "what tools/explain.py wrote, with its pictures", "Run it again")
+    """The error for an unreadable file of an explanation."""
+    got = f"an unreadable file ({type(error).__name__}: {error})"
+    return ConfigError(path, "", got, "a file written by tools/explain.py, with its pictures", "Run it again")

@@ -1,22 +1,23 @@
-"""Integrated gradients: the voxels, and the moments, that a prediction rests on.
+"""Integrated gradients: divide a prediction into shares of voxels and frames.
 
     score = fit_score(features, task.pooling, task.components, fold, output=1)      # the probe, as one function
-    found = integrated_gradients(model, dataset, session, score)                    # its value, taken apart
+    found = integrated_gradients(model, dataset, session, score)                    # shares of its value
 
-Sundararajan, Taly & Yan, "Axiomatic Attribution for Deep Networks", ICML 2017: along the straight path from a start x'
-to the session x, voxel i is given (x_i - x'_i) times the mean of df/dx_i on the way, and all voxels together are given
-f(x) - f(x'). Here f is the score of a linear probe behind a pooling of the encoder's tokens. The start is
+After Sundararajan, Taly & Yan, "Axiomatic Attribution for Deep Networks", ICML 2017. On the straight path from a start
+x' to the session x, the share of voxel i is (x_i - x'_i) times the mean of df/dx_i. The sum of all shares is
+f(x) - f(x'). Here f is the score of a linear probe on pooled tokens of the encoder. There are two starts:
 
-- `still`: every voxel rests at its run mean (fluctuation 0) and the anatomy stays, so what is explained is what the
-  fluctuation adds; or
-- `empty`: the anatomy is taken away too (baseline 0, the mean over the brain), and has a share of its own.
+- `still`: every voxel is at its mean over the scan (fluctuation 0), with the anatomy. The shares then explain the
+  effect of the fluctuation.
+- `empty`: the anatomy is removed, too (baseline 0, the mean over the brain), and has its own shares.
 
-Each voxel's spread, by which its fluctuation is divided in the voxel view, is a unit and stays as it is.
+The spread of each voxel, by which its fluctuation is divided in the voxel view, is not changed.
 
-A score may need all windows of a session at once (a correlation over time does), a gradient through the encoder only
-one group of k windows. So a point of the path takes two passes: all tokens without gradients, of which the score has a
-gradient; then, group by group, that gradient times the Jacobian of the group. The device holds what one group needs;
-the host holds the session's windows twice, as float16 and as a float32 sum.
+The score may depend on all windows of a session, as a correlation over time does, but a gradient through the encoder
+fits into memory only for one group of k windows. Each point of the path therefore needs two passes: first all tokens
+without gradients, which give the gradient of the score; then, for each group, the product of this gradient and the
+Jacobian of the group. The device holds one group; the CPU memory holds the windows of the session twice, as float16 and
+as a float32 sum.
 
 Legend: S time slots (s of one group), L places, C channels of a session's tokens; K windows in time order; F frames; M
 patches; V voxels of a patch; R = frames of a group x M rows of voxel values.
@@ -40,24 +41,32 @@ from slim.explain.differentiable_probe import Score
 from slim.explain.explanation import Start
 from slim.inference.slim_brain import SlimBrain
 
-TOLERANCE = 0.02  # of the difference that is taken apart, or of the SD of the score over training sessions if larger
-_FEWEST, MOST = 16, 256  # points of the path, doubled until the tolerance is met
+TOLERANCE = 0.02  # share of f(x) - f(x'), or of the SD of the score over training sessions if that is larger
+_FEWEST, MOST = 16, 256  # number of points of the path, doubled until the tolerance is met
 
 
 @dataclass
 class Attribution:
-    """A score of one session, taken apart.
+    """The score of one session, divided into shares.
 
     Attributes
     ----------
-    key : the session's key
-    score, at_start : f(x) and f(x')
-    points : of the path
-    allowed : largest gap that counts as complete
-    value_KFMV : float32, share of every voxel in every frame of every kept window; 0 outside the brain
-    anatomy_MV : float32, share of every voxel's run mean; zeros from `still`
-    patch_M3 : place of each patch in the grid of patches
-    start_K : first frame of each window, in time order
+    key : str
+        Key of the session.
+    score, at_start : float
+        f(x) and f(x').
+    points : int
+        Number of points of the path.
+    allowed : float
+        Largest gap that counts as complete.
+    value_KFMV : float32 array
+        Share of every voxel in every frame of every kept window; 0 outside the brain.
+    anatomy_MV : float32 array
+        Share of the mean of every voxel over the scan; zeros for the start `still`.
+    patch_M3 : int array
+        Position of each patch in the grid of patches.
+    start_K : int array
+        First frame of each window, in time order.
     """
 
     key: str
@@ -72,22 +81,22 @@ class Attribution:
 
     @property
     def total(self) -> float:
-        """Sum of all shares; completeness says that it is `score - at_start`."""
+        """Sum of all shares, which should be `score - at_start`."""
         return float(self.value_KFMV.sum(dtype=np.float64) + self.anatomy_MV.sum(dtype=np.float64))
 
     @property
     def gap(self) -> float:
-        """What the sum of the shares lacks (or has too much) of `score - at_start`."""
+        """Difference of the sum of all shares from `score - at_start`."""
         return self.total - (self.score - self.at_start)
 
     @property
     def complete(self) -> bool:
-        """Whether the path was walked finely enough."""
+        """Whether the path had enough points."""
         return abs(self.gap) <= self.allowed
 
 
 class _Groups:
-    """A session in the groups of k windows, and with the slots of each, that `SlimBrain.encode_session` takes."""
+    """A session in groups of k windows, with the slots of each group, as in `SlimBrain.encode_session`."""
 
     def __init__(self, model: SlimBrain, dataset: Dataset, session: SessionRecord):
         self.model, k, count = model, model.settings.windows.k, session.n_kept
@@ -107,9 +116,9 @@ class _Groups:
         self.shape = (k, model.frames, len(self.patch_M3), dataset.grid.voxels)
 
     def tokens(self, group: int, alpha: float, anatomy: float, leaves: list[Tensor] | None = None) -> Tensor:
-        """Tokens (s, L, C) of a group's own slots, with its fluctuation times alpha and its baseline times anatomy.
+        """Tokens (s, L, C) of the slots of a group, for its fluctuation times alpha and its baseline times anatomy.
 
-        With `leaves`, the values that went in, (R, V) and (M, V), are put there and have gradients.
+        The inputs, (R, V) and (M, V), are added to `leaves`, if given, and have gradients.
         """
         batch = self.batches[group].to(self.model.device)
         inputs = [alpha * batch.voxels.value_RV.float(), anatomy * batch.voxels.baseline_QV]
@@ -121,11 +130,11 @@ class _Groups:
         return x_SLC[self.fresh[group].to(x_SLC.device)]
 
     def windows(self, group: int) -> slice:
-        """The windows of a group among the K."""
+        """The range of a group in the K windows."""
         return self.groups[group].windows
 
     def times_value(self, slope_KFMV: np.ndarray) -> np.ndarray:
-        """Slopes times the fluctuation; windows that two groups share count once."""
+        """Multiply slopes by the fluctuation. Windows in two groups are counted once."""
         product_KFMV = np.empty_like(slope_KFMV)
         for group, batch in enumerate(self.batches):
             here = self.windows(group)
@@ -133,7 +142,7 @@ class _Groups:
         return product_KFMV
 
     def times_baseline(self, slope_MV: np.ndarray) -> np.ndarray:
-        """Slopes times the run means."""
+        """Multiply slopes by the means over the scan."""
         return slope_MV * self.batches[0].voxels.baseline_QV.numpy()
 
 
@@ -166,7 +175,7 @@ class _Path:
         (slope_SLC,) = torch.autograd.grad(self.score(token_SLC[:, self.at_L]), token_SLC)
         for group, slope_sLC in enumerate(slope_SLC.split([len(part) for part in parts])):
             if not slope_sLC.any():
-                continue  # the score rests on other windows
+                continue  # the score does not depend on this group
             leaves: list[Tensor] = []
             reached_sLC = self.groups.tokens(group, alpha, self._anatomy(alpha), leaves)
             slopes = torch.autograd.grad(reached_sLC, leaves if self.takes_anatomy else leaves[:1], slope_sLC)
@@ -176,20 +185,20 @@ class _Path:
                 self.sum_MV += weight * slopes[1].cpu().numpy()
 
     def shares(self, points: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shares (K, F, M, V) of the fluctuation and (M, V) of the anatomy, after so many points."""
+        """Shares (K, F, M, V) of the fluctuation and (M, V) of the anatomy, after this number of points."""
         mean_KFMV, mean_MV = self.sum_KFMV / np.float32(points), self.sum_MV / np.float32(points)
         return self.groups.times_value(mean_KFMV), self.groups.times_baseline(mean_MV)
 
 
 def check_start(model: SlimBrain, start: str) -> None:
-    """Refuse to take an anatomy away that the model does not see.
+    """Check that the start `empty` is only used if the view of the model includes anatomy.
 
     Raises
     ------
     ConfigError
     """
     if start == "empty" and model.settings.view == "voxel":
-        raise ConfigError("start", "", "empty", "still, as this model sees no anatomy (view: voxel)")
+        raise ConfigError("start", "", "empty", "still, because the view of this model (voxel) has no anatomy")
 
 
 def integrated_gradients(
@@ -201,11 +210,11 @@ def integrated_gradients(
     tolerance: float = TOLERANCE,
     most: int = MOST,
 ) -> Attribution:
-    """Take the score of a session apart into the shares of its voxels and frames.
+    """Divide the score of a session into shares of its voxels and frames.
 
-    The path is walked in u from 0 to 1 with alpha = u^2, by the trapezoid rule: a pooling that forgets the size of the
-    fluctuation, as a correlation does, changes most near the start. The number of points is doubled, and those that
-    were taken are kept, until the shares sum to f(x) - f(x') within the tolerance.
+    The integral is computed with the trapezoidal rule in u from 0 to 1, with alpha = u^2, because poolings that do not
+    depend on the scale of the fluctuation, such as correlations, change most near the start. The number of points is
+    doubled, and earlier points are used again, until the shares add up to f(x) - f(x') within the tolerance.
 
     Parameters
     ----------
@@ -215,16 +224,16 @@ def integrated_gradients(
         A line of `dataset.sessions`.
     score : Score
     start : "still" or "empty"
-        Where the path begins; see above.
+        Start of the path; see above.
     tolerance : float
-        Largest gap, as a share of the difference or of the score's SD over training sessions, whichever is larger.
+        Largest gap, as a share of the difference or of the SD of the score over training sessions, whichever is larger.
     most : int
-        Points after which the path is given up; the gap tells how far the sum is off then.
+        Largest number of points. The gap may then exceed the tolerance.
 
     Raises
     ------
     ConfigError
-        If `start` is `empty` and the model's view holds no anatomy.
+        If `start` is `empty` and the view of the model has no anatomy.
     """
     check_start(model, start)
     path = _Path(_Groups(model, dataset, session), score, start)

@@ -1,4 +1,4 @@
-"""Maps of shares: from the voxels of patches to NIfTI on the dataset's grid, their strongest places, and a picture.
+"""Maps of shares: convert voxels of patches to NIfTI images, find the strongest places, and draw figures.
 
 Legend: X, Y, Z voxels of the grid; K windows in time order; F frames; M patches; V voxels of a patch; N voxels of a
 list.
@@ -24,8 +24,8 @@ from slim.explain.explanation import Place, Start
 from slim.explain.integrated_gradients import Attribution
 
 ABSOLUTE, ANATOMY = "_absolute", "_anatomy"  # endings of files
-_PLACES, _APART_MM = 5, 20.0  # strongest places that are named, and how far apart they lie
-_FWHM_MM = 8.0  # of the smoothing of pictures and places; never of the maps themselves
+_PLACES, _APART_MM = 5, 20.0  # number of strongest places, and their smallest distance
+_FWHM_MM = 8.0  # smoothing of figures and places; the maps are not smoothed
 _SLICES = 7
 _SHOWN = 90  # percentile of the map above which a picture colours it
 
@@ -37,8 +37,8 @@ class Maps:
     Attributes
     ----------
     signed : sum over frames of the shares of the fluctuation
-    absolute : mean over frames of their sizes
-    anatomy : shares of the run means; None where the anatomy stayed
+    absolute : mean over frames of their absolute values
+    anatomy : shares of the means over the scan; None for the start `still`
     """
 
     signed: np.ndarray
@@ -63,7 +63,7 @@ class Maps:
 
 @dataclass
 class Mean:
-    """A mean over sessions, added up one by one."""
+    """A running mean over sessions."""
 
     count: int = 0
     total: dict[str, np.ndarray] = field(default_factory=dict)

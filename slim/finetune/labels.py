@@ -1,9 +1,9 @@
-"""The answers a fine-tuning run is given: those of its training and validation subjects, and of nobody else.
+"""The labels of a fine-tuning run: those of its training and validation subjects only.
 
-    RUN/answers.json    how many classes, and of each session in `train` and `val`: [subject, answer]
+    RUN/answers.json    number of classes, and for each session in `train` and `val`: [subject, class or value]
 
-Whoever trains reads this file and the samples it names. Sessions of test subjects do not exist for it, nor does any
-label of the dataset.
+The training processes read this file and the samples it names. They do not see sessions of test subjects, nor other
+labels of the dataset.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from slim.checkpoints.run_folder import ANSWERS
 
 @dataclass(frozen=True)
 class Answers:
-    """What is to be learned.
+    """The labels of the training and validation sessions.
 
     Attributes
     ----------
-    classes : K; 0 in a regression
-    train, val : of each session, by key: number of its subject, and its class or value
+    classes : int
+        K; 0 for a regression.
+    train, val : dict
+        For each session, by key: the number of its subject, and its class or value.
     """
 
     classes: int
@@ -37,12 +39,12 @@ class Answers:
     val: dict[str, tuple[int, float]]
 
     def write(self, folder: Path) -> None:
-        """To RUN/answers.json."""
+        """Write RUN/answers.json."""
         write_atomically(folder / ANSWERS, dump(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> Answers:
-        """Raises ConfigError where tools/finetune.py has left none."""
+        """Read RUN/answers.json; raises ConfigError if tools/finetune.py has not written it."""
         path = folder / ANSWERS
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
@@ -51,22 +53,22 @@ class Answers:
 
     @property
     def outputs(self) -> int:
-        """Numbers a model says of a sample: one for each class, or the value."""
+        """Number of outputs of a model: one for each class, or one for a value."""
         return max(1, self.classes)
 
     @property
     def guess(self) -> float:
-        """`slim.finetune.task.validation_loss` of equal chances, or of the mean of those fitted on."""
+        """Validation loss of guessing: equal probabilities, or the mean of the training values."""
         if self.classes:
             return math.log(self.classes)
         return float(np.mean([answer**2 for answer in dict(self.val.values()).values()]))
 
     def digest(self) -> str:
-        """Hash of all of it."""
+        """Hash of all labels."""
         return digest(asdict(self))
 
     def open(self, path: str) -> Dataset:
-        """The dataset as far as these answers go: other sessions and all labels are left out."""
+        """Open a dataset with only these sessions, and without labels."""
         dataset = Dataset(path)
         split_of = dict.fromkeys(self.train, "train") | dict.fromkeys(self.val, "val")
         missing = split_of.keys() - {session.key for session in dataset.sessions}
@@ -82,6 +84,6 @@ class Answers:
         return dataset
 
     def class_weights(self) -> np.ndarray:
-        """Times a session of each class counts, (K,), so that all classes count alike; mean 1 over the sessions."""
+        """Weight of a session of each class, (K,), that gives all classes equal weight; the mean over sessions is 1."""
         count_K = np.bincount([int(answer) for _, answer in self.train.values()], minlength=self.classes)
         return len(self.train) / (self.classes * np.maximum(count_K, 1))

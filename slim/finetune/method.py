@@ -1,7 +1,7 @@
-"""Fine-tuning as a method that answers a task, beside the probes of frozen features.
+"""Fine-tuning as a method for a task, in addition to the probes of frozen features.
 
-One fine-tuning for each division of the subjects, in a run folder of its own. It is given answers of the training and
-the validation subjects; the test subjects are predicted once, here, after it has ended.
+Each split of the subjects has a fine-tuning in a separate run folder. It gets the labels of the training and validation
+subjects. The test subjects are predicted once, in this module, after the training has ended.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "optimizer": {"lr": 1e-4, "betas": [0.9, 0.999], "wd": [0.05, 0.05]},
     "run": {"epochs": 30, "keep": 1},
 }
-_KEPT = ("precision", "chunk_tokens", "zero")  # of the pretraining run, unless said otherwise
+_KEPT = ("precision", "chunk_tokens", "zero")  # from the pretraining run, unless given
 _OF_RUN = ("batch", "workers", "wandb")
-# What the weights, and the command, decide.
+# Settings that are determined by the weights and by the command.
 _FIXED = ("model", "model_name", "view", "data", "start", "answer", "before")
 
 
 def refuse(task: Task, where: str | Path) -> None:
-    """ConfigError for a task that no fine-tuning answers."""
+    """Raise ConfigError if fine-tuning cannot be used for a task."""
     if task.type not in ("classification", "regression"):
         raise ConfigError(where, "type", task.type, "classification or regression", "Probe the frozen features instead")
     if task.split.kind != "holdout":
-        hint = "The best epoch is chosen on validation subjects, which only holdout sets apart"
+        hint = "The best epoch is selected on validation subjects, which only the split `holdout` has"
         raise ConfigError(where, "split.kind", task.split.kind, "holdout", hint)
 
 
 def settings_for(
     ours: SlimBrain, data: str, out: Path, sessions: int, assignments: Sequence[str], number: int
 ) -> FinetuneSettings:
-    """Settings of one fine-tuning: those of the pretraining where they say how to compute, and our own how to learn.
+    """Settings of one fine-tuning. Precision, chunk_tokens and ZeRO settings are those of the pretraining.
 
     Parameters
     ----------
@@ -63,18 +63,18 @@ def settings_for(
     data : str
         The dataset.
     out : Path
-        Its run folder.
+        Folder of the run.
     sessions : int
-        To be trained on; by default a checkpoint is written once they all were seen.
+        Number of training sessions; by default a checkpoint is written after each epoch.
     assignments : sequence of str
-        `key=value`.
+        `key=value` overrides.
     number : int
-        Which of the fine-tunings of a task; added to `run.seed`.
+        Number of the fine-tuning of the task; added to `run.seed`.
 
     Raises
     ------
     ConfigError
-        If a setting is wrong, or one that the weights decide.
+        If a setting is wrong, or is determined by the weights.
     """
     of_ours = ours.settings.model_dump(mode="json")
     given = {name: of_ours[name] for name in ("model", "model_name", "view", "windows", *_KEPT)}
@@ -83,10 +83,10 @@ def settings_for(
     tree = override(given, renamed_assignments(assignments))
     for name in _FIXED:
         if tree.get(name) != given.get(name):
-            raise ConfigError("command line", name, tree[name], "no such override", "The weights, or --data, decide it")
+            raise ConfigError("command line", name, tree[name], "no override", "The weights or --data determine it")
     if tree["windows"]["k"] != given["windows"]["k"] or tree["run"]["out"] != str(out):
         name = "run.out" if tree["run"]["out"] != str(out) else "windows.k"
-        raise ConfigError("command line", name, "a value", "no such override", "The weights, or --out, decide it")
+        raise ConfigError("command line", name, "a value", "no override", "The weights or --out determine it")
     tree["run"]["seed"] = tree["run"].get("seed", 0) + number
     if "checkpoint_every" not in tree["run"]:
         settings = check(FinetuneSettings, tree, "command line").run
@@ -97,7 +97,7 @@ def settings_for(
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRun:
-    """A fine-tuning that is done: its folder and seed, and the step and loss of its best validation."""
+    """A finished fine-tuning: its folder and seed, and the step and loss of its best validation."""
 
     run: str
     seed: int
@@ -107,27 +107,27 @@ class FinetuneRun:
 
 @dataclass
 class Finetuned:
-    """A method of `slim.evaluation.probe`.
+    """Fine-tuning as a method of `slim.evaluation.probe`.
 
     Parameters
     ----------
     name : `FINETUNED` or `SCRATCH`
-        With the latter they begin with random weights.
+        `SCRATCH` starts with random weights.
     ours : SlimBrain
-        Whose encoder is trained on.
+        The model with the pretrained encoder.
     task : Task
     dataset, cases
         Of the task.
     splits : list of list of Split
-        Of the task: a list for each repeat, which is a fine-tuning of its own.
+        Of the task, one list for each repeat. Each repeat is a separate fine-tuning.
     folder : Path
-        Each has its run in `folder/seed-K`.
+        The runs are in `folder/seed-K`.
     assignments : sequence of str
-        `key=value` for the settings of the runs.
+        `key=value` overrides of the settings of the runs.
     train : callable
         Runs a fine-tuning to its end.
     device : torch.device or str
-        Where test subjects are predicted.
+        Device for the prediction of test subjects.
 
     Attributes
     ----------
@@ -148,18 +148,18 @@ class Finetuned:
 
     @property
     def seen(self) -> Seen | None:
-        """Who was seen in the pretraining; None where that is not known."""
+        """The subjects seen in pretraining; None if this is not known."""
         return Seen(frozenset()) if self.name == SCRATCH else self.ours.seen
 
     def settings(self, number: int) -> FinetuneSettings:
-        """Those of one fine-tuning, without the weights it starts with."""
+        """The settings of one fine-tuning, without the hash of its initial weights."""
         (split,) = self.splits[number]
         out = self.folder / f"seed-{number}"
         data, sessions = str(self.dataset.folder), len(split.train)
         return settings_for(self.ours, data, out, sessions, self.assignments, number)
 
     def prepare(self, number: int) -> FinetuneSettings:
-        """Make the run folder of a fine-tuning, with what it is given; its settings, complete."""
+        """Make the run folder of a fine-tuning with its input files; returns its complete settings."""
         (split,) = self.splits[number]
         return self._prepare(number, probe.make_fold(self.task, self.cases, split, repeat=number)[0])
 
@@ -178,7 +178,7 @@ class Finetuned:
         return settings.model_copy(update={"start": start, "before": export.history(self.ours)})
 
     def predict(self, fold: Fold) -> np.ndarray:
-        """Probabilities (m, K) or values (m, 1) of the test sessions; trains first, or goes on, or finds it done."""
+        """Predict probabilities (m, K) or values (m, 1) of the test sessions; trains first, if it is not finished."""
         answers, out = self._answers(fold), Path(self.settings(fold.repeat).run.out)
         with lock.holding(out):
             settings = self._prepare(fold.repeat, fold)
@@ -206,24 +206,24 @@ class Finetuned:
         return Answers(fold.classes, *sides)
 
     def _best(self, out: Path, settings: FinetuneSettings, answers: Answers) -> tuple[torch.nn.Module, int, float]:
-        """The model of the best validation, the step it was at, and its loss."""
+        """The model with the best validation loss, its step, and the loss."""
         found = checkpoint.newest(out / CHECKPOINTS)
-        assert found is not None  # `train` has ended
+        assert found is not None  # the training has ended
         tensors = checkpoint.read_weights(found / checkpoint.WEIGHTS, BEST)
         loss, step = tensors.pop("of").tolist()
         if not tensors:
             hint = "Lower optimizer.lr, and give another --out"
-            raise CheckpointError(found, "val_loss", "no finite number in any epoch", "one", hint)
+            raise CheckpointError(found, "val_loss", "no finite loss in any epoch", "a finite validation loss", hint)
         model = make_model(settings, self.ours.geometry, self.dataset.grid.voxels, answers.outputs)
         model.load_state_dict(tensors)
         return model.eval().requires_grad_(False), int(step), loss
 
 
 def check_report(folder: Path, task: Task, cases: Cases, splits: list[list[Split]]) -> None:
-    """ConfigError where the report in a folder asked the task otherwise: scores would not stand side by side."""
+    """Raise ConfigError if a report used another version of the task, so that scores could not be compared."""
     report = Report.read(folder / PROBE)
     differing = report.differs(task.name, probe.task_facts(task, cases, splits))
     if differing is not None:
         name, asked, before = differing
-        hint = "Probe again, so that all methods answer the same task, or give another --out"
+        hint = "Probe again, so that all methods use the same task, or give another --out"
         raise ConfigError(folder / PROBE, f"{task.name}.{name}", asked, f"{before}, as in the report", hint)

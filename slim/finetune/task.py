@@ -1,13 +1,13 @@
-"""Fine-tuning: the encoder trained on, with a head, towards the answers of a task, by the trainer of pretraining.
+"""The fine-tuning task: trains an encoder and a head on the labels of a task, with the trainer of pretraining.
 
-The run folder is that of a pretraining run, with files that `tools/finetune.py` writes before it starts:
+The run folder is like that of a pretraining run, with further files that `tools/finetune.py` writes before the start:
 
-    RUN/answers.json         what training and validation subjects answer (`slim.finetune.labels`)
-    RUN/start.safetensors    the encoder it begins with; absent: random weights from the seed
-    RUN/seen.json            who was seen in the pretraining before it; absent where that is not known
+    RUN/answers.json         labels of the training and validation subjects (`slim.finetune.labels`)
+    RUN/start.safetensors    the initial encoder; if missing, random weights from the seed
+    RUN/seen.json            subjects seen in pretraining; missing if this is not known
 
-Once in an epoch the validation subjects are predicted; weights of the best validation are kept in every checkpoint,
-as `best.encoder...` and `best.head...`. Nothing here ever sees a test subject.
+The validation subjects are predicted once per epoch. The weights with the best validation loss are kept in every
+checkpoint as `best.encoder...` and `best.head...`. Test subjects are not used here.
 
 Legend: B samples; P pooled features (3: count, sum, sum of squares); K outputs; N sessions; S subjects.
 """
@@ -43,11 +43,11 @@ from slim.training.task import Forward, Full, Losses, Steps, TrainingTask
 
 START = "start.safetensors"
 LAYER_DECAY = 0.75
-_MEASURED = 64  # samples, at most an epoch, that the pooled features are standardised by
+_MEASURED = 64  # number of samples (at most an epoch) from which the standardisation of pooled features is computed
 
 
 class FinetuneTask(TrainingTask):
-    """An encoder and a head on the training subjects of a task."""
+    """Trains an encoder and a head on the training subjects of a task."""
 
     name = "fine-tune"
     settings: FinetuneSettings
@@ -58,7 +58,7 @@ class FinetuneTask(TrainingTask):
         super().__init__(settings, [self.answers.open(item.path) for item in settings.data])
 
     def seen(self) -> Seen | None:
-        """Who was seen in the pretraining before it, as tools/finetune.py has left it."""
+        """The subjects seen in pretraining, as written by tools/finetune.py."""
         return Seen.read(self.folder)
 
     @property
@@ -79,13 +79,13 @@ class FinetuneTask(TrainingTask):
 
 
 class FinetuneLearner:
-    """What a step of fine-tuning does, and the best weights so far; see `slim.training.task.Learner`.
+    """The learner of fine-tuning, with the best weights so far; see `slim.training.task.Learner`.
 
     Parameters
     ----------
     task : FinetuneTask
     model : Answerer
-        At its start, on its device.
+        The model before training, on its device.
     """
 
     logged = ("loss",)
@@ -101,11 +101,11 @@ class FinetuneLearner:
         self.best_loss, self.best_step = math.inf, 0
 
     def summarise(self, mean: dict[str, float | None]) -> dict[str, float | None]:
-        """The means as they are."""
+        """Return the means unchanged."""
         return mean
 
     def groups(self) -> list[Group]:
-        """One or two for each depth: embedding, blocks, norm, head; the learning rate falls towards the input."""
+        """One or two groups for each depth: embedding, blocks, norm, head. The learning rate decreases to the input."""
         decay = self.settings.head.layer_decay
         if decay is None:
             decay = 1.0 if self.settings.start is None else LAYER_DECAY
@@ -120,7 +120,7 @@ class FinetuneLearner:
 
     @torch.no_grad()
     def begin(self, steps: Steps, forward: Forward) -> None:
-        """Measure the axes of `cov`, then the pooled features, of the untrained model over the first samples."""
+        """Measure the axes of `cov`, then the pooled features, on the first samples before training."""
         head, count = self.model.head, math.ceil(min(_MEASURED, self.task.stream.per_epoch) / self.per_step)
         if head.axis_CQ is not None:
             scatter_CC = torch.zeros(2 * [self.model.encoder.dim], dtype=torch.float64, device=self.device)
@@ -141,7 +141,7 @@ class FinetuneLearner:
         head.standardise(mean_P.float(), (square_P - mean_P**2).float())
 
     def losses(self, batch: Batch, step: int, forward: Forward) -> Losses:
-        """Cross-entropy with all classes counted alike, or squared error; mean over the samples."""
+        """Cross-entropy with equal weight for all classes, or squared error, averaged over samples."""
         guess_BK, _ = forward(batch)
         if batch.empty:
             return Losses(guess_BK.sum() * 0, {})
@@ -153,7 +153,7 @@ class FinetuneLearner:
         return Losses(loss_B.mean(), {"loss": loss_B.mean().detach()})
 
     def commit(self, step: int, steps: int | Plan, forward: Forward, full: Full | None) -> MetricsLine:
-        """After the last step of an epoch, and of the run: validate, and keep the weights if none were better."""
+        """Validate after the last step of an epoch and of the run, and keep the weights if they are the best so far."""
         done = step + 1
         if done % self.every and done != (steps if isinstance(steps, int) else steps.end):
             return {}
@@ -164,10 +164,10 @@ class FinetuneLearner:
         return {"val_loss": loss, "best_step": self.best_step}
 
     def discard(self) -> None:
-        """Nothing was collected."""
+        """Do nothing: no statistics are collected."""
 
     def validate(self, forward: Forward) -> float:
-        """Loss of the validation subjects, predicted from all windows of their sessions; alike in all processes."""
+        """Loss of the validation subjects, predicted from all windows of their sessions; equal in all processes."""
         (dataset,) = self.task.datasets
         sessions, classes = dataset.of_split("val"), self.answers.classes
         guess_NK = predict(forward, classes, dataset, sessions, self.task.geometry, self.settings, self.device)
@@ -175,18 +175,18 @@ class FinetuneLearner:
         return validation_loss(guess_NK, subject_N, answer_N, classes)
 
     def _now(self, full: Full | None) -> dict[str, Tensor]:
-        """Encoder and head as they are, whole, by name."""
+        """The present encoder and head as whole tensors, by name."""
         tensors = {name: value if full is None else full(value) for name, value in self.model.named_parameters()}
         return tensors | dict(self.model.head.named_buffers(prefix="head"))
 
     def state(self, full: Full | None) -> dict[str, Tensor]:
-        """The model, the best one so far, and how good it was."""
+        """The model, the best model so far, and its loss and step."""
         best = {f"{BEST}{name}": value for name, value in self.best.items()}
         how = torch.tensor([self.best_loss, self.best_step], dtype=torch.float64)
         return self._now(full) | best | {f"{BEST}of": how}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Buffers of the model, and the best one; its parameters are left to the engine."""
+        """Restore the buffers of the model, and the best model. The engine restores the parameters."""
         for name, buffer in self.model.head.named_buffers(prefix="head"):
             buffer.copy_(tensors[name])
         self.best_loss, best_step = tensors[f"{BEST}of"].tolist()
@@ -199,13 +199,13 @@ class FinetuneLearner:
 
 
 def make_model(settings: FinetuneSettings, geometry: Geometry, voxels: int, outputs: int) -> Answerer:
-    """With random weights, by the generator of the caller."""
+    """Make a model with random weights, drawn with the caller's generator."""
     encoder = Hiera(settings.model, geometry, voxels, settings.view)
     return Answerer(encoder, Head(settings.head, encoder.dim, outputs, geometry.cells), settings.precision == "bf16")
 
 
 def depth_of(name: str, blocks: int) -> int:
-    """Depth of a parameter of `Answerer`: 0 embedding and positions, 1 ... blocks, then the last norm, the head."""
+    """Depth of a parameter of `Answerer`: 0 for embedding and positions, 1 ... for blocks, then last norm and head."""
     if name.startswith("encoder.blocks."):
         return int(name.split(".")[2]) + 1
     if name.startswith("head."):
@@ -214,7 +214,7 @@ def depth_of(name: str, blocks: int) -> int:
 
 
 def write_start(folder: Path, tensors: dict[str, Tensor]) -> str:
-    """Write RUN/start.safetensors; its hash."""
+    """Write RUN/start.safetensors, and return its hash."""
     with atomically(folder / START) as file:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file.name)
         share(file.name)
@@ -222,13 +222,13 @@ def write_start(folder: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256, hex."""
+    """SHA-256 (hex) of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def validation_loss(guess_NK: np.ndarray, subject_N: np.ndarray, answer_N: np.ndarray, classes: int) -> float:
-    """Of subjects, each the mean of its sessions: log loss with all classes counted alike, or squared error."""
+    """Loss over subjects (means of their sessions): log loss with equal weight for all classes, or squared error."""
     subjects, first = np.unique(subject_N, return_index=True)
     guess_SK = np.stack([guess_NK[subject_N == subject].mean(axis=0) for subject in subjects])
     answer_S = answer_N[first]

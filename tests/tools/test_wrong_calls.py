@@ -21,7 +21,7 @@ CALLS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "shards: missing root": (
         ["tools/make_shards.py", "{tmp}/rootless.yaml", "--out", "{tmp}/out"],
-        ["{tmp}/rootless.yaml", "root", "{tmp}/nowhere", "expected the folder that holds the runs"],
+        ["{tmp}/rootless.yaml", "root", "{tmp}/nowhere", "expected the folder that contains the scans"],
     ),
     "shards: unknown key of a cohort file": (
         ["tools/make_shards.py", "{tmp}/typo.yaml", "--out", "{tmp}/out"],

@@ -191,7 +191,7 @@ def test_a_native_run_has_no_parcels_of_a_label_image(cohort, make_shards, tmp_p
     failed = layout.read_lines(tmp_path / "out" / layout.FAILED)
     assert len(failed) == 6
     for line in failed:
-        assert "space: got native, expected MNI space, in which the parcels of a.nii.gz lie" in line["reason"]
+        assert "space: got native, expected MNI space, as for the parcels of a.nii.gz" in line["reason"]
         assert line["source"] in line["reason"] and "cubes need no registration" in line["hint"]
 
 

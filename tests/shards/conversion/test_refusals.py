@@ -85,7 +85,7 @@ def test_a_file_that_two_cohorts_claim_is_refused_the_second_time(opened, cohort
         runs = both.find()
         problems = [run.problem.line() for run in runs if run.problem]
     assert len(runs) == 12 and len(problems) == 6
-    assert "the file of synthetic_sub-01_ses-1_task-rest again" in problems[0]
+    assert "the same file as synthetic_sub-01_ses-1_task-rest" in problems[0]
 
 
 def test_cohorts_of_the_same_people_share_their_splits(opened, cohort, tmp_path):
@@ -210,7 +210,7 @@ def test_a_dataset_of_other_settings_names_the_setting(opened, tmp_path):
     source, dataset = opened
     out = Path(shutil.copytree(dataset, tmp_path / "out"))
     other = SETTINGS.mask.model_copy(update={"dead": 0.5})
-    told = r"configuration\.mask\.dead: got 0\.5, expected 0\.25, as for the sessions"
+    told = r"configuration\.mask\.dead: got 0\.5, expected 0\.25, as for the existing sessions"
     with conversion([source], out, mask=other) as wrong, pytest.raises(DatasetError, match=told):
         wrong.open()
     # as a version wrote it that had no such setting

@@ -67,7 +67,7 @@ def test_quotes_never_reach_beyond_their_line(tmp_path):
     assert table.values("age") == [20, 30, 40] and table.texts("note") == ['"lenses', "ok", 'screen at 5"']
     quoted = read(tmp_path, 'id,note,age\n1,"left, then right",20\n2,"he said ""no""",30\n')
     assert quoted.texts("note") == ["left, then right", 'he said "no"'] and quoted.values("age") == [20, 30]
-    with pytest.raises(ConfigError, match=r"rows: got 2 fields in line 2, expected 3, as the header has"):
+    with pytest.raises(ConfigError, match=r"rows: got 2 fields in line 2, expected 3, as in the header"):
         read(tmp_path, 'id,note,age\n1,"two\nlines",20\n')
 
 
@@ -85,7 +85,7 @@ def test_only_line_feeds_end_a_line(tmp_path):
         ("", r"an empty file \(0 bytes\)"),
         ("\n \n", r"no line with text"),
         ("id\tage\n1\t\x00\n", r"binary content"),
-        ("id\tname\n1\tJ\u00f6rg\n".encode("latin-1"), r"bytes that are no UTF-8 in line 2.*Save it as UTF-8"),
+        ("id\tname\n1\tJ\u00f6rg\n".encode("latin-1"), r"bytes that are not UTF-8 in line 2.*Save it as UTF-8"),
         (b"/annex/objects/MD5E-s1--00.tsv\n", r"a pointer of git-annex.*datalad get"),
         ("<!DOCTYPE html><title>403</title>", r"an HTML page"),
     ],

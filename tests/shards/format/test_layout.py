@@ -334,7 +334,7 @@ def test_a_manifest_of_another_format_is_refused(dataset, tmp_path):
     with pytest.raises(DatasetError, match="format: got 99, expected 1"):
         Dataset(copy)
     (copy / "manifest.json").write_text("{")
-    with pytest.raises(DatasetError, match="no JSON"):
+    with pytest.raises(DatasetError, match="invalid JSON"):
         Dataset(copy)
     with pytest.raises(DatasetError, match="no such folder"):
         Dataset(tmp_path / "nowhere")

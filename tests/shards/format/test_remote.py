@@ -283,7 +283,7 @@ def test_a_server_without_byte_ranges_is_refused_before_it_sends_shards(tmp_path
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     Dataset(tmp_path)
     with serve(tmp_path, ranges=False, tells=tells) as web:
-        with pytest.raises(DatasetError, match=r"Range: got .* expected a server that sends byte ranges") as caught:
+        with pytest.raises(DatasetError, match=r"Range: got .* expected a server that supports byte ranges") as caught:
             Dataset(web.url)
         assert caught.value.where == f"{web.url}/shards/{name}"
     assert web.sent < size / 4  # what lay in the buffers of the connection when the client hung up
@@ -408,7 +408,8 @@ def test_a_missing_package_is_named(url: str, package: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith(f"{url}: protocol: got no package for it") and package in line and "Install" in line
+    assert line.startswith(f"{url}: protocol: got a protocol without an installed package")
+    assert package in line and "Install" in line
 
 
 @pytest.mark.parametrize(("url", "got"), [("nosuch://x", "nosuch"), ("simplecache::https://host/ds", "a chain")])

@@ -66,7 +66,7 @@ def test_a_tr_is_inherited_as_bids_has_it(tmp_path, scan):
         path.write_text(json.dumps(content))
 
     assert tr() == (1.0, "header")
-    assert "TR 1 s is from the header alone" in assumptions(ScanFacts(tr=1.0, tr_source="header"))[0]
+    assert "TR 1 s is from the header" in assumptions(ScanFacts(tr=1.0, tr_source="header"))[0]
     write(tmp_path / "task-nback_bold.json", RepetitionTime=9)  # of another task
     write(tmp_path / "task-rest_run-2_bold.json", RepetitionTime=8)
     write(tmp_path / "task-rest_physio.json", RepetitionTime=7)

@@ -227,8 +227,8 @@ def test_names_what_was_assumed_and_of_which_sessions(tmp_path):
     for words in (
         'Look: 1 session with volumes that are copies of an earlier one; windows with them were not kept: see "To',
         f"mask of {rule} 11 one_0, one_1, one_10, one_2, one_3, one_4, one_5, one_6 and 3 more",
-        "8.4% of the mask is without signal and was left out 1 one_3",
-        "15 volumes repeat an earlier one; windows that hold them were not kept 1 one_3",
+        "8.4% of the mask has no signal and was left out 1 one_3",
+        "15 volumes are copies of an earlier one; windows with them were not kept 1 one_3",
         "sform LAS, qform RAS: they disagree on left and right; the sform was used 1 one_4",
         "space taken as MNI: header code 1 (scanner) 1 one_4",
     ):

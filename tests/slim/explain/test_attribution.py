@@ -243,7 +243,7 @@ def test_a_path_that_is_walked_too_coarsely_is_told(model, opened, features):
 
 def test_anatomy_that_is_not_seen_cannot_be_taken_away(model, opened, features):
     blind = replace_view(model, "voxel")
-    with pytest.raises(ConfigError, match="sees no anatomy"):
+    with pytest.raises(ConfigError, match="has no anatomy"):
         check_start(blind, "empty")
 
 

@@ -198,7 +198,7 @@ def test_an_extractor_out_of_reach_is_told_and_can_be_named(run: Path, tmp_path:
     finally:
         (run.parent.parent / "away").rename(data)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
-    for word in ("extractor: got none", str(data / "extractor"), "checksum", "name it as `extractor`"):
+    for word in ("extractor: got none", str(data / "extractor"), "checksum", "give its path as `extractor`"):
         assert word in refused.stderr
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])

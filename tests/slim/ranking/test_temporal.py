@@ -214,7 +214,7 @@ def test_training_leaves_out_what_it_cannot_use():
 
 
 def test_calls_that_cannot_be_meant_are_refused():
-    with pytest.raises(ConfigError, match="0 runs"):
+    with pytest.raises(ConfigError, match="0 scans"):
         train_extractor([])
     with pytest.raises(ConfigError, match="multiple of 5"):
         Extractor(ExtractorConfig(frames=5, steps=1, seed=0, runs=1)).rebuild(np.zeros((4, 12)), np.zeros((4, 3)))

@@ -413,7 +413,7 @@ def test_explanations_are_shown(healthy):
         (folder / name).write_bytes(html.png(Figure(figsize=(2, 1))))
     text = text_of(healthy)
     assert "Explained: logit of B, cov pooling, in 1 session of 1 subject that" in text
-    assert "-24 +8 +31 0.012" in text and "In 1 of them the shares do not sum to the score" in text
+    assert "-24 +8 +31 0.012" in text and "In 1 of them the shares do not add up to the score" in text
     content = (healthy / "report" / "index.html").read_text()
     assert "<script" not in content and len(Reader(content).pictures()) == 13
 
