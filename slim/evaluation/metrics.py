@@ -1,9 +1,9 @@
-"""Scores with weights on subjects, so that a bootstrap over subjects is one matrix product; p by permutation.
+"""Metrics with weights of subjects, so that a bootstrap over subjects is one matrix product; permutation tests.
 
-A draw of the bootstrap is how often each subject was drawn. Row 0 of the weights is all ones: the score
-itself. What is scored is a subject, or one of its windows, which then has the weight of its subject.
+A draw of the bootstrap is the number of times that each subject was drawn. Row 0 of the weights is all ones, which
+gives the score itself. Scores are over subjects, or over windows with the weights of their subjects.
 
-Legend: D rows of weights (the score, then the draws); S subjects; U what is scored, subjects or windows; G runs of
+Legend: D rows of weights (the score, then the draws); S subjects; U scored units, subjects or windows; G groups of
 equal values; K classes; N sessions; P features.
 """
 
@@ -14,30 +14,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 SMALLER_IS_BETTER = ("mse",)
-# The one metric that a task is judged by, on the page of a run as in tables, by type of the task.
+# The main metric of each type of task, on the page of a run and in tables.
 HEADLINE = {"classification": "auroc", "regression": "r", "fingerprint": "map", "state": "accuracy"}
-# What guessing scores, whatever the data.
+# Scores of guessing that do not depend on the data.
 GUESSED = {"auroc": 0.5, "r": 0.0, "r2": 0.0, "mse": 1.0}
 _WORDS = {"auroc": "AUROC", "map": "mAP", "top1": "top-1", "r2": "R²", "mse": "MSE", "f1": "F1"}
-_BLOCK = 2**21  # weights that are held at a time, 16 MB
+_BLOCK = 2**21  # number of weights in memory at once, 16 MB
 
 
 def words(metric: str) -> str:
-    """How a metric is written; of errors, that lower is better."""
+    """The name of a metric for display; for errors, with the remark that lower is better."""
     return _WORDS.get(metric, metric.replace("_", " ")) + (" (lower is better)" if metric in SMALLER_IS_BETTER else "")
 
 
 def caption(line: str, metrics: Sequence[str], levels: Mapping[str, float]) -> str:
-    """What a line at chance is, naming the panels that have one where not all do; empty where none has.
+    """Describe the line at chance level, with the panels that have it if not all do; empty if none has.
 
     Parameters
     ----------
     line : str
-        How it is drawn, such as "dotted".
+        Style of the line, such as "dotted".
     metrics : sequence of str
-        Of the panels.
+        Metrics of the panels.
     levels : mapping of str to float
-        Metrics that have the line.
+        Metrics with a line.
     """
     having = [words(metric).split(" (")[0] for metric in metrics if metric in levels]
     where = "" if len(having) == len(metrics) else f" (of {', '.join(having)})"
@@ -45,7 +45,7 @@ def caption(line: str, metrics: Sequence[str], levels: Mapping[str, float]) -> s
 
 
 def bootstrap_weights(subjects: int, draws: int, seed: int) -> np.ndarray:
-    """How often each subject counts, float64 (1 + draws, S): once each, then samples with replacement."""
+    """Weights of subjects, float64 (1 + draws, S): a row of ones, then numbers of draws with replacement."""
     rng = np.random.default_rng((seed, subjects))
     weight_DS, share_S = np.ones((1 + draws, subjects)), np.full(subjects, 1 / subjects)
     for weight_S in weight_DS[1:]:
@@ -54,12 +54,12 @@ def bootstrap_weights(subjects: int, draws: int, seed: int) -> np.ndarray:
 
 
 def shuffles(group_U: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
-    """So many orders in which answers are dealt out anew, int (U,), one after another: among those of one group only.
+    """Iterate over `count` random permutations of the labels, int (U,), which permute only inside groups.
 
     Parameters
     ----------
     group_U : int array
-        Answers are exchangeable inside a group: all subjects are one; the windows of a subject are one.
+        Groups of units with exchangeable labels: all subjects, or the windows of one subject.
     count, seed : int
     """
     rng = np.random.default_rng((seed, len(group_U), 1))
@@ -72,7 +72,7 @@ def shuffles(group_U: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]
 
 
 def p_value(name: str, observed: float, shuffled: np.ndarray) -> float | None:
-    """Share of shuffles that score as well as what was observed, which counts as one of them.
+    """p value: the share of permutations with a score at least as good as the observed one, which is included.
 
     (1 + number) / (1 + shuffles), after Phipson & Smyth, "Permutation p-values should never be zero" (2010).
     """
@@ -86,15 +86,15 @@ def p_value(name: str, observed: float, shuffled: np.ndarray) -> float | None:
 def permuted(
     score: Callable[[np.ndarray], dict[str, np.ndarray]], truth_U: np.ndarray, orders: Iterable[np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Each metric under each shuffle of the answers, (shuffles,).
+    """Each metric for each permutation of the labels, (permutations,).
 
     Parameters
     ----------
     score : callable
-        From answers (U,) to metrics, each an array whose first entry is the score.
+        Computes metrics from labels (U,), as arrays with the score as the first entry.
     truth_U : array
     orders : iterable of int array
-        From `shuffles`; without any there is no metric.
+        Result of `shuffles`. Without permutations, there are no metrics.
     """
     found = [{name: value_D[0] for name, value_D in score(truth_U[order_U]).items()} for order_U in orders]
     return {name: np.array([each[name] for each in found]) for name in (found[0] if found else ())}
@@ -103,36 +103,36 @@ def permuted(
 def classification(
     truth_U: np.ndarray, probability_UK: np.ndarray, weight_DS: np.ndarray, subject_U: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Accuracy, balanced accuracy, AUROC and F1, each (D,): `Classification` for one set of answers."""
+    """Accuracy, balanced accuracy, AUROC and F1, each (D,): `Classification` for one set of labels."""
     return Classification(probability_UK, weight_DS, subject_U)(truth_U)
 
 
 class Classification:
-    """Accuracy, balanced accuracy, AUROC and F1 of predictions, for any answers.
+    """Accuracy, balanced accuracy, AUROC and F1 of predictions, for any labels.
 
-    The last three are means over classes, each class against the rest. Predictions are sorted once, so the cost of one
-    set of answers grows linearly with what is scored.
+    The last three are means over classes, each class against the rest. Predictions are sorted only once, so the cost of
+    one set of labels is linear in the number of units.
 
     Parameters
     ----------
     probability_UK : float array
     weight_DS : float array
     subject_U : int array, optional
-        Whose weight, a column of `weight_DS`, each prediction has; by default each its own.
+        Column of `weight_DS` for each prediction; by default, prediction u has column u.
     """
 
     def __init__(self, probability_UK: np.ndarray, weight_DS: np.ndarray, subject_U: np.ndarray | None = None):
         self.weight_DS = weight_DS
         self.subject_U = np.arange(len(probability_UK)) if subject_U is None else subject_U
         self.guess_U = probability_UK.argmax(axis=1)
-        self._sorted: list[tuple[np.ndarray, np.ndarray]] = []  # of each class: order, and where equal values begin
+        self._sorted: list[tuple[np.ndarray, np.ndarray]] = []  # by class: order, start of equal values
         for value_U in probability_UK.T:
             order_U = value_U.argsort(kind="stable")
             begins = np.flatnonzero(np.diff(value_U[order_U], prepend=np.nan) != 0)
             self._sorted.append((order_U, begins))
 
     def __call__(self, truth_U: np.ndarray) -> dict[str, np.ndarray]:
-        """Each metric, (D,).
+        """Compute each metric, (D,).
 
         Parameters
         ----------
@@ -164,17 +164,17 @@ class Classification:
 
 
 def _won(weight_DU: np.ndarray, inside_U: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """Weight of the pairs of one inside and one outside in which the one inside has the higher value, (D,).
+    """Weighted Mann-Whitney U, (D,): weight of the pairs in which the unit inside the class has the higher value.
 
-    Mann-Whitney's U with weights; a pair of equal values counts half.
+    Pairs of equal values count half.
 
     Parameters
     ----------
     weight_DU : float array
-        In ascending order of the values.
+        Sorted by ascending values.
     inside_U : bool array
     begins : int array
-        Where each run of equal values begins.
+        Start of each group of equal values.
     """
     inside_DG = np.add.reduceat(weight_DU * inside_U, begins, axis=1)
     outside_DG = np.add.reduceat(weight_DU * ~inside_U, begins, axis=1)
@@ -182,13 +182,13 @@ def _won(weight_DU: np.ndarray, inside_U: np.ndarray, begins: np.ndarray) -> np.
 
 
 def regression(truth_S: np.ndarray, guess_S: np.ndarray, weight_DS: np.ndarray) -> dict[str, np.ndarray]:
-    """Pearson's r, R^2 and mean squared error, each (D,); NaN where a draw leaves them undefined."""
+    """Pearson's r, R^2 and mean squared error, each (D,); NaN if they are undefined in a draw."""
     total_D = weight_DS.sum(axis=1)
 
     def mean(value_S: np.ndarray) -> np.ndarray:
         return weight_DS @ value_S / total_D
 
-    # Rounding leaves a variance of 1e-16 where all values of a draw are the same.
+    # Because of rounding, the variance of equal values is about 1e-16.
     variance_D = np.where(_varies(truth_S, weight_DS), mean(truth_S**2) - mean(truth_S) ** 2, np.nan)
     of_guess_D = np.where(_varies(guess_S, weight_DS), mean(guess_S**2) - mean(guess_S) ** 2, np.nan)
     shared_D = mean(truth_S * guess_S) - mean(truth_S) * mean(guess_S)
@@ -198,7 +198,7 @@ def regression(truth_S: np.ndarray, guess_S: np.ndarray, weight_DS: np.ndarray) 
 
 
 def _varies(value_S: np.ndarray, weight_DS: np.ndarray) -> np.ndarray:
-    """Whether a draw holds more than one value, bool (D,)."""
+    """Whether a draw has more than one value, bool (D,)."""
     order_S = value_S.argsort()
     sorted_S, drawn_DS = value_S[order_S], weight_DS[:, order_S] > 0
     smallest_D = sorted_S[drawn_DS.argmax(axis=1)]
@@ -207,11 +207,10 @@ def _varies(value_S: np.ndarray, weight_DS: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(vector_NP: np.ndarray, subject_N: np.ndarray) -> dict[str, np.ndarray]:
-    """How well a session finds the others of its subject among all sessions: `top1` and `map`, each (S,).
+    """Identification of subjects: `top1` and `map`, each (S,).
 
-    Similarity is the correlation of two sessions' vectors after the mean vector of all sessions was taken
-    off; nothing is trained. `top1`: the most similar session is of the same subject. `map`: average precision
-    of the ranking.
+    Sessions are ranked by the correlation of their vectors, after subtracting the mean vector of all sessions. Nothing
+    is trained. `top1`: the most similar session is of the same subject. `map`: average precision of the ranking.
     """
     return found_again(ranking(vector_NP), subject_N)
 
@@ -224,7 +223,7 @@ def ranking(vector_NP: np.ndarray) -> np.ndarray:
 
 
 def found_again(ranked_NN: np.ndarray, subject_N: np.ndarray) -> dict[str, np.ndarray]:
-    """`top1` and `map` of a ranking, each (S,), the mean over the sessions of a subject."""
+    """`top1` and `map` of a ranking, each (S,), as means over the sessions of a subject."""
     same_NN = subject_N[ranked_NN] == subject_N[:, None]
     precision_NN = same_NN.cumsum(axis=1) / np.arange(1, same_NN.shape[1] + 1)
     precision_N = (precision_NN * same_NN).sum(axis=1) / same_NN.sum(axis=1)
@@ -236,11 +235,11 @@ def found_again(ranked_NN: np.ndarray, subject_N: np.ndarray) -> dict[str, np.nd
 
 
 def fingerprint_chance(subject_N: np.ndarray) -> dict[str, float]:
-    """Expected `top1` and `map` of a random ranking, the mean over subjects of the mean over sessions.
+    """Expected `top1` and `map` of a random ranking, as means over subjects of means over sessions.
 
-    With r right ones among m, the place of a right one is uniform and the precision there is 1 plus the share
-    of the other r - 1 that lie before it, over its place: E[AP] = (H_m + (r - 1) / (m - 1) (m - H_m)) / m,
-    H_m = sum 1/i.
+    With r correct sessions among m, the position i of a correct one is uniform, and the precision there is 1 plus the
+    expected number of other correct ones before it, divided by i. This gives
+    E[AP] = (H_m + (r - 1) / (m - 1) (m - H_m)) / m with H_m = sum 1/i.
     """
     m = len(subject_N) - 1
     harmonic = (1 / np.arange(1, m + 1)).sum()

@@ -1,4 +1,4 @@
-"""What was found of a task: scores with their intervals, and the report that keeps them.
+"""Results of tasks: scores with intervals, and the report in which they are stored.
 
     FOLDER/report.json    {"tasks": {NAME: {METHOD: {METRIC: {"value", "low", "high", "p"}}}}, "facts": {NAME: {...}}}
 
@@ -39,7 +39,7 @@ _ELSE = ("auroc", "r", "map", "balanced_accuracy", "accuracy")
 
 
 class Estimate(BaseModel):
-    """A score and what is known of its error.
+    """A score with its uncertainty.
 
     Attributes
     ----------
@@ -90,17 +90,17 @@ class Estimate(BaseModel):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Both ends; None where there is no interval."""
+        """Both ends of the interval; None if there is no interval."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
     def better_than(self, other: Estimate) -> bool | None:
-        """Whether it is higher and the intervals do not overlap; None where one has no interval."""
+        """Whether this score is higher and the intervals do not overlap; None if one has no interval."""
         if self.interval is None or other.interval is None:
             return None
         return self.interval[0] > other.interval[1]
 
     def tree(self) -> dict[str, Any]:
-        """For JSON: the fields that were given, and the seeds where there are several."""
+        """The given fields as JSON-serialisable data, with the seeds if there are several."""
         one_seed = self.seeds is None or len(self.seeds) < 2
         return self.model_dump(mode="json", exclude_unset=True, exclude={"seeds"} if one_seed else None)
 
@@ -113,7 +113,7 @@ Estimates = dict[Name, Annotated[dict[Name, Estimate], Field(max_length=_MOST)]]
 
 
 class SplitFacts(BaseModel):
-    """How subjects were divided, as far as it is shown."""
+    """How subjects were divided."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -160,15 +160,15 @@ class TaskFacts(BaseModel):
         return found
 
     def with_facts(self, **more: Any) -> TaskFacts:
-        """These and more."""
+        """Return a copy with further facts."""
         return TaskFacts.model_validate({**self.tree(), **more})
 
     def says_unknown(self, fact: str) -> bool:
-        """Whether a fact is there and says that it is not known."""
+        """Whether a fact is recorded as unknown."""
         return fact in self.model_fields_set and getattr(self, fact) is None
 
     def chance_of(self, metric: str) -> float | None:
-        """What guessing scores; None where that depends on the data, or is not known."""
+        """The score of guessing; None if it depends on the data or is unknown."""
         told = (self.chance or {}).get(metric)
         if told is not None or self.type == "fingerprint":
             return told
@@ -179,7 +179,7 @@ class TaskFacts(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One task: the scores of all methods, and what was done.
+    """The result of a task: scores of all methods, and facts about the task.
 
     Attributes
     ----------
@@ -195,7 +195,7 @@ class TaskResult:
 
     @property
     def metrics(self) -> list[str]:
-        """Of all methods, in the order they are met."""
+        """The metrics of all methods, in order of appearance."""
         return list(dict.fromkeys(metric for mine in self.estimates.values() for metric in mine))
 
     @property
@@ -206,18 +206,18 @@ class TaskResult:
 
     @property
     def levels(self) -> dict[str, float]:
-        """What guessing scores, of those metrics where it is known."""
+        """The scores of guessing for metrics for which it is known."""
         return {metric: level for metric in self.metrics if (level := self.facts.chance_of(metric)) is not None}
 
     def estimate(self, method: str, metric: str) -> Estimate | None:
-        """That of a method; None where it is not there or undefined."""
+        """The estimate of a method; None if it does not exist or is undefined."""
         found = self.estimates.get(method, {}).get(metric)
         return found if found is not None and found.value is not None else None
 
     def compare(self, method: str, mine: str = OURS) -> int | None:
-        """1 where `mine` is better than a method, -1 where it is worse, 0 where neither is clearly better.
+        """Compare `mine` with a method: 1 if it is better, -1 if it is worse, 0 if the difference is not clear.
 
-        By the paired difference where there is one, else by intervals that do not overlap. None without an answer.
+        It uses the paired difference if there is one, otherwise whether intervals overlap. None if neither is known.
         """
         metric = self.judged_by
         first, second = (self.estimate(name, metric) if metric else None for name in (mine, method))
@@ -230,7 +230,7 @@ class TaskResult:
         return None if better is None or worse is None else int(better) - int(worse)
 
     def only(self, methods: Iterable[str]) -> TaskResult:
-        """The same with these methods alone, in this order."""
+        """Return the result with only these methods, in this order."""
         return replace(self, estimates={name: self.estimates[name] for name in methods if name in self.estimates})
 
 
@@ -246,7 +246,7 @@ class _Checked(BaseModel):
 
 
 class Report:
-    """The report of a folder. What other versions put there is kept as it stands."""
+    """The report in a folder. Fields of other versions are kept."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, Any] = {}
@@ -255,12 +255,12 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """That in a file; an empty one where there is none.
+        """Read a report; an empty one if the file does not exist.
 
         Raises
         ------
         ConfigError
-            If the file is no report.
+            If the file is not a report.
         """
         report = cls()
         if not path.exists():
@@ -287,17 +287,17 @@ class Report:
 
     @property
     def results(self) -> dict[str, TaskResult]:
-        """Of each task, by name."""
+        """The results of all tasks, by name."""
         return {name: self._results[name] for name in sorted(self._results)}
 
     def differs(self, name: str, facts: TaskFacts) -> tuple[str, object, object] | None:
-        """The first fact by which a task is another question, or of other subjects, than the report has it.
+        """The first fact about labels or subjects of a task that differs from the report.
 
         Returns
         -------
         tuple or None
-            Name of the fact, its value in `facts`, and that in the report; None where there is no such task, or
-            nothing differs.
+            Name of the fact, its value in `facts`, and its value in the report; None if nothing differs, or the report
+            does not have the task.
         """
         if name not in self._facts:
             return None
@@ -326,12 +326,12 @@ class Report:
         return {"tasks": self._tasks, "facts": self._facts}
 
     def write(self, folder: Path) -> None:
-        """To FOLDER/report.json."""
+        """Write FOLDER/report.json."""
         write_atomically(folder / PROBE, dump(self.tree()) + "\n")
 
 
 def _measured(task: Any) -> Any:
-    """The cells of a task that hold a value: all that is shown of it."""
+    """The cells of a task with a value, which are those that are shown."""
     if not isinstance(task, dict):
         return task
     methods = {name: cells for name, cells in task.items() if isinstance(cells, dict)}

@@ -1,6 +1,6 @@
-"""Who is trained on and who is tested: a subject, or a family, is never on both sides.
+"""Divide subjects into training, validation and test sets. No subject and no family is in two of them.
 
-The seed and the people decide alone, so every method is given the same splits.
+Splits depend only on the seed and the subjects, so all methods use the same splits.
 
 Legend: N rows (n of training, m of test); S subjects.
 """
@@ -53,9 +53,9 @@ class TaskSplitSettings(Settings):
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of the training, the validation and the test side, int each, ascending.
+    """Rows of the training, validation and test sets, as ascending int arrays.
 
-    `val` is what choices are made on; where it is empty they are made by a cross-validation inside `train`.
+    Hyperparameters are selected on `val` or, if it is empty, by cross-validation inside `train`.
     """
 
     train: np.ndarray
@@ -64,24 +64,31 @@ class Split:
 
     @property
     def fitted(self) -> np.ndarray:
-        """All rows that may be fitted on once everything is chosen."""
+        """The rows used for the final fit: training and validation rows."""
         return np.sort(np.concatenate([self.train, self.val]))
 
 
 @dataclass
 class Fold:
-    """One split as a method sees it: what the test rows answer is not in it.
+    """A split as a method gets it, without the labels of the test rows.
 
     Attributes
     ----------
     kind : "classification" or "regression"
-    classes : K
-    train, test : rows, int (n,) and (m,); training and validation are `train` together
-    answer_n : class number of each training row, or its value, z-scored over the training subjects
-    subject_n : whose each training row is: the subject, or the family where those stay together
-    seed : of all that is drawn
-    val_n : which training rows choices are made on, bool (n,); None: by cross-validation
-    repeat : number of the division of the subjects that it is of, from 0: two repeats may test the same people
+    classes : int
+        K.
+    train, test : int arrays (n,) and (m,)
+        Rows; `train` includes validation rows.
+    answer_n : array
+        Class number of each training row, or its value, z-scored over the training subjects.
+    subject_n : int array
+        Subject of each training row, or its family if families stay together.
+    seed : int
+        Seed of all random draws.
+    val_n : bool array (n,) or None
+        Training rows on which hyperparameters are selected; None for cross-validation.
+    repeat : int
+        Number of the repeat, from 0. Two repeats may test the same subjects.
     """
 
     kind: str
@@ -95,16 +102,16 @@ class Fold:
     repeat: int = 0
 
     def inner(self) -> np.ndarray:
-        """Inner fold of each training row, int (n,), for whatever is chosen rather than fitted; -1: never held out.
+        """Inner fold of each training row, int (n,), for the selection of hyperparameters; -1 if it is never held out.
 
-        Rows of one group stay together, and every inner training side holds every class.
+        Rows of one group stay together, and every inner training set has all classes.
         """
         if self.val_n is not None:
             return np.where(self.val_n, 0, -1)
         is_class = self.kind == "classification"
         subjects, first, number_n = np.unique(self.subject_n, return_index=True, return_inverse=True)
         answers_S = np.bincount(np.unique(np.stack([number_n, self.answer_n]), axis=1)[0].astype(int))
-        if is_class and answers_S.max() > 1:  # states: everybody answers in many ways
+        if is_class and answers_S.max() > 1:  # states: every subject has several classes
             stratum_S = np.zeros(len(subjects), np.int64)
             rarest = min(len(np.unique(number_n[self.answer_n == k])) for k in np.unique(self.answer_n))
         else:
@@ -115,9 +122,9 @@ class Fold:
 
 
 def deal(stratum_S: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Fold of each subject, int (S,): strata are shuffled and dealt one after another, like cards.
+    """Assign subjects to folds, int (S,): strata are shuffled, and their subjects assigned to the folds in turn.
 
-    Each stratum, and the whole, is spread over the folds as evenly as its size allows.
+    Each stratum, and all subjects together, are divided as evenly as possible.
     """
     shuffled = rng.permutation(len(stratum_S))
     dealt = shuffled[np.argsort(stratum_S[shuffled], kind="stable")]
@@ -127,7 +134,7 @@ def deal(stratum_S: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndar
 
 
 def strata(truth_S: np.ndarray, kind: str) -> np.ndarray:
-    """What folds are balanced by, int (S,): the class, or which quarter of the values."""
+    """The stratum of each subject, int (S,): its class, or the quarter of its value."""
     if kind == "classification":
         return truth_S.astype(np.int64)
     if kind == "state":
@@ -138,18 +145,18 @@ def strata(truth_S: np.ndarray, kind: str) -> np.ndarray:
 def divide(
     settings: TaskSplitSettings, kind: str, truth_S: np.ndarray, family_S: np.ndarray, subject_N: np.ndarray
 ) -> list[list[Split]]:
-    """Subjects divided `settings.repeats` times: a list of repeats, each a list of splits.
+    """Divide subjects `settings.repeats` times; returns a list of repeats, each a list of splits.
 
     Parameters
     ----------
     settings : TaskSplitSettings
-        Of the kinds `folds` or `holdout`.
+        With the kind `folds` or `holdout`.
     kind : str
-        Type of the task; classes, or quarters of the values, are divided alike.
+        Type of the task. Classes, or quarters of the values, are divided in the same shares.
     truth_S : array
         Class or value of each subject.
     family_S : int array
-        Family of each subject; a subject without one is its own.
+        Family of each subject. A subject without a family is a family.
     subject_N : int array
         Subject of each row.
     """

@@ -1,6 +1,6 @@
-"""What a probe is asked: a task from YAML, the sessions or windows that can answer it, their splits by subject.
+"""Tasks of probes: a task from YAML, its sessions or windows with labels, and its splits by subject.
 
-Legend: N rows: sessions, or windows where states are decoded (n of training, m of test); S subjects.
+Legend: N rows: sessions, or windows of tasks that decode states (n of training, m of test); S subjects.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ __all__ = ["Cases", "Fold", "Split", "Task", "find_cases", "load_task", "make_sp
 
 Pooling = Literal["mean", "mean+sd", "location", "attentive", "cov"]
 
-# Fewest subjects of a class (or, in a regression, of the whole) on each side of a split: the training side is
-# itself divided once more to choose the penalty where there is no validation side.
+# Smallest number of subjects of a class (in a regression, of all) in each set of a split. Without a validation set, the
+# training set is divided again to select the penalty.
 _LEAST = {
     "training": {"classification": 2, "state": 2, "regression": 4},
     "validation": {"classification": 1, "state": 1, "regression": 2},
@@ -36,7 +36,7 @@ _LEAST = {
 
 
 class Task(Settings):
-    """One question asked of frozen features."""
+    """A task for frozen features: labels to predict, and how they are tested."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="of the task, in reports and file names")
     type: Literal["classification", "regression", "fingerprint", "state"] = Field(
@@ -120,7 +120,7 @@ def load_task(path: str | Path) -> Task:
 
 @dataclass
 class Cases:
-    """What can answer a task, and whose it is.
+    """The rows of a task: sessions or windows, with their subjects and labels.
 
     Attributes
     ----------
@@ -153,35 +153,35 @@ class Cases:
 
     @property
     def answer_N(self) -> np.ndarray:
-        """What each row answers."""
+        """The label of each row."""
         return self.truth_S[self.subject_N] if self.state_N is None else self.state_N
 
     def distinct(self) -> list[SessionRecord]:
-        """The sessions, each once."""
+        """The sessions without duplicates."""
         return [*{id(session): session for session in self.sessions}.values()]
 
 
 def find_cases(
     task: Task, dataset: Dataset, least_windows: int, where: str | Path, event_root: Path | None = None
 ) -> Cases:
-    """The sessions of `dataset`, or their windows, that can be used for `task`.
+    """Find the sessions of `dataset`, or their windows, that can be used for `task`.
 
     Parameters
     ----------
     task : Task
     dataset : Dataset
     least_windows : int
-        Windows a session must have kept for the model to read it.
+        Number of kept windows that the model needs.
     where : str or Path
-        The task's file, named in errors.
+        File of the task, named in errors.
     event_root : Path, optional
-        Folder of events; without it the task's own.
+        Folder of events; by default the one in the task.
 
     Raises
     ------
     ConfigError
-        If no session carries the label, a value cannot be what the task says, a subject is of two classes or two
-        families, values of a column look alike (1 and 01), a confound is the same for all, or there are no events.
+        If no session has the label, a value does not fit the task, a subject has two classes or two families, values of
+        a column are ambiguous (1 and 01), a confound is the same for all subjects, or there are no events.
     """
     left_out: Counter[str] = Counter()
     kept = []
@@ -239,7 +239,7 @@ def find_cases(
 
 
 def _check_confounds(task: Task, cases: Cases, where: str | Path) -> None:
-    """Refuse a confound that is the same for everybody, which predicts nothing, and values that look alike."""
+    """Refuse confounds that are the same for all subjects, and ambiguous values."""
     for name in task.confounds:
         values = [session.fact(name) for session in cases.sessions]
         words = {word(value) for value in values}
@@ -258,7 +258,7 @@ def _windows(
     where: str | Path,
     left_out: Counter[str],
 ) -> tuple[list[SessionRecord], list[tuple[float, str]]]:
-    """Kept windows with a state: their sessions, and their starts (s) and states, in time order."""
+    """The kept windows with a state: their sessions, starts (s) and states, in time order."""
     rows, found = [], []
     for session in sessions:
         start_W = np.sort(dataset.read(session, ("start",))["start"]) * float(session.tr)
@@ -274,7 +274,7 @@ def _windows(
 
 
 def _nothing(task: Task, dataset: Dataset, left_out: Counter[str], where: str | Path) -> NoReturn:
-    """Say why there is nothing to answer the task."""
+    """Raise the error that explains why no session can be used for the task."""
     columns = sorted({name for session in dataset.sessions for name in session.labels})
     if task.label is not None and left_out["without the label"]:
         raise ConfigError(
@@ -288,7 +288,7 @@ def _nothing(task: Task, dataset: Dataset, left_out: Counter[str], where: str | 
 
 
 def _families(task: Task, cases: Cases, where: str | Path) -> np.ndarray:
-    """Family of each subject, int (S,); a subject without one is its own."""
+    """Family of each subject, int (S,). A subject without a family is a family."""
     column = task.split.family
     family_S = np.arange(len(cases.subjects))
     if column is None:
@@ -310,7 +310,7 @@ def _families(task: Task, cases: Cases, where: str | Path) -> np.ndarray:
 
 
 def _class(value: Any, task: Task, where: str | Path) -> str | None:
-    """The class of a label; None where it belongs to none of those that are asked about."""
+    """The class of a label; None if it does not belong to any class of the task."""
     if task.classes is not None:
         found = word(value)
         return next((name for name, values in task.classes.items() if found in map(word, values)), None)
