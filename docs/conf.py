@@ -21,11 +21,11 @@ copyright = "SLIM-Brain contributors"
 version = release = __version__
 
 extensions = [
+    "mathml",
     "myst_parser",
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
@@ -42,6 +42,7 @@ numpydoc_show_class_members = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 templates_path = ["_templates"]
+html_math_renderer = "mathml"
 html_theme = "pydata_sphinx_theme"
 html_title = "SLIM-Brain"
 html_static_path = ["_static"]

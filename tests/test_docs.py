@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import shlex
 import sys
+import tarfile
 from collections.abc import Iterator
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from helpers.commands import ROOT
 from launchers.commands.__main__ import COMMANDS
 from launchers.commands.config import MODELS
+from shards.cohorts.cohort_file import CohortSettings
 from shards.core.keys import keys
 from shards.core.presets import presets
+from shards.core.settings import check
+from shards.format.layout import ARRAYS
+from slim.checkpoints import run_folder
+from slim.evaluation.task import Task
 
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS / "_code"))
@@ -76,6 +85,47 @@ def test_commands_of_the_documentation_exist_with_their_options_and_settings(whe
         assert given <= {key.name for key in keys(getattr(import_module(module), model))}
     else:
         assert given == set() or name == "bench"
+
+
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    """Every block of a language: its page, and its text."""
+    for page in PAGES:
+        for text in re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            yield str(page.relative_to(ROOT)), text
+
+
+def test_cohorts_and_tasks_of_the_documentation_are_valid() -> None:
+    trees = [(page, yaml.safe_load(text)) for page, text in blocks("yaml")]
+    cohorts = [check(CohortSettings, tree, page) for page, tree in trees if "root" in tree]
+    tasks = [check(Task, tree, page) for page, tree in trees if "type" in tree]
+    assert len(cohorts) >= 4 and len(tasks) >= 2
+
+
+def test_python_of_the_documentation_compiles_and_its_imports_exist() -> None:
+    found = [(page, ast.parse(text)) for page, text in blocks("python")]
+    for page, tree in found:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = import_module(node.module)
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == [], page
+    assert len(found) >= 6
+
+
+def test_every_array_of_a_dataset_is_in_the_reference() -> None:
+    page = (DOCS / "reference" / "dataset_format.md").read_text(encoding="utf-8")
+    assert [name for name in ARRAYS if f"`{name}`" not in page] == []
+
+
+def test_every_metric_and_every_file_of_a_run_is_in_the_reference() -> None:
+    """Of a run of version 0.1 and of this version's names."""
+    page = (DOCS / "reference" / "metrics.md").read_text(encoding="utf-8")
+    with tarfile.open(ROOT / "tests" / "artefacts" / "version_0_1.tar.xz") as archive:
+        logs = [name for name in archive.getnames() if name.endswith("/metrics.jsonl")]
+        lines = [json.loads(archive.extractfile(name).read().splitlines()[-1]) for name in logs]
+    assert lines and [name for line in lines for name in line if f"`{name}`" not in page] == []
+    page = (DOCS / "reference" / "run_folder.md").read_text(encoding="utf-8")
+    names = [value for name, value in vars(run_folder).items() if name.isupper() and isinstance(value, str)]
+    assert [name for name in names if name.partition("/")[0] not in page] == []
 
 
 def test_configurations_that_the_documentation_names_ship() -> None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 # As in the Makefile's quickstart, with fewer steps: the examples show how things are done, not how well.
 _STEPS = (
     "make-cohort --out {out}/cohort",
-    "make-shards {out}/cohort/cohort.yaml --out {out}/shards grid.mm=8 grid.shape=[24,24,24] extractor.steps=100",
+    "make-shards {out}/cohort/cohort.yaml --out {out}/shards grid.mm=8 grid.shape=[24,24,24] extractor.steps=50",
     "pretrain quickstart data={out}/shards run.out={out}/pretrain run.steps=40 run.processes=1 run.workers=0 "
     "run.wandb=disabled",
 )
