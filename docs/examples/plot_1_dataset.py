@@ -12,28 +12,22 @@ import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import pandas as pd
 
 from shards.reader import Dataset
 
 quickstart = Path(os.environ.get("SLIM_QUICKSTART", "runs/quickstart"))
 dataset = Dataset(quickstart / "shards")
-print(len(dataset.sessions), "sessions,", dataset.grid.shape, "voxels of", dataset.grid.mm, "mm")
+dataset
 
 # %%
-# Each session is a record: whose it is, its labels, its split, and facts about the scan.
-table = pd.DataFrame(
-    {
-        "subject": session.subject,
-        "split": session.split,
-        "TR (s)": session.tr,
-        "windows kept": session.n_kept,
-        "tSNR": session.tsnr,
-        **session.labels,
-    }
-    for session in dataset.sessions
-)
-table.head()
+# A dataset is a collection of sessions. Each is a record: whose it is, its labels, its split, and facts about the scan.
+session = dataset[0]
+print(len(dataset), "sessions; the first is", session.key, "of", session.subject, "with", session.labels)
+
+# %%
+# All of them are a table.
+table = dataset.to_frame()
+table[["subject", "split", "tr", "n_kept", "tsnr", "labels.group", "labels.score"]].head()
 
 # %%
 # The split is by subject: all sessions of a person are in the same part.
@@ -41,7 +35,6 @@ table.groupby("split")["subject"].nunique()
 
 # %%
 # Read the arrays of one session. You read only what you name: here four of 15 arrays.
-session = dataset.sessions[0]
 sample = dataset.read(session, names=("baseline", "brain", "patch", "carpet"))
 for name, array in sample.items():
     print(f"{name:10} {array.dtype!s:8} {array.shape}")

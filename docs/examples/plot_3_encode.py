@@ -17,7 +17,7 @@ from slim import SlimBrain
 
 quickstart = Path(os.environ.get("SLIM_QUICKSTART", "runs/quickstart"))
 model = SlimBrain.from_pretrained(quickstart / "pretrain")
-print(model.settings.model_name, "encoder,", sum(p.numel() for p in model.encoder.parameters()), "parameters")
+model
 
 # %%
 # A vector for each kept window, in time order. The mask, the confounds table and the TR beside the file are

@@ -77,7 +77,7 @@ class SlimBrain(Pretrained):
         ----------
         source : str or Path
             A run (its newest complete checkpoint is used), a folder `checkpoints/step-...` of a run, a folder written
-            by `tools/export.py`, or its name on the Hugging Face hub, OWNER/NAME or OWNER/NAME@REVISION.
+            by `slim-brain export`, or its name on the Hugging Face hub, `OWNER/NAME` or `OWNER/NAME@REVISION`.
         weights : "encoder" or "target", optional
             The online encoder or its moving average. By default the online encoder of a run, and the weights that an
             export holds.
