@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -70,8 +72,10 @@ def test_cpu_time_of_a_line_is_that_of_its_writer_alone(tmp_path):
     ended = threading.Event()
     with ThreadPoolExecutor(1) as beside:
         watching = beside.submit(commands._cpu_at_lines, tmp_path / "lines", ended)
-        command("-c", code)
-        ended.set()
+        try:
+            subprocess.run([sys.executable, "-c", code], check=True)
+        finally:
+            ended.set()
     first, second, third = watching.result()
     assert second - first >= 0.25 and third - second < 0.25
 
