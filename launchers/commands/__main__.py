@@ -25,8 +25,8 @@ GROUPS = {
     "Run on a cluster": ("slurm",),
     "Configure": ("config",),
 }
-# Of the extras, what a command needs in any case: told before its work, which may take hours. Other packages are told
-# where they are imported.
+# Optional packages that a command always needs. They are checked before its work, which may take hours. Other packages
+# are checked where they are imported.
 NEEDS = {
     "make-shards": ("webdataset", "matplotlib"),
     "pretrain": ("deepspeed",),

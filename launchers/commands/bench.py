@@ -1,4 +1,4 @@
-"""Measure speed and memory beside the software that this one replaces.
+"""Measure speed and memory against the software that this one replaces.
 
     slim-brain bench NAME [--repeat N] [--small] [--out FILE] [key=value ...]
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("bench", choices=BENCHES, metavar="NAME", help=known)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="sizes of the bench")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds of A B A B (default 3)")
-    parser.add_argument("--small", action="store_true", help="a try of seconds; its ratios mean nothing")
+    parser.add_argument("--small", action="store_true", help="a short trial of the call; its ratios mean nothing")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object to a file, too")
     args = parser.parse_args(argv)
     if args.repeat < 1:

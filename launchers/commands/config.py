@@ -21,7 +21,7 @@ from shards.core.cli import DONE, WRONG, Parser, call_of
 from shards.core.keys import Key, explain
 from shards.core.presets import KINDS, find, presets
 
-# Kinds of settings, and where they are defined: imported when they are asked for.
+# Kinds of settings and the modules that define them, which are imported when needed.
 MODELS = {
     "pretrain": "slim.config:PretrainSettings",
     "finetune": "slim.config:FinetuneSettings",
@@ -30,7 +30,7 @@ MODELS = {
     "task": "slim.evaluation.task:Task",
     "slurm": "launchers.cluster.scheduler:SlurmSettings",
 }
-# What a kind is, and a call that takes a name of it.
+# A description of each kind, and a call that takes such a configuration.
 USES = {
     "pretrain": ("pretraining", "pretrain", "NAME data=DATASET"),
     "cohort": ("cohorts", "make-shards", "NAME --out DATASET"),
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "config", __doc__.strip().replace("slim-brain config", call_of("config")), "explain pretrain run.steps"
     )
-    parser.add_argument("command", nargs="?", choices=list(commands), help="COMMAND --help says more")
-    parser.add_argument("--list", action="store_true", help="all configurations that ship, with a line each")
+    parser.add_argument("command", nargs="?", choices=list(commands), help="COMMAND --help shows more")
+    parser.add_argument("--list", action="store_true", help="list all configurations that ship, one a line")
     args = parser.parse_args(words)
     if not args.list:
         parser.print_help(sys.stderr)
@@ -81,7 +81,7 @@ def _show(words: list[str]) -> int:
         "config show", "Print a configuration that ships with SLIM-Brain.", "cohort example_bids > lab.yaml"
     )
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
-    parser.add_argument("name", metavar="NAME", help="as --list names it")
+    parser.add_argument("name", metavar="NAME", help="a name that --list shows")
     args = parser.parse_args(words)
     path = find(args.kind, args.name, "NAME")
     text = path.read_text(encoding="utf-8")

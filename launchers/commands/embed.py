@@ -3,8 +3,8 @@
     slim-brain embed WEIGHTS run.nii.gz [more.nii.gz ...] --out vectors.npz [--per run] [--pooling mean+sd]
 
 Scans are harmonised, ranked and encoded as the training data of the weights were. WEIGHTS is a folder of `slim-brain
-export`, its name on the hub, a run, or a checkpoint. A run that cannot be converted is named and the rest goes on (exit
-status 1). The file, for `numpy.load`, holds
+export`, its name on the hub, a run, or a checkpoint. A scan that cannot be converted is named and the
+others are encoded (exit status 1). The file, for `numpy.load`, holds
 
     vectors    float32, a row for each window (each run, with --per run), run after run, windows in time order
     run        number of the run that each row is of, into `keys` and `sources`
@@ -38,20 +38,20 @@ def _parser() -> Parser:
     parser = Parser("embed", __doc__.splitlines()[0], "export/ sub-01_bold.nii.gz --out vectors.npz")
     parser.add_argument("weights", metavar="WEIGHTS", help="an exported folder, OWNER/NAME on the hub, or a run")
     parser.add_argument("runs", nargs="+", metavar="run.nii.gz", help="preprocessed 4-D BOLD")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="of the vectors")
-    parser.add_argument("--per", choices=("window", "run"), default="window", help="what a vector is of")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="file to write the vectors to")
+    parser.add_argument("--per", choices=("window", "run"), default="window", help="one vector for each window or run")
     parser.add_argument("--pooling", default="mean", metavar="NAME", help="mean (default), mean+sd or location")
-    parser.add_argument("--stage", type=int, metavar="N", help="of the encoder, from 1 (default: the last)")
+    parser.add_argument("--stage", type=int, metavar="N", help="stage of the encoder, from 1 (default: the last)")
     parser.add_argument(
         "--mask", action="append", metavar="FILE", help="brain mask, one for all runs or one for each in their order"
     )
     parser.add_argument("--confounds", action="append", metavar="FILE", help="confounds tables, one for each run")
     parser.add_argument(
-        "--space", choices=("MNI", "native"), help="native: moved to the middle of the grid by its mask"
+        "--space", choices=("MNI", "native"), help="native: the brain mask is moved to the middle of the grid"
     )
-    parser.add_argument("--tr", type=float, metavar="S", help="where the header is wrong")
+    parser.add_argument("--tr", type=float, metavar="S", help="TR in s, if the header is wrong")
     parser.add_argument("--dummy", metavar="N", default="auto", help="volumes dropped at the start (default: found)")
-    parser.add_argument("--orientation", metavar="LAS", help="of files whose header has none")
+    parser.add_argument("--orientation", metavar="LAS", help="orientation of files that state none in the header")
     parser.add_argument("--paths", action="store_true", help="keep absolute paths whole in the file")
     return parser
 
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _trs(tr: Any, source_tr: Any) -> str:
-    """TRs in words: each that occurs once, and what it was brought to."""
+    """The TRs as text: each different one, and the TR it was resampled to."""
     pairs = sorted(set(zip(source_tr.tolist(), tr.tolist(), strict=True)))
     return ", ".join(f"{old:g} s" if old == new else f"{old:g} s brought to {new:g} s" for old, new in pairs)
 

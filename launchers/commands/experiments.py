@@ -22,13 +22,13 @@ from shards.core.files import dump, write_atomically
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("experiments", __doc__.splitlines()[0], "--out runs/experiments --seeds 1 run.steps=300")
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="for every pretraining")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="settings for every pretraining")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="FOLDER")
     parser.add_argument("--only", default=",".join(PARTS), metavar="PARTS", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--snr", default="0.9,0.3", metavar="A,B", help="voxel signal-to-noise ratios")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="training seeds of the main table")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time, a core each")
-    parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time, one core each")
+    parser.add_argument("--tables", action="store_true", help="only write the tables of the results that exist")
     args = parser.parse_args(argv)
     parts = args.only.split(",")
     if unknown := set(parts) - set(PARTS):

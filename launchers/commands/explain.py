@@ -2,9 +2,9 @@
 
     slim-brain explain RUN_OR_WEIGHTS --data DATASET --task TASK.yaml [--subjects N] [--out FOLDER]
 
-Integrated gradients of the linear probe's score, fitted without the subjects that are explained; where states are
-decoded, of the windows in one state (`--class`). Writes maps (NIfTI on the dataset's grid), pictures and facts to
-RUN/report/explain; `slim-brain report` shows them on the page of the run.
+Computes integrated gradients of the score of a linear probe. The probe is fitted without the explained subjects. For a
+task of type state, the windows in one state (`--class`) are explained. Writes maps (NIfTI on the
+dataset's grid), pictures and facts to RUN/report/explain; `slim-brain report` shows them on the page of the run.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ def _parser() -> Parser:
     parser = Parser(
         "explain", __doc__.splitlines()[0], "runs/name --data data/mylab --task configs/downstream/synthetic_score.yaml"
     )
-    parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="as for probe")
-    parser.add_argument("--data", required=True, metavar="DATASET", help="of make-shards")
+    parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="a run, a checkpoint, an export or OWNER/NAME")
+    parser.add_argument("--data", required=True, metavar="DATASET", help="a dataset that make-shards wrote")
     parser.add_argument(
-        "--task", required=True, metavar="TASK", help="of type classification, regression or state, as for probe"
+        "--task", required=True, metavar="TASK", help="a task of type classification, regression or state"
     )
     parser.add_argument("--subjects", type=int, default=8, metavar="N", help="test subjects to explain (default: 8)")
-    parser.add_argument("--class", dest="label", metavar="NAME", help="whose logit is explained (default: the last)")
+    parser.add_argument("--class", dest="label", metavar="NAME", help="class to explain (default: the last)")
     parser.add_argument(
         "--start",
         choices=("still", "empty"),
         default="still",
-        help="where the path to the session starts: every voxel at its run mean (default), or no anatomy either",
+        help="baseline of the gradients: every voxel at its mean (still, default), or no anatomy either (empty)",
     )
     parser.add_argument(
-        "--states", metavar="TASK", help="a task of type state, whose events are drawn with the windows"
+        "--states", metavar="TASK", help="a task of type state; its events are drawn beside the windows"
     )
-    parser.add_argument("--events", type=Path, metavar="FOLDER", help="where the tables of those events lie")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the maps (default: RUN/report/explain)")
+    parser.add_argument("--events", type=Path, metavar="FOLDER", help="folder of the tables of events")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the maps (default: RUN/report/explain)")
     parser.add_argument(
         "--weights",
         choices=("encoder", "target"),
@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.states:
         args.states = find("task", args.states, "--states")
     task, dataset = load_task(args.task), Dataset(args.data)
-    told = args.task if task.type == "state" and not args.states else args.states
-    states = load_task(told) if told else None
+    source = args.task if task.type == "state" and not args.states else args.states
+    states = load_task(source) if source else None
     if states is not None and states.events is None:
-        raise ConfigError(told, "type", states.type, "state, a task with events")
+        raise ConfigError(source, "type", states.type, "state, a task with events")
 
     import torch
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output, unit = cases.classes.index(label), f"logit of {label}"
         unit += ", mean over the windows of a session in that state" if task.type == "state" else ""
     elif args.label:
-        raise ConfigError("command line", "--class", args.label, "nothing, as a regression has no classes")
+        raise ConfigError("command line", "--class", args.label, "no --class, because a regression has no classes")
     asked = explain.choose(task, cases, args.task, args.subjects, output)
 
     out = args.out or model.results / REPORT / EXPLAIN
@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     explained = explain.explain(model, dataset, scores, args.start)
     events = None
     if states is not None and states.events is not None:
-        root = args.events or told.parent / (states.events.root or ".")
-        events = partial(read_events, states.events, root, where=told)
+        root = args.events or source.parent / (states.events.root or ".")
+        events = partial(read_events, states.events, root, where=source)
     with progress("explain", len(asked), "sessions") as advance:
         whole = explain.write(out, dataset, explained, about, advance, events)
     for found in whole.remarks():

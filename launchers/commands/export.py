@@ -23,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--weights", choices=("encoder", "target"), help="the online encoder (default) or its moving average"
     )
     parser.add_argument(
-        "--extractor", type=Path, metavar="FOLDER", help="the temporal extractor, where the dataset is out of reach"
+        "--extractor", type=Path, metavar="FOLDER", help="the temporal extractor, if the dataset cannot be read here"
     )
     parser.add_argument(
-        "--parcels", type=Path, metavar="FILE", help="the label image of the parcels, if the data were made with one"
+        "--parcels", type=Path, metavar="FILE", help="the label image of the parcels, if the dataset was made with one"
     )
     args = parser.parse_args(argv)
 

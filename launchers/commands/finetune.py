@@ -2,10 +2,10 @@
 
     slim-brain finetune RUN_OR_WEIGHTS --data DATASET --task TASK.yaml [--from-scratch] [key=value ...]
 
-The task has `split.kind: holdout`: one fine-tuning for each of its divisions of the subjects, its best epoch chosen on
-validation subjects. The scores join those of `slim-brain probe` in one report. A call that was stopped goes on when it
-is repeated. `run.processes=2` trains in two processes; `head.pooling=attentive`, `optimizer.lr=3e-4`, `run.epochs=50`
-and all else that a pretraining configuration says of data, optimizer, precision, zero and run can be set.
+The task needs `split.kind: holdout`. Each of its divisions of the subjects is fine-tuned once, and the best epoch is
+chosen on validation subjects. The scores are added to the report of `slim-brain probe`. Repeat a stopped call to
+continue it. `run.processes=2` trains in two processes. `head.pooling=attentive`, `optimizer.lr=3e-4`, `run.epochs=50`
+and every other setting that a pretraining has in data, optimizer, precision, zero and run can be given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     finetuning.add_arguments(parser)
     args = parser.parse_args(argv)
-    method = finetuning.open_call(args, train)  # what is wrong with the call is told before anything is trained
+    method = finetuning.open_call(args, train)  # checks the call before anything is trained
 
     from slim.checkpoints.seen import Person
     from slim.evaluation import display, probe
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "tasks": {task.name: tree["tasks"][task.name]},
             "facts": {task.name: tree["facts"][task.name]},
         },
-        "" if args.from_scratch else "the same with --from-scratch tells what pretraining adds",
+        "" if args.from_scratch else "the same command with --from-scratch shows what pretraining adds",
         args.json,
     )
     return DONE

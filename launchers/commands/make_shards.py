@@ -2,9 +2,9 @@
 
     slim-brain make-shards COHORT.yaml [COHORT.yaml ...] --out DATASET [--workers N] [key=value ...]
 
-The dataset holds WebDataset shards of Zarr arrays. A second call with the same arguments goes on where the first was
-stopped, reads no unchanged run again, and tries none again that was refused (unless with --retry-refused). `--dry-run`
-tells what is there and what will be refused. `--slurm SLURM.yaml` does it on a cluster, in an array of `--workers`
+The dataset holds WebDataset shards of Zarr arrays. A second call with the same arguments continues where the first one
+stopped. It skips scans that have not changed, and scans that were refused (unless with --retry-refused). `--dry-run`
+shows what was found and what will be refused. `--slurm SLURM.yaml` converts on a cluster, in an array of `--workers`
 tasks; `slim-brain slurm shards` has more flags.
 """
 
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
     parser.add_argument("--only", default=",".join(STEPS), metavar="STEPS", help=f"some of {','.join(STEPS)}")
     parser.add_argument(
-        "--slurm", metavar="SLURM", help="settings of a cluster that converts, as for the command slurm"
+        "--slurm", metavar="SLURM", help="convert on a cluster with these settings, as the command slurm does"
     )
-    parser.add_argument("--dry-run", action="store_true", help="tell what was found and what will be refused, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="show what was found and what will be refused, and stop")
     args = parser.parse_args(argv)
     steps = args.only.split(",")
     unknown = set(steps) - set(STEPS)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def on_a_cluster(args: argparse.Namespace, steps: list[str], argv: Sequence[str]) -> int:
-    """The same through SLURM, followed to its end."""
+    """Convert with SLURM jobs, and wait until they have finished."""
     if set(steps) != set(STEPS):
         raise ConfigError("command line", "--only", f"{args.only} with --slurm", "all steps: the jobs take one each")
     settings = load(SlurmSettings, find("slurm", args.slurm, "--slurm"))

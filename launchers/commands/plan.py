@@ -2,7 +2,7 @@
 
     slim-brain plan CONFIG.yaml [--gpu-memory 80GB] [--tflops N] [--json] [key=value ...]
 
-No GPU is needed. Where the configuration's dataset is not there, the MNI152 mask stands for a brain.
+No GPU is needed. If the dataset of the configuration does not exist yet, the MNI152 mask is used as the brain.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ PARTS = {
     "states": "weights, moments, EMA target, running means",
     "master copy": "weights that AdamW updates",
     "gathered": "weights of other processes, while in use",
-    "gradients": "as they come, and those of this process",
+    "gradients": "from the backward pass, and those of this process",
     "flat gradients": "a copy, to be reduced or for AdamW",
     "bucket": "gradients on their way to other processes",
     "optimizer": "copies that AdamW makes",
     "batch": "voxels, and which tokens are where",
     "targets": "features of the EMA target",
     "encoder": "activations",
-    "predictor": "activations, those of the losses included",
+    "predictor": "activations, including those of the losses",
     "backward": "gradients of activations, recomputed layers",
     "means": "copies for running means and EMA",
 }
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="run.processes: GPUs of the whole job")
     parser.add_argument(
-        "--gpu-memory", metavar="SIZE", help="of a GPU: 80GB (80e9 bytes), 80GiB, 40960MiB; default: of the one here"
+        "--gpu-memory", metavar="SIZE", help="memory of a GPU: 80GB (80e9 bytes) or 40960MiB; default: the GPU here"
     )
     parser.add_argument(
         "--tflops", type=float, metavar="N", help=f"TFLOP/s that a GPU sustains; {ASSUMED_TFLOPS} is assumed otherwise"
@@ -72,7 +72,7 @@ def begun(what: str) -> None:
 
 
 def size(text: str | None) -> int | None:
-    """Bytes of a GPU; by default of the one that is seen here, None without one."""
+    """Bytes of GPU memory. The default is the visible GPU; None without one."""
     if text is None:
         import torch
 
@@ -128,7 +128,7 @@ def show(facts: Forecast) -> None:
     rows["steps"] = number(facts.steps) if facts.steps else unknown
     speed = f"{facts.tflops:g} TFLOP/s"
     speed += " (assumed; --tflops N)" if facts.tflops_assumed else ""
-    # Small kernels and loading take their time, too; how much has to be measured on the GPU at hand.
+    # Small kernels and data loading take time, too, which has to be measured on the GPU that is used.
     rows["time"] = unknown if facts.hours is None else f"{hours(facts.hours)} of arithmetic alone at {speed}"
     kept = facts.checkpoints_kept
     rows["checkpoints"] = f"{disk(facts.checkpoint_bytes)} each, {disk(kept * facts.checkpoint_bytes)} for {kept}"
@@ -148,7 +148,7 @@ def number(value: int) -> str:
 
 
 def hours(value: float) -> str:
-    """Hours as people say them: `45 min`, `3.2 h`, `5.1 days`."""
+    """A duration as text: `45 min`, `3.2 h`, `5.1 days`."""
     if value < 1 / 60:
         return "less than a minute"
     if value < 1:
@@ -157,7 +157,7 @@ def hours(value: float) -> str:
 
 
 def disk(value: float) -> str:
-    """Bytes in units of a thousand, as disks are sold: `1.2 GB`."""
+    """Bytes in decimal units: `1.2 GB`."""
     return ByteSize(value).human_readable(decimal=True, separator=" ")
 
 

@@ -2,7 +2,7 @@
 
     slim-brain pretrain CONFIG.yaml [key=value ...]
 
-`run.processes=2` starts two processes. A second call goes on from the newest complete checkpoint in `run.out`.
+`run.processes=2` starts two processes. A second call continues from the newest complete checkpoint in `run.out`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     settings = load_config(args.config, args.overrides)
-    result = local.train(settings)  # what can be wrong is told in one line, before processes are started
+    result = local.train(settings)  # checks the settings before it starts processes
     out = settings.run.out
     facts = {"run": out, **{name: value for name, value in asdict(result).items() if value is not None}}
     for text in result.warnings:

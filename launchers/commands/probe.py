@@ -3,8 +3,8 @@
     slim-brain probe RUN_OR_WEIGHTS [...] --data DATASET --task TASK.yaml [--task TASK.yaml ...] [--out FOLDER]
 
 The baselines are the functional connectome and the mean image. RUN_OR_WEIGHTS is a run folder (its newest complete
-checkpoint is taken), one of its checkpoints, an exported folder or its name on the hub; several are one recipe trained
-with several seeds: their scores are averaged. A later call with another task adds to the same report.
+checkpoint is taken), one of its checkpoints, an exported folder or its name on the hub. Give several if one recipe was
+trained with several seeds: their scores are averaged. A later call with another task adds to the same report.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _parser() -> Parser:
         metavar="RUN_OR_WEIGHTS",
         help="a run, a checkpoint, an export or OWNER/NAME; several: the same recipe with other seeds",
     )
-    parser.add_argument("--data", required=True, metavar="DATASET", help="of make-shards")
+    parser.add_argument("--data", required=True, metavar="DATASET", help="a dataset that make-shards wrote")
     parser.add_argument(
         "--task",
         required=True,
@@ -51,7 +51,7 @@ def _parser() -> Parser:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="of the report (default: report/ in the first run; of an export NAME-results/report)",
+        help="folder of the report (default: report/ in the first run; NAME-results/report for an export)",
     )
     parser.add_argument(
         "--weights",
@@ -59,9 +59,9 @@ def _parser() -> Parser:
         help="the online encoder (default) or its moving average; an export has one of them",
     )
     parser.add_argument(
-        "--random-seeds", type=int, default=3, metavar="N", help="random encoders whose mean is scored (default 3)"
+        "--random-seeds", type=int, default=3, metavar="N", help="random encoders to average over (default 3)"
     )
-    parser.add_argument("--events", type=Path, metavar="FOLDER", help="where the tables of events lie (states)")
+    parser.add_argument("--events", type=Path, metavar="FOLDER", help="folder of the tables of events (states)")
     return parser
 
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = [load_task(path) for path in args.task]
     for number, task in enumerate(tasks):
         if task.name in [other.name for other in tasks[:number]]:
-            raise ConfigError(args.task[number], "name", f"{task.name} a second time", "names that differ")
+            raise ConfigError(args.task[number], "name", f"{task.name} a second time", "a different name for each task")
     dataset = Dataset(args.data)
 
     import torch
@@ -92,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         find_cases(task, dataset, ours.settings.windows.k, path, args.events)
         for task, path in zip(tasks, args.task, strict=True)
     ]
-    # What is wrong with a task is told before anything is encoded.
+    # Check every task before anything is encoded.
     splits = [make_splits(task, case, path) for task, case, path in zip(tasks, cases, args.task, strict=True)]
 
     sessions = {session.key: session for case in cases for session in case.sessions}
-    # With a run's seed, random weights are those that training began with.
+    # With the seed of a run, the random weights are the initial weights of that run.
     seeds = [model.settings.run.seed for model in trained]
     while len(seeds) < args.random_seeds:
         seeds.append(max(seeds) + 1)
@@ -152,18 +152,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_recipe(model: SlimBrain, first: SlimBrain, path: str, first_path: str) -> None:
-    """Refuse a run that is another recipe, or the same run once more."""
+    """Refuse a run with another recipe, and a run that is given twice."""
     mine, its = ({**one.settings.model_dump(mode="json"), "run": None, "step": one.step} for one in (model, first))
     for name, expected in its.items():
         if mine[name] != expected:
-            hint = "Probe other recipes by calls of their own"
+            hint = "Probe each recipe in a separate call"
             raise ConfigError(path, name, mine[name], f"{expected}, as {first_path} has", hint)
     if model is not first and model.checksum == first.checksum:
         raise ConfigError(path, "weights", f"those of {first_path}", "a run with another seed")
 
 
 def _seen(models: list[SlimBrain], dataset: Dataset) -> set[Person] | None:
-    """People of the dataset whom any of the models has seen in pretraining; None where that is not known of one."""
+    """People of the dataset that any model has seen in pretraining; None if this is unknown for a model."""
     everybody: set[Person] = set()
     for model in models:
         found = model.seen_people(dataset)
@@ -182,7 +182,7 @@ def _print(result: TaskResult) -> None:
     for reason, count in facts.left_out.items():
         print(f"  {count} sessions left out: {reason}")
     if facts.subjects_seen_in_pretraining is None:
-        print("  it is not known who was seen in pretraining: version 0.1 did not write it down")
+        print("  which subjects were seen in pretraining is unknown: version 0.1 did not record it")
     else:
         seen = facts.subjects_seen_in_pretraining
         print(f"  {seen} of {facts.subjects} subjects were seen in pretraining, without labels")

@@ -2,9 +2,9 @@
 
     slim-brain report DATASET_OR_RUN
 
-The page is one self-contained file. A dataset is told by its manifest.json, a run by its config.yaml. It may be called
-while a run goes on. A run's page opens no URL of its configuration, which somebody else may have written, unless --data
-asks for it.
+The page is one self-contained file. A folder with a manifest.json is a dataset, one with a config.yaml is a run. The
+command can be called while the run is still training. Somebody else may have written the configuration of a run, so its
+URLs are opened only with --data.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from slim.checkpoints.run_folder import CONFIG, REPORT
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("report", __doc__.splitlines()[0], "runs/quickstart/pretrain")
-    parser.add_argument("folder", type=Path, metavar="DATASET_OR_RUN", help="a dataset's folder, or a run's")
-    parser.add_argument("--paths", action="store_true", help="the page of a run holds absolute paths whole")
+    parser.add_argument("folder", type=Path, metavar="DATASET_OR_RUN", help="the folder of a dataset or of a run")
+    parser.add_argument("--paths", action="store_true", help="keep absolute paths whole on the page of a run")
     parser.add_argument(
         "--data",
         action="store_true",
-        help="open the URLs of a run's configuration, to count its steps",
+        help="open the URLs in the configuration of a run, to count its steps",
     )
     args = parser.parse_args(argv)
     folder = args.folder

@@ -2,9 +2,8 @@
 
     slim-brain train-extractor DATASET [DATASET ...] --out FOLDER [--steps N] [--seed K] [--sessions N]
 
-It learns from the training split alone. However many sessions there are, `--sessions` of them are drawn by the seed and
-only those are read. The same seed and datasets give the same bytes. `slim-brain make-shards --extractor FOLDER` ranks
-with it.
+It learns from the training split alone. `--sessions` sessions are drawn with the seed, and only those are read. The
+same seed and datasets give the same bytes. `slim-brain make-shards --extractor FOLDER` ranks windows with it.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from slim.ranking.extractor_training import train_extractor
 def main(argv: Sequence[str] | None = None) -> int:
     default = ExtractorSettings()
     parser = Parser("train-extractor", __doc__.splitlines()[0], "data/mylab --out extractors/mylab")
-    parser.add_argument("datasets", nargs="+", metavar="DATASET", help="of make-shards")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="of the extractor")
+    parser.add_argument("datasets", nargs="+", metavar="DATASET", help="a dataset that make-shards wrote")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to write the extractor to")
     parser.add_argument("--steps", type=int, default=default.steps, metavar="N", help=f"default: {default.steps}")
     parser.add_argument("--seed", type=int, default=default.seed, metavar="K", help=f"default: {default.seed}")
     parser.add_argument(
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     frames = check_datasets(datasets)
     make_room(args.out)
 
-    torch.set_num_threads(1)  # it comes out the same on any machine's number of cores
+    torch.set_num_threads(1)  # the result does not depend on the number of cores
     train = [(dataset, session) for dataset in datasets for session in dataset.of_split("train")]
     drawn = chosen.draw(train, lambda pair: pair[1].key)
     series = []
@@ -73,17 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_datasets(datasets: list[Dataset]) -> int:
-    """Frames of a window, which all of them share.
+    """The number of frames in a window, which must be the same in all datasets.
 
     Raises
     ------
     ConfigError
-        If their windows differ, one is named twice, or one has no training session.
+        If the window lengths differ, a dataset is given twice, or a dataset has no training session.
     """
     first = datasets[0]
     for number, dataset in enumerate(datasets):
         if dataset.folder in [other.folder for other in datasets[:number]]:
-            raise ConfigError("command line", "DATASET", f"{dataset.folder} a second time", "every dataset once")
+            raise ConfigError("command line", "DATASET", f"{dataset.folder} a second time", "each dataset once")
         if not dataset.of_split("train"):
             hint = "Leave it out, or convert a cohort with more subjects"
             raise ConfigError(dataset.folder, "train", "no session", "at least one to learn from", hint)
@@ -95,9 +94,9 @@ def check_datasets(datasets: list[Dataset]) -> int:
 
 
 def make_room(out: Path) -> None:
-    """Make the folder of the extractor, told before the minutes of training if it cannot be.
+    """Make the folder of the extractor, before training starts.
 
-    What a killed call left there, weights without their configuration, is written over.
+    Weights without a configuration, which a killed call leaves, are overwritten.
     """
     hint = "Give another --out"
     if out.is_file():

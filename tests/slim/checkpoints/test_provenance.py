@@ -257,7 +257,7 @@ def test_the_report_counts_the_people_of_the_task(run: Path, datasets: dict[str,
     seen, subjects, printed = told["run"]
     assert seen == len(people) and subjects == len({s.person for s in Dataset(datasets["grown"]).sessions})
     assert f"{seen} of {subjects} subjects were seen in pretraining, without labels" in printed
-    assert told["old"][0] is None and "it is not known who was seen in pretraining" in told["old"][2]
+    assert told["old"][0] is None and "which subjects were seen in pretraining is unknown" in told["old"][2]
 
 
 def test_one_person_of_two_cohorts_is_one_subject(datasets: dict[str, Path]) -> None:
