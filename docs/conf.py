@@ -57,7 +57,8 @@ html_theme_options = {
     "footer_end": [],
 }
 
-os.environ.setdefault("SLIM_QUICKSTART", str(quickstart_folder()))
+# Relative to the examples, whose folder is the working folder when they run: pages show no path of this machine.
+os.environ["SLIM_QUICKSTART"] = os.path.relpath(quickstart_folder(), HERE / "examples")
 sphinx_gallery_conf = {
     "examples_dirs": "examples",
     "gallery_dirs": "tutorials/gallery",
