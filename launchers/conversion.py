@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ from slim.ranking.parcels import make_parcels
 from slim.ranking.rankers import make_ranker
 
 STEPS = ("find", "harmonise", "rank", "pack")
-Ended = tuple[int, dict[str, Any], str]  # exit status, facts of the summary, what to do next
+Ended = tuple[int, dict[str, object], str]  # exit status, facts of the summary, what to do next
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +94,7 @@ def make(conversion: Conversion, steps: Sequence[str], given: Extractor | None) 
     if "pack" in steps:
         return finish(conversion)
     refused = conversion.refused()
-    facts = {"runs": len(conversion.runs), "refused": len(refused)}
+    facts: dict[str, object] = {"runs": len(conversion.runs), "refused": len(refused)}
     return REFUSED if refused else DONE, facts, "call it with --only rank or --only pack"
 
 

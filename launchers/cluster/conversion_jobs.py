@@ -16,10 +16,11 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launchers.cluster import conversion_task, noted
 from launchers.cluster.noted import TaskOutcome
@@ -152,12 +153,12 @@ class Chain:
             files.write_atomically(
                 self._folder / conversion_task.PLACE / conversion_task.JOB, json.dumps(about, indent=1) + "\n"
             )
-        facts: dict[str, Any] = {"dataset": str(self._folder), "runs": sum(map(len, parts)), "tasks": len(parts)}
+        facts: dict[str, object] = {"dataset": str(self._folder), "runs": sum(map(len, parts)), "tasks": len(parts)}
         facts |= {"jobs": jobs, "submitted": " ".join(jobs.values())}
         if not follow:
             summary(facts, call_of("slurm status", self._folder), as_json)
             return DONE
-        return _follow(self._folder, facts, as_json)
+        return _follow(self._folder, jobs, sum(map(len, parts)), facts, as_json)
 
     def _check(self) -> None:
         require_slurm()
@@ -167,7 +168,7 @@ class Chain:
     def _scripts(self, tasks: int, learns: bool) -> dict[str, Script]:
         """The scripts by stage, in order. Without tasks there is no array."""
         limit = "" if self._throttle is None else f"%{self._throttle}"
-        stages: dict[str, dict[str, Any]] = {"extractor": {}} if learns else {}
+        stages: dict[str, dict[str, object]] = {"extractor": {}} if learns else {}
         stages |= {"rank": {"array": f"0-{tasks - 1}{limit}"}} if tasks else {}
         cpus = self._settings.cpus_per_task or 1
         scripts = {}
@@ -240,12 +241,16 @@ def _are_over(found: Counter[str]) -> bool:
     return set(found) <= OVER
 
 
-def status(folder: Path) -> tuple[dict[str, Any], str]:
+def status(folder: Path) -> tuple[dict[str, object], str]:
     """State and progress of the jobs of a dataset, as facts for a summary, and what to do next."""
     about = conversion_task.submitted(folder)
     jobs = about.jobs
     found = states(jobs.values(), about.cluster)
-    facts: dict[str, Any] = {"dataset": str(folder), "jobs": jobs, "states": {n: found[job] for n, job in jobs.items()}}
+    facts: dict[str, object] = {
+        "dataset": str(folder),
+        "jobs": jobs,
+        "states": {n: found[job] for n, job in jobs.items()},
+    }
     facts |= {name: f"{_words(found[job])} (job {job})" for name, job in jobs.items()}
     ended = conversion_task.outcome(folder, "pack")
     going_on = f"`{noted.call(about.command)}` continues the conversion"
@@ -282,13 +287,13 @@ def cancel(folder: Path) -> dict[str, str]:
     return {name: "CANCELLED" if job in going else "had ended" for name, job in jobs.items()}
 
 
-def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
+def _follow(folder: Path, jobs: Mapping[str, str], runs: int, facts: Mapping[str, object], as_json: bool) -> int:
     """Show the progress of the jobs until all have ended; returns the exit status of the conversion."""
-    jobs, cluster = facts["jobs"], conversion_task.submitted(folder).cluster
-    print(f"jobs {facts['submitted']}; Ctrl-C stops following, the jobs keep running", file=sys.stderr, flush=True)
+    cluster = conversion_task.submitted(folder).cluster
+    print(f"jobs {' '.join(jobs.values())}; Ctrl-C stops following, the jobs keep running", file=sys.stderr, flush=True)
     said, at, over = "", 0, 0
     try:
-        with progress("convert", facts["runs"], "runs") as advance:
+        with progress("convert", runs, "runs") as advance:
             while over < _SURE:
                 found = states(jobs.values(), cluster)
                 over = over + 1 if all(map(_are_over, found.values())) else 0
@@ -296,7 +301,7 @@ def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
                 if now != said:
                     said = now
                     print(now, file=sys.stderr, flush=True)
-                count = facts["runs"] - conversion_task.counts(folder)["left"]
+                count = runs - conversion_task.counts(folder)["left"]
                 if count > at:  # packed scans are no longer counted
                     advance(count - at, "")
                     at = count
@@ -309,5 +314,5 @@ def _follow(folder: Path, facts: dict[str, Any], as_json: bool) -> int:
         sys.stderr.write(printable_lines(log.read_bytes()))
     ended = ended or TaskOutcome(status=RESUME)
     following = ended.next or f"see the logs in {folder / conversion_task.PLACE}; the same command continues"
-    summary(facts | {"status": ended.status, "failed": ended.failed, **ended.facts}, following, as_json)
+    summary({**facts, "status": ended.status, "failed": ended.failed, **ended.facts}, following, as_json)
     return ended.status

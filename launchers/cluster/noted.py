@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from shards.core.errors import ConfigError
 from shards.core.files import trouble
@@ -149,7 +149,7 @@ class TaskOutcome(Note):
     status: int
     error: str = ""
     failed: list[str] = []
-    facts: dict[str, JsonValue] = {}
+    facts: dict[str, Any] = {}
     next: str = ""
 
 

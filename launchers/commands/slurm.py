@@ -20,9 +20,10 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from launchers import finetuning
 from launchers.cluster import conversion_jobs, conversion_task, noted, tracking
@@ -76,16 +77,17 @@ def pretrain(words: list[str]) -> int:
         return asked.dry_run(settings)
     asked.check([settings])
     then = call_of("probe", settings.run.out, "--data", settings.data[0].path, "--task", "TASK.yaml")
-    facts = asked.submit(settings, shlex.split(call_of("slurm pretrain", *words)), then)
+    job = asked.submit(settings, shlex.split(call_of("slurm pretrain", *words)), then)
+    facts = {name: value for name, value in asdict(job).items() if value is not None}
     ended = DONE
     if args.follow:
-        ended = tracking.follow(facts["job"], Path(facts["log"]), facts.get("cluster"))
-        facts |= {"status": ended, **tracking.progress(Path(facts["run"]))}
-    following = call_of("slurm status", facts["run"])
+        ended = tracking.follow(job.job, Path(job.log), job.cluster)
+        facts |= {"status": ended, **tracking.progress(Path(job.run))}
+    following = call_of("slurm status", job.run)
     if args.follow and ended == DONE:
         following = then
     elif ended == RESUME:
-        following = f"look at {facts['log']}; the same command continues from the last complete checkpoint"
+        following = f"look at {job.log}; the same command continues from the last complete checkpoint"
     summary(facts, following, args.json)
     return ended
 
@@ -110,17 +112,39 @@ def finetune(words: list[str]) -> int:
     command = shlex.split(call_of("slurm finetune", *words))
     then = call_of("finetune", *finetuning.words_of(args))
     jobs = [asked.submit(asked.spread(method.prepare(number)), command, then) for number in numbers]
-    facts: dict[str, Any] = {name: [job[name] for job in jobs] for name in ("job", "run", "log")}
-    facts["processes"] = jobs[0]["processes"]
+    facts: dict[str, object] = {name: [getattr(job, name) for job in jobs] for name in ("job", "run", "log")}
+    facts["processes"] = jobs[0].processes
     ended, following = DONE, f"when the jobs have ended: {then}"
     if args.follow:
-        ends = [tracking.follow(job["job"], Path(job["log"]), job.get("cluster")) for job in jobs]
+        ends = [tracking.follow(job.job, Path(job.log), job.cluster) for job in jobs]
         ended, facts["status"] = max(ends), ends
         following = then
         if ended != DONE:
-            following = f"look at {jobs[ends.index(ended)]['log']}; the same command continues"
+            following = f"look at {jobs[ends.index(ended)].log}; the same command continues"
     summary(facts, following, args.json)
     return ended
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job of a run.
+
+    Attributes
+    ----------
+    job : str
+        Its number.
+    cluster : str or None
+        The cluster that took it, if it is not the default one.
+    run, log : str
+        Paths.
+    processes : int
+    """
+
+    job: str
+    cluster: str | None
+    run: str
+    processes: int
+    log: str
 
 
 class Asked:
@@ -179,7 +203,7 @@ class Asked:
         for settings in runs:
             tracking.refuse_another(Path(settings.run.out))
 
-    def submit(self, settings: TrainSettings, command: list[str], then: str) -> dict[str, Any]:
+    def submit(self, settings: TrainSettings, command: list[str], then: str) -> Submitted:
         """Make the folder of a run and submit its job; returns facts for the summary. `then` is the next command."""
         out = Path(settings.run.out)
         commit, steps = _prepare(settings)
@@ -199,7 +223,7 @@ class Asked:
             "then": then,
         }
         write_atomically(out / SLURM / tracking.JOB, hidden(json.dumps(about, indent=1)) + "\n")
-        return {"job": number, **cluster, "run": str(out), "processes": settings.run.processes, "log": str(log)}
+        return Submitted(number, script.cluster, str(out), settings.run.processes, str(log))
 
 
 def shards(words: list[str]) -> int:

@@ -41,7 +41,7 @@ class WindowRanker(Protocol):
 
     name: str
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What the scores depend on, for the manifest."""
 
     def parts(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:

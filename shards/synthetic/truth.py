@@ -226,9 +226,9 @@ def planted(cohort: SyntheticCohort, subject: int, session: int) -> dict[str, li
     return {"events": events, "artefacts": artefacts}
 
 
-def truth(cohort: SyntheticCohort) -> dict[str, Any]:
+def truth(cohort: SyntheticCohort) -> dict[str, object]:
     """The ground truth of a cohort, as in `truth.json`."""
-    subjects: dict[str, Any] = {}
+    subjects: dict[str, object] = {}
     for subject in range(1, cohort.subjects + 1):
         group, score = traits(cohort.seed, subject)
         sessions = {f"ses-{j}": planted(cohort, subject, j) for j in range(1, cohort.sessions + 1)}

@@ -25,12 +25,12 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -46,7 +46,6 @@ from slim.checkpoints.run_folder import ABOUT_RUN, ALSO_ABOUT_RUN, COMPLETE, LAT
 
 BEST = "best."  # prefix of the tensors of the best epoch of a fine-tuning
 # Saved with the ZeRO shards: optimizer steps done, samples consumed, what was skipped.
-STATE = ("step", "consumed", "skipped")
 _SEAL = "seal"
 _NAME = re.compile(r"step-[0-9]{8}")
 _READERS = 4  # files hashed in parallel
@@ -54,6 +53,21 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}")  # allowed names of file
 _MOST = {"step": 2**53, "world_size": 10**6, "global_batch": 10**7}
 _MOST_BYTES = 1 << 26  # largest accepted size of COMPLETE
 _FOREIGN = "Copy the checkpoint again from where it was written"
+
+
+class SkippedState(TypedDict):
+    """Damaged samples (keys) and how many steps in a row were skipped, up to a checkpoint."""
+
+    keys: list[str]
+    row: int
+
+
+class State(TypedDict):
+    """Where a training is: optimizer steps done, samples consumed, what was skipped."""
+
+    step: int
+    consumed: int
+    skipped: SkippedState
 
 
 class CheckpointError(UserError, ValueError):
@@ -173,9 +187,9 @@ def save(
     engine: Any,
     checkpoints: Path,
     step: int,
-    state: dict[str, Any],
+    state: State,
     weights: dict[str, Tensor],
-    origin: dict[str, Any],
+    origin: Mapping[str, object],
 ) -> Path:
     """Write a checkpoint. All processes must call it.
 
@@ -187,7 +201,7 @@ def save(
     step : int
         Optimizer steps done.
     state : dict
-        The fields in `STATE`; saved with the ZeRO shards and returned by `load`.
+        Where the training is; saved with the ZeRO shards and returned by `load`.
     weights : dict of str to Tensor
         Whole tensors for `weights.safetensors`; used on rank 0.
     origin : dict
@@ -272,7 +286,7 @@ def _measured(folder: Path, names: Iterable[str], flush: bool = False) -> Iterat
         yield from pool.map(measure, names)
 
 
-def seal(folder: Path, facts: dict[str, Any], measured: dict[str, tuple[int, str]] | None = None) -> None:
+def seal(folder: Path, facts: Mapping[str, object], measured: dict[str, tuple[int, str]] | None = None) -> None:
     """Write COMPLETE, which makes a checkpoint valid.
 
     Parameters
@@ -297,7 +311,7 @@ def seal(folder: Path, facts: dict[str, Any], measured: dict[str, tuple[int, str
     write_atomically(folder / COMPLETE, dump({**about, _SEAL: _seal(about)}))
 
 
-def _seal(about: dict[str, Any]) -> str:
+def _seal(about: Mapping[str, object]) -> str:
     return hashlib.sha256(dump(about).encode()).hexdigest()
 
 
@@ -372,7 +386,7 @@ def newest_intact(checkpoints: Path, files: Collection[str] | None = None) -> tu
     return None, refused
 
 
-def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load(engine: Any, folder: Path) -> tuple[State, dict[str, Tensor]]:
     """Restore the engine with DeepSpeed's own load, from a checkpoint written by the same number of processes.
 
     At ZeRO stage 0 the number may differ. Returns the saved state and the whole weights.
@@ -386,8 +400,8 @@ def load(engine: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return checked_state(folder, state), read_weights(folder / WEIGHTS)
 
 
-def checked_state(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Check the fields in `STATE`, read from a checkpoint that may come from anybody.
+def checked_state(folder: Path, state: Mapping[str, Any]) -> State:
+    """Check the state of a training, read from a checkpoint that may come from anybody.
 
     Raises
     ------
@@ -401,7 +415,9 @@ def checked_state(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     skipped = state.get("skipped")
     if not isinstance(skipped, dict) or type(skipped.get("row")) is not int or "keys" not in skipped:
         raise CheckpointError(folder, "skipped", printable(repr(skipped))[:60], "`keys` and `row` of skipped samples")
-    return {name: state[name] for name in STATE}
+    return State(
+        step=state["step"], consumed=state["consumed"], skipped=SkippedState(keys=skipped["keys"], row=skipped["row"])
+    )
 
 
 def read_weights(path: Path, prefix: str = "") -> dict[str, Tensor]:

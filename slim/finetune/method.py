@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from slim.inference.predict import predict
 from slim.inference.slim_brain import SlimBrain
 
 FINETUNED, SCRATCH = "finetuned", "scratch"
-_DEFAULTS: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, dict[str, object]] = {
     "optimizer": {"lr": 1e-4, "betas": [0.9, 0.999], "wd": [0.05, 0.05]},
     "run": {"epochs": 30, "keep": 1},
 }

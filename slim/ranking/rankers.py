@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -88,7 +87,7 @@ _JOINT = {**_SPACE, "neighbour": NEIGHBOUR}
 
 _Score = Callable[["Ranker", np.ndarray, np.ndarray, int], dict[str, np.ndarray]]
 
-_RANKERS: dict[str, tuple[_Score, dict[str, Any]]] = {
+_RANKERS: dict[str, tuple[_Score, dict[str, float]]] = {
     "mutual": (_joint, _JOINT),
     "ridge": (_joint, {**_JOINT, **_TIME}),
     "median-variance": (_median_variance, {"median": MEDIAN}),
@@ -113,7 +112,7 @@ class Ranker:
     def __init__(self, name: str, extractor: Extractor | None, seed: int):
         self.name, self.extractor, self.seed = name, extractor, seed
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What determines the scores, for a manifest: name, parameters, and checksum of the extractor or None."""
         return {
             "name": self.name,

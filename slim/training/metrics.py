@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import resource
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -95,7 +95,11 @@ class Monitor:
     """
 
     def __init__(
-        self, folder: Path, start_step: int, mode: Literal["offline", "online", "disabled"], config: dict[str, Any]
+        self,
+        folder: Path,
+        start_step: int,
+        mode: Literal["offline", "online", "disabled"],
+        config: Mapping[str, object],
     ):
         self.path = folder / METRICS
         self.recent: deque[MetricsLine] = deque(maxlen=RECENT)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from shards.core.settings import digest
 from shards.format.reader import Dataset
@@ -22,6 +22,20 @@ _SET_BY = {
     "zero_stage": "zero.stage",
     "global_batch": "run.batch x run.accumulate x processes",
 }
+
+
+class Content(TypedDict):
+    """A dataset by its content: its folder, and hashes of its shards and of the settings of its conversion."""
+
+    folder: str
+    shards: str
+    configuration: str
+
+
+class DataOrigin(Content):
+    """A training dataset, with the number of its training sessions."""
+
+    sessions: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,7 @@ class Origin:
     stream: str
     zero_stage: int
     global_batch: int
-    data: tuple[dict[str, Any], ...] = ()
+    data: tuple[DataOrigin, ...] = ()
 
     @classmethod
     def of(
@@ -63,12 +77,12 @@ class Origin:
         shapes = [model, settings.view, settings.windows.k, grid, datasets[0].frames, learned]
         samples = settings.run.batch * settings.run.accumulate * processes
         data = tuple(
-            {**content(dataset, splits), "sessions": len(sessions)}
+            DataOrigin(**content(dataset, splits), sessions=len(sessions))
             for dataset, sessions in zip(datasets, stream.sessions, strict=True)
         )
         return cls(digest(shapes), stream.digest(), settings.zero.stage, samples, data)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """The attributes as a dict, for `checkpoint.save`."""
         return asdict(self) | {"data": [_without_place(one) for one in self.data]}
 
@@ -114,7 +128,8 @@ class Origin:
                 hint = f"{abs(count - then)} sessions {what}, which changes the order of samples. {_CONVERTED}"
                 raise CheckpointError(where, "sessions", got, expected, hint)
             field = "configuration" if mine["configuration"] != theirs["configuration"] else "shards"
-            got, expected = (f"hash {str(one[field])[:12]}" for one in (mine, theirs))
+            own = mine["configuration"] if field == "configuration" else mine["shards"]
+            got, expected = (f"hash {str(value)[:12]}" for value in (own, theirs[field]))
             hint = f"The dataset was converted again, with other {_CHANGED[field]}. {_CONVERTED}"
             raise CheckpointError(where, field, got, f"{expected}, as in the checkpoint {folder}", hint)
 
@@ -122,13 +137,13 @@ class Origin:
 _CHANGED = {"configuration": "settings", "shards": "data in its training sessions"}
 
 
-def content(dataset: Dataset, splits: Collection[str] | None = None) -> dict[str, Any]:
+def content(dataset: Dataset, splits: Collection[str] | None = None) -> Content:
     """Identify a dataset by its content, not its folder: hashes of the shards of these splits and of its settings."""
     manifest = dataset.manifest
     shards = [shard.sha256 for shard in manifest.shards if splits is None or shard.name.rsplit("-", 1)[0] in splits]
-    return {"folder": str(dataset.folder), "shards": digest(shards), "configuration": manifest.configuration_hash}
+    return Content(folder=str(dataset.folder), shards=digest(shards), configuration=manifest.configuration_hash)
 
 
-def _without_place(data: dict[str, Any]) -> dict[str, Any]:
+def _without_place(data: Mapping[str, object]) -> dict[str, object]:
     """Without the folder: a run may be resumed after its data have been moved."""
     return {name: value for name, value in data.items() if name != "folder"}

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from shards.core.errors import UserError
 from shards.core.files import dump_lines, read_log, write_atomically
 from slim.checkpoints import exchange
+from slim.checkpoints.checkpoint import SkippedState
 from slim.checkpoints.run_folder import SKIPPED
 
 NOT_FINITE = "loss or gradient is not finite"
@@ -103,10 +103,10 @@ class Skipped:
                 for key, reason in lines:
                     file.write(json.dumps({"step": step, "key": key, "reason": reason}) + "\n")
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> SkippedState:
         return {"keys": sorted(self.keys), "row": self.row}
 
-    def load(self, state: dict[str, Any], step: int) -> None:
+    def load(self, state: SkippedState, step: int) -> None:
         """Restore the state after `step`. Lines of later steps are removed, because these steps are trained again."""
         self.keys, self.row = set(state["keys"]), state["row"]
         if dist.get_rank() == 0 and self.path.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ class Tracking:
         Configuration shown in wandb.
     """
 
-    def __init__(self, folder: Path, mode: Literal["offline", "online"], config: dict[str, Any]):
+    def __init__(self, folder: Path, mode: Literal["offline", "online"], config: Mapping[str, object]):
         self._run: Any = None
         for name, value in _SETTINGS.items():
             os.environ.setdefault(f"WANDB_{name}", value)

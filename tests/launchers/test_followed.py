@@ -58,7 +58,7 @@ def test_the_log_of_a_conversion_is_printed_harmlessly(tmp_path: Path, monkeypat
     (place / "pack-12.log").write_bytes(ESCAPES)
     monkeypatch.setattr(conversion_jobs, "states", lambda *_: {"12": conversion_jobs.Counter({"COMPLETED": 1})})
     monkeypatch.setattr(conversion_jobs, "_POLL", 0)
-    assert conversion_jobs._follow(tmp_path, {"jobs": {"pack": "12"}, "submitted": "12", "runs": 0}, False) == 3
+    assert conversion_jobs._follow(tmp_path, {"pack": "12"}, 0, {}, False) == 3
     out, said = capsys.readouterr()
     assert HARMLESS in said and "\x1b" not in said + out
 
