@@ -1,5 +1,6 @@
 # make quickstart   set-up from nothing, then the whole pipeline on a small synthetic cohort: runs/quickstart/
 # make test         set-up from nothing, then the tests
+# make test-fast    those that start no process: the inner loop
 # make test-slurm   those on a real SLURM of two nodes, which needs its packages
 # make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills, 10 000 damaged inputs
 # make test-oldest  the tests with the oldest dependencies that pyproject.toml admits; make test-newest: with the newest
@@ -17,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test test-slurm test-slow test-oldest test-newest slurm lint docs experiments clean
+.PHONY: quickstart test test-fast test-slurm test-slow test-oldest test-newest slurm lint docs experiments clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -39,6 +40,10 @@ quickstart: $(READY)
 
 test: $(READY)
 	$(PYTEST) -m 'not slow' --ignore=tests/slurm
+
+# only the files with such tests are imported
+test-fast: $(READY)
+	$(PYTEST) -q -m fast $$(grep -rl --include='test_*.py' 'pytest.mark.fast' tests)
 
 test-slurm: $(READY)
 	$(PYTEST) -m 'not slow' tests/slurm

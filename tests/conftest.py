@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,23 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def check_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests marked `fast` start no process, and a selection of them alone never imports DeepSpeed."""
+    if request.node.get_closest_marker("fast") is None:
+        yield
+        return
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("a test marked fast starts a process")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(BaseProcess, "start", refuse)
+    yield
+    if request.config.option.markexpr == "fast":
+        assert "deepspeed" not in sys.modules, "a test marked fast imports DeepSpeed"
 
 
 @pytest.fixture(scope="module")
