@@ -337,6 +337,8 @@ class TrainSettings(Settings):
     def _one_or_many(cls, value: Any) -> Any:
         if isinstance(value, str):
             return ({"path": value},)
+        if isinstance(value, list | tuple):
+            return [{"path": item} if isinstance(item, str) else item for item in value]
         return value
 
     @model_validator(mode="before")
@@ -430,6 +432,7 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
     """A checked configuration from a YAML file, or the name of a preset, and `key=value` overrides.
 
     `model` is the name of a preset, a YAML file (relative to the configuration or the working folder) or a mapping.
+    Overrides such as `model.embed=32` change it, and its `model_name` then says so: "lean, changed".
 
     Raises
     ------
@@ -437,11 +440,17 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
         With file, field, got and expected.
     """
     path = find("pretrain", path, "CONFIG")
-    tree = override(_renamed(read_yaml(path)), renamed_assignments(assignments))
+    given = renamed_assignments(assignments)
+    changes = [text for text in given if text.startswith("model.")]
+    tree = override(_renamed(read_yaml(path)), [text for text in given if text not in changes])
     model = tree.get("model")
     if isinstance(model, str):
-        tree["model"], tree["model_name"] = _model(model, path).model_dump(), Path(model).stem
-    return check(PretrainSettings, tree, path)
+        name = Path(model).stem
+        tree["model"] = _model(model, path).model_dump(mode="json")
+        tree["model_name"] = f"{name}, changed" if changes else name
+    changed = override(tree, changes)
+    changed.words |= tree.words
+    return check(PretrainSettings, changed, path)
 
 
 def load_run(path: str | Path) -> PretrainSettings | FinetuneSettings:
