@@ -73,7 +73,7 @@ def parser_of(name: str, *words: str) -> argparse.ArgumentParser:
 def _commands_index() -> str:
     lines = ["# Commands", "", "Generated from the parsers; `slim-brain COMMAND --help` prints the same.", ""]
     for title, names in GROUPS.items():
-        lines += [f"**{title}**", "", "| | |", "|---|---|"]
+        lines += [f"| {title} | |", "|---|---|"]
         lines += [f"| [`{name}`]({name}.md) | {_doc(name)[0]} |" for name in names]
         lines.append("")
     return "\n".join([*lines, "```{toctree}", ":hidden:", "", *COMMANDS, "```", ""])

@@ -10,6 +10,7 @@ sessions belong to the same person.
 # Vectors of every session: connectivity of the parcels over the whole scan, and the ``cov`` pooling of the
 # encoder over the kept windows.
 import os
+from functools import reduce
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,21 +18,19 @@ import numpy as np
 from nilearn.connectome import ConnectivityMeasure
 
 from shards.reader import Dataset
-from slim import SlimBrain
-from slim.inference.vectors import pool
+from slim import SlimBrainTransformer
 
 quickstart = Path(os.environ.get("SLIM_QUICKSTART", "runs/quickstart"))
 dataset = Dataset(quickstart / "shards")
-sessions = dataset.sessions
-series = [dataset.read(session, names=("roi",))["roi"].T for session in sessions]
-parcels = min(part.shape[1] for part in series)
+sessions = list(dataset)
+samples = [dataset.read(session, names=("roi", "roi_number")) for session in sessions]
+common = reduce(np.intersect1d, [sample["roi_number"] for sample in samples])  # parcels that every session has
+series = [sample["roi"][np.isin(sample["roi_number"], common)].T for sample in samples]
 measure = ConnectivityMeasure(kind="correlation", vectorize=True, discard_diagonal=True)
-connectivity = measure.fit_transform([part[:, :parcels] for part in series])
+connectivity = measure.fit_transform(series)
 
-model = SlimBrain.from_pretrained(quickstart / "pretrain")
-features = [model.encode_session(dataset, session) for session in sessions]
-training = np.array([number for number, session in enumerate(sessions) if session.split == "train"])
-encoded = pool(features, "cov", 3, training)
+images = sorted((quickstart / "cohort").glob("sub-*/ses-*/func/*desc-preproc_bold.nii.gz"))  # in the same order
+encoded = SlimBrainTransformer(quickstart / "pretrain", pooling="cov").fit_transform(images)
 print("connectivity", connectivity.shape, " encoder", encoded.shape)
 
 # %%
