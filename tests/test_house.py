@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -181,3 +182,17 @@ def opens_text(call: ast.Call) -> bool:
     # `remote.read_text` is this project's own.
     owner = getattr(getattr(call.func, "value", None), "id", "")
     return getattr(call.func, "attr", "") in ("read_text", "write_text") and owner != "remote"
+
+
+def test_the_listing_of_packages_is_whole() -> None:
+    rows = re.findall(r"^\| `([\w/]+)` \| (\d+) \| (\d+) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert {name for name, *_ in rows} == {
+        folder.relative_to(ROOT).as_posix()
+        for top in ("shards", "slim", "launchers")
+        for folder in (ROOT / top, *(path.parent for path in (ROOT / top).glob("*/__init__.py")))
+    }
+    for name, files, lines, modules in rows:
+        found = sorted(path for path in (ROOT / name).glob("*.py") if not path.stem.startswith("__"))
+        assert modules.split(", ") == [path.stem for path in found] and int(files) == len(found), name
+        count = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in found)
+        assert abs(count - int(lines)) <= max(200, count // 4), f"{name} has {count} lines"

@@ -151,8 +151,8 @@ def test_status_and_cancel(cluster: Cluster, command: Command, cohort: Path, tmp
     assert found["states"]["rank"]["RUNNING"] >= 2 and found["states"]["pack"] == {"PENDING": 1}
     here = ["tools/make_shards.py", *asked[1:4], "--ranker", "ridge", "--workers", 1, *QUICK]
     for refused in (slurm(cluster, *asked), command(*here, **cluster.environment)):
-        assert refused.returncode == 2 and f"jobs {jobs['rank']}, " in refused.stderr
-        assert "a dataset with unfinished jobs" in refused.stderr and len(refused.stderr.splitlines()) == 1
+        assert refused.returncode == 2 and f"unfinished jobs: {jobs['rank']}, " in refused.stderr
+        assert "got a dataset with" in refused.stderr and len(refused.stderr.splitlines()) == 1
     done = slurm(cluster, "cancel", out, "--json")
     assert done.returncode == 0, done.stderr
     assert {facts_of(done)[name] for name in jobs} == {"CANCELLED"}
