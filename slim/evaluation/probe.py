@@ -1,15 +1,15 @@
-"""Linear probes of frozen features beside the baselines, with intervals that a reviewer accepts.
+"""Linear probes of frozen features and baselines, with confidence intervals and permutation tests.
 
-Every method (our weights, random weights with the same pooling, functional connectivity of the whole run and of the
-windows that were kept, the mean image; where states are decoded the parcel means of a window; where confounds are
-named those alone) goes through the same lines with the same splits: standardise, ridge or logistic regression whose
-penalty was chosen on the validation subjects, or by a cross-validation inside the training subjects
-(`slim.evaluation.linear`; attentive pooling is itself fitted there), one prediction for each test subject (the mean
-over its sessions) or window.
+The methods are our weights, random weights with the same pooling, functional connectivity of the whole scan and of the
+kept windows, the mean image, the parcel means of a window (to decode states), and the confounds, if any are named. All
+use the same splits and the same steps: features are standardised; ridge or logistic regression is fitted, with a
+penalty selected on the validation subjects, or by cross-validation inside the training subjects
+(`slim.evaluation.linear`, which also fits attentive pooling); each test subject gets one prediction (the mean over its
+sessions), or each window.
 
-Intervals resample subjects, never sessions or windows, and are paired: all methods are scored on the same draws. They
-carry the chance of which subjects were tested, not that of training on other ones. p is by permutation: the answers of
-the tested are dealt out anew (those of windows inside their subject), the predictions stay.
+Intervals resample subjects, not sessions or windows. They are paired: all methods are scored on the same draws. They
+describe the choice of the test subjects, not that of the training subjects. p values come from permutations: the labels
+of the test subjects are shuffled (labels of windows within their subject), and the predictions are kept.
 
 Legend: N rows, sessions or windows (m of test); S subjects; U what is scored, subjects or windows; P features; K
 classes or 1; D the score and its draws.
@@ -52,7 +52,7 @@ COMPARED = ("random", "connectome", "connectome_kept", "parcel_means")
 
 
 class Method(Protocol):
-    """From the sessions of a task to predictions: a pooling and a linear model, fitted on training rows alone."""
+    """Predicts from the sessions of a task: a pooling and a linear model, fitted on training rows only."""
 
     def predict(self, fold: Fold) -> np.ndarray:
         """Probabilities (m, K) or values (m, 1) of the test rows."""
@@ -62,7 +62,7 @@ class Method(Protocol):
 def predict(
     task: Task, cases: Cases, splits: list[Split], method: Method, repeat: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predictions of one repeat for all that is in a test side.
+    """Predictions of one repeat for all test rows.
 
     Parameters
     ----------
@@ -71,13 +71,13 @@ def predict(
         Of the repeat.
     method : Method
     repeat : int
-        Which of the task's repeats it is, from 0; for methods that keep something of each.
+        Number of the repeat, from 0, for methods that store results of each.
 
     Returns
     -------
     subject_U, truth_U, guess_UK
-        The subject, a row of `cases.subjects`; the truth, in a regression z-scored by the mean and SD of the subjects
-        it was trained on; and the prediction: of a subject the mean over its sessions, of a window its own.
+        The subject, a row of `cases.subjects`; its label, for a regression z-scored with the mean and SD of the
+        training subjects; and the prediction, for a subject the mean over its sessions.
     """
     subject_U, truth_U, guess_UK = [], [], []
     for number, split in enumerate(splits):
@@ -99,15 +99,15 @@ def predict(
 
 
 def make_fold(task: Task, cases: Cases, split: Split, number: int = 0, repeat: int = 0) -> tuple[Fold, np.ndarray]:
-    """A split as a method sees it, and what all rows answer: values z-scored by the subjects it is fitted on.
+    """A split as a method gets it, and the labels of all rows; values are z-scored over the training subjects.
 
     Parameters
     ----------
     task, cases, split
     number : int
-        Of the split in its repeat; draws of its own.
+        Number of the split in its repeat; it seeds the random draws.
     repeat : int
-        Of the repeat in the task.
+        Number of the repeat in the task.
     """
     fitted, answer_N = split.fitted, cases.answer_N
     if task.type == "regression":
@@ -144,8 +144,8 @@ def score(task: Task, cases: Cases, splits: list[list[Split]], method: Method) -
 def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], method: Method) -> Scores:
     """Each metric of one method, (D,): the score, then its bootstrap draws; and under shuffled answers.
 
-    A metric is taken for each repeat over all that was tested, then averaged over repeats: predictions of
-    repeats are never averaged, which would score an ensemble.
+    A metric is computed for each repeat over all test rows, then averaged over repeats. Predictions of repeats are not
+    averaged, because that would score an ensemble.
     """
     seed = task.split.seed
     if task.type == "fingerprint":
@@ -179,7 +179,7 @@ def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], metho
 def _measure(
     task: Task, guess_UK: np.ndarray, weight_DS: np.ndarray, number_U: np.ndarray
 ) -> Callable[[np.ndarray], Draws]:
-    """From answers (U,) to the metrics of these predictions; `number_U`: whose weight, a column, each one has."""
+    """A function from labels (U,) to the metrics of these predictions; `number_U` is the weight column of each."""
     if task.type == "regression":
         weight_DU = weight_DS[:, number_U]
         return lambda truth_U: metrics.regression(truth_U, guess_UK[:, 0], weight_DU)
@@ -187,7 +187,7 @@ def _measure(
 
 
 def baselines(task: Task, cases: Cases, dataset: Dataset) -> dict[str, Method]:
-    """The methods of a task that need no encoder."""
+    """The baselines of a task that need no encoder."""
     methods: dict[str, Method] = {}
     sessions = cases.distinct()
     at = {session.key: row for row, session in enumerate(sessions)}
@@ -255,14 +255,14 @@ def run_task(task: Task, cases: Cases, methods: Mapping[str, Method], where: str
 def summarise(
     task: Task, cases: Cases, splits: list[list[Split]], scored: Mapping[str, Sequence[Scores]]
 ) -> TaskResult:
-    """What a report says of one task.
+    """The result of one task for the report.
 
     Parameters
     ----------
     task, cases, splits
     scored : mapping of method to one Scores a training seed
-        Those of several seeds are averaged draw by draw: an interval is then that of the recipe's mean score over
-        which subjects were tested.
+        Several seeds are averaged draw by draw. The interval then describes the mean score of the recipe under another
+        choice of test subjects.
     """
     means: dict[str, Draws] = {}
     estimates: Estimates = {}
@@ -284,7 +284,7 @@ def summarise(
 
 
 def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts:
-    """What was asked, of whom and how: the part of a report that all methods share."""
+    """Facts about the task that hold for all methods."""
     tested = np.unique(np.concatenate([cases.subject_N[split.test] for split in splits[0]]))
     facts = TaskFacts(
         type=task.type,
@@ -312,12 +312,12 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts
 
 
 def write_report(folder: Path, results: Iterable[TaskResult]) -> Report:
-    """Put these tasks into `folder/report.json`, beside those that are there, and draw `folder/NAME.png`.
+    """Add these tasks to `folder/report.json`, and draw `folder/NAME.png`.
 
     Raises
     ------
     ConfigError
-        If the file there is no such report.
+        If the existing file is not a report.
     """
     report = Report.read(folder / PROBE)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
     FOLDER/report.json    {"tasks": {NAME: {METHOD: {METRIC: {"value", "low", "high", "p"}}}}, "facts": {NAME: {...}}}
 
-Its parts are checked before they are added to or shown. It may hold more: other versions add facts, and what is no
-method or metric is not shown.
+Its parts are checked when they are read. Other versions may add facts; what is neither a method nor a metric is not
+shown.
 
 Legend: D the score and its bootstrap draws.
 """
@@ -71,8 +71,8 @@ class Estimate(BaseModel):
     def of_draws(cls, *seeds_D: np.ndarray, **more: Any) -> Estimate:
         """The mean over training seeds, draw by draw, and its 95 % percentile interval.
 
-        The interval is that of the recipe's mean score over which subjects were tested. Draws that leave the score
-        undefined (no such class) do not count.
+        The interval describes the mean score of the recipe under another choice of test subjects. Draws for which the
+        score is undefined (a class without subjects) are left out.
 
         Parameters
         ----------
@@ -129,7 +129,7 @@ class SplitFacts(BaseModel):
 
 
 class TaskFacts(BaseModel):
-    """What was asked, of whom and how. It may hold more, such as what was done for one method."""
+    """Facts about a task: its labels, subjects and settings. It may hold more, such as facts about one method."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -266,7 +266,7 @@ class Report:
         if not path.exists():
             return report
         hint = "Move it away, or run the probe again"
-        expected = "a report.json that probe.py wrote"
+        expected = "a report.json written by slim-brain probe"
         if found := trouble(path):
             raise ConfigError(path, "", found.got, expected, found.hint)
         try:
@@ -306,9 +306,9 @@ class Report:
         return next((found for found in pairs if dump(found[1]) != dump(found[2])), None)
 
     def add(self, result: TaskResult) -> TaskResult:
-        """Put a task into the report; all that is now known of it.
+        """Add a task to the report, and return its complete result.
 
-        Methods that answered the same task of the same subjects before stay, unless they are among the new ones.
+        Earlier results of other methods on the same task and subjects are kept.
         """
         name = result.name
         tasks, facts = _trees(result.estimates), result.facts.tree()
@@ -331,7 +331,7 @@ class Report:
 
 
 def _measured(task: Any) -> Any:
-    """The cells of a task with a value, which are those that are shown."""
+    """The scores of a task that have a value. Only these are shown."""
     if not isinstance(task, dict):
         return task
     methods = {name: cells for name, cells in task.items() if isinstance(cells, dict)}

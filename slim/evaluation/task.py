@@ -38,36 +38,36 @@ _LEAST = {
 class Task(Settings):
     """A task for frozen features: labels to predict, and how they are tested."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="of the task, in reports and file names")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the task in reports and file names")
     type: Literal["classification", "regression", "fingerprint", "state"] = Field(
-        description="fingerprint: which session belongs to whom; state: what is going on in a window"
+        description="fingerprint: which sessions belong to the same subject; state: the state in a window"
     )
     label: str | None = Field(default=None, description="column of the participants table")
     classes: dict[str, tuple[str, ...]] | None = Field(
-        default=None, description="values of the column that make each class; sessions of other values are left out"
+        default=None, description="values of the column for each class; sessions with other values are left out"
     )
     edges: Annotated[tuple[float, ...], Unit("label")] = Field(
-        default=(), description="numbers that part the column into classes, ascending"
+        default=(), description="ascending numbers that divide the column into classes"
     )
-    missing: tuple[str, ...] = Field(default=(), description="values that stand for a missing one, such as -9999")
-    events: EventSettings | None = Field(default=None, description="tables of what is decoded; type: state")
+    missing: tuple[str, ...] = Field(default=(), description="codes of missing values, such as -9999")
+    events: EventSettings | None = Field(default=None, description="for type: state, tables of the events")
     split: TaskSplitSettings = TaskSplitSettings()
     pooling: Pooling = Field("cov", description="how the tokens of a sample become one vector")
     components: Annotated[int, Unit("components")] = Field(
         default=3, ge=1, description="principal components of the tokens, for `cov`"
     )
     confounds: tuple[str, ...] = Field(
-        default=(), description="columns, or facts of a session such as mean_fd_mm, that are a baseline of their own"
+        default=(), description="columns, or facts of a session such as mean_fd_mm, that are scored as a baseline"
     )
     bootstrap: Annotated[int, Unit("draws")] = Field(
-        default=1000, ge=100, description="draws of subjects behind each interval"
+        default=1000, ge=100, description="bootstrap draws of subjects for each interval"
     )
     permutations: Annotated[int, Unit("shuffles")] = Field(
-        default=1000, ge=99, description="shuffles of the answers behind each p"
+        default=1000, ge=99, description="permutations of the labels for each p value"
     )
-    data: str = Field(default="", description="the folder that is expected, and how it is made")
-    description: str = Field("", description="of the task, for people")
-    source: str = Field(default="", description="where the data come from, and under what licence")
+    data: str = Field(default="", description="expected folder of the data, and how to make it")
+    description: str = Field("", description="title of the task, for display")
+    source: str = Field(default="", description="source of the data, and their licence")
 
     @field_validator("pooling")
     @classmethod
@@ -124,17 +124,17 @@ class Cases:
 
     Attributes
     ----------
-    sessions : list of dict
-        Line of the dataset of each row.
+    sessions : list of SessionRecord
+        Session of each row.
     subject_N : subject of each row, int, a row of `subjects`
-    subjects : (people, subject) of each subject: the same person in cohorts that share their people
-    truth_S : class number or value of each subject (the mean over sessions where a value differs); 0 for
-        a fingerprint, and where windows answer
+    subjects : (people, subject) of each subject: equal for the same person in cohorts with the same `people`
+    truth_S : class number or value of each subject (the mean over sessions if they differ); 0 for
+        fingerprints, and for tasks on windows
     classes : names of the classes, in order of their numbers
     left_out : how many sessions (windows) were left out, by reason
     family_S : family of each subject, int; a subject without one is its own
-    window_N : start (s) of each row's window; None where sessions answer
-    state_N : class number of each row's window; None where sessions answer
+    window_N : start (s) of each row's window; None for tasks on sessions
+    state_N : class number of each row's window; None for tasks on sessions
     """
 
     sessions: list[SessionRecord]
@@ -332,15 +332,15 @@ def _number(value: Any, task: Task, where: str | Path) -> float:
 
 
 def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[Split]]:
-    """Rows to train on, to choose by and to test: a list of repeats, each a list of splits.
+    """Rows for training, validation and test: a list of repeats, each a list of splits.
 
-    The seed and the people decide alone, so every method is given the same splits. No subject, or family, is on two
-    sides, except under `all`, where nothing is trained.
+    Splits depend only on the seed and the subjects, so all methods get the same splits. No subject and no family is on
+    two sides, except with `all`, for which nothing is trained.
 
     Raises
     ------
     ConfigError
-        If a class has one person, a value is the same for all, or a side of a split has too few subjects of a class.
+        If a class has one subject, all have the same value, or a side of a split has too few subjects of a class.
     DatasetError
         If the dataset itself has a subject in two splits.
     """
@@ -377,12 +377,12 @@ def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[Split]
 
 
 def _check_answers(task: Task, cases: Cases, where: str | Path) -> None:
-    """Refuse answers that no split of the subjects could make a question of.
+    """Refuse labels that no split of the subjects can test.
 
     Raises
     ------
     ConfigError
-        If there is one class alone, a class of one person, or everybody has the same value.
+        If there is only one class, a class has one subject, or all subjects have the same value.
     """
     field = (task.label and "label") or "events"
     if task.type in ("classification", "state"):
@@ -400,7 +400,7 @@ def _check_answers(task: Task, cases: Cases, where: str | Path) -> None:
 
 
 def _check_spread(task: Task, cases: Cases, rows: np.ndarray, side: str, where: str | Path) -> None:
-    """Refuse a regression in which all these rows' subjects have the same value."""
+    """Refuse a regression if all subjects of these rows have the same value."""
     if task.type != "regression":
         return
     value_S = cases.truth_S[np.unique(cases.subject_N[rows])]
@@ -411,13 +411,13 @@ def _check_spread(task: Task, cases: Cases, rows: np.ndarray, side: str, where: 
 
 
 def _people(cases: Cases, rows: np.ndarray) -> dict[str, int]:
-    """How many subjects each class has in these rows."""
+    """Number of subjects of each class in these rows."""
     answer, subject = cases.answer_N[rows], cases.subject_N[rows]
     return {name: len(np.unique(subject[answer == index])) for index, name in enumerate(cases.classes)}
 
 
 def _apart(cases: Cases, split: Split, where: str | Path) -> None:
-    """DatasetError where somebody, or a family, is on two sides."""
+    """Raise DatasetError if a subject or a family is on two sides."""
     sides = [np.unique(cases.family_S[cases.subject_N[rows]]) for rows in (split.train, split.val, split.test)]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         shared = np.intersect1d(sides[one], sides[other])

@@ -1,12 +1,12 @@
-"""Runs in, vectors out, as scikit-learn has it: fitted on training images alone, cached, at home in a pipeline.
+"""A scikit-learn transformer from images to vectors: fitted on training images only, with a cache.
 
     from slim import SlimBrainTransformer
 
     vectors = SlimBrainTransformer("export/", pooling="cov", memory="cache/")
     cross_val_score(make_pipeline(vectors, StandardScaler(), LogisticRegression()), images, labels)
 
-What is learned from the training images: the places that hold brain in all of them, with the mean token of each; of
-`cov` the principal axes; of `attentive` the queries, for which it needs the labels. The encoder stays as it is.
+It learns from the training images: the places that contain brain in all of them, with the mean token of each; the
+principal axes, for `cov`; the queries, for `attentive`, which needs labels. The encoder is not changed.
 
 Legend: N images; S time slots; L places; C channels; A queries; P features of a vector.
 """
@@ -53,29 +53,29 @@ _LISTED = 3  # images that a warning names
 
 
 class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """A vector for each image, by a pretrained encoder.
+    """Compute a vector for each image with a pretrained encoder.
 
     Parameters
     ----------
     model : str, Path or SlimBrain
-        As `SlimBrain.from_pretrained` takes it, or one that it made.
+        A model, or what `SlimBrain.from_pretrained` accepts.
     pooling : "mean", "mean+sd", "location", "cov" or "attentive"
         See `slim.inference.vectors` and `slim.evaluation.attentive`.
     components : int
         Principal axes of `cov`.
     stage : int, optional
-        Of the encoder, from 1; by default the last.
+        Stage of the encoder, from 1; by default the last.
     target : "classification" or "regression"
         What `y` is, for `attentive`.
     random_state : int, RandomState or None
-        Of what `attentive` draws (inner folds, batches), as everywhere in scikit-learn: an int gives the same result at
-        every call of `fit`, None another one each time.
+        Seed of the random draws of `attentive` (inner folds, batches), as in scikit-learn: with an int, each call of
+        `fit` gives the same result.
     memory : str, Path or joblib.Memory, optional
-        Where tokens of images are kept, so that no image is encoded twice: 11 MB for a run at the published sizes.
+        Cache for the tokens of images, so that no image is encoded twice: 11 MB for a scan at the published sizes.
     on_error : "raise" or "skip"
-        What happens when an image cannot be encoded. "raise": its error, which names the image. "skip": a warning names
-        it, it is left out of the fit, and its row of `transform` is NaN, because scikit-learn needs a row for each
-        image; drop such rows, or impute them, before a model is fitted.
+        What happens when an image cannot be encoded. "raise": raise an error that names the
+        image. "skip": warn, leave the image out of the fit, and return a row of NaN for it, because scikit-learn needs
+        a row for each image. Drop or impute such rows before you fit a model.
 
     Attributes
     ----------
@@ -126,13 +126,13 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         y : sequence, optional
             Classes or values, one for each image; `attentive` needs them.
         groups : sequence, optional
-            Whose image each is, for the inner folds of `attentive`; by default everybody has one.
+            Subject of each image, for the inner folds of `attentive`; by default each image has its own.
 
         Raises
         ------
         ConfigError, CheckpointError, RunRefused, DatasetError
-            As `SlimBrain.from_pretrained` and `SlimBrain.encode`; what is wrong with one image is raised with its
-            number and path. Wrong types are TypeErrors, other wrong arguments ValueErrors.
+            As `SlimBrain.from_pretrained` and `SlimBrain.encode`; errors of an image name its number and path.
+            Wrong types are TypeErrors, other wrong arguments ValueErrors.
         """
         self._fit(self._begin(_images(X), y, groups), y, groups)
         return self
@@ -147,7 +147,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     def transform(self, X: Sequence[Any]) -> np.ndarray:
         """Vectors of images, float32 (N, P).
 
-        At a place where an image has no brain it is given the mean token of the training images, with a warning.
+        At a place without brain in an image, the mean token of the training images is used, with a warning.
 
         Raises
         ------
@@ -161,7 +161,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         return self._vectors(self._encoded(images), images)
 
     def _begin(self, images: list[Any], y: Any, groups: Any) -> list[Features | None]:
-        """Everything that is not images is checked before the first one is encoded."""
+        """Check all other arguments before the first image is encoded."""
         self._check_parameters()
         if self.pooling == "attentive" and y is None:
             raise ConfigError(_HERE, "y", "none", "labels, which attentive pooling is trained for")
@@ -289,7 +289,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         return found
 
     def _failed(self, number: int, image: Any, error: UserError) -> UserError:
-        """What is wrong with one image, naming it; raised unless such images are skipped."""
+        """Raise the error of an image, with its name, unless such images are skipped."""
         name = _name(image)
         where = f"X[{number}]: {error.where}" if name in error.where else f"X[{number}] ({name}): {error.where}"
         named = type(error)(where, error.field, error.got, error.expected, error.hint)
@@ -318,7 +318,7 @@ def _images(X: Any) -> list[Any]:
     Raises
     ------
     ArgumentError
-        If it is one image, or something that holds none.
+        If it is a single image, or not a list of images.
     ConfigError
         If it is empty.
     """
@@ -364,12 +364,12 @@ def _name(image: Any) -> str:
 def _encode(
     model: SlimBrain, checksum: str, arguments: dict[str, Any], known: dict[str, Any], stage: int | None
 ) -> Features:
-    """Tokens of an image; what tells the cache one from another is `checksum`, `known` and `stage`."""
+    """Tokens of an image. The cache compares `checksum`, `known` and `stage`."""
     return model.encode_converted(model.convert(**arguments), stage)
 
 
 def _known(arguments: dict[str, Any]) -> dict[str, Any]:
-    """All that the tokens of an image depend on beside the model, for the cache."""
+    """Everything besides the model that the tokens of an image depend on, for the cache."""
     known = {"version": __version__, **{name: _content(value) for name, value in arguments.items()}}
     if (file := file_of(arguments["image"])) is not None:  # what is found beside it counts as well
         with as_run(file) as run:
@@ -378,7 +378,7 @@ def _known(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(value: Any) -> Any:
-    """What an argument is: a file by its name, size and time, an image or table in memory by what it holds."""
+    """Identify an argument: a file by its name, size and time, an image or table in memory by its content."""
     if isinstance(value, str | os.PathLike) and Path(value).expanduser().is_file():
         stat = Path(value).expanduser().stat()
         return str(Path(value).expanduser().resolve()), stat.st_size, stat.st_mtime_ns
