@@ -178,7 +178,7 @@ def test_parcels_of_a_label_image_end_to_end(cohort, make_shards, tmp_path, caps
     assert make_shards(source, "--out", out, "--ranker", "ridge") == WRONG  # cubes
     assert make_shards(source, "--out", tmp_path / "no", "--ranker", "ridge", "parcels.image=none.nii.gz") == WRONG
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "parcels.image: got 'none.nii.gz', expected a file: a NIfTI label image" in last
+    assert "parcels.image: got 'none.nii.gz', expected an existing file, a NIfTI label image" in last
 
 
 def test_a_native_run_has_no_parcels_of_a_label_image(cohort, make_shards, tmp_path):
