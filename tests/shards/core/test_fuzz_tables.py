@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from helpers.fuzzing import answer, counts, hold, texts
+from helpers.records import session_record
 from shards.cohorts.cohort_file import CohortSettings
 from shards.cohorts.participants import Participants
 from shards.core import tables
@@ -40,7 +41,7 @@ EVENTS = (
     "onset,duration,trial_type,value\n0,1,a,\n1,0,b,3\n",
 )
 SCANNED = {("01", ""), ("02", "1"), ("1", "2"), ("0050002", ""), ("²", "x")}
-SESSION = {"key": "k", "subject": "01", "session": "", "task": "", "run": "", "source_tr": 0.72, "dropped_frames": 2}
+SESSION = session_record(subject="01", dropped_frames=2)
 
 
 def read_all(path: Path, content: bytes) -> None:
