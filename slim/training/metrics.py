@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -172,8 +173,9 @@ def read_metrics(path: Path) -> tuple[list[MetricsLine], int]:
     found, unreadable = read_log(path)
     lines = []
     for line in found:
-        if _is_number(line.get("step")) and line["step"] is not None and all(map(_is_number, line.values())):
-            lines.append({**line, "step": int(line["step"])})
+        step = line.get("step")
+        if isinstance(step, int | float) and math.isfinite(step) and all(map(_is_number, line.values())):
+            lines.append({**line, "step": int(step)})
     return lines, unreadable + len(found) - len(lines)
 
 

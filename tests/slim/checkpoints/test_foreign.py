@@ -88,7 +88,7 @@ def changed(folder: Path, path: tuple, value: object) -> Path:
 def test_a_config_that_asks_for_too_much_or_is_none_is_refused_in_one_line(
     copy: Path, path, value, monkeypatch
 ) -> None:
-    monkeypatch.setattr("slim.inference.slim_brain.Hiera", lambda *_: pytest.fail("a model was made"))
+    monkeypatch.setattr("slim.inference.pretrained.Hiera", lambda *_: pytest.fail("a model was made"))
     with pytest.raises(UserError) as error:
         SlimBrain.from_pretrained(changed(copy, path, value))
     line = error.value.line()

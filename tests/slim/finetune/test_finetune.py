@@ -252,7 +252,7 @@ def test_two_divisions_with_the_same_test_people_are_two_fine_tunings(
     probe.score(task, cases, splits, method)
     expected = [{cases.sessions[row].key for row in split.val} for split in (first, second)]
     assert trained == [("seed-0", expected[0]), ("seed-1", expected[1])] and expected[0] != expected[1]
-    assert [run["seed"] for run in method.runs] == [0, 1]
+    assert [run.seed for run in method.runs] == [0, 1]
 
 
 # wrong calls
