@@ -474,7 +474,7 @@ def test_one_process_at_stage_3_learns_the_same(
     """As the two processes at stage 2 with two samples each; from random weights it is another story."""
 
     def train(settings: Any) -> None:
-        assert local.run(prepare_run(settings), 1)["finished"]
+        assert local.run(prepare_run(settings), 1).finished
 
     for scratch in (False, True):
         folder = tmp_path / "finetune" / "s-finetuned"

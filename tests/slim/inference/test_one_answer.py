@@ -18,6 +18,7 @@ from shards.cohorts.niimg import as_run
 from shards.cohorts.scan import RunSource
 from shards.core.errors import ConfigError, RunRefused
 from slim.inference.cores import cores
+from slim.inference.encoding import SessionEncoder
 from slim.inference.slim_brain import SlimBrain
 
 
@@ -139,7 +140,7 @@ def test_confounds_as_a_table_in_memory(source: RunSource):
         written = pd.read_csv(run.confounds, sep="\t", na_values="n/a", float_precision="round_trip")
         pd.testing.assert_frame_equal(written, table, check_exact=True)
         assert "n/a" in run.confounds.read_text()
-    match = r"confounds: got list, expected a path of a table \(.tsv\), or a pandas DataFrame"
+    match = r"confounds: got list, expected the path of a table \(.tsv\), or a pandas DataFrame"
     with pytest.raises(TypeError, match=match), as_run(source.bold, confounds=["x"]):
         pass
 
@@ -160,13 +161,13 @@ def test_errors_do_not_name_temporary_files(model: SlimBrain, source: RunSource)
 
 def test_vectors_do_not_depend_on_threads(model: SlimBrain, source: RunSource, monkeypatch: pytest.MonkeyPatch):
     before, found, used = torch.get_num_threads(), [], set()
-    passed = SlimBrain._pass
+    passed = SessionEncoder._pass
 
     def counted(self, groups, stage):
         used.add((torch.get_num_threads(), len(groups)))
         return passed(self, groups, stage)
 
-    monkeypatch.setattr(SlimBrain, "_pass", counted)
+    monkeypatch.setattr(SessionEncoder, "_pass", counted)
     try:
         for threads, allowed in ((1, 64), (4, 64), (64, 2)):
             torch.set_num_threads(threads)

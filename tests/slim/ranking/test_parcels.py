@@ -140,7 +140,7 @@ BAD_IMAGES = {
     "not a number": (np.where(LABELS == 1, np.nan, LABELS), NEAR, 4, "values: got nan"),
     "too large": (LABELS * 1e12, NEAR, 4, r"values: got 1e\+12|values: got [23]e\+12"),
     "complex": (LABELS.astype(np.complex64), NEAR, 4, "datatype: got complex64, expected integers"),
-    "no position": (LABELS, NEAR, 0, "qform_code, sform_code: got 0, 0: position unknown, expected a code above 0"),
+    "no position": (LABELS, NEAR, 0, "qform_code, sform_code: got 0, 0 .unknown position., expected a code above 0"),
     "elsewhere": (LABELS, oblique((6, 6, 6), 0, (900, 0, 0), LABELS.shape), 4, "parcels: got 0 of 3 on the grid"),
     "a mask": ((LABELS > 0).astype(np.uint8), NEAR, 4, "parcels: got 1 of 1 on the grid, expected at least 2"),
     "empty": (0 * LABELS, NEAR, 4, "parcels: got 0 of 0 on the grid"),
