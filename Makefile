@@ -43,7 +43,7 @@ test: $(READY)
 
 # only the files with such tests are imported
 test-fast: $(READY)
-	$(PYTEST) -q -m fast $$(grep -rl --include='test_*.py' 'pytest.mark.fast' tests)
+	$(PYTEST) -q -m 'fast and not slow' $$(grep -rl --include='test_*.py' 'pytest.mark.fast' tests)
 
 test-slurm: $(READY)
 	$(PYTEST) -m 'not slow' tests/slurm

@@ -14,6 +14,8 @@ from shards.core.errors import ConfigError, DatasetError
 from shards.core.files import printable_lines
 from slim.checkpoints.run_folder import SLURM
 
+pytestmark = pytest.mark.fast
+
 ESCAPES = b"step 1\tloss 2\r\nstep 2\r\x1b]0;title\x07\x1b[2Jname \xff \xe2\x80\xaeend\x1b[31m\n"
 HARMLESS = "step 1\tloss 2\nstep 2\n\\x1b]0;title\\x07\\x1b[2Jname \\xff \\u202eend\\x1b[31m\n"
 

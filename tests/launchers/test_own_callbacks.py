@@ -9,6 +9,8 @@ import pytest
 from launchers.job import own_callbacks
 from shards.core.errors import ConfigError
 
+pytestmark = pytest.mark.fast
+
 MODULE = """
 from slim.training.callbacks import Callback
 class Plain(Callback):

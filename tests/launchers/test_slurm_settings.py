@@ -16,6 +16,8 @@ from launchers.cluster.scheduler import SlurmSettings, check_cluster, gpus_of, i
 from shards.core.errors import ConfigError
 from shards.core.settings import load
 
+pytestmark = pytest.mark.fast
+
 numbers = st.integers(0, 59)
 
 

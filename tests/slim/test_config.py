@@ -10,6 +10,8 @@ from shards.core.errors import ConfigError
 from slim.config import PRESETS, load_config
 from slim.training.compatibility import flat
 
+pytestmark = pytest.mark.fast
+
 BASE = "data: x\nmodel: tiny\nrun: {out: y}\n"
 
 

@@ -16,6 +16,8 @@ from shards.cohorts.cohort_file import find_runs, pattern_regex
 from shards.cohorts.scan import RunSource
 from shards.core.errors import ConfigError
 
+pytestmark = pytest.mark.fast
+
 SPACE = "space-MNI152NLin2009cAsym"
 
 

@@ -16,6 +16,8 @@ from shards.cohorts.cohort_file import Cohort, find_cohort
 from shards.conversion.session import SessionSettings, survey
 from shards.core.errors import ConfigError, RunRefused
 
+pytestmark = pytest.mark.fast
+
 MNI = "_space-MNI152NLin6Asym"
 ANNEX = "../../.git/annex/objects/0F/qk/MD5E-s1--0.nii.gz"
 IMAGE = nib.Nifti1Image(np.zeros((2, 2, 2, 60), np.uint8), np.diag([80, 80, 80, 1]))

@@ -13,6 +13,8 @@ from shards.cohorts.scan import RunSource
 from shards.conversion.splits import SPLITS, DatasetSplitSettings, assign, read_table, split_people, write_table
 from shards.core.errors import ConfigError, DatasetError
 
+pytestmark = pytest.mark.fast
+
 NAMES = st.lists(st.text("abc0123", min_size=1, max_size=6), min_size=1, max_size=80, unique=True)
 SHARES = st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9)).map(
     lambda parts: tuple(part / sum(parts) for part in parts)

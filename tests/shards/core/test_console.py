@@ -18,6 +18,8 @@ from shards.core import cli
 from shards.core.errors import ConfigError, Stopped
 from shards.reporting import html
 
+pytestmark = pytest.mark.fast
+
 NASTY = [
     "cost_$5_$x^{",
     "[/b]",

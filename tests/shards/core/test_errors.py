@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from shards.core.errors import ConfigError
 from shards.core.files import printable
+
+pytestmark = pytest.mark.fast
 
 
 def test_a_message_is_printable_and_short() -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from shards.core.files import is_partial, printable, trouble, without_folders
 
+pytestmark = pytest.mark.fast
+
 RAW = b"\x5c\x01\x00\x00" + bytes(400)  # begins as a NIfTI-1 header does
 CONTENT = {
     "notgz_bold.nii.gz": (RAW, "not compressed with gzip", "Rename it to .nii"),

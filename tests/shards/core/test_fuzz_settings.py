@@ -25,6 +25,8 @@ from shards.core.settings import check, load, override
 from slim.config import PretrainSettings, load_config
 from slim.evaluation.task import Task, load_task
 
+pytestmark = pytest.mark.fast
+
 COHORTS = [
     {"name": "c", "root": "bids", "participants": "participants.tsv", "filters": {"desc": "preproc", "run": 1}},
     {"name": "c", "root": "bids", "filters": {"task": ["rest", "n*"], "res": None, "ses": "01"}, "space": "MNI"},

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from helpers.fuzzing import answer, counts, hold, texts
 from helpers.records import session_record
@@ -18,6 +19,8 @@ from shards.core.settings import check
 from shards.preprocessing import confounds
 from slim.evaluation import events
 from slim.evaluation.events import EventSettings
+
+pytestmark = pytest.mark.fast
 
 PARTICIPANTS = (
     "participant_id\tage\tsex\tscore\nsub-01\t20\tF\t1.5\nsub-02\t30\tM\tn/a\nsub-003\t41\tF\t-2e-3\n",

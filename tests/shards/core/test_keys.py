@@ -13,6 +13,8 @@ from shards.core.errors import ConfigError
 from shards.core.keys import explain, keys
 from shards.core.settings import Settings, Unit
 
+pytestmark = pytest.mark.fast
+
 
 class Inner(Settings):
     """Where it is scanned.

@@ -15,6 +15,8 @@ from shards.core.settings import load, read_yaml
 from slim.config import load_config
 from slim.evaluation.task import load_task
 
+pytestmark = pytest.mark.fast
+
 OPTION = "--task"
 
 

@@ -10,6 +10,8 @@ from shards.core.errors import ConfigError, UserError
 from slim.checkpoints.checkpoint import CheckpointError
 from slim.config import load_config
 
+pytestmark = pytest.mark.fast
+
 TREE = "data: data/mylab\nmodel: tiny\nrun: {out: %s}\n"
 
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from shards.core import tables
 from shards.core.errors import ConfigError, RunRefused
 
+pytestmark = pytest.mark.fast
+
 
 def write(folder: Path, content: str | bytes, name: str = "t.tsv") -> Path:
     path = folder / name

@@ -14,6 +14,8 @@ from shards.core.errors import ConfigError
 from shards.core.settings import Settings, check, load, override, read_yaml
 from shards.core.tree import MOST_DEPTH, TreeError, parse
 
+pytestmark = pytest.mark.fast
+
 
 class Example(Settings):
     steps: int = 1

@@ -19,6 +19,8 @@ from shards.preprocessing import bold as bold_module
 from shards.preprocessing.bold import open_bold
 from shards.preprocessing.harmonise import harmonise
 
+pytestmark = pytest.mark.fast
+
 
 def corrupt(path: Path, out: Path, keep: float) -> Path:
     data = path.read_bytes()

@@ -22,6 +22,8 @@ from shards.preprocessing.bold import Bold, open_bold
 from shards.preprocessing.masks import BrainMaskSettings, find_mask
 from slim.ranking.parcels import read_labels
 
+pytestmark = pytest.mark.fast
+
 SHAPE = (9, 11, 9)
 AFFINE = oblique((16, 16, 16), 0, (-1, -17, 5), SHAPE)
 GRID = Grid(mm=16, shape=(12, 12, 12))

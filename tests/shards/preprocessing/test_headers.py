@@ -21,6 +21,8 @@ from shards.format.session_record import ScanFacts
 from shards.preprocessing.bold import open_bold
 from shards.preprocessing.harmonise import harmonise
 
+pytestmark = pytest.mark.fast
+
 
 def stored(path: Path, image: nib.Nifti1Pair, tr: float = 0.72, unit: str = "mm") -> Path:
     """An image written with codes 4, its TR on the first axis after the third that is longer than 1."""

@@ -21,6 +21,8 @@ from shards.preprocessing.space import template
 from slim.ranking.parcels import make_parcels
 from slim.ranking.rankers import make_ranker
 
+pytestmark = pytest.mark.fast
+
 SHAPE = 28, 32, 26
 AFFINE = oblique((5, 5, 5), 0, (-1, -17, 5), SHAPE)
 BRAIN, ANATOMY = brain(AFFINE, SHAPE)

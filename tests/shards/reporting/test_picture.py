@@ -19,6 +19,8 @@ from shards.format.grid import Grid
 from shards.format.patches import gather, patch_places
 from shards.reporting import html, quality_figures
 
+pytestmark = pytest.mark.fast
+
 GRID = Grid(mm=12.0, shape=(16, 16, 16))
 FRAMES, WINDOWS, KEEP = 5, 12, 8
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from slim.config import KINDS, TokenMaskSettings
 from slim.data.masking import choose, draw
 
+pytestmark = pytest.mark.fast
+
 
 def sizes(seed: int = 0, slots: int = 8, places: int = 60) -> np.ndarray:
     """Brain tokens per cell as a head has them: many full cells inside, few tokens at the rim, empty corners."""

@@ -19,6 +19,8 @@ from slim.evaluation.events import EventSettings
 from slim.evaluation.linear import Linear
 from slim.evaluation.task import Task, find_cases, make_splits
 
+pytestmark = pytest.mark.fast
+
 SETTINGS = EventSettings(path="sub-{subject}_ses-{session}_events.tsv", delay=5)
 STATE = {
     "name": "w",

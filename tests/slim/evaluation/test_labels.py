@@ -16,6 +16,8 @@ from slim.evaluation import baselines
 from slim.evaluation.labels import is_missing, number, word
 from slim.evaluation.task import make_splits
 
+pytestmark = pytest.mark.fast
+
 HOLDOUT = {"split": {"kind": "holdout", "shares": [0.5, 0.2, 0.3], "repeats": 1}}
 
 

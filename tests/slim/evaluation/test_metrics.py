@@ -14,6 +14,8 @@ from sklearn import metrics as sk
 from slim.evaluation import metrics
 from slim.evaluation.results import Estimate
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_classification_metrics_are_those_of_scikit_learn(classes: int):

@@ -17,6 +17,8 @@ from slim.evaluation import probe
 from slim.evaluation.linear import Linear
 from slim.evaluation.results import Estimate, Report
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:

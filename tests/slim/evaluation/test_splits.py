@@ -17,6 +17,8 @@ from slim.evaluation.linear import PENALTIES, Linear
 from slim.evaluation.splits import TaskSplitSettings, divide
 from slim.evaluation.task import make_splits
 
+pytestmark = pytest.mark.fast
+
 HOLDOUT = {"kind": "holdout", "repeats": 3}
 
 

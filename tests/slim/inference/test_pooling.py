@@ -11,6 +11,8 @@ from shards.core.errors import ConfigError, DatasetError
 from slim.inference import vectors
 from slim.inference.slim_brain import Features
 
+pytestmark = pytest.mark.fast
+
 
 def made_up(seed: int, slots: int = 12, places: int = 5, dim: int = 4) -> Features:
     rng = np.random.default_rng(seed)

@@ -12,6 +12,8 @@ from slim.model.geometry import Geometry
 from slim.model.hiera import Hiera
 from slim.model.ragged import plan
 
+pytestmark = pytest.mark.fast
+
 PUBLISHED = (40, 24, 24, 24)
 
 

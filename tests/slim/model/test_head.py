@@ -18,6 +18,8 @@ from slim.inference import vectors
 from slim.inference.vectors import Features
 from slim.model.head import Head
 
+pytestmark = pytest.mark.fast
+
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 2**16))
 def test_heads_pool_the_tokens_of_each_sample_by_softmax(lengths: list[int], queries: int, seed: int) -> None:

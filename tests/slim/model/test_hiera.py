@@ -13,6 +13,8 @@ from slim.config import View
 from slim.model.embedding import PatchEmbed
 from slim.model.inputs import Voxels
 
+pytestmark = pytest.mark.fast
+
 VIEWS = ("global", "voxel", "both")
 Q, T, V, C = 30, 12, 64, 48
 PATCH_N = torch.arange(Q).repeat_interleave(T)

@@ -16,6 +16,8 @@ from slim.model.hiera import Hiera
 from slim.model.inputs import Packed, Voxels
 from slim.model.ragged import plan
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def reference() -> types.ModuleType:

@@ -16,6 +16,8 @@ from slim.model.embedding import sinusoids
 from slim.model.geometry import geometry_of
 from slim.model.hiera import Hiera
 
+pytestmark = pytest.mark.fast
+
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(8, 70))
 def test_every_place_has_its_own_and_all_are_of_one_length(shape: list[int], dim: int) -> None:

@@ -13,6 +13,8 @@ from slim.pretrain.learner import PretrainLearner
 from slim.pretrain.objective import Objective
 from slim.pretrain.running_mean import PlaceMean
 
+pytestmark = pytest.mark.fast
+
 MEANS = {"default": ["target_mean", "context_mean"], "jepa": ["target_mean"], "mae": []}
 
 

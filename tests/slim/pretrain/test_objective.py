@@ -23,6 +23,8 @@ from slim.training.metrics import effective_rank
 from slim.training.optim import parameter_groups
 from slim.training.task import Losses
 
+pytestmark = pytest.mark.fast
+
 
 def test_targets_point_at_their_cells() -> None:
     batch = make_batch(1, 2, 3)

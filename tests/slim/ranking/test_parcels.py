@@ -20,6 +20,8 @@ from shards.core.errors import ConfigError
 from shards.format.grid import Grid
 from slim.ranking.parcels import make_parcels, parcels_from_labels, parcels_from_mask, read_labels
 
+pytestmark = pytest.mark.fast
+
 
 @settings(deadline=None, max_examples=40)
 @given(

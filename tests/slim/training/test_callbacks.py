@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from slim.training.callbacks import StallWatch, Start
+
+pytestmark = pytest.mark.fast
 
 
 def watches() -> int:
