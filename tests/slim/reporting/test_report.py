@@ -382,7 +382,7 @@ def test_chance_is_named_where_it_is_drawn(monkeypatch, tmp_path, facts, names, 
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"subjects_seen_in_pretraining": None}, "Who was seen in pretraining is not known (version 0.1)."),
+        ({"subjects_seen_in_pretraining": None}, "Subjects seen in pretraining are not known (version 0.1)."),
         ({"subjects_seen_in_pretraining": 7, "subjects": 12}, "7 of 12 subjects seen in pretraining, without labels."),
         ({"subjects_seen_in_pretraining": 0}, ""),
     ],
@@ -412,7 +412,7 @@ def test_explanations_are_shown(healthy):
     for name in ("sex.png", "sex_windows.png"):
         (folder / name).write_bytes(html.png(Figure(figsize=(2, 1))))
     text = text_of(healthy)
-    assert "Explained: logit of B, cov pooling, in 1 session of 1 subject that" in text
+    assert "Explained: logit of B, cov pooling, in 1 session of 1 subject not used to train" in text
     assert "-24 +8 +31 0.012" in text and "In 1 of them the shares do not add up to the score" in text
     content = (healthy / "report" / "index.html").read_text()
     assert "<script" not in content and len(Reader(content).pictures()) == 13
