@@ -114,7 +114,7 @@ def conversion(
             )
 
     what = f"{bench.runs} run{'s' * (bench.runs > 1)}"
-    names = {"ours": f"convert {what}, make-shards", "nilearn": f"resample {what}, nilearn"}
+    names = {"ours": f"convert {what}, make_shards.py", "nilearn": f"resample {what}, nilearn"}
     result.figures |= interleave({names["ours"]: ours, names["nilearn"]: nilearn}, repeat, begun)
     for clock in ("wall", "CPU"):
         of, over = f"{names['ours']}, {clock}", f"{names['nilearn']}, {clock}"
