@@ -32,7 +32,7 @@ class TaskSplitSettings(Settings):
         default=(0.7, 0.1, 0.2),
         description="shares of the subjects for training, validation and test, for kind: holdout",
     )
-    repeats: Annotated[int, Unit("times")] = Field(default=5, ge=1, description="times the subjects are divided anew")
+    repeats: Annotated[int, Unit("times")] = Field(default=5, ge=1, description="how often the subjects are divided")
     family: str | None = Field(default=None, description="column of the participants table; families stay together")
     seed: int = Field(default=0, ge=0, description="of the divisions, the bootstrap and the permutations")
 

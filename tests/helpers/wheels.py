@@ -76,7 +76,7 @@ class Installed:
         return self.pip("freeze", "--all").splitlines()
 
     def run(self, *words: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
-        """A program of this environment, which knows nothing of the checkout."""
+        """A program of this environment, which is installed outside the checkout."""
         environment = {name: value for name, value in os.environ.items() if not re.match("PYTHON|VIRTUAL_ENV", name)}
         environment |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         environment |= {"CUDA_VISIBLE_DEVICES": "", **variables}

@@ -1,4 +1,4 @@
-"""Configurations that ship: found by name, by path, and told apart."""
+"""Configurations that ship: found by name or by path; a file and a preset of one name."""
 
 from __future__ import annotations
 
