@@ -36,7 +36,7 @@ from launchers.cluster.scheduler import (
     require_slurm,
     states,
 )
-from launchers.cluster.script import Place, Script, lines, probe
+from launchers.cluster.script import JobFolders, Script, lines, probe
 from shards.core import files
 from shards.core.cli import DONE, REFUSED, RESUME, call_of, progress, summary
 from shards.core.errors import ConfigError
@@ -184,7 +184,7 @@ class Chain:
             log = f"{stage}-%A_%a.log" if options else f"{stage}-%j.log"
             scripts[stage] = Script(
                 self._settings,
-                Place(self._folder, self._folder / conversion_task.PLACE, log),
+                JobFolders(self._folder, self._folder / conversion_task.PLACE, log),
                 f"{self._folder.name}-{stage}",
                 command,
                 {"cpus_per_task": cpus, "ntasks_per_node": 1},

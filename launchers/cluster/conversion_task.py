@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter, ValidationError
 
 from launchers.cluster import noted
+from launchers.cluster.is_done import is_done
 from launchers.cluster.noted import TaskOutcome
 from launchers.cluster.scheduler import last_error
 from shards.core import files
@@ -70,14 +71,17 @@ def tasks_of(dataset: Path) -> list[list[str]]:
 def outcome(dataset: Path, name: str) -> TaskOutcome | None:
     """How a job (`extractor`, `pack` or the number of a task) ended; None if it is running or was killed."""
     try:
-        return TaskOutcome.model_validate_json((dataset / PLACE / _OUTCOME / f"{name}.json").read_bytes())
+        return TaskOutcome.model_validate_json(_outcome_file(dataset, name).read_bytes())
     except (OSError, ValidationError):
         return None
 
 
+def _outcome_file(dataset: Path, name: str) -> Path:
+    return dataset / PLACE / _OUTCOME / f"{name}.json"
+
+
 def _is_done(dataset: Path, name: str) -> bool:
-    found = outcome(dataset, name)
-    return found is not None and found.status == DONE
+    return is_done(_outcome_file(dataset, name))
 
 
 def counts(dataset: Path) -> dict[str, int]:
@@ -171,7 +175,7 @@ def main() -> int:
     name, dataset, task = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
     # SLURM sends this signal shortly before the time limit. Finished scans are kept in any case, so it is ignored.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    own = dataset / PLACE / _OUTCOME / f"{task if name == 'rank' else name}.json"
+    own = _outcome_file(dataset, str(task) if name == "rank" else name)
     own.unlink(missing_ok=True)
     try:
         found = work(name, dataset, task)

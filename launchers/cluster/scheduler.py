@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import shutil
@@ -18,7 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from launchers import environment
 from launchers.cluster import plain
-from shards.core.errors import ConfigError, UserError
+from shards.core.errors import ConfigError, UserError, did_you_mean
 from shards.core.settings import Settings, Unit
 
 COMMANDS = ("sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
@@ -230,8 +229,7 @@ def check_cluster(settings: SlurmSettings, nodes: int, gpus: int, folder: Path, 
         raise ConfigError("command line", "--partition", "nothing", expected)
     for one in name.split(","):
         if one not in known:
-            near = difflib.get_close_matches(one, known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(one, known)
             raise ConfigError("command line", "--partition", one, f"one of {', '.join(known)}", hint)
     asked = ("-h", "-N", "-p", name, "-o", "%N|%G|%o|%l")
     lines = [line.split("|") for line in ask("sinfo", *there, *asked).splitlines()]

@@ -42,7 +42,7 @@ def _writer(folder: Path) -> SlurmExecutor:
 
 
 @dataclass(frozen=True)
-class Place:
+class JobFolders:
     """Where a job works and writes.
 
     Attributes
@@ -66,7 +66,7 @@ class Script:
     Parameters
     ----------
     settings : SlurmSettings
-    place : Place
+    place : JobFolders
     name : str
         Name of the job.
     command : str
@@ -85,7 +85,7 @@ class Script:
     def __init__(
         self,
         settings: SlurmSettings,
-        place: Place,
+        place: JobFolders,
         name: str,
         command: str,
         share: Mapping[str, object],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launchers.cluster.attempt import AGAIN
 from launchers.cluster.scheduler import SlurmSettings
-from launchers.cluster.script import Place, Script, lines
+from launchers.cluster.script import JobFolders, Script, lines
 from launchers.job import KEEP_FREED
 from shards.core.cli import RESUME
 from slim.checkpoints.run_folder import SLURM
@@ -48,5 +48,5 @@ class Batch(Script):
         # With a number of tasks, SLURM would use the smallest number of nodes in a range, not as many as are free.
         share = {"cpus_per_task": cpus * tasks} if "-" in nodes else {"cpus_per_task": cpus, "ntasks_per_node": tasks}
         share |= {"gpus_per_node": gpus} if gpus else {}
-        place = Place(run, run / SLURM, "%j.log")
+        place = JobFolders(run, run / SLURM, "%j.log")
         super().__init__(settings, place, run.name, command, share, {"nodes": nodes})

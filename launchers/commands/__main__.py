@@ -6,14 +6,13 @@ Only that module is imported: the list of commands comes from the first line of 
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from shards.core.cli import DONE, WRONG, run
-from shards.core.errors import ConfigError
+from shards.core.errors import ConfigError, did_you_mean
 from shards.core.extras import require
 
 # In the order of the work; the names are those of the modules, with `-` for `_`.
@@ -52,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     name, *rest = words
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
-        hint = f"Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name.replace("_", "-"), COMMANDS)
         raise ConfigError("command line", "COMMAND", name, f"one of {', '.join(COMMANDS)}", hint)
     if not {"-h", "--help"} & set(rest):
         require(*NEEDS.get(name, ()))

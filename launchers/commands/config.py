@@ -25,7 +25,7 @@ from shards.core.presets import KINDS, find, presets
 MODELS = {
     "pretrain": "slim.config:PretrainSettings",
     "finetune": "slim.config:FinetuneSettings",
-    "shards": "shards.conversion.convert:ConvertSettings",
+    "shards": "shards.conversion.settings:ConvertSettings",
     "cohort": "shards.cohorts.cohort_file:CohortSettings",
     "task": "slim.evaluation.task:Task",
     "slurm": "launchers.cluster.scheduler:SlurmSettings",

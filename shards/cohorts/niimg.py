@@ -6,7 +6,6 @@ with as_run(nib.load("sub-01_bold.nii.gz"), tr=2.0) as run: ...  # the same file
 
 from __future__ import annotations
 
-import difflib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from nibabel.spatialimages import SpatialImage
 from shards.cohorts.bids import files_beside, sidecars, top_folder
 from shards.cohorts.cohort_file import CohortSettings
 from shards.cohorts.scan import RunSource
-from shards.core.errors import ArgumentError, ConfigError, RunRefused, UserError
+from shards.core.errors import ArgumentError, ConfigError, RunRefused, UserError, did_you_mean
 from shards.core.nifti import affine_mm, open_image
 from shards.core.settings import check
 
@@ -334,8 +333,7 @@ def check_names(given: Iterable[str]) -> None:
     for name in given:
         if name in known:
             continue
-        near = difflib.get_close_matches(name.lower(), known, n=1)
-        hint = f"Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name.lower(), known)
         raise ArgumentError(_WHERE, name, "an unknown argument", f"one of {', '.join(known)}", hint)
 
 

@@ -7,7 +7,9 @@ wrong types from `TypeError`.
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Iterable
 from pathlib import Path
 
 from shards.core.files import printable
@@ -92,6 +94,12 @@ class Stopped(Exception):
     def __init__(self, why: str, then: str = ""):
         super().__init__(f"{why}; {then}" if then else why)
         self.why, self.then = why, then
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A hint for a name that is not known: the most similar known one, or `otherwise` if none is similar."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean {near[0]}?" if near else otherwise
 
 
 def is_full(error: Exception) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from shards.core.errors import ConfigError
+from shards.core.errors import ConfigError, did_you_mean
 from shards.core.settings import Unit
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path", type(None): "null"}
@@ -83,9 +82,8 @@ def explain(model: type[BaseModel], asked: str | None) -> list[Key]:
     chosen = [key for key in found if key.name == asked or key.name.startswith(f"{asked}.")]
     if not chosen:
         names = [key.name for key in found]
-        near = difflib.get_close_matches(asked, names, n=1)
-        near = near or [name for name in names if name.rpartition(".")[2] == asked.rpartition(".")[2]]
-        hint = f"Did you mean {near[0]}?" if near else ""
+        same_end = [name for name in names if name.rpartition(".")[2] == asked.rpartition(".")[2]]
+        hint = did_you_mean(asked, names, f"Did you mean {same_end[0]}?" if same_end else "")
         tops = ", ".join(name for name in names if "." not in name)
         raise ConfigError("command line", "KEY", asked, f"a key, such as {tops}", hint)
     return chosen

@@ -6,7 +6,6 @@ package, too.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from shards.core.cli import call_of
-from shards.core.errors import ConfigError
+from shards.core.errors import ConfigError, did_you_mean
 from shards.core.files import printable
 
 Kind = Literal["pretrain", "cohort", "task", "slurm", "model"]
@@ -82,8 +81,7 @@ def find(kind: Kind, given: str | Path, field: str) -> Path:
         return known[text].path
     if os.path.lexists(text):  # a folder, or a link to nowhere: told by whoever reads it
         return path
-    near = difflib.get_close_matches(path.stem, known, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"{call_of('config', '--list')} says what each is for"
+    hint = did_you_mean(path.stem, known, f"{call_of('config', '--list')} says what each is for")
     expected = f"a YAML file, or one of {', '.join(known)}"
     if path.suffix or len(path.parts) > 1:
         raise ConfigError(printable(text), "", "no such file", expected, hint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from shards.core import tree as yaml_tree
-from shards.core.errors import ConfigError, UserError
+from shards.core.errors import ConfigError, UserError, did_you_mean
 from shards.core.files import printable, trouble
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
@@ -182,8 +181,7 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
         field = shown(".".join(str(part) for part in location))
         if first["type"] == "extra_forbidden":
             known = _known_keys(model, location)
-            near = difflib.get_close_matches(str(location[-1])[:_SHOWN], known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else "Remove it or correct its name"
+            hint = did_you_mean(str(location[-1])[:_SHOWN], known, "Remove it or correct its name")
             expected = f"one of {', '.join(known)}" if known else "no such key"
             raise kind(where, field, "an unknown key", expected, hint) from None
         if first["type"] == "missing":

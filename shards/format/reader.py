@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -17,7 +16,7 @@ import numpy as np
 from upath import UPath
 
 from shards.core.display import as_html, as_text
-from shards.core.errors import DatasetError, SampleCorrupt, Stopped, UnknownSession
+from shards.core.errors import DatasetError, SampleCorrupt, Stopped, UnknownSession, did_you_mean
 from shards.format import layout, remote, sample
 from shards.format.byte_range import LocalSpan
 from shards.format.grid import Grid
@@ -96,8 +95,7 @@ class Dataset:
         """
         if isinstance(key, str):
             if key not in self._by_key:
-                near = get_close_matches(key, self._by_key, 1)
-                hint = f"Did you mean {near[0]}?" if near else "See the keys in to_frame().index"
+                hint = did_you_mean(key, self._by_key, "See the keys in to_frame().index")
                 raise UnknownSession(self.folder, "key", key, f"one of the {len(self)} sessions", hint)
             return self._by_key[key]
         return self.sessions[key]

@@ -62,7 +62,7 @@ class SkippedState(TypedDict):
     row: int
 
 
-class State(TypedDict):
+class TrainingState(TypedDict):
     """Where a training is: optimizer steps done, samples consumed, what was skipped."""
 
     step: int
@@ -187,7 +187,7 @@ def save(
     engine: Any,
     checkpoints: Path,
     step: int,
-    state: State,
+    state: TrainingState,
     weights: dict[str, Tensor],
     origin: Mapping[str, object],
 ) -> Path:
@@ -386,7 +386,7 @@ def newest_intact(checkpoints: Path, files: Collection[str] | None = None) -> tu
     return None, refused
 
 
-def load(engine: Any, folder: Path) -> tuple[State, dict[str, Tensor]]:
+def load(engine: Any, folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
     """Restore the engine with DeepSpeed's own load, from a checkpoint written by the same number of processes.
 
     At ZeRO stage 0 the number may differ. Returns the saved state and the whole weights.
@@ -400,7 +400,7 @@ def load(engine: Any, folder: Path) -> tuple[State, dict[str, Tensor]]:
     return checked_state(folder, state), read_weights(folder / WEIGHTS)
 
 
-def checked_state(folder: Path, state: Mapping[str, Any]) -> State:
+def checked_state(folder: Path, state: Mapping[str, Any]) -> TrainingState:
     """Check the state of a training, read from a checkpoint that may come from anybody.
 
     Raises
@@ -415,7 +415,7 @@ def checked_state(folder: Path, state: Mapping[str, Any]) -> State:
     skipped = state.get("skipped")
     if not isinstance(skipped, dict) or type(skipped.get("row")) is not int or "keys" not in skipped:
         raise CheckpointError(folder, "skipped", printable(repr(skipped))[:60], "`keys` and `row` of skipped samples")
-    return State(
+    return TrainingState(
         step=state["step"], consumed=state["consumed"], skipped=SkippedState(keys=skipped["keys"], row=skipped["row"])
     )
 

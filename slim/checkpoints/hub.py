@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.core.extras import ExtraMissing
 from slim.checkpoints.checkpoint import CheckpointError
 
 NAME = re.compile(r"([\w.-]+/([\w.-]+))(?:@([\w./-]+))?")  # OWNER/NAME, or OWNER/NAME@REVISION
-_NEEDS = "pip install 'slim-brain[hub]'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def fetch(source: str, name: str, options: HubOptions, files: Sequence[str], exp
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        hint = f"If it is a name on the hub, {_NEEDS}"
+        hint = "If it is a name on the hub, pip install 'slim-brain[hub]'"
         raise HubError(source, "", "no such folder", expected, hint) from None
     try:
         return Path(
@@ -91,15 +91,17 @@ def push(folder: Path, name: str, *, private: bool, token: str | bool | None, me
 
     Raises
     ------
+    ExtraMissing
+        If `huggingface_hub` is not installed.
     HubError
-        If `huggingface_hub` is not installed, or the hub refuses the model.
+        If the hub refuses the model.
     """
     if NAME.fullmatch(name) is None or "@" in name:
         raise HubError("push_to_hub", "repo_id", name, "OWNER/NAME")
     try:
         from huggingface_hub import HfApi
     except ImportError:
-        raise HubError("push_to_hub", "", "no huggingface_hub", "the extra hub", f"Install it: {_NEEDS}") from None
+        raise ExtraMissing(["huggingface_hub"]) from None
     try:
         api = HfApi(token=token)
         api.create_repo(name, private=private, exist_ok=True)

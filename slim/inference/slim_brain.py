@@ -163,8 +163,10 @@ class SlimBrain(Pretrained):
 
         Raises
         ------
+        ExtraMissing
+            If `huggingface_hub` is not installed.
         HubError
-            If the hub does not take it, or `huggingface_hub` is not installed.
+            If the hub does not take it.
         """
         with TemporaryDirectory() as folder:
             exported = self.save_pretrained(Path(folder) / repo_id.rpartition("/")[2])

@@ -59,7 +59,7 @@ def accumulate_for(folder: Path, batch: int, processes: int) -> int:
     return accumulate
 
 
-def load(engine: Any, folder: Path) -> tuple[checkpoint.State, dict[str, Tensor]]:
+def load(engine: Any, folder: Path) -> tuple[checkpoint.TrainingState, dict[str, Tensor]]:
     """Restore the engine from a checkpoint written by any number of processes. All processes must call it.
 
     Returns

@@ -31,7 +31,7 @@ from torch import Tensor
 from shards.core.cli import STOPPING
 from shards.format.stream import MicroBatches
 from slim.checkpoints import checkpoint
-from slim.checkpoints.checkpoint import State
+from slim.checkpoints.checkpoint import TrainingState
 from slim.checkpoints.run_folder import CHECKPOINTS
 from slim.data import loader
 from slim.model.inputs import Batch
@@ -282,7 +282,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._phase(SAVE)
-        state = State(step=self.step, consumed=self.consumed, skipped=self.skipped.state())
+        state = TrainingState(step=self.step, consumed=self.consumed, skipped=self.skipped.state())
         weights = self.learner.state(self.full)
         about = self.origin.facts() | {"plan": self.plan.facts()}
         saved = checkpoint.save(self.engine, self.checkpoints, self.step, state, weights, about)

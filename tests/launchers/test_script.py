@@ -14,7 +14,7 @@ from helpers.commands import ROOT
 from launchers import environment
 from launchers.cluster import script as script_module
 from launchers.cluster.scheduler import SlurmSettings
-from launchers.cluster.script import Place, Script
+from launchers.cluster.script import JobFolders, Script
 from launchers.cluster.training_job import Batch
 from shards.core.errors import ConfigError
 from shards.core.settings import check
@@ -90,7 +90,7 @@ def test_folders_reach_the_script_as_they_are(tmp_path_factory, name: str) -> No
     run = tmp_path_factory.getbasetemp() / name.replace("/", "_").encode()[:60].decode(errors="ignore")
     settings = SlurmSettings(python=f"/opt/{name}/python")
     written = Script(
-        settings, Place(run, run, "%j.log"), run.name, 'printf "%s\\n%s\\n" "$FOLDER" "$PYTHON"', {}, {}
+        settings, JobFolders(run, run, "%j.log"), run.name, 'printf "%s\\n%s\\n" "$FOLDER" "$PYTHON"', {}, {}
     ).text()
     done = subprocess.run(["bash"], input=written.encode(), capture_output=True, cwd="/")
     assert done.stdout.decode() == f"{run}\n/opt/{name}/python\n", written
@@ -104,7 +104,9 @@ def test_pythonpath_leads_to_a_checkout_and_not_to_installed_packages(
     show = 'printf "%s|%s" "${PYTHONPATH-unset}" "$SOFTWARE"'
 
     def seen(**variables: str) -> str:
-        text = Script(SlurmSettings(), Place(tmp_path / "run", tmp_path / "run", "%j.log"), "run", show, {}, {}).text()
+        text = Script(
+            SlurmSettings(), JobFolders(tmp_path / "run", tmp_path / "run", "%j.log"), "run", show, {}, {}
+        ).text()
         return subprocess.run(["bash"], input=text, capture_output=True, text=True, env=variables).stdout
 
     root = str(ROOT)
