@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import joblib
@@ -37,8 +38,10 @@ def model(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> SlimBrain:
 
 
 @pytest.fixture(scope="module")
-def images(cohort: Path) -> list[str]:
-    return [str(source.bold) for source in find_runs(cohort / "cohort.yaml")]
+def images(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of a copy: a test below touches and rewrites files, which other tests compare by their times."""
+    copy = shutil.copytree(cohort, tmp_path_factory.mktemp("images") / "bids")
+    return [str(source.bold) for source in find_runs(copy / "cohort.yaml")]
 
 
 @pytest.fixture(scope="module")
