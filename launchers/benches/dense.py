@@ -38,7 +38,7 @@ def unroll(x_LC: Tensor, geometry: Geometry) -> Tensor:
 
 def slots(geometry: Geometry) -> Tensor:
     """Where `unroll` puts each token, int64 (L,)."""
-    return torch.argsort(unroll(torch.arange(geometry.order.size)[:, None], geometry).flatten())
+    return torch.argsort(unroll(torch.arange(geometry.in_order.size)[:, None], geometry).flatten())
 
 
 def embed(volume_T1XYZ: Tensor, weight_CV: Tensor, bias_C: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def sizes(scene: Scene) -> dict[str, object]:
     """How much less there is to compute: tokens, and pairs of tokens that see each other in stage 1."""
     units = np.bincount(scene.geometry.unit_of)
     in_unit = np.bincount(scene.geometry.unit_of[scene.token_N.numpy()], minlength=len(units))
-    n, kept = scene.geometry.order.size, len(scene.token_N)
+    n, kept = scene.geometry.in_order.size, len(scene.token_N)
     return {
         "tokens": {"dense": n, "brain": kept, "context": len(scene.brain.context.row_N)},
         "dense_over_brain": {
@@ -257,11 +257,11 @@ def pooling(scene: Scene) -> Contest:
     )
     parent_N = torch.from_numpy(geometry.ancestors[0])[scene.token_N]
     slot_N = dense.slots(geometry)[scene.token_N]
-    slot_M = dense.slots(coarse)[parent_N[below.first_M[below.back_M]]]
+    slot_M = dense.slots(coarse)[parent_N[below.first_M]]
     x_NC = torch.randn(len(slot_N), 2 * scene.model.space.shape[1], requires_grad=True)
 
     def lay_out(x_NC: Tensor) -> Tensor:
-        x_LC = x_NC.new_full((geometry.order.size, x_NC.shape[1]), -torch.inf).index_put((slot_N,), x_NC)
+        x_LC = x_NC.new_full((geometry.in_order.size, x_NC.shape[1]), -torch.inf).index_put((slot_N,), x_NC)
         return x_LC.view(-1, prod(stride), prod(coarse.unit), x_NC.shape[1])
 
     return Contest(
@@ -282,11 +282,11 @@ def attention(scene: Scene) -> Contest:
     where = scene.brain.whole.chunks[0].levels[0]
     slot_N = dense.slots(units)[scene.token_N]
     inputs = [torch.randn(len(slot_N), heads, width, requires_grad=True) for _ in "qkv"]
-    there_UE = torch.zeros(units.order.size, dtype=torch.bool).index_fill(0, slot_N, True).view(-1, prod(units.unit))
+    there_UE = torch.zeros(units.in_order.size, dtype=torch.bool).index_fill(0, slot_N, True).view(-1, prod(units.unit))
     mask_U11E = (there_UE | ~there_UE.any(dim=1, keepdim=True))[:, None, None]  # a unit without keys would give NaN
 
     def lay_out(x_NHD: Tensor) -> Tensor:
-        x_LHD = x_NHD.new_zeros(units.order.size, heads, width).index_put((slot_N,), x_NHD)
+        x_LHD = x_NHD.new_zeros(units.in_order.size, heads, width).index_put((slot_N,), x_NHD)
         return x_LHD.unflatten(0, there_UE.shape).transpose(1, 2).contiguous()
 
     dense_inputs = [lay_out(x_NHD).detach().requires_grad_() for x_NHD in inputs]

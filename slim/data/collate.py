@@ -23,7 +23,7 @@ from slim.data.masking import Mask
 from slim.data.samples import Sample, draw_sample, empty_sample
 from slim.model.geometry import Geometry
 from slim.model.inputs import Batch, PackedBatch, Targets, Voxels
-from slim.model.ragged import Plan, integers, plan, segments
+from slim.model.ragged import Plan, integers, patch_table, plan, segments
 
 
 def load_batch(
@@ -42,32 +42,12 @@ def load_batch(
     return replace(batch, damaged=damaged, empty=not samples).pack()
 
 
-@lru_cache(maxsize=8)
-def _tokens_of_cell(geometry: Geometry) -> np.ndarray:
-    """Flat indices of the tokens of each cell, int64 (cells, tokens per cell), in C order inside the cell."""
-    return np.argsort(geometry.cell_of, kind="stable").reshape(prod(geometry.cells), prod(geometry.cell))
-
-
 def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None) -> Batch:
     """Combine samples into a batch: tables of values, plans, and targets if the samples are masked.
 
     The tables of all samples are concatenated. Row t * P + p of a sample's values is frame t of its patch p. Baseline
     and spread of voxels outside the brain mask are set to 0, so that no encoder uses their values.
     """
-    frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
-    token_BN, row_BN, patch_BN, dense_B = [], [], [], []
-    row_at = patch_at = 0
-    for sample in samples:
-        n = len(sample.place)
-        token = (np.arange(frames)[:, None] * places + sample.place).ravel()
-        token_BN.append(token)
-        row_BN.append(row_at + np.arange(frames * n))
-        patch_BN.append(patch_at + np.tile(np.arange(n), frames))
-        dense = np.full(frames * places, -1)
-        dense[token] = np.arange(frames * n)
-        dense_B.append(dense)
-        row_at += frames * n
-        patch_at += n
 
     def table(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(s, name).reshape(-1, s.baseline.shape[1]) for s in samples]))
@@ -75,36 +55,20 @@ def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None)
     brain_QV = table("brain")
     baseline_QV, spread_QV = (torch.where(brain_QV > 0, table(name), 0) for name in ("baseline", "spread"))
     voxels = Voxels(table("value"), baseline_QV, spread_QV, torch.from_numpy(np.stack([s.second for s in samples])))
-    whole = plan(geometry, token_BN, row_BN, patch_BN, chunk_tokens)
+    place_BP = [sample.place for sample in samples]
+    whole = plan(geometry, place_BP, chunk_tokens=chunk_tokens)
     batch = Batch([s.key for s in samples], [s.epoch for s in samples], voxels, brain_QV, whole)
     if any(sample.mask is None for sample in samples):
         return batch
-
     masks = [sample.mask for sample in samples if sample.mask is not None]
-    kept_BN = []
-    for token, mask in zip(token_BN, masks, strict=True):
-        in_context = np.zeros(prod(geometry.cells), bool)
-        in_context[mask.context_K] = True
-        kept_BN.append(in_context[geometry.cell_of[token]])
-    context = plan(
-        geometry,
-        [t[k] for t, k in zip(token_BN, kept_BN, strict=True)],
-        [r[k] for r, k in zip(row_BN, kept_BN, strict=True)],
-        [p[k] for p, k in zip(patch_BN, kept_BN, strict=True)],
-        chunk_tokens,
-    )
-    return replace(batch, context=context, targets=_targets(geometry, masks, whole, context, row_BN, patch_BN, dense_B))
+    kept_BC = np.zeros((len(masks), prod(geometry.cells)), bool)
+    for kept_C, mask in zip(kept_BC, masks, strict=True):
+        kept_C[mask.context_K] = True
+    context = plan(geometry, place_BP, kept_BC, chunk_tokens)
+    return replace(batch, context=context, targets=_targets(geometry, masks, whole, context, place_BP))
 
 
-def _targets(
-    geometry: Geometry,
-    masks: list[Mask],
-    whole: Plan,
-    context: Plan,
-    row_BN: list[np.ndarray],
-    patch_BN: list[np.ndarray],
-    dense_B: list[np.ndarray],
-) -> Targets:
+def _targets(geometry: Geometry, masks: list[Mask], whole: Plan, context: Plan, place_BP: list[np.ndarray]) -> Targets:
     cells = prod(geometry.cells)
     sample_K = np.repeat(np.arange(len(masks)), [len(mask.target_K) for mask in masks])
     cell_K = np.concatenate([mask.target_K for mask in masks])
@@ -123,14 +87,7 @@ def _targets(
     of_slot = of_slot[of_slot > 0]
 
     rebuilt_G = np.flatnonzero(np.concatenate([mask.rebuilt_K for mask in masks]))
-    tokens_GE = _tokens_of_cell(geometry)[cell_K[rebuilt_G]]
-    value_GE, patch_GE = np.full(tokens_GE.shape, -1), np.full(tokens_GE.shape, -1)
-    for sample, dense in enumerate(dense_B):
-        mine = sample_K[rebuilt_G] == sample
-        local = dense[tokens_GE[mine]]
-        there = local >= 0
-        value_GE[mine] = np.where(there, row_BN[sample][local], -1)
-        patch_GE[mine] = np.where(there, patch_BN[sample][local], -1)
+    value_GE, patch_GE = _rows_of_cells(geometry, place_BP, sample_K[rebuilt_G], cell_K[rebuilt_G])
     arrays = {
         "cell_K": cell_K,
         "sample_K": sample_K,
@@ -147,3 +104,24 @@ def _targets(
         slots=segments(of_slot, of_slot),
         **{name: integers(array) for name, array in arrays.items()},
     )
+
+
+@lru_cache(maxsize=8)
+def _tokens_of_cell(geometry: Geometry) -> np.ndarray:
+    """Flat indices of the tokens of each cell, int32 (cells, tokens per cell), in C order inside the cell."""
+    tokens = np.argsort(geometry.cell_of, kind="stable").astype(np.int32)
+    return tokens.reshape(prod(geometry.cells), prod(geometry.cell))
+
+
+def _rows_of_cells(
+    geometry: Geometry, place_BP: list[np.ndarray], sample_G: np.ndarray, cell_G: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, in the batch's tables of voxel values and of patches, of the tokens of some cells; -1 without brain, (G, E)."""
+    frames, places = geometry.tokens[0], np.int32(prod(geometry.tokens[1:]))
+    frame_GE, space_GE = np.divmod(_tokens_of_cell(geometry)[cell_G], places)
+    patch_GE = patch_table(place_BP, int(places)).ravel()[(sample_G.astype(np.int32) * places)[:, None] + space_GE]
+    patches_B = np.array([len(place) for place in place_BP], np.int32)
+    first_G = (np.cumsum(patches_B, dtype=np.int32) - patches_B)[sample_G][:, None]
+    value_GE = first_G * np.int32(frames) + frame_GE * patches_B[sample_G][:, None] + patch_GE
+    there = patch_GE >= 0
+    return np.where(there, value_GE, -1), np.where(there, first_G + patch_GE, -1)

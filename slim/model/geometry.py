@@ -3,7 +3,7 @@
 The token grid is divided into mask units. Pooling steps merge tokens inside a unit. A cell is the set of tokens that
 are merged into one token of the last level. No features are computed here.
 
-Legend: A axes (time first); L all tokens of the dense grid in C order.
+Legend: A axes (time first); L all tokens of the dense grid, in C order unless said otherwise; C cells.
 """
 
 from __future__ import annotations
@@ -110,15 +110,28 @@ class Geometry:
         return self.ancestors[-1] if self.strides else np.arange(prod(self.tokens))
 
     @cached_property
-    def order(self) -> np.ndarray:
-        """Sort key of each token, ordered by unit, then cell, down to the children of one token; int64 (L,).
+    def in_order(self) -> np.ndarray:
+        """All tokens, ordered by unit, then cell, down to the children of one token; int32 (L,).
 
-        Sorting any subset of tokens by this key makes each unit, and the children of each pooled token, contiguous.
+        Every unit, and the tokens that are merged into one token of any level, is a block of fixed size in this order.
+        In any subset of the tokens in this order they stay contiguous.
         """
-        keys = [np.arange(prod(self.tokens)), *self.ancestors, self.unit_of]
-        rank = np.empty(prod(self.tokens), np.int64)
-        rank[np.lexsort(keys)] = np.arange(prod(self.tokens))
-        return rank
+        return np.lexsort([np.arange(prod(self.tokens)), *self.ancestors, self.unit_of]).astype(np.int32)
+
+    @cached_property
+    def frame_in_order(self) -> np.ndarray:
+        """Position on the first axis of each token of `in_order`, int32 (L,)."""
+        return self.in_order // np.int32(prod(self.tokens[1:]))
+
+    @cached_property
+    def space_in_order(self) -> np.ndarray:
+        """Flat position on the other axes of each token of `in_order`, int32 (L,)."""
+        return self.in_order % np.int32(prod(self.tokens[1:]))
+
+    @cached_property
+    def cell_in_order(self) -> np.ndarray:
+        """The cells in the order of `in_order`, int32 (C,)."""
+        return self.cell_of[self.in_order[:: prod(self.cell)]].astype(np.int32)
 
 
 def geometry_of(sizes: ModelSettings, tokens: tuple[int, ...]) -> Geometry:

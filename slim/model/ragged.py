@@ -4,14 +4,20 @@ The kept tokens of a batch are sorted so that each mask unit, and the children o
 layout is then described by the lengths of these segments. `plan` computes it once per batch, on the CPU and in
 integers; `slim.model.ragged_ops` has the operations on segments.
 
-Legend: B samples; N tokens; U segments (mask units or samples); L tokens of the first global level; M tokens of the
-last level; S a bucket's segments; Q, K padded queries and keys of a bucket; H heads; D channels of a head; C channels.
+Nothing is sorted token by token. `Geometry.in_order` lists all tokens of the dense grid so that every unit, and every
+token of a later level, is a block of fixed size. The kept tokens of a batch are a table of booleans in that order, and
+the lengths of segments are sums over its blocks; only the mask units, some hundred per sample, are sorted.
+
+Legend: B samples; R tokens of the dense grid, in the geometry's order; P patches that hold brain; S places of the
+spatial grid; C cells; N kept tokens; U segments (mask units or samples); L tokens of the first global level; M tokens
+of a later level.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 import torch
@@ -19,40 +25,22 @@ from torch import Tensor
 
 from slim.model.geometry import Geometry
 
-# The shortest segment of a bucket has at least this share of the keys of the longest, which limits padding.
-_FILL = 0.9
-
-
-@dataclass
-class Bucket:
-    """Segments of similar length that are processed together: first row and length of their queries and keys."""
-
-    q_first: Tensor
-    q_length: Tensor
-    k_first: Tensor
-    k_length: Tensor
-    q_max: int
-    k_max: int
-    full: bool  # all segments have k_max keys, so no mask is needed
-
 
 @dataclass
 class Children:
-    """Contiguous segments that are pooled to one token each, longest first.
+    """Contiguous segments that are pooled to one token each.
 
     Attributes
     ----------
-    first_M : int tensor
-        First row of each segment, longest first.
-    back_M : int tensor
-        Position of each segment in that order.
-    at_least : sequence of int
-        Numbers of segments with at least 1, 2, ... tokens.
+    first_M, length_M : int tensor
+        First row and number of tokens of each segment.
+    most : int
+        Largest number of tokens.
     """
 
     first_M: Tensor
-    back_M: Tensor
-    at_least: list[int]
+    length_M: Tensor
+    most: int
 
 
 @dataclass
@@ -61,16 +49,23 @@ class Segments:
 
     Attributes
     ----------
-    buckets : sequence of Bucket
-        The segments by length, longest first.
-    back_N : int tensor
-        Position of each query's output in the concatenated outputs of the buckets, including padding.
+    runs : sequence of (int, int, int)
+        Number of consecutive segments of equal lengths, their queries and their keys, in the order of `q_order_N` and
+        `k_order_N`. A run needs no padding.
+    q_order_N, k_order_N : int tensor, optional
+        Rows of queries and of keys, so that segments of equal lengths are next to each other; None if they are already.
+    q_back_N : int tensor, optional
+        Positions of the queries in that order; None as `q_order_N`.
     q_bound, k_bound : int tensor, (U + 1,)
         First row of each segment, followed by the number of rows, for varlen attention.
+    q_max, k_max : int
+        Largest numbers of queries and of keys, for varlen attention.
     """
 
-    buckets: list[Bucket]
-    back_N: Tensor
+    runs: list[tuple[int, int, int]]
+    q_order_N: Tensor | None
+    k_order_N: Tensor | None
+    q_back_N: Tensor | None
     q_bound: Tensor
     k_bound: Tensor
     q_max: int
@@ -141,36 +136,38 @@ def _starts(length_U: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(length_U)])
 
 
+def _rows(first_U: np.ndarray, length_U: np.ndarray) -> np.ndarray:
+    """Rows of segments, one segment after the other; int32 (N,)."""
+    before_U = _starts(length_U)
+    shift_U = (first_U - before_U[:-1]).astype(np.int32)
+    return np.repeat(shift_U, length_U) + np.arange(before_U[-1], dtype=np.int32)
+
+
+def _inverse(order_N: np.ndarray) -> np.ndarray:
+    """Positions of 0, 1, ... in an order."""
+    back_N = np.empty_like(order_N)
+    back_N[order_N] = np.arange(len(order_N), dtype=order_N.dtype)
+    return back_N
+
+
 def segments(q_length_U: np.ndarray, k_length_U: np.ndarray) -> Segments:
     """Segments for attention, from the numbers of queries and keys of concatenated segments."""
     q_bound, k_bound = _starts(q_length_U), _starts(k_length_U)
-    order = np.argsort(-k_length_U, kind="stable")
-    buckets, at, back_N, offset = [], 0, np.empty(int(q_bound[-1]), np.int64), 0
-    while at < len(order):
-        longest = k_length_U[order[at]]
-        stop = at + int(np.searchsorted(-k_length_U[order[at:]], -_FILL * longest, side="right"))
-        chosen = order[at:stop]
-        q_length = q_length_U[chosen]
-        before = _starts(q_length)[:-1]
-        number = np.arange(int(q_length.sum()))
-        padded = offset + np.arange(len(chosen)) * q_length.max()
-        back_N[np.repeat(q_bound[chosen] - before, q_length) + number] = np.repeat(padded - before, q_length) + number
-        offset += len(chosen) * int(q_length.max())
-        buckets.append(
-            Bucket(
-                integers(q_bound[chosen]),
-                integers(q_length),
-                integers(k_bound[chosen]),
-                integers(k_length_U[chosen]),
-                int(q_length.max()),
-                int(longest),
-                bool((k_length_U[chosen] == longest).all()),
-            )
-        )
-        at = stop
+    order_U = np.lexsort((-q_length_U, -k_length_U))
+    both_U2 = np.stack([q_length_U, k_length_U], axis=1)[order_U]
+    firsts = np.flatnonzero(np.concatenate([[True], (both_U2[1:] != both_U2[:-1]).any(axis=1)])[: len(order_U)])
+    counts = np.diff([*firsts, len(order_U)])
+    runs = [(int(count), int(q), int(k)) for count, (q, k) in zip(counts, both_U2[firsts], strict=True)]
+    q_order_N = k_order_N = q_back_N = None
+    if (order_U[1:] < order_U[:-1]).any():
+        q_rows_N = _rows(q_bound[order_U], both_U2[:, 0])
+        q_order_N, q_back_N = integers(q_rows_N), integers(_inverse(q_rows_N))
+        k_order_N = q_order_N if q_length_U is k_length_U else integers(_rows(k_bound[order_U], both_U2[:, 1]))
     return Segments(
-        buckets,
-        integers(back_N),
+        runs,
+        q_order_N,
+        k_order_N,
+        q_back_N,
         integers(q_bound),
         integers(k_bound),
         int(q_length_U.max(initial=0)),
@@ -180,37 +177,15 @@ def segments(q_length_U: np.ndarray, k_length_U: np.ndarray) -> Segments:
 
 def children(length_M: np.ndarray) -> Children:
     """Segments for pooling, from the numbers of tokens of concatenated segments."""
-    order = np.argsort(-length_M, kind="stable")
-    at_least = np.bincount(length_M)[::-1].cumsum()[::-1]
-    return Children(integers(_starts(length_M)[order]), integers(np.argsort(order)), at_least[1:].tolist())
-
-
-def _run_lengths(ids: np.ndarray) -> np.ndarray:
-    """Lengths of the runs of equal values."""
-    return np.diff(np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1], [True]])))
+    return Children(integers(_starts(length_M)[:-1]), integers(length_M), int(length_M.max(initial=0)))
 
 
 @dataclass
 class _Stages:
-    """Segments of some stages: their lengths at each level, and the number of children of each pooled token.
-
-    `first_M` is, for each token of the last level, the first token of the first level that is merged into it.
-    """
+    """Segments of some stages: their lengths at each level, and the number of children of each pooled token."""
 
     lengths: list[np.ndarray]
     children: list[np.ndarray]
-    first_M: np.ndarray
-
-    @classmethod
-    def climb(cls, segment_N: np.ndarray, parents: list[np.ndarray]) -> _Stages:
-        """Build from each token's segment and its parent at each level. Tokens with equal parents are contiguous."""
-        lengths, below, first = [_run_lengths(segment_N)], [], np.arange(len(segment_N))
-        for parent_N in parents:
-            run = _run_lengths(parent_N[first])
-            below.append(run)
-            first = first[_starts(run)[:-1]]
-            lengths.append(_run_lengths(segment_N[first]))
-        return cls(lengths, below, first)
 
     def chunk(self, first: int, stop: int) -> Chunk:
         """The chunk of the segments from `first` up to `stop`."""
@@ -226,53 +201,78 @@ class _Stages:
 
 def plan(
     geometry: Geometry,
-    token_BN: list[np.ndarray],
-    row_BN: list[np.ndarray],
-    patch_BN: list[np.ndarray],
+    place_BP: list[np.ndarray],
+    kept_BC: np.ndarray | None = None,
     chunk_tokens: int | None = None,
 ) -> Plan:
-    """Sort the tokens of a batch and compute the layout of its segments.
+    """Compute the layout of the tokens of a batch.
+
+    Row t * P + p of a sample's values is frame t of its patch p; the tables of the samples are concatenated.
 
     Parameters
     ----------
     geometry : Geometry
-    token_BN : sequence of int arrays
-        For each sample, the flat indices of its tokens in the dense token grid, in any order, without duplicates.
-    row_BN, patch_BN : sequence of int arrays
-        For each sample, the rows of its tokens in the batch's tables of voxel values and of patches.
+    place_BP : sequence of int arrays
+        For each sample, the flat positions of its patches on the spatial grid, without duplicates.
+    kept_BC : bool (B, C), optional
+        The cells to keep; by default all.
     chunk_tokens : int, optional
         Largest number of tokens in a chunk of mask units; a single unit may exceed it. None for one chunk.
     """
-    total = geometry.order.size
-    token_N, row_N, patch_N = (np.concatenate(part) for part in (token_BN, row_BN, patch_BN))
-    sample_N = np.repeat(np.arange(len(token_BN)), [len(token) for token in token_BN])
-    order_N = sample_N * total + geometry.order[token_N]
-    # Longest units first, so that units of similar length share a chunk and a bucket, with little padding.
-    unit_N = sample_N * total + geometry.unit_of[token_N]
-    length_N = np.bincount(unit_N)[unit_N]
-    by = np.lexsort((order_N, -length_N))
-    token_N, row_N, patch_N, sample_N, unit_N, order_N = (
-        values[by] for values in (token_N, row_N, patch_N, sample_N, unit_N, order_N)
+    frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
+    samples, cell = len(place_BP), prod(geometry.cell)
+    patch_BS = patch_table(place_BP, places)
+    kept_BR = np.take(patch_BS >= 0, geometry.space_in_order, axis=1)
+    if kept_BC is not None:
+        kept_BR &= np.repeat(np.take(kept_BC, geometry.cell_in_order, axis=1), cell, axis=1)
+
+    exists, below = [kept_BR], []  # at each level: which tokens there are, and the numbers of their children
+    for stride in geometry.strides:
+        number_BM = exists[-1].reshape(samples, -1, prod(stride)).sum(axis=2, dtype=np.int32)
+        exists.append(number_BM > 0)
+        below.append(number_BM[exists[-1]])
+    steps, units = geometry.local_steps, prod(geometry.tokens) // prod(geometry.unit)
+    length_LBU = [np.count_nonzero(level.reshape(samples, units, -1), axis=2) for level in exists[: steps + 1]]
+    there_BU = length_LBU[0] > 0
+    lengths = [length_BU[there_BU] for length_BU in length_LBU]
+    # Longest units first, so that units of equal length are next to each other.
+    order_U = np.lexsort([-length for length in reversed(lengths)])
+    rows = [_rows(_starts(length)[order_U], length[order_U]) for length in lengths]
+    local = _Stages(
+        [length[order_U] for length in lengths],
+        [number[row] for number, row in zip(below[:steps], rows[1:], strict=True)],
     )
-    parents = [sample_N * total + ancestor[token_N] for ancestor in geometry.ancestors]
-    local = _Stages.climb(unit_N, parents[: geometry.local_steps])
-    by_L = np.argsort(order_N[local.first_M])
-    first_L = local.first_M[by_L]
-    samples = _Stages.climb(sample_N[first_L], [parent[first_L] for parent in parents[geometry.local_steps :]])
-    first_M = first_L[samples.first_M]
-    places = total // geometry.tokens[0]
+    whole = _Stages([np.count_nonzero(level, axis=1) for level in exists[steps:]], below[steps:])
+
+    tokens_B = length_LBU[0].sum(axis=1)
+    at_N = np.concatenate([np.flatnonzero(kept_R) for kept_R in kept_BR]).astype(np.int32)[rows[0]]
+    sample_N = np.repeat(np.arange(samples, dtype=np.int32), tokens_B)[rows[0]]
+    frame_N, space_N = geometry.frame_in_order[at_N], geometry.space_in_order[at_N]
+    patch_N = patch_BS.ravel()[sample_N * np.int32(places) + space_N]
+    patches_B = np.array([len(place) for place in place_BP], np.int32)
+    first_B = _starts(patches_B)[:-1].astype(np.int32)
+    cell_M = np.flatnonzero(exists[-1])
+    sample_M, at_M = np.divmod(cell_M, exists[-1].shape[1])
     return Plan(
-        integers(row_N),
-        integers(patch_N),
-        integers(sample_N * geometry.tokens[0] + token_N // places),
-        integers(token_N % places),
+        integers((first_B * frames)[sample_N] + frame_N * patches_B[sample_N] + patch_N),
+        integers(first_B[sample_N] + patch_N),
+        integers(sample_N * np.int32(frames) + frame_N),
+        integers(space_N),
         [local.chunk(*bounds) for bounds in pairwise(_chunk_bounds(local.lengths[0], chunk_tokens))],
-        integers(by_L),
-        samples.chunk(0, len(samples.lengths[0])),
-        integers(geometry.cell_of[token_N[first_M]]),
-        integers(sample_N[first_M]),
-        integers([len(token) for token in token_BN]),
+        integers(_inverse(rows[-1])),
+        whole.chunk(0, samples),
+        integers(geometry.cell_in_order[at_M]),
+        integers(sample_M),
+        integers(tokens_B),
     )
+
+
+def patch_table(place_BP: list[np.ndarray], places: int) -> np.ndarray:
+    """For each sample, the number of the patch at every place, -1 where there is none; int32 (B, S)."""
+    patch_BS = np.full((len(place_BP), places), -1, np.int32)
+    for patch_S, place in zip(patch_BS, place_BP, strict=True):
+        patch_S[place] = np.arange(len(place))
+    return patch_BS
 
 
 def _chunk_bounds(lengths_U: np.ndarray, chunk_tokens: int | None) -> list[int]:

@@ -175,8 +175,8 @@ def test_the_bench_of_gathers_on_a_coarse_grid(command):
 
 def test_a_dense_grid_unrolls_into_units_whose_pooled_tokens_are_axes():
     geometry = Geometry((8, 4, 8, 4), (4, 4, 4, 4), ((2, 2, 1, 2), (2, 1, 2, 1)))
-    token_UE = unroll(torch.arange(geometry.order.size)[:, None], geometry)[..., 0].numpy()
-    assert sorted(token_UE.ravel()) == list(range(geometry.order.size))
+    token_UE = unroll(torch.arange(geometry.in_order.size)[:, None], geometry)[..., 0].numpy()
+    assert sorted(token_UE.ravel()) == list(range(geometry.in_order.size))
     for part_US in (token_UE, *token_UE.reshape(4, 8, 32).transpose(2, 0, 1)):
         assert (geometry.unit_of[part_US] == np.arange(4)[:, None]).all()
     first_USE = geometry.ancestors[0][token_UE.reshape(4, 8, 32)]
@@ -184,7 +184,7 @@ def test_a_dense_grid_unrolls_into_units_whose_pooled_tokens_are_axes():
     second_USE = geometry.ancestors[1][token_UE.reshape(4, 8, 4, 8)[:, 0]]
     assert (second_USE == second_USE[:, :1]).all()
     # the cells come out in the order of a plan of all tokens
-    in_order = geometry.cell_of[np.argsort(geometry.order)].reshape(-1, 32)[:, 0]
+    in_order = geometry.cell_of[geometry.in_order].reshape(-1, 32)[:, 0]
     np.testing.assert_array_equal(second_USE[:, 0].ravel(), in_order)
 
 

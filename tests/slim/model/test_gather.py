@@ -16,7 +16,7 @@ from slim.config import ModelSettings, TokenMaskSettings
 from slim.data.collate import collate
 from slim.data.masking import draw
 from slim.data.samples import Sample, cell_sizes
-from slim.model import ragged, ragged_ops
+from slim.model import ragged_ops
 from slim.model.geometry import geometry_of
 from slim.model.hiera import Hiera
 from slim.model.inputs import Batch, Packed, Voxels
@@ -315,7 +315,7 @@ def test_both_paths_of_attention_give_the_same_numbers(sizes: ModelSettings, mon
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_varlen_attention_of_the_device_gives_the_numbers_of_the_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_attention_of_the_device_gives_the_numbers_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 700, 60)
     where = Packed(segments(np.maximum(1, lengths // 3), lengths)).to("cuda")
@@ -327,7 +327,7 @@ def test_varlen_attention_of_the_device_gives_the_numbers_of_the_buckets(monkeyp
         assert ragged_ops.has_varlen(inputs[0])
         with monkeypatch.context() as patch:
             if not varlen:
-                patch.setattr(ragged, "has_varlen", lambda q: False)
+                patch.setattr(ragged_ops, "has_varlen", lambda q: False)
             out = attend(*inputs, where)
         out.float().square().sum().backward()
         results.append([out.float(), *(tensor.grad.float() for tensor in inputs)])
@@ -335,10 +335,23 @@ def test_varlen_attention_of_the_device_gives_the_numbers_of_the_buckets(monkeyp
         assert (one - other).norm() < 1e-2 * other.norm()
 
 
-def test_buckets_never_pad_to_the_longest_unit() -> None:
-    lengths = np.random.default_rng(0).integers(1, 4097, 500)
-    padded = sum(len(bucket.k_length) * bucket.k_max for bucket in segments(lengths, lengths).buckets)
-    assert padded < 1.15 * lengths.sum() < 500 * lengths.max() / 1.5
+def test_a_run_holds_segments_of_equal_lengths_and_the_runs_hold_all_rows() -> None:
+    rng = np.random.default_rng(0)
+    k_len = rng.integers(1, 9, 50)
+    q_len = (k_len + 1) // 2
+    where = segments(q_len, k_len)
+    assert len(where.runs) == len(np.unique(k_len))
+    k_bound, at = where.k_bound.tolist(), 0
+    assert where.k_order_N is not None
+    for count, queries, keys in where.runs:
+        for _ in range(count):
+            rows = where.k_order_N[at : at + keys].tolist()
+            segment = k_bound.index(rows[0])
+            assert rows == list(range(*k_bound[segment : segment + 2])) and queries == q_len[segment]
+            at += keys
+    assert at == k_len.sum()
+    in_order = np.sort(k_len)[::-1]
+    assert segments(in_order, in_order).q_order_N is None  # nothing to move
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -368,8 +381,9 @@ def test_plan_lists_every_token_once() -> None:
     n = GEOMETRY.tokens[0] * len(sample.place)
     assert sorted(batch.whole.row_N.tolist()) == list(range(2 * n))
     assert [c.first for c in batch.whole.chunks][1:] == [c.stop for c in batch.whole.chunks][:-1]
-    empty = plan(GEOMETRY, [np.array([3])], [np.array([0])], [np.array([0])])
-    assert empty.cell_M.tolist() == [GEOMETRY.cell_of[3]]
+    single = np.zeros((1, np.prod(GEOMETRY.cells)), bool)
+    single[0, GEOMETRY.cell_of[3]] = True
+    assert plan(GEOMETRY, [np.array([3])], single).cell_M.tolist() == [GEOMETRY.cell_of[3]]
 
 
 def test_a_packed_batch_is_the_same_in_few_tensors() -> None:
@@ -390,6 +404,4 @@ def test_a_packed_batch_is_the_same_in_few_tensors() -> None:
     back = packed.to("cpu")
     pairs = list(zip(tensors(batch), tensors(back), strict=True))
     assert all(torch.equal(one, other) for one, other in pairs)
-    assert [b.full for b in batch.whole.samples.levels[0].buckets] == [
-        b.full for b in back.whole.samples.levels[0].buckets
-    ]
+    assert batch.whole.samples.levels[0].runs == back.whole.samples.levels[0].runs

@@ -112,8 +112,7 @@ def test_equals_the_reference(
     n = int(np.prod(tokens))
     value = torch.from_numpy(np.ascontiguousarray(cut(image, patch)))
     voxels = Voxels(value, torch.zeros(n, value.shape[1]), torch.ones(n, value.shape[1]), torch.zeros(1, tokens[0]))
-    everything = np.arange(n)
-    where = plan(geometry, [everything], [everything], [everything], chunk_tokens=5 * int(np.prod(unit)))
+    where = plan(geometry, [np.arange(n // tokens[0])], chunk_tokens=5 * int(np.prod(unit)))
     out = mine.to(device)(voxels.to(device), Packed(where).to(device)).cpu()
     _, stages = other.eval()(torch.from_numpy(image)[None], return_intermediates=True)
     expected = other.norm(stages[-1].reshape(-1, 24 * 8))[where.cell_M]
