@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from shards.core import tables
 from shards.core.errors import RunRefused
-from shards.core.settings import Settings, Unit
+from shards.core.settings import Contradiction, Settings, Unit
 from shards.core.tables import Table
 
 VOXEL_BLOCK = 8192  # number of voxels cleaned at once
@@ -35,7 +35,7 @@ class CleanSettings(Settings):
     @model_validator(mode="after")
     def _band(self) -> CleanSettings:
         if self.high_pass and self.low_pass and self.high_pass >= self.low_pass:
-            raise ValueError(f"high_pass below low_pass, but {self.high_pass} is not below {self.low_pass}")
+            raise Contradiction("high_pass", self.high_pass, f"less than low_pass, {self.low_pass}")
         return self
 
     @property

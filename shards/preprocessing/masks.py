@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from shards.core.errors import RunRefused
 from shards.core.nifti import affine_mm, code_of, open_image
-from shards.core.settings import Settings, Unit
+from shards.core.settings import Contradiction, Settings, Unit
 from shards.preprocessing.bold import Bold
 
 _MEAN_OF = 100  # number of frames of the mean image
@@ -44,7 +44,7 @@ class BrainMaskSettings(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> BrainMaskSettings:
         if not 0 <= self.ml[0] < self.ml[1]:
-            raise ValueError(f"a smaller and a larger volume, not {self.ml[0]:g} and {self.ml[1]:g}")
+            raise Contradiction("ml", list(self.ml), "a volume of 0 or more, then a larger one")
         return self
 
 
