@@ -159,7 +159,7 @@ class Placed:
         From voxel indices of the scan to mm, after centring.
     brain_XYZ : bool array
         Brain mask on the grid.
-    table : Table or None
+    table : TableFile or None
         The confounds.
     facts : dict
         What was found.
