@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from shards.core.errors import ConfigError
 from shards.core.passwords import keep
 from shards.core.presets import find, presets
-from shards.core.settings import PathText, Settings, Unit, check, override, read_yaml
+from shards.core.settings import Contradiction, PathText, Settings, Unit, check, override, read_yaml
 
 View = Literal["global", "voxel", "both"]
 Kind = Literal["cross_time", "cross_location", "double_cross"]
@@ -33,7 +33,7 @@ class PredictorSettings(Settings):
     @model_validator(mode="after")
     def _divides(self) -> PredictorSettings:
         if self.width % self.heads:
-            raise ValueError(f"a width divisible by heads, but {self.width} is not divisible by {self.heads}")
+            raise Contradiction("heads", self.heads, f"a divisor of width, {self.width}")
         return self
 
 
@@ -66,17 +66,17 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> ModelSettings:
         if min(self.depths) < 1:
-            raise ValueError(f"depths of 1 or more, not {min(self.depths)}")
+            raise Contradiction("depths", list(self.depths), "1 or more blocks in each stage")
         if sum(self.depths) > MOST_BLOCKS:
-            raise ValueError(f"depths of at most {MOST_BLOCKS} blocks in all, not {sum(self.depths)}")
+            raise Contradiction("depths", list(self.depths), f"at most {MOST_BLOCKS} blocks in all")
         if self.embed % self.heads:
-            raise ValueError(f"embed divisible by heads, but {self.embed} is not divisible by {self.heads}")
+            raise Contradiction("heads", self.heads, f"a divisor of embed, {self.embed}")
         if self.local_stages > len(self.depths):
-            raise ValueError(f"at most {len(self.depths)} local_stages, the number of stages, not {self.local_stages}")
+            expected = f"at most {len(self.depths)}, the number of stages in depths"
+            raise Contradiction("local_stages", self.local_stages, expected)
         if len(self.strides) > len(self.depths) - 1:
-            raise ValueError(
-                f"at most {len(self.depths) - 1} strides, one for every stage except the first, not {len(self.strides)}"
-            )
+            expected = f"at most {len(self.depths) - 1}, one for every stage except the first"
+            raise Contradiction("strides", f"{len(self.strides)} strides", expected)
         return self
 
 
@@ -135,7 +135,7 @@ class DrawSettings(Settings):
     @model_validator(mode="after")
     def _enough(self) -> DrawSettings:
         if self.best < self.k:
-            raise ValueError(f"best of at least k = {self.k}, not {self.best}")
+            raise Contradiction("best", self.best, f"at least windows.k, {self.k}")
         return self
 
 
@@ -358,10 +358,13 @@ class PretrainSettings(TrainSettings):
     @model_validator(mode="after")
     def _learns(self) -> PretrainSettings:
         if not any(self.loss_weights[::2]):
-            raise ValueError("a coefficient above 0 for loss.jepa or loss.mae")
-        samples = self.loss.sig_samples
-        if samples is not None and self.run.batch % samples:
-            raise ValueError(f"run.batch ({self.run.batch}) divisible by loss.sig_samples ({samples})")
+            raise Contradiction("loss", "0 for jepa and mae", "a coefficient above 0 for loss.jepa or loss.mae")
+        batch, samples = self.run.batch, self.loss.sig_samples
+        if self.loss_weights[1] and samples is not None and batch % samples:
+            expected = f"a multiple of loss.sig_samples, {samples}, the samples over which the SIG term is computed"
+            larger, smaller = samples * math.ceil(batch / samples), math.gcd(batch, samples)
+            hint = f"Set run.batch={larger} or loss.sig_samples={smaller}"
+            raise Contradiction("run.batch", batch, expected, hint)
         return self
 
     @property

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
-from helpers.commands import GRID, Command, run_command
+from helpers.commands import GRID, Command, call_command
 from helpers.scans import FRAMES, brain, oblique, save, signal
 from launchers.commands import make_shards
 from shards.core import files
@@ -61,16 +62,24 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def write_page(out: Path) -> Path:
+    """In place of the page of a dataset, which has its own tests and takes longer than the rest."""
+    path = out / layout.REPORT / "index.html"
+    files.write_atomically(path, "page")
+    return path
+
+
 @pytest.fixture(scope="session")
 def command() -> Command:
-    return run_command
+    """A command in this process; a test of how a process is started uses `run_command`."""
+    return call_command
 
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six people, one session each, 60 frames at 16 mm."""
     out = tmp_path_factory.mktemp("cohort") / "bids"
-    done = run_command(
+    done = call_command(
         "tools/make_cohort.py", "--out", out, "--subjects", 6, "--sessions", 1, "--frames", 60, "--voxel-mm", 16
     )
     assert done.returncode == 0, done.stderr
@@ -81,9 +90,9 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small cohort as shards, ranked without training."""
     out = tmp_path_factory.mktemp("dataset") / "shards"
-    done = run_command(
-        "tools/make_shards.py", cohort / "cohort.yaml", "--out", out, "--ranker", "ridge", "--workers", 1, *GRID
-    )
+    words = ("tools/make_shards.py", cohort / "cohort.yaml", "--out", out, "--ranker", "ridge", "--workers", 1, *GRID)
+    with mock.patch.object(dataset_page, "write", write_page):
+        done = call_command(*words)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -91,13 +100,6 @@ def dataset(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(name="make_shards")
 def call_make_shards(monkeypatch):
     """The command in this process: its exit status."""
-
-    def write_page(out: Path) -> Path:
-        """In place of the page, which has its own tests and takes longer than the rest."""
-        path = out / layout.REPORT / "index.html"
-        files.write_atomically(path, "page")
-        return path
-
     monkeypatch.setattr(dataset_page, "write", write_page)
 
     def call(*words: object) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,25 @@ def test_commands_load_what_takes_seconds_only_where_they_use_it() -> None:
     )
     done = run_command("-c", code)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_each_class_has_a_name_of_its_own() -> None:
+    """Of the three packages together; `Bench` is what `slim-brain bench` looks for in each module of `benches`."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for package in ("shards", "slim", "launchers"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef) and node.name != "Bench":
+                    places[node.name].append(path.relative_to(ROOT).as_posix())
+    assert len(places) > 200
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_untyped_trees_are_few() -> None:
+    """`dict[str, Any]` is for trees of JSON and YAML that enter or leave, and for the states of optimizers."""
+    packages = ("shards", "slim", "launchers", "tools")
+    texts = [path.read_text(encoding="utf-8") for package in packages for path in (ROOT / package).rglob("*.py")]
+    assert 0 < sum(text.count("dict[str, Any]") for text in texts) < 40
 
 
 def test_no_file_is_longer_than_600_lines() -> None:

@@ -9,6 +9,7 @@ BENCHES = {
     "saliency": "what each ranker chooses in simulated runs with planted events and artefacts, and its cost",
     "gather": "sparse patch gathers and ragged pooling beside dense implementations, forward and backward",
     "memory": "peak memory and FLOPs of a training step at full size, counted without a GPU",
+    "launches": "calls of a training step, which a GPU has to launch one by one, against limits",
     "data": "loading of training samples beside what training takes, and beside webdataset and zarr alone",
     "train": "samples/s with 1 and 2 processes, the trainer beside the bare model step, checkpoints",
 }

@@ -68,11 +68,15 @@ class Ratio:
 
 @dataclass
 class Result:
-    """All that a bench found: figures by name, ratios of them, and notes on what was compared."""
+    """All that a bench found: figures by name, ratios of them, and notes on what was compared.
+
+    With `strict`, the command fails if a requirement of a ratio is not met.
+    """
 
     figures: dict[str, Figure] = field(default_factory=dict)
     ratios: list[Ratio] = field(default_factory=list)
     notes: dict[str, object] = field(default_factory=dict)
+    strict: bool = False
 
     def facts(self) -> dict[str, object]:
         """The result as a JSON-able tree."""

@@ -1,9 +1,9 @@
 """Peak memory and FLOPs of one training step at full size, counted by `slim.planning.step_cost` without a GPU.
 
-What is in a count and what is not is written there. Every case is a preset as configured, in bf16 and with one sample
-unless its name says otherwise (x2: a batch of two); the brain is nilearn's MNI152 mask on the default grid. *dense* is
-the same code with nothing dropped: every patch of the grid is brain, the context is all of it, and the local stages are
-not streamed.
+What is in a count and what is not is written there. Every case is a preset in bf16, with one sample and chunks of 4096
+tokens unless its name says otherwise (x2: a batch of two; unstreamed: without chunks); the brain is nilearn's MNI152
+mask on the default grid. *dense* is the same code with nothing dropped: every patch of the grid is brain, the context
+is all of it, and the local stages are not streamed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from slim.config import PRESETS, DataItem, DrawSettings, PretrainSettings, RunSe
 from slim.planning.step_cost import Cost, cost, mni_brain
 
 GIB, TFLOP = 2**30, 10**12
+SMALLEST_CHUNKS = 4096  # tokens: the setting with the least memory
 ONE = "one, to compare a figure with a number"
 # Peak GiB and TFLOP of a step at batch 1 in bf16, by the same kind of count.
 ELSEWHERE = {
@@ -54,15 +55,19 @@ class Case:
     objective: str = "jepa"
     precision: str = "bf16"
     batch: int = 1
-    streamed: bool = True
+    chunk_tokens: int | None = SMALLEST_CHUNKS
     dense: bool = False
 
     @property
     def name(self) -> str:
-        """What differs from one sample in bf16, streamed as configured."""
+        """What differs from one sample in bf16 in the smallest chunks."""
         words = ["dense" if self.dense else self.model, self.objective]
         words += [self.precision] * (self.precision != "bf16") + [f"x{self.batch}"] * (self.batch > 1)
-        return " ".join(words + ["unstreamed"] * (not self.streamed and not self.dense))
+        if self.chunk_tokens is None:
+            words += ["unstreamed"] * (not self.dense)
+        elif self.chunk_tokens != SMALLEST_CHUNKS:
+            words += [f"in chunks of {self.chunk_tokens}"]
+        return " ".join(words)
 
     def settings(self, k: int) -> PretrainSettings:
         """A configuration; its data are not there."""
@@ -73,16 +78,16 @@ class Case:
             objective=self.objective,
             precision=self.precision,
             run=RunSettings(out="none", batch=self.batch),
-            **({} if self.streamed else {"chunk_tokens": None}),
+            chunk_tokens=self.chunk_tokens,
         )
 
 
 PUBLISHED, LEAN = Case("published"), Case("lean")
-DEFAULT, DENSE = replace(PUBLISHED, objective="default"), replace(PUBLISHED, streamed=False, dense=True)
+DEFAULT, DENSE = replace(PUBLISHED, objective="default"), replace(PUBLISHED, chunk_tokens=None, dense=True)
 TWO, FOUR = replace(PUBLISHED, batch=2), replace(PUBLISHED, batch=4)
 CASES = (
     PUBLISHED,
-    replace(PUBLISHED, streamed=False),
+    replace(PUBLISHED, chunk_tokens=None),
     replace(PUBLISHED, precision="fp32"),
     TWO,
     FOUR,

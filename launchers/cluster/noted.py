@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -149,7 +149,7 @@ class TaskOutcome(Note):
     status: int
     error: str = ""
     failed: list[str] = []
-    facts: dict[str, Any] = {}
+    facts: dict[str, object] = {}
     next: str = ""
 
 

@@ -41,7 +41,7 @@ class ClusterError(UserError):
 
 
 class SlurmSettings(Settings):
-    """Options of `sbatch` and `srun`; null means the default of the cluster."""
+    """Options of `sbatch` and `srun`; null or an empty text means the default of the cluster."""
 
     partition: str | None = Field(None, description="partition of the cluster")
     account: str | None = Field(None, description="account that is charged")
@@ -63,6 +63,18 @@ class SlurmSettings(Settings):
     max_failures: Annotated[int, Unit("failures")] = Field(
         3, ge=1, description="consecutive failures without a new checkpoint that end the job"
     )
+
+    @field_validator("partition", "account", "qos", "time", "mem", "constraint", "python", mode="before")
+    @classmethod
+    def _is_default(cls, value: object) -> object:
+        return None if isinstance(value, str) and not value.strip() else value
+
+    @field_validator("modules", "srun")
+    @classmethod
+    def _are_not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(part.strip() for part in value):
+            raise ValueError("a list without empty texts")
+        return value
 
     @field_validator("*")
     @classmethod

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from launchers.cluster import attempt, noted
 from launchers.cluster.scheduler import ask, at, is_over, job_facts, last_error
 from shards.core.cli import DONE, RESUME, WRONG, call_of
 from shards.core.errors import ConfigError
-from shards.core.files import printable, printable_lines
+from shards.core.files import printable, printable_lines, read_log
 from slim.checkpoints.run_folder import METRICS, SLURM
 
 JOB = "job.json"  # in RUN/slurm: the record of the last submitted job
@@ -94,19 +92,10 @@ def about_job(out: Path) -> noted.RunJob | None:
 def progress(out: Path) -> dict[str, object]:
     """Progress of a run."""
     about = about_job(out)
-    line = _last_line(out / METRICS)
+    lines, _ = read_log(out / METRICS)
+    line = lines[-1] if lines else {}
     found = {"step": line.get("step", 0), "steps": None if about is None else about.steps, "loss": line.get("loss")}
     return {**found, "checkpoint": attempt.newest_checkpoint(out)}
-
-
-def _last_line(path: Path) -> dict[str, object]:
-    """The last readable line of a JSON lines file. A killed process may leave an incomplete line."""
-    if path.is_file():
-        for text in reversed(path.read_bytes().splitlines()):
-            with suppress(ValueError, RecursionError):
-                if isinstance(line := json.loads(text), dict):
-                    return line
-    return {}
 
 
 def status(out: Path, about: noted.RunJob) -> tuple[dict[str, object], str]:

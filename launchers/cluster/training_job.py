@@ -16,7 +16,7 @@ from shards.core.cli import RESUME
 from slim.checkpoints.run_folder import SLURM
 
 
-class Batch(Script):
+class TrainingScript(Script):
     """The script of a run and its submission.
 
     Parameters

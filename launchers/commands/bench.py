@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers.benches import BENCHES
-from shards.core.cli import DONE, Parser, duration, summary
+from shards.core.cli import DONE, REFUSED, Parser, duration, summary
 from shards.core.errors import ConfigError
 from shards.core.settings import check, override
 
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench {args.bench}: {duration(time.monotonic() - begun)}: {what}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        facts = {"bench": args.bench} | module.run(settings, args.repeat, Path(folder), tell).facts()
+        result = module.run(settings, args.repeat, Path(folder), tell)
+    facts = {"bench": args.bench} | result.facts()
     common.show(facts)
     required = [ratio for ratio in facts["ratios"] if ratio["met"] is not None]
     facts["requirements_met"] = f"{sum(ratio['met'] for ratio in required)} of {len(required)}"
@@ -58,4 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out:
         files.write_atomically(args.out, files.dump(facts) + "\n")
     summary(facts, "", args.json)
-    return DONE
+    missed = [ratio["name"] for ratio in required if not ratio["met"]] if result.strict else []
+    if missed:
+        print(f"error: requirements not met: {'; '.join(missed)}", file=sys.stderr)
+    return REFUSED if missed else DONE

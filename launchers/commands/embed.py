@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for source, lines in assumed.items():
         for line in lines:
             print(f"assumed: {source}: {line}")
-    facts: dict[str, Any] = {"runs": len(found), "refused": len(refused), "reasons": refused}
+    facts: dict[str, object] = {"runs": len(found), "refused": len(refused), "reasons": refused}
     if not found:
         summary(facts, "nothing was written: correct the runs above, or give others", args.json)
         return REFUSED

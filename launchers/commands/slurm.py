@@ -34,7 +34,7 @@ from launchers.cluster.scheduler import (
     require_slurm,
 )
 from launchers.cluster.script import probe
-from launchers.cluster.training_job import Batch
+from launchers.cluster.training_job import TrainingScript
 from shards.core.cli import DONE, RESUME, WRONG, Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.files import write_atomically
@@ -71,7 +71,7 @@ def pretrain(words: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     _add_nodes(parser)
     args = parser.parse_args(words)
-    asked = Asked(args)
+    asked = Submission(args)
     settings = asked.spread(load_config(args.config, args.overrides))
     if args.dry_run:
         return asked.dry_run(settings)
@@ -102,7 +102,7 @@ def finetune(words: list[str]) -> int:
     finetuning.add_arguments(parser)
     _add_nodes(parser)
     args = parser.parse_args(words)
-    asked = Asked(args)
+    asked = Submission(args)
     method = finetuning.open_call(args, lambda settings: None)
     numbers = range(len(method.splits))
     runs = [asked.spread(method.settings(number)) for number in numbers]
@@ -147,7 +147,7 @@ class Submitted:
     log: str
 
 
-class Asked:
+class Submission:
     """The resources that a submission requests, and the submission.
 
     Parameters
@@ -174,11 +174,11 @@ class Asked:
         changes = {"out": str(Path(settings.run.out).resolve()), "processes": self.nodes * self.tasks}
         return settings.model_copy(update={"run": settings.run.model_copy(update=changes)})
 
-    def script(self, settings: TrainSettings) -> Batch:
+    def script(self, settings: TrainSettings) -> TrainingScript:
         """The script of a run."""
         wanted = str(self.nodes) if self.fewest == self.nodes else f"{self.fewest}-{self.nodes}"
         cpus = self.cluster.cpus_per_task or settings.run.workers + 1
-        return Batch(self.cluster, Path(settings.run.out), wanted, self.tasks, self.gpus, cpus)
+        return TrainingScript(self.cluster, Path(settings.run.out), wanted, self.tasks, self.gpus, cpus)
 
     def dry_run(self, settings: TrainSettings) -> int:
         """Print the script of a run, and the reply of `sbatch --test-only`. Nothing is written."""

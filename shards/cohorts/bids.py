@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pathspec import GitIgnoreSpec
 
-from shards.cohorts.patterns import Found, Item, Search, glob_regex, listed
+from shards.cohorts.patterns import Found, FoundScan, Search, glob_regex, listed
 from shards.core.errors import ConfigError, RunRefused
 from shards.core.files import printable
 
@@ -297,7 +297,7 @@ def _shown(value: Filter) -> str:
     return "|".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _scans(names: list[Name], cohort: CohortSettings, root: Path) -> tuple[list[Item], list[str]]:
+def _scans(names: list[Name], cohort: CohortSettings, root: Path) -> tuple[list[FoundScan], list[str]]:
     """One item for each scan. Echoes are left out if their combination exists; otherwise they are refused."""
     notes = []
     groups: dict[tuple[tuple[str, str], ...], list[Name]] = defaultdict(list)
@@ -323,9 +323,9 @@ def _scans(names: list[Name], cohort: CohortSettings, root: Path) -> tuple[list[
     return items, notes
 
 
-def _item(name: Name) -> Item:
+def _item(name: Name) -> FoundScan:
     entities = name.entities
-    return Item(
+    return FoundScan(
         subject=entities["sub"],
         session=entities.get("ses", ""),
         task=entities.get("task", ""),

@@ -145,7 +145,7 @@ def find_cohort(path: str | Path, needed: Collection[str] = ()) -> Cohort:
     return Cohort(cohort, [_only(runs[key], cohort) for key in sorted(runs)], found.passed_over, notes)
 
 
-def _source(path: Path, cohort: CohortSettings, root: Path, item: patterns.Item, labels: Labels) -> RunSource:
+def _source(path: Path, cohort: CohortSettings, root: Path, item: patterns.FoundScan, labels: Labels) -> RunSource:
     names = item.names()
     mask, confounds = bids.files_beside(item.bold) if cohort.layout == "bids" else (None, None)
     if cohort.confounds:
@@ -170,7 +170,7 @@ def _source(path: Path, cohort: CohortSettings, root: Path, item: patterns.Item,
     )
 
 
-def _problem(item: patterns.Item, root: Path) -> RunRefused | None:
+def _problem(item: patterns.FoundScan, root: Path) -> RunRefused | None:
     """Why a scan is refused because of its name or of other files; None if it is not."""
     source = item.bold.relative_to(root).as_posix()
     if printable(source) != source:

@@ -68,7 +68,7 @@ class Participants:
         self._sessions: dict[str, set[str]] = defaultdict(set)  # scanned sessions, by subject
         for subject, session in self._scanned:
             self._sessions[subject].add(session)
-        self._table: tables.Table | None = None
+        self._table: tables.TableFile | None = None
         self._private: list[str] = []
         if cohort.participants is None:
             return
@@ -194,7 +194,7 @@ def _number(name: str) -> int | None:
     return int(match.group(1)) if match and len(match.group(1)) < 20 else None
 
 
-def _subject_column(table: tables.Table, path: Path, cohort: CohortSettings) -> str:
+def _subject_column(table: tables.TableFile, path: Path, cohort: CohortSettings) -> str:
     wanted = (cohort.subject_column,) if cohort.subject_column else SUBJECT_COLUMNS
     column = next((name for name in wanted if name in table), None)
     if column is None:

@@ -23,7 +23,7 @@ _LISTED = 10  # number of names in a note
 
 
 @dataclass(frozen=True)
-class Item:
+class FoundScan:
     """A scan that was found: its names, its file, and why it is refused, if that is known already."""
 
     subject: str
@@ -43,7 +43,7 @@ class Item:
 class Found:
     """The result of a search: scans, files that match only the globs of a pattern, and notes."""
 
-    items: list[Item]
+    items: list[FoundScan]
     passed_over: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -143,9 +143,9 @@ def find(path: Path, pattern: str, root: Path) -> Found:
     return found
 
 
-def _item(bold: Path, names: Mapping[str, str]) -> Item:
+def _item(bold: Path, names: Mapping[str, str]) -> FoundScan:
     subject, session, task, run = (names.get(name, "") for name in FIELDS)
-    return Item(subject, bold, session, task, run)
+    return FoundScan(subject, bold, session, task, run)
 
 
 def beside(path: Path, key: str, pattern: str, root: Path, names: Mapping[str, str]) -> Path:
@@ -200,13 +200,13 @@ class Search:
         """
         words = [part for part in pattern.split("/") if part not in ("", ".")]
         words = [word for word, after in itertools.pairwise([*words, ""]) if (word, after) != ("**", "**")]
-        parts = [_Part(word, names or {}) for word in words]
+        parts = [_PatternPart(word, names or {}) for word in words]
         if not parts:
             return iter(())
         self._seen = set()
         return iter(sorted(set(self._match(folder, parts, (os.path.realpath(folder),)))))
 
-    def _match(self, folder: Path, parts: list[_Part], above: tuple[str, ...]) -> Iterator[Path]:
+    def _match(self, folder: Path, parts: list[_PatternPart], above: tuple[str, ...]) -> Iterator[Path]:
         state = str(folder), len(parts)
         if state in self._seen:  # several `**` can match a folder in several ways
             return
@@ -255,7 +255,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-class _Part:
+class _PatternPart:
     """A part of a pattern between `/`: text, a glob, or any number of folders."""
 
     def __init__(self, text: str, names: Mapping[str, str]):

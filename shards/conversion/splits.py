@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from shards.cohorts.scan import RunSource
 from shards.core import files
 from shards.core.errors import ConfigError, DatasetError, RunRefused
-from shards.core.settings import Settings, Unit
+from shards.core.settings import Contradiction, Settings, Unit
 from shards.format import layout
 
 SPLITS = ("train", "val", "test")
@@ -50,9 +50,12 @@ class DatasetSplitSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> DatasetSplitSettings:
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
-            raise ValueError(f"shares of 0 or more that add up to 1, not to {sum(self.shares):g}")
+            got = f"{list(self.shares)}, in all {sum(self.shares):g}"
+            raise Contradiction("shares", got, "shares of 0 or more that add up to 1")
         if self.column and (self.stratify or self.family):
-            raise ValueError("either `column`, or `stratify` and `family`")
+            other = "stratify" if self.stratify else "family"
+            expected = f"null: the split is read from the column {self.column}"
+            raise Contradiction(other, getattr(self, other), expected, f"Remove column or {other}")
         return self
 
 

@@ -24,6 +24,24 @@ _LONGEST_PATH = 2000
 _SHOWN = 200  # largest number of characters of a value in an error
 
 
+class Contradiction(ValueError):
+    """Raised by a check of several settings together. `check` reports the setting that is to be changed.
+
+    Parameters
+    ----------
+    key : str
+        Name of this setting in its section, such as `heads` or `run.batch`.
+    got, expected : object
+        Its value, and what is accepted.
+    hint : str, optional
+        What to do, as an imperative sentence.
+    """
+
+    def __init__(self, key: str, got: object, expected: str, hint: str = ""):
+        super().__init__(f"{key}: {expected}")
+        self.key, self.got, self.expected, self.hint = key, got, expected, hint
+
+
 class Settings(BaseModel):
     """Base class of settings: unknown keys are errors, and values are read-only after the check."""
 
@@ -178,6 +196,10 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
         location = first["loc"]
         if first["type"] == "string_type" and isinstance(tree, Overridden) and location in tree.words:
             return check(model, _as_typed(tree, location), where, kind)
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, Contradiction):
+            field = shown(".".join(map(str, (*location, cause.key))))
+            raise kind(where, field, shown(str(cause.got)), cause.expected, cause.hint) from None
         field = shown(".".join(str(part) for part in location))
         if first["type"] == "extra_forbidden":
             known = _known_keys(model, location)

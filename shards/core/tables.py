@@ -31,7 +31,7 @@ _NAN = re.compile(r"[+-]?nan", re.IGNORECASE)  # as Matlab and R write a missing
 
 
 @dataclass(frozen=True)
-class Table:
+class TableFile:
     """The table in a file.
 
     Attributes
@@ -104,7 +104,7 @@ class Table:
         return list(texts)
 
 
-def read(path: Path, what: str, error: type[UserError] = ConfigError) -> Table:
+def read(path: Path, what: str, error: type[UserError] = ConfigError) -> TableFile:
     """Read the table in a file.
 
     Parameters
@@ -145,7 +145,7 @@ def read(path: Path, what: str, error: type[UserError] = ConfigError) -> Table:
             raise error(path, "rows", got, f"{len(columns)}, as in the header", hint)
         rows.append(tuple(fields))
         where.append(number)
-    return Table(path, tuple(columns), tuple(rows), tuple(where), error)
+    return TableFile(path, tuple(columns), tuple(rows), tuple(where), error)
 
 
 def _lines(path: Path, what: str, error: type[UserError]) -> Iterator[tuple[int, str]]:

@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 
 from shards.core import tables
 from shards.core.errors import RunRefused
-from shards.core.settings import Settings, Unit
-from shards.core.tables import Table
+from shards.core.settings import Contradiction, Settings, Unit
+from shards.core.tables import TableFile
 
 VOXEL_BLOCK = 8192  # number of voxels cleaned at once
 
@@ -35,7 +35,7 @@ class CleanSettings(Settings):
     @model_validator(mode="after")
     def _band(self) -> CleanSettings:
         if self.high_pass and self.low_pass and self.high_pass >= self.low_pass:
-            raise ValueError(f"high_pass below low_pass, but {self.high_pass} is not below {self.low_pass}")
+            raise Contradiction("high_pass", self.high_pass, f"less than low_pass, {self.low_pass}")
         return self
 
     @property
@@ -48,7 +48,7 @@ class CleanSettings(Settings):
         return "; ".join(parts)
 
 
-def read(path: Path, frames: int) -> Table:
+def read(path: Path, frames: int) -> TableFile:
     """Read a confounds table with a header line, separated by tabs, commas or blanks, and one row per frame.
 
     Raises
@@ -63,7 +63,7 @@ def read(path: Path, frames: int) -> Table:
     return table
 
 
-def mean_framewise_displacement(table: Table) -> float | None:
+def mean_framewise_displacement(table: TableFile) -> float | None:
     """Mean of fMRIPrep's framewise displacement in mm; None if the table does not have it."""
     if "framewise_displacement" not in table:
         return None
@@ -72,14 +72,14 @@ def mean_framewise_displacement(table: Table) -> float | None:
     return round(float(known.mean()), 4) if len(known) else None
 
 
-def non_steady_state(table: Table) -> int:
+def non_steady_state(table: TableFile) -> int:
     """Number of volumes at the start that fMRIPrep marked as not steady (columns `non_steady_state_outlier*`)."""
     names = [name for name in table.columns if name.startswith("non_steady_state_outlier")]
     marked = [np.flatnonzero(np.nan_to_num(table.numbers(name))) for name in names]
     return max((int(frames[-1]) + 1 for frames in marked if len(frames)), default=0)
 
 
-def columns(path: Path, table: Table, patterns: tuple[str, ...]) -> np.ndarray:
+def columns(path: Path, table: TableFile, patterns: tuple[str, ...]) -> np.ndarray:
     """The columns that match the patterns, float64 (T, C), in the order of the table.
 
     The first value of derivatives is missing (n/a) and is replaced by the second, as in nilearn's `load_confounds`.

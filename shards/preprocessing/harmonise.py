@@ -28,7 +28,7 @@ from scipy import ndimage, sparse
 from shards.cohorts.scan import RunSource
 from shards.core import nifti
 from shards.core.errors import RunRefused
-from shards.core.settings import Settings, Unit
+from shards.core.settings import Contradiction, Settings, Unit
 from shards.format import patches
 from shards.format.grid import Grid
 from shards.preprocessing import confounds, quality
@@ -60,10 +60,10 @@ class GridSettings(Settings):
     def _consistent(self) -> GridSettings:
         for size in self.shape:
             if size < self.patch or size % self.patch:
-                raise ValueError(f"a shape divisible by patch, but {size} is not a multiple of {self.patch}")
+                raise Contradiction("shape", list(self.shape), f"multiples of patch, {self.patch}")
         low, high = self.tr_range
         if not low <= self.tr <= high:
-            raise ValueError(f"tr_range around tr, but {self.tr} is not between {low} and {high}; set both")
+            raise Contradiction("tr", self.tr, f"between {low} and {high}, the tr_range", "Set tr_range, too")
         return self
 
     def grid(self) -> Grid:
@@ -159,7 +159,7 @@ class Placed:
         From voxel indices of the scan to mm, after centring.
     brain_XYZ : bool array
         Brain mask on the grid.
-    table : Table or None
+    table : TableFile or None
         The confounds.
     facts : dict
         What was found.

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from shards.core.errors import RunRefused
 from shards.core.nifti import affine_mm, code_of, open_image
-from shards.core.settings import Settings, Unit
+from shards.core.settings import Contradiction, Settings, Unit
 from shards.preprocessing.bold import Bold
 
 _MEAN_OF = 100  # number of frames of the mean image
@@ -44,12 +44,12 @@ class BrainMaskSettings(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> BrainMaskSettings:
         if not 0 <= self.ml[0] < self.ml[1]:
-            raise ValueError(f"a smaller and a larger volume, not {self.ml[0]:g} and {self.ml[1]:g}")
+            raise Contradiction("ml", list(self.ml), "a volume of 0 or more, then a larger one")
         return self
 
 
 @dataclass(frozen=True)
-class Mask:
+class BrainMask:
     """A brain mask on any grid.
 
     Attributes
@@ -69,7 +69,7 @@ class Mask:
     rule: str
 
 
-def find_mask(bold: Bold, settings: BrainMaskSettings) -> Mask:
+def find_mask(bold: Bold, settings: BrainMaskSettings) -> BrainMask:
     """Find the brain mask of a scan.
 
     Raises
@@ -78,7 +78,7 @@ def find_mask(bold: Bold, settings: BrainMaskSettings) -> Mask:
         If the mask is missing, unreadable or empty, or its volume is outside the limits.
     """
     run = bold.run
-    mask = Mask(_computed(bold), bold.affine, "computed", "") if run.mask is None else _given(bold, run.mask)
+    mask = BrainMask(_computed(bold), bold.affine, "computed", "") if run.mask is None else _given(bold, run.mask)
     if not mask.brain.any():
         raise RunRefused(run.source, "mask", f"an empty mask ({mask.source})", "a mask with brain voxels")
     ml = np.count_nonzero(mask.brain) * abs(np.linalg.det(mask.affine[:3, :3])) / 1000
@@ -128,7 +128,7 @@ def threshold(values: np.ndarray) -> tuple[np.ndarray, str]:
     return values > 0, f"{kind}: brain above 0"
 
 
-def _given(bold: Bold, path: Path) -> Mask:
+def _given(bold: Bold, path: Path) -> BrainMask:
     run = bold.run
     image = open_image(path, run.source, "mask")
     shape = image.shape
@@ -150,7 +150,7 @@ def _given(bold: Bold, path: Path) -> Mask:
         got = f"{path} with an affine that is singular or not finite"
         raise RunRefused(run.source, "mask", got, "an invertible affine", "Restore the header of the mask")
     brain, rule = threshold(values)
-    return Mask(brain, affine, path.name, rule)
+    return BrainMask(brain, affine, path.name, rule)
 
 
 def _computed(bold: Bold) -> np.ndarray:

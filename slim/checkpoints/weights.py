@@ -48,20 +48,20 @@ _AGAIN = "Copy or download the folder again"
 _MOST_BYTES = 1 << 28  # largest size of config.json and dataset.json, which hold a hash for each subject seen
 
 
-class _Facts(BaseModel):
+class _ReadFields(BaseModel):
     """The fields that are read from a file that may come from anybody. Other fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class _Tuned(_Facts):
+class _Tuned(_ReadFields):
     task: StrictStr
     cohorts: tuple[StrictStr, ...]
     head: StrictStr
     from_scratch: StrictBool
 
 
-class _Made(_Facts):
+class _Made(_ReadFields):
     run: StrictStr
     step: StrictInt = Field(ge=0)
     weights: Literal["encoder", "target"]
@@ -71,21 +71,21 @@ class _Made(_Facts):
     finetuned: _Tuned | None = None
 
 
-class _Configuration(_Facts):
+class _Configuration(_ReadFields):
     settings: dict[StrictStr, Any]
 
 
-class _Ranker(_Facts):
+class _RankerFields(_ReadFields):
     name: StrictStr
     extractor: StrictStr | None = None
     seed: StrictInt = 0
 
 
-class _Data(_Facts):
+class _Data(_ReadFields):
     """The fields of a manifest that are needed in addition to those of `shards.format.manifest`."""
 
     configuration: _Configuration
-    ranker: _Ranker
+    ranker: _RankerFields
     cohorts: tuple[StrictStr, ...]
 
 

@@ -99,7 +99,7 @@ class Estimate(BaseModel):
             return None
         return self.interval[0] > other.interval[1]
 
-    def tree(self) -> dict[str, Any]:
+    def tree(self) -> dict[str, object]:
         """The given fields as JSON-serialisable data, with the seeds if there are several."""
         one_seed = self.seeds is None or len(self.seeds) < 2
         return self.model_dump(mode="json", exclude_unset=True, exclude={"seeds"} if one_seed else None)
@@ -152,7 +152,7 @@ class TaskFacts(BaseModel):
     chance: dict[str, Number | None] | None = None
     differences: Annotated[Estimates, Field(max_length=_MOST)] = {}
 
-    def tree(self) -> dict[str, Any]:
+    def tree(self) -> dict[str, object]:
         """For JSON: the fields that were given."""
         found = self.model_dump(mode="json", exclude_unset=True)
         if "differences" in found:
@@ -234,7 +234,7 @@ class TaskResult:
         return replace(self, estimates={name: self.estimates[name] for name in methods if name in self.estimates})
 
 
-def _trees(estimates: Estimates) -> dict[str, dict[str, Any]]:
+def _trees(estimates: Estimates) -> dict[str, dict[str, object]]:
     return {name: {metric: one.tree() for metric, one in mine.items()} for name, mine in estimates.items()}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shards.core.errors import ConfigError, DatasetError
-from shards.core.settings import Settings, Unit, load
+from shards.core.settings import Contradiction, Settings, Unit, load
 from shards.format.reader import Dataset
 from shards.format.session_record import SessionRecord
 from slim.evaluation import events
@@ -79,37 +79,44 @@ class Task(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Task:
         if (self.events is not None) != (self.type == "state"):
-            raise ValueError("events for type: state, which is decoded from them, and for no other")
+            if self.events is None:
+                raise Contradiction("events", "nothing", "the events from which states are decoded", "Add this key")
+            raise Contradiction("events", "a value", f"nothing: a {self.type} has none", "Remove events")
         if (self.classes or self.edges) and self.type != "classification":
-            raise ValueError(f"no classes or edges: a {self.type} has none")
+            key = "classes" if self.classes else "edges"
+            raise Contradiction(key, "a value", f"nothing: a {self.type} has none", f"Remove {key}")
         if self.classes and self.edges:
-            raise ValueError("either classes or edges")
+            raise Contradiction("edges", list(self.edges), "either classes or edges", "Remove one of them")
         if self.classes:
             taken: dict[str, str] = {}
             for name, values in self.classes.items():
                 for value in map(word, values):
                     if taken.setdefault(value, name) != name:
-                        raise ValueError(f"values of one class each: {value} is in {taken[value]} and in {name}")
+                        got = f"{value} in {taken[value]} and in {name}"
+                        raise Contradiction("classes", got, "each value in one class")
         if list(self.edges) != sorted(set(self.edges)):
-            raise ValueError(f"edges that ascend, not {', '.join(map(str, self.edges))}")
+            raise Contradiction("edges", list(self.edges), "ascending numbers")
         if self.type == "fingerprint":
             if self.label is not None:
-                raise ValueError("no label: a fingerprint asks who it is")
+                raise Contradiction("label", self.label, "nothing: a fingerprint identifies subjects", "Remove label")
             if self.split.kind not in ("all", "dataset"):
-                raise ValueError("split.kind all or dataset: a fingerprint trains nothing")
+                raise Contradiction("split.kind", self.split.kind, "all or dataset: a fingerprint trains nothing")
             if self.confounds:
-                raise ValueError("no confounds: they do not tell who somebody is")
+                expected = "nothing: a fingerprint identifies subjects"
+                raise Contradiction("confounds", list(self.confounds), expected, "Remove confounds")
         elif self.type == "state":
             if self.label is not None:
-                raise ValueError("no label: states come from events")
+                raise Contradiction("label", self.label, "nothing: states come from events", "Remove label")
             if self.pooling not in ("mean", "location"):
-                raise ValueError(f"pooling: mean or location of a window, not {self.pooling}, which takes whole runs")
+                expected = "mean or location of a window: the others need a whole scan"
+                raise Contradiction("pooling", self.pooling, expected)
             if self.confounds:
-                raise ValueError("no confounds: they are the same in all windows of a session")
+                expected = "nothing: they are the same in all windows of a session"
+                raise Contradiction("confounds", list(self.confounds), expected, "Remove confounds")
         elif self.label is None:
-            raise ValueError(f"a label, the column that this {self.type} predicts")
+            raise Contradiction("label", "nothing", f"the column that this {self.type} predicts", "Add this key")
         if self.type != "fingerprint" and self.split.kind == "all":
-            raise ValueError(f"split.kind folds, holdout or dataset: a {self.type} is fitted")
+            raise Contradiction("split.kind", "all", f"folds, holdout or dataset: a {self.type} is fitted")
         return self
 
 

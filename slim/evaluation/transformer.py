@@ -92,7 +92,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     axes_CQ_ = OldName("components_")
     query_AC_ = OldName("queries_")
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(renamed_state(SlimBrainTransformer, state))
 
     def __init__(
@@ -368,7 +368,7 @@ def _encode(
     return model.encode_converted(model.convert(**arguments), stage)
 
 
-def _known(arguments: dict[str, Any]) -> dict[str, Any]:
+def _known(arguments: dict[str, object]) -> dict[str, object]:
     """Everything besides the model that the tokens of an image depend on, for the cache."""
     known = {"version": __version__, **{name: _content(value) for name, value in arguments.items()}}
     if (file := file_of(arguments["image"])) is not None:  # what is found beside it counts as well

@@ -46,7 +46,7 @@ _DRAWN = 3  # number of sessions with drawn windows
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExplainedSession:
     """A session to explain, with a fold that does not train on its subject.
 
     Attributes
@@ -78,7 +78,7 @@ def check_task(task: Task, where: str | Path) -> None:
         raise ConfigError(where, "type", task.type, expected)
 
 
-def choose(task: Task, cases: Cases, where: str | Path, subjects: int, output: int = 0) -> list[Asked]:
+def choose(task: Task, cases: Cases, where: str | Path, subjects: int, output: int = 0) -> list[ExplainedSession]:
     """Test sessions of the first repeat from this number of subjects, spread evenly over the classes or values.
 
     For decoded states: sessions with windows of the class `output`, of evenly spread subjects.
@@ -94,12 +94,17 @@ def choose(task: Task, cases: Cases, where: str | Path, subjects: int, output: i
             keys = np.array([cases.sessions[row].key for row in rows])
             for key in np.unique(keys):
                 of_session = rows[keys == key]
-                asked.append(Asked(int(of_session[0]), fold, unit, cases.window_N[of_session]))
+                asked.append(ExplainedSession(int(of_session[0]), fold, unit, cases.window_N[of_session]))
         return asked
     tested = np.unique(np.concatenate([cases.subject_N[fold.test] for fold, _ in folds]))
     ordered = tested[np.argsort(cases.truth_S[tested], kind="stable")]
     chosen = _spread(ordered, subjects)
-    return [Asked(int(row), fold, unit) for fold, unit in folds for row in fold.test if cases.subject_N[row] in chosen]
+    return [
+        ExplainedSession(int(row), fold, unit)
+        for fold, unit in folds
+        for row in fold.test
+        if cases.subject_N[row] in chosen
+    ]
 
 
 def _spread(ordered: np.ndarray, count: int) -> np.ndarray:
@@ -119,7 +124,7 @@ def _folds(task: Task, cases: Cases, where: str | Path) -> list[tuple[Fold, floa
 
 
 def fitted_scores(
-    task: Task, cases: Cases, asked: Sequence[Asked], features: Mapping[str, Features], output: int
+    task: Task, cases: Cases, asked: Sequence[ExplainedSession], features: Mapping[str, Features], output: int
 ) -> Iterator[tuple[SessionRecord, Score]]:
     """Iterate over the sessions to explain, each with the probe of its fold.
 

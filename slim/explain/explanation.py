@@ -17,18 +17,18 @@ from shards.reporting import html
 Start = Literal["still", "empty"]  # start of the path, see `slim.explain.integrated_gradients`
 
 
-class _Part(BaseModel):
+class _StoredShares(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class Place(_Part):
+class Place(_StoredShares):
     """A place in the brain with large shares: its position (x, y, z) in mm, and the mean absolute share."""
 
     mm: tuple[float, float, float]
     value: float
 
 
-class WindowShares(_Part):
+class WindowShares(_StoredShares):
     """A kept window: start (s), saliency, mean absolute share of its brain voxels, and the sum of the shares."""
 
     start_s: float
@@ -37,7 +37,7 @@ class WindowShares(_Part):
     sum: float
 
 
-class SessionShares(_Part):
+class SessionShares(_StoredShares):
     """An explained session.
 
     Attributes
@@ -66,7 +66,7 @@ class SessionShares(_Part):
     windows: tuple[WindowShares, ...]
 
 
-class Explanation(_Part):
+class Explanation(_StoredShares):
     """The explanation of a task.
 
     Attributes

@@ -38,7 +38,7 @@ from slim.model.hiera import Hiera
 from slim.model.inputs import Batch
 from slim.training.metrics import MetricsLine
 from slim.training.optim import Group, decays
-from slim.training.schedule import Plan
+from slim.training.schedule import StepPlan
 from slim.training.task import Forward, Full, Losses, Steps, TrainingTask
 
 START = "start.safetensors"
@@ -152,7 +152,7 @@ class FinetuneLearner:
             loss_B = (guess_BK[:, 0] - answer_B) ** 2
         return Losses(loss_B.mean(), {"loss": loss_B.mean().detach()})
 
-    def commit(self, step: int, steps: int | Plan, forward: Forward, full: Full | None) -> MetricsLine:
+    def commit(self, step: int, steps: int | StepPlan, forward: Forward, full: Full | None) -> MetricsLine:
         """Validate after the last step of an epoch and of the run, and keep the weights if they are the best so far."""
         done = step + 1
         if done % self.every and done != (steps if isinstance(steps, int) else steps.end):

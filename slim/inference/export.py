@@ -105,14 +105,14 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
     return about
 
 
-def history(model: SlimBrain) -> dict[str, Any]:
+def history(model: SlimBrain) -> dict[str, object]:
     """How the weights were made: `made` of a model, with facts about the datasets of its pretraining."""
     if "training" in model.made or not isinstance(model.settings, PretrainSettings):
         return {"training": [], **model.made}  # a model from scratch has no pretraining data
     return {**model.made, "training": _training(model.settings, model.data)}
 
 
-def _anywhere(settings: TrainSettings) -> dict[str, Any]:
+def _anywhere(settings: TrainSettings) -> dict[str, object]:
     """The settings of a run without local folders: only the last part of each path is kept."""
     tree = settings.model_dump(mode="json")
     for item in tree["data"]:
@@ -125,11 +125,11 @@ def _name(path: str) -> str:
     return path.rstrip("/").split("/")[-1]
 
 
-def _training(settings: PretrainSettings, first: DataRecord) -> list[dict[str, Any]]:
+def _training(settings: PretrainSettings, first: DataRecord) -> list[dict[str, object]]:
     """Facts about each training dataset of the run: its cohorts, and the size of its training split."""
     found = []
     for number, item in enumerate(settings.data):
-        about: dict[str, Any] = {"dataset": _name(item.path), "weight": item.weight}
+        about: dict[str, object] = {"dataset": _name(item.path), "weight": item.weight}
         try:
             data: DataRecord = first if number == 0 else Manifest.read(item.path)
         except DatasetError:

@@ -41,10 +41,14 @@ def attend(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, where: Segments) -> Tens
 
 def has_varlen(q_NHD: Tensor) -> bool:
     """Whether `attend` uses varlen flash attention: half precision, on CUDA from compute capability 8.0."""
-    heads_fit = q_NHD.shape[2] <= _VARLEN_HEAD and q_NHD.shape[2] % _VARLEN_STEP == 0
-    if not (q_NHD.is_cuda and q_NHD.dtype in _VARLEN_TYPES and heads_fit):
+    if not (q_NHD.is_cuda and fits_varlen(q_NHD)):
         return False
     return torch.cuda.get_device_capability(q_NHD.device) >= _VARLEN_CAPABILITY
+
+
+def fits_varlen(q_NHD: Tensor) -> bool:
+    """Whether varlen flash attention takes inputs of this type and head width, on a device that has it."""
+    return q_NHD.dtype in _VARLEN_TYPES and q_NHD.shape[2] <= _VARLEN_HEAD and q_NHD.shape[2] % _VARLEN_STEP == 0
 
 
 def varlen_attn(

@@ -1,4 +1,4 @@
-"""Count the peak memory and FLOPs of a training step without running it: float tensors are fake, integers are real.
+"""Count the memory, FLOPs and calls of a training step without running it: float tensors are fake, integers are real.
 
 Integers (plans, indices, lengths) determine shapes, so operations on integers and booleans only are computed. Tensors
 of floats are fake: they have a shape and a type, but no data. If the code reads a value of a fake tensor, it gets 1
@@ -8,6 +8,10 @@ Memory is the sum of all live storages, each rounded up to 512 bytes as in CUDA'
 that kernels allocate while they run, fragmentation, or the CUDA context. FLOPs are counted as in
 `torch.utils.flop_counter`, with two for a multiply and an add: matrix products and attention, including backward passes
 and recomputation.
+
+A call is an operation of torch that a GPU carries out with a kernel; each costs the process some microseconds to
+launch. Views, allocations without a value and reads of one value are no calls. A read is counted as a wait, because the
+process has to wait for the GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +38,23 @@ def _attention(q: torch.Size, k: torch.Size, v: torch.Size, *_args: Any, **_kwar
     return sdpa_flop_count(q, k, v)
 
 
+def _varlen_shapes(q: Tensor, k: Tensor, q_bound: Tensor, k_bound: Tensor) -> tuple[torch.Size, torch.Size]:
+    """Shapes of queries and keys of one segment that has as many pairs of both as all segments together."""
+    pairs = int((q_bound.diff().long() * k_bound.diff().long()).sum())
+    return torch.Size((1, q.shape[1], 1, q.shape[2])), torch.Size((1, k.shape[1], pairs, k.shape[2]))
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, q_bound: Tensor, k_bound: Tensor, *_args: Any, **_kwargs: Any) -> int:
+    q_shape, k_shape = _varlen_shapes(q, k, q_bound, k_bound)
+    return sdpa_flop_count(q_shape, k_shape, k_shape)
+
+
+def _varlen_backward(_grad: Tensor, q: Tensor, k: Tensor, _v: Tensor, *rest: Any, **_kwargs: Any) -> int:
+    _out, _logsumexp, q_bound, k_bound, *_ = rest
+    q_shape, k_shape = _varlen_shapes(q, k, q_bound, k_bound)
+    return sdpa_backward_flop_count(q_shape, q_shape, k_shape, k_shape)
+
+
 def _attention_backward(
     grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_args: Any, **_kwargs: Any
 ) -> int:
@@ -46,9 +67,32 @@ CPU_ATTENTION: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 _COUNTS = flop_registry | {packet: shape_wrapper(count) for packet, count in CPU_ATTENTION.items()}
+# Attention over segments of different lengths, as on a GPU, by the names of its operations.
+_VARLEN: dict[str, Callable[..., int]] = {
+    "torch_attn::_varlen_attn": _varlen,
+    "torch_attn::_varlen_attn_backward": _varlen_backward,
+}
 _CHOOSES = {_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default}
 # Torch's backward passes apply these operations to a tensor of zeros: normally in place, but to a copy inside a mode.
 _IN_PLACE = {_aten.index_put.default: _aten.index_put_.default}
+_NO_KERNEL = {
+    _aten.empty,
+    _aten.empty_like,
+    _aten.empty_strided,
+    _aten.new_empty,
+    _aten.new_empty_strided,
+    _aten.lift_fresh,
+    _aten._unsafe_view,
+    _aten._local_scalar_dense,
+}
+_NO_KERNELS = ("prim", "profiler")  # namespaces of operations on the CPU
+_WAITS = {_aten._local_scalar_dense, _aten.nonzero, _aten.equal}
+
+
+def is_call(operation: Any) -> bool:
+    """Whether a GPU carries out an operation with a kernel."""
+    packet = operation._overloadpacket
+    return not (operation.is_view or packet in _NO_KERNEL or operation.namespace in _NO_KERNELS)
 
 
 class _FakeMode(FakeTensorMode):
@@ -72,6 +116,10 @@ class Footprint(TorchDispatchMode):
         Bytes at the peak of each moment of each part. The caller increments `moment`.
     flops : Counter
         FLOPs by part.
+    calls : Counter
+        Calls by part.
+    waits : Counter
+        By part, how often the process reads a value, or a number of rows, that a GPU has to compute first.
     """
 
     def __init__(self) -> None:
@@ -80,16 +128,20 @@ class Footprint(TorchDispatchMode):
         self.part = "states"
         self.live: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
         self._total = 0
         self.restart()
         self._known: dict[int, tuple[weakref.ref, str, int]] = {}
 
     def restart(self) -> None:
-        """Reset peaks and FLOPs, but keep the record of live storages."""
+        """Reset peaks, FLOPs and calls, but keep the record of live storages."""
         self.moment = 0
         self._highest = {(self.part, 0): self._total}
         self.peaks = {(self.part, 0): self.live.copy()}
         self.flops.clear()
+        self.calls.clear()
+        self.waits.clear()
 
     @property
     def peak(self) -> int:
@@ -122,6 +174,7 @@ class Footprint(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._count_call(func, args)
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1
         func = _IN_PLACE.get(func, func)
@@ -129,6 +182,8 @@ class Footprint(TorchDispatchMode):
             args = (args[0], _chosen(args[1]), *args[2:])
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         fake = not given or any(isinstance(tensor, FakeTensor) for tensor in given)
+        if func._overloadpacket._qualified_op_name in _VARLEN:  # its FLOPs depend on values: the bounds of segments
+            self.flops[self.part] += _VARLEN[func._overloadpacket._qualified_op_name](*args, **kwargs)
         if fake:
             args, kwargs = tree_map_only(Tensor, self._shape_of, (args, kwargs))
             with self.fake:
@@ -139,6 +194,11 @@ class Footprint(TorchDispatchMode):
         if packet in _COUNTS:
             self.flops[self.part] += _COUNTS[packet](*args, **kwargs, out_val=out)
         return tree_map_only(Tensor, self._take, out)
+
+    def _count_call(self, func: Any, args: Any) -> None:
+        chooses = func in _CHOOSES and any(_is_bool(index) for index in args[1])
+        self.waits[self.part] += chooses or func._overloadpacket in _WAITS
+        self.calls[self.part] += is_call(func)
 
     def _shape_of(self, tensor: Tensor) -> FakeTensor:
         """A fake tensor for a real operand. `FakeTensorMode` would make it more slowly and without caching."""
@@ -166,6 +226,10 @@ class Footprint(TorchDispatchMode):
         _, part, size = self._known.pop(key)
         self.live[part] -= size
         self._total -= size
+
+
+def _is_bool(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dtype == torch.bool
 
 
 def _is_float(item: Any) -> bool:

@@ -303,7 +303,17 @@ def extrapolate(one: Counted, two: Counted, times: int) -> Cost:
     moment = max(totals, key=totals.__getitem__)
     memory = further(one[1].peaks.get(moment, {}), two[1].peaks[moment])
     flops = further(one[0].flops_parts, two[0].flops_parts)
-    return Cost(one[0].parameters, two[0].tokens, sum(memory.values()), memory, sum(flops.values()), flops)
+    calls = further(one[0].calls_parts, two[0].calls_parts)
+    return Cost(
+        one[0].parameters,
+        two[0].tokens,
+        sum(memory.values()),
+        memory,
+        sum(flops.values()),
+        flops,
+        sum(calls.values()),
+        calls,
+    )
 
 
 def largest(one: Counted, two: Counted, memory: int) -> int:

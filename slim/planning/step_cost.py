@@ -1,4 +1,4 @@
-"""The cost of a training step before it is run: parameters, tokens, peak memory and FLOPs.
+"""The cost of a training step before it is run: parameters, tokens, peak memory, FLOPs and calls.
 
 `slim.planning.counting` counts the step of one process, without a GPU and without computing it. The step is that of
 `slim.training.trainer`: targets of the EMA encoder on all brain tokens, losses, backward, clipping, AdamW, running
@@ -13,7 +13,8 @@ Legend: T frames of a sample; P patches that hold brain; V voxels of a patch; X,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -26,6 +27,7 @@ from slim.config import PretrainSettings
 from slim.data.collate import collate
 from slim.data.masking import draw
 from slim.data.samples import Sample, cell_sizes
+from slim.model import ragged_ops
 from slim.model.geometry import Geometry, geometry_of
 from slim.model.inputs import Batch
 from slim.planning.counting import Footprint
@@ -39,7 +41,7 @@ _APART = 20.0  # seconds from window to window
 
 @dataclass(frozen=True)
 class Cost:
-    """Memory and FLOPs of one process.
+    """Memory, FLOPs and calls of one process.
 
     Attributes
     ----------
@@ -51,6 +53,8 @@ class Cost:
         Peak memory of an optimizer step, and its parts.
     step_flops, flops_parts : int, dict
         FLOPs of an optimizer step with all its micro-batches, and of each part.
+    step_calls, calls_parts : int, dict
+        Calls of an optimizer step with all its micro-batches, and of each part; see `slim.planning.counting`.
 
     The parts are `states` (weights, moments, target, running means), `gradients`, `batch` (values and plans),
     `targets`, `encoder` (of the context), `predictor` (and losses), `backward` (with recomputation), `optimizer` and
@@ -63,6 +67,8 @@ class Cost:
     memory_parts: dict[str, int]
     step_flops: int
     flops_parts: dict[str, int]
+    step_calls: int
+    calls_parts: dict[str, int]
 
 
 def cost(
@@ -72,6 +78,7 @@ def cost(
     brain_XYZ: np.ndarray | None = None,
     dense: bool = False,
     drive: Drive = Plain,
+    on_gpu: bool = False,
 ) -> Cost:
     """Count a step of a configuration. Its data are not read.
 
@@ -88,13 +95,15 @@ def cost(
         For comparison: count the whole grid as brain and as context.
     drive : callable
         Class that updates the weights: `slim.planning.zero_memory.Plain` or `Zero`.
+    on_gpu : bool
+        Count attention as a GPU computes it in half precision: one call, without padding.
 
     Raises
     ------
     ConfigError
         If the model's units do not fit the grid.
     """
-    return detailed(settings, grid, frames, brain_XYZ, dense, drive)[0]
+    return detailed(settings, grid, frames, brain_XYZ, dense, drive, on_gpu)[0]
 
 
 def detailed(
@@ -104,6 +113,7 @@ def detailed(
     brain_XYZ: np.ndarray | None = None,
     dense: bool = False,
     drive: Drive = Plain,
+    on_gpu: bool = False,
 ) -> tuple[Cost, Footprint]:
     """As `cost`, and also return the counts."""
     grid = grid or Grid()
@@ -113,7 +123,7 @@ def detailed(
     elif brain_XYZ is None:
         brain_XYZ = mni_brain(grid)
     batch = make_batch(settings, geometry, brain_XYZ, dense)
-    found, learner = count(settings, geometry, batch, drive)
+    found, learner = count(settings, geometry, batch, drive, on_gpu)
 
     def parameters(module: torch.nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -129,6 +139,8 @@ def detailed(
         dict(+found.at_peak),
         found.flops.total(),
         dict(+found.flops),
+        found.calls.total(),
+        dict(+found.calls),
     )
     return told, found
 
@@ -164,14 +176,25 @@ def make_batch(settings: PretrainSettings, geometry: Geometry, brain_XYZ: np.nda
     return collate(samples, geometry, settings.chunk_tokens)
 
 
+@contextmanager
+def _attention_of_a_gpu() -> Iterator[None]:
+    """Attend to segments of different lengths where only the device is in the way."""
+    before = ragged_ops.has_varlen
+    ragged_ops.has_varlen = ragged_ops.fits_varlen
+    try:
+        yield
+    finally:
+        ragged_ops.has_varlen = before
+
+
 def count(
-    settings: PretrainSettings, geometry: Geometry, batch: Batch, drive: Drive = Plain
+    settings: PretrainSettings, geometry: Geometry, batch: Batch, drive: Drive = Plain, on_gpu: bool = False
 ) -> tuple[Footprint, PretrainLearner]:
     """Count a step on a micro-batch; also returns the learner, with fake tensors of floats."""
     packed = batch.pack()  # as a loading process sends it
     with torch.device("meta"):
         model = Objective(settings, geometry, batch.brain_QV.shape[1])
-    with Footprint() as found:
+    with Footprint() as found, _attention_of_a_gpu() if on_gpu else nullcontext():
         model.to_empty(device="cpu")
         with warnings.catch_warnings():  # copying a fake module reads the address of its data
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
@@ -196,6 +219,7 @@ def count(
             driver.step()
         with found.called("means"):
             learner.commit(0, 2, full=driver.whole)
-    for part in found.flops:
-        found.flops[part] = found.flops[part] * settings.run.accumulate // micro_batches
+    for counts in (found.flops, found.calls, found.waits):
+        for part in counts.keys() - {"optimizer", "means"}:
+            counts[part] = counts[part] * settings.run.accumulate // micro_batches
     return found, learner

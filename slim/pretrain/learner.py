@@ -21,7 +21,7 @@ from slim.pretrain.running_mean import PlaceMean
 from slim.training import schedule
 from slim.training.metrics import MetricsLine
 from slim.training.optim import Group, parameter_groups
-from slim.training.schedule import Plan
+from slim.training.schedule import StepPlan
 from slim.training.task import Losses
 
 
@@ -162,7 +162,7 @@ class PretrainLearner:
             mean.discard()
 
     def commit(
-        self, step: int, steps: int | Plan, forward: Any = None, full: Callable[[Tensor], Tensor] | None = None
+        self, step: int, steps: int | StepPlan, forward: Any = None, full: Callable[[Tensor], Tensor] | None = None
     ) -> MetricsLine:
         """Finish step `step` of `steps`: update the running means and the target (see `Target.update`).
 

@@ -23,7 +23,7 @@ from slim.checkpoints.checkpoint import CheckpointError, facts, tag
 from slim.checkpoints.run_folder import CONFIG, CONFIGS
 from slim.config import PretrainSettings, TrainSettings, load_run
 from slim.training import reshard
-from slim.training.schedule import Plan
+from slim.training.schedule import StepPlan
 
 S = TypeVar("S", bound=TrainSettings)
 
@@ -118,7 +118,7 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def flat(settings: TrainSettings) -> dict[str, Any]:
+def flat(settings: TrainSettings) -> dict[str, object]:
     """All settings by their dotted keys, such as `run.steps` or `data.0.path`."""
 
     def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -288,20 +288,20 @@ def _undivided(folder: Path, settings: TrainSettings, group: int) -> CheckpointE
     )
 
 
-def plan_of(folder: Path, per_epoch: int) -> Plan:
+def plan_of(folder: Path, per_epoch: int) -> StepPlan:
     """The plan of the run that wrote a checkpoint; an epoch has `per_epoch` samples."""
     about = facts(folder)
     if "plan" in about:
         try:
-            return Plan.from_facts(about["plan"])
+            return StepPlan.from_facts(about["plan"])
         except ValueError as error:
             raise CheckpointError(folder / "COMPLETE", "plan", error, "a plan of the run's steps") from None
     before = load_run(folder / CONFIG).run  # written by an earlier version
     changes = {"batch": about["global_batch"], "accumulate": 1}
-    return Plan(before.model_copy(update=changes).steps_in_all(per_epoch, 1))
+    return StepPlan(before.model_copy(update=changes).steps_in_all(per_epoch, 1))
 
 
-def extended(folder: Path, settings: TrainSettings, per_epoch: int, processes: int) -> Plan:
+def extended(folder: Path, settings: TrainSettings, per_epoch: int, processes: int) -> StepPlan:
     """The plan of a run that is resumed from a checkpoint.
 
     Raises
@@ -333,7 +333,7 @@ def extended(folder: Path, settings: TrainSettings, per_epoch: int, processes: i
             f"or run.extend=rewarm (new warm-up and cosine over the {added} added steps). Otherwise {_OUT}"
         )
         raise CheckpointError(folder, field, got, f"{plan.end}, as planned", hint)
-    return Plan(plan.steps, (*plan.extensions, (asked, run.extend)))
+    return StepPlan(plan.steps, (*plan.extensions, (asked, run.extend)))
 
 
 def kept(folder: Path) -> dict[int, Path]:

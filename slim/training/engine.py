@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
 
 from slim.config import TrainSettings
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 def deepspeed_config(settings: TrainSettings) -> dict[str, object]:
@@ -36,6 +42,23 @@ def deepspeed_config(settings: TrainSettings) -> dict[str, object]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+
+
+def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainSettings) -> DeepSpeedEngine:
+    """The DeepSpeed engine of this process, in the process group that exists already."""
+    import deepspeed
+
+    # DeepSpeed imports its own optimizer Muon, which is decorated with torch.compile. With the default backend this
+    # imports torch's compiler, which takes a second in every process and is not used.
+    has_default = hasattr(torch.compiler, "set_default_backend")
+    if has_default:
+        torch.compiler.set_default_backend("eager")
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(settings))
+    finally:
+        if has_default:
+            torch.compiler.set_default_backend(None)
+    return engine
 
 
 def whole_parameter(parameter: Tensor) -> Tensor:

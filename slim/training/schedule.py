@@ -13,7 +13,7 @@ Extension = Literal["constant", "rewarm"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Optimizer steps of a run: the planned steps and the extensions.
 
     Attributes
@@ -49,7 +49,7 @@ class Plan:
         return {"steps": self.steps, "extensions": [list(one) for one in self.extensions]}
 
     @classmethod
-    def from_facts(cls, tree: Any) -> Plan:
+    def from_facts(cls, tree: Any) -> StepPlan:
         """Read a plan from the result of `facts`.
 
         Raises
@@ -69,7 +69,7 @@ class Plan:
         return plan
 
 
-def place(step: int, steps: int | Plan) -> tuple[int, int]:
+def place(step: int, steps: int | StepPlan) -> tuple[int, int]:
     """Position and length for the schedules below, from a plan or from a plain number of steps."""
     return (step, steps) if isinstance(steps, int) else steps.place(step)
 

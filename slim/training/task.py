@@ -25,7 +25,7 @@ from slim.model.inputs import Batch, PackedBatch
 from slim.training.metrics import MetricsLine
 from slim.training.optim import Group
 from slim.training.origin import Origin
-from slim.training.schedule import Plan
+from slim.training.schedule import StepPlan
 
 Steps = Callable[[int], Iterable[Batch]]  # this process's micro-batches of the first so many optimizer steps
 Forward = Callable[..., Any]
@@ -65,7 +65,7 @@ class Learner(Protocol):
         """The losses of one micro-batch; `forward` is the engine around the model."""
         ...
 
-    def commit(self, step: int, steps: int | Plan, forward: Forward, full: Full | None) -> MetricsLine:
+    def commit(self, step: int, steps: int | StepPlan, forward: Forward, full: Full | None) -> MetricsLine:
         """Finish optimizer step `step` (from 0) of `steps`, and return further numbers for metrics.jsonl."""
         ...
 

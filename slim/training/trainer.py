@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,7 +36,7 @@ from slim.data import loader
 from slim.model.inputs import Batch
 from slim.training import compatibility, reshard, schedule
 from slim.training.callbacks import Callback, Start, Step
-from slim.training.engine import deepspeed_config, whole_parameter
+from slim.training.engine import make_engine, whole_parameter
 from slim.training.metrics import MetricsLine, averages, peak_memory_bytes, spread_of
 from slim.training.optim import GuardedAdamW
 from slim.training.result import TrainingResult
@@ -76,7 +75,7 @@ class Trainer:
 
         self.stream = task.stream
         self.global_batch = settings.run.batch * settings.run.accumulate * self.world
-        self.plan = schedule.Plan(settings.run.steps_in_all(self.stream.per_epoch, self.world))
+        self.plan = schedule.StepPlan(settings.run.steps_in_all(self.stream.per_epoch, self.world))
         self.origin = task.origin(self.world)
 
         self.learner = task.learner(device)
@@ -85,9 +84,7 @@ class Trainer:
         chosen = settings.optimizer
         groups = [{"params": group.parameters} for group in self._groups]
         self._adam = GuardedAdamW(groups, lr=chosen.lr, betas=chosen.betas)
-        self.engine, *_ = deepspeed.initialize(
-            model=self.learner.model, optimizer=self._adam, config=deepspeed_config(settings)
-        )
+        self.engine = make_engine(self.learner.model, self._adam, settings)
         sessions = sum(len(part) for part in self.stream.sessions)
         self.skipped = Skipped(self.folder, sessions, settings.run.damaged, settings.run.not_finite)
         self.step, self.consumed = 0, 0

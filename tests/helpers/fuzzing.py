@@ -94,8 +94,10 @@ def answer(call: Callable[[], Any], size: int) -> Any:
             return told
 
 
-def hold(inputs: int, strategy: st.SearchStrategy[Any], target: Callable[[Any], Any]) -> None:
-    """Try a target with so many inputs: the same ones every time where they are few."""
+def hold(
+    inputs: int, strategy: st.SearchStrategy[Any], target: Callable[[Any], Any], found: Sequence[Any] = ()
+) -> None:
+    """Try a target with so many inputs, and with those `found` to fail before. Few inputs are always the same ones."""
 
     @settings(
         max_examples=inputs,
@@ -117,6 +119,8 @@ def hold(inputs: int, strategy: st.SearchStrategy[Any], target: Callable[[Any], 
     tried = 0
     tracemalloc.start()
     try:
+        for value in found:
+            target(value)
         run()
     finally:
         tracemalloc.stop()

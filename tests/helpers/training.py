@@ -18,7 +18,8 @@ from slim.config import PretrainSettings, load_config
 
 TINY = "configs/pretrain/tiny.yaml"
 
-QUICK = ("run.batch=2", "run.workers=1", "run.wandb=disabled", "loss.sig_samples=1")
+# The training process loads: a loading process takes longer to start than these runs last.
+QUICK = ("run.batch=2", "run.workers=0", "run.wandb=disabled", "loss.sig_samples=1")
 
 
 def metrics(run: Path) -> list[dict]:
@@ -59,6 +60,7 @@ def start(dataset: Path, out: Path, *words: str, steps: int) -> subprocess.Popen
             "run.processes=2",
             f"run.steps={steps}",
             *QUICK,
+            "run.workers=1",
             *words,
         ],
         cwd=ROOT,

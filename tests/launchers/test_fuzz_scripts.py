@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from helpers.fuzzing import SLURM, TEXTS, answer, counts, hold, written
 from launchers.cluster.conversion_jobs import Chain
 from launchers.cluster.scheduler import SlurmSettings
-from launchers.cluster.training_job import Batch
+from launchers.cluster.training_job import TrainingScript
 from shards.core.errors import ConfigError
 from shards.core.settings import check, load
 
@@ -44,11 +44,15 @@ SETTINGS = st.fixed_dictionaries(
     },
 )
 
+FOUND = (b"partition: ''\n", b"mem: ' '\n", b"srun: ['']\n", b"modules: ['']\n")  # empty values
+
 
 def scripts(settings: SlurmSettings, folder: Path) -> dict[str, str]:
     """Every script that is made with these settings: of a run on two nodes, and of the jobs of a conversion."""
     chain: Any = Chain(SimpleNamespace(folder=folder), None, settings, 4, 2)  # type: ignore[arg-type]
-    found = {nodes: Batch(settings, folder, nodes, 2, gpus, 3).text() for nodes, gpus in (("2", 2), ("2-4", 0))}
+    found = {
+        nodes: TrainingScript(settings, folder, nodes, 2, gpus, 3).text() for nodes, gpus in (("2", 2), ("2-4", 0))
+    }
     return found | {stage: script.text(dependency="afterok:7") for stage, script in chain._scripts(4, True).items()}
 
 
@@ -109,7 +113,7 @@ def test_no_file_adds_a_line_or_a_directive(inputs: int, tmp_path: Path) -> None
         if not isinstance(settings, ConfigError):
             hold_scripts(settings, tmp_path / "run")
 
-    hold(inputs, written(SLURM), target)
+    hold(inputs, written(SLURM), target, FOUND)
 
 
 @counts

@@ -15,7 +15,7 @@ from launchers import environment
 from launchers.cluster import script as script_module
 from launchers.cluster.scheduler import SlurmSettings
 from launchers.cluster.script import JobFolders, Script
-from launchers.cluster.training_job import Batch
+from launchers.cluster.training_job import TrainingScript
 from shards.core.errors import ConfigError
 from shards.core.settings import check
 
@@ -45,7 +45,7 @@ def test_lines_of_setup_may_be_many_but_hold_no_other_control_characters() -> No
 @pytest.mark.parametrize("value", BREAKS)
 def test_a_folder_that_cannot_stand_in_a_script_is_refused(value: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="folder: got a path with one of them, expected a path without") as error:
-        Batch(SlurmSettings(), tmp_path / value, "1", 1, 0, 1)
+        TrainingScript(SlurmSettings(), tmp_path / value, "1", 1, 0, 1)
     assert error.value.line().isprintable()
 
 
@@ -66,7 +66,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def script(values: dict[str, str], run: Path) -> str:
     tree = {name: values[name] for name in TEXT}
     tree |= {"srun": [values["srun"]], "sbatch": {"comment": values["comment"]}}
-    return Batch(check(SlurmSettings, tree, "test"), run, "2", 1, 0, 1).text()
+    return TrainingScript(check(SlurmSettings, tree, "test"), run, "2", 1, 0, 1).text()
 
 
 @given(st.fixed_dictionaries(dict.fromkeys((*TEXT, "srun", "comment"), ANY)))

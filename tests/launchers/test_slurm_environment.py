@@ -15,7 +15,7 @@ import pytest
 from launchers import environment
 from launchers.cluster import conversion_jobs, conversion_task, scheduler, tracking
 from launchers.cluster.scheduler import SlurmSettings, check_cluster, gpus_of
-from launchers.cluster.training_job import Batch
+from launchers.cluster.training_job import TrainingScript
 from shards.core.errors import ConfigError
 from shards.core.settings import load
 from slim.checkpoints.run_folder import SLURM
@@ -97,15 +97,15 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Notes:
     return Notes(tmp_path / "notes")
 
 
-def script(settings: SlurmSettings, run: Path) -> Batch:
-    return Batch(settings, run, "1", 1, 0, 2)
+def script(settings: SlurmSettings, run: Path) -> TrainingScript:
+    return TrainingScript(settings, run, "1", 1, 0, 2)
 
 
 def options(text: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
 
 
-def submit(settings: SlurmSettings, run: Path) -> Batch:
+def submit(settings: SlurmSettings, run: Path) -> TrainingScript:
     """Submit the job of a run, as `slurm.py pretrain` does and notes."""
     batch = script(settings, run)
     about = {"job": batch.submit(), "log": str(run / "log"), "steps": 9, "command": ["x"], "then": "y"}

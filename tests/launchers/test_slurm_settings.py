@@ -14,7 +14,7 @@ from launchers.cluster import scheduler
 from launchers.cluster.attempt import attempts
 from launchers.cluster.scheduler import SlurmSettings, check_cluster, gpus_of, is_local, nodes_of, seconds
 from shards.core.errors import ConfigError
-from shards.core.settings import load
+from shards.core.settings import check, load
 
 pytestmark = pytest.mark.fast
 
@@ -59,6 +59,14 @@ def test_nodes_are_a_number_or_a_range() -> None:
     for text in ("0", "4-2", "a", "", "1-", "-3", "1.5", "٣", "9" * 5000):
         with pytest.raises(ConfigError, match="--nodes: got"):
             nodes_of(text)
+
+
+def test_empty_values_are_the_defaults_and_empty_list_items_are_refused() -> None:
+    names = ("partition", "account", "qos", "time", "mem", "constraint", "python")
+    assert check(SlurmSettings, dict.fromkeys(names, " "), "test") == SlurmSettings()
+    for name in ("modules", "srun"):
+        with pytest.raises(ConfigError, match=rf"test: {name}: got .*, expected a list without empty texts"):
+            check(SlurmSettings, {name: ["a", ""]}, "test")
 
 
 def test_a_folder_of_this_machine_alone_is_refused_before_a_submission(monkeypatch, tmp_path: Path) -> None:

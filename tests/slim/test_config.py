@@ -68,3 +68,38 @@ def test_a_preset_of_the_model_is_changed(order: tuple[str, str]) -> None:
     assert settings.model_name == "lean, changed" and settings.run.out == "2024"
     with pytest.raises(ConfigError, match=r"model\.embd: got an unknown key.*Did you mean embed\?"):
         load_config("tiny", ["data=a", "model.embd=32"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["run.batch=1", "loss.sig_samples=2"],
+            "run.batch: got 1, expected a multiple of loss.sig_samples, 2, the samples over which the SIG term is "
+            "computed. Set run.batch=2 or loss.sig_samples=1",
+        ),
+        (
+            ["run.batch=6", "loss.sig_samples=4"],
+            "run.batch: got 6, expected a multiple of loss.sig_samples, 4, the samples over which the SIG term is "
+            "computed. Set run.batch=8 or loss.sig_samples=2",
+        ),
+        (
+            ["loss.jepa=0", "loss.mae=0"],
+            "loss: got 0 for jepa and mae, expected a coefficient above 0 for loss.jepa or loss.mae",
+        ),
+        (["windows.k=9", "windows.best=3"], "windows.best: got 3, expected at least windows.k, 9"),
+        (["model.heads=3"], "model.heads: got 3, expected a divisor of embed, 32"),
+        (["model.predictor.heads=3"], "model.predictor.heads: got 3, expected a divisor of width, 64"),
+        (["model.depths=[1,0]"], "model.depths: got [1, 0], expected 1 or more blocks in each stage"),
+        (["model.local_stages=4"], "model.local_stages: got 4, expected at most 3, the number of stages in depths"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_by_key(tmp_path: Path, words: list[str], message: str) -> None:
+    path = write(tmp_path, "")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, words)
+    assert error.value.line() == f"{path}: {message}"
+
+
+def test_a_group_larger_than_the_batch_is_accepted_without_a_sig_term() -> None:
+    assert load_config("tiny", ["data=a", "run.batch=1", "loss.sig_samples=2", "objective=mae"]).run.batch == 1

@@ -44,7 +44,16 @@ def paced(folder: Path, pace: str) -> dict[str, str]:
 
 
 def pretrain_words(dataset: Path, out: Path, *words: object, steps: int = 6) -> list[object]:
-    return ["pretrain", TINY, f"data={dataset}", f"run.out={out}", f"run.steps={steps}", *QUICK, *words]
+    return [
+        "pretrain",
+        TINY,
+        f"data={dataset}",
+        f"run.out={out}",
+        f"run.steps={steps}",
+        *QUICK,
+        "run.workers=1",
+        *words,
+    ]
 
 
 def submit(cluster: Cluster, dataset: Path, out: Path, *words: object, steps: int = 6, **environment: str) -> str:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from launchers.benches import memory
+from launchers.benches import launches, memory
 from launchers.benches.common import Figure, Ratio, Result, interleave, show
 from launchers.benches.dense import unroll
 from launchers.benches.gather import Contest, Way, compare, peak
 from launchers.benches.simulate import SNR, simulate
+from launchers.commands import bench
 from slim.model.geometry import Geometry
 
 
@@ -235,6 +236,35 @@ def test_the_bench_of_memory_on_a_coarse_grid(command):
         "published default, peak over published jepa, peak": None,
         "published default, step over published jepa, step": None,
     }
+
+
+def test_the_bench_of_launches_on_a_coarse_grid(command):
+    done = command("tools/bench.py", "launches", "--small", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    (case,) = facts["notes"]["cases"].values()
+    counts = case["counts"]
+    assert sum(case["parts"].values()) == sum(counts[part] for part in launches.PARTS) == counts["step"]
+    assert counts["a sample"] == counts["step"] / launches.TINY.batch
+    assert counts["waits"] == sum(case["waits"].values()) and set(case["waits"]) <= set(case["parts"])
+    name = launches.TINY.name
+    assert {ratio["name"]: ratio["required"] for ratio in facts["ratios"]} == {
+        f"{name}, {part}": f"at most {limit}" for part, limit in launches.LIMITS[launches.TINY].items()
+    }
+    row = [*name.split(), *(f"{counts[part]:.0f}" for part in launches.PARTS)]
+    assert row in [line.replace("1 ", "1").split()[: len(row)] for line in done.stdout.splitlines()]
+
+
+def test_a_limit_that_is_exceeded_is_named(monkeypatch, capsys):
+    counted = launches.Calls({"forward": 7.0, "backward": 8.0}, {}, {})
+    limits = {launches.TINY: {"forward": 7, "backward": 7}}
+    monkeypatch.setattr(launches, "LIMITS", limits)
+    monkeypatch.setattr(launches, "run", lambda *_: launches.judge({launches.TINY: counted}))
+    assert bench.main(["launches", "--small"]) == 1
+    named = capsys.readouterr().err.splitlines()[-1]
+    assert named == f"error: requirements not met: {launches.TINY.name}, backward"
+    limits[launches.TINY]["backward"] = 8
+    assert bench.main(["launches", "--small"]) == 0
 
 
 @pytest.mark.parametrize("kind", SNR)

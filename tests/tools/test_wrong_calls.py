@@ -43,7 +43,7 @@ CALLS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "shards: shape and patch do not fit": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{tmp}/out", "grid.shape=[90,96,96]"],
-        ["command line", "grid", "90", "expected a shape divisible by patch"],
+        ["command line", "grid.shape", "got [90, 96, 96]", "expected multiples of patch"],
     ),
     "shards: unknown step": (
         ["tools/make_shards.py", "{cohort}/cohort.yaml", "--out", "{tmp}/out", "--only", "find,harmonize"],

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from shards.conversion.settings import ConvertSettings
 from shards.core.errors import ConfigError, UserError
+from shards.core.settings import check
 from slim.checkpoints.checkpoint import CheckpointError
 from slim.config import load_config
 
@@ -42,3 +44,29 @@ def test_mistakes_are_value_errors_too() -> None:
     """`except ValueError` in a user's code catches what the software refuses."""
     for kind in (ConfigError, CheckpointError):
         assert issubclass(kind, UserError) and issubclass(kind, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"grid": {"shape": [90, 96, 96]}}, "grid.shape: got [90, 96, 96], expected multiples of patch, 4"),
+        ({"grid": {"tr": 3}}, "grid.tr: got 3.0, expected between 0.7 and 0.8, the tr_range. Set tr_range, too"),
+        ({"mask": {"ml": [9, 3]}}, "mask.ml: got [9.0, 3.0], expected a volume of 0 or more, then a larger one"),
+        (
+            {"clean": {"high_pass": 0.1, "low_pass": 0.01}},
+            "clean.high_pass: got 0.1, expected less than low_pass, 0.01",
+        ),
+        (
+            {"split": {"shares": [0.5, 0.5, 0.5]}},
+            "split.shares: got [0.5, 0.5, 0.5], in all 1.5, expected shares of 0 or more that add up to 1",
+        ),
+        (
+            {"split": {"column": "part", "family": "home"}},
+            "split.family: got home, expected null: the split is read from the column part. Remove column or family",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_by_key(tree: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(ConvertSettings, tree, "command line")
+    assert error.value.line() == f"command line: {message}"

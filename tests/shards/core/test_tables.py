@@ -22,7 +22,7 @@ def write(folder: Path, content: str | bytes, name: str = "t.tsv") -> Path:
     return path
 
 
-def read(folder: Path, content: str | bytes) -> tables.Table:
+def read(folder: Path, content: str | bytes) -> tables.TableFile:
     return tables.read(write(folder, content), "a table")
 
 

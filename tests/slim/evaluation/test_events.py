@@ -92,16 +92,24 @@ def test_events_that_cannot_be_read_are_told(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"pooling": "cov"}, "pooling"),
-        ({"label": "x"}, "label"),
-        ({"events": None}, "events"),
-        ({"confounds": ["age"]}, "confounds"),
-        ({"split": {"kind": "all"}}, "split.kind"),
+        ({"pooling": "cov"}, "pooling: got cov, expected mean or location of a window: the others need a whole scan"),
+        ({"label": "x"}, "label: got x, expected nothing: states come from events. Remove label"),
+        ({"events": None}, "events: got nothing, expected the events from which states are decoded. Add this key"),
+        (
+            {"confounds": ["age"]},
+            "confounds: got ['age'], expected nothing: they are the same in all windows of a session. Remove confounds",
+        ),
+        ({"split": {"kind": "all"}}, "split.kind: got all, expected folds, holdout or dataset: a state is fitted"),
+        (
+            {"type": "regression", "label": "age"},
+            "events: got a value, expected nothing: a regression has none. Remove events",
+        ),
     ],
 )
 def test_a_wrong_task_is_told(changes: dict, told: str):
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError) as error:
         check(Task, STATE | changes, "task.yaml")
+    assert error.value.line() == f"task.yaml: {told}"
 
 
 def written(folder: Path, subjects: int = 20) -> SimpleNamespace:

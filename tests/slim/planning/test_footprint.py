@@ -15,12 +15,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.counted import MIDDLE, RealStep, prepared, settings
 from slim.config import PRESETS, PretrainSettings
+from slim.model.ragged_ops import varlen_attn
 from slim.planning import counting
-from slim.planning.counting import CPU_ATTENTION, Footprint
+from slim.planning.counting import CPU_ATTENTION, Footprint, is_call
 from slim.planning.step_cost import count
 
 MIB = 2**20
@@ -170,6 +172,68 @@ def test_flops_are_those_of_a_step_that_is_carried_out(stream: int | None) -> No
         step()
     assert found.flops.total() == flops.get_total_flops() > 0
     assert {"targets", "encoder", "predictor", "backward"} == set(+found.flops)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of a step that is carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += is_call(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_calls_are_kernels_and_no_views_or_reads() -> None:
+    with Footprint() as found:
+        x = torch.empty(4, 6)  # no kernel
+        y = x.t()[1:].reshape(4, 5)  # views, and a copy
+        y.mul_(2).add_(1)
+        with found.called("choice"):
+            chosen = y[y > 0]  # a comparison and a gather, which waits for the number of rows
+            chosen.sum().item()
+    assert found.calls == {"states": 3, "choice": 3} and found.waits == {"states": 0, "choice": 2}
+
+
+@pytest.mark.parametrize("stream", [None, 200])
+def test_calls_are_those_of_a_step_that_is_carried_out(stream: int | None) -> None:
+    chosen = settings(chunk_tokens=stream)
+    geometry, batch = prepared(chosen)
+    found, _ = count(chosen, geometry, batch)
+    step = RealStep(chosen, geometry, batch)
+    step()  # moments exist, and the variance is known
+    with Operations() as operations:
+        step()
+    assert found.calls.total() == pytest.approx(operations.calls, rel=0.01)
+    assert {"targets", "encoder", "predictor", "backward", "optimizer", "means"} == set(+found.calls)
+
+
+def test_attention_of_a_gpu_is_one_call_without_padding() -> None:
+    chosen = settings(precision="bf16")
+    geometry, batch = prepared(chosen)
+    padded, on_gpu = (count(chosen, geometry, batch, on_gpu=gpu)[0] for gpu in (False, True))
+    assert on_gpu.calls["encoder"] < padded.calls["encoder"] and on_gpu.calls["optimizer"] == padded.calls["optimizer"]
+    assert on_gpu.flops == padded.flops  # in this box of a brain, nothing has to be padded
+
+    heads, width, pairs = 2, 8, 3 * 3 + 4 * 4
+    bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
+    with Footprint() as found:
+        q = torch.zeros(7, heads, width, requires_grad=True)
+        found.restart()
+        out = varlen_attn(q, q, q, bounds, bounds, 4, 4)
+        assert found.calls.total() == 1 and found.flops.total() == 4 * pairs * heads * width
+        with found.called("backward"):
+            out.sum().backward()
+    assert found.flops["backward"] == 10 * pairs * heads * width
+
+
+def test_attention_of_a_gpu_in_fp32_is_padded() -> None:
+    chosen = settings(precision="fp32")
+    geometry, batch = prepared(chosen)
+    padded, on_gpu = (count(chosen, geometry, batch, on_gpu=gpu)[0] for gpu in (False, True))
+    assert on_gpu.calls == padded.calls and on_gpu.peak == padded.peak
 
 
 def test_streaming_saves_memory_and_costs_flops() -> None:

@@ -33,7 +33,7 @@ with open(f"{os.environ['RECORD']}/{os.getpid()}.jsonl", "a") as file:
 
 def start(dataset: Path, out: Path, record: Path, steps: int) -> subprocess.Popen:
     env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RECORD": str(record), **at_each_step(record, RECORDER)}
-    words = [f"data={dataset}", f"run.out={out}", "run.processes=2", f"run.steps={steps}", *QUICK]
+    words = [f"data={dataset}", f"run.out={out}", "run.processes=2", f"run.steps={steps}", *QUICK, "run.workers=1"]
     return subprocess.Popen(
         [sys.executable, "tools/pretrain.py", TINY, *words, "run.checkpoint_every=1", "run.keep=2", "--json"],
         cwd=ROOT,

@@ -26,7 +26,7 @@ from slim.config import EmaSettings, FinetuneSettings, OptimizerSettings, Pretra
 from slim.pretrain.task import PretrainTask
 from slim.training import compatibility, schedule
 from slim.training.compatibility import Rule, rule_of
-from slim.training.schedule import Plan
+from slim.training.schedule import StepPlan
 
 QUICK = ("run.batch=2", "run.workers=1", "run.wandb=disabled")
 
@@ -41,7 +41,7 @@ def save(settings: PretrainSettings, step: int) -> Path:
     written = load_run(run / "config.yaml")
     task = PretrainTask(written)
     before = checkpoint.newest(run / "checkpoints")
-    plan = Plan(written.run.steps_in_all(task.stream.per_epoch, written.run.processes))
+    plan = StepPlan(written.run.steps_in_all(task.stream.per_epoch, written.run.processes))
     if before is not None:
         plan = compatibility.extended(before, written, task.stream.per_epoch, written.run.processes)
     origin = task.origin(written.run.processes)
@@ -213,22 +213,22 @@ def test_going_on_from_an_earlier_checkpoint_or_from_the_mirror(begun: Path, dat
 def test_an_extension_goes_on_at_the_last_values_or_warms_up_again() -> None:
     lr, ema = OptimizerSettings(), EmaSettings()
 
-    def values(plan: Plan) -> list[tuple[float, ...]]:
+    def values(plan: StepPlan) -> list[tuple[float, ...]]:
         places = [plan.place(step) for step in range(plan.end)]
         return [
             (schedule.learning_rate(*p, lr), schedule.weight_decay(*p, lr), schedule.ema_momentum(*p, ema))
             for p in places
         ]
 
-    planned = values(Plan(20))
+    planned = values(StepPlan(20))
     assert planned == [
         (schedule.learning_rate(s, 20, lr), schedule.weight_decay(s, 20, lr), schedule.ema_momentum(s, 20, ema))
         for s in range(20)
     ]
-    assert values(Plan(20, ((30, "constant"),))) == planned + 10 * [planned[-1]]
-    ten = values(Plan(10))
-    assert values(Plan(20, ((30, "rewarm"), (35, "constant")))) == planned + ten + 5 * [ten[-1]]
-    assert values(Plan(20, ((30, "constant"), (40, "rewarm")))) == planned + 10 * [planned[-1]] + ten
+    assert values(StepPlan(20, ((30, "constant"),))) == planned + 10 * [planned[-1]]
+    ten = values(StepPlan(10))
+    assert values(StepPlan(20, ((30, "rewarm"), (35, "constant")))) == planned + ten + 5 * [ten[-1]]
+    assert values(StepPlan(20, ((30, "constant"), (40, "rewarm")))) == planned + 10 * [planned[-1]] + ten
 
 
 @given(st.integers(1, 9), st.lists(st.tuples(st.integers(1, 9), st.sampled_from(["constant", "rewarm"])), max_size=4))
@@ -237,8 +237,8 @@ def test_a_plan_has_a_place_for_every_step_and_is_read_back(steps: int, added: l
     for more, how in added:
         ends += more
         extensions.append((ends, how))
-    plan = Plan(steps, tuple(extensions))
-    assert plan.end == ends and Plan.from_facts(json.loads(json.dumps(plan.facts()))) == plan
+    plan = StepPlan(steps, tuple(extensions))
+    assert plan.end == ends and StepPlan.from_facts(json.loads(json.dumps(plan.facts()))) == plan
     for step in range(ends):
         at, of = plan.place(step)
         assert 0 <= at < of
@@ -258,7 +258,7 @@ def test_a_plan_has_a_place_for_every_step_and_is_read_back(steps: int, added: l
 )
 def test_what_is_no_plan_is_told(tree: Any) -> None:
     with pytest.raises(ValueError, match=r"an invalid plan|invalid literal"):
-        Plan.from_facts(tree)
+        StepPlan.from_facts(tree)
 
 
 def test_more_steps_than_planned_need_a_word(begun: Path, dataset: Path, capsys) -> None:
@@ -281,7 +281,7 @@ def test_more_steps_than_planned_need_a_word(begun: Path, dataset: Path, capsys)
     again = settings_of(dataset, begun, "run.steps=20", "run.extend=rewarm")
     prepare_run(again)
     plan = compatibility.plan_of(save(again, 15), 4)
-    assert plan == Plan(6, ((12, "constant"), (20, "rewarm")))
+    assert plan == StepPlan(6, ((12, "constant"), (20, "rewarm")))
 
 
 @pytest.mark.parametrize(("asked", "told"), [(3, "the run has already done 6 steps"), (8, "as planned")])
