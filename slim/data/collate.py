@@ -116,7 +116,7 @@ def _tokens_of_cell(geometry: Geometry) -> np.ndarray:
 def _rows_of_cells(
     geometry: Geometry, place_BP: list[np.ndarray], sample_G: np.ndarray, cell_G: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows, in the batch's tables of voxel values and of patches, of the tokens of some cells; -1 without brain, (G, E)."""
+    """Rows in the batch's tables of voxel values and of patches of the tokens of cells; -1 without brain, (G, E)."""
     frames, places = geometry.tokens[0], np.int32(prod(geometry.tokens[1:]))
     frame_GE, space_GE = np.divmod(_tokens_of_cell(geometry)[cell_G], places)
     patch_GE = patch_table(place_BP, int(places)).ravel()[(sample_G.astype(np.int32) * places)[:, None] + space_GE]
