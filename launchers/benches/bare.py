@@ -48,7 +48,7 @@ def bare_steps(settings: PretrainSettings) -> dict[str, list[float]]:
     torch.manual_seed(settings.run.seed)
     model = Objective(settings, geometry, datasets[0].grid.voxels)
     learner = PretrainLearner(settings, model)
-    adam = torch.optim.AdamW(parameter_groups(model), lr=optimizer.lr, betas=optimizer.betas)
+    adam = torch.optim.AdamW(parameter_groups(model), lr=optimizer.lr, betas=optimizer.betas, fused=True)
     learner.begin(lambda _: batches[:accumulate])
 
     found: dict[str, list[float]] = {"seconds": [], "cpu": [], "loss": []}

@@ -18,7 +18,7 @@ from torch import Tensor
 from shards.core.errors import SampleCorrupt
 from shards.format.reader import Dataset
 from shards.format.stream import Item
-from slim.config import TrainSettings
+from slim.config import KINDS, TrainSettings
 from slim.data.masking import Mask
 from slim.data.samples import Sample, draw_sample, empty_sample
 from slim.model.geometry import Geometry
@@ -100,6 +100,7 @@ def _targets(geometry: Geometry, masks: list[Mask], whole: Plan, context: Plan, 
         "patch_GE": patch_GE,
     }
     return Targets(
+        of_kind=np.bincount(np.concatenate([mask.kind_K for mask in masks]), minlength=len(KINDS)).tolist(),
         joint=segments(of_sample, of_sample),
         slots=segments(of_slot, of_slot),
         **{name: integers(array) for name, array in arrays.items()},

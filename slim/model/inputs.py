@@ -25,6 +25,8 @@ class Targets:
     ----------
     cell_K, sample_K, kind_K : int tensors
         Cell, sample and kind of each target, sample by sample.
+    of_kind : sequence of int
+        Number of targets of each kind.
     row_K : int tensor
         Row of each target in the cells of the whole-brain plan.
     joint, slots : Segments
@@ -40,6 +42,7 @@ class Targets:
     cell_K: Tensor
     sample_K: Tensor
     kind_K: Tensor
+    of_kind: list[int]
     row_K: Tensor
     joint: Segments
     slots: Segments

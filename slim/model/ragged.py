@@ -112,6 +112,8 @@ class Plan:
         Flat index of the cell, and sample, of every token of the last level.
     tokens_B : int tensor
         Number of tokens of each sample.
+    cells_B : sequence of int
+        Number of tokens of the last level of each sample; not a tensor, so that nobody waits for a device to read it.
     """
 
     row_N: Tensor
@@ -124,6 +126,7 @@ class Plan:
     cell_M: Tensor
     sample_M: Tensor
     tokens_B: Tensor
+    cells_B: list[int]
 
 
 def integers(values: np.ndarray | list[int]) -> Tensor:
@@ -264,6 +267,7 @@ def plan(
         integers(geometry.cell_in_order[at_M]),
         integers(sample_M),
         integers(tokens_B),
+        np.bincount(sample_M, minlength=samples).tolist(),
     )
 
 

@@ -6,11 +6,11 @@ follows the code of DeepSpeed 0.19 (`stage_1_and_2.py`, `stage3.py`, `partition_
 processes; B: bucket.
 
 stage  always                          in forward and backward passes               in the step, group by group
-0      weights N, moments 2 N          gradients N, then N flat to reduce them      AdamW's own
-1      weights N, master copy N/W,     gradients N; then B, N/W, a full bucket      gradients N/W, g/W flat, AdamW's own
+0      weights N, moments 2 N          gradients N, then N flat to reduce them
+1      weights N, master copy N/W,     gradients N; then B, N/W, a full bucket      gradients N/W, g/W flat
        moments 2 N/W
 2      as 1                            B, gradients N/W, a full bucket              as 1
-3      weights, master copy, moments   a full bucket                                g/W flat, AdamW's own
+3      weights, master copy, moments   a full bucket                                g/W flat
        2, gradients: N/W each; B
        W > 1: S gathered               L gathered, and flat in the forward pass     S dropped; each in turn for the EMA
 
@@ -18,8 +18,7 @@ A full bucket is reduced through a flat copy (at stages 1 and 2 only if W > 1). 
 and N/W at stage 2 while it runs. S are the parameters with up to 100 000 numbers, L the larger ones; each of L is freed
 once its gradient is computed. When DeepSpeed knows the order of the layers, it gathers L ahead, up to 50 million
 numbers at once; when the order changes, it starts over. A step with a known order needs more memory, and is the one
-that is counted. "AdamW's own" is a copy of the second moments: of a whole group with `foreach`, as on GPUs; without it,
-two copies of one tensor.
+that is counted. AdamW is fused and makes no copies.
 """
 
 from __future__ import annotations
@@ -57,12 +56,11 @@ class Plain:
         Returns the whole value of a parameter that is divided among processes.
     """
 
-    foreach = False
     whole: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, settings: PretrainSettings, model: nn.Module, found: Footprint):
         self.settings, self.model, self.found = settings, model, found
-        self.optimizer = torch.optim.AdamW(self.updated(), foreach=self.foreach)
+        self.optimizer = torch.optim.AdamW(self.updated(), fused=True)
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
@@ -100,15 +98,11 @@ class Zero(Plain):
         As in `Plain`.
     bucket : int
         Size, in numbers, of the buffer through which gradients are reduced.
-    foreach : bool
-        Whether AdamW updates all tensors of a group at once.
     """
 
-    def __init__(
-        self, settings: PretrainSettings, model: nn.Module, found: Footprint, bucket: int = BUCKET, foreach: bool = True
-    ):
+    def __init__(self, settings: PretrainSettings, model: nn.Module, found: Footprint, bucket: int = BUCKET):
         self.stage, self.processes = settings.zero.stage, settings.run.processes
-        self.bucket, self.foreach = bucket, foreach
+        self.bucket = bucket
         self._buffer: Tensor | None = None
         self._filled = 0  # numbers in the buffer
         self._larger: Tensor | None = None  # a gradient that is larger than the buffer

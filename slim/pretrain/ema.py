@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from slim.model.hiera import Hiera
 from slim.model.inputs import Batch
@@ -31,12 +32,25 @@ class Target:
     def __init__(self, encoder: Hiera, bf16: bool):
         self.encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
         self.bf16 = bf16
+        self._linear = [
+            f"{module}.{name}"
+            for module, layer in self.encoder.named_modules()
+            if isinstance(layer, nn.Linear)
+            for name, _ in layer.named_parameters()
+        ]
 
     @torch.no_grad()
     def encode(self, batch: Batch, plan: Plan) -> Tensor:
         """Features of the cells of a plan, float32 (M, C)."""
         with torch.autocast(batch.brain_QV.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.encoder(batch.voxels, plan).float()
+            return functional_call(self.encoder, self._halves() if self.bf16 else {}, (batch.voxels, plan)).float()
+
+    def _halves(self) -> dict[str, Tensor]:
+        """Weights of the linear layers in bf16, copied in one call. Autocast would copy each of them for each chunk."""
+        weights: list[Tensor] = [self.encoder.get_parameter(name) for name in self._linear]
+        halves = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]
+        torch._foreach_copy_(halves, weights)
+        return dict(zip(self._linear, halves, strict=True))
 
     def features(self, batch: Batch) -> Tensor:
         """Layer-normed features of all brain cells, float32 (M, C)."""
@@ -56,6 +70,10 @@ class Target:
         full : callable, optional
             Returns the whole fp32 value of a parameter that is divided among processes (ZeRO stage 3).
         """
-        for mine, other in zip(self.encoder.parameters(), encoder.parameters(), strict=True):
-            value = other.detach() if full is None else full(other)
-            mine.lerp_(value.to(mine.device, mine.dtype), 1 - momentum)
+        mine: list[Tensor] = [*self.encoder.parameters()]
+        others: list[Tensor] = [*encoder.parameters()]
+        if full is None:
+            torch._foreach_lerp_(mine, others, 1 - momentum)
+            return
+        for own, other in zip(mine, others, strict=True):  # one by one: each whole value takes memory
+            own.lerp_(full(other).to(own.device, own.dtype), 1 - momentum)

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slim.config import PretrainSettings
+from slim.config import KINDS, PretrainSettings
 from slim.model.inputs import Batch
 from slim.pretrain.ema import Target
-from slim.pretrain.losses import NOTHING_TO_GAIN
 from slim.pretrain.objective import Objective
 from slim.pretrain.running_mean import PlaceMean
 from slim.training import schedule
@@ -23,6 +22,21 @@ from slim.training.metrics import MetricsLine
 from slim.training.optim import Group, parameter_groups
 from slim.training.schedule import StepPlan
 from slim.training.task import Losses
+
+# Names of the loss, of the loss of predicting the mean of each place, and of the gain over it.
+_GAINS = (
+    ("loss_jepa", "trivial", "gain"),
+    *((f"loss_{kind}", f"trivial_{kind}", f"gain_{kind}") for kind in KINDS),
+)
+
+# If predicting the mean of each place has a smaller loss than this, the targets equal the means up to rounding and no
+# gain can be computed. This happens in the first step with one sample per step: its means come from the sample itself.
+_NOTHING_TO_GAIN = 1e-9
+
+
+def _gain(loss: float | None, trivial: float | None) -> float | None:
+    """1 - loss / trivial."""
+    return None if loss is None or trivial is None or trivial <= _NOTHING_TO_GAIN else 1 - loss / trivial
 
 
 class PretrainLearner:
@@ -49,9 +63,9 @@ class PretrainLearner:
         "loss_cross_time",
         "loss_cross_location",
         "loss_double_cross",
-        "gain_cross_time",
-        "gain_cross_location",
-        "gain_double_cross",
+        "trivial_cross_time",
+        "trivial_cross_location",
+        "trivial_double_cross",
         "sample_cosine",
     )
 
@@ -70,12 +84,11 @@ class PretrainLearner:
     def summarise(self, mean: dict[str, float | None]) -> dict[str, float | None]:
         """Replace `trivial`, the loss of predicting the mean of each place, by `gain` = 1 - loss / trivial.
 
-        `gain` is None where `trivial` is 0 up to rounding.
+        So for all targets, and for each kind. A gain is None where `trivial` is 0 up to rounding.
         """
-        trivial, loss = mean.pop("trivial"), mean["loss_jepa"]
-        if loss is None or trivial is None or trivial <= NOTHING_TO_GAIN:
-            return mean | {"gain": None}
-        return mean | {"gain": 1 - loss / trivial}
+        for loss, trivial, gain in _GAINS:
+            mean[gain] = _gain(mean[loss], mean.pop(trivial))
+        return mean
 
     def groups(self) -> list[Group]:
         """See `parameter_groups`."""

@@ -17,34 +17,35 @@ from slim.config import KINDS
 from slim.model.embedding import STILL, standardise
 from slim.model.inputs import Batch, Targets
 
-# If predicting the mean of each place has a smaller loss than this, the targets equal the means up to rounding and no
-# gain can be computed. This happens in the first step with one sample per step: its means come from the sample itself.
-NOTHING_TO_GAIN = 1e-9
 SLICES, POINTS, RANGE = 32, 14, (0.2, 4.0)
 
 
 def jepa_loss(
     predicted_KC: Tensor, target_KC: Tensor, targets: Targets, samples: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Smooth-L1 loss, averaged inside each sample, then over samples; and its value per kind and for the place mean."""
+    """Smooth-L1 loss, averaged inside each sample, then over samples; and numbers to log.
+
+    `trivial` is the loss of predicting the mean of each place. For each kind with targets, `loss_KIND` and
+    `trivial_KIND` are means over its targets.
+    """
     error_K = F.smooth_l1_loss(predicted_KC, target_KC, reduction="none").mean(dim=1)
     trivial_K = F.smooth_l1_loss(torch.zeros_like(target_KC), target_KC, reduction="none").mean(dim=1)
     loss = _mean_of_samples(error_K, targets.sample_K, samples)
     logs = {"trivial": _mean_of_samples(trivial_K, targets.sample_K, samples).detach()}
-    for number, kind in enumerate(KINDS):
-        of_kind = targets.kind_K == number
-        if of_kind.any():
-            logs[f"loss_{kind}"] = error_K[of_kind].mean().detach()
-            trivial = trivial_K[of_kind].mean().detach()
-            if trivial > NOTHING_TO_GAIN:
-                logs[f"gain_{kind}"] = 1 - logs[f"loss_{kind}"] / trivial
+    for what, value_K in (("loss", error_K), ("trivial", trivial_K)):
+        sums = value_K.new_zeros(len(KINDS)).index_add(0, targets.kind_K, value_K.detach())
+        logs |= {
+            f"{what}_{kind}": sums[number] / count
+            for number, (kind, count) in enumerate(zip(KINDS, targets.of_kind, strict=True))
+            if count
+        }
     return loss, logs
 
 
 def _mean_of_samples(value_K: Tensor, sample_K: Tensor, samples: int) -> Tensor:
     """Mean over samples of each sample's mean."""
-    total_B = value_K.new_zeros(samples).index_add(0, sample_K, value_K)
-    count_B = torch.bincount(sample_K, minlength=samples)
+    terms_2K = torch.stack([value_K, torch.ones_like(value_K)])
+    total_B, count_B = value_K.new_zeros(2, samples).index_add(1, sample_K, terms_2K)
     return (total_B / count_B.clamp_min(1)).sum() / (count_B > 0).sum().clamp_min(1)
 
 

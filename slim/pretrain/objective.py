@@ -79,7 +79,7 @@ class Objective(nn.Module):
             logs["loss_jepa"] = loss.detach()
         if sig and place_mean is not None:
             centred_MC = context_MC - place_mean[batch.context.cell_M]
-            loss = self._sig(centred_MC, batch.context.sample_M, len(batch.keys), step)
+            loss = self._sig(centred_MC, batch.context.cells_B, step)
             total = total + sig * loss
             logs["loss_sig"] = loss.detach()
         if loss_mae is not None:
@@ -88,10 +88,11 @@ class Objective(nn.Module):
         logs["loss"] = total.detach()
         return Losses(total, logs, {"context": context_MC.detach()})
 
-    def _sig(self, x_MC: Tensor, sample_M: Tensor, samples: int, step: int) -> Tensor:
+    def _sig(self, x_MC: Tensor, cells_B: list[int], step: int) -> Tensor:
+        """Mean over groups of samples, given the number of cells of each sample."""
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         slice_CS = torch.randn(x_MC.shape[1], SLICES, generator=rng).to(x_MC.device)
         slice_CS = slice_CS / slice_CS.norm(dim=0)
-        size = self.sig_samples or samples
-        groups = [sig_loss(x_MC[sample_M // size == group], slice_CS) for group in range(-(-samples // size))]
-        return torch.stack(groups).mean()
+        size = self.sig_samples or len(cells_B)
+        cells = [sum(cells_B[first : first + size]) for first in range(0, len(cells_B), size)]
+        return torch.stack([sig_loss(group_MC, slice_CS) for group_MC in x_MC.split(cells)]).mean()

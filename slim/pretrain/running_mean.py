@@ -32,9 +32,9 @@ class PlaceMean:
         """Collect features of this step."""
         self._sums[:, :-1].index_add_(0, cell_M, x_MC)
         self._sums[:, -1].index_add_(0, cell_M, torch.ones_like(cell_M, dtype=x_MC.dtype))
-        centred_MC = x_MC - self.mean[cell_M]
-        known_M = self.seen[cell_M] > 0
-        self._squares[:-1] += (centred_MC[known_M] ** 2).sum(dim=0)
+        known_M = self.seen[cell_M]
+        centred_MC = (x_MC - self.mean[cell_M]) * known_M[:, None]
+        self._squares[:-1] += (centred_MC**2).sum(dim=0)
         self._squares[-1] += known_M.sum()
 
     def commit(self) -> None:
@@ -42,16 +42,18 @@ class PlaceMean:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._sums)
             dist.all_reduce(self._squares)
-        count = self._sums[:, -1]
+        # No branch depends on a value, because the process would wait for the device to read it.
+        count = self._sums[:, -1:]
         here = count > 0
-        fresh = self._sums[here, :-1] / count[here, None]
-        decay = torch.where(self.seen[here] > 0, self.decay, 0.0)[:, None]
-        self.mean[here] = decay * self.mean[here] + (1 - decay) * fresh
-        self.seen[here] = 1
-        if self._squares[-1] > 0:
-            fresh = self._squares[:-1] / self._squares[-1]
-            self.variance.lerp_(fresh, 1 - self.decay if self.started else 1.0)
-            self.started.fill_(1)
+        fresh = self._sums[:, :-1] / count.clamp_min(1)
+        decay = self.decay * self.seen[:, None]
+        self.mean.copy_(torch.where(here, decay * self.mean + (1 - decay) * fresh, self.mean))
+        self.seen.copy_(torch.where(here[:, 0], 1.0, self.seen))
+        known = self._squares[-1]
+        fresh = self._squares[:-1] / known.clamp_min(1)
+        weight = torch.where(known > 0, torch.where(self.started > 0, 1 - self.decay, 1.0), 0.0)
+        self.variance.lerp_(fresh, weight.expand_as(fresh))
+        self.started.copy_(torch.where(known > 0, 1.0, self.started))
         self.discard()
 
     def discard(self) -> None:

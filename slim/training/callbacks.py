@@ -49,17 +49,14 @@ class Step:
         Number of the step, from 1.
     keys : list of str
         Keys of the samples that this process trained on.
-    line : dict
-        The step's line of metrics.jsonl. It is the same in all processes, except that only rank 0 has the standard
-        deviation and effective rank of features.
-    logged : bool
-        Whether the line is written to metrics.jsonl.
+    line : dict, optional
+        The step's line of metrics.jsonl; None if the step is not logged (`run.log_every`). It is the same in all
+        processes, except that only rank 0 has the standard deviation and effective rank of features.
     """
 
     number: int
     keys: list[str]
-    line: MetricsLine
-    logged: bool
+    line: MetricsLine | None
 
 
 class Callback:
@@ -114,7 +111,7 @@ class MetricsWriter(Callback):
 
     def on_step(self, step: Step) -> None:
         assert self._monitor is not None
-        if step.logged:
+        if step.line is not None:
             more: MetricsLine = {} if self.utilisation is None else {"mfu": self.utilisation(step.line)}
             self._monitor.log(step.line | more)
         found = self._monitor.warnings()
@@ -136,19 +133,20 @@ class ProgressBar(Callback):
 
     def __init__(self, name: str):
         self.name = name
+        self._told = ""  # of the last logged step
         self._stack = ExitStack()
 
     def on_start(self, start: Start) -> None:
         self._advance = self._stack.enter_context(progress(self.name, start.steps - start.step, "steps"))
 
     def on_step(self, step: Step) -> None:
-        line = step.line
-        loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
-        self._advance(
-            1,
-            f"loss {loss}, {number(line, 'samples_per_s'):.2f} samples/s, data wait {number(line, 'data_wait'):.0%}, "
-            f"{number(line, 'peak_memory_bytes') / 2**30:.2f} GiB",
-        )
+        if (line := step.line) is not None:
+            loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+            self._told = (
+                f"loss {loss}, {number(line, 'samples_per_s'):.2f} samples/s, "
+                f"data wait {number(line, 'data_wait'):.0%}, {number(line, 'peak_memory_bytes') / 2**30:.2f} GiB"
+            )
+        self._advance(1, self._told)
 
     def on_finish(self) -> None:
         self._stack.close()

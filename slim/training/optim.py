@@ -41,13 +41,16 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that skips a step if any gradient is not finite.
+    """Fused AdamW that skips a step if any gradient is not finite.
 
     DeepSpeed does the same at ZeRO stages 1 to 3, from the norm of all gradients, before it calls the optimizer. At
     stage 0 all processes have the same gradients, so they all decide alike.
     """
 
     skipped = False
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999)):
+        super().__init__(groups, lr=lr, betas=betas, fused=True)  # one call for each group, without copies
 
     def step(self, closure: Any = None) -> Any:
         # Check the norm: `isfinite` would copy the gradients, at ZeRO stages 1 and 2 all of them at once.

@@ -104,7 +104,7 @@ class Trainer:
             batches = self._batches()
             while self.step < self.steps and stopped is None:
                 step = self._one_step(batches)
-                line = step.line
+                line = step.line or line
                 for callback in self.callbacks:
                     callback.on_step(step)
                 stopped = self._agree_to_stop(begun)
@@ -158,10 +158,12 @@ class Trainer:
         """The reason to stop after this step, or None. All processes decide alike, by one reduced flag."""
         limit = self.settings.run.max_seconds
         late = limit is not None and time.monotonic() - begun >= limit
-        flag = torch.tensor([2 if self._stop else 1 if late else 0], device=self.device)
+        reason = 2 if self._stop else 1 if late else 0
         if self.world > 1:
+            flag = torch.tensor([reason], device=self.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return (None, "time limit", "signal")[int(flag)]
+            reason = int(flag)
+        return (None, "time limit", "signal")[reason]
 
     def _loader(self, consumed: int, count: int) -> loader.Loader:
         """Load this process's next `count` micro-batches, after `consumed` samples of the stream."""
@@ -218,14 +220,18 @@ class Trainer:
             more = self.learner.commit(self.step - 1, self.plan, self.engine, self.full)
         self._note(damaged, skipped, keys)
         more = {"lr": lr, "wd": wd, **more}
-        line = self._line(logs, tokens, losses.features, epoch, more, begun, waited)
-        return Step(number=self.step, keys=keys, line=line, logged=self._is_logged())
+        line = None
+        if self.step % settings.run.log_every == 0 or self.step in (1, self.steps):
+            line = self._line(logs, tokens, losses.features, epoch, more, begun, waited)
+        return Step(number=self.step, keys=keys, line=line)
 
     def _note(self, damaged: dict[str, str], skipped: bool, keys: list[str]) -> None:
         """Record what was skipped in this step; raises TrainingStopped if it is too much."""
-        count = torch.tensor(len(damaged), device=self.device)
+        count = len(damaged)
         if self.world > 1:
-            dist.all_reduce(count)
+            summed = torch.tensor(count, device=self.device)
+            dist.all_reduce(summed)
+            count = int(summed)
         new = self.skipped.damaged(self.step, damaged) if count else []
         self.skipped.step(self.step, skipped, keys)
         if self.rank == 0:
@@ -233,9 +239,6 @@ class Trainer:
                 self._warn(f"sample {key} is damaged and was left out, see {self.skipped.path}")
             if skipped:
                 self._warn(f"{NOT_FINITE}; the step was skipped")
-
-    def _is_logged(self) -> bool:
-        return self.step % self.settings.run.log_every == 0 or self.step in (1, self.steps)
 
     def _line(
         self,
@@ -247,11 +250,11 @@ class Trainer:
         begun: float,
         waited: float,
     ) -> MetricsLine:
-        """The step's line of metrics.jsonl, with means over micro-batches and processes."""
+        """The step's line of metrics.jsonl, with means over micro-batches and processes; it waits for the device."""
         mean, (kept, brain) = averages(logs, tokens, self.device, self.learner.logged)
         mean = self.learner.summarise(mean)
         spread: dict[str, float | None] = {}
-        if self.rank == 0 and self._is_logged():
+        if self.rank == 0:
             for name, x_NC in features.items():
                 spread |= spread_of(name, x_NC)
         if self.device.type == "cuda":

@@ -24,7 +24,7 @@ STAGES = (0, 1, 2, 3)
 def counted(given: PretrainSettings, patches: int = 8) -> tuple[Footprint, int]:
     """The count, and the bytes of all trained parameters."""
     geometry, batch = prepared(given, patches)
-    found, learner = count(given, geometry, batch, partial(Zero, bucket=BUCKET, foreach=False))
+    found, learner = count(given, geometry, batch, partial(Zero, bucket=BUCKET))
     return found, 4 * sum(parameter.numel() for parameter in learner.model.parameters())
 
 

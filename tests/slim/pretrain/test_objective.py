@@ -69,9 +69,19 @@ def test_jepa_loss_is_a_mean_of_sample_means_and_kinds_are_told_apart() -> None:
         assert torch.allclose(logs[f"loss_{kind}"], F.smooth_l1_loss(predicted[of], target[of]))
     _, perfect = jepa_loss(target, target, batch.targets, 2)
     _, trivial = jepa_loss(torch.zeros_like(target), target, batch.targets, 2)
-    assert perfect["gain_cross_time"] == 1 and trivial["gain_cross_location"] == 0
-    _, rounding = jepa_loss(predicted, target * 1e-6, batch.targets, 2)  # targets that are the means of their places
-    assert "loss_cross_time" in rounding and not any(name.startswith("gain") for name in rounding)
+    assert perfect["loss_cross_time"] == 0 < perfect["trivial_cross_time"]
+    for name in ("cross_time", "cross_location", "double_cross"):
+        assert torch.equal(trivial[f"loss_{name}"], trivial[f"trivial_{name}"])
+
+
+def test_gains_are_of_mean_losses_and_missing_where_there_is_nothing_to_gain() -> None:
+    mine = PretrainLearner(settings(), Objective(settings(), GEOMETRY, V))
+    line = dict.fromkeys(mine.logged, 0.5) | {"loss_cross_time": 0.2, "trivial_double_cross": 1e-10, "trivial": 2.0}
+    line |= {"loss_cross_location": None, "trivial_cross_location": None}  # no such targets
+    found = mine.summarise(line)
+    assert found["gain"] == 0.75 and found["gain_cross_time"] == pytest.approx(0.6)
+    assert found["gain_double_cross"] is None and found["gain_cross_location"] is None
+    assert not any(name.startswith("trivial") for name in found)
 
 
 def test_mae_loss_is_zero_when_rebuilt_and_one_for_the_mean() -> None:
@@ -160,6 +170,16 @@ def test_every_term_reaches_every_parameter_it_should() -> None:
 def test_heads_that_no_term_trains_do_not_exist() -> None:
     assert Objective(settings(objective="mae"), GEOMETRY, V).predictor.features is None
     assert Objective(settings(objective="jepa"), GEOMETRY, V).predictor.rebuild is None
+
+
+def test_the_target_in_half_precision_has_the_numbers_of_autocast() -> None:
+    batch = make_batch(1, 2)
+    target = Target(Objective(settings(), GEOMETRY, V).encoder, True)
+    found = target.encode(batch, batch.whole)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = target.encoder(batch.voxels, batch.whole).float()
+    assert torch.equal(found, expected)
+    assert all(weight.dtype == torch.float32 for weight in target.encoder.parameters())
 
 
 def test_target_moves_as_an_exponential_average() -> None:
