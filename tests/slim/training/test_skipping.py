@@ -97,7 +97,7 @@ def test_no_step_on_gradients_that_are_not_finite() -> None:
     torch.manual_seed(0)
     ours, plain = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     plain.load_state_dict(ours.state_dict())
-    guarded, adam = GuardedAdamW(ours.parameters(), lr=0.1), torch.optim.AdamW(plain.parameters(), lr=0.1)
+    guarded, adam = GuardedAdamW(ours.parameters(), lr=0.1), torch.optim.AdamW(plain.parameters(), lr=0.1, fused=True)
     x = torch.randn(5, 3)
     for bad in (False, True, False, True, True, False):
         for model, optimizer in ((ours, guarded), (plain, adam)):
