@@ -315,7 +315,7 @@ RENAMED = {"stream": "chunk_tokens"}
 class TrainSettings(Settings):
     """Settings of both pretraining and fine-tuning runs."""
 
-    data: tuple[DataItem, ...] = Field(description="a dataset, or a list of {path, weight}")
+    data: tuple[DataItem, ...] = Field(min_length=1, description="a dataset, or a list of {path, weight}")
     model: ModelSettings = Field(
         description="published, lean, large, tiny, the name of a preset, a YAML file, or the sizes themselves"
     )

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from shards.core.errors import Stopped, UserError, is_full
 from shards.core.extras import EXTRAS, ExtraMissing
 from shards.core.files import printable
-from shards.core.passwords import hidden
+from shards.core.passwords import hidden, keep_in_word
 
 DONE, REFUSED, WRONG, RESUME = 0, 1, 2, 3
 CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
@@ -62,6 +62,8 @@ def call_of(command: str, *words: object) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse with an example at the end of `--help`, one-line errors, and the option `--json` of all commands.
 
+    Passwords in URLs are removed from the arguments; see `shards.core.passwords`.
+
     Parameters
     ----------
     command : str
@@ -86,10 +88,11 @@ class Parser(argparse.ArgumentParser):
         self, args: Any = None, namespace: Any = None
     ) -> argparse.Namespace:
         """Parse arguments; options and positional arguments may be in any order."""
-        return self.parse_intermixed_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        return self.parse_intermixed_args([keep_in_word(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
+        print(f"error: {hidden(printable(message))} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(WRONG)
 
 

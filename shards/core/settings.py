@@ -211,6 +211,9 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
         if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
             hint = "YAML reads this as another type: put it in quotes"
             raise kind(where, field or "settings", shown(repr(first["input"])), "text", hint) from None
+        if first["type"] == "too_short":
+            got, least = f"{first['ctx']['actual_length']} values", first["ctx"]["min_length"]
+            raise kind(where, field or "settings", got, f"at least {least}") from None
         expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise kind(where, field or "settings", shown(repr(first["input"])), expected) from None
 
