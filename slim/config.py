@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from shards.core.errors import ConfigError
 from shards.core.passwords import keep
 from shards.core.presets import find, presets
-from shards.core.settings import Contradiction, PathText, Settings, Unit, check, override, read_yaml
+from shards.core.settings import Contradiction, PathText, Settings, Unit, check, override, read_yaml, typed
 
 View = Literal["global", "voxel", "both"]
 Kind = Literal["cross_time", "cross_location", "double_cross"]
@@ -449,11 +449,10 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
     model = tree.get("model")
     if isinstance(model, str):
         name = Path(model).stem
-        tree["model"] = _model(model, path).model_dump(mode="json")
+        with typed(given, path):
+            tree["model"] = _model(model, path).model_dump(mode="json")
         tree["model_name"] = f"{name}, changed" if changes else name
-    changed = override(tree, changes)
-    changed.words |= tree.words
-    return check(PretrainSettings, changed, path)
+    return check(PretrainSettings, override(tree, changes), path)
 
 
 def load_run(path: str | Path) -> PretrainSettings | FinetuneSettings:

@@ -12,18 +12,19 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from shards.core.errors import Stopped, UserError, is_full
+from shards.core.errors import ConfigError, Stopped, UserError, is_full
 from shards.core.extras import EXTRAS, ExtraMissing
 from shards.core.files import printable
 from shards.core.passwords import hidden, keep_in_word
@@ -59,10 +60,14 @@ def call_of(command: str, *words: object) -> str:
     return shlex.join([*program, *rest, *map(str, words)])
 
 
+_SETTING = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*=")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with an example at the end of `--help`, one-line errors, and the option `--json` of all commands.
 
-    Passwords in URLs are removed from the arguments; see `shards.core.passwords`.
+    Passwords in URLs are removed from the arguments; see `shards.core.passwords`. `key=value` words may stand anywhere.
+    They are `args.settings` after `add_settings`, and refused without it.
 
     Parameters
     ----------
@@ -82,14 +87,49 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._takes_settings = False
         self.add_argument("--json", action="store_true", help="print the summary as a JSON object on the last line")
+
+    def add_settings(self, help: str) -> None:
+        """Accept `key=value` words. Call it after the positional arguments are added."""
+        self._takes_settings = True
+        self.add_argument("settings", nargs="*", metavar="key=value", help=help)
 
     def parse_args(  # type: ignore[override]
         self, args: Any = None, namespace: Any = None
     ) -> argparse.Namespace:
-        """Parse arguments; options and positional arguments may be in any order."""
-        words = sys.argv[1:] if args is None else args
-        return self.parse_intermixed_args([keep_in_word(word) for word in words], namespace)
+        """Parse arguments; options, positional arguments and settings may be in any order.
+
+        Raises
+        ------
+        ConfigError
+            If there is a setting, and this command takes none.
+        """
+        words, settings = self._divided([keep_in_word(word) for word in (sys.argv[1:] if args is None else args)])
+        if settings and not self._takes_settings and not {"-h", "--help"} & set(words):
+            options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            near = f"--{settings[0].partition('=')[0].rpartition('.')[2].replace('_', '-')}"
+            hint = f"Write {near} VALUE" if near in options else ""
+            expected = f"no key=value: {self.prog} has options only, {', '.join(options)}"
+            raise ConfigError("command line", printable(settings[0]), "a setting", expected, hint)
+        found = self.parse_intermixed_args(words, namespace)
+        if self._takes_settings:
+            found.settings += settings
+        return found
+
+    def _divided(self, args: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The words that are no settings, and the settings. A word with `=` that is a file is no setting."""
+        words, settings, rest = [], [], iter(args)
+        for word in rest:
+            if word == "--":
+                words += [word, *rest]
+            elif (option := self._option_string_actions.get(word)) is not None:
+                words += [word, *([next(rest, "")] if option.nargs != 0 else [])]
+            elif _SETTING.match(word) and not os.path.lexists(word):
+                settings.append(word)
+            else:
+                words.append(word)
+        return words, settings
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {hidden(printable(message))} (see {self.prog} --help)", file=sys.stderr)
