@@ -59,8 +59,8 @@ def test_settings_stand_anywhere_and_values_of_options_are_none() -> None:
 def test_a_file_is_no_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("sub=01").touch()
-    args = parser().parse_args(["sub=01", "ses=02", "folder/sub=01", "s3://bucket/run?version=2"])
-    assert args.runs == ["sub=01", "folder/sub=01", "s3://bucket/run?version=2"] and args.settings == ["ses=02"]
+    args = parser().parse_args(["sub=01", "ses=02", "folder/sub=01", "s3://bucket/run=2"])
+    assert args.runs == ["sub=01", "folder/sub=01", "s3://bucket/run=2"] and args.settings == ["ses=02"]
 
 
 def test_a_key_is_for_all_tasks_or_for_the_named_one() -> None:
