@@ -13,10 +13,11 @@ from shards.conversion import dry_run as survey
 from shards.conversion.convert import Conversion
 from shards.conversion.session import Parcels, WindowRanker, by_assumption, is_harmonised
 from shards.conversion.settings import ConvertSettings
-from shards.core.cli import DONE, REFUSED, Parser, call_of, progress, summary
+from shards.core.cli import DONE, REFUSED, Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable
 from shards.core.presets import find
+from shards.core.progress import progress
 from shards.core.settings import check, override
 from shards.format import layout
 from shards.format.reader import Dataset

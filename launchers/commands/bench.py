@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers.benches import BENCHES
-from shards.core.cli import DONE, REFUSED, Parser, duration, summary
+from shards.core.cli import DONE, REFUSED, Parser, summary
 from shards.core.errors import ConfigError
+from shards.core.progress import duration
 from shards.core.settings import check, override
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")

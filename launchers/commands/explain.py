@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from shards.core.cli import DONE, Parser, call_of, progress, summary
+from shards.core.cli import DONE, Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.presets import find
+from shards.core.progress import progress
 from shards.core.room import require_room
 from shards.core.settings import typed
 from shards.format.reader import Dataset

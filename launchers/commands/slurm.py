@@ -93,7 +93,7 @@ def pretrain(words: list[str]) -> int:
 
 
 def finetune(words: list[str]) -> int:
-    """Submit a job for each split of the subjects. tools/finetune.py then tests the trained models."""
+    """Submit a job for each split of the subjects. `slim-brain finetune` then tests the trained models."""
     parser = Parser(
         "slurm finetune",
         "Fine-tune with sbatch: one job for each split of the subjects, requeued until it is finished.",

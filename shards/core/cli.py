@@ -1,4 +1,4 @@
-"""The parts that all commands share: exit statuses, one-line errors, progress with rate and time left, a summary.
+"""The parts that all commands share: exit statuses, one-line errors, a summary.
 
 Exit statuses: 0 done; 1 finished, but some inputs were refused; 2 the call or configuration is wrong; 3 stopped, and
 the same command continues; 70 a fault of this software, reported in one line that names the file with the traceback.
@@ -37,6 +37,15 @@ _AWAY = (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.E
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # long work saves and ends on these
 
 
+_caller: str | None = None  # the program that a user called, where another one runs
+
+
+def answer_as(command: Sequence[str]) -> None:
+    """Make `call_of` write calls in the style of this command line, in a process that its command started."""
+    global _caller
+    _caller = next((word for word in command if word.endswith(".py")), "slim-brain")
+
+
 def call_of(command: str, *words: object) -> str:
     """The command line of another command, in the style in which the running command was called.
 
@@ -53,7 +62,7 @@ def call_of(command: str, *words: object) -> str:
         `python tools/make_shards.py ...` where this process is such a file, else `slim-brain make-shards ...`.
     """
     name, *rest = command.split()
-    called = Path(sys.argv[0]).absolute()
+    called = Path(_caller or sys.argv[0]).absolute()
     program = ["slim-brain", name]
     if called.suffix == ".py" and called.parent.name in ("tools", "launchers"):
         program = ["python", "launchers/slurm.py" if name == "slurm" else f"tools/{name.replace('-', '_')}.py"]
@@ -332,72 +341,3 @@ def summary(
         print(f"next: {hidden(printable(next_step))}")
     if as_json:
         print(hidden(json.dumps(facts, default=str)))
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as `42 s`, `3 min 05 s` or `2 h 07 min`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-
-
-def _speed(rate: float, unit: str) -> str:
-    """Format a rate per second; slow rates are given per minute."""
-    return f"{rate:.2f} {unit}/s" if rate >= 1 else f"{60 * rate:.1f} {unit}/min"
-
-
-@contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """Show progress with rate and time left: as a bar on a terminal, as lines elsewhere.
-
-    Yields a function `advance(count, note)`. Lines are printed at most every five seconds, so that log files stay
-    readable. Output goes to stderr, because stdout is for the summary. Brackets in texts are not markup, and control
-    characters are escaped.
-    """
-    what = printable(what)
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        with Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=Console(stderr=True),
-        ) as bar:
-            task = bar.add_task(what, total=total, rate="", note="")
-            begun, done = time.monotonic(), 0
-
-            def advance(count: int = 1, note: str = "") -> None:
-                nonlocal done
-                done += count
-                rate = done / max(time.monotonic() - begun, 1e-9)
-                bar.update(task, advance=count, rate=_speed(rate, unit), note=printable(note))
-
-            yield advance
-        return
-
-    begun = last = time.monotonic()
-    done = 0
-
-    def tell(count: int = 1, note: str = "") -> None:
-        nonlocal done, last
-        done += count
-        now = time.monotonic()
-        if now - last >= 5 or done >= total:
-            last = now
-            rate = done / max(now - begun, 1e-9)
-            left = duration((total - done) / rate) if rate else "unknown"
-            print(
-                f"{what}: {done}/{total} {unit}, {_speed(rate, unit)}, {left} left {printable(note)}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
-
-    yield tell
