@@ -13,10 +13,11 @@ from shards.conversion import dry_run as survey
 from shards.conversion.convert import Conversion
 from shards.conversion.session import Parcels, WindowRanker, by_assumption, is_harmonised
 from shards.conversion.settings import ConvertSettings
-from shards.core.cli import DONE, REFUSED, call_of, progress, summary
+from shards.core.cli import DONE, REFUSED, Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable
 from shards.core.presets import find
+from shards.core.progress import progress
 from shards.core.settings import check, override
 from shards.format import layout
 from shards.format.reader import Dataset
@@ -30,10 +31,11 @@ STEPS = ("find", "harmonise", "rank", "pack")
 Ended = tuple[int, dict[str, object], str]  # exit status, facts of the summary, what to do next
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the arguments of a conversion, which are the same on one machine and on a cluster."""
     add = parser.add_argument
-    add("arguments", nargs="+", metavar="COHORT|key=value", help="cohort files or names of cohorts, then settings")
+    add("cohorts", nargs="+", metavar="COHORT", help="cohort files or names of cohorts")
+    parser.add_settings("settings of the conversion, such as grid.mm=3")
     add("--out", required=True, type=Path, metavar="DATASET", help="folder of the dataset")
     add("--ranker", default="mutual", metavar="NAME", help="method that scores windows (default: mutual)")
     add("--extractor", type=Path, metavar="PATH", help="trained temporal extractor (default: train one)")
@@ -48,12 +50,8 @@ def conversion_of(args: argparse.Namespace, workers: int) -> tuple[Conversion, E
     UserError
         If an argument is wrong.
     """
-    named = [a for a in args.arguments if "=" not in a or Path(a).exists()]
-    assignments = [a for a in args.arguments if a not in named]
-    settings = check(ConvertSettings, override({}, assignments), "command line")
-    cohorts = [find("cohort", name, "COHORT") for name in named]
-    if not cohorts:
-        raise ConfigError("command line", "COHORT.yaml", "none", "at least one cohort file")
+    settings = check(ConvertSettings, override({}, args.settings), "command line")
+    cohorts = [find("cohort", name, "COHORT") for name in args.cohorts]
     one_thread()
     ranking = {"name": args.ranker, "extractor": None}
     given = Extractor.load(args.extractor) if args.extractor else None

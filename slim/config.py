@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from shards.core.errors import ConfigError
 from shards.core.passwords import keep
 from shards.core.presets import find, presets
-from shards.core.settings import Contradiction, PathText, Settings, Unit, check, override, read_yaml
+from shards.core.settings import Contradiction, PathText, Settings, Unit, check, override, read_yaml, typed
 
 View = Literal["global", "voxel", "both"]
 Kind = Literal["cross_time", "cross_location", "double_cross"]
@@ -315,7 +315,7 @@ RENAMED = {"stream": "chunk_tokens"}
 class TrainSettings(Settings):
     """Settings of both pretraining and fine-tuning runs."""
 
-    data: tuple[DataItem, ...] = Field(description="a dataset, or a list of {path, weight}")
+    data: tuple[DataItem, ...] = Field(min_length=1, description="a dataset, or a list of {path, weight}")
     model: ModelSettings = Field(
         description="published, lean, large, tiny, the name of a preset, a YAML file, or the sizes themselves"
     )
@@ -449,11 +449,10 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
     model = tree.get("model")
     if isinstance(model, str):
         name = Path(model).stem
-        tree["model"] = _model(model, path).model_dump(mode="json")
+        with typed(given, path):
+            tree["model"] = _model(model, path).model_dump(mode="json")
         tree["model_name"] = f"{name}, changed" if changes else name
-    changed = override(tree, changes)
-    changed.words |= tree.words
-    return check(PretrainSettings, changed, path)
+    return check(PretrainSettings, override(tree, changes), path)
 
 
 def load_run(path: str | Path) -> PretrainSettings | FinetuneSettings:

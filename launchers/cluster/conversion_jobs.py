@@ -38,9 +38,10 @@ from launchers.cluster.scheduler import (
 )
 from launchers.cluster.script import JobFolders, Script, lines, probe
 from shards.core import files
-from shards.core.cli import DONE, REFUSED, RESUME, call_of, progress, summary
+from shards.core.cli import DONE, REFUSED, RESUME, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable_lines
+from shards.core.progress import progress
 from shards.format import layout
 
 if TYPE_CHECKING:  # these import torch

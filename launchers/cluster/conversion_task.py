@@ -32,7 +32,7 @@ from launchers.cluster.is_done import is_done
 from launchers.cluster.noted import TaskOutcome
 from launchers.cluster.scheduler import last_error
 from shards.core import files
-from shards.core.cli import CRASHED, DONE, RESUME, WRONG, crashed, show_log, summary
+from shards.core.cli import CRASHED, DONE, RESUME, WRONG, answer_as, crashed, show_log, summary
 from shards.core.errors import DatasetError, Stopped, UserError
 from shards.format import layout
 
@@ -122,6 +122,7 @@ def work(name: str, dataset: Path, task: int) -> TaskOutcome:
                 print(f"failed: {line}")
             error = f"{len(unsettled)} of {len(conversion.runs)} scans remain; the same command continues with them"
             return TaskOutcome(status=RESUME, error=error, failed=lines)
+        answer_as(submitted(dataset).command)
         refused_all = steps.lacks_extractor(conversion)  # no scan was left to train it on
         status, facts, following = steps.all_refused(conversion) if refused_all else steps.finish(conversion)
         summary(facts, following, as_json=False)

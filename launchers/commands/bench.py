@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers.benches import BENCHES
-from shards.core.cli import DONE, REFUSED, Parser, duration, summary
+from shards.core.cli import DONE, REFUSED, Parser, summary
 from shards.core.errors import ConfigError
+from shards.core.progress import duration
 from shards.core.settings import check, override
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("bench", __doc__.splitlines()[0], "shards --repeat 3 frames=400")
     known = "; ".join(f"{name}: {what}" for name, what in BENCHES.items())
     parser.add_argument("bench", choices=BENCHES, metavar="NAME", help=known)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="sizes of the bench")
+    parser.add_settings("sizes of the bench")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds of A B A B (default 3)")
     parser.add_argument("--small", action="store_true", help="a short trial of the call; its ratios mean nothing")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object to a file, too")

@@ -28,8 +28,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shards.core.cli import DONE, REFUSED, Parser, progress, summary
+from shards.core.cli import DONE, REFUSED, Parser, summary
 from shards.core.errors import ConfigError, DatasetError, RunRefused
+from shards.core.progress import progress
 from shards.core.room import require_room
 from slim import __version__
 

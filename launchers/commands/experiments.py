@@ -22,7 +22,7 @@ from shards.core.files import dump, write_atomically
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("experiments", __doc__.splitlines()[0], "--out runs/experiments --seeds 1 run.steps=300")
-    parser.add_argument("changes", nargs="*", metavar="key=value", help="settings for every pretraining")
+    parser.add_settings("settings for every pretraining")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="FOLDER")
     parser.add_argument("--only", default=",".join(PARTS), metavar="PARTS", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--snr", default="0.9,0.3", metavar="A,B", help="voxel signal-to-noise ratios")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("command line", "--snr", args.snr, "numbers such as 0.9,0.3") from None
     if min(args.seeds, args.jobs) < 1:
         raise ConfigError("command line", "--seeds, --jobs", min(args.seeds, args.jobs), "1 or more")
-    work = Experiments(args.out.resolve(), args.seeds, args.jobs, args.changes)
+    work = Experiments(args.out.resolve(), args.seeds, args.jobs, args.settings)
     trials = work.trials(parts, snrs)
     if not args.tables:
         work.prepare(trials, snrs)

@@ -1,10 +1,11 @@
 """Map the voxels and windows that the predictions of a task rest on.
 
-    slim-brain explain RUN_OR_WEIGHTS --data DATASET --task TASK.yaml [--subjects N] [--out FOLDER]
+    slim-brain explain RUN_OR_WEIGHTS --data DATASET --task TASK.yaml [--subjects N] [key=value ...]
 
 Computes integrated gradients of the score of a linear probe. The probe is fitted without the explained subjects. For a
 task of type state, the windows in one state (`--class`) are explained. Writes maps (NIfTI on the
 dataset's grid), pictures and facts to RUN/report/explain; `slim-brain report` shows them on the page of the run.
+`pooling=mean` sets a key of the task (and of that of `--states`), `hcp_sex.pooling=mean` of the task of this name.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from shards.core.cli import DONE, Parser, call_of, progress, summary
+from shards.core.cli import DONE, Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.presets import find
+from shards.core.progress import progress
 from shards.core.room import require_room
+from shards.core.settings import typed
 from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import EXPLAIN, REPORT
 from slim.evaluation.events import read as read_events
-from slim.evaluation.task import find_cases, load_task
+from slim.evaluation.task import find_cases, load_tasks
 
 
 def _parser() -> Parser:
@@ -28,6 +31,7 @@ def _parser() -> Parser:
         "explain", __doc__.splitlines()[0], "runs/name --data data/mylab --task configs/downstream/synthetic_score.yaml"
     )
     parser.add_argument("run", metavar="RUN_OR_WEIGHTS", help="a run, a checkpoint, an export or OWNER/NAME")
+    parser.add_settings("keys of the task, such as pooling=mean; NAME.key=value: of the task NAME alone")
     parser.add_argument("--data", required=True, metavar="DATASET", help="a dataset that make-shards wrote")
     parser.add_argument(
         "--task", required=True, metavar="TASK", help="a task of type classification, regression or state"
@@ -60,9 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.task = find("task", args.task, "--task")
     if args.states:
         args.states = find("task", args.states, "--states")
-    task, dataset = load_task(args.task), Dataset(args.data)
+    paths = [args.task, *([args.states] if args.states else [])]
+    (task, words), *others = load_tasks(paths, args.settings)
+    dataset = Dataset(args.data)
     source = args.task if task.type == "state" and not args.states else args.states
-    states = load_task(source) if source else None
+    states = others[0][0] if others else task if source else None
     if states is not None and states.events is None:
         raise ConfigError(source, "type", states.type, "state, a task with events")
 
@@ -73,12 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from slim.explain.integrated_gradients import TOLERANCE, check_start
     from slim.inference.slim_brain import SlimBrain
 
-    explain.check_task(task, args.task)
+    with typed(words, args.task):
+        explain.check_task(task, args.task)
     model = SlimBrain.from_pretrained(args.run, args.weights).to("cuda" if torch.cuda.is_available() else "cpu")
     model.check_data(dataset)
     model.check_unseen(dataset)
     check_start(model, args.start)
-    cases = find_cases(task, dataset, model.settings.windows.k, args.task, args.events)
+    with typed(words, args.task):
+        cases = find_cases(task, dataset, model.settings.windows.k, args.task, args.events)
     output, unit = 0, f"predicted {task.label}"
     if task.type != "regression":
         label = args.label or cases.classes[-1]
@@ -88,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         unit += ", mean over the windows of a session in that state" if task.type == "state" else ""
     elif args.label:
         raise ConfigError("command line", "--class", args.label, "no --class, because a regression has no classes")
-    asked = explain.choose(task, cases, args.task, args.subjects, output)
+    with typed(words, args.task):
+        asked = explain.choose(task, cases, args.task, args.subjects, output)
 
     out = args.out or model.results / REPORT / EXPLAIN
     require_room(out, "--out")

@@ -4,7 +4,8 @@
 
 RUN is a run folder (its newest complete checkpoint is taken) or one of its checkpoints. The folder holds the encoder
 (safetensors), every setting, the temporal extractor, checksums and a model card; `SlimBrain.from_pretrained(DIR)` and
-`slim-brain embed DIR` need nothing else, and it can be uploaded to a hub as it is.
+`slim-brain embed DIR` need nothing else, and it can be uploaded to a hub as it is. Somebody else may have written the
+configuration of a run, so its URLs are opened only with --data.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--parcels", type=Path, metavar="FILE", help="the label image of the parcels, if the dataset was made with one"
     )
+    parser.add_argument(
+        "--data", action="store_true", help="open the URLs of training datasets, for the cohorts and sessions in them"
+    )
     args = parser.parse_args(argv)
 
     from slim.inference import export
     from slim.inference.slim_brain import SlimBrain
 
     model = SlimBrain.from_pretrained(args.run, args.weights, args.extractor, args.parcels)
-    about = export.write(model, args.out)
+    about = export.write(model, args.out, remote=args.data)
     files = sorted(path for path in args.out.rglob("*") if path.is_file())
     facts = {
         "export": str(args.out),

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from shards.core.cli import DONE, Parser, call_of, duration, progress, summary
+from shards.core.cli import DONE, Parser, call_of, summary
+from shards.core.progress import duration, progress
 from shards.synthetic.truth import SyntheticCohort
 from shards.synthetic.write import write_cohort
 

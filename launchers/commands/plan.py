@@ -44,7 +44,7 @@ PARTS = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("plan", __doc__.splitlines()[0], "configs/pretrain/published.yaml --gpu-memory 24GB")
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run.processes: GPUs of the whole job")
+    parser.add_settings("settings of the pretraining; run.processes: GPUs of the whole job")
     parser.add_argument(
         "--gpu-memory", metavar="SIZE", help="memory of a GPU: 80GB (80e9 bytes) or 40960MiB; default: the GPU here"
     )
@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.tflops is not None and not 0 < args.tflops < float("inf"):
         raise ConfigError("command line", "--tflops", f"{args.tflops:g}", "a number above 0")
     memory = size(args.gpu_memory)
-    typed = any(word.partition("=")[0] == "data" for word in args.overrides)
+    typed = any(word.partition("=")[0] == "data" for word in args.settings)
     config = find("pretrain", args.config, "CONFIG")
     absent = [] if typed or "data" in read_yaml(config) else ["data=DATASET"]
-    settings = load_config(config, [*args.overrides, *absent])
+    settings = load_config(config, [*args.settings, *absent])
     facts = forecast(settings, present(settings, typed), memory, args.tflops, begun)
     show(facts)
-    print(f"next: {following(facts, [args.config, *args.overrides])}")
+    print(f"next: {following(facts, [args.config, *args.settings])}")
     if args.json:
         print(json.dumps(asdict(facts)))
     return DONE

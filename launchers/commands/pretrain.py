@@ -18,9 +18,9 @@ from slim.config import load_config
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("pretrain", __doc__.splitlines()[0], "configs/pretrain/lean.yaml data=DATASET run.processes=2")
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_settings("settings of the pretraining, such as run.steps=2000")
     args = parser.parse_args(argv)
-    settings = load_config(args.config, args.overrides)
+    settings = load_config(args.config, args.settings)
     result = local.train(settings)  # checks the settings before it starts processes
     out = settings.run.out
     facts = {"run": out, **{name: value for name, value in asdict(result).items() if value is not None}}

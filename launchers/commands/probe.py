@@ -1,10 +1,12 @@
 """Score a frozen encoder on a task, beside random weights and baselines.
 
-    slim-brain probe RUN_OR_WEIGHTS [...] --data DATASET --task TASK.yaml [--task TASK.yaml ...] [--out FOLDER]
+    slim-brain probe RUN_OR_WEIGHTS [...] --data DATASET --task TASK.yaml [--task TASK.yaml ...] [key=value ...]
 
 The baselines are the functional connectome and the mean image. RUN_OR_WEIGHTS is a run folder (its newest complete
 checkpoint is taken), one of its checkpoints, an exported folder or its name on the hub. Give several if one recipe was
 trained with several seeds: their scores are averaged. A later call with another task adds to the same report.
+`pooling=mean` sets a key of all tasks, and `hcp_sex.pooling=mean` sets it for the task of this name. The keys are shown
+by `slim-brain config explain task`.
 """
 
 from __future__ import annotations
@@ -14,15 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.core.cli import DONE, Parser, call_of, progress, summary
+from shards.core.cli import DONE, Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.presets import find
+from shards.core.progress import progress
 from shards.core.room import require_room
+from shards.core.settings import typed
 from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import PROBE, REPORT
 from slim.checkpoints.seen import Person
 from slim.evaluation.splits import Split
-from slim.evaluation.task import Cases, Task, find_cases, load_task, make_splits
+from slim.evaluation.task import Cases, Task, find_cases, load_tasks, make_splits
 
 if TYPE_CHECKING:
     from slim.evaluation.results import TaskResult
@@ -39,6 +43,7 @@ def _parser() -> Parser:
         metavar="RUN_OR_WEIGHTS",
         help="a run, a checkpoint, an export or OWNER/NAME; several: the same recipe with other seeds",
     )
+    parser.add_settings("keys of all tasks, such as pooling=mean; NAME.key=value: of the task NAME")
     parser.add_argument("--data", required=True, metavar="DATASET", help="a dataset that make-shards wrote")
     parser.add_argument(
         "--task",
@@ -70,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.random_seeds < 1:
         raise ConfigError("command line", "--random-seeds", args.random_seeds, "1 or more")
     args.task = [find("task", given, "--task") for given in args.task]
-    tasks = [load_task(path) for path in args.task]
+    tasks, changes = zip(*load_tasks(args.task, args.settings), strict=True)
     for number, task in enumerate(tasks):
         if task.name in [other.name for other in tasks[:number]]:
             raise ConfigError(args.task[number], "name", f"{task.name} a second time", "a different name for each task")
@@ -88,12 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.check_data(dataset)
         model.check_unseen(dataset)
         _check_recipe(model, ours, path, args.runs[0])
-    cases = [
-        find_cases(task, dataset, ours.settings.windows.k, path, args.events)
-        for task, path in zip(tasks, args.task, strict=True)
-    ]
-    # Check every task before anything is encoded.
-    splits = [make_splits(task, case, path) for task, case, path in zip(tasks, cases, args.task, strict=True)]
+    cases, splits = [], []
+    for task, path, words in zip(tasks, args.task, changes, strict=True):  # all, before anything is encoded
+        with typed(words, path):
+            cases.append(find_cases(task, dataset, ours.settings.windows.k, path, args.events))
+            splits.append(make_splits(task, cases[-1], path))
 
     sessions = {session.key: session for case in cases for session in case.sessions}
     # With the seed of a run, the random weights are the initial weights of that run.
@@ -128,13 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     results: list[TaskResult] = []
     seen = _seen(trained, dataset)
-    for task, case, split in asked:
+    for (task, case, split), words in zip(asked, changes, strict=True):
         result = probe.summarise(task, case, split, scored[task.name])
         facts = result.facts.with_facts(
             run=args.runs[0],
             runs=args.runs,
             random_seeds=seeds[: args.random_seeds],
             data=str(args.data),
+            changed=words,
             step=ours.step,
             weights=ours.made["weights"],
             subjects_seen_in_pretraining=None if seen is None else len(seen.intersection(case.subjects)),

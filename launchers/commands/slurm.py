@@ -68,11 +68,11 @@ def pretrain(words: list[str]) -> int:
         "slurm pretrain", "Pretrain with sbatch: one process per GPU, requeued until the run is finished.", _EXAMPLE
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_settings("settings of the pretraining, such as run.steps=2000")
     _add_nodes(parser)
     args = parser.parse_args(words)
     asked = Submission(args)
-    settings = asked.spread(load_config(args.config, args.overrides))
+    settings = asked.spread(load_config(args.config, args.settings))
     if args.dry_run:
         return asked.dry_run(settings)
     asked.check([settings])
@@ -93,7 +93,7 @@ def pretrain(words: list[str]) -> int:
 
 
 def finetune(words: list[str]) -> int:
-    """Submit a job for each split of the subjects. tools/finetune.py then tests the trained models."""
+    """Submit a job for each split of the subjects. `slim-brain finetune` then tests the trained models."""
     parser = Parser(
         "slurm finetune",
         "Fine-tune with sbatch: one job for each split of the subjects, requeued until it is finished.",

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from shards.conversion.settings import ExtractorSettings
-from shards.core.cli import DONE, Parser, call_of, progress, summary
+from shards.core.cli import DONE, Parser, call_of, summary
 from shards.core.errors import ConfigError
+from shards.core.progress import progress
 from shards.core.settings import check
 from shards.format.reader import Dataset
 from slim.ranking.extractor import WEIGHTS_FILE

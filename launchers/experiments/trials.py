@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from launchers import environment
-from shards.core.cli import progress
 from shards.core.errors import Stopped
 from shards.core.presets import find
+from shards.core.progress import progress
 from slim.checkpoints.run_folder import METRICS
 
 CONFIG = "experiments"

@@ -26,8 +26,8 @@ from shards.conversion.settings import ConvertSettings
 from shards.conversion.splits import Person, assign, read_table, write_table
 from shards.conversion.state import State
 from shards.core import files
-from shards.core.cli import progress
 from shards.core.errors import ConfigError, DatasetError, RunRefused
+from shards.core.progress import progress
 from shards.core.room import stop_if_full
 from shards.core.settings import digest
 from shards.format import layout

@@ -1,4 +1,4 @@
-"""The dry run of a conversion, `make_shards.py --dry-run`: what it would find.
+"""The dry run of a conversion, `slim-brain make-shards --dry-run`: what it would find.
 
 Headers, masks and tables are read, but no frames.
 """
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from shards.cohorts.scan import RunSource
 from shards.conversion.convert import Conversion
 from shards.conversion.session import Survey, assumptions, survey
-from shards.core.cli import progress
 from shards.core.errors import RunRefused
 from shards.core.files import printable
+from shards.core.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True)

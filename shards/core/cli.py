@@ -1,4 +1,4 @@
-"""The parts that all commands share: exit statuses, one-line errors, progress with rate and time left, a summary.
+"""The parts that all commands share: exit statuses, one-line errors, a summary.
 
 Exit statuses: 0 done; 1 finished, but some inputs were refused; 2 the call or configuration is wrong; 3 stopped, and
 the same command continues; 70 a fault of this software, reported in one line that names the file with the traceback.
@@ -12,21 +12,22 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from shards.core.errors import Stopped, UserError, is_full
+from shards.core.errors import ConfigError, Stopped, UserError, is_full
 from shards.core.extras import EXTRAS, ExtraMissing
 from shards.core.files import printable
-from shards.core.passwords import hidden
+from shards.core.passwords import hidden, keep_in_word
 
 DONE, REFUSED, WRONG, RESUME = 0, 1, 2, 3
 CRASHED = 70  # sysexits' EX_SOFTWARE: a fault of this software
@@ -34,6 +35,15 @@ _LONGEST = 500  # largest number of characters of an exception's message
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _AWAY = (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)  # network file systems
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # long work saves and ends on these
+
+
+_caller: str | None = None  # the program that a user called, where another one runs
+
+
+def answer_as(command: Sequence[str]) -> None:
+    """Make `call_of` write calls in the style of this command line, in a process that its command started."""
+    global _caller
+    _caller = next((word for word in command if word.endswith(".py")), "slim-brain")
 
 
 def call_of(command: str, *words: object) -> str:
@@ -52,15 +62,21 @@ def call_of(command: str, *words: object) -> str:
         `python tools/make_shards.py ...` where this process is such a file, else `slim-brain make-shards ...`.
     """
     name, *rest = command.split()
-    called = Path(sys.argv[0]).absolute()
+    called = Path(_caller or sys.argv[0]).absolute()
     program = ["slim-brain", name]
     if called.suffix == ".py" and called.parent.name in ("tools", "launchers"):
         program = ["python", "launchers/slurm.py" if name == "slurm" else f"tools/{name.replace('-', '_')}.py"]
     return shlex.join([*program, *rest, *map(str, words)])
 
 
+_SETTING = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*=")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with an example at the end of `--help`, one-line errors, and the option `--json` of all commands.
+
+    Passwords in URLs are removed from the arguments; see `shards.core.passwords`. `key=value` words may stand anywhere.
+    They are `args.settings` after `add_settings`, and refused without it.
 
     Parameters
     ----------
@@ -80,16 +96,52 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._takes_settings = False
         self.add_argument("--json", action="store_true", help="print the summary as a JSON object on the last line")
+
+    def add_settings(self, help: str) -> None:
+        """Accept `key=value` words. Call it after the positional arguments are added."""
+        self._takes_settings = True
+        self.add_argument("settings", nargs="*", metavar="key=value", help=help)
 
     def parse_args(  # type: ignore[override]
         self, args: Any = None, namespace: Any = None
     ) -> argparse.Namespace:
-        """Parse arguments; options and positional arguments may be in any order."""
-        return self.parse_intermixed_args(args, namespace)
+        """Parse arguments; options, positional arguments and settings may be in any order.
+
+        Raises
+        ------
+        ConfigError
+            If there is a setting, and this command takes none.
+        """
+        words, settings = self._divided([keep_in_word(word) for word in (sys.argv[1:] if args is None else args)])
+        if settings and not self._takes_settings and not {"-h", "--help"} & set(words):
+            options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            near = f"--{settings[0].partition('=')[0].rpartition('.')[2].replace('_', '-')}"
+            hint = f"Write {near} VALUE" if near in options else ""
+            expected = f"no key=value: {self.prog} has options only, {', '.join(options)}"
+            raise ConfigError("command line", printable(settings[0]), "a setting", expected, hint)
+        found = self.parse_intermixed_args(words, namespace)
+        if self._takes_settings:
+            found.settings += settings
+        return found
+
+    def _divided(self, args: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The words that are no settings, and the settings. A word with `=` that is a file is no setting."""
+        words, settings, rest = [], [], iter(args)
+        for word in rest:
+            if word == "--":
+                words += [word, *rest]
+            elif (option := self._option_string_actions.get(word)) is not None:
+                words += [word, *([next(rest, "")] if option.nargs != 0 else [])]
+            elif _SETTING.match(word) and not os.path.lexists(word):
+                settings.append(word)
+            else:
+                words.append(word)
+        return words, settings
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
+        print(f"error: {hidden(printable(message))} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(WRONG)
 
 
@@ -289,72 +341,3 @@ def summary(
         print(f"next: {hidden(printable(next_step))}")
     if as_json:
         print(hidden(json.dumps(facts, default=str)))
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as `42 s`, `3 min 05 s` or `2 h 07 min`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-
-
-def _speed(rate: float, unit: str) -> str:
-    """Format a rate per second; slow rates are given per minute."""
-    return f"{rate:.2f} {unit}/s" if rate >= 1 else f"{60 * rate:.1f} {unit}/min"
-
-
-@contextmanager
-def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """Show progress with rate and time left: as a bar on a terminal, as lines elsewhere.
-
-    Yields a function `advance(count, note)`. Lines are printed at most every five seconds, so that log files stay
-    readable. Output goes to stderr, because stdout is for the summary. Brackets in texts are not markup, and control
-    characters are escaped.
-    """
-    what = printable(what)
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        with Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=Console(stderr=True),
-        ) as bar:
-            task = bar.add_task(what, total=total, rate="", note="")
-            begun, done = time.monotonic(), 0
-
-            def advance(count: int = 1, note: str = "") -> None:
-                nonlocal done
-                done += count
-                rate = done / max(time.monotonic() - begun, 1e-9)
-                bar.update(task, advance=count, rate=_speed(rate, unit), note=printable(note))
-
-            yield advance
-        return
-
-    begun = last = time.monotonic()
-    done = 0
-
-    def tell(count: int = 1, note: str = "") -> None:
-        nonlocal done, last
-        done += count
-        now = time.monotonic()
-        if now - last >= 5 or done >= total:
-            last = now
-            rate = done / max(now - begun, 1e-9)
-            left = duration((total - done) / rate) if rate else "unknown"
-            print(
-                f"{what}: {done}/{total} {unit}, {_speed(rate, unit)}, {left} left {printable(note)}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
-
-    yield tell

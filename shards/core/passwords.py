@@ -17,6 +17,8 @@ _VARIABLE = "SLIM_URLS"  # {URL without secrets: [user, password or null, query]
 _URL = re.compile(
     r"([A-Za-z][A-Za-z0-9+.-]*://)(?:([^/?#@:\s]*)(?::([^/?#\s]*))?@)?([^?#\s]*)(?:\?([^#\s]*))?.*", re.DOTALL
 )
+# an argument of a command that is a URL, perhaps after `--data=` or `data=`
+_WORD = re.compile(r"(?P<before>[\w.-]+=)?(?P<url>[A-Za-z][A-Za-z0-9+.-]*://.*)", re.DOTALL)
 _SHORTEST = 3  # shortest secret, in characters, that is searched for in texts
 
 
@@ -32,6 +34,12 @@ def keep(url: str) -> str:
     bare = f"{scheme}{rest}" if scheme.startswith(("http", "s3")) or not user else f"{scheme}{user}@{rest}"
     os.environ[_VARIABLE] = json.dumps({**_kept(), bare: [user, password, query]})
     return bare
+
+
+def keep_in_word(word: str) -> str:
+    """An argument of a command without password and query, if it is a URL, `--option=URL` or `key=URL`; see `keep`."""
+    found = _WORD.fullmatch(word)
+    return word if found is None else f"{found['before'] or ''}{keep(found['url'])}"
 
 
 def options(url: str) -> dict[str, Any]:
@@ -53,14 +61,15 @@ def options(url: str) -> dict[str, Any]:
 
 
 def hidden(text: str) -> str:
-    """Remove remembered passwords, and passwords in URLs, from a text."""
+    """Remove remembered passwords, and passwords and queries of URLs, from a text."""
     for _, password, query in _kept().values():
         values = [value for _, value in parse_qsl(query or "")]
         secrets = {*values, query or "", password or "", unquote(password or "")}
         for secret in sorted(secrets, key=len, reverse=True):
             if len(secret) >= _SHORTEST:
                 text = text.replace(secret, "***")
-    return re.sub(r"(\w://[^/?#@:\s]*):[^/?#@\s]+@", r"\1:***@", text)
+    text = re.sub(r"(\w://[^/?#@:\s]*):[^/?#@\s]+@", r"\1:***@", text)
+    return re.sub(r"(\w://[^?#\s]*\?)[^#\s]*=[^#\s'\",\])]*", r"\1***", text)
 
 
 def _kept() -> dict[str, list[str | None]]:

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -22,6 +23,8 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
 _ZEROS = re.compile(r"0[0-9_]+", re.ASCII)
 _LONGEST_PATH = 2000
 _SHOWN = 200  # largest number of characters of a value in an error
+COMMAND_LINE = "command line"  # the source of a typed value in errors
+Location = tuple[Any, ...]  # position in a tree: names of keys, and numbers of list items
 
 
 class Contradiction(ValueError):
@@ -107,15 +110,19 @@ class Overridden(dict[str, Any]):
     ----------
     words : dict
         The typed text of each value, by its position in the tree. It is needed for names such as 2024.
+    before : dict
+        The tree without the assignments.
     """
 
     words: dict[tuple[str, ...], str]
+    before: dict[str, Any]
 
 
 def override(tree: dict[str, Any], assignments: Sequence[str]) -> Overridden:
     """Return a copy of `tree` with `a.b=value` assignments applied. Values are parsed as YAML.
 
-    If a setting is text, `check` uses the typed text instead of the YAML value.
+    If a setting is text, `check` uses the typed text instead of the YAML value. Assignments that were applied to `tree`
+    before are kept.
 
     Raises
     ------
@@ -123,26 +130,27 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> Overridden:
         If an assignment is not `key=value`, its value is not YAML, or a part of its key is a value, not a section.
     """
     result = Overridden(json.loads(json.dumps(tree, default=str)))
-    result.words = {}
+    result.words = dict(tree.words) if isinstance(tree, Overridden) else {}
+    result.before = tree.before if isinstance(tree, Overridden) else tree
     for assignment in assignments:
         key, sign, value = assignment.partition("=")
         if not sign or not key:
-            raise ConfigError("command line", shown(assignment), "no `=`", "an override such as run.steps=100")
+            raise ConfigError(COMMAND_LINE, shown(assignment), "no `=`", "an override such as run.steps=100")
         *parents, last = key.split(".")
         if len(parents) >= yaml_tree.MOST_DEPTH:
             expected = f"at most {yaml_tree.MOST_DEPTH} (run.steps=100 has two)"
-            raise ConfigError("command line", shown(key), f"{len(parents) + 1} parts", expected)
+            raise ConfigError(COMMAND_LINE, shown(key), f"{len(parents) + 1} parts", expected)
         node: dict[str, Any] = result
         for depth, parent in enumerate(parents):
             child = node.setdefault(parent, {})
             if not isinstance(child, dict):
                 got = f"{'.'.join(parents[: depth + 1])} is a value"
-                raise ConfigError("command line", shown(key), got, "a section")
+                raise ConfigError(COMMAND_LINE, shown(key), got, "a section")
             node = child
         try:
             parsed = yaml_tree.parse(value)
         except yaml_tree.TreeError as error:
-            raise ConfigError("command line", shown(key), f"{shown(value)} ({error})", "a YAML value") from None
+            raise ConfigError(COMMAND_LINE, shown(key), f"{shown(value)} ({error})", "a YAML value") from None
         # YAML 1.1 reads 001 as a number, but users mean a name. Fields of numbers accept the text, too.
         if isinstance(parsed, int | float) and _ZEROS.fullmatch(value.strip()):
             parsed = value.strip()
@@ -160,7 +168,7 @@ def shown(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
-def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+def _known_keys(model: type[BaseModel], location: Location) -> list[str]:
     """The keys that are accepted at `location`."""
     current: Any = model
     for part in location[:-1]:
@@ -180,7 +188,7 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
     model : kind of BaseModel
     tree : mapping
     where : str or Path
-        The file, named in errors.
+        The file, named in errors. Errors of typed values name the command line.
     kind : kind of UserError
         Type of the errors.
 
@@ -196,6 +204,8 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
         location = first["loc"]
         if first["type"] == "string_type" and isinstance(tree, Overridden) and location in tree.words:
             return check(model, _as_typed(tree, location), where, kind)
+        if isinstance(tree, Overridden) and _is_typed(model, tree, location, first["type"]):
+            where = COMMAND_LINE
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, Contradiction):
             field = shown(".".join(map(str, (*location, cause.key))))
@@ -211,11 +221,30 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
         if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
             hint = "YAML reads this as another type: put it in quotes"
             raise kind(where, field or "settings", shown(repr(first["input"])), "text", hint) from None
+        if first["type"] == "too_short":
+            got, least = f"{first['ctx']['actual_length']} values", first["ctx"]["min_length"]
+            raise kind(where, field or "settings", got, f"at least {least}") from None
         expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise kind(where, field or "settings", shown(repr(first["input"])), expected) from None
 
 
-def _as_typed(tree: Overridden, location: tuple[Any, ...]) -> Overridden:
+def _is_typed(model: type[BaseModel], tree: Overridden, location: Location, error: str) -> bool:
+    """Whether an error of this type comes from an assignment.
+
+    A check of a whole section fails at the section. The assignments in it are the cause, unless it fails without them.
+    """
+    if any(location[: len(key)] == key for key in tree.words):
+        return True
+    if not any(key[: len(location)] == location for key in tree.words):
+        return False
+    try:
+        model.model_validate(tree.before)
+    except ValidationError as found:
+        return all((one["loc"], one["type"]) != (location, error) for one in found.errors())
+    return True
+
+
+def _as_typed(tree: Overridden, location: Location) -> Overridden:
     """Return a copy of a tree with one value replaced by its typed text."""
     result = copy.deepcopy(tree)
     node: dict[str, Any] = result
@@ -223,6 +252,23 @@ def _as_typed(tree: Overridden, location: tuple[Any, ...]) -> Overridden:
         node = node[part]
     node[location[-1]] = result.words.pop(location)
     return result
+
+
+@contextmanager
+def typed(assignments: Sequence[str], where: str | Path) -> Iterator[None]:
+    """Context in which errors of a key that was typed name the command line, not the file `where`.
+
+    It is for checks that `check` cannot make, such as whether a dataset has the label of a task.
+    """
+    keys = {assignment.partition("=")[0] for assignment in assignments}
+    try:
+        yield
+    except ConfigError as error:
+        field = f"{error.field}."
+        near = any(field.startswith(f"{key}.") or key.startswith(field) for key in keys)
+        if error.where == str(where) and near:
+            raise type(error)(COMMAND_LINE, error.field, error.got, error.expected, error.hint) from None
+        raise
 
 
 def load(model: type[S], path: str | Path, assignments: Sequence[str] = ()) -> S:

@@ -126,8 +126,8 @@ def read_manifest(folder: str | Path | UPath) -> dict[str, object]:
     text = remote.read_text(path)
     if text is None:
         got = "no such folder" if isinstance(root, Path) and not root.is_dir() else "no manifest.json"
-        raise DatasetError(str(root), "", got, "a dataset written by make_shards.py", "Convert a cohort first")
-    manifest = read_json(text, str(path), "a manifest", "Run make_shards.py again")
+        raise DatasetError(str(root), "", got, "a dataset written by slim-brain make-shards", "Convert a cohort first")
+    manifest = read_json(text, str(path), "a manifest", "Run slim-brain make-shards again")
     if manifest.get("format") != FORMAT:
         raise DatasetError(str(path), "format", manifest.get("format"), FORMAT, "Convert the cohort with this version")
     return manifest

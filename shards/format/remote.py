@@ -24,6 +24,8 @@ _TOGETHER = 16  # number of requests for sizes at the same time
 _TAIL = 16 << 10  # bytes at the end of a sample that contain its zip directory (70 bytes per member)
 _NEAR = 64 << 10  # ranges closer than this are fetched in one request, which is faster than two
 _HINT = "Check the address and the connection"
+_AGAIN = "Give the URL with its user and password (https://USER:PASSWORD@HOST/...) or its token: they are never stored"
+_DENIED = (401, 403)
 
 
 def place(folder: str | Path | UPath) -> Path | UPath:
@@ -69,7 +71,7 @@ def read_text(path: Path | UPath) -> str | None:
     except Exception as error:
         if _is_missing(error):
             return None
-        raise DatasetError(str(path), "", _reason(error), "a readable file", _HINT) from None
+        raise DatasetError(str(path), "", _reason(error), "a readable file", _hint(error)) from None
 
 
 def sizes(paths: Sequence[Path | UPath]) -> list[int | None]:
@@ -86,7 +88,7 @@ def _size(path: Path | UPath) -> int | None:
     except Exception as error:
         if _is_missing(error):
             return None
-        raise DatasetError(str(path), "", _reason(error), "a shard", _HINT) from None
+        raise DatasetError(str(path), "", _reason(error), "a shard", _hint(error)) from None
     if size is None:
         raise DatasetError(str(path), "", "no size from the server", "a Content-Length", "Use another web server")
     return size
@@ -109,7 +111,7 @@ def require_ranges(path: UPath, size: int) -> None:
     except ValueError:  # raised by fsspec after reading the header of the response, without its body
         count = size
     except Exception as error:
-        raise DatasetError(str(path), "", _reason(error), "a shard", _HINT) from None
+        raise DatasetError(str(path), "", _reason(error), "a shard", _hint(error)) from None
     if count != 1:
         raise DatasetError(
             str(path),
@@ -127,11 +129,24 @@ def _is_missing(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError) and (not of_network or getattr(cause, "status", None) == 404)
 
 
+def _cause(error: Exception) -> BaseException:
+    """The error of the network behind an error of fsspec."""
+    return error.__cause__ or error if isinstance(error, FileNotFoundError) else error
+
+
 def _reason(error: Exception) -> str:
     if _is_missing(error):
         return "no such file"
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+    cause = _cause(error)
+    if (status := getattr(cause, "status", None)) is not None:
+        return f"{status} {getattr(cause, 'message', '')}".strip()
     return f"{type(cause).__name__}: {cause}".removesuffix(": ")
+
+
+def _hint(error: Exception) -> str:
+    cause = _cause(error)
+    denied = getattr(cause, "status", None) in _DENIED or isinstance(cause, PermissionError)
+    return _AGAIN if denied else _HINT
 
 
 class RemoteSpan(Span):
@@ -171,7 +186,7 @@ class RemoteSpan(Span):
         try:
             parts = self._path.fs.cat_ranges(files, begins, ends, on_error="raise")
         except Exception as error:
-            raise SampleCorrupt(self._where, "", _reason(error), "bytes of a shard", _HINT) from None
+            raise SampleCorrupt(self._where, "", _reason(error), "bytes of a shard", _hint(error)) from None
         for start, begin, end, part in zip(starts, begins, ends, parts, strict=True):
             if len(part) != end - begin:
                 raise SampleCorrupt(

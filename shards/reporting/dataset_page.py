@@ -1,6 +1,6 @@
 """The report page of a dataset: what it contains, what was refused, and how sessions look.
 
-    python tools/report.py DATASET        # also written at the end of make_shards.py
+    slim-brain report DATASET        # also written at the end of slim-brain make-shards
 
 Quality measures of all sessions are summarised. A few sessions, chosen by quality and by key, are drawn, so the page of
 thousands of sessions is not longer than that of fifty.

@@ -1,6 +1,6 @@
 """Write a synthetic BIDS-derivative cohort in MNI space with known events, artefacts, traits and fingerprints.
 
-    python tools/make_cohort.py --out cohort --subjects 24 --sessions 2
+    slim-brain make-cohort --out cohort --subjects 24 --sessions 2
 
 The ground truth, against which methods can be tested:
 
@@ -54,7 +54,7 @@ from shards.synthetic.truth import (
     truth,
 )
 
-_README = "A synthetic cohort of SLIM-Brain (tools/make_cohort.py): nobody was scanned. See truth.json.\n"
+_README = "A synthetic cohort of SLIM-Brain (slim-brain make-cohort): nobody was scanned. See truth.json.\n"
 _COLUMNS = {
     "group": {"Description": "trait of the subject, in its connectivity", "Levels": {"A": "group A", "B": "group B"}},
     "score": {"Description": "trait of the subject, in its connectivity", "Units": "arbitrary"},

@@ -8,6 +8,7 @@ loading.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,17 +50,32 @@ def read(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dic
         If the file cannot be read, or holds objects that a checkpoint does not have.
     """
     try:
+        _require_zip(path)
         with torch.serialization.safe_globals(_allowed()):
             found = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except OSError as error:
         raise CheckpointError(path, "", error.strerror or error, "a readable file") from None
-    except MemoryError:
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:
         raise CheckpointError(path, "", _got(path, error), _WHAT, _HINT) from None
     if not isinstance(found, dict):
         raise CheckpointError(path, "", f"an object of type {type(found).__name__}", _WHAT, _HINT)
     return found
+
+
+def _require_zip(path: str | Path) -> None:
+    """Raise CheckpointError if a file is not an uncompressed zip archive, the form in which DeepSpeed writes.
+
+    In torch's older form, a few bytes can request gigabytes of memory, and so can a compressed archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            is_stored = sum(info.file_size for info in archive.infolist()) <= Path(path).stat().st_size
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        raise CheckpointError(path, "", "a file that is not a zip archive", _WHAT, _HINT) from None
+    if not is_stored:
+        raise CheckpointError(path, "", "a compressed zip archive", _WHAT, _HINT)
 
 
 def _got(path: str | Path, error: Exception) -> str:

@@ -6,6 +6,7 @@ Legend: N rows: sessions, or windows of tasks that decode states (n of training,
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -14,7 +15,7 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shards.core.errors import ConfigError, DatasetError
-from shards.core.settings import Contradiction, Settings, Unit, load
+from shards.core.settings import Contradiction, Settings, Unit, load, read_yaml
 from shards.format.reader import Dataset
 from shards.format.session_record import SessionRecord
 from slim.evaluation import events
@@ -22,7 +23,17 @@ from slim.evaluation.events import EventSettings
 from slim.evaluation.labels import is_missing, number, refuse_lookalikes, word
 from slim.evaluation.splits import Fold, Split, TaskSplitSettings, divide
 
-__all__ = ["Cases", "Fold", "Split", "Task", "find_cases", "load_task", "make_splits"]
+__all__ = [
+    "Cases",
+    "Fold",
+    "Split",
+    "Task",
+    "find_cases",
+    "load_task",
+    "load_tasks",
+    "make_splits",
+    "overrides_of_tasks",
+]
 
 Pooling = Literal["mean", "mean+sd", "location", "attentive", "cov"]
 
@@ -120,9 +131,63 @@ class Task(Settings):
         return self
 
 
-def load_task(path: str | Path) -> Task:
-    """A checked task from a YAML file; raises ConfigError with file, field, got and expected."""
-    return load(Task, path)
+def load_task(path: str | Path, assignments: Sequence[str] = ()) -> Task:
+    """A checked task from a YAML file and `key=value` overrides.
+
+    Raises
+    ------
+    ConfigError
+        With the file (or the command line), field, got and expected.
+    """
+    return load(Task, path, assignments)
+
+
+def overrides_of_tasks(
+    paths: Sequence[Path], assignments: Sequence[str], keys: Collection[str] = frozenset(Task.model_fields)
+) -> tuple[list[list[str]], list[str]]:
+    """Divide the `key=value` overrides of a call into those of each task and the others.
+
+    `NAME.key=value` is for the task NAME, unless NAME is one of `keys`.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        The files of the tasks.
+    assignments : sequence of str
+    keys : collection of str
+        Keys of what `key=value` without a name is for.
+
+    Returns
+    -------
+    of_tasks : list of list of str
+        For each file, overrides with keys of a task.
+    others : list of str
+        Overrides without the name of a task.
+    """
+    names = [str(read_yaml(path).get("name")) for path in paths]
+    of_tasks: list[list[str]] = [[] for _ in paths]
+    others = []
+    for assignment in assignments:
+        named = [name for name in names if assignment.startswith(f"{name}.")]
+        if not named or assignment.partition("=")[0].partition(".")[0] in keys:
+            others.append(assignment)
+            continue
+        name = max(named, key=len)  # names may have dots
+        for mine, found in zip(names, of_tasks, strict=True):
+            if mine == name:
+                found.append(assignment.removeprefix(f"{name}."))
+    return of_tasks, others
+
+
+def load_tasks(paths: Sequence[Path], assignments: Sequence[str]) -> list[tuple[Task, list[str]]]:
+    """Tasks and the overrides that were applied to them: `key=value` to all, `NAME.key=value` to the task NAME.
+
+    Raises
+    ------
+    ConfigError
+    """
+    of_tasks, of_all = overrides_of_tasks(paths, assignments)
+    return [(load_task(path, found := [*of_all, *mine]), found) for path, mine in zip(paths, of_tasks, strict=True)]
 
 
 @dataclass

@@ -35,6 +35,7 @@ from shards.cohorts.niimg import as_run, check_names, check_voxels, file_of, unc
 from shards.conversion.session import fingerprint
 from shards.core.deprecation import OldName, renamed_state
 from shards.core.errors import ArgumentError, ConfigError, DatasetError, RunRefused, UserError
+from shards.core.progress import progress
 from slim import __version__
 from slim.evaluation.attentive import Attentive
 from slim.evaluation.splits import Fold
@@ -76,6 +77,8 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         What happens when an image cannot be encoded. "raise": raise an error that names the
         image. "skip": warn, leave the image out of the fit, and return a row of NaN for it, because scikit-learn needs
         a row for each image. Drop or impute such rows before you fit a model.
+    verbose : bool
+        Show the progress over images, unless `SLIM_PROGRESS=0` is in the environment.
 
     Attributes
     ----------
@@ -93,7 +96,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     query_AC_ = OldName("queries_")
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__(renamed_state(SlimBrainTransformer, state))
+        super().__setstate__({"verbose": False, **renamed_state(SlimBrainTransformer, state)})
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         random_state: int | np.random.RandomState | None = 0,
         memory: str | Path | joblib.Memory | None = None,
         on_error: str = "raise",
+        verbose: bool = False,
     ):
         self.model = model
         self.pooling = pooling
@@ -114,6 +118,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self.random_state = random_state
         self.memory = memory
         self.on_error = on_error
+        self.verbose = verbose
 
     def fit(self, X: Sequence[Any], y: Any = None, groups: Any = None) -> SlimBrainTransformer:
         """Learn what the pooling needs.
@@ -275,13 +280,15 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         encode = check_memory(memory).cache(_encode, ignore=["model", "arguments"])
         found: list[Features | None] = []
         left_out = []
-        for number, image in enumerate(images):
-            try:
-                arguments = _arguments(image)
-                found.append(encode(self.model_, self.model_.checksum, arguments, _known(arguments), self.stage))
-            except UserError as error:
-                left_out.append(self._failed(number, image, error))
-                found.append(None)
+        with progress("encode", len(images), "images", shown=bool(self.verbose)) as advance:
+            for number, image in enumerate(images):
+                try:
+                    arguments = _arguments(image)
+                    found.append(encode(self.model_, self.model_.checksum, arguments, _known(arguments), self.stage))
+                except UserError as error:
+                    left_out.append(self._failed(number, image, error))
+                    found.append(None)
+                advance(1, _name(image))
         for number, item in enumerate(found):
             for words in () if item is None else item.assumed:  # told each time, also of an image that was kept
                 warnings.warn(f"X[{number}] ({_name(images[number])}): {words}", stacklevel=4)
@@ -308,6 +315,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         tags.no_validation = True
+        tags.transformer_tags.preserves_dtype = []  # vectors are float32
         tags.target_tags.required = self.pooling == "attentive"
         return tags
 

@@ -154,4 +154,4 @@ class Explanation(_StoredShares):
 def unreadable(path: Path, error: Exception) -> ConfigError:
     """The error for an unreadable file of an explanation."""
     got = f"an unreadable file ({type(error).__name__}: {error})"
-    return ConfigError(path, "", got, "a file written by tools/explain.py, with its pictures", "Run it again")
+    return ConfigError(path, "", got, "a file written by slim-brain explain, with its pictures", "Run it again")

@@ -44,12 +44,14 @@ class Answers:
 
     @classmethod
     def read(cls, folder: Path) -> Answers:
-        """Read RUN/answers.json; raises ConfigError if tools/finetune.py has not written it."""
+        """Read RUN/answers.json; raises ConfigError if slim-brain finetune has not written it."""
         path = folder / ANSWERS
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(path, "", error, "the answers that tools/finetune.py writes", "Start it again") from None
+            raise ConfigError(
+                path, "", error, "the answers that slim-brain finetune writes", "Start it again"
+            ) from None
 
     @property
     def outputs(self) -> int:
@@ -74,7 +76,11 @@ class Answers:
         missing = split_of.keys() - {session.key for session in dataset.sessions}
         if missing:
             raise ConfigError(
-                path, "sessions", f"none of key {min(missing)}", "all that the answers name", "Start finetune.py again"
+                path,
+                "sessions",
+                f"none of key {min(missing)}",
+                "all that the answers name",
+                "Start slim-brain finetune again",
             )
         dataset.sessions = [
             session.model_copy(update={"split": split_of[session.key], "labels": {}})

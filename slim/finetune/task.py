@@ -1,6 +1,6 @@
 """The fine-tuning task: trains an encoder and a head on the labels of a task, with the trainer of pretraining.
 
-The run folder is like that of a pretraining run, with further files that `tools/finetune.py` writes before the start:
+The run folder is like that of a pretraining run, with further files that `slim-brain finetune` writes before the start:
 
     RUN/answers.json         labels of the training and validation subjects (`slim.finetune.labels`)
     RUN/start.safetensors    the initial encoder; if missing, random weights from the seed
@@ -58,7 +58,7 @@ class FinetuneTask(TrainingTask):
         super().__init__(settings, [self.answers.open(item.path) for item in settings.data])
 
     def seen(self) -> Seen | None:
-        """The subjects seen in pretraining, as written by tools/finetune.py."""
+        """The subjects seen in pretraining, as written by slim-brain finetune."""
         return Seen.read(self.folder)
 
     @property
@@ -72,7 +72,11 @@ class FinetuneTask(TrainingTask):
             path = self.folder / START
             if not path.is_file() or file_hash(path) != self.settings.start:
                 raise CheckpointError(
-                    path, "SHA-256", "another file", self.settings.start, "Start finetune.py again, with another --out"
+                    path,
+                    "SHA-256",
+                    "another file",
+                    self.settings.start,
+                    "Start slim-brain finetune again, with another --out",
                 )
             model.encoder.load_state_dict(checkpoint.read_weights(path))
         return FinetuneLearner(self, model.to(device))

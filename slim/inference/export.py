@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from slim.inference.slim_brain import SlimBrain
 
 
-def write(model: SlimBrain, out: Path) -> dict[str, Any]:
+def write(model: SlimBrain, out: Path, remote: bool = False) -> dict[str, Any]:
     """Export a model to a folder.
 
     Parameters
@@ -39,6 +39,8 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
         A model from a run, a checkpoint or another export.
     out : Path
         A new or empty folder.
+    remote : bool
+        Whether to open the training datasets with a URL, for facts about them; see `history`.
 
     Returns
     -------
@@ -58,7 +60,7 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
     about = {
         "format": FORMAT,
         "made": {
-            **history(model),
+            **history(model, remote),
             "parameters": sum(tensor.numel() for tensor in model.encoder.parameters()),
             "exported_by": __version__,
         },
@@ -105,11 +107,14 @@ def write(model: SlimBrain, out: Path) -> dict[str, Any]:
     return about
 
 
-def history(model: SlimBrain) -> dict[str, object]:
-    """How the weights were made: `made` of a model, with facts about the datasets of its pretraining."""
+def history(model: SlimBrain, remote: bool = False) -> dict[str, object]:
+    """How the weights were made: `made` of a model, with facts about the datasets of its pretraining.
+
+    Somebody else may have written the configuration of a run, so its URLs are opened only with `remote`.
+    """
     if "training" in model.made or not isinstance(model.settings, PretrainSettings):
         return {"training": [], **model.made}  # a model from scratch has no pretraining data
-    return {**model.made, "training": _training(model.settings, model.data)}
+    return {**model.made, "training": _training(model.settings, model.data, remote)}
 
 
 def _anywhere(settings: TrainSettings) -> dict[str, object]:
@@ -125,11 +130,14 @@ def _name(path: str) -> str:
     return path.rstrip("/").split("/")[-1]
 
 
-def _training(settings: PretrainSettings, first: DataRecord) -> list[dict[str, object]]:
+def _training(settings: PretrainSettings, first: DataRecord, remote: bool) -> list[dict[str, object]]:
     """Facts about each training dataset of the run: its cohorts, and the size of its training split."""
     found = []
     for number, item in enumerate(settings.data):
         about: dict[str, object] = {"dataset": _name(item.path), "weight": item.weight}
+        if number and "://" in item.path and not remote:
+            found.append({**about, "unknown": "a URL, which was not opened when the weights were exported"})
+            continue
         try:
             data: DataRecord = first if number == 0 else Manifest.read(item.path)
         except DatasetError:

@@ -1,6 +1,6 @@
 """Results of probes and explanations on the page of a run: findings, tables and figures.
 
-They are read from `report/report.json` of `tools/probe.py` and `report/explain/` of `tools/explain.py`.
+They are read from `report/report.json` of `slim-brain probe` and `report/explain/` of `slim-brain explain`.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def explanations(folder: Path) -> list[html.Part]:
     Raises
     ------
     ConfigError
-        If a file of `tools/explain.py` cannot be read.
+        If a file of `slim-brain explain` cannot be read.
     """
     parts: list[html.Part] = []
     for path in sorted(folder.glob("*.json")):

@@ -1,10 +1,10 @@
 """The report page of a run: findings, curves and results.
 
-    python tools/report.py RUN
+    slim-brain report RUN
 
-It reads `config.yaml`, `metrics.jsonl`, `checkpoints/` and the results of `tools/probe.py` and `tools/explain.py` in
-`report/`, and writes `report/index.html`. It can be called during training. Fine-tuning runs have a page as well, with
-their training and validation losses.
+It reads `config.yaml`, `metrics.jsonl`, `checkpoints/` and the results of `slim-brain probe` and `slim-brain explain`
+in `report/`, and writes `report/index.html`. It can be called during training. Fine-tuning runs have a page as well,
+with their training and validation losses.
 """
 
 from __future__ import annotations

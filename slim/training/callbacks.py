@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from shards.core.cli import progress
+from shards.core.progress import progress
 from slim.checkpoints.mirror import Mirror
 from slim.config import TrainSettings
 from slim.training.metrics import MetricsLine, Monitor, number

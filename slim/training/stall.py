@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from shards.core.cli import duration
+from shards.core.progress import duration
 
 DATA, COMPUTE, SAVE = "waiting for data", "computing", "saving a checkpoint"
 _ADVICE = {

@@ -11,9 +11,11 @@ import pytest
 from helpers.conversions import bold_files, conversion, copy_cohort, make_unreadable, same
 from launchers.cluster import conversion_task
 from launchers.cluster.scheduler import last_error
+from shards.core import cli
 from shards.core.cli import DONE, REFUSED, RESUME, WRONG
 from shards.core.errors import DatasetError
 
+CALL = ["python", "launchers/slurm.py", "shards", "cohort.yaml"]
 JOBS = {"rank": "7", "rank again": "8", "pack": "9"}
 
 
@@ -24,7 +26,7 @@ def submit(source: Path, out: Path, tasks: int) -> list[list[str]]:
         made.find()
         made.begin()
         parts = conversion_task.hand_on(made, tasks)
-    (out / conversion_task.PLACE / conversion_task.JOB).write_text(json.dumps({"jobs": JOBS, "command": []}))
+    (out / conversion_task.PLACE / conversion_task.JOB).write_text(json.dumps({"jobs": JOBS, "command": CALL}))
     return parts
 
 
@@ -34,6 +36,7 @@ def job(monkeypatch: pytest.MonkeyPatch, make_shards):
 
     def call(*words: object) -> int:
         monkeypatch.setattr(sys, "argv", ["part", *map(str, words)])
+        monkeypatch.setattr(cli, "_caller", None)
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         return conversion_task.main()
 
@@ -55,6 +58,8 @@ def test_tasks_in_any_order_and_a_pack_write_what_one_process_writes(cohort, dat
     assert ended.failed == [expected] and ended.error.startswith("2 of 6 scans remain")
     assert job("rank", out, 1) == DONE
     assert job("pack", out) == DONE
+    ended = conversion_task.outcome(out, "pack")
+    assert ended.next.endswith(f"python tools/pretrain.py CONFIG.yaml data={out}")  # as the jobs were submitted
     same(out, dataset)
     assert submit(cohort / "cohort.yaml", out, 4) == [] and conversion_task.outcome(out, "pack") is None
 

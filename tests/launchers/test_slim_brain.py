@@ -12,6 +12,7 @@ import pytest
 from helpers.commands import ROOT, run_command
 from launchers.commands.__main__ import COMMANDS, main
 from launchers.environment import SLIM_BRAIN
+from shards.core import cli
 from shards.core.errors import ConfigError
 
 MODULES = sorted(path.stem for path in (ROOT / "launchers" / "commands").glob("[!_]*.py"))
@@ -80,6 +81,23 @@ def test_help_shows_a_call_as_it_was_called(name: str, monkeypatch, capsys) -> N
         assert ended.value.code == 0
         assert usage.startswith(f"usage: {mine} ") and example.startswith(f"  {mine} ")
         assert other not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "call"),
+    [
+        (["python", "launchers/slurm.py", "shards", "c.yaml"], "python tools/make_shards.py x"),
+        (["python", "tools/make_shards.py", "--slurm", "lab"], "python tools/make_shards.py x"),
+        (["launchers/slurm.py", "shards"], "python tools/make_shards.py x"),  # as version 0.1 noted it
+        (["slim-brain", "slurm", "shards", "c.yaml"], "slim-brain make-shards x"),
+        ([], "slim-brain make-shards x"),
+    ],
+)
+def test_a_job_answers_in_the_style_of_the_call(command: list[str], call: str, monkeypatch) -> None:
+    monkeypatch.setattr(cli, "_caller", None)
+    monkeypatch.setattr(sys, "argv", ["/site-packages/launchers/cluster/conversion_task.py"])
+    cli.answer_as(command)
+    assert cli.call_of("make-shards", "x") == call
 
 
 @pytest.mark.parametrize("command", ["shards", "pretrain", "finetune", "status", "cancel"])

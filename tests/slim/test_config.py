@@ -98,7 +98,7 @@ def test_settings_that_contradict_each_other_are_refused_by_key(tmp_path: Path, 
     path = write(tmp_path, "")
     with pytest.raises(ConfigError) as error:
         load_config(path, words)
-    assert error.value.line() == f"{path}: {message}"
+    assert error.value.line() == f"command line: {message}"
 
 
 def test_a_group_larger_than_the_batch_is_accepted_without_a_sig_term() -> None:

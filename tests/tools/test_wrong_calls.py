@@ -87,15 +87,15 @@ CALLS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "pretrain: unknown key": (
         ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.out={tmp}/run", "run.step=3"],
-        [PRETRAIN, "run.step", "an unknown key", "Did you mean run.steps?|Did you mean steps?"],
+        ["command line: run.step", "an unknown key", "Did you mean run.steps?|Did you mean steps?"],
     ),
     "pretrain: value out of range": (
         ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.out={tmp}/run", "zero.stage=4"],
-        [PRETRAIN, "zero.stage", "got 4", "expected less than or equal to 3"],
+        ["command line: zero.stage", "got 4", "expected less than or equal to 3"],
     ),
     "pretrain: unknown model": (
         ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.out={tmp}/run", "model=huge"],
-        ["model", "got huge", "expected published, lean, large, tiny"],
+        ["command line: model", "got huge", "expected published, lean, large, tiny"],
     ),
     "pretrain: no key=value": (
         ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.steps"],
@@ -111,7 +111,7 @@ CALLS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "plan: value out of range": (
         ["tools/plan.py", PRETRAIN, "zero.stage=4"],
-        [PRETRAIN, "zero.stage", "got 4", "expected less than or equal to 3"],
+        ["command line: zero.stage", "got 4", "expected less than or equal to 3"],
     ),
     "plan: what is not counted": (
         ["tools/plan.py", PRETRAIN, "zero.offload_optimizer=true"],
@@ -127,11 +127,15 @@ CALLS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "pretrain: checkpoints that are never written": (
         ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.checkpoint_every=200", "run.keep_every=500"],
-        ["run.keep_every", "got 500", "expected a multiple of run.checkpoint_every, 200"],
+        ["command line: run.keep_every", "got 500", "expected a multiple of run.checkpoint_every, 200"],
     ),
     "pretrain: a mirror inside the run": (
         ["tools/pretrain.py", PRETRAIN, "data={dataset}", "run.out={tmp}/run", "run.mirror={tmp}/run/mirror"],
         ["run.mirror", "got '{tmp}/run/mirror'", "expected a folder that neither contains run.out"],
+    ),
+    "embed: a setting": (
+        ["tools/embed.py", "export", "scan.nii.gz", "--out", "{tmp}/z.npz", "pooling=mean"],
+        ["command line: pooling=mean", "got a setting", "expected no key=value", "--pooling", "Write --pooling VALUE"],
     ),
     "plan: no size": (
         ["tools/plan.py", PRETRAIN, "--gpu-memory", "big"],

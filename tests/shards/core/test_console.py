@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from helpers.pages import page_of
 from shards.core import cli
 from shards.core.errors import ConfigError, Stopped
+from shards.core.progress import progress
 from shards.reporting import html
 
 pytestmark = pytest.mark.fast
@@ -122,7 +123,7 @@ def test_names_are_printed_as_they_are(name: str, terminal: bool, monkeypatch) -
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("NO_COLOR", "1")
-    with cli.progress(name, 1, "runs") as advance:
+    with progress(name, 1, "runs") as advance:
         advance(1, name)
     shown = html_free(stream.getvalue())
     escaped = name.encode("unicode_escape").decode()

@@ -8,7 +8,7 @@ import pytest
 
 from shards.conversion.settings import ConvertSettings
 from shards.core.errors import ConfigError, UserError
-from shards.core.settings import check
+from shards.core.settings import check, typed
 from slim.checkpoints.checkpoint import CheckpointError
 from slim.config import load_config
 
@@ -38,6 +38,41 @@ def test_a_file_is_told_to_quote_what_yaml_reads_as_something_else(out: str, tmp
 def test_numbers_stay_numbers(tmp_path: Path) -> None:
     settings = load_config(written(tmp_path, "x"), ["run.steps=100", "optimizer.lr=1e-3", "run.max_seconds=2024"])
     assert (settings.run.steps, settings.optimizer.lr, settings.run.max_seconds) == (100, 1e-3, 2024)
+
+
+@pytest.mark.parametrize(
+    ("word", "in_file", "where"),
+    [
+        ("run.step=3", "", "command line: run.step: "),
+        ("zero.stage=4", "", "command line: zero.stage: "),
+        ("data=[{path: a, weigth: 2}]", "", "command line: data.0.weigth: "),
+        ("model=huge", "", "command line: model: "),
+        ("model.embed=-1", "", "command line: model"),
+        ("run.steps=3", "zero: {stage: 4}", "{path}: zero.stage: "),
+        ("zero.stage=2", "zero: {stages: 4}", "{path}: zero.stages: "),
+        # checks of a section: what was typed is the cause, or the file was wrong without it
+        ("zero.offload_parameters=true", "zero: {stage: 1}", "command line: zero"),
+        ("zero.bucket=1000", "zero: {stage: 1, offload_parameters: true}", "{path}: zero"),
+    ],
+)
+def test_an_error_names_where_the_value_was_given(word: str, in_file: str, where: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "x")
+    path.write_text(f"{path.read_text()}{in_file}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [word])
+    assert error.value.line().startswith(where.format(path=path)), error.value.line()
+
+
+def test_a_later_check_names_where_the_value_was_given() -> None:
+    def fails(field: str) -> None:
+        raise ConfigError("task.yaml", field, "1", "2")
+
+    for field, where in (("split.folds", "command line"), ("split", "command line"), ("label", "task.yaml")):
+        with (
+            pytest.raises(ConfigError, match=rf"^{where}: {field}: got 1, expected 2"),
+            typed(["split.folds=3"], "task.yaml"),
+        ):
+            fails(field)
 
 
 def test_mistakes_are_value_errors_too() -> None:

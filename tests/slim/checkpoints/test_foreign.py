@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.pretrained import ALIGNED, sum_again, tool, write_run
+from helpers.web import serve
 from shards.core.errors import UserError
-from shards.format import layout
-from shards.format.layout import read_manifest
 from slim.checkpoints import checkpoint, mirror
 from slim.checkpoints.checkpoint import COMPLETE, CheckpointError
 from slim.checkpoints.seen import Seen
@@ -196,29 +195,39 @@ def test_who_was_seen_is_checked(tmp_path: Path) -> None:
             Seen.read(tmp_path)
 
 
-def test_the_page_of_a_run_opens_no_url_unless_asked(run: Path, tmp_path: Path, monkeypatch) -> None:
-    sent = shutil.copytree(run, tmp_path / "run")
-    text = (sent / "config.yaml").read_text()
-    tree = json.loads(text[text.index("{") :])
-    tree["data"][0]["path"] = "http://127.0.0.1:9/data"
-    tree["run"] |= {"steps": None, "epochs": 2}
-    for place in (sent, sent / "checkpoints" / checkpoint.tag(7)):
-        (place / "config.yaml").write_text(json.dumps(tree))
-    line = {"step": 1, "epoch": 0, "samples": 2, "loss": 1.0, "samples_per_s": 2.0, "seconds": 1.0}
-    (sent / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    asked = []
+def test_urls_of_a_run_are_opened_only_when_asked(run: Path, dataset: Path, tmp_path: Path) -> None:
+    """By the page of a run, its export and its encoder, whichever of its datasets have a URL."""
+    local, line = str(dataset), {"step": 1, "epoch": 0, "samples": 2, "loss": 1.0, "samples_per_s": 2.0, "seconds": 1.0}
+    with serve(dataset) as web:
+        for number, paths in enumerate([[web.url], [local, f"{web.url}/"], [web.url, local, web.url]]):
+            sent = shutil.copytree(run, tmp_path / f"run-{number}")
+            text = (sent / "config.yaml").read_text()
+            tree = json.loads(text[text.index("{") :])
+            tree["data"] = [{"path": path, "weight": 1.0} for path in paths]
+            tree["run"] |= {"steps": None, "epochs": 2}
+            saved = sent / "checkpoints" / checkpoint.tag(7)
+            for place in (sent, saved):
+                (place / "config.yaml").write_text(json.dumps(tree))
+            (saved / COMPLETE).unlink()
+            checkpoint.seal(saved, {"step": 7})
+            (sent / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+            opened = [path for path in paths if path != local]
 
-    def read(folder: object) -> dict:
-        asked.append(folder)
-        return read_manifest(find(run).settings.data[0].path)
+            assert run_page.write(sent).is_file() and not web.asked
+            done = tool("report.py", sent)
+            assert done.returncode == 0 and not web.asked, done.stderr
+            done = tool("export.py", sent, "--out", tmp_path / f"export-{number}")
+            assert done.returncode == 0 and not web.asked, done.stderr
+            told = json.loads((tmp_path / f"export-{number}" / CONFIG).read_text())["made"]["training"]
+            assert [("unknown" in about) for about in told] == [bool(n) and p != local for n, p in enumerate(paths)]
 
-    monkeypatch.setattr(layout, "read_manifest", read)
-    assert run_page.write(sent).is_file() and not asked
-    assert run_page.write(sent, remote=True).is_file() and asked == ["http://127.0.0.1:9/data"]
-    done = tool("report.py", sent)
-    assert done.returncode == 0 and len(asked) == 1, done.stderr
-    (sent / "dataset.json").write_text("[]")
-    assert run_page.write(sent).is_file()
+            assert run_page.write(sent, remote=True).is_file() and len(web.of("manifest.json")) >= len(opened)
+            web.forget()
+            done = tool("report.py", sent, "--data")
+            assert done.returncode == 0 and len(web.of("manifest.json")) >= len(opened), done.stderr
+            web.forget()
+            (sent / "dataset.json").write_text("[]")
+            assert run_page.write(sent).is_file() and not web.asked
 
 
 def test_tensors_of_another_shape_are_refused(copy: Path) -> None:

@@ -6,6 +6,7 @@ folder is written, and nothing in it is executed.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -110,7 +111,8 @@ def test_checkpoints(inputs: int, part: str, run: Path, tmp_path: Path) -> None:
         tried(folder / part, lambda: SlimBrain.from_pretrained(copy), content, partial(sealed_again, folder))
         assert names(tmp_path) == before
 
-    hold(_few(inputs), contents(part, seed), target)
+    found = [json_bytes({**yaml.safe_load(seed), "data": []})] if part == "config.yaml" else []
+    hold(_few(inputs), contents(part, seed), target, found)
 
 
 def contents(part: str, seed: bytes) -> st.SearchStrategy[bytes]:
@@ -129,7 +131,10 @@ def test_what_complete_says(inputs: int, run: Path, tmp_path: Path) -> None:
     about.pop("seal")
 
     def target(tree: Any) -> None:
-        sealed = {**tree, "seal": checkpoint._seal(tree)} if isinstance(tree, dict) else tree
+        sealed = tree
+        if isinstance(tree, dict):
+            with contextlib.suppress(UnicodeEncodeError):  # of lone surrogates there is no hash
+                sealed = {**tree, "seal": checkpoint._seal(tree)}
         content = json_bytes(sealed)
         mine = tmp_path / "mine"
 
@@ -144,7 +149,7 @@ def test_what_complete_says(inputs: int, run: Path, tmp_path: Path) -> None:
         assert all(name.startswith(("sent/", "mine/")) for name in outside) and names(tmp_path / "sent") == before
         shutil.rmtree(mine, ignore_errors=True)
 
-    hold(inputs, trees([about]), target)
+    hold(inputs, trees([about]), target, [{**about, "files": "\ud800"}])
 
 
 @counts
@@ -180,7 +185,8 @@ def test_files_of_torch(inputs: int, tmp_path: Path) -> None:
             assert isinstance(told, dict | UserError)
         assert not marker.exists() and names(tmp_path) == {path.name}
 
-    hold(2 * inputs, strategy, target)
+    # in torch's older form, a text of nearly 2 GB is announced
+    hold(2 * inputs, strategy, target, [seeds[1].replace(b"}q\x00(X\x10\x00\x00\x00", b"}q\x00(X\x10\x00\x00\x70", 1)])
 
 
 @pytest.mark.parametrize("part", [CONFIG, MODEL, SUMS])

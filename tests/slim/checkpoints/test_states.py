@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,6 +110,15 @@ def test_what_torch_cannot_read_is_one_line_with_the_files_name(tmp_path: Path) 
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"a\.pt: got a"):
             zero_states.read(path)
+    torch.save({"a": torch.arange(3)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"a\.pt: got a file that is not a zip archive"):
+        zero_states.read(path)
+    torch.save({"a": torch.zeros(10**5)}, path)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in archive.namelist():
+            bomb.writestr(name, archive.read(name))
+    with pytest.raises(CheckpointError, match=r"b\.pt: got a compressed zip archive"):
+        zero_states.read(tmp_path / "b.pt")
     torch.save([1], path)
     with pytest.raises(CheckpointError, match="an object of type list"):
         zero_states.read(path)

@@ -392,12 +392,15 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     assert len(found["seeds"]) == 3 and found["value"] == pytest.approx(np.mean(found["seeds"]))
     assert "seeds" not in report["tasks"]["f"]["ours"]["map"]
 
-    score = quick(tmp_path, SCORE, pooling="attentive")
+    score = quick(tmp_path, SCORE)
     checkpoint = run / "checkpoints/step-00000002"
-    done = command("tools/probe.py", checkpoint, "--data", data, "--task", score, "--weights", "target")
+    done = command(
+        "tools/probe.py", checkpoint, "--data", data, "--task", score, "pooling=attentive", "--weights", "target"
+    )
     assert done.returncode == 0, done.stderr
     saved = json.loads((run / "report/report.json").read_text())
     assert saved["tasks"].keys() == {"g", "f", "s"} and saved["tasks"]["g"] == report["tasks"]["g"]
+    assert [saved["facts"][name]["changed"] for name in "gs"] == [[], ["pooling=attentive"]]
     assert saved["facts"]["s"]["weights"] == "target" and saved["facts"]["s"]["pooling"] == "attentive"
     assert saved["tasks"]["s"].keys() == report["tasks"]["g"].keys()
     assert "ours - random" in done.stdout and (run / "report/s.png").exists()
@@ -441,6 +444,8 @@ def test_runs_with_several_seeds_are_averaged_and_nothing_else_is(
         ({"components": 1000}, "components"),
         ({"type": "fingerprint", "pooling": "attentive"}, "pooling: got 'attentive'"),
         ({"run": "nowhere"}, "no such folder"),
+        ({"words": ["g.label=age"]}, "command line: label: got age"),
+        ({"words": ["split.folds=11"]}, "command line: split.folds: got 11"),
     ],
 )
 def test_the_command_tells_mistakes_in_one_line(
@@ -448,8 +453,9 @@ def test_the_command_tells_mistakes_in_one_line(
 ):
     run, data = trained
     changes = dict(spoil)
-    path = quick(tmp_path, GROUP, **{name: value for name, value in changes.items() if name != "run"})
-    done = command("tools/probe.py", changes.get("run", run), "--data", data, "--task", path, "--out", tmp_path / "r")
+    words = [changes.pop("run", run), *changes.pop("words", [])]
+    path = quick(tmp_path, GROUP, **changes)
+    done = command("tools/probe.py", *words, "--data", data, "--task", path, "--out", tmp_path / "r")
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and told in errors[0] and "Traceback" not in done.stderr
