@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 _NO_DECAY = ("space", "time", "mask_token", "seconds.linear.weight")
 
@@ -49,8 +50,8 @@ class GuardedAdamW(torch.optim.AdamW):
 
     skipped = False
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999)):
-        super().__init__(groups, lr=lr, betas=betas, fused=True)  # one call for each group, without copies
+    def __init__(self, parameters: ParamsT, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999)):
+        super().__init__(parameters, lr=lr, betas=betas, fused=True)  # one call for each group, without copies
 
     def step(self, closure: Any = None) -> Any:
         # Check the norm: `isfinite` would copy the gradients, at ZeRO stages 1 and 2 all of them at once.

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers.commands import run_command
 from helpers.counted import MIDDLE, RealStep, prepared, settings
 from slim.config import PRESETS, PretrainSettings
 from slim.model.ragged_ops import varlen_attn
@@ -268,14 +269,14 @@ def measure_resident() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_is_what_a_process_holds(command) -> None:
+def test_memory_is_what_a_process_holds() -> None:
     """Where every larger block goes back to the system at once, so that no holes are left between them."""
     keep_nothing = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "0",
         "PYTHONPATH": ".:tests:tests/slim/planning",
     }
-    done = command("-c", "import test_footprint; test_footprint.measure_resident()", **keep_nothing)
+    done = run_command("-c", "import test_footprint; test_footprint.measure_resident()", **keep_nothing)
     assert done.returncode == 0, done.stderr
     held, counted = map(int, done.stdout.split())
     assert counted > 300 * MIB

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.commands import ROOT, Command
+from helpers.commands import ROOT, run_command
 from helpers.counted import prepared, zero_settings
 from helpers.engine import BUCKET
 from slim.config import PRESETS, PretrainSettings
@@ -28,12 +28,14 @@ def counted(given: PretrainSettings, patches: int = 8) -> tuple[Footprint, int]:
     return found, 4 * sum(parameter.numel() for parameter in learner.model.parameters())
 
 
-def measured(command: Command, store: Path, processes: int, engines: list[tuple[int, int]]) -> list[int]:
+def measured(store: Path, processes: int, engines: list[tuple[int, int]]) -> list[int]:
     """Bytes at the peak of real engines, by stage and micro-batches: of the process that held the most."""
 
     def start(rank: int) -> list[int]:
         words = [f"{stage}:{accumulate}" for stage, accumulate in engines]
-        done = command("tests/helpers/engine.py", rank, processes, store, *words, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+        done = run_command(
+            "tests/helpers/engine.py", rank, processes, store, *words, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"
+        )
         assert done.stdout, done.stderr  # it counts, not the status: libraries may abort a process while it exits
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -49,10 +51,10 @@ def measured(command: Command, store: Path, processes: int, engines: list[tuple[
     ],
 )
 def test_the_peak_is_that_of_real_engines(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: int, engines: list[tuple[int, int]]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: int, engines: list[tuple[int, int]]
 ) -> None:
     monkeypatch.setattr(counting, "BLOCK", 1)
-    held = measured(command, tmp_path / "store", processes, engines)
+    held = measured(tmp_path / "store", processes, engines)
     peaks = []
     for stage, accumulate in engines:
         found, whole = counted(zero_settings(stage, accumulate, processes))
