@@ -45,7 +45,7 @@ def test_a_class_is_a_value_however_it_is_written(values: list[Any], expected: d
 def test_marks_and_classes_are_values_too():
     named = {"classes": {"well": ["0"], "ill": ["1.0", "None"]}, "missing": ["-9999", "N/A"]}
     assert classes([0.0, "1 ", "None", -9999.0, "N/A"], **named) == {"ill": 8, "well": 4}
-    with pytest.raises(ConfigError, match="1 is in a and in b"):
+    with pytest.raises(ConfigError, match="classes: got 1 in a and in b, expected each value in one class"):
         task(GROUP | {"classes": {"a": ["1"], "b": ["1.0"]}})
 
 

@@ -106,9 +106,9 @@ def test_classes_are_made_of_values_or_of_numbers():
 @pytest.mark.parametrize(
     ("tree", "told"),
     [
-        (SCORE | {"edges": [1, 2]}, "classes or edges"),
+        (SCORE | {"edges": [1, 2]}, "edges: got a value, expected nothing: a regression has none"),
         (GROUP | {"edges": [2, 1]}, "ascend"),
-        (GROUP | {"edges": [1], "classes": {"a": ["1"]}}, "either"),
+        (GROUP | {"edges": [1], "classes": {"a": ["1"]}}, "edges: got .*, expected either classes or edges"),
         (WHO | {"confounds": ["age"]}, "confounds"),
         (GROUP | {"split": {"kind": "holdout", "shares": [0.5, 0.5, 0.5]}}, "shares"),
     ],
