@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shlex
+import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ SETTINGS = {
     "finetune": "finetune",
     "slurm finetune": "finetune",
     "experiments": "pretrain",
+    "probe": "task",
+    "explain": "task",
 }
 
 
@@ -79,12 +82,40 @@ def test_commands_of_the_documentation_exist_with_their_options_and_settings(whe
     known = {option for action in generate.parser_of(name, *subs)._actions for option in action.option_strings}
     assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known
     kind = SETTINGS.get(" ".join([name, *subs]))
+    tasks = {
+        task for option, task in pairwise(rest) if option == "--task"
+    }  # NAME.key=value sets a key of the task NAME
     given = {word.partition("=")[0] for word in rest if re.match(r"[a-z_.]+=", word)}
+    given = {key for key in given if key.partition(".")[0] not in tasks}
     if kind:
         module, _, model = MODELS[kind].partition(":")
         assert given <= {key.name for key in keys(getattr(import_module(module), model))}
     else:
         assert given == set() or name == "bench"
+
+
+def tables_of_results() -> Iterator[tuple[str, str]]:
+    """The header of each table with numbers, and the line below the table."""
+    for page in sorted((DOCS / "results").glob("*.md")):
+        found = re.findall(r"^(\|.*)\n\|[-:| ]+\|\n((?:\|.*\n)+)\n(.*)", page.read_text(encoding="utf-8"), re.M)
+        yield from ((f"{page.name}: {head}", below) for head, rows, below in found if page.stem != "index")
+    results = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results")[2]
+    yield "README.md", re.findall(r"^(?:\|.*\n)+\n(.*)", results, re.M)[0]
+
+
+def test_every_table_of_results_names_its_command_and_commits() -> None:
+    found = list(tables_of_results())
+    assert len(found) >= 24
+    commits = set()
+    for where, below in found:
+        made = re.fullmatch(r"Made by `[^`]+`, commits? ([0-9a-f]{7}(?:, [0-9a-f]{7})*)\.", below)
+        assert made is not None, where
+        commits |= set(made[1].split(", "))
+    git = ["git", "-C", str(ROOT), "cat-file", "-t"]
+    if subprocess.run([*git, "7e80cd4"], capture_output=True).returncode:
+        pytest.skip("no history: a copy of the files, or a shallow clone")
+    kinds = {subprocess.run([*git, name], capture_output=True, text=True).stdout.strip() for name in commits}
+    assert kinds == {"commit"}
 
 
 def blocks(language: str) -> Iterator[tuple[str, str]]:
