@@ -21,9 +21,11 @@ from slim.checkpoints import checkpoint, lock
 from slim.checkpoints.mirror import at_a_glance
 from slim.checkpoints.provenance import Provenance
 from slim.checkpoints.run_folder import CONFIG, DATASET
+from slim.checkpoints.seen import Seen
 from slim.config import TrainSettings
 from slim.ranking.extractor import CONFIG_FILE, WEIGHTS_FILE
 from slim.training import compatibility
+from slim.training.task import Beginning
 
 S = TypeVar("S", bound=TrainSettings)
 _LIBRARIES = ("torch", "deepspeed", "numpy", "zarr")
@@ -75,9 +77,17 @@ def _prepare(folder: Path, settings: TrainSettings) -> Path:
             print(f"warning: {line}", flush=True)
         for change in changes:
             print(f"changed: {change}", flush=True)
+    if begun is None:
+        beginning = task.begin(folder)
+    else:
+        seen, init = Seen.read(begun) or task.seen(), Provenance.read(begun).init
+        beginning = Beginning(settings=settings, init=init, seen=seen)
+    settings = beginning.settings
+    for line in beginning.lines:
+        print(line, flush=True)
     write_atomically(folder / DATASET, dump(task.datasets[0].manifest.data.tree()))
-    if (seen := task.seen()) is not None:
-        seen.write(folder)
+    if beginning.seen is not None:
+        beginning.seen.write(folder)
     for line in task.too_short():
         print(f"warning: {line}", flush=True)
     _keep_extractor(task.datasets[0], folder)
@@ -87,6 +97,7 @@ def _prepare(folder: Path, settings: TrainSettings) -> Path:
         software=__version__,
         versions={name: version(name) for name in _LIBRARIES},
         chosen={change.key: change.new for change in compatibility.differences(asked, settings)},
+        init=beginning.init,
     )
     provenance.write(folder)
     text = provenance.comments() + text

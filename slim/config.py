@@ -347,13 +347,37 @@ class TrainSettings(Settings):
         return _renamed(tree)
 
 
+class InitSettings(Settings):
+    """Weights that a pretraining run begins with, instead of random ones."""
+
+    source: PathText = Field(
+        description="a run, one of its checkpoints, an export, or OWNER/NAME[@REVISION] on the Hugging Face hub"
+    )
+    optimizer: bool = Field(False, description="also take the moments of AdamW, which only runs have")
+    positions: Literal["same", "resample", "new"] = Field(
+        "same",
+        description="position embeddings of another grid or number of windows. same: refuse; resample: interpolate; "
+        "new: begin with sinusoids",
+    )
+    checksum: str | None = Field(None, description="set by the software: SHA-256 of RUN/start.safetensors")
+
+
 class PretrainSettings(TrainSettings):
     """Settings of a pretraining run."""
+
+    init: InitSettings | None = Field(
+        None, description="weights to begin with: a run, an export or a name on the hub; null: random weights"
+    )
 
     mask: TokenMaskSettings = TokenMaskSettings()
     objective: Literal["default", "jepa", "mae"] = Field("default", description="default: JEPA, SIG and MAE together")
     loss: LossSettings = LossSettings()
     ema: EmaSettings = EmaSettings()
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _source(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _learns(self) -> PretrainSettings:
@@ -435,7 +459,8 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
     """A checked configuration from a YAML file, or the name of a preset, and `key=value` overrides.
 
     `model` is the name of a preset, a YAML file (relative to the configuration or the working folder) or a mapping.
-    Overrides such as `model.embed=32` change it, and its `model_name` then says so: "lean, changed".
+    Overrides such as `model.embed=32` change it, and its `model_name` then says so: "lean, changed". In the same way,
+    `init` names weights, and `init.optimizer=true` says more about them.
 
     Raises
     ------
@@ -444,14 +469,17 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
     """
     path = find("pretrain", path, "CONFIG")
     given = renamed_assignments(assignments)
-    changes = [text for text in given if text.startswith("model.")]
+    changes = [text for text in given if text.startswith(("model.", "init."))]
     tree = override(_renamed(read_yaml(path)), [text for text in given if text not in changes])
     model = tree.get("model")
     if isinstance(model, str):
         name = Path(model).stem
         with typed(given, path):
             tree["model"] = _model(model, path).model_dump(mode="json")
-        tree["model_name"] = f"{name}, changed" if changes else name
+        is_changed = any(text.startswith("model.") for text in changes)
+        tree["model_name"] = f"{name}, changed" if is_changed else name
+    if not isinstance(tree.get("init"), dict | None):
+        tree["init"] = {"source": tree.words.get(("init",), str(tree["init"]))}
     return check(PretrainSettings, override(tree, changes), path)
 
 

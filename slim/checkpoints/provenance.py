@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictInt, StrictStr
 
 from shards.core.files import dump, write_atomically
 from shards.core.settings import check
@@ -27,6 +27,40 @@ _MOST_BYTES = 1 << 20
 _AGAIN = "Copy or download the folder again"
 
 Text = Annotated[StrictStr, Field(max_length=500)]
+
+
+class Ancestor(BaseModel):
+    """The weights that a run began with.
+
+    Attributes
+    ----------
+    source : str
+        As the user named it: a folder, or a name on the hub.
+    run : str
+        Name of the run that made them.
+    step : int
+    weights : "encoder" or "target"
+    commit : str
+        Commit of the software that made them.
+    checksum : str
+        SHA-256 of RUN/start.safetensors.
+    before : Ancestor, optional
+        The weights that this run had begun with.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    source: Text
+    run: Text
+    step: Annotated[StrictInt, Field(ge=0)]
+    weights: Text
+    commit: Text = UNKNOWN
+    checksum: Text
+    before: Ancestor | None = None
+
+    def line(self) -> list[Ancestor]:
+        """These weights, those that their run had begun with, and so on."""
+        return [self, *(self.before.line() if self.before is not None else [])]
 
 
 class Provenance(BaseModel):
@@ -42,6 +76,8 @@ class Provenance(BaseModel):
         Versions of torch, deepspeed, numpy and zarr.
     chosen : dict
         Settings that the software changed or filled in, with their values.
+    init : Ancestor, optional
+        The weights that the run began with; None if they were random.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -50,6 +86,7 @@ class Provenance(BaseModel):
     software: Text = UNKNOWN
     versions: dict[Text, Text] = Field(default_factory=dict, max_length=1000)
     chosen: dict[Text, JsonValue] = Field(default_factory=dict, max_length=1000)
+    init: Ancestor | None = None
 
     def write(self, folder: Path) -> None:
         """Write FOLDER/provenance.json."""

@@ -3,6 +3,7 @@
 RUN/config.yaml       the merged configuration
     dataset.json      the manifest of its first dataset, without shards
     provenance.json   commit, versions, and settings chosen automatically (`slim.checkpoints.provenance`)
+    start.safetensors weights that the run began with, if they were given (`slim.checkpoints.start`)
     seen.json         subjects seen in training (`slim.checkpoints.seen`)
     answers.json      labels of the subjects of a fine-tuning (`slim.finetune.labels`)
     configs/          all configurations that the run was trained with (`slim.training.compatibility`)
@@ -24,6 +25,7 @@ CONFIG, DATASET, PROVENANCE, SEEN, ANSWERS = (
     "seen.json",
     "answers.json",
 )
+START = "start.safetensors"
 ABOUT_RUN = (CONFIG, DATASET)  # copied into every checkpoint
 ALSO_ABOUT_RUN = (PROVENANCE, SEEN)  # likewise; runs of version 0.1 have none
 CONFIGS = "configs"

@@ -3,9 +3,10 @@
     RUN/seen.json    {"people": ["hcp/100307", ...], "salt": null, "sessions": [857, 120]}
 
 A subject is written as `people/subject`, where `people` is the name of the population in the cohort file. The same
-subject is therefore recognised in another dataset. The file is written before the first step and copied into every
-checkpoint; `sessions` counts the training sessions of each dataset. An export has salted hashes instead of names. The
-names cannot be read from the hashes, but anyone who has or guesses a name can test it.
+subject is therefore recognised in another dataset. A run that began with the weights of another has the subjects of
+that run under `before`. The file is written before the first step and copied into every checkpoint; `sessions` counts
+the training sessions of each dataset. An export has salted hashes instead of names. The names cannot be read from the
+hashes, but anyone who has or guesses a name can test it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,14 @@ class Seen:
         Salt of the hashes; None if `people` holds names.
     sessions : tuple of int
         Number of training sessions of each dataset; empty if unknown.
+    before : Seen, optional
+        The subjects seen by the weights that the run began with.
     """
 
     people: frozenset[str]
     salt: str | None = None
     sessions: tuple[int, ...] = ()
+    before: Seen | None = None
 
     @classmethod
     def of(cls, sessions: Sequence[Iterable[SessionRecord]]) -> Seen:
@@ -53,19 +57,32 @@ class Seen:
         return cls(names, None, tuple(map(len, parts)))
 
     def has(self, who: Person) -> bool:
-        """Whether this subject was seen in training."""
+        """Whether this subject was seen in training, or by the weights that it began with."""
         name = _name(who)
-        return (name if self.salt is None else _hash(self.salt, name)) in self.people
+        mine = (name if self.salt is None else _hash(self.salt, name)) in self.people
+        return mine or (self.before is not None and self.before.has(who))
+
+    @property
+    def count(self) -> int:
+        """Number of subjects. Someone whose name is hashed differently in the weights before is counted twice."""
+        listed: set[tuple[str | None, str]] = set()
+        part: Seen | None = self
+        while part is not None:
+            listed |= {(part.salt, name) for name in part.people}
+            part = part.before
+        return len(listed)
 
     def hashed(self, salt: str) -> Seen:
         """Replace names by salted hashes; without effect if they are hashes already."""
+        before = None if self.before is None else self.before.hashed(salt)
         if self.salt is not None:
-            return self
-        return Seen(frozenset(_hash(salt, name) for name in self.people), salt, self.sessions)
+            return replace(self, before=before)
+        return Seen(frozenset(_hash(salt, name) for name in self.people), salt, self.sessions, before)
 
     def tree(self) -> dict[str, object]:
         """The attributes as JSON-serialisable data."""
-        return {"people": sorted(self.people), "salt": self.salt, "sessions": list(self.sessions)}
+        found: dict[str, object] = {"people": sorted(self.people), "salt": self.salt, "sessions": list(self.sessions)}
+        return found if self.before is None else found | {"before": self.before.tree()}
 
     @classmethod
     def from_tree(cls, tree: Any, where: str | Path) -> Seen:
@@ -78,8 +95,9 @@ class Seen:
                 raise TypeError("`people` has an entry that is not text")
             if not all(type(count) is int and 0 <= count < 2**53 for count in sessions):
                 raise TypeError("`sessions` is not a list of counts")
-            return cls(frozenset(people), salt, tuple(sessions))
-        except (KeyError, TypeError, ValueError) as error:
+            before = None if tree.get("before") is None else cls.from_tree(tree["before"], where)
+            return cls(frozenset(people), salt, tuple(sessions), before)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             got = f"an invalid list of subjects ({error!r})"
             expected = "the subjects seen in training"
             raise ConfigError(where, "people", got, expected, "Copy the folder again") from None

@@ -32,7 +32,7 @@ from shards.format.manifest import DataRecord
 from slim.checkpoints import checkpoint, hub
 from slim.checkpoints.checkpoint import CheckpointError
 from slim.checkpoints.hub import HubOptions
-from slim.checkpoints.provenance import Provenance
+from slim.checkpoints.provenance import Ancestor, Provenance
 from slim.checkpoints.run_folder import ABOUT_RUN, ALSO_ABOUT_RUN, CHECKPOINTS, SEEN
 from slim.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from slim.checkpoints.run_folder import DATASET as RUN_DATA
@@ -69,6 +69,7 @@ class _Made(_ReadFields):
     versions: dict[StrictStr, StrictStr]
     training: tuple[dict[StrictStr, Any], ...] = ()
     finetuned: _Tuned | None = None
+    init: Ancestor | None = None
 
 
 class _Configuration(_ReadFields):
@@ -101,7 +102,8 @@ class Weights:
         Manifest (without shards) of the first training dataset.
     made : dict
         How the weights were made: `run`, `step`, `weights` ("encoder" or "target"), `commit`, `versions`; in an export
-        also `training`, the datasets of the pretraining; for a fine-tuned encoder also `finetuned`, with `task`,
+        also `training`, the datasets of the pretraining; `init`, the weights that the run began with, if they were not
+        random; for a fine-tuned encoder also `finetuned`, with `task`,
         `cohorts` that gave the labels, `head` and `from_scratch`.
     path : Path
         The safetensors file.
@@ -228,6 +230,8 @@ def _of_run(folder: Path, kind: str) -> Weights:
         "commit": provenance.commit,
         "versions": provenance.named() | facts["versions"],
     }
+    if provenance.init is not None:
+        made["init"] = provenance.init.model_dump(mode="json", exclude_none=True)
     path, prefix, head = found / checkpoint.WEIGHTS, f"{kind}.", None
     data = _data(_tree(found / RUN_DATA), found / RUN_DATA)
     _check_size(settings, data, path)

@@ -16,7 +16,7 @@ import torch
 from shards.core.errors import ConfigError
 from shards.core.settings import check, override
 from shards.format.reader import Dataset
-from slim.checkpoints import checkpoint, lock
+from slim.checkpoints import checkpoint, lock, start
 from slim.checkpoints.checkpoint import BEST, CheckpointError
 from slim.checkpoints.run_folder import CHECKPOINTS, PROBE
 from slim.checkpoints.seen import Seen
@@ -26,7 +26,7 @@ from slim.evaluation.results import Report
 from slim.evaluation.splits import Fold, Split
 from slim.evaluation.task import Cases, Task
 from slim.finetune.labels import Answers
-from slim.finetune.task import make_model, write_start
+from slim.finetune.task import make_model
 from slim.inference import export
 from slim.inference.predict import predict
 from slim.inference.slim_brain import SlimBrain
@@ -173,8 +173,8 @@ class Finetuned:
                 self.seen.write(out)
             if self.name == SCRATCH:
                 return settings
-            start = write_start(out, self.ours.encoder.state_dict())
-        return settings.model_copy(update={"start": start, "before": export.history(self.ours)})
+            begun_with = start.write(out, self.ours.encoder.state_dict())
+        return settings.model_copy(update={"start": begun_with, "before": export.history(self.ours)})
 
     def predict(self, fold: Fold) -> np.ndarray:
         """Predict probabilities (m, K) or values (m, 1) of the test sessions; trains first, if it is not finished."""

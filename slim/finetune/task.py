@@ -14,7 +14,6 @@ Legend: B samples; P pooled features (3: count, sum, sum of squares); K outputs;
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
-from shards.core.files import atomically, share
-from slim.checkpoints import checkpoint
-from slim.checkpoints.checkpoint import BEST, CheckpointError
+from slim.checkpoints import start
+from slim.checkpoints.checkpoint import BEST
 from slim.checkpoints.seen import Seen
 from slim.config import FinetuneSettings
 from slim.finetune.labels import Answers
@@ -41,7 +38,6 @@ from slim.training.optim import Group, decays
 from slim.training.schedule import StepPlan
 from slim.training.task import Forward, Full, Losses, Steps, TrainingTask
 
-START = "start.safetensors"
 LAYER_DECAY = 0.75
 _MEASURED = 64  # number of samples (at most an epoch) from which the standardisation of pooled features is computed
 
@@ -69,16 +65,8 @@ class FinetuneTask(TrainingTask):
         torch.manual_seed(self.settings.run.seed)
         model = make_model(self.settings, self.geometry, self.datasets[0].grid.voxels, self.answers.outputs)
         if self.settings.start is not None:
-            path = self.folder / START
-            if not path.is_file() or file_hash(path) != self.settings.start:
-                raise CheckpointError(
-                    path,
-                    "SHA-256",
-                    "another file",
-                    self.settings.start,
-                    "Start slim-brain finetune again, with another --out",
-                )
-            model.encoder.load_state_dict(checkpoint.read_weights(path))
+            tensors = start.read(self.folder, self.settings.start, "slim-brain finetune")
+            model.encoder.load_state_dict(tensors)
         return FinetuneLearner(self, model.to(device))
 
 
@@ -215,20 +203,6 @@ def depth_of(name: str, blocks: int) -> int:
     if name.startswith("head."):
         return blocks + 2
     return blocks + 1 if name.startswith("encoder.norm.") else 0
-
-
-def write_start(folder: Path, tensors: dict[str, Tensor]) -> str:
-    """Write RUN/start.safetensors, and return its hash."""
-    with atomically(folder / START) as file:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file.name)
-        share(file.name)
-    return file_hash(folder / START)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def validation_loss(guess_NK: np.ndarray, subject_N: np.ndarray, answer_N: np.ndarray, classes: int) -> float:

@@ -6,6 +6,8 @@ from typing import Any
 
 from shards.core import templates
 from shards.preprocessing.confounds import CleanSettings
+from slim.checkpoints.provenance import Ancestor
+from slim.checkpoints.seen import Seen
 from slim.checkpoints.weights import CONFIG, SUMS
 from slim.config import check_run
 
@@ -18,8 +20,9 @@ def write(about: dict[str, Any]) -> str:
         "model_card.md",
         "slim.inference",
         made=made,
+        ancestors=Ancestor.model_validate(made["init"]).line() if "init" in made else [],
         finetuned=made.get("finetuned"),
-        seen=len(about["seen"]["people"]) if "seen" in about else None,
+        seen=Seen.from_tree(about["seen"], CONFIG).count if "seen" in about else None,
         settings=check_run(about["settings"], CONFIG),
         data=data,
         grid=data["grid"],

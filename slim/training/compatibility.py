@@ -75,6 +75,7 @@ RULES: dict[str, Rule] = {
     "run.device": Rule.FREE,
     # pretraining only
     "mask": Rule.NAMED,
+    "init": Rule.FIXED,
     "objective": Rule.FIXED,  # these four may differ as long as the coefficients of the loss stay the same
     "loss.jepa": Rule.FIXED,
     "loss.sig": Rule.FIXED,
@@ -231,7 +232,10 @@ def adopt(folder: Path, settings: S) -> S:
         If the samples per step are not a multiple of `run.batch` x processes, or a SIG group would be split. The error
         lists the values that work.
     """
-    begun_with = group_of(load_run(folder / CONFIG))
+    before = load_run(folder / CONFIG)
+    if isinstance(settings, PretrainSettings) and isinstance(before, PretrainSettings):
+        settings = _with_init(settings, before)
+    begun_with = group_of(before)
     if begun_with is not None and group_of(settings) is not None:
         settings = _with_groups(settings, begun_with)
     group = group_of(settings) or 1
@@ -240,6 +244,14 @@ def adopt(folder: Path, settings: S) -> S:
         raise _undivided(folder, settings, group)
     accumulate = reshard.accumulate_for(folder, run.batch, run.processes)
     return settings.model_copy(update={"run": run.model_copy(update={"accumulate": accumulate})})
+
+
+def _with_init(settings: S, before: PretrainSettings) -> S:
+    """Return settings with the hash of the initial weights, which the run itself has set."""
+    init = settings.init if isinstance(settings, PretrainSettings) else None
+    if init is None or before.init is None or init.checksum is not None:
+        return settings
+    return settings.model_copy(update={"init": init.model_copy(update={"checksum": before.init.checksum})})
 
 
 def group_of(settings: TrainSettings) -> int | None:

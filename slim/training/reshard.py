@@ -1,4 +1,6 @@
-"""Resume with another number of processes than the checkpoint was written with, at the same ZeRO stage.
+"""Parameters and Adam moments of a checkpoint, divided anew among the processes of an engine.
+
+A run may be resumed with another number of processes than the checkpoint was written with, at the same ZeRO stage.
 
 The global batch stays the same, so the position in the stream, the schedules and the step numbers stay valid. At stage
 0, or with the same number of processes, DeepSpeed loads the checkpoint itself. Otherwise the shards of all former
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,8 +24,9 @@ from torch import Tensor
 
 from slim.checkpoints import checkpoint, zero_states
 from slim.checkpoints.checkpoint import CheckpointError
+from slim.training.optim import decays
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def accumulate_for(folder: Path, batch: int, processes: int) -> int:
@@ -84,6 +87,58 @@ def load(engine: Any, folder: Path) -> tuple[checkpoint.TrainingState, dict[str,
     return checkpoint.checked_state(folder, shards.model), checkpoint.read_weights(folder / checkpoint.WEIGHTS)
 
 
+class States(Protocol):
+    """Whole parameters and their Adam moments.
+
+    Attributes
+    ----------
+    step : Tensor
+        Adam's step count, ().
+    """
+
+    step: Tensor
+
+    def whole(self, name: str, key: str) -> Tensor:
+        """A whole parameter (`fp32`) or one of its moments (`exp_avg`, `exp_avg_sq`), flattened."""
+        ...
+
+
+def states_of(folder: Path) -> States:
+    """The states in a checkpoint of any ZeRO stage."""
+    about = checkpoint.facts(folder)
+    stage = about["zero_stage"]
+    return Shards(folder, stage, about["world_size"]) if stage else Undivided(folder)
+
+
+def place(engine: Any, states: States) -> None:
+    """Give a new engine these parameters and moments, at any ZeRO stage. All processes must call it."""
+    stage = engine.zero_optimization_stage()
+    if stage:
+        (_load_parts if stage == 3 else _load_ranges)(engine, states)
+        return
+    for name, parameter in engine.module.named_parameters():
+        moments = {key: states.whole(name, key).view_as(parameter).to(parameter) for key in MOMENTS}
+        engine.optimizer.state[parameter] = {"step": states.step.clone().to(parameter.device), **moments}
+
+
+class Undivided:
+    """The states of ZeRO stage 0 in a checkpoint; see `States`."""
+
+    def __init__(self, folder: Path):
+        found = zero_states.read(folder / "mp_rank_00_model_states.pt", mmap=True)
+        self._module, adam = found["module"], found["optimizer"]
+        numbers = [number for group in adam["param_groups"] for number in group["params"]]
+        # the order of `slim.training.optim.parameter_groups`
+        names = [
+            name for wanted in (True, False) for name, value in self._module.items() if decays(name, value) is wanted
+        ]
+        self._adam = {name: adam["state"][number] for name, number in zip(names, numbers, strict=True)}
+        self.step: Tensor = self._adam[names[0]]["step"]
+
+    def whole(self, name: str, key: str) -> Tensor:
+        return (self._module[name] if key == "fp32" else self._adam[name][key]).detach().flatten()
+
+
 class Shards:
     """The ZeRO shards of a checkpoint, from which whole parameters and Adam moments can be read.
 
@@ -114,7 +169,7 @@ class Shards:
             adam = shard["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["state"]
             fp32 = shard["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
             for number, values in enumerate(fp32):
-                flat = {"fp32": values, **{key: adam[number][key] for key in _MOMENTS}}
+                flat = {"fp32": values, **{key: adam[number][key] for key in MOMENTS}}
                 if stage == 3:
                     start = 0
                     for name, shape in self.model["param_shapes"][number].items():
@@ -128,8 +183,7 @@ class Shards:
             self.step: Tensor = adam[0]["step"]
 
     def whole(self, name: str, key: str) -> Tensor:
-        """A whole parameter (`fp32`) or one of its moments (`exp_avg`, `exp_avg_sq`), flattened."""
-        return torch.cat([flat[key].narrow(0, start, count) for flat, start, count in self._pieces[name]])
+        return torch.cat([flat[key].detach().narrow(0, start, count) for flat, start, count in self._pieces[name]])
 
 
 def _part(numbers: int, world: int) -> int:
@@ -140,11 +194,11 @@ def _part(numbers: int, world: int) -> int:
 def _begin_adam(optimizer: torch.optim.Optimizer, flats: list[Tensor], step: Tensor) -> None:
     """Create zero moments for these tensors; the padding stays zero. Each tensor has its own step count."""
     for flat in flats:
-        optimizer.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in _MOMENTS}}
+        optimizer.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in MOMENTS}}
 
 
 @torch.no_grad()
-def _load_ranges(engine: Any, shards: Shards) -> None:
+def _load_ranges(engine: Any, shards: States) -> None:
     """Stages 1 and 2: every process holds all parameters, and the fp32 copies and moments of its range."""
     from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state
 
@@ -156,12 +210,12 @@ def _load_ranges(engine: Any, shards: Shards) -> None:
         parameter.copy_(shards.whole(name, "fp32").view_as(parameter))
         if parameter._hp_mapping is not None:
             parameter._hp_mapping.update_hp()
-            for key in _MOMENTS:
+            for key in MOMENTS:
                 safe_set_full_optimizer_state(parameter, shards.whole(name, key), key)
 
 
 @torch.no_grad()
-def _load_parts(engine: Any, shards: Shards) -> None:
+def _load_parts(engine: Any, shards: States) -> None:
     """Stage 3: every process holds its part of each parameter, with the fp32 copy and the moments of that part."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -179,5 +233,5 @@ def _load_parts(engine: Any, shards: Shards) -> None:
             if rank == 0:
                 parameter.copy_(whole.view_as(parameter))
         safe_set_local_fp32_param(parameter, mine(whole))
-        for key in _MOMENTS:
+        for key in MOMENTS:
             safe_set_local_optimizer_state(parameter, mine(shards.whole(name, key)), key)

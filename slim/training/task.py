@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from shards.format.reader import Dataset
 from shards.format.stream import Item, Stream
+from slim.checkpoints.provenance import Ancestor
 from slim.checkpoints.seen import Seen
 from slim.config import TrainSettings
 from slim.data.collate import load_batch
@@ -25,6 +27,7 @@ from slim.model.inputs import Batch, PackedBatch
 from slim.training.metrics import MetricsLine
 from slim.training.optim import Group
 from slim.training.origin import Origin
+from slim.training.reshard import States
 from slim.training.schedule import StepPlan
 
 Steps = Callable[[int], Iterable[Batch]]  # this process's micro-batches of the first so many optimizer steps
@@ -82,6 +85,28 @@ class Learner(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """How a new run begins.
+
+    Attributes
+    ----------
+    settings : TrainSettings
+        The settings, completed.
+    init : Ancestor, optional
+        The weights that the run begins with; None if they are random.
+    seen : Seen, optional
+        The subjects seen by these weights and in the run; None if this is not known.
+    lines : sequence of str
+        What was taken from them and what was not, for the user.
+    """
+
+    settings: TrainSettings
+    init: Ancestor | None = None
+    seen: Seen | None = None
+    lines: Sequence[str] = ()
+
+
 class TrainingTask(ABC):
     """The data and the learner of a run.
 
@@ -134,6 +159,14 @@ class TrainingTask(ABC):
     def load(self) -> Callable[[list[Item]], PackedBatch]:
         """Return a picklable function that makes micro-batches in the loading processes."""
         return partial(load_batch, datasets=self.datasets, geometry=self.geometry, settings=self.settings)
+
+    def begin(self, folder: Path) -> Beginning:
+        """Write what a new run in this folder needs before its first step, such as weights to begin with."""
+        return Beginning(settings=self.settings, seen=self.seen())
+
+    def moments(self) -> States | None:
+        """Parameters and Adam moments that a new run begins with; None if the moments are zero."""
+        return None
 
     @property
     @abstractmethod

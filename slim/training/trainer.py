@@ -97,6 +97,8 @@ class Trainer:
         self._catch_signals()
         resumed = self._resume()
         if not resumed:
+            if (states := self.task.moments()) is not None:
+                reshard.place(self.engine, states)
             self.learner.begin(self._first_steps, self.engine)
         stopped: str | None = None
         line: MetricsLine = {}

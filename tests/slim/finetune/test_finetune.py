@@ -34,7 +34,7 @@ from shards.core.errors import ConfigError
 from shards.core.settings import check
 from shards.format import layout
 from shards.format.reader import Dataset
-from slim.checkpoints import checkpoint
+from slim.checkpoints import checkpoint, start
 from slim.config import FinetuneSettings, load_run
 from slim.data.collate import collate
 from slim.data.samples import read_windows, window_groups
@@ -45,7 +45,7 @@ from slim.evaluation.splits import Split
 from slim.evaluation.task import Task, find_cases, make_splits
 from slim.finetune.labels import Answers
 from slim.finetune.method import Finetuned, check_report, refuse, settings_for
-from slim.finetune.task import FinetuneTask, depth_of, make_model, validation_loss, write_start
+from slim.finetune.task import FinetuneTask, depth_of, make_model, validation_loss
 from slim.inference import export
 from slim.inference.predict import predict
 from slim.inference.slim_brain import SlimBrain
@@ -63,7 +63,7 @@ def task_of(pretrained: Path, people: Path, out: Path, *words: str, classes: int
     settings = settings_for(ours, str(people), out, 6, [*QUICK, *words], 0)
     out.mkdir(parents=True, exist_ok=True)
     answers_of(opened, classes).write(out)
-    return FinetuneTask(settings.model_copy(update={"start": write_start(out, ours.encoder.state_dict())}))
+    return FinetuneTask(settings.model_copy(update={"start": start.write(out, ours.encoder.state_dict())}))
 
 
 # layers and heads
