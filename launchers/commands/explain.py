@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.subjects < 1:
         raise ConfigError("command line", "--subjects", args.subjects, "1 or more")
-    require_weights(args.run)
 
     from shards.format.reader import Dataset
     from slim.evaluation.events import read as read_events
@@ -75,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     states = others[0][0] if others else task if source else None
     if states is not None and states.events is None:
         raise ConfigError(source, "type", states.type, "state, a task with events")
+    require_weights(args.run)
 
     import torch
 

@@ -75,8 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.random_seeds < 1:
         raise ConfigError("command line", "--random-seeds", args.random_seeds, "1 or more")
-    for source in args.runs:
-        require_weights(source)
 
     from shards.format.reader import Dataset
     from slim.evaluation.task import find_cases, load_tasks, make_splits
@@ -87,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if task.name in [other.name for other in tasks[:number]]:
             raise ConfigError(args.task[number], "name", f"{task.name} a second time", "a different name for each task")
     dataset = Dataset(args.data)
+    for source in args.runs:
+        require_weights(source)
 
     import torch
 
