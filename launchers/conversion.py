@@ -13,12 +13,10 @@ from shards.conversion import dry_run as survey
 from shards.conversion.convert import Conversion
 from shards.conversion.session import Parcels, WindowRanker, by_assumption, is_harmonised
 from shards.conversion.settings import ConvertSettings
-from shards.core.cli import DONE, REFUSED, Parser, call_of, summary
+from shards.core.cli import DONE, REFUSED, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable
-from shards.core.presets import find
 from shards.core.progress import progress
-from shards.core.settings import check, override
 from shards.format import layout
 from shards.format.reader import Dataset
 from shards.format.refusal import Refusal
@@ -27,31 +25,27 @@ from slim.ranking.extractor_training import train_extractor
 from slim.ranking.parcels import make_parcels
 from slim.ranking.rankers import make_ranker
 
-STEPS = ("find", "harmonise", "rank", "pack")
 Ended = tuple[int, dict[str, object], str]  # exit status, facts of the summary, what to do next
 
 
-def add_arguments(parser: Parser) -> None:
-    """Add the arguments of a conversion, which are the same on one machine and on a cluster."""
-    add = parser.add_argument
-    add("cohorts", nargs="+", metavar="COHORT", help="cohort files or names of cohorts")
-    parser.add_settings("settings of the conversion, such as grid.mm=3")
-    add("--out", required=True, type=Path, metavar="DATASET", help="folder of the dataset")
-    add("--ranker", default="mutual", metavar="NAME", help="method that scores windows (default: mutual)")
-    add("--extractor", type=Path, metavar="PATH", help="trained temporal extractor (default: train one)")
-    add("--retry-refused", action="store_true", help="try scans again that were refused before")
-
-
-def conversion_of(args: argparse.Namespace, workers: int) -> tuple[Conversion, Extractor | None]:
+def conversion_of(
+    args: argparse.Namespace, cohorts: list[Path], settings: ConvertSettings, workers: int
+) -> tuple[Conversion, Extractor | None]:
     """Make the conversion of a command line, and load its extractor if one is given. No cohort is read yet.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        The arguments of `launchers.arguments.add_conversion`.
+    cohorts, settings
+        As returned by `launchers.arguments.checked_conversion`.
+    workers : int
 
     Raises
     ------
     UserError
         If an argument is wrong.
     """
-    settings = check(ConvertSettings, override({}, args.settings), "command line")
-    cohorts = [find("cohort", name, "COHORT") for name in args.cohorts]
     one_thread()
     ranking = {"name": args.ranker, "extractor": None}
     given = Extractor.load(args.extractor) if args.extractor else None

@@ -1,4 +1,4 @@
-"""The arguments of a fine-tuning, which are the same on one machine and on a cluster."""
+"""The fine-tunings of a command line, which are the same on one machine and on a cluster."""
 
 from __future__ import annotations
 
@@ -7,38 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.core.cli import Parser
 from shards.core.presets import find
-from shards.core.settings import typed
+from shards.core.settings import check_keys, override, typed
 from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import FINETUNE, REPORT
+from slim.checkpoints.source import require_weights
+from slim.config import FinetuneSettings, renamed_assignments
 from slim.evaluation.task import find_cases, load_task, make_splits, overrides_of_tasks
 
 if TYPE_CHECKING:
-    from slim.config import FinetuneSettings
     from slim.finetune.method import Finetuned
 
-Train = Callable[["FinetuneSettings"], None]
-
-
-def add_arguments(parser: Parser) -> None:
-    """Add the arguments of a fine-tuning."""
-    add = parser.add_argument
-    add("run", metavar="RUN_OR_WEIGHTS", help="a run, a checkpoint, an export, or OWNER/NAME on the hub")
-    parser.add_settings("settings of the fine-tuning, such as run.epochs=50; NAME.key=value: of the task NAME")
-    add("--data", required=True, metavar="DATASET", help="a dataset written by make-shards")
-    add("--task", required=True, metavar="TASK", help="a task with split.kind holdout: a YAML file, or a name")
-    add("--out", type=Path, metavar="FOLDER", help="folder of the report and the runs (default: in RUN)")
-    add("--weights", choices=("encoder", "target"), help="online encoder or its moving average (default: encoder)")
-    add("--from-scratch", action="store_true", help="start from random weights, to measure what pretraining adds")
-
-
-def words_of(args: argparse.Namespace) -> list[str]:
-    """The arguments of `add_arguments`, as words of a command line."""
-    words = [args.run, "--data", args.data, "--task", str(args.task)]
-    words += ["--out", str(args.out)] if args.out else []
-    words += ["--weights", args.weights] if args.weights else []
-    return [*words, *(["--from-scratch"] if args.from_scratch else []), *args.settings]
+Train = Callable[[FinetuneSettings], None]
 
 
 def report_of(method: Finetuned, args: argparse.Namespace) -> Path:
@@ -55,10 +35,11 @@ def open_call(args: argparse.Namespace, train: Train) -> Finetuned:
         If the weights, the data, the task, a setting and an existing report do not fit together.
     """
     args.task = find("task", args.task, "--task")
-    from slim.config import FinetuneSettings
-
     (words,), assignments = overrides_of_tasks([args.task], args.settings, FinetuneSettings.model_fields)
     task = load_task(args.task, words)
+    check_keys(FinetuneSettings, override({}, renamed_assignments(assignments)))
+    dataset = Dataset(args.data)
+    require_weights(args.run)
 
     import torch
 
@@ -68,7 +49,6 @@ def open_call(args: argparse.Namespace, train: Train) -> Finetuned:
 
     with typed(words, args.task):
         refuse(task, args.task)
-    dataset = Dataset(args.data)
     ours = SlimBrain.from_pretrained(args.run, args.weights)
     ours.check_data(dataset)
     ours.check_unseen(dataset)

@@ -12,8 +12,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 from helpers.commands import GRID, Command, call_command
@@ -32,8 +30,11 @@ settings.load_profile("untimed")
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """The CPU, and a GPU where there is one."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    if request.param == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
     return request.param
 
 
@@ -57,6 +58,8 @@ def check_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
     """A process group of this process only."""
+    import torch.distributed as dist
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -31,7 +31,7 @@ ORDER = {
         *("evaluation", "finetune", "explain", "reporting"),
     ),
     "launchers": (
-        *("environment", "outcome", "job", "run_setup", "local", "conversion", "finetuning", "cluster"),
+        *("environment", "arguments", "outcome", "job", "run_setup", "local", "conversion", "finetuning", "cluster"),
         *("experiments", "benches", "commands"),
     ),
 }

@@ -33,6 +33,7 @@ from shards.core.errors import ConfigError, DatasetError, RunRefused
 from shards.core.progress import progress
 from shards.core.room import require_room
 from slim import __version__
+from slim.checkpoints.source import require_weights
 
 
 def _parser() -> Parser:
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out.suffix != ".npz":
         raise ConfigError("command line", "--out", args.out, "a name that ends with .npz")
 
+    require_weights(args.weights)
     require_room(args.out.parent, "--out")
 
     import numpy as np

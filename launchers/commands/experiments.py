@@ -18,6 +18,8 @@ from launchers.experiments.trials import LENGTHS, PARTS, RANKERS, TARGETS, VIEWS
 from shards.core.cli import DONE, Parser, summary
 from shards.core.errors import ConfigError
 from shards.core.files import dump, write_atomically
+from shards.core.settings import check_keys, override
+from slim.config import PretrainSettings, renamed_assignments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("command line", "--snr", args.snr, "numbers such as 0.9,0.3") from None
     if min(args.seeds, args.jobs) < 1:
         raise ConfigError("command line", "--seeds, --jobs", min(args.seeds, args.jobs), "1 or more")
+    check_keys(PretrainSettings, override({}, renamed_assignments(args.settings)))
     work = Experiments(args.out.resolve(), args.seeds, args.jobs, args.settings)
     trials = work.trials(parts, snrs)
     if not args.tables:

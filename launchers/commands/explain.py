@@ -20,10 +20,8 @@ from shards.core.presets import find
 from shards.core.progress import progress
 from shards.core.room import require_room
 from shards.core.settings import typed
-from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import EXPLAIN, REPORT
-from slim.evaluation.events import read as read_events
-from slim.evaluation.task import find_cases, load_tasks
+from slim.checkpoints.source import require_weights
 
 
 def _parser() -> Parser:
@@ -61,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.subjects < 1:
         raise ConfigError("command line", "--subjects", args.subjects, "1 or more")
+
+    from shards.format.reader import Dataset
+    from slim.evaluation.events import read as read_events
+    from slim.evaluation.task import find_cases, load_tasks
+
     args.task = find("task", args.task, "--task")
     if args.states:
         args.states = find("task", args.states, "--states")
@@ -71,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     states = others[0][0] if others else task if source else None
     if states is not None and states.events is None:
         raise ConfigError(source, "type", states.type, "state, a task with events")
+    require_weights(args.run)
 
     import torch
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shards.core.cli import DONE, Parser, call_of, summary
+from slim.checkpoints.source import require_weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data", action="store_true", help="open the URLs of training datasets, for the cohorts and sessions in them"
     )
     args = parser.parse_args(argv)
+    require_weights(args.run)
 
     from slim.inference import export
     from slim.inference.slim_brain import SlimBrain

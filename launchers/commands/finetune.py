@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from launchers import finetuning, local
+from launchers.arguments import add_finetuning
 from shards.core.cli import DONE, Parser, summary
 from shards.core.errors import Stopped
 from slim.checkpoints.run_folder import PROBE
@@ -27,8 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         __doc__.splitlines()[0],
         "runs/name --data data/mylab --task configs/downstream/synthetic_group.yaml",
     )
-    finetuning.add_arguments(parser)
+    add_finetuning(parser)
     args = parser.parse_args(argv)
+
+    from launchers import finetuning
+
     method = finetuning.open_call(args, train)  # checks the call before anything is trained
 
     from slim.checkpoints.seen import Person
@@ -70,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(settings: Any) -> None:
     """Run a fine-tuning to its end, in `run.processes` processes."""
+    from launchers import local
+
     print(f"fine-tune in {settings.run.out}", file=sys.stderr)
     result = local.train(settings)
     for text in result.warnings:

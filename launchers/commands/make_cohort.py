@@ -17,7 +17,6 @@ from pathlib import Path
 from shards.core.cli import DONE, Parser, call_of, summary
 from shards.core.progress import duration, progress
 from shards.synthetic.truth import SyntheticCohort
-from shards.synthetic.write import write_cohort
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     arguments = parser.parse_args(argv)
     cohort = SyntheticCohort(**{name: getattr(arguments, name) for name in asdict(usual)})
+
+    from shards.synthetic.write import write_cohort
 
     begun = time.monotonic()
     with progress("synthetic cohort", len(cohort.runs()), "runs") as advance:

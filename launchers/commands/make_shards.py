@@ -17,18 +17,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
-from launchers.cluster import conversion_jobs
-from launchers.cluster.scheduler import SlurmSettings
-from launchers.conversion import STEPS, add_arguments, conversion_of, dry_run, make
+from launchers.arguments import STEPS, add_conversion, checked_conversion
 from shards.core.cli import Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.presets import find
-from shards.core.settings import load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("make-shards", __doc__.splitlines()[0], "mylab.yaml --out data/mylab grid.mm=2")
-    add_arguments(parser)
+    add_conversion(parser)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
     parser.add_argument("--only", default=",".join(STEPS), metavar="STEPS", help=f"some of {','.join(STEPS)}")
     parser.add_argument(
@@ -44,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("command line", "--workers", args.workers, "1 or more")
     if args.slurm is not None:
         return on_a_cluster(args, steps, sys.argv[1:] if argv is None else argv)
-    conversion, given = conversion_of(args, args.workers)
+    cohorts, settings = checked_conversion(args)
+
+    from launchers.cluster import conversion_jobs
+    from launchers.conversion import conversion_of, dry_run, make
+
+    conversion, given = conversion_of(args, cohorts, settings, args.workers)
     if args.dry_run:
         return dry_run(conversion, args.json)
     conversion_jobs.refuse_another(conversion.folder)
@@ -58,10 +60,18 @@ def on_a_cluster(args: argparse.Namespace, steps: list[str], argv: Sequence[str]
     """Convert with SLURM jobs, and wait until they have finished."""
     if set(steps) != set(STEPS):
         raise ConfigError("command line", "--only", f"{args.only} with --slurm", "all steps: the jobs take one each")
-    settings = load(SlurmSettings, find("slurm", args.slurm, "--slurm"))
+    from launchers.cluster.scheduler import SlurmSettings
+    from shards.core.settings import load
+
+    cluster = load(SlurmSettings, find("slurm", args.slurm, "--slurm"))
     args.out = args.out.resolve()
-    conversion, given = conversion_of(args, settings.cpus_per_task or 1)
-    jobs = conversion_jobs.Chain(conversion, given, settings, args.workers, None)
+    cohorts, settings = checked_conversion(args)
+
+    from launchers.cluster import conversion_jobs
+    from launchers.conversion import conversion_of
+
+    conversion, given = conversion_of(args, cohorts, settings, cluster.cpus_per_task or 1)
+    jobs = conversion_jobs.Chain(conversion, given, cluster, args.workers, None)
     if args.dry_run:
         return jobs.dry_run()
     return jobs.convert(shlex.split(call_of("make-shards", *argv)), follow=True, as_json=args.json)

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich import box
@@ -22,7 +23,9 @@ from shards.core.errors import ConfigError
 from shards.core.presets import find
 from shards.core.settings import read_yaml
 from slim.config import load_config
-from slim.planning.forecast import ASSUMED_TFLOPS, Forecast, forecast, present
+
+if TYPE_CHECKING:
+    from slim.planning.forecast import Forecast
 
 PARTS = {
     "states": "weights, moments, EMA target, running means",
@@ -49,16 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--gpu-memory", metavar="SIZE", help="memory of a GPU: 80GB (80e9 bytes) or 40960MiB; default: the GPU here"
     )
     parser.add_argument(
-        "--tflops", type=float, metavar="N", help=f"TFLOP/s that a GPU sustains; {ASSUMED_TFLOPS} is assumed otherwise"
+        "--tflops", type=float, metavar="N", help="TFLOP/s that a GPU sustains; the result names the default"
     )
     args = parser.parse_args(argv)
     if args.tflops is not None and not 0 < args.tflops < float("inf"):
         raise ConfigError("command line", "--tflops", f"{args.tflops:g}", "a number above 0")
-    memory = size(args.gpu_memory)
+
+    from shards.format.layout import read_manifest
+
     typed = any(word.partition("=")[0] == "data" for word in args.settings)
     config = find("pretrain", args.config, "CONFIG")
     absent = [] if typed or "data" in read_yaml(config) else ["data=DATASET"]
     settings = load_config(config, [*args.settings, *absent])
+    for item in settings.data if typed else ():
+        read_manifest(item.path)
+    memory = size(args.gpu_memory)
+
+    from slim.planning.forecast import forecast, present
+
     facts = forecast(settings, present(settings, typed), memory, args.tflops, begun)
     show(facts)
     print(f"next: {following(facts, [args.config, *args.settings])}")

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from launchers import local
 from shards.core.cli import DONE, RESUME, Parser, call_of, summary
-from slim.config import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +18,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_settings("settings of the pretraining, such as run.steps=2000")
     args = parser.parse_args(argv)
+
+    from shards.format.layout import read_manifest
+    from slim.config import load_config
+
     settings = load_config(args.config, args.settings)
+    for item in settings.data:
+        read_manifest(item.path)
+
+    from launchers import local
+
     result = local.train(settings)  # checks the settings before it starts processes
     out = settings.run.out
     facts = {"run": out, **{name: value for name, value in asdict(result).items() if value is not None}}

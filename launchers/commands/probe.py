@@ -22,14 +22,15 @@ from shards.core.presets import find
 from shards.core.progress import progress
 from shards.core.room import require_room
 from shards.core.settings import typed
-from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import PROBE, REPORT
-from slim.checkpoints.seen import Person
-from slim.evaluation.splits import Split
-from slim.evaluation.task import Cases, Task, find_cases, load_tasks, make_splits
+from slim.checkpoints.source import require_weights
 
 if TYPE_CHECKING:
+    from shards.format.reader import Dataset
+    from slim.checkpoints.seen import Person
     from slim.evaluation.results import TaskResult
+    from slim.evaluation.splits import Split
+    from slim.evaluation.task import Cases, Task
     from slim.inference.slim_brain import SlimBrain
 
 
@@ -74,12 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.random_seeds < 1:
         raise ConfigError("command line", "--random-seeds", args.random_seeds, "1 or more")
+
+    from shards.format.reader import Dataset
+    from slim.evaluation.task import find_cases, load_tasks, make_splits
+
     args.task = [find("task", given, "--task") for given in args.task]
     tasks, changes = zip(*load_tasks(args.task, args.settings), strict=True)
     for number, task in enumerate(tasks):
         if task.name in [other.name for other in tasks[:number]]:
             raise ConfigError(args.task[number], "name", f"{task.name} a second time", "a different name for each task")
     dataset = Dataset(args.data)
+    for source in args.runs:
+        require_weights(source)
 
     import torch
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from shards.core.cli import DONE, Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.room import require_room
-from shards.format import layout
 from slim.checkpoints.run_folder import CONFIG, REPORT
 
 
@@ -29,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="open the URLs in the configuration of a run, to count its steps",
     )
     args = parser.parse_args(argv)
+
+    from shards.format import layout
+
     folder = args.folder
     if folder.is_dir():
         require_room(folder / REPORT, "report")

@@ -15,36 +15,19 @@ the subjects.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
-from launchers import finetuning
-from launchers.cluster import conversion_jobs, conversion_task, noted, tracking
-from launchers.cluster.scheduler import (
-    SlurmSettings,
-    check_cluster,
-    nodes_of,
-    require_slurm,
-)
-from launchers.cluster.script import probe
-from launchers.cluster.training_job import TrainingScript
+from launchers.arguments import add_conversion, add_finetuning, checked_conversion, words_of_finetuning
+from launchers.cluster.scheduler import SlurmSettings
 from shards.core.cli import DONE, RESUME, WRONG, Parser, call_of, summary
-from shards.core.errors import ConfigError
-from shards.core.files import write_atomically
-from shards.core.passwords import hidden
 from shards.core.presets import find
 from shards.core.settings import check, read_yaml
-from slim.checkpoints.run_folder import SLURM
-from slim.config import TrainSettings, load_config
+from slim.config import load_config
 
-S = TypeVar("S", bound=TrainSettings)
 _FLAGS = ("partition", "account", "qos", "time", "mem", "constraint", "cpus_per_task", "python")
 
 
@@ -71,8 +54,13 @@ def pretrain(words: list[str]) -> int:
     parser.add_settings("settings of the pretraining, such as run.steps=2000")
     _add_nodes(parser)
     args = parser.parse_args(words)
-    asked = Submission(args)
-    settings = asked.spread(load_config(args.config, args.settings))
+    cluster, asked_for = _cluster(args), load_config(args.config, args.settings)
+
+    from launchers.cluster import tracking
+    from launchers.cluster.submission import Submission
+
+    asked = Submission(args, cluster)
+    settings = asked.spread(asked_for)
     if args.dry_run:
         return asked.dry_run(settings)
     asked.check([settings])
@@ -99,10 +87,16 @@ def finetune(words: list[str]) -> int:
         "Fine-tune with sbatch: one job for each split of the subjects, requeued until it is finished.",
         "runs/lean --data data/mylab --task TASK.yaml --nodes 1 --gpus-per-node 2",
     )
-    finetuning.add_arguments(parser)
+    add_finetuning(parser)
     _add_nodes(parser)
     args = parser.parse_args(words)
-    asked = Submission(args)
+    cluster = _cluster(args)
+
+    from launchers import finetuning
+    from launchers.cluster import tracking
+    from launchers.cluster.submission import Submission
+
+    asked = Submission(args, cluster)
     method = finetuning.open_call(args, lambda settings: None)
     numbers = range(len(method.splits))
     runs = [asked.spread(method.settings(number)) for number in numbers]
@@ -110,7 +104,7 @@ def finetune(words: list[str]) -> int:
         return asked.dry_run(runs[0])
     asked.check(runs)
     command = shlex.split(call_of("slurm finetune", *words))
-    then = call_of("finetune", *finetuning.words_of(args))
+    then = call_of("finetune", *words_of_finetuning(args))
     jobs = [asked.submit(asked.spread(method.prepare(number)), command, then) for number in numbers]
     facts: dict[str, object] = {name: [getattr(job, name) for job in jobs] for name in ("job", "run", "log")}
     facts["processes"] = jobs[0].processes
@@ -125,107 +119,6 @@ def finetune(words: list[str]) -> int:
     return ended
 
 
-@dataclass(frozen=True)
-class Submitted:
-    """A job of a run.
-
-    Attributes
-    ----------
-    job : str
-        Its number.
-    cluster : str or None
-        The cluster that took it, if it is not the default one.
-    run, log : str
-        Paths.
-    processes : int
-    """
-
-    job: str
-    cluster: str | None
-    run: str
-    processes: int
-    log: str
-
-
-class Submission:
-    """The resources that a submission requests, and the submission.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        The arguments of `_add_nodes`.
-
-    Raises
-    ------
-    ConfigError
-        If a value is not valid.
-    """
-
-    def __init__(self, args: argparse.Namespace):
-        self.fewest, self.nodes = nodes_of(args.nodes)
-        self.gpus = args.gpus_per_node or 0
-        self.tasks = args.tasks_per_node if args.gpus_per_node is None else self.gpus
-        if self.tasks < 1:
-            raise ConfigError("command line", "--gpus-per-node", self.tasks, "1 or more, or --tasks-per-node")
-        self.cluster = _cluster(args)
-
-    def spread(self, settings: S) -> S:
-        """The settings of a run with this number of processes and an absolute path of its folder."""
-        changes = {"out": str(Path(settings.run.out).resolve()), "processes": self.nodes * self.tasks}
-        return settings.model_copy(update={"run": settings.run.model_copy(update=changes)})
-
-    def script(self, settings: TrainSettings) -> TrainingScript:
-        """The script of a run."""
-        wanted = str(self.nodes) if self.fewest == self.nodes else f"{self.fewest}-{self.nodes}"
-        cpus = self.cluster.cpus_per_task or settings.run.workers + 1
-        return TrainingScript(self.cluster, Path(settings.run.out), wanted, self.tasks, self.gpus, cpus)
-
-    def dry_run(self, settings: TrainSettings) -> int:
-        """Print the script of a run, and the reply of `sbatch --test-only`. Nothing is written."""
-        print(self.script(settings).text())
-        if shutil.which("sbatch") is None:
-            print("sbatch is not installed here, so the script was not tested on a cluster", file=sys.stderr)
-            return DONE
-        self._accept([settings])
-        print(self.script(settings).test())
-        return DONE
-
-    def check(self, runs: Sequence[TrainSettings]) -> None:
-        """Check that the cluster and its nodes can run the job, and that no earlier job of the run is unfinished."""
-        self._accept(runs)
-        out = Path(runs[0].run.out)
-        self.script(runs[0]).test()
-        probe(self.cluster, self.fewest, out)
-
-    def _accept(self, runs: Sequence[TrainSettings]) -> None:
-        require_slurm()
-        check_cluster(self.cluster, self.nodes, self.gpus, Path(runs[0].run.out))
-        for settings in runs:
-            tracking.refuse_another(Path(settings.run.out))
-
-    def submit(self, settings: TrainSettings, command: list[str], then: str) -> Submitted:
-        """Make the folder of a run and submit its job; returns facts for the summary. `then` is the next command."""
-        out = Path(settings.run.out)
-        commit, steps = _prepare(settings)
-        script = self.script(settings)
-        number = script.submit()
-        cluster = {} if script.cluster is None else {"cluster": script.cluster}
-        log = out / SLURM / f"{number}.log"
-        about = {
-            "job": number,
-            **cluster,
-            "run": str(out),
-            "log": str(log),
-            "steps": steps,
-            "commit": commit,
-            "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "command": command,
-            "then": then,
-        }
-        write_atomically(out / SLURM / tracking.JOB, hidden(json.dumps(about, indent=1)) + "\n")
-        return Submitted(number, script.cluster, str(out), settings.run.processes, str(log))
-
-
 def shards(words: list[str]) -> int:
     """Check the call, find the scans and submit the jobs; with --follow, show their progress."""
     parser = Parser(
@@ -233,16 +126,19 @@ def shards(words: list[str]) -> int:
         "Convert cohorts into shards with an array of jobs, as make-shards does on one machine.",
         "mylab.yaml --out data/mylab --tasks 100 --throttle 20 --follow",
     )
-    from launchers.conversion import add_arguments, conversion_of  # imports torch
-
-    add_arguments(parser)
+    add_conversion(parser)
     parser.add_argument("--tasks", type=int, required=True, metavar="N", help="largest number of tasks in the array")
     parser.add_argument("--throttle", type=int, metavar="M", help="largest number of tasks at the same time")
     _add_cluster(parser, _FLAGS)
     args = parser.parse_args(words)
     cluster = _cluster(args)
     args.out = args.out.resolve()
-    conversion, given = conversion_of(args, cluster.cpus_per_task or 1)
+    cohorts, settings = checked_conversion(args)
+
+    from launchers.cluster import conversion_jobs
+    from launchers.conversion import conversion_of
+
+    conversion, given = conversion_of(args, cohorts, settings, cluster.cpus_per_task or 1)
     jobs = conversion_jobs.Chain(conversion, given, cluster, args.tasks, args.throttle)
     if args.dry_run:
         return jobs.dry_run()
@@ -287,35 +183,14 @@ def _cluster(args: argparse.Namespace) -> SlurmSettings:
     return check(SlurmSettings, tree | given, path or "command line")
 
 
-def _prepare(settings: TrainSettings) -> tuple[str, int]:
-    """Check the data and the model, and make the folder of the run; returns the commit and the number of steps."""
-    # These import torch, which takes seconds. Errors in the call are reported before.
-    from launchers.job import open_task
-    from launchers.run_setup import git_commit, prepare_run
-
-    steps = settings.run.steps_in_all(open_task(settings).stream.per_epoch, settings.run.processes)
-    (prepare_run(settings).parent / SLURM).mkdir(exist_ok=True)
-    return git_commit(), steps
-
-
-def _folder_of(words: list[str], command: str, does: str) -> tuple[argparse.Namespace, Path]:
-    parser = Parser(f"slurm {command}", does, "runs/lean")
-    parser.add_argument("folder", metavar="DATASET_OR_RUN")
-    args = parser.parse_args(words)
-    folder = Path(args.folder).resolve()
-    if (
-        not (folder / SLURM / tracking.JOB).exists()
-        and not (folder / conversion_task.PLACE / conversion_task.JOB).exists()
-    ):
-        expected = "a run or a dataset that was submitted to SLURM"
-        raise ConfigError(folder / SLURM / tracking.JOB, "", "no such file", expected)
-    require_slurm()
-    return args, folder
-
-
 def status(words: list[str]) -> int:
     """Show the state of the jobs of a run or dataset, and their progress."""
-    args, folder = _folder_of(words, "status", "Show the state of the jobs of a run or dataset, and their progress.")
+    args = _parsed("status", "Show the state of the jobs of a run or dataset, and their progress.", words)
+
+    from launchers.cluster import conversion_jobs, tracking
+    from launchers.cluster.submission import submitted_folder
+
+    folder = submitted_folder(args.folder)
     about = tracking.about_job(folder)
     facts, following = conversion_jobs.status(folder) if about is None else tracking.status(folder, about)
     summary(facts, following, args.json)
@@ -324,7 +199,12 @@ def status(words: list[str]) -> int:
 
 def cancel(words: list[str]) -> int:
     """Cancel the jobs of a run or dataset."""
-    args, folder = _folder_of(words, "cancel", "Cancel the jobs of a run or dataset. Saved results are kept.")
+    args = _parsed("cancel", "Cancel the jobs of a run or dataset. Saved results are kept.", words)
+
+    from launchers.cluster import conversion_jobs, conversion_task, noted, tracking
+    from launchers.cluster.submission import submitted_folder
+
+    folder = submitted_folder(args.folder)
     about = tracking.about_job(folder)
     if about is None:
         command = conversion_task.submitted(folder).command
@@ -335,3 +215,9 @@ def cancel(words: list[str]) -> int:
         following = "continues from the last complete checkpoint"
     summary(facts, f"`{noted.call(command)}` {following}", args.json)
     return DONE
+
+
+def _parsed(command: str, does: str, words: list[str]) -> argparse.Namespace:
+    parser = Parser(f"slurm {command}", does, "runs/lean")
+    parser.add_argument("folder", metavar="DATASET_OR_RUN")
+    return parser.parse_args(words)

@@ -11,17 +11,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from shards.conversion.settings import ExtractorSettings
+from shards.conversion.extractor_settings import ExtractorSettings
 from shards.core.cli import DONE, Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.progress import progress
 from shards.core.settings import check
-from shards.format.reader import Dataset
-from slim.ranking.extractor import WEIGHTS_FILE
-from slim.ranking.extractor_training import train_extractor
+
+if TYPE_CHECKING:
+    from shards.format.reader import Dataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     tree = {"sessions": args.sessions, "steps": args.steps, "seed": args.seed}
     chosen = check(ExtractorSettings, tree, "command line")
+
+    from shards.format.reader import Dataset
+
     datasets = [Dataset(folder) for folder in args.datasets]
     frames = check_datasets(datasets)
     make_room(args.out)
+
+    import torch
+
+    from slim.ranking.extractor_training import train_extractor
 
     torch.set_num_threads(1)  # the result does not depend on the number of cores
     train = [(dataset, session) for dataset in datasets for session in dataset.of_split("train")]
@@ -109,5 +115,7 @@ def make_room(out: Path) -> None:
         raise ConfigError(out, "--out", error.strerror, "a folder that can be written", hint) from None
     if not os.access(out, os.W_OK):
         raise ConfigError(out, "--out", "a folder that cannot be written", "one that can", hint)
+    from slim.ranking.extractor import WEIGHTS_FILE
+
     if set(found) - {WEIGHTS_FILE}:
         raise ConfigError(out, "--out", f"a folder with {', '.join(found[:3])}", "a new or empty folder", hint)

@@ -212,10 +212,7 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
             raise kind(where, field, shown(str(cause.got)), cause.expected, cause.hint) from None
         field = shown(".".join(str(part) for part in location))
         if first["type"] == "extra_forbidden":
-            known = _known_keys(model, location)
-            hint = did_you_mean(str(location[-1])[:_SHOWN], known, "Remove it or correct its name")
-            expected = f"one of {', '.join(known)}" if known else "no such key"
-            raise kind(where, field, "an unknown key", expected, hint) from None
+            raise _unknown(model, location, where, kind) from None
         if first["type"] == "missing":
             raise kind(where, field, "nothing", "a value", "Add this key") from None
         if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
@@ -242,6 +239,30 @@ def _is_typed(model: type[BaseModel], tree: Overridden, location: Location, erro
     except ValidationError as found:
         return all((one["loc"], one["type"]) != (location, error) for one in found.errors())
     return True
+
+
+def check_keys(model: type[BaseModel], tree: Overridden) -> None:
+    """Check only that the keys of assignments are known, before the other settings are known.
+
+    Raises
+    ------
+    ConfigError
+        For the first unknown key.
+    """
+    try:
+        model.model_validate(tree)
+    except ValidationError as error:
+        for found in error.errors():
+            if found["type"] == "extra_forbidden":
+                raise _unknown(model, found["loc"], COMMAND_LINE, ConfigError) from None
+
+
+def _unknown(model: type[BaseModel], location: Location, where: str | Path, kind: type[UserError]) -> UserError:
+    """The error for an unknown key."""
+    known = _known_keys(model, location)
+    hint = did_you_mean(str(location[-1])[:_SHOWN], known, "Remove it or correct its name")
+    expected = f"one of {', '.join(known)}" if known else "no such key"
+    return kind(where, shown(".".join(map(str, location))), "an unknown key", expected, hint)
 
 
 def _as_typed(tree: Overridden, location: Location) -> Overridden:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shards.core.extras import ExtraMissing
 from slim.checkpoints.checkpoint import CheckpointError
-
-NAME = re.compile(r"([\w.-]+/([\w.-]+))(?:@([\w./-]+))?")  # OWNER/NAME, or OWNER/NAME@REVISION
+from slim.checkpoints.source import HUB_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +94,7 @@ def push(folder: Path, name: str, *, private: bool, token: str | bool | None, me
     HubError
         If the hub refuses the model.
     """
-    if NAME.fullmatch(name) is None or "@" in name:
+    if HUB_NAME.fullmatch(name) is None or "@" in name:
         raise HubError("push_to_hub", "repo_id", name, "OWNER/NAME")
     try:
         from huggingface_hub import HfApi

@@ -37,13 +37,13 @@ from slim.checkpoints.run_folder import ABOUT_RUN, ALSO_ABOUT_RUN, CHECKPOINTS, 
 from slim.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from slim.checkpoints.run_folder import DATASET as RUN_DATA
 from slim.checkpoints.seen import Seen
+from slim.checkpoints.source import ACCEPTED, HUB_NAME, is_on_hub
 from slim.config import FinetuneSettings, TrainSettings, check_run, load_run
 
 FORMAT = 1
 MODEL, HEAD, CONFIG, SUMS, CARD = "model.safetensors", "head.safetensors", "config.json", "SHA256SUMS", "README.md"
 EXTRACTOR, PARCELS = "extractor", "parcels"
 KINDS = ("encoder", "target")
-_WHAT = "a run, one of its checkpoints, an exported folder, or OWNER/NAME[@REVISION] on the Hugging Face hub"
 _AGAIN = "Copy or download the folder again"
 _MOST_BYTES = 1 << 28  # largest size of config.json and dataset.json, which hold a hash for each subject seen
 
@@ -188,13 +188,12 @@ def find(source: str | Path, kind: str | None = None, options: HubOptions | None
         raise ConfigError("weights", "", kind, f"one of {', '.join(KINDS)}")
     folder = Path(source)
     options = options or HubOptions()
-    on_hub = hub.NAME.fullmatch(source) if isinstance(source, str) else None
-    if on_hub and not folder.parent.exists():
+    if is_on_hub(source) and (on_hub := HUB_NAME.fullmatch(str(source))):
         if None not in (on_hub[3], options.revision) and on_hub[3] != options.revision:
             raise ConfigError(str(source), "revision", options.revision, f"{on_hub[3]}, as in the name, or none")
         options = replace(options, revision=on_hub[3] or options.revision)
         wanted = [MODEL, HEAD, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"]
-        return _of_export(hub.fetch(str(source), on_hub[1], options, wanted, _WHAT), kind, on_hub[2])
+        return _of_export(hub.fetch(str(source), on_hub[1], options, wanted, ACCEPTED), kind, on_hub[2])
     if options.revision is not None:
         raise ConfigError(folder, "revision", options.revision, "none, as this is no name on the hub")
     if (folder / SUMS).is_file() or (folder / CONFIG).is_file():
@@ -213,7 +212,7 @@ def _of_run(folder: Path, kind: str) -> Weights:
         found, run = newest, folder
     else:
         got = "a folder that is no run, checkpoint or export" if folder.is_dir() else "no such folder"
-        raise CheckpointError(folder, "", got, _WHAT)
+        raise CheckpointError(folder, "", got, ACCEPTED)
     fault = checkpoint.fault(found, [checkpoint.WEIGHTS, *ABOUT_RUN])
     if fault is not None:
         raise fault
