@@ -34,6 +34,7 @@ from slim.checkpoints import hub
 from slim.checkpoints.hub import HubOptions
 from slim.checkpoints.weights import find
 from slim.config import AnswerSettings, FinetuneSettings
+from slim.inference.arrays import images_of
 from slim.inference.cores import cores, threads_inside
 from slim.inference.encoding import SessionEncoder, assumed
 from slim.inference.preprocessing import Recipe, read_recipe
@@ -325,6 +326,47 @@ class SlimBrain(Pretrained):
         """
         self._check_stage(stage)
         return self.encode_converted(self._read(image, mask, confounds, space, tr, dummy, orientation), stage)
+
+    def encode_array(
+        self,
+        voxels: np.ndarray,
+        mask: np.ndarray,
+        affine: np.ndarray,
+        tr: float,
+        pooling: str = "mean",
+        stage: int | None = None,
+        *,
+        confounds: Table | None = None,
+        space: str | None = None,
+        dummy: int | str = "auto",
+        orientation: str | None = None,
+    ) -> np.ndarray:
+        """Encode a scan given as an array. The result is that of `encode_windows` for the same scan as NIfTI.
+
+        Parameters
+        ----------
+        voxels : array, (frames, voxels of `mask`)
+            Preprocessed BOLD, in C order of (x, y, z). If it was z-scored, multiply by the SDs and add the means first:
+            the encoder needs both.
+        mask : bool array, (x, y, z)
+        affine : array, (4, 4)
+            From voxel indices to mm.
+        tr : float
+            In s.
+        pooling, stage, confounds, space, dummy, orientation
+            As in `encode`, which also lists the errors and warnings.
+
+        Returns
+        -------
+        ndarray, float32
+            (W, P), in time order.
+        """
+        check_fixed("window", pooling)
+        self._check_stage(stage)
+        image, mask_image = images_of(voxels, mask, affine, tr)
+        made = self._read(image, mask_image, confounds, space, tr, dummy, orientation)
+        features = self.encode_converted(made, stage)
+        return vectors(features, "window", pooling, features.places)
 
     def encode_run(self, image: Scan, stage: int | None = None, **stated: Any) -> Features:
         """Deprecated; use `encode_tokens`."""
