@@ -252,7 +252,7 @@ def _lines(ancestor: Ancestor, found: _Sorted, tensors: dict[str, Tensor]) -> li
     return lines
 
 
-class Start(States):
+class InitialStates(States):
     """The states in RUN/start.safetensors; see `slim.training.reshard.States`."""
 
     def __init__(self, folder: Path, init: InitSettings):

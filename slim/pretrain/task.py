@@ -40,7 +40,7 @@ class PretrainTask(TrainingTask):
 
     def moments(self) -> States | None:
         init = self.settings.init
-        return start.Start(Path(self.settings.run.out), init) if init is not None and init.optimizer else None
+        return start.InitialStates(Path(self.settings.run.out), init) if init is not None and init.optimizer else None
 
     @property
     def learned(self) -> Any:
@@ -52,5 +52,5 @@ class PretrainTask(TrainingTask):
         model, init = Objective(self.settings, self.geometry, self.datasets[0].grid.voxels), self.settings.init
         learner = PretrainLearner(self.settings, model.to(device))
         if init is not None and not checkpoint.folders(folder / CHECKPOINTS):  # a checkpoint holds all weights
-            start.Start(folder, init).load_into(model, learner.target.encoder)
+            start.InitialStates(folder, init).load_into(model, learner.target.encoder)
         return learner
