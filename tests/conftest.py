@@ -14,17 +14,44 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from helpers.commands import GRID, Command, call_command
+from helpers.commands import GRID, Command
+from helpers.conversions import write_page
+from helpers.in_process import call_command, join_alone, pool_here
 from helpers.scans import FRAMES, brain, oblique, save, signal
 from launchers.commands import make_shards
-from shards.core import files
+from shards.conversion import pool
 from shards.core.cli import run
-from shards.format import layout
 from shards.reporting import dataset_page
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+# The files that take longest are begun first: one begun last would keep one worker busy while the other has none left.
+LONGEST = (
+    "test_pretrain.py",
+    "test_kills.py",
+    "test_golden.py",
+    "test_other_machines.py",
+    "test_elastic.py",
+    "test_bench.py",
+    "test_probe.py",
+    "test_resuming.py",
+    "test_killed.py",
+    "test_plan.py",
+    "test_footprint.py",
+    "test_zero.py",
+    "test_bench_train.py",
+    "test_saliency.py",
+    "test_finetune.py",
+    "test_skipping.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -55,21 +82,10 @@ def check_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         assert "deepspeed" not in sys.modules, "a test marked fast imports DeepSpeed"
 
 
-@pytest.fixture(scope="module")
-def alone() -> Iterator[None]:
+@pytest.fixture(scope="session")
+def alone() -> None:
     """A process group of this process only."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def write_page(out: Path) -> Path:
-    """In place of the page of a dataset, which has its own tests and takes longer than the rest."""
-    path = out / layout.REPORT / "index.html"
-    files.write_atomically(path, "page")
-    return path
+    join_alone()
 
 
 @pytest.fixture(scope="session")
@@ -100,10 +116,16 @@ def dataset(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(name="make_shards")
-def call_make_shards(monkeypatch):
-    """The command in this process: its exit status."""
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Datasets get no real page, which has its own tests and takes longer than the rest."""
     monkeypatch.setattr(dataset_page, "write", write_page)
+
+
+@pytest.fixture(name="make_shards")
+def call_make_shards(monkeypatch, no_page):
+    """The command in this process: its exit status."""
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", pool_here)
 
     def call(*words: object) -> int:
         workers = [] if "--workers" in words else ["--workers", 1]

@@ -1,11 +1,11 @@
-"""The bare model step of a pretraining configuration: plain PyTorch in this process, and nothing around it.
+"""The bare model step of a pretraining configuration, in plain PyTorch in this process.
 
     python -m launchers.benches.bare CONFIG.yaml [key=value ...]
 
 What one process of `slim.training.trainer` computes, on the same samples in the same order from the same start:
 schedules, losses, backward, clipping, AdamW, then running means and EMA target. No DeepSpeed, no loading process (all
 micro-batches are loaded before), no log, no checkpoint. The last line of stdout is a JSON object: `seconds` and `loss`
-of each step, and `cpu`: those seconds that this process was at work.
+of each step, and `cpu`, the CPU seconds of this process.
 """
 
 from __future__ import annotations

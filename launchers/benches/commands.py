@@ -104,12 +104,12 @@ class Pretraining:
     checkpoint_bytes : of all its files
     """
 
-    lines: list[dict[str, object]]
+    lines: list[dict[str, float]]
     save_s: float
     checkpoint_bytes: int
 
     def values(self, name: str) -> list[float]:
-        """A field of the lines, without the first step: it pays for memory and caches that later ones find there."""
+        """A field of the lines. The first step is left out, because it allocates memory and fills caches."""
         return [line[name] for line in self.lines[1:]]
 
 

@@ -1,7 +1,7 @@
-"""What the benches share: timing callables in turn, figures with their spread, and the ratios that are asked for.
+"""What the benches share: timing callables in turn, figures with their spread, and required ratios.
 
-Only figures of one invocation are compared: the machine may be shared, and noise that lasts meets all callables alike
-when they take turns.
+Only figures of one invocation are compared. The machine may be shared: because the callables take turns, lasting noise
+affects all of them in the same way.
 """
 
 from __future__ import annotations

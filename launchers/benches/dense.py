@@ -55,11 +55,13 @@ def maximum(x_USEC: Tensor) -> Tensor:
 
 def encode(model: Hiera, volume_T1XYZ: Tensor, second_T: Tensor) -> Tensor:
     """Features of all cells of one sample, (M, C), of a model whose blocks are all local and whose view is global."""
+    assert model.embed.whole is not None  # the view is global
     x_TPC = embed(volume_T1XYZ, model.embed.whole.weight, model.embed.bias)
     x_TPC = x_TPC + model.space + (model.time + model.seconds(second_T))[:, None]
     x_UEC = unroll(x_TPC, model.geometry)
     strides = iter(model.geometry.strides)
     for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         x_UEC = _block(block, x_UEC, prod(next(strides)) if index in model.pooled else 1)
     return model.norm(x_UEC).flatten(0, 1)
 

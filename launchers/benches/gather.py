@@ -9,10 +9,10 @@ noise. Compared are, forward (without gradients) and forward and backward:
   missing tokens are -inf from the start (`amax`, whose forward is the faster, or `max`, whose backward is);
 - *attention* of stage 1: `attend` beside `F.scaled_dot_product_attention` in whole units with a mask of the keys;
 - *local stages*: `Hiera` without global blocks beside the dense one of `dense.py`, which has the same weights and drops
-  nothing. Ours has every patch, too, which shows what raggedness costs; the brain's patches; these streamed; or the
-  context of a default mask.
+  nothing. Ours is timed with every patch, which shows the cost of ragged layouts; with the brain's patches; with these
+  in chunks; and with the context of a default mask.
 
-Nothing is timed before outputs and gradients of both agree wherever they are to be the same. Ratios are of CPU times.
+Outputs and gradients of both are compared before anything is timed; they must agree. Ratios are of CPU times.
 Memory is the peak of forward and backward as `slim.planning.counting` counts it: what they make, not what they are
 given.
 
@@ -47,7 +47,7 @@ from slim.data.collate import collate
 from slim.data.masking import draw
 from slim.data.samples import Sample, cell_sizes
 from slim.model.geometry import Geometry, geometry_of
-from slim.model.hiera import Hiera
+from slim.model.hiera import Block, Hiera
 from slim.model.inputs import Batch
 from slim.model.ragged import Plan
 from slim.model.ragged_ops import attend, segment_max
@@ -57,7 +57,7 @@ from slim.planning.step_cost import mni_brain
 # What rounding may do: to outputs, as the largest difference over the largest value; to gradients, as norm over norm,
 # because where two tokens all but tie the maximum may fall on either, and takes a whole gradient with it.
 ROUNDING = {"outputs": 1e-4, "gradients": 1e-2}
-TURNS = 10  # of a short operation in a round: it is more exposed to noise
+TURNS = 10  # of a short operation in a round, because noise affects it more
 FORWARD, BOTH = "forward", "forward and backward"
 
 
@@ -110,6 +110,12 @@ class Scene:
     brain: Batch
     streamed: Batch
     token_N: Tensor
+
+    @property
+    def context(self) -> Plan:
+        """The plan of the brain's context."""
+        assert self.brain.context is not None
+        return self.brain.context
 
 
 @dataclass
@@ -223,7 +229,7 @@ def sizes(scene: Scene) -> dict[str, object]:
     in_unit = np.bincount(scene.geometry.unit_of[scene.token_N.numpy()], minlength=len(units))
     n, kept = scene.geometry.in_order.size, len(scene.token_N)
     return {
-        "tokens": {"dense": n, "brain": kept, "context": len(scene.brain.context.row_N)},
+        "tokens": {"dense": n, "brain": kept, "context": len(scene.context.row_N)},
         "dense_over_brain": {
             "tokens": n / kept,
             "pairs in stage 1": float(np.square(units).sum() / np.square(in_unit).sum()),
@@ -235,6 +241,7 @@ def sizes(scene: Scene) -> dict[str, object]:
 
 def embedding(scene: Scene) -> Contest:
     """Kept patches and a linear map, beside a convolution of the volumes."""
+    assert scene.model.embed.whole is not None  # the view is global
     inputs = [scene.model.embed.whole.weight, scene.model.embed.bias]
     table_RV, row_N = scene.brain.voxels.value_RV, scene.brain.whole.row_N
     return Contest(
@@ -277,7 +284,9 @@ def pooling(scene: Scene) -> Contest:
 
 def attention(scene: Scene) -> Contest:
     """Attention of stage 1 inside units; the dense way masks the keys that do not exist."""
-    layer, units = scene.model.blocks[0].attn, scene.geometry
+    block, units = scene.model.blocks[0], scene.geometry
+    assert isinstance(block, Block)
+    layer = block.attn
     heads, width = layer.heads, layer.proj.in_features // layer.heads
     where = scene.brain.whole.chunks[0].levels[0]
     slot_N = dense.slots(units)[scene.token_N]
@@ -313,7 +322,7 @@ def local_stages(scene: Scene) -> Contest:
             "every patch": ours(scene.dense, scene.dense.whole),
             "brain": ours(scene.brain, scene.brain.whole, 2),
             "streamed brain": ours(scene.streamed, scene.streamed.whole, 2),
-            "context": ours(scene.brain, scene.brain.context, 6),
+            "context": ours(scene.brain, scene.context, 6),
         },
     )
 

@@ -1,7 +1,7 @@
 """Which windows each ranker chooses in simulated runs with planted events and artefacts, and what ranking costs.
 
 The runs are those of `simulate.py`: two kinds, each with and without slow incoherent bursts, at three signal-to-noise
-ratios, on the parcels of the MNI152 brain mask. Every ranker scores the same runs, which are made anew from other seeds
+ratios, on the parcels of the MNI152 brain mask. Every ranker scores the same runs, which are made from other seeds
 in each round. `mutual` has an extractor for each kind, trained here on other runs of that kind, all ratios mixed, slow
 bursts in half of them.
 
@@ -9,8 +9,8 @@ A window *holds an event* if it is among the fifth of its run's windows with the
 parcels and frames). Of the `k` windows with the highest scores, and as means over the runs of a round,
 
 - *precision at k* is the share that hold an event; chance is 0.2, and at 32 of the usual 70 windows 14/32 is the most;
-- *artefacts at 8* is the share of the best 8 that an artefact hits and that hold no event: a frame of a spike, or the
-  middle half of a slow burst;
+- *artefacts at 8* is the share of the best 8 that an artefact affects and that hold no event: a frame of a spike, or
+  the middle half of a slow burst;
 - *Spearman* is the rank correlation of the scores with the planted energy, over all windows.
 
 The cost is that of `mutual` with a trained extractor, in CPU seconds, on runs of 300 to 2400 frames.

@@ -1,10 +1,10 @@
-"""Conversion and reading of shards, beside what people use today.
+"""Conversion and reading of shards, compared with nilearn and compressed NumPy files.
 
 - *Conversion*: `slim-brain make-shards` as a process, from find to page and from the start of the interpreter on,
   beside `nilearn.image.resample_img` of the same runs to the same grid, and nothing else, inside this process. The
-  source's TR is in the accepted range, so nothing is resampled in time: nilearn does not either.
+  source's TR is in the accepted range, so neither resamples in time.
 - *Bytes*: a session's Zarr member beside the published layout, one `np.savez_compressed` of the whole harmonised run,
-  float32 (T, X, Y, Z), z-scored over the brain, background 0. It is made of nilearn's volumes, hence by other code.
+  float32 (T, X, Y, Z), z-scored over the brain, background 0. It is computed from nilearn's volumes.
 - *Reading*: what pretraining reads of a session (`slim.data.samples.read_windows`: the best windows, baseline, spread,
   patch, brain, start) beside `np.load` of that .npz and a random crop of as many frames; and beside the limit, the time
   it takes to decompress the same chunks from memory into memory.
@@ -34,7 +34,7 @@ from shards.format.patches import gather, scatter
 from shards.format.reader import Dataset
 from slim.data.samples import Sample, read_windows
 
-READS = 10  # reads and decompressions in a round: they are short, and so more exposed to noise
+READS = 10  # reads and decompressions in a round: they are short, so noise affects them more
 
 
 class Bench(Sizes):
@@ -93,17 +93,18 @@ def conversion(
     """Time both; returns the dataset, and nilearn's first run as the dense array of the .npz."""
     out = folder / "shards"
     sources = sorted((folder / "cohort").rglob("*_desc-preproc_bold.nii.gz"))
-    latest: dict[str, object] = {}
+    datasets: list[Dataset] = []
+    images: list[nib.Nifti1Image] = []
 
     def ours() -> None:
         shutil.rmtree(out, ignore_errors=True)
         bench.convert(folder / "cohort", out)
-        latest["dataset"] = Dataset(out)
+        datasets.append(Dataset(out))
 
     def nilearn() -> None:
-        grid = latest["dataset"].grid
+        grid = datasets[-1].grid
         for source in reversed(sources):
-            latest["image"] = resample_img(
+            image = resample_img(
                 nib.load(source),
                 target_affine=grid.affine,
                 target_shape=grid.shape,
@@ -112,6 +113,7 @@ def conversion(
                 force_resample=True,
                 copy_header=True,
             )
+        images[:] = [image]
 
     what = f"{bench.runs} run{'s' * (bench.runs > 1)}"
     names = {"ours": f"convert {what}, make_shards.py", "nilearn": f"resample {what}, nilearn"}
@@ -122,7 +124,7 @@ def conversion(
     for which, name in names.items():
         minutes = result.figures[f"{name}, CPU"].median / 60
         result.figures[f"runs per minute and core, {which}"] = Figure("/min", (bench.runs / minutes,))
-    return latest["dataset"], dense_run(latest["image"], brain_of(latest["dataset"]))
+    return datasets[-1], dense_run(images[-1], brain_of(datasets[-1]))
 
 
 def brain_of(dataset: Dataset) -> np.ndarray:

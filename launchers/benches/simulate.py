@@ -1,4 +1,4 @@
-"""Parcel time series of simulated runs with planted events and planted artefacts: what a ranker has to tell apart.
+"""Parcel time series of simulated runs with planted events and artefacts, which a ranker must distinguish.
 
 Two unlike kinds, so that no ranker is tuned to one:
 
@@ -8,7 +8,7 @@ Two unlike kinds, so that no ranker is tuned to one:
   global signal, breathing, and a heartbeat sampled too slowly; the events are haemodynamic responses of two or three
   networks at a time, the artefacts spikes of one to three frames along the rim, in a slice, or along a gradient.
 
-With ``slow``, both also hold bursts of 10 to 20 frames in which every parcel goes its own way.
+With ``slow``, both also hold bursts of 10 to 20 frames with an independent signal in every parcel.
 
 Shape suffixes: R parcels; T frames; W windows; N networks; 3 axes; _RN weights of networks in parcels.
 """
@@ -56,7 +56,7 @@ def simulate(
     slow : bool
         Whether there are slow incoherent bursts.
     seed : int
-        Runs of one seed but another kind, SNR or `slow` have nothing in common.
+        Runs of the same seed with another kind, SNR or `slow` are independent.
     centre_R3 : float array
         Parcel centres in mm.
     windows, frames : int

@@ -301,26 +301,34 @@ def check_array(tasks: int, cluster: str | None = None) -> None:
 def states(jobs: Iterable[str], cluster: str | None = None) -> dict[str, Counter[str]]:
     """For each job, the number of tasks in each state, as far as SLURM remembers; one task if it is not an array."""
     found: dict[str, Counter[str]] = {job: Counter() for job in jobs}
-    try:
-        text = ask("squeue", *at(cluster), "-h", "-r", "-t", "all", "-j", ",".join(found), "-o", "%F %T")
-    except ClusterError as error:
-        if "Invalid job id" not in str(error.got):
-            raise
-        text = ""
-    for job, state in map(str.split, text.splitlines()):
+    text = _about_jobs("squeue", *at(cluster), "-h", "-r", "-t", "all", "-j", ",".join(found), "-o", "%F %T")
+    for job, state in map(str.split, (text or "").splitlines()):
         found[job][state] += 1
     return found
 
 
 def job_facts(job: str, cluster: str | None = None) -> dict[str, str] | None:
     """Facts about a job from `scontrol` (JobState, Reason, Restarts, ExitCode, ...); None if SLURM forgot the job."""
-    try:
-        text = ask("scontrol", *at(cluster), "show", "job", "-o", job)
-    except ClusterError as error:
-        if "Invalid job id" in str(error.got):
-            return None
-        raise
+    text = _about_jobs("scontrol", *at(cluster), "show", "job", "-o", job)
+    if text is None:
+        return None
     return dict(pair for word in text.split() if len(pair := word.split("=", 1)) == 2)
+
+
+def _about_jobs(name: str, *words: str) -> str | None:
+    """The answer of `ask` about jobs; None if SLURM does not know them.
+
+    A command fails with the same status if a job is unknown and if the controller does not answer. The job is unknown
+    if the question fails twice and the controller answers another one in between.
+    """
+    try:
+        return ask(name, *words)
+    except ClusterError:
+        ask("scontrol", *(word for word in words if word.startswith("--clusters=")), "show", "config")
+    try:
+        return ask(name, *words)
+    except ClusterError:
+        return None
 
 
 def is_over(facts: dict[str, str] | None) -> bool:

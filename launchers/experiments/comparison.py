@@ -1,8 +1,7 @@
 """Several encoders on several tasks: the same splits, the same draws of subjects, means over training seeds.
 
-A training seed is one more run of the same recipe. Its scores are averaged with those of the others draw by draw, so
-an interval is that of the recipe's mean score over which subjects were tested; how far the seeds lie apart stands
-beside it.
+Each variant is trained with several seeds. Their scores are averaged for each bootstrap draw, so the interval of the
+mean shows the uncertainty from the choice of test subjects. The spread of the seeds is given separately.
 
 Legend: D the score and its bootstrap draws.
 """
@@ -26,7 +25,7 @@ from slim.inference.slim_brain import Features, SlimBrain
 
 @dataclass(frozen=True)
 class Question:
-    """A task with the rows of a dataset that can answer it."""
+    """A task with the rows of a dataset that have its label."""
 
     task: Task
     cases: Cases
@@ -43,7 +42,7 @@ class Question:
 
 
 def ask(tasks: Mapping[str, Task], dataset: Dataset, least_windows: int, event_root: Path) -> list[Question]:
-    """The tasks, by the file that each was read from, with what can answer them."""
+    """The questions of the tasks; the keys of `tasks` are the files that the tasks were read from."""
     return [
         Question(task, find_cases(task, dataset, least_windows, where, event_root), where)
         for where, task in tasks.items()
@@ -57,9 +56,10 @@ def encode(model: SlimBrain, dataset: Dataset) -> dict[str, Features]:
 
 @torch.no_grad()
 def shrink_positions(model: SlimBrain, seed: int) -> None:
-    """Give an encoder positions of SD 0.02 in place of its own: untrained, it then does much the same to every patch.
+    """Replace the position embeddings of an encoder by random ones with an SD of 0.02.
 
-    Positions as large as an embedded patch help training; without training they are in the way.
+    The initial ones are as large as an embedded patch. This helps training, but in an untrained encoder they dominate
+    the features; with small ones, it treats all patches nearly alike.
     """
     generator = torch.Generator().manual_seed(seed)
     for table in (model.encoder.space, model.encoder.time):
@@ -71,7 +71,7 @@ def encoder_draws(
 ) -> Draws:
     """Draws of an encoder by task, and by `task/pooling` for other poolings than the task's own.
 
-    A fingerprint is not asked of attentive pooling, which is trained for answers.
+    Attentive pooling is trained on labels, so fingerprints are not scored with it.
     """
     found = {}
     for question in questions:
@@ -87,7 +87,7 @@ def encoder_draws(
 
 
 def baseline_draws(dataset: Dataset, questions: Sequence[Question]) -> dict[str, Draws]:
-    """Draws of what needs no encoder, by method and task."""
+    """Draws of the baselines without an encoder, by method and task."""
     found: dict[str, Draws] = {}
     for question in questions:
         for name, method in probe.baselines(question.task, question.cases, dataset).items():
@@ -96,7 +96,7 @@ def baseline_draws(dataset: Dataset, questions: Sequence[Question]) -> dict[str,
 
 
 def save(path: Path, draws: Draws) -> None:
-    """Keep draws; atomically, so what is there is whole."""
+    """Save draws, atomically: the file is complete or does not exist."""
     with atomically(path) as file:
         np.savez(file, allow_pickle=False, **dict(draws))
 
@@ -109,7 +109,7 @@ def load(path: Path) -> Draws:
 def summarise(seeds: Sequence[Draws]) -> dict[str, Estimate]:
     """Mean over seeds of each task's score, its 95 % interval over subjects, and the score of every seed.
 
-    What not all seeds were asked is left out.
+    Scores that some seeds lack are left out.
     """
     return {
         name: Estimate.of_draws(*[draws[name] for draws in seeds])
@@ -119,9 +119,9 @@ def summarise(seeds: Sequence[Draws]) -> dict[str, Estimate]:
 
 
 def differences(ours: Sequence[Draws], theirs: Sequence[Draws]) -> dict[str, Estimate]:
-    """Ours less theirs, each the mean over its seeds, with 95 % intervals: both are scored on the same draws of people.
+    """Differences between two means over seeds, with 95 % intervals. Both are scored on the same draws of subjects.
 
-    Of the tasks that all of them were asked.
+    Only tasks that all seeds of both have are compared.
     """
     everyone = [*ours, *theirs]
     names = [name for name in everyone[0] if all(name in draws for draws in everyone)]

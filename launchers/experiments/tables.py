@@ -1,4 +1,4 @@
-"""What the experiments found, as Markdown: as far as it is there."""
+"""The results of the experiments as Markdown tables; trials without results are left out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cell(score: Estimate) -> str:
 
 
 def gap(score: Estimate) -> str:
-    """A difference and its interval, bold where that does not hold 0."""
+    """A difference and its interval, in bold if the interval does not contain 0."""
     low, high = score.interval or (np.nan, np.nan)
     text = f"{score.value:+.3f} [{low:+.3f}, {high:+.3f}]".replace("0.", ".")
     return f"**{text}**" if low > 0 or high < 0 else text
@@ -34,7 +34,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 class Tables:
-    """What came out, as far as it is there.
+    """The results that exist so far.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class Tables:
     def draws(
         self, variant: str, snr: float, random: str = "", seeds: int | None = None
     ) -> list[dict[str, np.ndarray]]:
-        """Of each seed of a variant that is there; of random weights in its place, see `evaluate`."""
+        """Draws of each finished seed of a variant, or of random weights (see `Experiments.evaluate`)."""
         from launchers.experiments import comparison
 
         paths = [self.work.draws_path(t) for t in self.trials if (t.variant.name, t.snr) == (variant, snr)][:seeds]
@@ -67,7 +67,7 @@ class Tables:
         return comparison.summarise(found) if found else None
 
     def baseline_draws(self, name: str, snr: float) -> list[Draws]:
-        """Of a baseline, if it is there."""
+        """Mean scores of a baseline, if it has been scored."""
         from launchers.experiments import comparison
 
         path = self.work.baseline_path(snr, name)
@@ -84,7 +84,7 @@ class Tables:
         return f"{np.mean(found):.0f}" if found else ""
 
     def row(self, words: str, scores: dict[str, Estimate] | None, rank: str, snr: float) -> list[list[str]]:
-        """A row of a table; none where nothing is there."""
+        """A row of a table; no row without scores."""
         if scores is None:
             return []
         self.results.setdefault(f"snr {snr:g}", {})[words] = {
@@ -94,7 +94,7 @@ class Tables:
         return [[words, *[cell(scores[name]) if name in scores else "" for name in names], rank]]
 
     def seeded(self, words: str, variant: str, random: str, snr: float) -> list[list[str]]:
-        """A row of a recipe; with the number of its seeds where some are not there."""
+        """A row of a variant; it gives the number of seeds if some are missing."""
         scores, wanted = self.scores(variant, snr, random), self.work.seeds
         if scores is None:
             return []
@@ -135,7 +135,7 @@ class Tables:
         return table([f"pooling (first seed, SNR {snr:g})", *HEAD[:3]], rows)
 
     def verdict(self, snr: float) -> str:
-        """What the default is better than, and on which tasks: by intervals that lie apart, and by differences."""
+        """On which tasks the default is better than other variants: by separate intervals, and by differences."""
         from launchers.experiments import comparison
 
         ours = self.draws("default", snr)

@@ -1,4 +1,4 @@
-"""The pretrainings that are compared, and how each is made, stopped, gone on with and scored.
+"""The pretrainings that are compared: each is trained, resumed if it was stopped, and scored.
 
 OUT/cohorts/   pretrained-snrS, probed-snrS: synthetic people, two sessions each
 OUT/shards/    the same, converted; a dataset for each ranker
@@ -30,7 +30,7 @@ TASKS = ("group", "score", "fingerprint", "state")
 GRID = ("grid.mm=8", "grid.shape=[24,24,24]", "windows.keep=24")
 FRAMES, PRETRAINED, PROBED = 240, 120, 200  # frames of a session; people, two sessions each
 PARTS = ("main", "steps", "view", "ranker", "targets", "pooling")
-# Random weights: as training begins, and a control whose positions hardly weigh, so that it maps every patch alike.
+# Random weights: the initial ones, and a control with small position embeddings, see `comparison`.
 RANDOM = {"random": "random weights", "control": "random weights, small positions"}
 BASELINES = {
     "connectome": "functional connectivity",
@@ -43,7 +43,7 @@ POOLINGS = ("mean", "mean+sd", "location", "attentive", "cov")
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe: a row of a table, what is changed for it, and the ranker of the windows it is given."""
+    """A row of a table: the settings that are changed, and the ranker of the windows."""
 
     name: str
     words: str
@@ -83,7 +83,7 @@ class Trial:
 
 
 class Experiments:
-    """What is asked for, and where it is kept.
+    """The requested trials, and the folder of their results.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ class Experiments:
         return ([] if "main" not in parts else found) + [Trial(v, 0, snrs[0]) for v in wanted]
 
     def prepare(self, trials: list[Trial], snrs: list[float]) -> None:
-        """Cohorts and datasets; the temporal extractor is that of the people who are pretrained on."""
+        """Make cohorts and datasets. The temporal extractor is trained on the pretraining cohort."""
         made = [(snr, *people) for snr in snrs for people in (("pretrained", PRETRAINED, 1), ("probed", PROBED, 2))]
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda facts: self.make_cohort(*facts), made))
@@ -138,7 +138,7 @@ class Experiments:
             call("make-shards", cohort, "--out", shards, *chosen)
 
     def pretrain(self, trial: Trial) -> None:
-        """One run, from where it was stopped; its checkpoint is all that is kept beside its log."""
+        """Train one run, or resume it. Only its last checkpoint and its log are kept."""
         data = self.dataset("pretrained", trial.snr, trial.variant.ranker)
         words = [f"data={data}", f"run.out={self.out / 'runs' / trial.name}", f"run.seed={trial.seed}"]
         call("pretrain", CONFIG, *words, *trial.variant.changes, *self.changes)
@@ -149,7 +149,7 @@ class Experiments:
     def evaluate(self, trial: Trial, random: str = "") -> None:
         """Score the encoder of a run, or random weights, on the probed people.
 
-        `random` is "random", the weights its training began with, or "control": with small random positions.
+        `random` is "random", its initial weights, or "control", these with small random position embeddings.
         """
         import torch
 
@@ -189,7 +189,7 @@ class Experiments:
         return comparison.ask(tasks, dataset, 8, self.cohort("probed", snr))
 
     def baselines(self, snr: float) -> None:
-        """Score what needs no encoder."""
+        """Score the baselines without an encoder."""
         from launchers.experiments import comparison
         from shards.format.reader import Dataset
 
@@ -210,7 +210,7 @@ class Experiments:
 
 
 def call(*words: Any) -> None:
-    """A command of this project, to its end; what it said is told if it failed."""
+    """Run a command of this project; if it fails, its output is part of the error."""
     done = subprocess.run(
         [*environment.SLIM_BRAIN, *map(str, words)],
         env={**environment.with_packages(os.environ), "OMP_NUM_THREADS": "1"},
@@ -225,7 +225,7 @@ def call(*words: Any) -> None:
 
 
 def answer(work: Experiments, trial: Trial) -> None:
-    """Pretrain and probe one trial; the default's random weights beside it, and those on other windows."""
+    """Pretrain and probe one trial; for the default, also its random weights, and those on other windows."""
     work.pretrain(trial)
     work.evaluate(trial)
     if trial.variant.name in ("default", "ranker-random"):
@@ -235,7 +235,7 @@ def answer(work: Experiments, trial: Trial) -> None:
 
 
 def answer_all(work: Experiments, trials: list[Trial]) -> None:
-    """Every trial, some at a time."""
+    """Run all trials, several at the same time."""
     with (
         progress("experiments", len(trials), "runs") as advance,
         ProcessPoolExecutor(work.jobs, get_context("spawn")) as pool,

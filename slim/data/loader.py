@@ -12,10 +12,12 @@ import os
 import pickle
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal
 
@@ -84,10 +86,12 @@ class Loader:
             worker_init_fn=end_with_parent if workers else None,
             timeout=_POLL if workers else 0,
         )
+        others = set(multiprocessing.active_children())
         try:
             self._batches = iter(self._loader)
         except (OSError, EOFError) as error:
             raise Stopped(f"loading processes could not be started ({error}): {_WORKERS_HINT}") from None
+        self._workers = set(multiprocessing.active_children()) - others
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -104,12 +108,16 @@ class Loader:
         asked, told = time.monotonic(), None
         while True:
             try:
-                return received(next(self._batches))
-            except RuntimeError as error:  # torch has no specific types for these
-                if str(error).startswith("DataLoader worker (pid"):
-                    raise Stopped(_died(str(error))) from None
-                if not str(error).startswith("DataLoader timed out"):
+                sent = next(self._batches)
+            except RuntimeError:
+                # From torch itself, as `Sent` sends what a loading process raises: one has died, or no batch has
+                # arrived within `_POLL` seconds.
+                if not self._workers:
                     raise
+                if dead := [process for process in self._workers if not process.is_alive()]:
+                    raise Stopped(_died(dead[0])) from None
+            else:
+                return received(sent)
             now = time.monotonic()
             if (name := self._stopped()) is not None:
                 told = now if told is None else told
@@ -134,10 +142,11 @@ def limit_wait(name: str) -> None:
     signal.setitimer(signal.ITIMER_REAL, _GRACE.get(name, _LONG_GRACE) + 2 * _POLL, _POLL)
 
 
-def _died(error: str) -> str:
+def _died(process: BaseProcess) -> str:
     free = free_shared_memory()
     shared = "" if free >= _ENOUGH else f", or {_SHARED} is too small ({free >> 20} MiB free; docker run --shm-size=8g)"
-    detail = error.removeprefix("DataLoader worker ").partition(". ")[0]
+    code = process.exitcode or 0
+    detail = f"process {process.pid}, {signal.Signals(-code).name if code < 0 else f'status {code}'}"
     return f"a loading process died ({detail}), perhaps because the machine is out of memory{shared}: {_WORKERS_HINT}"
 
 
@@ -173,8 +182,8 @@ class _Shared:
 class Sent:
     """The function that a loading process calls: it loads a batch and prepares it, or an exception, for sending.
 
-    torch would turn some exceptions into RuntimeErrors. It would also move tensors to shared memory in a thread, where
-    a failure loses the batch without an error.
+    torch would turn some exceptions into RuntimeErrors, which it raises itself, too. It would also move tensors to
+    shared memory in a thread, where a failure loses the batch without an error.
 
     Parameters
     ----------
@@ -192,8 +201,10 @@ class Sent:
     def __call__(self, items: list[Item]) -> Any:
         try:
             batch = self.load(items)
-        except (UserError, Stopped) as error:
-            return _Failed(error)
+        except Exception as error:
+            if self.how == "as it is":
+                raise
+            return _Failed(_as_sent(error))
         if self.how == "as it is":
             return batch
         if self.how == "shared memory":
@@ -202,6 +213,19 @@ class Sent:
             except (RuntimeError, OSError):  # shared memory is full
                 self.how = "bytes"
         return _Bytes(to_bytes(batch))
+
+
+def _as_sent(error: Exception) -> Exception:
+    """An exception that another process can raise, with its traceback as a note."""
+    if isinstance(error, UserError | Stopped):
+        return error
+    trace = traceback.format_exc()
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever the class of the exception does
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(trace)
+    return error
 
 
 def received(sent: Any) -> Any:

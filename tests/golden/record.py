@@ -75,7 +75,7 @@ def train(dataset: Path, out: Path, objective: str, processes: int, stage: int) 
         f"run.processes={processes}",
         "run.steps=20",
         "run.batch=2",
-        "run.workers=1",
+        "run.workers=0",
         "run.wandb=disabled",
         "loss.sig_samples=2",
     )

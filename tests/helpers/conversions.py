@@ -120,3 +120,10 @@ def edited(
     about["sessions"] = {split: sum(line["split"] == split for line in lines) for split in about["sessions"]}
     files.write_atomically(to / layout.MANIFEST, files.dump(about))
     return to
+
+
+def write_page(out: Path) -> Path:
+    """In place of the page of a dataset."""
+    path = out / layout.REPORT / "index.html"
+    files.write_atomically(path, "page")
+    return path

@@ -34,3 +34,15 @@ def dies(items: list[int]) -> torch.Tensor:
 def waits(items: list[int]) -> torch.Tensor:
     time.sleep(600)
     raise AssertionError
+
+
+class Odd(Exception):
+    """Cannot be sent to another process: it is made from two arguments, and keeps one."""
+
+    def __init__(self, one: str, two: str):
+        super().__init__(one)
+
+
+def fails(items: list[int]) -> torch.Tensor:
+    """Fails as torch does when no batch arrives, or in its own way."""
+    raise RuntimeError("DataLoader timed out after 1 seconds") if items[0] else Odd("odd", "two")

@@ -31,9 +31,9 @@ sbatch*--test-only*) echo "sbatch: Job 13 to start at 2030-01-01T00:00:00" >&2 ;
 sbatch*) cat "${@: -1}" >"$NOTES.script"; echo "Submitted batch job 12${FAR_ANSWERS:+ on cluster far}" ;;
 sinfo*%P*) echo "work*"; echo "gpu" ;;
 sinfo*) for n in 1 2 3 4; do echo "n$n|gpu:3090:4(S:0-1)|127.0.0.1|1-00:00:00"; done ;;
-squeue*) [ -n "$far" ] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }; echo "12 RUNNING" ;;
+squeue*) [ -n "$far" ] || { echo "error: words of another version" >&2; exit 1; }; echo "12 RUNNING" ;;
 scontrol*show\\ config*) echo "MaxArraySize = 1001" ;;
-scontrol*) [ -n "$far" ] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
+scontrol*) [ -n "$far" ] || { echo "error: words of another version" >&2; exit 1; }
     echo "JobId=12 JobState=$(cat "$NOTES.state") Reason=None" ;;
 scancel*) [ -n "$far" ] && echo CANCELLED >"$NOTES.state" ;;
 esac
@@ -217,3 +217,12 @@ def test_what_another_launcher_left_is_no_part_of_a_run(monkeypatch) -> None:
         found
     )
     assert found["SLURM_JOB_ID"] == "7"
+
+
+def test_a_job_is_unknown_only_if_the_controller_answers(notes: Notes, monkeypatch) -> None:
+    assert scheduler.job_facts("12") is None and scheduler.states(["12"]) == {"12": {}}
+    assert scheduler.states(["12"], "far") == {"12": {"RUNNING": 1}}
+    (Path(os.environ["PATH"].partition(":")[0]) / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    for question in (scheduler.job_facts, lambda job: scheduler.states([job])):
+        with pytest.raises(scheduler.ClusterError, match="scontrol: got status 1"):
+            question("12")

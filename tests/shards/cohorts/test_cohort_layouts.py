@@ -402,6 +402,7 @@ GROUPS = (
 )
 
 
+@pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize("names", GROUPS, ids="-".join)
 def test_the_trees_are_converted(names: tuple[str, ...], tmp_path: Path, command) -> None:
     out = tmp_path / "dataset"

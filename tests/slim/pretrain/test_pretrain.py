@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from helpers.commands import Command
+from helpers.commands import Command, run_command
 from helpers.training import QUICK, TINY, flip, losses, metrics, pretrain, ranks_of, start, wait_for_lines, weights
 
 
@@ -132,9 +132,9 @@ def test_processes_save_and_end_when_their_launcher_is_killed(dataset: Path, tmp
 
 @pytest.fixture(scope="module")
 def reference(command: Command, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty steps of 4 samples, one process, no ZeRO."""
+    """Ten steps of 4 samples, one process, no ZeRO."""
     out = tmp_path_factory.mktemp("reference") / "run"
-    done = pretrain(command, dataset, out, "zero.stage=0", "run.batch=4", processes=1, steps=20)
+    done = pretrain(command, dataset, out, "zero.stage=0", "run.batch=4", processes=1, steps=10)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -164,7 +164,7 @@ def test_same_numbers_at_every_stage_and_world_size(
     accumulate: int,
     offload: str,
 ) -> None:
-    """Losses of 20 steps, and at their end the encoder, its EMA target and the running means."""
+    """Losses of ten steps, and at their end the encoder, its EMA target and the running means."""
     out = tmp_path / "run"
     done = pretrain(
         command,
@@ -173,10 +173,10 @@ def test_same_numbers_at_every_stage_and_world_size(
         f"zero.stage={stage}",
         f"run.batch={batch}",
         f"run.accumulate={accumulate}",
-        "run.checkpoint_every=13",
+        "run.checkpoint_every=7",
         *(f"zero.offload_{what}=true" for what in offload.split()),
         processes=processes,
-        steps=20,
+        steps=10,
     )
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(reference), rel=1e-6)
@@ -259,13 +259,11 @@ def test_a_gpu_that_is_not_there_is_not_replaced_silently(command: Command, data
 
 
 @pytest.mark.parametrize("gpu", ["", pytest.param("0", marks=pytest.mark.gpu)])
-def test_the_cpu_is_meant_where_deepspeed_would_take_a_gpu(
-    command: Command, dataset: Path, tmp_path: Path, gpu: str
-) -> None:
+def test_the_cpu_is_meant_where_deepspeed_would_take_a_gpu(dataset: Path, tmp_path: Path, gpu: str) -> None:
     if gpu and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     words = (TINY, f"data={dataset}", f"run.out={tmp_path / 'run'}", "run.steps=1", *QUICK, "run.device=cpu")
-    done = command("tools/pretrain.py", *words, DS_ACCELERATOR="cuda", CUDA_VISIBLE_DEVICES=gpu)
+    done = run_command("tools/pretrain.py", *words, DS_ACCELERATOR="cuda", CUDA_VISIBLE_DEVICES=gpu)
     assert done.returncode == 0, done.stderr
 
 

@@ -367,4 +367,4 @@ def test_mutual_finds_events_where_variance_finds_artefacts(kind):
         centre_R3 = np.random.default_rng(seed).uniform([-70, -90, -60], [70, 90, 60], (80, 3))
         run = simulate(kind, SNR[kind][1], True, seed, centre_R3, windows=80)
         runs.append((run.roi_RT, run.centre_R3))
-    finds_events(make_ranker("mutual", train_extractor(runs, steps=500)), kind)
+    finds_events(make_ranker("mutual", train_extractor(runs, steps=100)), kind)

@@ -75,7 +75,7 @@ def consumed(record: Path) -> dict[int, list[str]]:
     return steps
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(5, 30), pytest.param(20, 100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(3, 16), pytest.param(20, 100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_is_the_run_that_was_not(
     dataset: Path, tmp_path: Path, kills: int, steps: int
 ) -> None:

@@ -20,9 +20,9 @@ import psutil
 import pytest
 import torch
 
-from helpers.commands import GRID, ROOT
-from helpers.loads import Numbers, as_tensor, dies, refuses, waits
-from helpers.training import QUICK, TINY, losses, ranks_of, start, wait_for_lines
+from helpers.commands import GRID, ROOT, Command
+from helpers.loads import Numbers, as_tensor, dies, fails, refuses, waits
+from helpers.training import QUICK, TINY, losses, pretrain, ranks_of, start, wait_for_lines
 from shards.core.errors import DatasetError, Stopped
 from shards.format.stream import MicroBatches
 from slim.data import loader
@@ -79,8 +79,19 @@ def test_what_a_loading_process_refuses_arrives_as_it_was(count: int) -> None:
         next(loader.Loader(micro_batches(refuses), count))
 
 
+def test_a_fault_in_a_loading_process_is_raised_whatever_its_words() -> None:
+    with pytest.raises(RuntimeError, match=r"^DataLoader timed out") as found:
+        next(loader.Loader(micro_batches(fails, consumed=2), 1))
+    assert "in fails" in "".join(found.value.__notes__)
+    with pytest.raises(RuntimeError, match=r"^Odd: odd\n") as found:
+        next(loader.Loader(micro_batches(fails), 1))
+    assert "in fails" in "".join(found.value.__notes__)
+
+
 def test_a_loading_process_that_dies_before_its_first_batch_is_told_in_words() -> None:
-    with pytest.raises(Stopped, match=r"^a loading process died .*out of memory.*lower run.workers"):
+    with pytest.raises(
+        Stopped, match=r"^a loading process died \(process \d+, SIGBUS\).*out of memory.*lower run.workers"
+    ):
         next(loader.Loader(micro_batches(dies), 1))
 
 
@@ -106,10 +117,10 @@ def test_without_semaphores_batches_are_loaded_all_the_same(monkeypatch) -> None
 
 
 @pytest.fixture(scope="module")
-def plain(dataset: Path, tmp_path_factory) -> list[float]:
+def plain(command: Command, dataset: Path, tmp_path_factory) -> list[float]:
     """Losses of a run of three steps where nothing is lacking."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    done = train(dataset, out)
+    done = pretrain(command, dataset, out, processes=1, steps=3)
     assert done.returncode == 0, done.stdout + done.stderr
     return losses(out)
 
