@@ -107,15 +107,16 @@ class Loader:
     def _next(self) -> Any:
         asked, told = time.monotonic(), None
         while True:
+            begun = time.monotonic()
             try:
                 sent = next(self._batches)
             except RuntimeError:
                 # From torch itself, as `Sent` sends what a loading process raises: one has died, or no batch has
-                # arrived within `_POLL` seconds.
-                if not self._workers:
-                    raise
+                # arrived within `_POLL` seconds. Anything else comes sooner.
                 if dead := [process for process in self._workers if not process.is_alive()]:
                     raise Stopped(_died(dead[0])) from None
+                if not self._workers or time.monotonic() - begun < 0.9 * _POLL:
+                    raise
             else:
                 return received(sent)
             now = time.monotonic()
