@@ -478,8 +478,12 @@ def load_config(path: str | Path, assignments: Sequence[str] = ()) -> PretrainSe
             tree["model"] = _model(model, path).model_dump(mode="json")
         is_changed = any(text.startswith("model.") for text in changes)
         tree["model_name"] = f"{name}, changed" if is_changed else name
+        if ("model",) not in tree.words:
+            tree.before = {**tree.before, "model": tree["model"], "model_name": name}
     if not isinstance(tree.get("init"), dict | None):
         tree["init"] = {"source": tree.words.get(("init",), str(tree["init"]))}
+        if ("init",) not in tree.words:
+            tree.before = {**tree.before, "init": tree["init"]}
     return check(PretrainSettings, override(tree, changes), path)
 
 

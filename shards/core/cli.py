@@ -102,7 +102,7 @@ class Parser(argparse.ArgumentParser):
     def add_settings(self, help: str) -> None:
         """Accept `key=value` words. Call it after the positional arguments are added."""
         self._takes_settings = True
-        self.add_argument("settings", nargs="*", metavar="key=value", help=help)
+        self.add_argument("settings", nargs="*", default=[], metavar="key=value", help=help)
 
     def parse_args(  # type: ignore[override]
         self, args: Any = None, namespace: Any = None
@@ -123,7 +123,7 @@ class Parser(argparse.ArgumentParser):
             raise ConfigError("command line", printable(settings[0]), "a setting", expected, hint)
         found = self.parse_intermixed_args(words, namespace)
         if self._takes_settings:
-            found.settings += settings
+            found.settings = [*found.settings, *settings]
         return found
 
     def _divided(self, args: Sequence[str]) -> tuple[list[str], list[str]]:

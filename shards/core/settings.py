@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -226,19 +226,29 @@ def check(model: type[S], tree: Any, where: str | Path, kind: type[UserError] = 
 
 
 def _is_typed(model: type[BaseModel], tree: Overridden, location: Location, error: str) -> bool:
-    """Whether an error of this type comes from an assignment.
+    """Whether an error of this type comes from an assignment: it is in a typed value, or absent without those.
 
-    A check of a whole section fails at the section. The assignments in it are the cause, unless it fails without them.
+    Without typed values a required one may be missing, so that checks of several values are not made: such are kept.
     """
     if any(location[: len(key)] == key for key in tree.words):
         return True
-    if not any(key[: len(location)] == location for key in tree.words):
-        return False
-    try:
-        model.model_validate(tree.before)
-    except ValidationError as found:
-        return all((one["loc"], one["type"]) != (location, error) for one in found.errors())
-    return True
+    alone: Any = copy.deepcopy(tree.before)
+    while True:
+        try:
+            model.model_validate(alone)
+        except ValidationError as found:
+            if any((one["loc"], one["type"]) == (location, error) for one in found.errors()):
+                return False
+            absent = [one["loc"] for one in found.errors() if one["type"] == "missing" and one["loc"] in tree.words]
+            for where in absent:
+                node, typed_node = alone, cast(Any, tree)
+                for part in where[:-1]:
+                    node, typed_node = node[part], typed_node[part]
+                node[where[-1]] = typed_node[where[-1]]
+            if not absent:
+                return True
+        else:
+            return True
 
 
 def check_keys(model: type[BaseModel], tree: Overridden) -> None:

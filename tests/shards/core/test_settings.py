@@ -8,9 +8,11 @@ import pytest
 
 from shards.conversion.settings import ConvertSettings
 from shards.core.errors import ConfigError, UserError
+from shards.core.presets import find
 from shards.core.settings import check, typed
 from slim.checkpoints.checkpoint import CheckpointError
 from slim.config import load_config
+from slim.evaluation.task import load_task
 
 pytestmark = pytest.mark.fast
 
@@ -53,6 +55,9 @@ def test_numbers_stay_numbers(tmp_path: Path) -> None:
         # checks of a section: what was typed is the cause, or the file was wrong without it
         ("zero.offload_parameters=true", "zero: {stage: 1}", "command line: zero"),
         ("zero.bucket=1000", "zero: {stage: 1, offload_parameters: true}", "{path}: zero"),
+        ("windows.best=3", "windows: {k: 9}", "command line: windows.best: "),
+        ("optimizer.lr=1", "windows: {k: 9, best: 3}", "{path}: windows.best: "),
+        ("run.batch=1", "loss: {sig_samples: 2}", "command line: run.batch: "),
     ],
 )
 def test_an_error_names_where_the_value_was_given(word: str, in_file: str, where: str, tmp_path: Path) -> None:
@@ -61,6 +66,16 @@ def test_an_error_names_where_the_value_was_given(word: str, in_file: str, where
     with pytest.raises(ConfigError) as error:
         load_config(path, [word])
     assert error.value.line().startswith(where.format(path=path)), error.value.line()
+
+
+def test_a_required_value_that_is_typed_is_no_excuse_for_the_file(tmp_path: Path) -> None:
+    """Presets have no data: without them, the file would not be checked as a whole."""
+    path = tmp_path / "config.yaml"
+    path.write_text("model: tiny\nrun: {out: x, batch: 1}\nloss: {sig_samples: 2}\n")
+    with pytest.raises(ConfigError, match=rf"^{path}: run.batch: got 1"):
+        load_config(path, ["data=d"])
+    with pytest.raises(ConfigError, match=r"^command line: split.family: got 'Family_ID'"):
+        load_task(find("task", "hcp_sex", ""), ["split.kind=all"])
 
 
 def test_a_later_check_names_where_the_value_was_given() -> None:
