@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shards.core.errors import ConfigError
 from shards.core.presets import find
 from shards.core.settings import check_keys, override, typed
 from shards.format.reader import Dataset
@@ -55,6 +56,9 @@ def open_call(args: argparse.Namespace, train: Train) -> Finetuned:
     with typed(words, args.task):
         cases = find_cases(task, dataset, ours.settings.windows.k, args.task)
         splits = make_splits(task, cases, args.task)
+        if not all(len(split.val) for repeat in splits for split in repeat):
+            hint = "The best epoch is selected on validation subjects"
+            raise ConfigError(args.task, "split", "no validation subjects in the lists", "some", hint)
     name = SCRATCH if args.from_scratch else FINETUNED
     method = Method(
         name=name,

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shards.conversion.splits import SPLITS, split_people
-from shards.core.settings import Settings, Unit
+from shards.core.settings import Contradiction, Settings, Unit
 
 _INNER_FOLDS = 5
 
@@ -22,10 +22,21 @@ _INNER_FOLDS = 5
 class TaskSplitSettings(Settings):
     """How subjects are divided."""
 
-    kind: Literal["folds", "holdout", "dataset", "all"] = Field(
+    kind: Literal["folds", "holdout", "dataset", "listed", "sites", "all"] = Field(
         default="folds",
-        description="repeated k-fold by subject; train, validation and test by subject; the dataset's own test "
-        "subjects; no split",
+        description="folds: repeated k-fold by subject; holdout: train, validation and test by subject; dataset: the "
+        "dataset's own test subjects; listed: lists of subjects in `column` or `file`; sites: each value of `column` "
+        "is tested once; all: no split",
+    )
+    column: str | None = Field(
+        default=None,
+        description="column of the participants table: for kind: listed, train, validation or test; for kind: sites, "
+        "the site",
+    )
+    file: str | None = Field(
+        default=None,
+        description="for kind: listed, a table with the columns subject and split, or JSON with a list of subjects for "
+        "train, validation and test; relative to the task",
     )
     folds: Annotated[int, Unit("folds")] = Field(default=5, ge=2, description="for kind: folds")
     shares: Annotated[tuple[float, float, float], Unit("share")] = Field(
@@ -46,9 +57,20 @@ class TaskSplitSettings(Settings):
     @field_validator("family")
     @classmethod
     def _is_used(cls, value: str | None, others: ValidationInfo) -> str | None:
-        if value is not None and others.data.get("kind") in ("dataset", "all"):
+        if value is not None and others.data.get("kind") not in ("folds", "holdout", None):
             raise ValueError(f"split.kind folds or holdout: {others.data['kind']} divides nobody")
         return value
+
+    @model_validator(mode="after")
+    def _is_given(self) -> TaskSplitSettings:
+        given = [name for name in ("column", "file") if getattr(self, name) is not None]
+        if self.kind == "listed" and len(given) != 1:
+            raise Contradiction("kind", "listed", "either split.column or split.file")
+        if self.kind == "sites" and given != ["column"]:
+            raise Contradiction("kind", "sites", "split.column, the column of the site")
+        if self.kind not in ("listed", "sites") and given:
+            raise Contradiction(given[0], "a value", f"nothing: split.kind {self.kind} draws the subjects")
+        return self
 
 
 @dataclass(frozen=True)

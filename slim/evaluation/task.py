@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal, NoReturn
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from shards.conversion.splits import SPLITS
 from shards.core.errors import ConfigError, DatasetError
 from shards.core.settings import Contradiction, Settings, Unit, load, read_yaml
 from shards.format.reader import Dataset
 from shards.format.session_record import SessionRecord
-from slim.evaluation import events
+from slim.evaluation import events, listed
 from slim.evaluation.events import EventSettings
 from slim.evaluation.labels import is_missing, number, refuse_lookalikes, word
 from slim.evaluation.splits import Fold, Split, TaskSplitSettings, divide
@@ -110,8 +111,9 @@ class Task(Settings):
         if self.type == "fingerprint":
             if self.label is not None:
                 raise Contradiction("label", self.label, "nothing: a fingerprint identifies subjects", "Remove label")
-            if self.split.kind not in ("all", "dataset"):
-                raise Contradiction("split.kind", self.split.kind, "all or dataset: a fingerprint trains nothing")
+            if self.split.kind not in ("all", "dataset", "listed"):
+                expected = "all, dataset or listed: a fingerprint trains nothing"
+                raise Contradiction("split.kind", self.split.kind, expected)
             if self.confounds:
                 expected = "nothing: a fingerprint identifies subjects"
                 raise Contradiction("confounds", list(self.confounds), expected, "Remove confounds")
@@ -127,7 +129,7 @@ class Task(Settings):
         elif self.label is None:
             raise Contradiction("label", "nothing", f"the column that this {self.type} predicts", "Add this key")
         if self.type != "fingerprint" and self.split.kind == "all":
-            raise Contradiction("split.kind", "all", f"folds, holdout or dataset: a {self.type} is fitted")
+            raise Contradiction("split.kind", "all", f"another split: a {self.type} is fitted")
         return self
 
 
@@ -205,6 +207,7 @@ class Cases:
     classes : names of the classes, in order of their numbers
     left_out : how many sessions (windows) were left out, by reason
     family_S : family of each subject, int; a subject without one is its own
+    group_S : side or site of each subject, for the splits `listed` and `sites`
     window_N : start (s) of each row's window; None for tasks on sessions
     state_N : class number of each row's window; None for tasks on sessions
     """
@@ -216,6 +219,7 @@ class Cases:
     classes: list[str] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     family_S: np.ndarray = field(default_factory=lambda: np.arange(0))
+    group_S: np.ndarray = field(default_factory=lambda: np.array([], str))
     window_N: np.ndarray | None = None
     state_N: np.ndarray | None = None
 
@@ -257,6 +261,8 @@ def find_cases(
     """
     left_out: Counter[str] = Counter()
     kept = []
+    is_given = task.split.kind in ("listed", "sites")
+    group_of = listed.groups(task.split, dataset.sessions, task.missing, where) if is_given else {}
     for session in dataset.sessions:
         missing = [name for name in task.confounds if is_missing(session.fact(name), task.missing)]
         value = None if task.label is None else session.labels.get(task.label)
@@ -264,6 +270,8 @@ def find_cases(
             left_out["without the label"] += 1
         elif task.type == "classification" and _class(value, task, where) is None:
             left_out["of another class"] += 1
+        elif is_given and session.person not in group_of:
+            left_out["on no side of the split" if task.split.kind == "listed" else "without a site"] += 1
         elif session.n_kept < least_windows:
             left_out[f"fewer than {least_windows} windows"] += 1
         elif missing:
@@ -287,6 +295,8 @@ def find_cases(
     cases = Cases(kept, subject_N, subjects, np.zeros(len(subjects)))
     cases.left_out = {reason: count for reason, count in left_out.items() if count}
     cases.family_S = _families(task, cases, where)
+    if is_given:
+        cases.group_S = np.array([group_of[subject] for subject in subjects])
     if task.type == "state":
         cases.classes = sorted({state for _, state in windows})
         cases.window_N = np.array([start for start, _ in windows])
@@ -424,6 +434,14 @@ def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[Split]
     if task.split.kind == "dataset":
         side_N = np.array([session.split for session in cases.sessions])
         repeats = [[Split(rows[side_N != "test"], rows[:0], rows[side_N == "test"])]]
+    elif task.split.kind == "listed":
+        side_N = cases.group_S[cases.subject_N]
+        repeats = [[Split(*(rows[side_N == side] for side in SPLITS))]]
+    elif task.split.kind == "sites":
+        site_N, sites = cases.group_S[cases.subject_N], np.unique(cases.group_S)
+        if len(sites) < 2:
+            raise ConfigError(where, "split.column", f"one value, {sites[0]}", "two or more sites")
+        repeats = [[Split(rows[site_N != site], rows[:0], rows[site_N == site]) for site in sites]]
     else:
         families = len(np.unique(cases.family_S))
         if task.split.kind == "folds" and task.split.folds > families:

@@ -46,9 +46,9 @@ def refuse(task: Task, where: str | Path) -> None:
     """Raise ConfigError if fine-tuning cannot be used for a task."""
     if task.type not in ("classification", "regression"):
         raise ConfigError(where, "type", task.type, "classification or regression", "Probe the frozen features instead")
-    if task.split.kind != "holdout":
-        hint = "The best epoch is selected on validation subjects, which only the split `holdout` has"
-        raise ConfigError(where, "split.kind", task.split.kind, "holdout", hint)
+    if task.split.kind not in ("holdout", "listed"):
+        hint = "The best epoch is selected on validation subjects, which the other splits do not have"
+        raise ConfigError(where, "split.kind", task.split.kind, "holdout or listed", hint)
 
 
 def settings_for(

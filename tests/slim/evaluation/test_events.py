@@ -99,7 +99,7 @@ def test_events_that_cannot_be_read_are_told(tmp_path: Path):
             {"confounds": ["age"]},
             "confounds: got ['age'], expected nothing: they are the same in all windows of a session. Remove confounds",
         ),
-        ({"split": {"kind": "all"}}, "split.kind: got all, expected folds, holdout or dataset: a state is fitted"),
+        ({"split": {"kind": "all"}}, "split.kind: got all, expected another split: a state is fitted"),
         (
             {"type": "regression", "label": "age"},
             "events: got a value, expected nothing: a regression has none. Remove events",

@@ -1,0 +1,130 @@
+"""Splits by lists of subjects and by sites."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.tasks import GROUP, SCORE, WHO, cases_of, sessions, task
+from shards.core.errors import ConfigError
+from slim.evaluation.task import Cases, find_cases, make_splits
+
+pytestmark = pytest.mark.fast
+
+SIDES = ("train", "train", "validation", "test")
+
+
+def data(subjects: int = 40, **labels: Callable[[int], Any]) -> Any:
+    return sessions(subjects, 2, group=lambda s: "AB"[s // 4 % 2], score=float, **labels)
+
+
+def subjects_of(cases: Cases, rows: np.ndarray) -> set[str]:
+    return {cases.sessions[row].subject for row in rows}
+
+
+def test_a_column_says_who_is_where() -> None:
+    chosen = task(GROUP | {"split": {"kind": "listed", "column": "fold"}})
+    found = cases_of(chosen, data(fold=lambda s: None if s == 5 else SIDES[s % 4]))
+    ((split,),) = make_splits(chosen, found, "")
+    assert subjects_of(found, split.train) == {str(s) for s in range(40) if s % 4 < 2 and s != 5}
+    assert subjects_of(found, split.val) == {str(s) for s in range(40) if s % 4 == 2}
+    assert subjects_of(found, split.test) == {str(s) for s in range(40) if s % 4 == 3}
+    assert found.left_out == {"on no side of the split": 2}
+
+
+@pytest.mark.parametrize("ending", [".tsv", ".csv", ".json"])
+def test_a_file_gives_the_same_split_as_a_column(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"lists{ending}"
+    sides = {f"sub-{s}": SIDES[s % 4] for s in range(40)}
+    if ending == ".json":
+        path.write_text(json.dumps({name: [s for s, side in sides.items() if side == name] for name in set(SIDES)}))
+    else:
+        mark = "\t" if ending == ".tsv" else ","
+        path.write_text("".join(f"{s}{mark}{side}\n" for s, side in {"subject": "split", **sides}.items()))
+    by_file = task(GROUP | {"split": {"kind": "listed", "file": path.name}})
+    by_column = task(GROUP | {"split": {"kind": "listed", "column": "fold"}})
+    where = tmp_path / "task.yaml"
+    one = find_cases(by_file, data(), 8, where)
+    other = find_cases(by_column, data(fold=lambda s: SIDES[s % 4]), 8, where)
+    for mine, theirs in zip(make_splits(by_file, one, where)[0], make_splits(by_column, other, where)[0], strict=True):
+        for side in ("train", "val", "test"):
+            assert np.array_equal(getattr(mine, side), getattr(theirs, side)) and len(getattr(mine, side))
+
+
+def test_each_site_is_tested_once_and_never_trained_on() -> None:
+    chosen = task(SCORE | {"split": {"kind": "sites", "column": "site"}})
+    found = cases_of(chosen, data(site=lambda s: None if s == 0 else ("UCLA", "NYU", "Pitt")[s % 3]))
+    (splits,) = make_splits(chosen, found, "")
+    tested = []
+    for split in splits:
+        (site,) = {found.sessions[row].labels["site"] for row in split.test}
+        assert site not in {found.sessions[row].labels["site"] for row in split.fitted}
+        tested += split.test.tolist()
+    assert len(splits) == 3 and sorted(tested) == list(range(78))
+    assert found.left_out == {"without a site": 2}
+
+
+def test_a_fingerprint_of_the_listed_test_subjects() -> None:
+    chosen = task(WHO | {"split": {"kind": "listed", "column": "fold"}})
+    ((split,),) = make_splits(chosen, cases_of(chosen, data(fold=lambda s: SIDES[s % 4])), "")
+    assert len(split.test) == 20
+
+
+@pytest.mark.parametrize(
+    ("split", "match"),
+    [
+        ({"kind": "listed"}, "split.kind: got listed, expected either split.column or split.file"),
+        ({"kind": "listed", "column": "a", "file": "b"}, "expected either split.column or split.file"),
+        ({"kind": "sites"}, "expected split.column, the column of the site"),
+        ({"kind": "folds", "column": "a"}, "split.column: got a value, expected nothing: split.kind folds draws"),
+        ({"kind": "sites", "column": "a", "family": "b"}, "split.family"),
+    ],
+)
+def test_settings_that_contradict_each_other(split: dict, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        task(GROUP | {"split": split})
+
+
+def test_what_is_wrong_in_lists_is_named(tmp_path: Path) -> None:
+    where, lists = tmp_path / "task.yaml", tmp_path / "lists.csv"
+    chosen = task(GROUP | {"split": {"kind": "listed", "file": "lists.csv"}})
+
+    def refusal(text: str) -> str:
+        lists.write_text(text)
+        with pytest.raises(ConfigError) as error:
+            make_splits(chosen, find_cases(chosen, data(), 8, where), where)
+        assert "\n" not in error.value.line()
+        return error.value.line()
+
+    assert "columns subject, side, expected a column split" in refusal("subject,side\n1,train\n")
+    assert "split: got trial, expected train, validation or test" in refusal("subject,split\n1,trial\n")
+    assert "1: got train and test, expected one side" in refusal("subject,split\n1,train\nsub-1,test\n")
+    assert "no session of data (80 on no side of the split)" in refusal("subject,split\nnobody,train\n")
+    assert "training" in refusal("subject,split\n1,test\n2,test\n4,test\n5,test\n")
+    lists.unlink()
+    with pytest.raises(ConfigError, match=r"lists\.csv"):
+        find_cases(chosen, data(), 8, where)
+    broken = tmp_path / "lists.json"
+    chosen = task(GROUP | {"split": {"kind": "listed", "file": "lists.json"}})
+    for text in ("[1]", '{"train": 3}', "{"):
+        broken.write_text(text)
+        with pytest.raises(ConfigError, match="lists such as"):
+            find_cases(chosen, data(), 8, where)
+
+
+def test_a_column_without_values_and_a_single_site_are_refused() -> None:
+    chosen = task(GROUP | {"split": {"kind": "sites", "column": "nothing"}})
+    with pytest.raises(ConfigError, match=r"split\.column: got nothing, which no session has"):
+        cases_of(chosen, data())
+    chosen = task(GROUP | {"split": {"kind": "sites", "column": "site"}})
+    with pytest.raises(ConfigError, match="one value, NYU, expected two or more sites"):
+        make_splits(chosen, cases_of(chosen, data(site=lambda s: "NYU")), "")
+    torn = data(site=lambda s: "NYU")
+    torn.sessions[0] = torn.sessions[0].model_copy(update={"labels": {**torn.sessions[0].labels, "site": "Pitt"}})
+    with pytest.raises(ConfigError, match="Pitt and NYU for subject 0"):
+        cases_of(chosen, torn)
