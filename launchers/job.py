@@ -33,9 +33,13 @@ from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, LATEST
 from slim.training.result import TrainingResult
 
 if TYPE_CHECKING:
+    import torch
+
     from slim.config import TrainSettings
     from slim.training.callbacks import Callback
     from slim.training.task import TrainingTask
+
+logger = logging.getLogger("slim.job")  # what `slim` logs is printed
 
 CALLBACKS = "SLIM_CALLBACKS"  # variable that names functions of users, see `slim.training.callbacks`
 STORE = "SLIM_STORE"  # variable that names the file by which the processes of one machine connect
@@ -103,6 +107,7 @@ def work(config: Path) -> TrainingResult:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     rank = dist.get_rank()
+    choose_chunk(task, device, config.parent)
     chosen = (*own_callbacks(), *callbacks.usual(task.name, settings, device, rank, flops_counter(task)))
     result = Trainer(task, device, chosen).run()
     dist.barrier()
@@ -120,6 +125,27 @@ def open_task(settings: TrainSettings) -> TrainingTask:
         return FinetuneTask(settings)
     assert isinstance(settings, PretrainSettings)
     return PretrainTask(settings)
+
+
+def choose_chunk(task: TrainingTask, device: torch.device, run: Path) -> None:
+    """Replace `chunk_tokens: auto` in the settings of a task. Rank 0 chooses, and adds it to the run's provenance."""
+    from slim.checkpoints import exchange
+    from slim.checkpoints.provenance import Provenance
+    from slim.config import AUTO
+    from slim.planning import chunks
+
+    settings = task.settings
+    if settings.chunk_tokens != AUTO:
+        return
+    allowed = min(exchange.gather(chunks.allowed_bytes(device, settings.run.processes)))
+    tokens = None
+    if os.environ["RANK"] == "0":
+        choice = chunks.choose(settings, task.datasets, allowed, device.type == "cuda")
+        logger.info("%s", choice)
+        before, tokens = Provenance.read(run), choice.chunk_tokens
+        chosen = {**before.chosen, "chunk_tokens": tokens}
+        before.model_copy(update={"chosen": chosen}).write(run)
+    task.settings = settings.model_copy(update={"chunk_tokens": exchange.broadcast(tokens)})
 
 
 def flops_counter(task: TrainingTask) -> Callable[[], float] | None:

@@ -22,7 +22,7 @@ from slim.checkpoints.mirror import at_a_glance
 from slim.checkpoints.provenance import Provenance
 from slim.checkpoints.run_folder import CONFIG, DATASET
 from slim.checkpoints.seen import Seen
-from slim.config import TrainSettings
+from slim.config import AUTO, TrainSettings
 from slim.ranking.extractor import CONFIG_FILE, WEIGHTS_FILE
 from slim.training import compatibility
 from slim.training.task import Beginning
@@ -88,6 +88,8 @@ def _prepare(folder: Path, settings: TrainSettings) -> Path:
     write_atomically(folder / DATASET, dump(task.datasets[0].manifest.data.tree()))
     if beginning.seen is not None:
         beginning.seen.write(folder)
+    if asked.zero.stage == AUTO:
+        print(f"zero.stage auto: {settings.zero_stage}", flush=True)
     for line in task.too_short():
         print(f"warning: {line}", flush=True)
     _keep_extractor(task.datasets[0], folder)

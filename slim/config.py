@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from shards.core.errors import ConfigError
 from shards.core.passwords import keep
@@ -19,6 +19,26 @@ View = Literal["global", "voxel", "both"]
 Kind = Literal["cross_time", "cross_location", "double_cross"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MOST_CHANNELS, MOST_BLOCKS = 16384, 1024  # far above any model; guards against files from others with huge sizes
+
+
+AUTO = "auto"
+UNCHOSEN = 65_536  # tokens of a chunk where `auto` was not replaced by a choice: no step of a run
+
+
+def _whole_number(words: str, least: int, most: float = math.inf) -> Callable[[Any], Any]:
+    """A check of `auto`, `null` or a whole number, whose error names all of them; `words` are those accepted."""
+
+    def checked(value: Any) -> Any:
+        if value in (AUTO, None) and (value or "null") in words.split(", "):
+            return value
+        if isinstance(value, float) and value.is_integer():  # 1e4
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            numbers = f"of {least} or more" if math.isinf(most) else f"from {least} to {most:g}"
+            raise ValueError(f"{words} or a whole number {numbers}")
+        return value
+
+    return checked
 
 
 class PredictorSettings(Settings):
@@ -213,11 +233,10 @@ class EmaSettings(Settings):
 class ZeroSettings(Settings):
     """What DeepSpeed divides among processes or keeps in CPU memory."""
 
-    stage: Annotated[int, Unit("stage")] = Field(
-        2,
-        ge=0,
-        le=3,
-        description="what ZeRO divides among processes: 0 nothing, 1 moments, 2 gradients too, 3 parameters too",
+    stage: Annotated[int | Literal["auto"], Unit("stage"), BeforeValidator(_whole_number("auto", 0, 3))] = Field(
+        "auto",
+        description="what ZeRO divides among processes: 0 nothing, 1 moments, 2 gradients too, 3 parameters too; auto: "
+        "0 in one process, 2 in several, more if states are offloaded",
     )
     offload_optimizer: bool = Field(False, description="keep fp32 weights and Adam moments in CPU memory")
     offload_parameters: bool = Field(False, description="keep unused parameters in CPU memory, too; stage 3")
@@ -232,9 +251,17 @@ class ZeroSettings(Settings):
     @field_validator("offload_parameters")
     @classmethod
     def _are_divided(cls, value: bool, others: ValidationInfo) -> bool:
-        if value and others.data.get("stage", 3) != 3:
+        if value and others.data.get("stage", 3) not in (3, AUTO):
             raise ValueError(f"false, because only zero.stage 3 divides parameters, not {others.data['stage']}")
         return value
+
+    def stage_for(self, processes: int) -> int:
+        """The stage that a new run with this number of processes uses."""
+        if isinstance(self.stage, int):
+            return self.stage
+        if self.offload_parameters:
+            return 3
+        return 2 if processes > 1 or self.offload_optimizer else 0
 
 
 class RunSettings(Settings):
@@ -326,11 +353,25 @@ class TrainSettings(Settings):
     windows: DrawSettings = DrawSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of the arithmetic: bfloat16 or float32")
-    chunk_tokens: Annotated[int | None, Unit("tokens")] = Field(
-        4096, ge=1, description="tokens that the local stages compute together; null: all of them"
+    chunk_tokens: Annotated[
+        int | Literal["auto"] | None, Unit("tokens"), BeforeValidator(_whole_number("auto, null", 1))
+    ] = Field(
+        "auto",
+        description="tokens that the local stages compute together; null: all of them; auto: as many as the memory of "
+        "the device allows",
     )
     zero: ZeroSettings = ZeroSettings()
     run: RunSettings
+
+    @property
+    def tokens_at_once(self) -> int | None:
+        """`chunk_tokens` as a number; None for all tokens. Of `auto`, only a run makes a choice."""
+        return UNCHOSEN if isinstance(self.chunk_tokens, str) else self.chunk_tokens
+
+    @property
+    def zero_stage(self) -> int:
+        """`zero.stage` as a number."""
+        return self.zero.stage_for(self.run.processes)
 
     @field_validator("data", mode="before")
     @classmethod

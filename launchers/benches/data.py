@@ -177,7 +177,7 @@ def one_core(words: Sequence[str], repeat: int) -> dict[str, Figure]:
         "load_batch": lambda: loading.load(loading.items),
         READING: lambda: [read_windows(loading.dataset, session, ranks) for session in sessions],
         "masks": masks,
-        "plans and packing": lambda: collate(samples, geometry, settings.chunk_tokens).pack(),
+        "plans and packing": lambda: collate(samples, geometry, settings.tokens_at_once).pack(),
         REFERENCE: lambda: loading.read_plainly(ranks),
     }
     work = {f"{name}, {size} samples": call for name, call in work.items()}

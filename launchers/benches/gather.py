@@ -42,7 +42,7 @@ from shards.core.errors import ConfigError
 from shards.core.settings import Settings
 from shards.format.grid import Grid
 from shards.format.patches import gather, patch_places
-from slim.config import PRESETS, ModelSettings, PretrainSettings, TokenMaskSettings
+from slim.config import PRESETS, ModelSettings, TokenMaskSettings
 from slim.data.collate import collate
 from slim.data.masking import draw
 from slim.data.samples import Sample, cell_sizes
@@ -68,9 +68,7 @@ class Bench(Settings):
     frames: int = Field(8, ge=1, description="frames of the sample")
     mm: float = Field(2.0, gt=0, le=8, description="voxel edge of the grid, mm")
     shape: tuple[int, int, int] = Field((96, 96, 96), description="voxels of the grid")
-    chunk_tokens: int = Field(
-        PretrainSettings.model_fields["chunk_tokens"].default, ge=1, description="tokens computed together"
-    )
+    chunk_tokens: int = Field(4096, ge=1, description="tokens computed together")
     seed: int = Field(0, ge=0, lt=2**32, description="of values, weights and mask")
 
     @model_validator(mode="after")

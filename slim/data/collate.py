@@ -37,7 +37,7 @@ def load_batch(
         except SampleCorrupt as error:
             damaged[item.session.key] = error.line()
     batch = collate(
-        samples or [empty_sample(geometry, datasets[0].grid.voxels, settings)], geometry, settings.chunk_tokens
+        samples or [empty_sample(geometry, datasets[0].grid.voxels, settings)], geometry, settings.tokens_at_once
     )
     return replace(batch, damaged=damaged, empty=not samples).pack()
 

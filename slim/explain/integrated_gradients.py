@@ -109,7 +109,7 @@ class _Groups:
         self.batches, self.fresh = [], []
         for group in self.groups:
             sample = read_windows(dataset, session, in_time[group.windows].tolist())
-            self.batches.append(collate([sample], geometry, model.settings.chunk_tokens).pack())
+            self.batches.append(collate([sample], geometry, model.settings.tokens_at_once).pack())
             self.fresh.append(torch.from_numpy(window_S >= group.repeated))
         cell_M = self.batches[0].to("cpu").whole.cell_M.numpy()
         self.places = np.unique(cell_M % math.prod(geometry.cells[1:]))

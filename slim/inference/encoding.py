@@ -77,7 +77,7 @@ class SessionEncoder:
     def _pass(self, groups: list[Sample], stage: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Encode groups of windows; returns the tokens, (G, S, L, C), and the places, (L,)."""
         slots, places = self.geometry.cells[0], math.prod(self.geometry.cells[1:])
-        together = collate(groups, self.geometry, self.settings.chunk_tokens).to(self.device)
+        together = collate(groups, self.geometry, self.settings.tokens_at_once).to(self.device)
         encoded_MC = self.encoder.stage(together.voxels, together.whole, stage or len(self.encoder.ends))
         x_MC = encoded_MC.float().cpu().numpy()
         cell_M, sample_M = together.whole.cell_M.cpu().numpy(), together.whole.sample_M.cpu().numpy()

@@ -56,7 +56,7 @@ def predict(
         # At ZeRO stage 3 all processes must take part in every forward pass, also those without remaining sessions.
         mine = micro_batches[min(number, len(micro_batches) - 1)]
         read = [read_windows(dataset, sessions[row], in_time(row)[windows].tolist()) for row, windows in mine]
-        guess_BK, _ = forward(collate(read, geometry, settings.chunk_tokens).to(device))
+        guess_BK, _ = forward(collate(read, geometry, settings.tokens_at_once).to(device))
         guess_BK = guess_BK.double().softmax(dim=1) if classes else guess_BK.double()
         if number < len(micro_batches):
             sum_NK.index_add_(0, torch.tensor([row for row, _ in mine], device=device), guess_BK)

@@ -118,6 +118,9 @@ class Footprint(TorchDispatchMode):
         FLOPs by part.
     calls : Counter
         Calls by part.
+    stands_for : int
+        What is computed now stands for so many computations one after the other, of which each has the same calls, and
+        which have as many FLOPs together. With more than one, the peak is not counted.
     waits : Counter
         By part, how often the process reads a value, or a number of rows, that a GPU has to compute first.
     """
@@ -136,7 +139,7 @@ class Footprint(TorchDispatchMode):
 
     def restart(self) -> None:
         """Reset peaks, FLOPs and calls, but keep the record of live storages."""
-        self.moment = 0
+        self.moment, self.stands_for = 0, 1
         self._highest = {(self.part, 0): self._total}
         self.peaks = {(self.part, 0): self.live.copy()}
         self.flops.clear()
@@ -163,6 +166,15 @@ class Footprint(TorchDispatchMode):
     def add(self, tensor: Tensor) -> Tensor:
         """Count a tensor made outside, and return it, as a fake tensor if it holds floats."""
         return self._take(tensor)
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Do not count the bytes of a tensor that is used in place of others that are counted."""
+        self._take(tensor)
+        key = tensor.untyped_storage()._cdata
+        alive, part, size = self._known[key]
+        self._known[key] = (alive, part, 0)
+        self.live[part] -= size
+        self._total -= size
 
     def rename(self, tensor: Tensor, part: str) -> None:
         """Count the bytes of a tensor under this name from now on."""
@@ -197,8 +209,8 @@ class Footprint(TorchDispatchMode):
 
     def _count_call(self, func: Any, args: Any) -> None:
         chooses = func in _CHOOSES and any(_is_bool(index) for index in args[1])
-        self.waits[self.part] += chooses or func._overloadpacket in _WAITS
-        self.calls[self.part] += is_call(func)
+        self.waits[self.part] += self.stands_for * (chooses or func._overloadpacket in _WAITS)
+        self.calls[self.part] += self.stands_for * is_call(func)
 
     def _shape_of(self, tensor: Tensor) -> FakeTensor:
         """A fake tensor for a real operand. `FakeTensorMode` would make it more slowly and without caching."""
@@ -218,7 +230,7 @@ class Footprint(TorchDispatchMode):
             self.live[self.part] += size
             self._total += size
             moment = self.part, self.moment
-            if self._total > self._highest.get(moment, -1):
+            if self.stands_for == 1 and self._total > self._highest.get(moment, -1):
                 self._highest[moment], self.peaks[moment] = self._total, self.live.copy()
         return tensor
 

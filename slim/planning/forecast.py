@@ -1,36 +1,19 @@
-"""Forecast what a run needs: memory by part, the largest batch, FLOPs, hours, disk space.
-
-`slim.planning.step_cost` counts a step with one sample and a step with two, with the buffers of
-`slim.planning.zero_memory`. Each further sample adds as much as the second one. If the local stages are divided into
-chunks only from the second sample on, steps with two and three samples are counted instead; with SIG, the unit is a SIG
-group instead of a sample.
-"""
+"""Forecast what a run needs: memory by part, the largest batch, FLOPs, hours, disk space."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
-
-from shards.core.errors import ConfigError, SampleCorrupt
-from shards.format.grid import Grid
-from shards.format.patches import scatter
+from shards.core.errors import ConfigError
 from shards.format.reader import Dataset
-from shards.format.stream import Stream
-from slim.config import PretrainSettings
-from slim.data.samples import geometry_for
-from slim.model.geometry import Geometry, geometry_of
-from slim.planning.counting import Footprint
-from slim.planning.step_cost import Cost, cost, detailed, make_batch, mni_brain
-from slim.planning.zero_memory import Zero
+from slim.config import AUTO, PretrainSettings
+from slim.planning import chunks
+from slim.planning.step_cost import Cost, cost
+from slim.planning.steps import Brain, Steps, largest_brain
 
-T = TypeVar("T")
-Counted = tuple[Cost, Footprint]
-_LOOKED_AT = 8  # number of sessions of a dataset in which the largest brain is searched
 ASSUMED_TFLOPS = 100
 LEFT_OUT = "CUDA context, workspaces of kernels, fragmentation, buffers of NCCL"
 # fp32 numbers that DeepSpeed writes for each parameter: weight, two moments, and a master copy at stages 1 and 2.
@@ -51,31 +34,6 @@ def present(settings: PretrainSettings, required: bool) -> list[Dataset]:
     return [Dataset(path) for path in paths]
 
 
-def largest_brain(datasets: list[Dataset]) -> tuple[np.ndarray, str]:
-    """The brain mask (X, Y, Z) with the most patches in the first training sessions, and a description of its source.
-
-    Raises
-    ------
-    ConfigError
-        If there is no session to train on.
-    """
-    best: tuple[np.ndarray, str] | None = None
-    most = 0
-    for dataset in datasets:
-        for session in dataset.of_split("train")[:_LOOKED_AT]:
-            try:
-                arrays = dataset.read(session, names=("patch", "brain"), windows=())
-            except SampleCorrupt:
-                continue  # a run leaves this session out and reports it
-            if len(arrays["patch"]) > most:
-                most = len(arrays["patch"])
-                brain_XYZ = scatter(arrays["brain"], arrays["patch"], dataset.grid.shape, dataset.grid.patch)
-                best = brain_XYZ.astype(bool), f"session {session.key} of {dataset.folder}"
-    if best is None:
-        raise ConfigError(datasets[0].folder, "train", "no session", "at least one session to train on")
-    return best
-
-
 @dataclass(frozen=True, kw_only=True)
 class Forecast(Cost):
     """The forecast for a configuration.
@@ -88,6 +46,8 @@ class Forecast(Cost):
         Source of the brain mask.
     model, precision, batch, accumulate, processes, zero_stage
         From the configuration.
+    chunk_tokens : int or None
+        Tokens of a chunk of the local stages; None for all tokens. `chunk_chosen` is True if `auto` chose it.
     counted_batches : list of int
         Values of `run.batch` with a counted step. All other values are extrapolated from these.
     left_out : str
@@ -109,6 +69,8 @@ class Forecast(Cost):
     accumulate: int
     processes: int
     zero_stage: int
+    chunk_tokens: int | None
+    chunk_chosen: bool
     counted_batches: list[int]
     left_out: str
     gpu_memory_bytes: int | None
@@ -123,102 +85,6 @@ class Forecast(Cost):
     checkpoints_kept: int
     shards_bytes: int | None
     sessions: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Brain:
-    """The brain and the geometry for which steps are counted.
-
-    Attributes
-    ----------
-    brain_XYZ : bool array
-        Brain mask on `grid`.
-    basis : str
-        Source of the mask.
-    grid, frames, geometry
-        Of the data.
-    per_epoch : int or None
-        Samples per epoch; None without datasets.
-    """
-
-    brain_XYZ: np.ndarray
-    basis: str
-    grid: Grid
-    frames: int
-    geometry: Geometry
-    per_epoch: int | None
-
-    @classmethod
-    def of(cls, settings: PretrainSettings, datasets: list[Dataset]) -> _Brain:
-        """The largest brain in the datasets or, without datasets, the MNI152 mask on the default grid."""
-        if not datasets:
-            grid, frames = Grid(), 5
-            basis = f"MNI152 mask at {grid.mm:g} mm; no dataset at {settings.data[0].path}"
-            geometry = geometry_of(settings.model, (settings.windows.k * frames, *grid.patch_shape))
-            return cls(
-                brain_XYZ=mni_brain(grid), basis=basis, grid=grid, frames=frames, geometry=geometry, per_epoch=None
-            )
-        geometry = geometry_for(settings, datasets)
-        weights = [item.weight for item in settings.data]
-        per_epoch = Stream(datasets, weights, "train", settings.run.seed, settings.windows.k).per_epoch
-        brain_XYZ, basis = largest_brain(datasets)
-        return cls(
-            brain_XYZ=brain_XYZ,
-            basis=basis,
-            grid=datasets[0].grid,
-            frames=datasets[0].frames,
-            geometry=geometry,
-            per_epoch=per_epoch,
-        )
-
-
-class _Steps:
-    """The cost of steps with any `run.batch`: two values are counted, the others extrapolated.
-
-    Attributes
-    ----------
-    counted : dict
-        The counts by `run.batch`.
-    """
-
-    def __init__(self, settings: PretrainSettings, brain: _Brain, begun: Callable[[str], None]):
-        self.settings, self.brain, self.begun = settings, brain, begun
-        self.counted: dict[int, Counted] = {}
-        self._unit = unit = settings.loss.sig_samples or 1
-        alike = settings.chunk_tokens is None or self._streams(unit) or not self._streams(2 * unit)
-        self._first = unit if alike else 2 * unit
-        self._second = self._first + unit
-
-    def _of_batch(self, batch: int) -> PretrainSettings:
-        return self.settings.model_copy(update={"run": self.settings.run.model_copy(update={"batch": batch})})
-
-    def _streams(self, batch: int) -> bool:
-        """Whether the local stages are computed in more than one chunk."""
-        context = make_batch(self._of_batch(batch), self.brain.geometry, self.brain.brain_XYZ).context
-        return context is not None and len(context.chunks) > 1
-
-    def count(self, batch: int) -> Counted:
-        """Count a step, once for each `run.batch`."""
-        if batch not in self.counted:
-            self.begun(f"counting a step with run.batch={batch}")
-            brain = self.brain
-            self.counted[batch] = detailed(self._of_batch(batch), brain.grid, brain.frames, brain.brain_XYZ, drive=Zero)
-        return self.counted[batch]
-
-    def cost(self, batch: int) -> Cost:
-        """The cost of a step, counted or extrapolated."""
-        if batch <= self._second:
-            return self.count(batch)[0]
-        first, second = self.count(self._first), self.count(self._second)
-        return extrapolate(first, second, (batch - self._first) // self._unit + 1)
-
-    def largest_batch(self, memory: int) -> int:
-        """The largest `run.batch` with a peak of at most `memory` bytes; 0 if there is none."""
-        first, second = self.count(self._first), self.count(self._second)
-        most = self._first + self._unit * (largest(first, second, memory) - 1)
-        if 0 < most < self._first and self.count(most)[0].peak_memory_bytes > memory:
-            return 0
-        return most
 
 
 def forecast(
@@ -256,8 +122,8 @@ def forecast(
             "false: the forecast does not count what is moved to CPU memory",
             "Set it to false; the forecast is then an upper bound",
         )
-    run, brain = settings.run, _Brain.of(settings, datasets)
-    counter = _Steps(settings, brain, begun)
+    run, brain = settings.run, Brain.of(settings, datasets)
+    counter = _steps_of(settings, brain, gpu_memory, begun)
     step = counter.cost(run.batch)
     most = None if gpu_memory is None else counter.largest_batch(gpu_memory)
     steps = run.steps if brain.per_epoch is None else run.steps_in_all(brain.per_epoch, run.processes)
@@ -270,7 +136,9 @@ def forecast(
         batch=run.batch,
         accumulate=run.accumulate,
         processes=run.processes,
-        zero_stage=settings.zero.stage,
+        zero_stage=settings.zero_stage,
+        chunk_tokens=counter.settings.tokens_at_once,
+        chunk_chosen=settings.chunk_tokens == AUTO,
         counted_batches=sorted(counter.counted),
         left_out=LEFT_OUT,
         gpu_memory_bytes=gpu_memory,
@@ -288,46 +156,13 @@ def forecast(
     )
 
 
-def extrapolate(one: Counted, two: Counted, times: int) -> Cost:
-    """The cost of a step with `times` portions of samples, from the counts of a step with `one` and with `two`.
-
-    At each moment of the step, each further portion adds as much as the second one. The moment with the peak may change
-    with the number of portions, from AdamW's update, which hardly depends on samples, to the backward pass.
-    """
-
-    def further(first: Mapping[T, int], second: Mapping[T, int]) -> dict[T, int]:
-        line = {name: first.get(name, 0) + (times - 1) * (size - first.get(name, 0)) for name, size in second.items()}
-        return {name: size for name, size in line.items() if size > 0}
-
-    totals = further(_totals(one), _totals(two))
-    moment = max(totals, key=totals.__getitem__)
-    memory = further(one[1].peaks.get(moment, {}), two[1].peaks[moment])
-    flops = further(one[0].flops_parts, two[0].flops_parts)
-    calls = further(one[0].calls_parts, two[0].calls_parts)
-    return Cost(
-        one[0].parameters,
-        two[0].tokens,
-        sum(memory.values()),
-        memory,
-        sum(flops.values()),
-        flops,
-        sum(calls.values()),
-        calls,
-    )
-
-
-def largest(one: Counted, two: Counted, memory: int) -> int:
-    """The largest `times` of `extrapolate` with a peak of at most `memory` bytes; 0 if the peak of `one` is larger."""
-    first, second = _totals(one), _totals(two)
-    if max(first.values()) > memory:
-        return 0
-    grown = {moment: total - first.get(moment, 0) for moment, total in second.items()}
-    return int(min(1 + (memory - first.get(moment, 0)) // more for moment, more in grown.items() if more > 0))
-
-
-def _totals(counted: Counted) -> dict[tuple[str, int], int]:
-    """Bytes at the peak of each moment."""
-    return {moment: live.total() for moment, live in counted[1].peaks.items()}
+def _steps_of(settings: PretrainSettings, brain: Brain, gpu_memory: int | None, begun: Callable[[str], None]) -> Steps:
+    """The steps of a run on a GPU. If its memory is not known, `chunk_tokens: auto` counts as all tokens at once."""
+    if settings.chunk_tokens != AUTO:
+        return Steps(settings, brain, begun)
+    if gpu_memory is None:
+        return Steps(settings.model_copy(update={"chunk_tokens": None}), brain, begun)
+    return chunks.choose_for(settings, brain, int(chunks.GPU_SHARE * gpu_memory), on_gpu=True, begun=begun)[1]
 
 
 def checkpoint_bytes(settings: PretrainSettings, found: Cost, cells: int) -> int:
@@ -337,7 +172,7 @@ def checkpoint_bytes(settings: PretrainSettings, found: Cost, cells: int) -> int
     jepa, sig, _ = settings.loss_weights
     means = (bool(jepa) + bool(sig)) * (cells * (width + 1) + width)
     weights = found.parameters["encoder"] + found.parameters["target"] + means
-    return 4 * (weights + _SAVED[settings.zero.stage] * trained)
+    return 4 * (weights + _SAVED[settings.zero_stage] * trained)
 
 
 def flops_per_token(settings: PretrainSettings, dataset: Dataset) -> float:

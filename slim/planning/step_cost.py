@@ -30,6 +30,7 @@ from slim.data.samples import Sample, cell_sizes
 from slim.model import ragged_ops
 from slim.model.geometry import Geometry, geometry_of
 from slim.model.inputs import Batch
+from slim.planning import merging
 from slim.planning.counting import Footprint
 from slim.planning.zero_memory import Plain
 from slim.pretrain.learner import PretrainLearner
@@ -79,6 +80,7 @@ def cost(
     dense: bool = False,
     drive: Drive = Plain,
     on_gpu: bool = False,
+    all_context: bool = False,
 ) -> Cost:
     """Count a step of a configuration. Its data are not read.
 
@@ -97,13 +99,15 @@ def cost(
         Class that updates the weights: `slim.planning.zero_memory.Plain` or `Zero`.
     on_gpu : bool
         Count attention as a GPU computes it in half precision: one call, without padding.
+    all_context : bool
+        Count the whole brain as the context.
 
     Raises
     ------
     ConfigError
         If the model's units do not fit the grid.
     """
-    return detailed(settings, grid, frames, brain_XYZ, dense, drive, on_gpu)[0]
+    return detailed(settings, grid, frames, brain_XYZ, dense, drive, on_gpu, all_context)[0]
 
 
 def detailed(
@@ -114,6 +118,7 @@ def detailed(
     dense: bool = False,
     drive: Drive = Plain,
     on_gpu: bool = False,
+    all_context: bool = False,
 ) -> tuple[Cost, Footprint]:
     """As `cost`, and also return the counts."""
     grid = grid or Grid()
@@ -122,7 +127,7 @@ def detailed(
         brain_XYZ = np.ones(grid.shape, bool)
     elif brain_XYZ is None:
         brain_XYZ = mni_brain(grid)
-    batch = make_batch(settings, geometry, brain_XYZ, dense)
+    batch = make_batch(settings, geometry, brain_XYZ, dense or all_context)
     found, learner = count(settings, geometry, batch, drive, on_gpu)
 
     def parameters(module: torch.nn.Module) -> int:
@@ -156,11 +161,17 @@ def mni_brain(grid: Grid) -> np.ndarray:
     return np.asarray(mask.dataobj).astype(bool)
 
 
-def make_batch(settings: PretrainSettings, geometry: Geometry, brain_XYZ: np.ndarray, dense: bool = False) -> Batch:
+def brain_patches(geometry: Geometry, brain_XYZ: np.ndarray) -> np.ndarray:
+    """The brain mask of every patch of the grid, bool (P, V)."""
+    edges = dict(zip("abc", np.divide(brain_XYZ.shape, geometry.tokens[1:]).astype(int).tolist(), strict=True))
+    return rearrange(brain_XYZ, "(x a) (y b) (z c) -> (x y z) (a b c)", **edges)
+
+
+def make_batch(
+    settings: PretrainSettings, geometry: Geometry, brain_XYZ: np.ndarray, all_context: bool = False
+) -> Batch:
     """A micro-batch as from a loading process: samples with different masks, and values of zero."""
-    frames, *patches = geometry.tokens
-    edges = dict(zip("abc", np.divide(brain_XYZ.shape, patches).astype(int).tolist(), strict=True))
-    brain_PV = rearrange(brain_XYZ, "(x a) (y b) (z c) -> (x y z) (a b c)", **edges)
+    frames, brain_PV = geometry.tokens[0], brain_patches(geometry, brain_XYZ)
     place = np.flatnonzero(brain_PV.any(axis=1))
     brain_PV = brain_PV[place].astype(np.uint8)
     value_TPV, still_PV = np.zeros((frames, *brain_PV.shape), np.float16), np.zeros(brain_PV.shape, np.float32)
@@ -170,10 +181,10 @@ def make_batch(settings: PretrainSettings, geometry: Geometry, brain_XYZ: np.nda
     for number in range(settings.run.batch):
         key = f"sample {number}"
         mask = draw(cell_sizes(geometry, place), settings.mask, settings.run.seed, 0, key)
-        if dense:
+        if all_context:
             mask = replace(mask, context_K=np.arange(prod(geometry.cells)))
         samples.append(Sample(key, 0, value_TPV, still_PV, still_PV, brain_PV, place, second, mask))
-    return collate(samples, geometry, settings.chunk_tokens)
+    return collate(samples, geometry, settings.tokens_at_once)
 
 
 @contextmanager
@@ -187,10 +198,28 @@ def _attention_of_a_gpu() -> Iterator[None]:
         ragged_ops.has_varlen = before
 
 
+def _merged(batch: Batch, found: Footprint, learner: PretrainLearner) -> Batch:
+    """A batch whose chunks are merged; the encoders tell the footprint for how many chunks the present one stands."""
+    assert batch.context is not None
+    whole, context = (
+        merging.merge(plan, encoder, found)
+        for plan, encoder in ((batch.whole, learner.target.encoder), (batch.context, learner.model.encoder))
+    )
+    return replace(batch, whole=whole, context=context)
+
+
 def count(
-    settings: PretrainSettings, geometry: Geometry, batch: Batch, drive: Drive = Plain, on_gpu: bool = False
+    settings: PretrainSettings,
+    geometry: Geometry,
+    batch: Batch,
+    drive: Drive = Plain,
+    on_gpu: bool = False,
+    merged: bool = True,
 ) -> tuple[Footprint, PretrainLearner]:
-    """Count a step on a micro-batch; also returns the learner, with fake tensors of floats."""
+    """Count a step on a micro-batch; also returns the learner, with fake tensors of floats.
+
+    With `merged`, many chunks are counted as a few; see `slim.planning.merging`.
+    """
     packed = batch.pack()  # as a loading process sends it
     with torch.device("meta"):
         model = Objective(settings, geometry, batch.brain_QV.shape[1])
@@ -204,6 +233,8 @@ def count(
             batch = packed.to("cpu")
             batch.brain_QV = found.add(batch.brain_QV)
             batch.voxels = replace(batch.voxels, **{name: found.add(v) for name, v in vars(batch.voxels).items()})
+        if merged:
+            batch = _merged(batch, found, learner)
         for part, module in (("targets", learner.target.encoder), ("encoder", model), ("predictor", model.predictor)):
             module.register_forward_pre_hook(lambda *_, part=part: setattr(found, "part", part))
         found.restart()

@@ -101,7 +101,7 @@ class Zero(Plain):
     """
 
     def __init__(self, settings: PretrainSettings, model: nn.Module, found: Footprint, bucket: int = BUCKET):
-        self.stage, self.processes = settings.zero.stage, settings.run.processes
+        self.stage, self.processes = settings.zero_stage, settings.run.processes
         self.bucket = bucket
         self._buffer: Tensor | None = None
         self._filled = 0  # numbers in the buffer

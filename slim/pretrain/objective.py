@@ -41,7 +41,7 @@ class Objective(nn.Module):
         self.sig_samples = settings.loss.sig_samples
         self.seed = settings.run.seed
         self.bf16 = settings.precision == "bf16"
-        chunk = settings.chunk_tokens
+        chunk = settings.tokens_at_once
         self.rebuilt_at_once = None if chunk is None else max(1, chunk // math.prod(geometry.cell))
         self.encoder = Hiera(settings.model, geometry, voxels, settings.view)
         self.predictor = Predictor(settings, geometry, self.encoder.dim, voxels)

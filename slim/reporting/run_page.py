@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from shards.core.findings import Finding, bad, good, look
 from shards.format.manifest import Manifest
 from shards.reporting import html
 from slim.checkpoints.checkpoint import facts, folders, is_complete
+from slim.checkpoints.provenance import Provenance
 from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, DATASET, EXPLAIN, METRICS, PAGE, PROBE, REPORT
 from slim.checkpoints.seen import Seen
-from slim.config import FinetuneSettings, PretrainSettings, load_run
+from slim.config import AUTO, FinetuneSettings, PretrainSettings, load_run
 from slim.finetune.labels import Answers
 from slim.reporting import curves, run_health
 from slim.training.metrics import RECENT, MetricsLine, number, read_metrics, warnings_of
@@ -77,7 +78,7 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
             title=f"Run {name}",
             lead=_lead(lines, steps),
             findings=[*verdict(lines, steps, judged, unreadable), *run_health.verdict(tasks)],
-            facts=html.Facts(_numbers(settings, lines)),
+            facts=html.Facts(_numbers(settings, lines, Provenance.read(folder).chosen)),
             probes=run_health.probes(tasks),
             explanations=run_health.explanations(folder / REPORT / EXPLAIN),
             curves=curves.sections(settings, lines, guess),
@@ -290,13 +291,27 @@ def _best_gain(lines: Sequence[MetricsLine]) -> tuple[float, int]:
     return float(smooth.max()), int(steps[smooth.argmax()])
 
 
-def _numbers(settings: PretrainSettings | FinetuneSettings, lines: Sequence[MetricsLine]) -> dict[str, object]:
+def _chunks(settings: PretrainSettings | FinetuneSettings, chosen: Mapping[str, object]) -> str:
+    """Tokens of a chunk, also where the run chose them."""
+    tokens: object = settings.chunk_tokens
+    how = " (auto)" if tokens == AUTO else ""
+    if tokens == AUTO:
+        if "chunk_tokens" not in chosen:
+            return "auto, not chosen yet"
+        tokens = chosen["chunk_tokens"]
+    return f"none{how}" if tokens is None else f"{tokens} tokens{how}"
+
+
+def _numbers(
+    settings: PretrainSettings | FinetuneSettings, lines: Sequence[MetricsLine], chosen: Mapping[str, object]
+) -> dict[str, object]:
     named: dict[str, object] = {
         "Data": ", ".join(str(item.path) for item in settings.data),
         "Model": settings.model_name,
         "View, windows": f"{settings.view}, {settings.windows.k}",
         **_aim(settings),
-        "Precision, ZeRO stage": f"{settings.precision}, {settings.zero.stage}",
+        "Precision, ZeRO stage": f"{settings.precision}, {settings.zero_stage}",
+        "Chunks of the local stages": _chunks(settings, chosen),
     }
     if lines:
         last = lines[-1]

@@ -21,7 +21,7 @@ from shards.core.errors import ConfigError
 from shards.core.files import write_atomically
 from slim.checkpoints.checkpoint import CheckpointError, facts, tag
 from slim.checkpoints.run_folder import CONFIG, CONFIGS
-from slim.config import PretrainSettings, TrainSettings, load_run
+from slim.config import AUTO, PretrainSettings, TrainSettings, load_run
 from slim.training import reshard
 from slim.training.schedule import StepPlan
 
@@ -215,7 +215,7 @@ def _sentence(text: str) -> str:
 
 
 def adopt(folder: Path, settings: S) -> S:
-    """Return these settings with the samples per step and per SIG group of the run that is resumed.
+    """Return these settings with the samples per step and per SIG group of the run that is resumed, and its ZeRO stage.
 
     A SIG group is a number of consecutive samples of the stream, over which the SIG term is computed. If no group is
     split, the loss of a step depends only on its samples, not on how they are divided into processes and micro-batches.
@@ -238,6 +238,8 @@ def adopt(folder: Path, settings: S) -> S:
     begun_with = group_of(before)
     if begun_with is not None and group_of(settings) is not None:
         settings = _with_groups(settings, begun_with)
+    if settings.zero.stage == AUTO:
+        settings = _with_stage(settings, facts(folder)["zero_stage"])
     group = group_of(settings) or 1
     run = settings.run
     if run.batch % group:
@@ -262,7 +264,8 @@ def group_of(settings: TrainSettings) -> int | None:
 
 
 def begin(settings: S) -> S:
-    """Return the settings of a new run, with the samples per SIG group filled in."""
+    """Return the settings of a new run, with the ZeRO stage and the samples per SIG group filled in."""
+    settings = _with_stage(settings, settings.zero_stage)
     group = group_of(settings)
     return settings if group is None else _with_groups(settings, group)
 
@@ -273,6 +276,11 @@ def _with_groups(settings: S, samples: int) -> S:
         return settings
     loss = settings.loss.model_copy(update={"sig_samples": samples})
     return settings.model_copy(update={"loss": loss})
+
+
+def _with_stage(settings: S, stage: int) -> S:
+    """Return settings with this ZeRO stage."""
+    return settings.model_copy(update={"zero": settings.zero.model_copy(update={"stage": stage})})
 
 
 def _undivided(folder: Path, settings: TrainSettings, group: int) -> CheckpointError:

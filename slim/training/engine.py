@@ -32,7 +32,7 @@ def deepspeed_config(settings: TrainSettings) -> dict[str, object]:
         "gradient_accumulation_steps": settings.run.accumulate,
         "gradient_clipping": settings.optimizer.clip,
         "zero_optimization": {
-            "stage": settings.zero.stage,
+            "stage": settings.zero_stage,
             # The default reserves a gradient buffer of 2 GB, several times what a step needs.
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,

@@ -80,7 +80,7 @@ class Origin:
             DataOrigin(**content(dataset, splits), sessions=len(sessions))
             for dataset, sessions in zip(datasets, stream.sessions, strict=True)
         )
-        return cls(digest(shapes), stream.digest(), settings.zero.stage, samples, data)
+        return cls(digest(shapes), stream.digest(), settings.zero_stage, samples, data)
 
     def facts(self) -> dict[str, object]:
         """The attributes as a dict, for `checkpoint.save`."""

@@ -80,7 +80,7 @@ class Trainer:
 
         self.learner = task.learner(device)
         self._groups = self.learner.groups()
-        self.full = whole_parameter if settings.zero.stage == 3 else None
+        self.full = whole_parameter if settings.zero_stage == 3 else None
         chosen = settings.optimizer
         groups = [{"params": group.parameters} for group in self._groups]
         self._adam = GuardedAdamW(groups, lr=chosen.lr, betas=chosen.betas)

@@ -8,7 +8,7 @@ import pytest
 
 from shards.core.errors import ConfigError
 from slim.config import PRESETS, load_config
-from slim.training.compatibility import flat
+from slim.training.compatibility import begin, flat
 
 pytestmark = pytest.mark.fast
 
@@ -22,6 +22,38 @@ def write(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("word", "field", "got"),
+    [
+        ("chunk_tokens=0", "chunk_tokens", "got 0, expected auto, null or a whole number of 1 or more"),
+        ("chunk_tokens=many", "chunk_tokens", "got 'many', expected auto, null or"),
+        ("chunk_tokens=true", "chunk_tokens", "got True"),
+        ("zero.stage=4", "zero.stage", "got 4, expected auto or a whole number from 0 to 3"),
+        ("zero.stage=null", "zero.stage", "got None, expected auto or"),
+    ],
+)
+def test_numbers_that_may_be_auto(tmp_path: Path, word: str, field: str, got: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}: {got}"):
+        load_config(write(tmp_path, ""), [word])
+    assert load_config(write(tmp_path, ""), ["chunk_tokens=1e4"]).chunk_tokens == 10_000
+    assert load_config(write(tmp_path, "")).chunk_tokens == load_config(write(tmp_path, "")).zero.stage == "auto"
+
+
+@pytest.mark.parametrize(
+    ("words", "stage"),
+    [
+        ([], 0),
+        (["run.processes=2"], 2),
+        (["zero.offload_optimizer=true"], 2),
+        (["zero.offload_parameters=true"], 3),
+        (["run.processes=2", "zero.stage=1"], 1),
+    ],
+)
+def test_the_stage_depends_on_the_number_of_processes(tmp_path: Path, words: list[str], stage: int) -> None:
+    chosen = load_config(write(tmp_path, ""), words)
+    assert chosen.zero_stage == begin(chosen).zero.stage == stage
+
+
+@pytest.mark.parametrize(
     ("text", "words", "expected"),
     [
         ("stream: 100\n", [], 100),
@@ -30,10 +62,12 @@ def write(folder: Path, text: str) -> Path:
         ("chunk_tokens: 100\n", ["stream=200"], 200),
         ("", ["stream=200", "chunk_tokens=300"], 300),
         ("", ["chunk_tokens=300", "stream=null"], None),
-        ("", [], 4096),
+        ("", [], "auto"),
     ],
 )
-def test_stream_is_an_older_name_of_chunk_tokens(tmp_path: Path, text: str, words: list[str], expected: int | None):
+def test_stream_is_an_older_name_of_chunk_tokens(
+    tmp_path: Path, text: str, words: list[str], expected: int | str | None
+):
     assert load_config(write(tmp_path, text), words).chunk_tokens == expected
 
 

@@ -25,6 +25,7 @@ from slim.model.ragged_ops import varlen_attn
 from slim.planning import counting
 from slim.planning.counting import CPU_ATTENTION, Footprint, is_call
 from slim.planning.step_cost import count
+from slim.planning.zero_memory import Zero
 
 MIB = 2**20
 
@@ -228,6 +229,17 @@ def test_attention_of_a_gpu_is_one_call_without_padding() -> None:
         with found.called("backward"):
             out.sum().backward()
     assert found.flops["backward"] == 10 * pairs * heads * width
+
+
+@pytest.mark.parametrize(("chunk_tokens", "objective", "batch"), [(1500, "default", 1), (700, "jepa", 2)])
+def test_merged_chunks_count_as_all_of_them(chunk_tokens: int, objective: str, batch: int) -> None:
+    run = {"out": "x", "batch": batch}
+    chosen = settings(model=MIDDLE, precision="bf16", objective=objective, chunk_tokens=chunk_tokens, run=run)
+    geometry, prepared_batch = prepared(chosen, 12)
+    assert len(prepared_batch.whole.chunks) > 6
+    every, merged = (count(chosen, geometry, prepared_batch, Zero, on_gpu=True, merged=m)[0] for m in (False, True))
+    assert merged.peak == every.peak and merged.at_peak == every.at_peak
+    assert (merged.flops, merged.calls, merged.waits) == (every.flops, every.calls, every.waits)
 
 
 def test_attention_of_a_gpu_in_fp32_is_padded() -> None:

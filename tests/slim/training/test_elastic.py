@@ -15,6 +15,7 @@ from helpers.commands import Command
 from helpers.training import losses, metrics, pretrain, weights
 from shards.format.stream import MicroBatches
 from slim.checkpoints import checkpoint
+from slim.checkpoints.provenance import Provenance
 from slim.training import reshard
 
 STEPS = 5
@@ -154,6 +155,18 @@ def test_two_then_one_then_two_processes(
     assert "run.accumulate=2 instead of 1" in go_on(command, dataset, out, zero, processes=1)
     assert checkpoint.facts(checkpoint.newest(out / "checkpoints"))["world_size"] == 1
     assert "instead of" not in go_on(command, dataset, out, zero, processes=2, to_the_end=True)
+    same_as(whole, out)
+
+
+def test_the_stage_that_is_chosen_stays_with_other_numbers_of_processes(
+    command: Command, dataset: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert "zero.stage auto: 0\n" in go_on(command, dataset, out, "zero.stage=auto", "run.accumulate=2", processes=1)
+    assert "zero.stage auto: 0\n" in go_on(command, dataset, out, "zero.stage=auto", processes=2)
+    go_on(command, dataset, out, processes=1, to_the_end=True)  # auto is the default
+    assert checkpoint.facts(checkpoint.newest(out / "checkpoints"))["zero_stage"] == 0
+    assert Provenance.read(out).chosen["zero.stage"] == 0
     same_as(whole, out)
 
 

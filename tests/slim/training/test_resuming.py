@@ -168,7 +168,7 @@ def test_all_that_is_refused_is_in_one_line(begun: Path, dataset: Path) -> None:
         ("view=both", "view: got both, expected voxel"),
         ("objective=jepa", "objective: got jepa, expected default"),
         ("loss.sig=0.5", "loss.sig: got 0.5, expected null"),
-        ("zero.stage=1", "zero.stage: got 1, expected 2"),
+        ("zero.stage=1", "zero.stage: got 1, expected 0"),
         ("windows.k=4", "windows.k: got 4, expected 8"),
         ("run.batch=3", "run.batch: got 3 samples, expected a multiple of 2"),
         ("run.batch=4", "run.batch"),
