@@ -60,6 +60,8 @@ def read(cohort: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -
     call("tools/plan.py", "configs/pretrain/tiny.yaml", f"data={people}", *few)
     for more in ((), ("run.epochs=3", "run.extend=constant")):
         call("tools/pretrain.py", "configs/pretrain/tiny.yaml", f"data={people}", f"run.out={run}", *few, *more)
+    begun = ("windows.k=3", "windows.best=4", "run.steps=1", *QUICK, f"init={run}", "init.positions=resample")
+    call("tools/pretrain.py", "configs/pretrain/tiny.yaml", f"data={people}", f"run.out={folder / 'second'}", *begun)
     for pooling in ("cov", "attentive"):
         words = ("--data", people, "--task", task, "--out", folder / pooling, f"head.pooling={pooling}")
         call("tools/finetune.py", run, *words, "run.epochs=1", *QUICK)
