@@ -316,7 +316,7 @@ def test_slow_bursts_are_artefacts_that_add_to_the_spikes():
         (("gather", "--small", "model=huge"), "expected model to be one of published, lean, large, tiny, not huge"),
         (("memory", "grid=48"), "error: command line: grid: got 48, expected a multiple of 32"),
         (("nothing",), "error: argument NAME: invalid choice: 'nothing'"),
-        (("shards", "--small", "shape=[16,16,18]"), "18 is not a multiple of 4"),
+        (("shards", "--small", "shape=[16,16,18]"), "grid.shape: got [16, 16, 18], expected multiples of patch, 4"),
     ],
 )
 def test_a_wrong_call_is_told_in_one_line(command, words, message):
