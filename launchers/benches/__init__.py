@@ -10,6 +10,7 @@ BENCHES = {
     "gather": "sparse patch gathers and ragged pooling beside dense implementations, forward and backward",
     "memory": "peak memory and FLOPs of a training step at full size, counted without a GPU",
     "launches": "calls of a training step, which a GPU has to launch one by one, against limits",
+    "gpu": "the bare training step on a GPU: samples/s, idle time, peak memory beside the forecast, MFU",
     "data": "loading of training samples beside what training takes, and beside webdataset and zarr alone",
     "starts": "CPU time until each command shows its help, and until it refuses a wrong call",
     "train": "samples/s with 1 and 2 processes, the trainer beside the bare model step, checkpoints",

@@ -1,6 +1,6 @@
 """Estimate memory, time and disk space of a pretraining before you run it.
 
-    slim-brain plan CONFIG.yaml [--gpu-memory 80GB] [--tflops N] [--json] [key=value ...]
+    slim-brain plan CONFIG.yaml [--gpu-memory 80GB] [--tflops N] [--peak-tflops H100] [--json] [key=value ...]
 
 No GPU is needed. If the dataset of the configuration does not exist yet, the MNI152 mask is used as the brain.
 """
@@ -54,9 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tflops", type=float, metavar="N", help="TFLOP/s that a GPU sustains; the result names the default"
     )
+    parser.add_argument(
+        "--peak-tflops",
+        metavar="N|GPU",
+        help="peak TFLOP/s of a GPU in bf16, or its name, such as H100; default: the GPU here, else --tflops",
+    )
+    parser.add_argument("--call-us", type=float, metavar="US", default=7.5, help="microseconds of a call (default 7.5)")
+    parser.add_argument(
+        "--load-ms", type=float, metavar="MS", default=45, help="CPU milliseconds of loading a sample (default 45)"
+    )
     args = parser.parse_args(argv)
-    if args.tflops is not None and not 0 < args.tflops < float("inf"):
-        raise ConfigError("command line", "--tflops", f"{args.tflops:g}", "a number above 0")
+    for option in ("tflops", "call_us", "load_ms"):
+        value = getattr(args, option)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError("command line", f"--{option.replace('_', '-')}", f"{value:g}", "a number above 0")
 
     from shards.format.layout import read_manifest
 
@@ -70,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from slim.planning.forecast import forecast, present
 
-    facts = forecast(settings, present(settings, typed), memory, args.tflops, begun)
+    speeds = {"peak_tflops": peak(args.peak_tflops), "call_us": args.call_us, "load_ms": args.load_ms}
+    facts = forecast(settings, present(settings, typed), memory, args.tflops, begun, **speeds)
     show(facts)
     print(f"next: {following(facts, [args.config, *args.settings])}")
     if args.json:
@@ -95,6 +107,26 @@ def size(text: str | None) -> int | None:
     if memory <= 0:
         raise ConfigError("command line", "--gpu-memory", text, "a size such as 80GB or 40960MiB")
     return memory
+
+
+def peak(text: str | None) -> float | None:
+    """Peak TFLOP/s in bf16: a number, or that of a GPU by its name. By default of the visible GPU; None without one."""
+    from slim.training.mfu import peak_flops
+
+    if text is None:
+        import torch
+
+        known = peak_flops(torch.cuda.get_device_name(0), "bf16") if torch.cuda.is_available() else None
+        return None if known is None else known / 1e12
+    try:
+        value = float(text)
+    except ValueError:
+        value = (peak_flops(text, "bf16") or 0) / 1e12
+    if not 0 < value < float("inf"):
+        raise ConfigError(
+            "command line", "--peak-tflops", text, "a number above 0, or a GPU such as H100, A100 or L40S"
+        )
+    return value
 
 
 def show(facts: Forecast) -> None:
@@ -141,6 +173,15 @@ def show(facts: Forecast) -> None:
     speed += " (assumed; --tflops N)" if facts.tflops_assumed else ""
     # Small kernels and data loading take time, too, which has to be measured on the GPU that is used.
     rows["time"] = unknown if facts.hours is None else f"{hours(facts.hours)} of arithmetic alone at {speed}"
+    rows["chunks"] = "none" if facts.chunk_tokens is None else f"{number(facts.chunk_tokens)} tokens"
+    if facts.chunk_chosen:
+        rows["chunks"] += " (auto)" if facts.gpu_memory_bytes else " (auto; the memory of the GPU is not known)"
+    rows["calls of a step"] = f"{number(facts.step_calls)} per GPU"
+    rates = facts.rates
+    rows["samples/s, at most"] = f"{rates.samples_per_s:.1f}, limited by {rates.binds}"
+    rows["  by arithmetic"] = f"{rates.arithmetic:.1f} at a peak of {rates.peak_tflops:g} TFLOP/s"
+    rows["  by launches"] = f"{rates.launches:.1f} at {rates.call_us:g} µs a call"
+    rows["  by loading"] = f"{rates.loading:.1f} at {rates.load_ms:g} ms a sample in each loading process"
     kept = facts.checkpoints_kept
     rows["checkpoints"] = f"{disk(facts.checkpoint_bytes)} each, {disk(kept * facts.checkpoint_bytes)} for {kept}"
     rows["shards"] = "unknown without the data; 32 windows at 2 mm took 50 to 70 MB a session"

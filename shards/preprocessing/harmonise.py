@@ -22,8 +22,8 @@ from typing import Annotated, Any
 
 import nibabel as nib
 import numpy as np
+import scipy  # its parts are imported when they are used
 from pydantic import Field, model_validator
-from scipy import ndimage, sparse
 
 from shards.cohorts.scan import RunSource
 from shards.core import nifti
@@ -367,12 +367,12 @@ def _resample_space(placed: Placed, grid: Grid, out_TN: np.ndarray) -> np.ndarra
         first_N = here_N if frame == 0 else first_N
         varies_N |= here_N != first_N
         if sigma.any():
-            volume = ndimage.gaussian_filter(volume, sigma, mode="nearest")
+            volume = scipy.ndimage.gaussian_filter(volume, sigma, mode="nearest")
         if aligned:
             out_TN[frame] = here_N
             continue
         filled = frame % FRAME_BLOCK + 1
-        coefficients_SB[:, filled - 1] = ndimage.spline_filter(volume, 3, np.float32, "mirror").ravel()
+        coefficients_SB[:, filled - 1] = scipy.ndimage.spline_filter(volume, 3, np.float32, "mirror").ravel()
         if filled == FRAME_BLOCK or frame + 1 == bold.frames:
             out_TN[frame + 1 - filled : frame + 1] = (weights_NS @ coefficients_SB[:, :filled]).T
     return varies_N
@@ -406,7 +406,7 @@ def _resample_time(
     weights_TT = make_interp_spline(seconds, np.eye(len(seconds)), k=3)(wanted)
     if source_tr < settings.tr:
         weights_TT = weights_TT @ low_pass(len(seconds), source_tr, settings.tr)
-    weights_TT = sparse.csr_array(np.where(np.abs(weights_TT) > 1e-9, weights_TT, 0).astype(np.float32))
+    weights_TT = scipy.sparse.csr_array(np.where(np.abs(weights_TT) > 1e-9, weights_TT, 0).astype(np.float32))
     for first in range(0, scan_TN.shape[1], VOXEL_BLOCK):
         block = slice(first, first + VOXEL_BLOCK)
         mean_B = scan_TN[:, block].mean(axis=0)  # kept apart, so that the fluctuation keeps its digits

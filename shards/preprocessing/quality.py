@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from scipy import ndimage
+import scipy  # its parts are imported when they are used
 
 from shards.format.layout import CARPET_STEPS
 
@@ -75,7 +75,7 @@ def carpet(raw_TN: np.ndarray, brain_XYZ: np.ndarray, voxels: int = 512) -> np.n
     of the brain. The edge, where motion is visible first, comes first. Values are z-scores over the scan times
     `CARPET_STEPS`, clipped to the range of int8.
     """
-    depth_N = ndimage.distance_transform_edt(np.pad(brain_XYZ, 1))[1:-1, 1:-1, 1:-1][brain_XYZ]
+    depth_N = scipy.ndimage.distance_transform_edt(np.pad(brain_XYZ, 1))[1:-1, 1:-1, 1:-1][brain_XYZ]
     order_N = np.argsort(depth_N, kind="stable")
     chosen_M = order_N[np.linspace(0, len(order_N) - 1, min(voxels, len(order_N))).astype(np.intp)]
     values_TM = raw_TN[:, chosen_M].astype(np.float64)

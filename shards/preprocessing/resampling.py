@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import ndimage, sparse
+import scipy  # its parts are imported when they are used
 
 from shards.format.grid import Grid
 
@@ -19,8 +19,8 @@ def resample_mask(mask: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarra
     values = mask.astype(np.float32)
     sigma = antialias(matrix)
     if sigma.any():
-        values = ndimage.gaussian_filter(values, sigma, mode="nearest")
-    resampled = ndimage.affine_transform(values, matrix[:3, :3], matrix[:3, 3], output_shape=grid.shape, order=1)
+        values = scipy.ndimage.gaussian_filter(values, sigma, mode="nearest")
+    resampled = scipy.ndimage.affine_transform(values, matrix[:3, :3], matrix[:3, 3], output_shape=grid.shape, order=1)
     return resampled >= 0.5
 
 
@@ -44,7 +44,7 @@ def antialias(matrix: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(step**2 - 1, 0)) / np.sqrt(8 * np.log(2)) * (step > 1.01)
 
 
-def spline_weights(place_3N: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_array:
+def spline_weights(place_3N: np.ndarray, shape: tuple[int, ...]) -> scipy.sparse.csr_array:
     """Weights of cubic B-spline interpolation, as a sparse matrix (N, S) to multiply with the coefficients.
 
     The weights are equal for all frames, so computing them once is several times faster than calling
@@ -71,7 +71,7 @@ def spline_weights(place_3N: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_a
         flat_N444 = flat_N444 * np.int32(size) + index_N4.reshape(taps)
         weight_N444 = weight_N444 * weight_N4.astype(np.float32).reshape(taps)
     rows = np.arange(0, weight_N444.size + 1, 64)
-    return sparse.csr_array((weight_N444.ravel(), flat_N444.ravel(), rows), (place_3N.shape[1], math.prod(shape)))
+    return scipy.sparse.csr_array((weight_N444.ravel(), flat_N444.ravel(), rows), (place_3N.shape[1], math.prod(shape)))
 
 
 def low_pass(frames: int, source_tr: float, tr: float) -> np.ndarray:

@@ -113,8 +113,10 @@ class Loader:
             except RuntimeError:
                 # From torch itself, as `Sent` sends what a loading process raises: one has died, or no batch has
                 # arrived within `_POLL` seconds. Anything else comes sooner.
-                if dead := [process for process in self._workers if not process.is_alive()]:
-                    raise Stopped(_died(dead[0])) from None
+                ended = [process for process in self._workers if not process.is_alive()]
+                failed = [process for process in ended if process.exitcode]  # those without more to load end, too
+                if failed or (ended and len(ended) == len(self._workers)):
+                    raise Stopped(_died((failed or ended)[0])) from None
                 if not self._workers or time.monotonic() - begun < 0.9 * _POLL:
                     raise
             else:

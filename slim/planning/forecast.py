@@ -11,6 +11,7 @@ from shards.core.errors import ConfigError
 from shards.format.reader import Dataset
 from slim.config import AUTO, PretrainSettings
 from slim.planning import chunks
+from slim.planning.rates import CALL_US, LOAD_MS, Rates, rates_of
 from slim.planning.step_cost import Cost, cost
 from slim.planning.steps import Brain, Steps, largest_brain
 
@@ -58,6 +59,8 @@ class Forecast(Cost):
         None if unknown, without the data or without `run.steps`.
     tflops : float
         TFLOP/s of a GPU. `tflops_assumed` is True if the default is used.
+    rates : Rates
+        Samples per second by arithmetic, launches and loading.
     checkpoint_bytes, checkpoints_kept : int
         Size of one checkpoint, and the number of checkpoints on disk.
     """
@@ -80,6 +83,7 @@ class Forecast(Cost):
     steps: int | None
     tflops: float
     tflops_assumed: bool
+    rates: Rates
     hours: float | None
     checkpoint_bytes: int
     checkpoints_kept: int
@@ -93,6 +97,9 @@ def forecast(
     gpu_memory: int | None = None,
     tflops: float | None = None,
     begun: Callable[[str], None] = lambda what: None,
+    peak_tflops: float | None = None,
+    call_us: float = CALL_US,
+    load_ms: float = LOAD_MS,
 ) -> Forecast:
     """Forecast the needs of a configuration.
 
@@ -106,7 +113,9 @@ def forecast(
     tflops : float, optional
         TFLOP/s that a GPU sustains; by default `ASSUMED_TFLOPS`.
     begun : callable
-        Called with a text before each count, which takes up to a minute at full size.
+        Called with a text before each count, which takes some seconds at full size.
+    peak_tflops, call_us, load_ms : float
+        As in `slim.planning.rates`; the peak is by default `tflops`.
 
     Raises
     ------
@@ -148,6 +157,7 @@ def forecast(
         steps=steps,
         tflops=speed,
         tflops_assumed=tflops is None,
+        rates=rates_of(run, step, peak_tflops or speed, call_us, load_ms),
         hours=None if steps is None else steps * step.step_flops / (speed * 1e12) / 3600,
         checkpoint_bytes=checkpoint_bytes(settings, step, math.prod(brain.geometry.cells)),
         checkpoints_kept=run.keep,

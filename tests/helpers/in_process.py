@@ -86,9 +86,11 @@ def _kept_logging() -> Iterator[None]:
 @contextlib.contextmanager
 def _kept_signals() -> Iterator[None]:
     kept = {number: signal.getsignal(number) for number in STOPPING}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -110,26 +112,38 @@ def _limited(seconds: float) -> Iterator[None]:
 @contextlib.contextmanager
 def _trained_here() -> Iterator[None]:
     """Train in this process, in place of one that `launchers.local.run` starts; several are started."""
-    import torch.distributed as dist
-
-    from launchers import job, local
-    from slim.checkpoints import lock
+    from launchers import local
 
     start_processes = local.run
+
+    def run(config: Path, processes: int) -> TrainingResult:
+        return train_here(config) if processes == 1 else start_processes(config, processes)
+
+    with mock.patch.object(local, "run", run):
+        yield
+
+
+def train_here(config: Path) -> TrainingResult:
+    """Train a run that was prepared, as the only process."""
+    import torch.distributed as dist
+
+    from launchers import job
+    from slim.checkpoints import lock
+
+    with (
+        only_rank(),
+        mock.patch.object(lock, "take"),  # this process may have the lock already
+        mock.patch.object(dist, "destroy_process_group"),  # DeepSpeed keeps what it knows of the first one
+    ):
+        return job.work(config)
+
+
+@contextlib.contextmanager
+def only_rank() -> Iterator[None]:
+    """The environment of the only process of a run; its handlers of signals are removed afterwards."""
+    join_alone()
     about = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-
-    def train(config: Path, processes: int) -> TrainingResult:
-        if processes > 1:
-            return start_processes(config, processes)
-        join_alone()
-        with (
-            mock.patch.dict(os.environ, about),
-            mock.patch.object(lock, "take"),  # this process has the lock already
-            mock.patch.object(dist, "destroy_process_group"),  # DeepSpeed keeps what it knows of the first one
-        ):
-            return job.work(config)
-
-    with mock.patch.object(local, "run", train):
+    with mock.patch.dict(os.environ, about), _kept_signals():
         yield
 
 

@@ -31,6 +31,11 @@ def dies(items: list[int]) -> torch.Tensor:
     raise AssertionError
 
 
+def last_is_late(items: list[int]) -> torch.Tensor:
+    time.sleep(3.0 * (items[0] == 6))
+    return torch.tensor(items)
+
+
 def waits(items: list[int]) -> torch.Tensor:
     time.sleep(600)
     raise AssertionError

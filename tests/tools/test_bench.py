@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from launchers.benches import launches, memory
+from launchers.benches import gpu, launches, memory
 from launchers.benches.common import Figure, Ratio, Result, interleave, show
 from launchers.benches.dense import unroll
 from launchers.benches.gather import Contest, Way, compare, peak
@@ -255,6 +255,31 @@ def test_the_bench_of_launches_on_a_coarse_grid(command):
     assert row in [line.replace("1 ", "1").split()[: len(row)] for line in done.stdout.splitlines()]
 
 
+def test_the_bench_of_a_gpu_runs_on_a_cpu(command):
+    words = ("batches=[1]", "dense_batches=[]", "seconds=600")
+    done = command("tools/bench.py", "gpu", "--small", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    (name,), (row,) = zip(*facts["notes"]["cases"].items(), strict=True)
+    assert (name, row["outcome"]) == ("tiny x1, unchunked", "done")
+    assert row["samples_per_s"] == pytest.approx(1000 / row["step_ms"]) and row["forecast_gib"] > 0
+    assert row["idle"] is row["peak_gib"] is row["mfu"] is None
+    assert facts["figures"][f"{name}, rate"]["median"] == row["samples_per_s"]
+
+
+def test_a_case_of_a_gpu_that_fails_or_has_no_time_is_a_row():
+    case = gpu.Case(model="nothing", batch=1, chunk_tokens=None)
+    assert "KeyError: 'nothing'" in gpu.in_process(case, 100)["outcome"]
+    assert gpu.in_process(case, 0.01)["outcome"] == "stopped: no time was left"
+    assert gpu.in_process(case, 0)["outcome"] == "left out: no time was left"
+
+
+def test_the_smallest_cases_of_a_gpu_come_first():
+    cases = gpu.cases_of(gpu.Bench())
+    assert [case.batch for case in cases] == sorted(case.batch for case in cases)
+    assert len({case.name for case in cases}) == len(cases) == 2 * 4 * 3 + 2
+
+
 def test_a_limit_that_is_exceeded_is_named(monkeypatch, capsys):
     counted = launches.Calls({"forward": 7.0, "backward": 8.0}, {}, {})
     limits = {launches.TINY: {"forward": 7, "backward": 7}}
@@ -316,7 +341,7 @@ def test_slow_bursts_are_artefacts_that_add_to_the_spikes():
         (("gather", "--small", "model=huge"), "expected model to be one of published, lean, large, tiny, not huge"),
         (("memory", "grid=48"), "error: command line: grid: got 48, expected a multiple of 32"),
         (("nothing",), "error: argument NAME: invalid choice: 'nothing'"),
-        (("shards", "--small", "shape=[16,16,18]"), "18 is not a multiple of 4"),
+        (("shards", "--small", "shape=[16,16,18]"), "grid.shape: got [16, 16, 18], expected multiples of patch, 4"),
     ],
 )
 def test_a_wrong_call_is_told_in_one_line(command, words, message):

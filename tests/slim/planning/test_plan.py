@@ -11,11 +11,13 @@ import pytest
 from einops import reduce
 
 from helpers.commands import Command
+from launchers.commands import plan
 from shards.core.errors import ConfigError
 from shards.format.grid import Grid
 from shards.format.reader import Dataset
-from slim.config import PRESETS, PretrainSettings
+from slim.config import PRESETS, PretrainSettings, RunSettings
 from slim.planning.forecast import Forecast, forecast
+from slim.planning.rates import rates_of
 from slim.planning.step_cost import Cost, cost, detailed, mni_brain
 from slim.planning.steps import Counted, extrapolate, largest, largest_brain
 from slim.planning.zero_memory import Zero
@@ -137,6 +139,13 @@ def test_the_command_tells_of_a_dataset_and_of_its_run(command: Command, dataset
     assert set(told["tokens"]) == {"grid", "brain", "context"}
     assert told["peak_memory_bytes"] == sum(told["memory_parts"].values()) < 100 * 2**20
     assert told["memory_parts"]["bucket"] == 4 * 5_000_000 // 512 * 512 + 512
+    rates, samples = told["rates"], 2
+    assert rates["arithmetic"] == pytest.approx(samples * 50e12 / told["step_flops"])
+    assert rates["launches"] == pytest.approx(samples / (told["step_calls"] * 7.5e-6))
+    assert rates["loading"] == pytest.approx(1 / 0.045)
+    assert rates[rates["binds"]] == min(rates[name] for name in ("arithmetic", "launches", "loading"))
+    assert f"limited by {rates['binds']}" in done.stdout
+    assert told["step_calls"] == sum(told["calls_parts"].values())
     assert told["zero_stage"] == 2 and told["largest_batch"] > 2
     assert told["steps"] == -(-3 * told["samples_per_epoch"] // 2)
     assert told["hours"] == pytest.approx(told["steps"] * told["step_flops"] / 50e12 / 3600)
@@ -161,3 +170,26 @@ def test_without_data_the_command_takes_the_mni_mask(command: Command, tmp_path:
     assert told["steps"] is told["hours"] is told["largest_batch"] is told["shards_bytes"] is None
     assert told["counted_batches"] == [1]
     assert "MNI152" in done.stdout and "unknown without the data or run.steps" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "binds"),
+    [
+        ({}, {"step_flops": 10**15, "step_calls": 10}, "arithmetic"),
+        ({}, {"step_flops": 10**9, "step_calls": 10**7}, "launches"),
+        ({"workers": 1}, {"step_flops": 10**9, "step_calls": 10}, "loading"),
+    ],
+)
+def test_the_smallest_rate_binds(one: Cost, changes: dict[str, int], step: dict[str, int], binds: str) -> None:
+    run = RunSettings(out="x", batch=4, processes=2, **changes)
+    rates = rates_of(run, replace(one, **step), peak_tflops=100)
+    assert rates.binds == binds and rates.samples_per_s == getattr(rates, binds)
+    four = rates_of(run.model_copy(update={"processes": 4}), replace(one, **step), peak_tflops=100)
+    assert four.samples_per_s == pytest.approx(2 * rates.samples_per_s)
+
+
+@pytest.mark.parametrize(("text", "tflops"), [("H100", 989), ("A100", 312), ("400", 400)])
+def test_the_peak_is_a_number_or_the_name_of_a_gpu(text: str, tflops: float) -> None:
+    assert plan.peak(text) == tflops
+    with pytest.raises(ConfigError, match="--peak-tflops: got H1"):
+        plan.peak("H1")

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from helpers.commands import GRID, ROOT, Command
-from helpers.loads import Numbers, as_tensor, dies, fails, refuses, waits
+from helpers.loads import Numbers, as_tensor, dies, fails, last_is_late, refuses, waits
 from helpers.training import QUICK, TINY, losses, pretrain, ranks_of, start, wait_for_lines
 from shards.core.errors import DatasetError, Stopped
 from shards.format.stream import MicroBatches
@@ -86,6 +86,12 @@ def test_a_fault_in_a_loading_process_is_raised_whatever_its_words() -> None:
     with pytest.raises(RuntimeError, match=r"^Odd: odd\n") as found:
         next(loader.Loader(micro_batches(fails), 1))
     assert "in fails" in "".join(found.value.__notes__)
+
+
+def test_a_loading_process_that_has_no_more_to_load_has_not_died() -> None:
+    """The other one loads the last batch for longer than the loader waits between two looks at its processes."""
+    found = [batch.tolist() for batch in loader.Loader(micro_batches(last_is_late), 2)]
+    assert found == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_a_loading_process_that_dies_before_its_first_batch_is_told_in_words() -> None:

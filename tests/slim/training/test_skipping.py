@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from helpers.commands import ROOT, Command
+from helpers.commands import Command
+from helpers.in_process import only_rank
 from helpers.training import metrics, pretrain, weights
+from launchers.job import prepare
 from launchers.run_setup import prepare_run
+from shards.core.errors import UserError
 from shards.core.settings import check
 from shards.format.reader import Dataset
 from shards.format.stream import Item
 from slim.checkpoints import exchange
-from slim.config import PRESETS, PretrainSettings, load_config
+from slim.config import PRESETS, PretrainSettings, load_config, load_run
 from slim.data.collate import load_batch
 from slim.data.samples import geometry_for
+from slim.model.inputs import Batch
 from slim.pretrain.learner import PretrainLearner
 from slim.pretrain.objective import Objective
+from slim.pretrain.task import PretrainTask
+from slim.training.callbacks import Callback, Step
 from slim.training.optim import GuardedAdamW
 from slim.training.skipped import NOT_FINITE, Skipped
+from slim.training.trainer import Trainer
 
 
 def damage(dataset: Path, copy: Path, count: int) -> list[str]:
@@ -111,67 +116,46 @@ def test_no_step_on_gradients_that_are_not_finite() -> None:
     assert all(torch.equal(*pair) for pair in zip(ours.parameters(), plain.parameters(), strict=True))
 
 
-SCRIPT = """
-import sys, torch
-from launchers.job import prepare
-prepare(on_gpu=False)
-import deepspeed
-deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-from slim.config import load_config
-from slim.pretrain.task import PretrainTask
-from slim.training.callbacks import Callback
-from slim.training.trainer import Trainer
-from shards.core.errors import UserError
-bad = set(map(int, sys.argv[2].split(",")))
-seen = []
 class States(Callback):
-    def on_step(self, step):
-        state = trainer.learner.state(trainer.full)
-        seen.append(torch.cat([state[name].detach().flatten() for name in sorted(state)]).clone())
-trainer = Trainer(PretrainTask(load_config(sys.argv[1])), torch.device("cpu"), [States()])
-plain = trainer.learner.losses
-def losses(batch, step, forward=None):
-    found = plain(batch, step, forward)
-    if step in bad:
-        found.total = found.total * float("nan")
-        trainer.learner.means["target_mean"]._sums += float("nan")
-    return found
-trainer.learner.losses = losses
-try:
-    trainer.run()
-except UserError as error:
-    print("STOPPED", error.line())
-for number, (before, after) in enumerate(zip(seen, seen[1:]), start=1):
-    print("CHANGED" if not torch.equal(before, after) else "SAME", number, bool(torch.isfinite(after).all()))
-sys.stdout.flush()
-import os
-os._exit(0)
-"""
+    """What was trained, after each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+        self.trainer: Trainer | None = None
+
+    def on_step(self, step: Step) -> None:
+        state = self.trainer.learner.state(self.trainer.full)
+        self.seen.append(torch.cat([state[name].detach().flatten() for name in sorted(state)]).clone())
 
 
-def run_script(dataset: Path, tmp_path: Path, stage: int, bad: str, *words: str) -> str:
-    """Train six steps in one process, with a loss that is no number in the steps of `bad` (from 0)."""
+def train(dataset: Path, tmp_path: Path, stage: int, bad: set[int], *words: str) -> list[torch.Tensor]:
+    """Train six steps in this process, with a loss that is no number in the steps of `bad` (from 0)."""
     chosen = [f"data={dataset}", f"run.out={tmp_path / 'run'}", "run.steps=6", f"zero.stage={stage}", *words]
     quick = ["run.batch=2", "run.workers=0", "run.wandb=disabled", "precision=fp32"]
-    settings = load_config("configs/pretrain/tiny.yaml", [*chosen, *quick])
-    config = prepare_run(settings)
-    env = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        env |= {"MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = (sys.executable, "-c", SCRIPT, str(config), bad)
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    config = prepare_run(load_config("configs/pretrain/tiny.yaml", [*chosen, *quick]))
+    states = States()
+    with only_rank():
+        prepare(on_gpu=False)
+        states.trainer = trainer = Trainer(PretrainTask(load_run(config)), torch.device("cpu"), [states])
+        plain = trainer.learner.losses
+
+        def losses(batch: Batch, step: int, forward: Any = None) -> Any:
+            found = plain(batch, step, forward)
+            if step in bad:
+                found.total = found.total * float("nan")
+                trainer.learner.means["target_mean"]._sums += float("nan")
+            return found
+
+        trainer.learner.losses = losses
+        trainer.run()
+    return states.seen
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_that_is_no_number_changes_nothing(dataset: Path, tmp_path: Path, stage: int) -> None:
-    out = run_script(dataset, tmp_path, stage, "2,4")
-    changes = [line.split() for line in out.splitlines() if line.startswith(("CHANGED", "SAME"))]
-    assert changes == [
-        [word, str(n), "True"] for n, word in enumerate(["CHANGED", "SAME", "CHANGED", "SAME", "CHANGED"], 1)
-    ]
+    seen = train(dataset, tmp_path, stage, {2, 4})
+    assert [torch.equal(*pair) for pair in pairwise(seen)] == [False, True, False, True, False]
+    assert all(state.isfinite().all() for state in seen)
     assert {(note["step"], note["reason"]) for note in notes(tmp_path / "run")} == {(3, NOT_FINITE), (5, NOT_FINITE)}
     trained = {session.key for session in Dataset(dataset).of_split("train")}
     assert {note["key"] for note in notes(tmp_path / "run")} <= trained
@@ -179,9 +163,8 @@ def test_a_step_that_is_no_number_changes_nothing(dataset: Path, tmp_path: Path,
 
 
 def test_too_many_such_steps_in_a_row_stop_the_run(dataset: Path, tmp_path: Path) -> None:
-    out = run_script(dataset, tmp_path, 2, "1,2,3,4", "run.not_finite=2")
-    (stopped,) = [line for line in out.splitlines() if line.startswith("STOPPED")]
-    assert "not finite in 3 consecutive steps, the last of them step 4" in stopped
+    with pytest.raises(UserError, match="not finite in 3 consecutive steps, the last of them step 4"):
+        train(dataset, tmp_path, 2, {1, 2, 3, 4}, "run.not_finite=2")
 
 
 def test_a_run_that_continues_keeps_what_was_left_out_before(tmp_path: Path, monkeypatch) -> None:
