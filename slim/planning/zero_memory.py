@@ -57,7 +57,6 @@ class Plain:
     """
 
     whole: Callable[[Tensor], Tensor] | None = None
-    foreach: bool | None = None  # whether gradients are clipped all at once, as on a GPU; None: torch decides
 
     def __init__(self, settings: PretrainSettings, model: nn.Module, found: Footprint):
         self.settings, self.model, self.found = settings, model, found
@@ -85,7 +84,7 @@ class Plain:
 
     def step(self) -> None:
         """Clip the gradients and update the weights."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.clip, foreach=self.foreach)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.clip, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -100,8 +99,6 @@ class Zero(Plain):
     bucket : int
         Size, in numbers, of the buffer through which gradients are reduced.
     """
-
-    foreach = True
 
     def __init__(self, settings: PretrainSettings, model: nn.Module, found: Footprint, bucket: int = BUCKET):
         self.stage, self.processes = settings.zero_stage, settings.run.processes

@@ -30,7 +30,8 @@ def deepspeed_config(settings: TrainSettings) -> dict[str, object]:
     return {
         "train_micro_batch_size_per_gpu": settings.run.batch,
         "gradient_accumulation_steps": settings.run.accumulate,
-        "gradient_clipping": settings.optimizer.clip,
+        # at stage 0 by `slim.training.optim.GuardedAdamW`
+        "gradient_clipping": settings.optimizer.clip if settings.zero_stage else 0.0,
         "zero_optimization": {
             "stage": settings.zero_stage,
             # The default reserves a gradient buffer of 2 GB, several times what a step needs.

@@ -45,16 +45,35 @@ class GuardedAdamW(torch.optim.AdamW):
     """Fused AdamW that skips a step if any gradient is not finite.
 
     DeepSpeed does the same at ZeRO stages 1 to 3, from the norm of all gradients, before it calls the optimizer. At
-    stage 0 all processes have the same gradients, so they all decide alike.
+    stage 0 all processes have the same gradients, so they all decide alike. Gradients are clipped here, too, at that
+    stage: DeepSpeed would take their norms one by one.
+
+    Parameters
+    ----------
+    parameters, lr, betas
+        As for `torch.optim.AdamW`.
+    clip : float, optional
+        Largest norm of all gradients together; None if they are clipped already.
     """
 
     skipped = False
 
-    def __init__(self, parameters: ParamsT, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999)):
+    def __init__(
+        self,
+        parameters: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        clip: float | None = None,
+    ):
         super().__init__(parameters, lr=lr, betas=betas, fused=True)  # one call for each group, without copies
+        self.clip = clip
 
     def step(self, closure: Any = None) -> Any:
+        updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         # Check the norm: `isfinite` would copy the gradients, at ZeRO stages 1 and 2 all of them at once.
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.skipped = not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in updated], foreach=True)
+        self.skipped = not bool(torch.isfinite(norm))
+        if self.clip is not None:
+            self._global_grad_norm = norm  # where the engine looks for it
+            torch.nn.utils.clip_grads_with_norm_(updated, self.clip, norm, foreach=True)
         return None if self.skipped else super().step(closure)

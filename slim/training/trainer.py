@@ -83,7 +83,8 @@ class Trainer:
         self.full = whole_parameter if settings.zero_stage == 3 else None
         chosen = settings.optimizer
         groups = [{"params": group.parameters} for group in self._groups]
-        self._adam = GuardedAdamW(groups, lr=chosen.lr, betas=chosen.betas)
+        clip = None if settings.zero_stage else chosen.clip  # DeepSpeed clips at the other stages
+        self._adam = GuardedAdamW(groups, lr=chosen.lr, betas=chosen.betas, clip=clip)
         self.engine = make_engine(self.learner.model, self._adam, settings)
         sessions = sum(len(part) for part in self.stream.sessions)
         self.skipped = Skipped(self.folder, sessions, settings.run.damaged, settings.run.not_finite)

@@ -62,7 +62,7 @@ class RealStep:
     def __call__(self, check: bool = True) -> float:
         losses = self.learner.losses(self.batch, 0)
         losses.total.backward()
-        nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.settings.optimizer.clip, foreach=False)
+        nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.settings.optimizer.clip, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.learner.commit(0, 2)

@@ -71,7 +71,8 @@ def steps(stage: int, accumulate: int, processes: int) -> None:
     learner = PretrainLearner(given, model)
     config = deepspeed_config(given)
     config["zero_optimization"] |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=GuardedAdamW(parameter_groups(model)), config=config)
+    adam = GuardedAdamW(parameter_groups(model), clip=None if given.zero_stage else given.optimizer.clip)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
     here = batch.pack().to("cpu")
     for _ in range(3 if stage == 3 else 2):  # moments are made in the first; stage 3 knows its layers in the third
         for _ in range(accumulate):

@@ -180,6 +180,8 @@ def test_same_numbers_at_every_stage_and_world_size(
     )
     assert done.returncode == 0, done.stderr
     assert losses(out) == pytest.approx(losses(reference), rel=1e-6)
+    norms = [[line["grad_norm"] for line in metrics(run)] for run in (out, reference)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     # Adam divides by the gradient's own size: rounding moves an element without gradient as far as any other. So
     # tensors are compared as wholes, beside the way Adam can have moved them: the sum of the learning rates.
     reach = sum(line["lr"] for line in metrics(reference))
