@@ -98,7 +98,11 @@ def tables_of_results() -> Iterator[tuple[str, str]]:
     """The header of each table with numbers, and the line below the table."""
     for page in sorted((DOCS / "results").glob("*.md")):
         found = re.findall(r"^(\|.*)\n\|[-:| ]+\|\n((?:\|.*\n)+)\n(.*)", page.read_text(encoding="utf-8"), re.M)
-        yield from ((f"{page.name}: {head}", below) for head, rows, below in found if page.stem != "index")
+        yield from (
+            (f"{page.name}: {head}", below)
+            for head, rows, below in found
+            if re.search(r"\d", rows) and page.stem != "index"
+        )
     results = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results")[2]
     yield "README.md", re.findall(r"^(?:\|.*\n)+\n(.*)", results, re.M)[0]
 

@@ -48,7 +48,7 @@ WARM = 2  # steps that are not timed
 ROW = ("samples_per_s", "step_ms", "idle", "peak_gib", "forecast_gib", "mfu", "outcome")
 
 
-class Case(Settings):
+class GpuCase(Settings):
     """One row: a model, a batch and a chunk on a device."""
 
     model: str = Field(description="preset of the model")
@@ -95,17 +95,17 @@ SMALL: dict[str, object] = {
 }
 
 
-def cases_of(bench: Bench) -> list[Case]:
+def cases_of(bench: Bench) -> list[GpuCase]:
     """All cases, the smallest batches first, and at each of them the fastest chunks."""
     shared = bench.model_dump(include={"device", "precision", "steps", "mm", "shape"})
     cases = [
-        Case(model=model, batch=batch, chunk_tokens=chunk, **shared)
+        GpuCase(model=model, batch=batch, chunk_tokens=chunk, **shared)
         for batch in bench.batches
         for chunk in bench.chunks
         for model in bench.models
     ]
     plain = {"model": bench.models[0], "chunk_tokens": None, "dense": True, **shared}
-    dense = [Case(batch=batch, **plain) for batch in bench.dense_batches]
+    dense = [GpuCase(batch=batch, **plain) for batch in bench.dense_batches]
     return sorted([*cases, *dense], key=lambda case: case.batch)
 
 
@@ -123,7 +123,7 @@ def run(bench: Bench, _repeat: int, _folder: Path, begun: Callable[[str], None])
     return result
 
 
-def in_process(case: Case, seconds: float) -> dict[str, Any]:
+def in_process(case: GpuCase, seconds: float) -> dict[str, Any]:
     """Measure a case in a process of its own."""
     if seconds <= 0:
         return {"outcome": "left out: no time was left"}
@@ -138,7 +138,7 @@ def in_process(case: Case, seconds: float) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: GpuCase) -> dict[str, Any]:
     """Take the steps of a case in this process."""
     run = {"out": "none", "batch": case.batch}
     settings = PretrainSettings(
@@ -216,4 +216,4 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Case.model_validate_json(sys.argv[1]))))
+    print(json.dumps(measure(GpuCase.model_validate_json(sys.argv[1]))))

@@ -115,7 +115,7 @@ class Overridden(dict[str, Any]):
     """
 
     words: dict[tuple[str, ...], str]
-    before: dict[str, Any]
+    before: dict[str, object]
 
 
 def override(tree: dict[str, Any], assignments: Sequence[str]) -> Overridden:

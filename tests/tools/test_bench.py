@@ -268,7 +268,7 @@ def test_the_bench_of_a_gpu_runs_on_a_cpu(command):
 
 
 def test_a_case_of_a_gpu_that_fails_or_has_no_time_is_a_row():
-    case = gpu.Case(model="nothing", batch=1, chunk_tokens=None)
+    case = gpu.GpuCase(model="nothing", batch=1, chunk_tokens=None)
     assert "KeyError: 'nothing'" in gpu.in_process(case, 100)["outcome"]
     assert gpu.in_process(case, 0.01)["outcome"] == "stopped: no time was left"
     assert gpu.in_process(case, 0)["outcome"] == "left out: no time was left"
