@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -44,6 +44,7 @@ from slim.pretrain.objective import Objective
 from slim.training.mfu import peak_flops
 from slim.training.optim import parameter_groups
 
+Row = dict[str, float | str | None]  # what was measured of a case, by the names in ROW
 WARM = 2  # steps that are not timed
 ROW = ("samples_per_s", "step_ms", "idle", "peak_gib", "forecast_gib", "mfu", "outcome")
 
@@ -112,18 +113,19 @@ def cases_of(bench: Bench) -> list[GpuCase]:
 def run(bench: Bench, _repeat: int, _folder: Path, begun: Callable[[str], None]) -> Result:
     """Measure all cases; see the head of this file."""
     end = time.monotonic() + bench.seconds
-    result, rows = Result(), {}
+    result = Result()
+    rows: dict[str, Row] = {}
     for case in cases_of(bench):
         begun(case.name)
         rows[case.name] = row = in_process(case, end - time.monotonic())
-        if row.get("samples_per_s"):
-            result.figures[f"{case.name}, rate"] = Figure("samples/s", (row["samples_per_s"],))
+        if isinstance(rate := row.get("samples_per_s"), float):
+            result.figures[f"{case.name}, rate"] = Figure("samples/s", (rate,))
     result.notes |= {"settings": bench.model_dump(mode="json"), "cases": rows}
     show(rows)
     return result
 
 
-def in_process(case: GpuCase, seconds: float) -> dict[str, Any]:
+def in_process(case: GpuCase, seconds: float) -> Row:
     """Measure a case in a process of its own."""
     if seconds <= 0:
         return {"outcome": "left out: no time was left"}
@@ -138,7 +140,7 @@ def in_process(case: GpuCase, seconds: float) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(case: GpuCase) -> dict[str, Any]:
+def measure(case: GpuCase) -> Row:
     """Take the steps of a case in this process."""
     run = {"out": "none", "batch": case.batch}
     settings = PretrainSettings(
@@ -203,7 +205,7 @@ def _steps(
     return seconds, max(0.0, 1 - busy / whole), peak
 
 
-def show(rows: dict[str, dict[str, Any]]) -> None:
+def show(rows: dict[str, Row]) -> None:
     """Print one row for each case."""
     table = Table("case", box=box.SIMPLE_HEAD)
     for heading in ("samples/s", "step, ms", "idle", "peak, GiB", "forecast", "MFU", "outcome"):
