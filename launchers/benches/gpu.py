@@ -1,4 +1,4 @@
-"""One script of at most some minutes for a machine with a GPU: speed, memory and idle time of the bare training step.
+"""One script of at most some minutes for a machine with a GPU: speed, memory and idle time of a training step.
 
     slim-brain bench gpu --out gpu.json          the whole, on a GPU
     slim-brain bench gpu --small                 a dry run of the script on a CPU
@@ -8,6 +8,9 @@ on a batch with the MNI152 brain, as `slim.planning.step_cost` counts it. *dense
 dropped. Samples/s and the time of a step are medians without the first two steps; idle is the share of a step in which
 no kernel of the GPU runs (torch.profiler); the peak of the allocator stands beside the forecast; MFU is that of the
 counted FLOPs. Data are not loaded, and DeepSpeed takes no part.
+
+The last rows are `slim-brain pretrain` as a user runs it, with DeepSpeed and loading processes, on a synthetic dataset
+of the same grid; the outcome says which share of the time it waits for data.
 
 Every case has a process of its own, so a case that runs out of memory is a row, not the end. The smallest cases come
 first; those for which no time is left are named.
@@ -32,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers import environment
+from launchers.benches.commands import CommandFailed, Trained, pretrain
 from launchers.benches.common import Figure, Result
 from shards.core.settings import Settings
 from shards.format.grid import Grid
@@ -80,6 +84,9 @@ class Bench(Settings):
     steps: int = Field(10, ge=1, description="timed steps")
     mm: float = Field(2.0, gt=0, description="voxel edge of the grid, mm")
     shape: tuple[int, int, int] = Field((96, 96, 96), description="voxels of the grid")
+    loaded_batch: int = Field(16, ge=1, description="samples of a step of the rows with loading and DeepSpeed")
+    loaded_steps: int = Field(30, ge=2, description="their steps; the first is not counted")
+    workers: int = Field(8, ge=0, description="their loading processes")
     seconds: float = Field(450, gt=0, description="time for all cases")
 
 
@@ -93,7 +100,11 @@ SMALL: dict[str, object] = {
     "steps": 2,
     "mm": 8.0,
     "shape": [24, 24, 24],
+    "loaded_batch": 2,
+    "loaded_steps": 3,
+    "workers": 1,
 }
+_LOADED = 90  # seconds that a row with loading takes at most, with the start of its processes
 
 
 def cases_of(bench: Bench) -> list[GpuCase]:
@@ -110,19 +121,73 @@ def cases_of(bench: Bench) -> list[GpuCase]:
     return sorted([*cases, *dense], key=lambda case: case.batch)
 
 
-def run(bench: Bench, _repeat: int, _folder: Path, begun: Callable[[str], None]) -> Result:
+def run(bench: Bench, _repeat: int, folder: Path, begun: Callable[[str], None]) -> Result:
     """Measure all cases; see the head of this file."""
     end = time.monotonic() + bench.seconds
-    result = Result()
+    loaded = Loaded(bench, folder)
+    loaded.make_dataset(begun)
+    kept = _LOADED * len(bench.models)  # seconds for the rows with loading
     rows: dict[str, Row] = {}
     for case in cases_of(bench):
         begun(case.name)
-        rows[case.name] = row = in_process(case, end - time.monotonic())
+        rows[case.name] = in_process(case, end - kept - time.monotonic())
+    for model in bench.models:
+        begun(name := f"{model} x{bench.loaded_batch}, loading and DeepSpeed")
+        rows[name] = loaded.row(model) if time.monotonic() < end else {"outcome": "left out: no time was left"}
+    result = Result()
+    for name, row in rows.items():
         if isinstance(rate := row.get("samples_per_s"), float):
-            result.figures[f"{case.name}, rate"] = Figure("samples/s", (rate,))
+            result.figures[f"{name}, rate"] = Figure("samples/s", (rate,))
     result.notes |= {"settings": bench.model_dump(mode="json"), "cases": rows}
     show(rows)
     return result
+
+
+class Loaded:
+    """Rows of `slim-brain pretrain` with its loading processes and DeepSpeed.
+
+    Parameters
+    ----------
+    bench : Bench
+    folder : Path
+        Folder of the dataset and of the runs.
+    """
+
+    def __init__(self, bench: Bench, folder: Path):
+        self.bench, self.folder = bench, folder
+
+    def make_dataset(self, begun: Callable[[str], None]) -> None:
+        """Make a synthetic dataset on the grid of the bench."""
+        self._sizes(self.bench.models[0]).make_dataset(self.folder, begun)
+
+    def row(self, model: str) -> Row:
+        """Train some steps."""
+        bench = self.bench
+        words = self._sizes(model).words(
+            self.folder / "shards",
+            device=bench.device,
+            batch=bench.loaded_batch,
+            workers=bench.workers,
+            checkpoint_every=bench.loaded_steps,
+            wandb="disabled",
+        )
+        try:
+            done = pretrain([*words, f"precision={bench.precision}"], self.folder / "run")
+        except CommandFailed as error:
+            return {"outcome": f"failed: {error.got}"}
+        of_mfu = done.values("mfu") if "mfu" in done.lines[0] else []
+        return {
+            "samples_per_s": statistics.median(done.values("samples_per_s")),
+            "step_ms": 1000 * statistics.median(done.values("seconds")),
+            "peak_gib": max(done.values("peak_memory_bytes")) / 2**30,
+            "mfu": statistics.median(of_mfu) if of_mfu else None,
+            "outcome": f"waits for data {statistics.median(done.values('data_wait')):.0%} of the time",
+        }
+
+    def _sizes(self, model: str) -> Trained:
+        bench = self.bench
+        tree = {"model": model, "steps": bench.loaded_steps, "mm": bench.mm, "shape": bench.shape}
+        return Trained.model_validate(tree | {"frames": 120, "voxel_mm": max(3.0, bench.mm)})
 
 
 def in_process(case: GpuCase, seconds: float) -> Row:

@@ -260,8 +260,10 @@ def test_the_bench_of_a_gpu_runs_on_a_cpu(command):
     done = command("tools/bench.py", "gpu", "--small", *words, "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
-    (name,), (row,) = zip(*facts["notes"]["cases"].items(), strict=True)
+    (name, loaded), (row, trained) = zip(*facts["notes"]["cases"].items(), strict=True)
     assert (name, row["outcome"]) == ("tiny x1, unchunked", "done")
+    assert loaded == "tiny x2, loading and DeepSpeed" and trained["outcome"].startswith("waits for data ")
+    assert trained["samples_per_s"] > 0 and trained["peak_gib"] > 0
     assert row["samples_per_s"] == pytest.approx(1000 / row["step_ms"]) and row["forecast_gib"] > 0
     assert row["idle"] is row["peak_gib"] is row["mfu"] is None
     assert facts["figures"][f"{name}, rate"]["median"] == row["samples_per_s"]
