@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out.suffix != ".npz":
         raise ConfigError("command line", "--out", args.out, "a name that ends with .npz")
 
-    require_weights(args.weights)
     require_room(args.out.parent, "--out")
+    require_weights(args.weights)
 
     import numpy as np
     import torch

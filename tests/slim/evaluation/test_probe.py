@@ -33,7 +33,7 @@ from slim.evaluation.task import Task, load_task, make_splits
 
 def test_shipped_tasks_load():
     found = sorted((ROOT / "configs/downstream").glob("*.yaml"))
-    assert len([path for path in found if path.name.startswith("synthetic_")]) == 4 and len(found) == 4 + 7 + 2
+    assert len([path for path in found if path.name.startswith("synthetic_")]) == 4 and len(found) == 4 + 7 + 2 + 2
     for path in found:
         shipped = load_task(path)
         assert shipped.name == path.stem and shipped.source and shipped.description
