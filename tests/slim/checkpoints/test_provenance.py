@@ -87,7 +87,7 @@ def test_a_run_says_what_wrote_it_and_what_was_chosen(dataset: Path, tmp_path: P
     found = Provenance.read(tmp_path / "run")
     assert found.commit == git_commit() and found.software == version
     assert found.versions == {name: installed(name) for name in ("torch", "deepspeed", "numpy", "zarr")}
-    assert found.chosen == {"loss.sig_samples": 4}  # was left open: as many as are in a batch
+    assert found.chosen == {"loss.sig_samples": 4, "zero.stage": 0}  # left open: samples of a batch; one process
     assert load_run(tmp_path / "run/config.yaml").loss.sig_samples == 4
 
 
