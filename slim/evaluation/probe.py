@@ -289,7 +289,7 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts
     facts = TaskFacts(
         type=task.type,
         label=task.label,
-        split=SplitFacts.model_validate(task.split.model_dump()),
+        split=SplitFacts.model_validate(task.split.facts()),
         pooling=task.pooling,
         components=task.components if task.pooling == "cov" else None,
         bootstrap=task.bootstrap,

@@ -47,6 +47,11 @@ class TaskSplitSettings(Settings):
     family: str | None = Field(default=None, description="column of the participants table; families stay together")
     seed: int = Field(default=0, ge=0, description="of the divisions, the bootstrap and the permutations")
 
+    def facts(self) -> dict[str, object]:
+        """The settings, for a report. `column` and `file` only if they are given."""
+        unused = {name for name in ("column", "file") if getattr(self, name) is None}
+        return self.model_dump(exclude=unused)
+
     @field_validator("shares")
     @classmethod
     def _is_whole(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
