@@ -111,13 +111,18 @@ def _limited(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _trained_here() -> Iterator[None]:
-    """Train in this process, in place of one that `launchers.local.run` starts; several are started."""
+    """Train in this process, in place of one that `launchers.local.run` starts; several are started.
+
+    So is one at ZeRO stage 3, for which DeepSpeed replaces functions of torch.
+    """
     from launchers import local
+    from slim.config import load_run
 
     start_processes = local.run
 
     def run(config: Path, processes: int) -> TrainingResult:
-        return train_here(config) if processes == 1 else start_processes(config, processes)
+        is_alone = processes == 1 and load_run(config).zero_stage < 3
+        return train_here(config) if is_alone else start_processes(config, processes)
 
     with mock.patch.object(local, "run", run):
         yield
