@@ -78,7 +78,7 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
             title=f"Run {name}",
             lead=_lead(lines, steps),
             findings=[*verdict(lines, steps, judged, unreadable), *run_health.verdict(tasks)],
-            facts=html.Facts(_numbers(settings, lines, Provenance.read(folder).chosen)),
+            facts=html.Facts(_numbers(settings, lines, Provenance.read(folder))),
             probes=run_health.probes(tasks),
             explanations=run_health.explanations(folder / REPORT / EXPLAIN),
             curves=curves.sections(settings, lines, guess),
@@ -303,15 +303,15 @@ def _chunks(settings: PretrainSettings | FinetuneSettings, chosen: Mapping[str, 
 
 
 def _numbers(
-    settings: PretrainSettings | FinetuneSettings, lines: Sequence[MetricsLine], chosen: Mapping[str, object]
+    settings: PretrainSettings | FinetuneSettings, lines: Sequence[MetricsLine], provenance: Provenance
 ) -> dict[str, object]:
     named: dict[str, object] = {
         "Data": ", ".join(str(item.path) for item in settings.data),
         "Model": settings.model_name,
         "View, windows": f"{settings.view}, {settings.windows.k}",
-        **_aim(settings),
+        **_aim(settings, provenance),
         "Precision, ZeRO stage": f"{settings.precision}, {settings.zero_stage}",
-        "Chunks of the local stages": _chunks(settings, chosen),
+        "Chunks of the local stages": _chunks(settings, provenance.chosen),
     }
     if lines:
         last = lines[-1]
@@ -330,9 +330,11 @@ def _numbers(
     return named
 
 
-def _aim(settings: PretrainSettings | FinetuneSettings) -> dict[str, object]:
+def _aim(settings: PretrainSettings | FinetuneSettings, provenance: Provenance) -> dict[str, object]:
     if isinstance(settings, PretrainSettings):
-        return {"Objective": settings.objective}
+        init = provenance.init
+        begun = {} if init is None else {"Initial weights": f"{init.run}, step {init.step}"}
+        return {"Objective": settings.objective, **begun}
     start = "random weights" if settings.start is None else "weights"
     if settings.before:
         start = f"{settings.before['run']}, step {settings.before['step']}"

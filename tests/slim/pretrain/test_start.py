@@ -85,6 +85,8 @@ def test_a_run_is_taken_whole_and_keeps_where_it_began(
     assert made is not None and (made.run, made.step, made.weights) == ("run", 3, "encoder")
     seen = Seen.read(out)
     assert seen is not None and seen.before == Seen.read(run)
+    assert command("tools/report.py", out).returncode == 0
+    assert "run, step 3" in (out / "report" / "index.html").read_text()
 
     again = pretrain(command, dataset, out, f"init={run}", *STILL, "run.extend=constant", processes=1, steps=2)
     assert again.returncode == 0, again.stderr  # a resumed run begins with its checkpoint
