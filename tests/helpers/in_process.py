@@ -113,7 +113,8 @@ def _limited(seconds: float) -> Iterator[None]:
 def _trained_here() -> Iterator[None]:
     """Train in this process, in place of one that `launchers.local.run` starts; several are started.
 
-    So is one at ZeRO stage 3, for which DeepSpeed replaces functions of torch.
+    So is one at ZeRO stage 3, for which DeepSpeed replaces functions of torch, and one with wandb, which keeps the
+    settings of its first run.
     """
     from launchers import local
     from slim.config import load_run
@@ -121,8 +122,9 @@ def _trained_here() -> Iterator[None]:
     start_processes = local.run
 
     def run(config: Path, processes: int) -> TrainingResult:
-        is_alone = processes == 1 and load_run(config).zero_stage < 3
-        return train_here(config) if is_alone else start_processes(config, processes)
+        settings = load_run(config)
+        leaves_nothing = settings.zero_stage < 3 and settings.run.wandb == "disabled"
+        return train_here(config) if processes == 1 and leaves_nothing else start_processes(config, processes)
 
     with mock.patch.object(local, "run", run):
         yield
