@@ -6,13 +6,12 @@ weights than those it was prepared with.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shards.core.files import atomically, share
+from shards.core.files import atomically, sha256, share
 from slim.checkpoints import checkpoint
 from slim.checkpoints.checkpoint import CheckpointError
 from slim.checkpoints.run_folder import START
@@ -23,7 +22,7 @@ def write(folder: Path, tensors: dict[str, Tensor]) -> str:
     with atomically(folder / START) as file:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file.name)
         share(file.name)
-    return _hash(folder / START)
+    return sha256(folder / START)
 
 
 def read(folder: Path, expected: str, command: str) -> dict[str, Tensor]:
@@ -43,13 +42,7 @@ def read(folder: Path, expected: str, command: str) -> dict[str, Tensor]:
         If the file is missing, or has another hash.
     """
     path = folder / START
-    if not path.is_file() or _hash(path) != expected:
+    if not path.is_file() or sha256(path) != expected:
         hint = f"Start {command} again, with another folder"
         raise CheckpointError(path, "SHA-256", "another file" if path.is_file() else "no such file", expected, hint)
     return checkpoint.read_weights(path)
-
-
-def _hash(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

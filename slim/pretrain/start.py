@@ -146,7 +146,7 @@ def _given(found: Weights, states: States | None) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Table:
-    """The places of a table of position embeddings: grid, and voxels of a place along each axis; or slots of time."""
+    """The places of a table of position embeddings: their grid, and the voxels of a place along each axis."""
 
     grid: Grid
     edge: tuple[int, ...]
@@ -258,8 +258,7 @@ class InitialStates(States):
     def __init__(self, folder: Path, init: InitSettings):
         assert init.checksum is not None
         self._tensors = start.read(folder, init.checksum, COMMAND)
-        self.has_moments = "step" in self._tensors
-        self.step = self._tensors["step"].reshape(()) if self.has_moments else torch.zeros(())
+        self.step = self._tensors["step"].reshape(()) if init.optimizer else torch.zeros(())
 
     def whole(self, name: str, key: str) -> Tensor:
         return self._tensors[name if key == "fp32" else f"{key}.{name}"].flatten()
