@@ -71,10 +71,19 @@ class _Count:
     def __init__(self, what: str, total: int, unit: str):
         self.what, self.total, self.unit = what, total, unit
         self.begun, self.done = time.monotonic(), 0
+        self._shown = self.begun
 
     @property
     def rate(self) -> float:
         return self.done / max(time.monotonic() - self.begun, 1e-9)
+
+    def is_due(self, every: float) -> bool:
+        """Whether it is to be shown: `every` seconds after it was shown last, and at the end."""
+        now = time.monotonic()
+        due = now - self._shown >= every or self.done >= self.total
+        if due:
+            self._shown = now
+        return due
 
     def line(self, note: str) -> str:
         rate = self.rate
@@ -120,14 +129,10 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Advance]:
 def _lines(what: str, total: int, unit: str) -> Iterator[Advance]:
     """Lines for a log file."""
     count = _Count(what, total, unit)
-    last = count.begun
 
     def advance(done: int = 1, note: str = "") -> None:
-        nonlocal last
         count.done += done
-        now = time.monotonic()
-        if now - last >= _EVERY or count.done >= total:
-            last = now
+        if count.is_due(_EVERY):
             print(count.line(note), file=sys.stderr, flush=True)
 
     yield advance
@@ -147,7 +152,6 @@ def _display() -> Callable[..., Any] | None:
 def _in_notebook(display: Callable[..., Any], what: str, total: int, unit: str) -> Iterator[Advance]:
     """An output of the cell that is changed in place. It needs no widgets."""
     count = _Count(what, total, unit)
-    last = count.begun
 
     def shown(note: str) -> dict[str, str]:
         line = count.line(note)
@@ -157,11 +161,8 @@ def _in_notebook(display: Callable[..., Any], what: str, total: int, unit: str) 
     handle = display(shown(""), raw=True, display_id=True)
 
     def advance(done: int = 1, note: str = "") -> None:
-        nonlocal last
         count.done += done
-        now = time.monotonic()
-        if now - last >= _REDRAW or count.done >= total:
-            last = now
+        if count.is_due(_REDRAW):
             handle.update(shown(note), raw=True)
 
     yield advance
