@@ -54,7 +54,7 @@ def open_call(args: argparse.Namespace, train: Train) -> Finetuned:
     ours.check_data(dataset)
     ours.check_unseen(dataset)
     with typed(words, args.task):
-        cases = find_cases(task, dataset, ours.settings.windows.k, args.task)
+        cases = find_cases(task, dataset, args.task)
         splits = make_splits(task, cases, args.task)
         if not all(len(split.val) for repeat in splits for split in repeat):
             hint = "The best epoch is selected on validation subjects"

@@ -152,11 +152,25 @@ class DrawSettings(Settings):
         32, ge=2, le=10**6, description="number of most salient windows of a session from which the k are drawn"
     )
 
+    minimum: Annotated[int | None, Unit("windows")] = Field(
+        None,
+        ge=1,
+        description="sessions with fewer windows are left out; those with fewer than k are used with all they have. "
+        "null: k",
+    )
+
     @model_validator(mode="after")
     def _enough(self) -> DrawSettings:
         if self.best < self.k:
             raise Contradiction("best", self.best, f"at least windows.k, {self.k}")
+        if self.least > self.k:
+            raise Contradiction("minimum", self.minimum, f"at most windows.k, {self.k}")
         return self
+
+    @property
+    def least(self) -> int:
+        """Number of windows that a session must have."""
+        return self.k if self.minimum is None else self.minimum
 
 
 class TokenMaskSettings(Settings):

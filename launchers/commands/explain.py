@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.check_unseen(dataset)
     check_start(model, args.start)
     with typed(words, args.task):
-        cases = find_cases(task, dataset, model.settings.windows.k, args.task, args.events)
+        cases = find_cases(task, dataset, args.task, args.events)
     output, unit = 0, f"predicted {task.label}"
     if task.type != "regression":
         label = args.label or cases.classes[-1]

@@ -19,7 +19,7 @@ from slim.checkpoints.source import require_weights
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("export", __doc__.splitlines()[0], "runs/lean --out export/lean")
-    parser.add_argument("run", metavar="RUN", help="a run, or one of its checkpoints")
+    parser.add_argument("run", metavar="RUN", help="a run, one of its checkpoints, or a file of another --format")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     parser.add_argument(
         "--weights", choices=("encoder", "target"), help="the online encoder (default) or its moving average"
@@ -33,13 +33,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data", action="store_true", help="open the URLs of training datasets, for the cohorts and sessions in them"
     )
+    parser.add_argument(
+        "--format", choices=("slim-brain-2026",), help="RUN is the checkpoint of the authors of the paper"
+    )
+    parser.add_argument(
+        "--axes", choices=("LAS", "RAS"), help="orientation of the volumes that it was trained with (default LAS)"
+    )
+    parser.add_argument(
+        "--background", choices=("keep", "drop"), help="encode its patches without brain (default), or delete them"
+    )
     args = parser.parse_args(argv)
-    require_weights(args.run)
+    if args.format is None:
+        require_weights(args.run)
 
     from slim.inference import export
     from slim.inference.slim_brain import SlimBrain
 
-    model = SlimBrain.from_pretrained(args.run, args.weights, args.extractor, args.parcels)
+    model = SlimBrain.from_pretrained(
+        args.run,
+        args.weights,
+        args.extractor,
+        args.parcels,
+        format=args.format,
+        axes=args.axes,
+        background=args.background,
+    )
     about = export.write(model, args.out, remote=args.data)
     files = sorted(path for path in args.out.rglob("*") if path.is_file())
     facts = {

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases, splits = [], []
     for task, path, words in zip(tasks, args.task, changes, strict=True):  # all, before anything is encoded
         with typed(words, path):
-            cases.append(find_cases(task, dataset, ours.settings.windows.k, path, args.events))
+            cases.append(find_cases(task, dataset, path, args.events))
             splits.append(make_splits(task, cases[-1], path))
 
     sessions = {session.key: session for case in cases for session in case.sessions}
@@ -149,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             changed=words,
             step=ours.step,
             weights=ours.made["weights"],
+            short_sessions=sum(session.n_kept < ours.settings.windows.k for session in case.distinct()),
             subjects_seen_in_pretraining=None if seen is None else len(seen.intersection(case.subjects)),
         )
         results.append(replace(result, facts=facts))
@@ -193,6 +194,8 @@ def _print(result: TaskResult) -> None:
     display.print_table(result, f"{result.name}: {about}")
     for reason, count in facts.left_out.items():
         print(f"  {count} sessions left out: {reason}")
+    if facts.short_sessions:
+        print(f"  {facts.short_sessions} sessions have fewer windows than samples in pretraining; all were encoded")
     if facts.subjects_seen_in_pretraining is None:
         print("  which subjects were seen in pretraining is unknown: version 0.1 did not record it")
     else:

@@ -41,12 +41,9 @@ class Question:
         return probe.score(self.task, self.cases, splits, method)[self.metric]
 
 
-def ask(tasks: Mapping[str, Task], dataset: Dataset, least_windows: int, event_root: Path) -> list[Question]:
+def ask(tasks: Mapping[str, Task], dataset: Dataset, event_root: Path) -> list[Question]:
     """The questions of the tasks; the keys of `tasks` are the files that the tasks were read from."""
-    return [
-        Question(task, find_cases(task, dataset, least_windows, where, event_root), where)
-        for where, task in tasks.items()
-    ]
+    return [Question(task, find_cases(task, dataset, where, event_root), where) for where, task in tasks.items()]
 
 
 def encode(model: SlimBrain, dataset: Dataset) -> dict[str, Features]:

@@ -186,7 +186,7 @@ class Experiments:
             if name == "state":  # windows are many: fewer are enough to train on, and more are tested
                 changes |= {"kind": "holdout", "shares": (0.3, 0.05, 0.65)}
             tasks[str(where)] = task.model_copy(update={"split": task.split.model_copy(update=changes)})
-        return comparison.ask(tasks, dataset, 8, self.cohort("probed", snr))
+        return comparison.ask(tasks, dataset, self.cohort("probed", snr))
 
     def baselines(self, snr: float) -> None:
         """Score the baselines without an encoder."""

@@ -34,6 +34,7 @@ from shards.format import layout
 from shards.format.manifest import DataRecord, GridRecord, Manifest, WindowsRecord
 from shards.format.refusal import Refusal
 from shards.format.session_record import ScanRecord
+from shards.preprocessing.harmonise import NORMALISATION
 
 _SAME_SETTINGS = "Use the settings it was made with (manifest.json), or another --out"
 
@@ -288,7 +289,7 @@ class Conversion:
             grid=GridRecord.of(settings.grid.grid()),
             tr=settings.grid.tr,
             tr_range=list(settings.grid.tr_range),
-            normalisation="global z inside the mask; baseline = voxel mean, windows = fluctuation around it",
+            normalisation=NORMALISATION,
             windows=WindowsRecord.model_validate(settings.windows.model_dump()),
             ranker=identity,
             split=settings.split.model_dump(mode="json"),

@@ -57,7 +57,7 @@ class WindowSettings(Settings):
 
     frames: Annotated[int, Unit("frames")] = Field(5, ge=1, le=100, description="number of frames of a window")
     keep: Annotated[int, Unit("windows")] = Field(32, ge=1, description="number of most salient windows kept")
-    minimum: Annotated[int, Unit("windows")] = Field(8, ge=2, description="scans with fewer windows are refused")
+    minimum: Annotated[int, Unit("windows")] = Field(8, ge=1, description="scans with fewer windows are refused")
 
 
 class ParcelSettings(Settings):

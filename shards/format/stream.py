@@ -74,8 +74,8 @@ class Stream:
                 self.datasets[0].folder,
                 split,
                 f"{sum(self.short)} sessions with at most {most} windows",
-                f"a session with {least_windows} or more windows (windows.k)",
-                "Lower windows.k, or convert with shorter windows",
+                f"a session with {least_windows} or more windows (windows.minimum, windows.k)",
+                "Lower windows.minimum or windows.k, or convert with shorter windows",
             )
         mean = sum(weight * len(part) for weight, part in zip(self.weights, self.sessions, strict=True))
         self.per_epoch = max(1, round(mean))

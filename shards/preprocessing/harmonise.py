@@ -39,6 +39,9 @@ from shards.preprocessing.resampling import antialias, field_of_view, low_pass, 
 from shards.preprocessing.space import check_space
 
 VOXEL_BLOCK = 16384  # number of voxels resampled in time at once
+# How values are stored, for the manifest.
+NORMALISATION = "global z inside the mask; baseline = voxel mean, windows = fluctuation around it"
+
 FRAME_BLOCK = 16  # number of frames resampled in space at once
 ROUNDING = 1e-6  # relative rounding error of a constant signal after interpolation in float32
 

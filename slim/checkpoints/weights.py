@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
-from torch import nn
+from torch import Tensor, nn
 
 from shards.core import files
 from shards.core.errors import ConfigError
@@ -68,6 +68,7 @@ class _Made(_ReadFields):
     commit: StrictStr
     versions: dict[StrictStr, StrictStr]
     training: tuple[dict[StrictStr, Any], ...] = ()
+    background: Literal["drop", "keep"] = "drop"
     finetuned: _Tuned | None = None
     init: Ancestor | None = None
 
@@ -103,8 +104,9 @@ class Weights:
     made : dict
         How the weights were made: `run`, `step`, `weights` ("encoder" or "target"), `commit`, `versions`; in an export
         also `training`, the datasets of the pretraining; `init`, the weights that the run began with, if they were not
-        random; for a fine-tuned encoder also `finetuned`, with `task`,
-        `cohorts` that gave the labels, `head` and `from_scratch`.
+        random; for a fine-tuned encoder also `finetuned`, with `task`, `cohorts` that gave the labels, `head` and
+        `from_scratch`; for the authors' checkpoint also `format`, `axes`, `background`, `sha256` and `left_out`, see
+        `slim.checkpoints.authors_checkpoint`.
     path : Path
         The safetensors file.
     prefix : str
@@ -141,16 +143,24 @@ class Weights:
         CheckpointError
             If they do not. The error names the first tensor that differs, and both shapes.
         """
-        _load(encoder, self.path, self.prefix)
+        fit(encoder, checkpoint.read_weights(self.path, self.prefix), self.path, self.prefix)
 
     def load_head(self, head: nn.Module) -> None:
         """Load the head of a fine-tuning, as `load_into` does for the encoder."""
         assert self.head is not None
-        _load(head, *self.head)
+        path, prefix = self.head
+        fit(head, checkpoint.read_weights(path, prefix), path, prefix)
 
 
-def _load(module: nn.Module, path: Path, prefix: str) -> None:
-    given, wanted = checkpoint.read_weights(path, prefix), module.state_dict()
+def fit(module: nn.Module, given: dict[str, Tensor], path: Path, prefix: str) -> None:
+    """Load tensors into a module. Names and shapes must match exactly, and all numbers must be finite.
+
+    Raises
+    ------
+    CheckpointError
+        If they do not. The error names the file, and the first tensor that differs with `prefix` before its name.
+    """
+    wanted = module.state_dict()
     for name in sorted(wanted.keys() | given.keys()):
         got = tuple(given[name].shape) if name in given else "no such tensor"
         expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"

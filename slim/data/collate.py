@@ -23,7 +23,7 @@ from slim.data.masking import Mask
 from slim.data.samples import Sample, draw_sample, empty_sample
 from slim.model.geometry import Geometry
 from slim.model.inputs import Batch, PackedBatch, Targets, Voxels
-from slim.model.ragged import Plan, integers, patch_table, plan, segments
+from slim.model.ragged import Plan, first_rows, integers, patch_table, plan, segments
 
 
 def load_batch(
@@ -54,9 +54,10 @@ def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None)
 
     brain_QV = table("brain")
     baseline_QV, spread_QV = (torch.where(brain_QV > 0, table(name), 0) for name in ("baseline", "spread"))
-    voxels = Voxels(table("value"), baseline_QV, spread_QV, torch.from_numpy(np.stack([s.second for s in samples])))
-    place_BP = [sample.place for sample in samples]
-    whole = plan(geometry, place_BP, chunk_tokens=chunk_tokens)
+    second_BT = np.stack([_seconds(sample, geometry) for sample in samples])
+    voxels = Voxels(table("value"), baseline_QV, spread_QV, torch.from_numpy(second_BT))
+    place_BP, frames_B = [sample.place for sample in samples], [len(sample.second) for sample in samples]
+    whole = plan(geometry, place_BP, chunk_tokens=chunk_tokens, frames_B=frames_B)
     batch = Batch([s.key for s in samples], [s.epoch for s in samples], voxels, brain_QV, whole)
     if any(sample.mask is None for sample in samples):
         return batch
@@ -64,11 +65,23 @@ def collate(samples: list[Sample], geometry: Geometry, chunk_tokens: int | None)
     kept_BC = np.zeros((len(masks), prod(geometry.cells)), bool)
     for kept_C, mask in zip(kept_BC, masks, strict=True):
         kept_C[mask.context_K] = True
-    context = plan(geometry, place_BP, kept_BC, chunk_tokens)
-    return replace(batch, context=context, targets=_targets(geometry, masks, whole, context, place_BP))
+    context = plan(geometry, place_BP, kept_BC, chunk_tokens, frames_B)
+    return replace(batch, context=context, targets=_targets(geometry, masks, whole, context, samples))
 
 
-def _targets(geometry: Geometry, masks: list[Mask], whole: Plan, context: Plan, place_BP: list[np.ndarray]) -> Targets:
+def _seconds(sample: Sample, geometry: Geometry) -> np.ndarray:
+    """Time of every frame of the geometry in s, float32 (T,).
+
+    No token reads the time of a frame that the sample lacks. Where its last slot is filled in part, the frames that it
+    lacks get the mean time of those it has, so that the mean over the slot is the mean of its own frames.
+    """
+    frames, second_T = geometry.tokens[0], sample.second
+    last_T = second_T[len(second_T) // geometry.cell[0] * geometry.cell[0] :]
+    filler = last_T.mean() if len(last_T) else 0
+    return np.concatenate([second_T, np.full(frames - len(second_T), filler, np.float32)])
+
+
+def _targets(geometry: Geometry, masks: list[Mask], whole: Plan, context: Plan, samples: list[Sample]) -> Targets:
     cells = prod(geometry.cells)
     sample_K = np.repeat(np.arange(len(masks)), [len(mask.target_K) for mask in masks])
     cell_K = np.concatenate([mask.target_K for mask in masks])
@@ -87,7 +100,7 @@ def _targets(geometry: Geometry, masks: list[Mask], whole: Plan, context: Plan, 
     of_slot = of_slot[of_slot > 0]
 
     rebuilt_G = np.flatnonzero(np.concatenate([mask.rebuilt_K for mask in masks]))
-    value_GE, patch_GE = _rows_of_cells(geometry, place_BP, sample_K[rebuilt_G], cell_K[rebuilt_G])
+    value_GE, patch_GE = _rows_of_cells(geometry, samples, sample_K[rebuilt_G], cell_K[rebuilt_G])
     arrays = {
         "cell_K": cell_K,
         "sample_K": sample_K,
@@ -115,14 +128,18 @@ def _tokens_of_cell(geometry: Geometry) -> np.ndarray:
 
 
 def _rows_of_cells(
-    geometry: Geometry, place_BP: list[np.ndarray], sample_G: np.ndarray, cell_G: np.ndarray
+    geometry: Geometry, samples: list[Sample], sample_G: np.ndarray, cell_G: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in the batch's tables of voxel values and of patches of the tokens of cells; -1 without brain, (G, E)."""
-    frames, places = geometry.tokens[0], np.int32(prod(geometry.tokens[1:]))
+    """Rows in the batch's tables of voxel values and of patches of the tokens of cells, (G, E).
+
+    They are -1 for tokens without brain, and for frames that a sample lacks.
+    """
+    place_BP, places = [sample.place for sample in samples], np.int32(prod(geometry.tokens[1:]))
     frame_GE, space_GE = np.divmod(_tokens_of_cell(geometry)[cell_G], places)
     patch_GE = patch_table(place_BP, int(places)).ravel()[(sample_G.astype(np.int32) * places)[:, None] + space_GE]
     patches_B = np.array([len(place) for place in place_BP], np.int32)
-    first_G = (np.cumsum(patches_B, dtype=np.int32) - patches_B)[sample_G][:, None]
-    value_GE = first_G * np.int32(frames) + frame_GE * patches_B[sample_G][:, None] + patch_GE
-    there = patch_GE >= 0
-    return np.where(there, value_GE, -1), np.where(there, first_G + patch_GE, -1)
+    frames_B = np.array([len(sample.second) for sample in samples], np.int32)
+    first_B, first_row_B = first_rows(patches_B, frames_B)
+    value_GE = first_row_B[sample_G][:, None] + frame_GE * patches_B[sample_G][:, None] + patch_GE
+    there_GE = (patch_GE >= 0) & (frame_GE < frames_B[sample_G][:, None])
+    return np.where(there_GE, value_GE, -1), np.where(there_GE, first_B[sample_G][:, None] + patch_GE, -1)

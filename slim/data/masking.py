@@ -83,7 +83,9 @@ def draw(size_SL: np.ndarray, settings: TokenMaskSettings, seed: int, epoch: int
     places = np.flatnonzero(size_SL.any(axis=0))
     in_place = np.zeros(size_SL.shape[1], bool)
     in_place[places] = choose(size_SL[:, places].sum(axis=0), settings.context_places, rng)
-    in_slot = choose(size_SL.sum(axis=1), settings.context_times, rng)
+    slots = np.flatnonzero(size_SL.any(axis=1))
+    in_slot = np.zeros(len(size_SL), bool)
+    in_slot[slots] = choose(size_SL[slots].sum(axis=1), settings.context_times, rng)
     exists = size_SL > 0
     context = exists & in_slot[:, None] & in_place
     kinds = (~in_slot[:, None] & in_place, in_slot[:, None] & ~in_place, ~in_slot[:, None] & ~in_place)

@@ -6,7 +6,7 @@ Legend: T frames; P patches; V voxels of a patch; S slots; L places of cells; K 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -23,7 +23,7 @@ from slim.model.geometry import Geometry, geometry_of
 
 @dataclass
 class Sample:
-    """The k windows of one session in time order, with the mask.
+    """The k windows of one session in time order, with the mask; fewer windows if the session has fewer.
 
     `value` (T, P, V) is the fluctuation; `baseline` and `spread` are (P, V); `place` (P,) holds the flat positions of
     the patches; `second` (T,) the times in s.
@@ -74,6 +74,11 @@ def geometry_for(settings: TrainSettings, datasets: Sequence[Dataset]) -> Geomet
     geometry = geometry_of(settings.model, tokens)
     if prod(geometry.cells[1:]) < 2:
         raise ConfigError("model", "strides", f"{geometry.cells[1:]} cells in space", "2 cells or more")
+    slots = geometry.slots(settings.windows.least * first.frames)
+    if isinstance(settings, PretrainSettings) and slots < 2 and "cross_location" not in settings.mask.kinds:
+        got = f"{', '.join(settings.mask.kinds)} for samples of one slot"
+        hint = f"Add it, or raise windows.minimum: a slot has {geometry.cell[0]} frames"
+        raise ConfigError("mask", "kinds", got, "cross_location, the only kind without other slots", hint)
     return geometry
 
 
@@ -83,8 +88,10 @@ def read_windows(dataset: Samples[ScanT], session: ScanT, rank_K: Sequence[int] 
     Raises
     ------
     SampleCorrupt
-        If the bytes of the sample are damaged.
+        If the bytes of the sample are damaged, or it has no windows.
     """
+    if not len(rank_K):
+        raise SampleCorrupt(session.key, "n_kept", 0, "1 or more windows", "Convert the session again")
     arrays = dataset.read(session, ("baseline", "spread", "patch", "brain", "start", "windows"), rank_K)
     start_K = arrays["start"][np.asarray(rank_K)]
     in_time = np.argsort(start_K, kind="stable")
@@ -100,6 +107,27 @@ def read_windows(dataset: Samples[ScanT], session: ScanT, rank_K: Sequence[int] 
         arrays["brain"],
         place,
         second.reshape(-1).astype(np.float32),
+    )
+
+
+def with_background(sample: Sample, geometry: Geometry) -> Sample:
+    """The sample with all patches of the grid: the values of those without brain are 0, and its mask is None."""
+    places = prod(geometry.tokens[1:])
+
+    def whole(array: np.ndarray, axis: int) -> np.ndarray:
+        shape = (*array.shape[:axis], places, *array.shape[axis + 1 :])
+        filled = np.zeros(shape, array.dtype)
+        filled[(slice(None),) * axis + (sample.place,)] = array
+        return filled
+
+    return replace(
+        sample,
+        value=whole(sample.value, 1),
+        baseline=whole(sample.baseline, 0),
+        spread=whole(sample.spread, 0),
+        brain=whole(sample.brain, 0),
+        place=np.arange(places),
+        mask=None,
     )
 
 
@@ -120,7 +148,12 @@ class WindowGroup:
 
 
 def window_groups(count: int, k: int) -> list[WindowGroup]:
-    """Divide `count` windows into groups of k. If k does not divide `count`, the last group repeats some windows."""
+    """Divide `count` windows into groups of k. If k does not divide `count`, the last group repeats some windows.
+
+    Fewer than k windows are one group, without repetition.
+    """
+    if count < k:
+        return [WindowGroup(slice(0, count), 0)]
     firsts = [*range(0, count - k, k), count - k]
     return [
         WindowGroup(slice(first, first + k), before + k - first)
@@ -152,14 +185,14 @@ def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: Trai
     """
     windows, seed, key = settings.windows, settings.run.seed, item.session.key
     best = min(windows.best, item.session.n_kept)
-    if best < windows.k:
-        hint = "Lower windows.k or convert with a larger windows.minimum"
-        raise ConfigError(f"{dataset.folder} ({key})", "windows", f"{best} windows", f"windows.k = {windows.k}", hint)
+    if best < windows.least:
+        hint = "Lower windows.minimum or windows.k"
+        raise ConfigError(f"{dataset.folder} ({key})", "windows", best, f"{windows.least} or more", hint)
     ranks = generator(seed, item.epoch, key, "windows").permutation(best)[: windows.k]
     sample = read_windows(dataset, item.session, np.sort(ranks), item.epoch)
     if not isinstance(settings, PretrainSettings):
         return sample
-    size_SL = cell_sizes(geometry, sample.place)
+    size_SL = cell_sizes(geometry, sample.place, len(sample.second))
     places = np.count_nonzero(size_SL.any(axis=0))
     if places < 2:
         raise SampleCorrupt(
@@ -173,9 +206,18 @@ def draw_sample(item: Item, dataset: Dataset, geometry: Geometry, settings: Trai
     return sample
 
 
-def cell_sizes(geometry: Geometry, place: np.ndarray) -> np.ndarray:
-    """Number of brain tokens in each cell, int64 (S, L), given the flat positions of the patches with brain."""
-    frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
+def cell_sizes(geometry: Geometry, place: np.ndarray, frames: int | None = None) -> np.ndarray:
+    """Number of brain tokens in each cell, int64 (S, L).
+
+    Parameters
+    ----------
+    geometry : Geometry
+    place : int array
+        Flat positions of the patches with brain.
+    frames : int, optional
+        Number of frames of the sample; by default all of the geometry.
+    """
+    frames, places = geometry.tokens[0] if frames is None else frames, prod(geometry.tokens[1:])
     tokens = (np.arange(frames)[:, None] * places + place).ravel()
     count = np.bincount(geometry.cell_of[tokens], minlength=prod(geometry.cells))
     return count.reshape(geometry.cells[0], -1)

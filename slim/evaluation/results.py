@@ -146,6 +146,7 @@ class TaskFacts(BaseModel):
     test_subjects: Count | None = None
     subjects_seen_in_pretraining: Count | None = None
     left_out: dict[str, Count] = {}
+    short_sessions: Count | None = None
     seeds: list[StrictInt] | StrictInt | None = None
     windows: Count | None = None
     classes: dict[str, Count] | list[StrictStr] | None = None

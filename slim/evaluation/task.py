@@ -237,17 +237,13 @@ class Cases:
         return [*{id(session): session for session in self.sessions}.values()]
 
 
-def find_cases(
-    task: Task, dataset: Dataset, least_windows: int, where: str | Path, event_root: Path | None = None
-) -> Cases:
+def find_cases(task: Task, dataset: Dataset, where: str | Path, event_root: Path | None = None) -> Cases:
     """Find the sessions of `dataset`, or their windows, that can be used for `task`.
 
     Parameters
     ----------
     task : Task
     dataset : Dataset
-    least_windows : int
-        Number of kept windows that the model needs.
     where : str or Path
         File of the task, named in errors.
     event_root : Path, optional
@@ -272,8 +268,6 @@ def find_cases(
             left_out["of another class"] += 1
         elif is_given and session.person not in group_of:
             left_out["on no side of the split" if task.split.kind == "listed" else "without a site"] += 1
-        elif session.n_kept < least_windows:
-            left_out[f"fewer than {least_windows} windows"] += 1
         elif missing:
             left_out[f"without {missing[0]}"] += 1
         else:

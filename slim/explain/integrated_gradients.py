@@ -99,13 +99,14 @@ class _Groups:
     """A session in groups of k windows, with the slots of each group, as in `SlimBrain.encode_session`."""
 
     def __init__(self, model: SlimBrain, dataset: Dataset, session: SessionRecord):
+        model.require_dropped("an explanation")
         self.model, k, count = model, model.settings.windows.k, session.n_kept
         arrays = dataset.read(session, ("start", "patch"))
         in_time = np.argsort(arrays["start"], kind="stable")
         self.start_K, self.patch_M3 = arrays["start"][in_time], arrays["patch"]
         self.groups = window_groups(count, k)
         geometry = model.geometry
-        window_S = geometry.window_of_slot(model.frames)
+        window_S = geometry.window_of_slot(model.frames, min(count, k))
         self.batches, self.fresh = [], []
         for group in self.groups:
             sample = read_windows(dataset, session, in_time[group.windows].tolist())
@@ -113,7 +114,7 @@ class _Groups:
             self.fresh.append(torch.from_numpy(window_S >= group.repeated))
         cell_M = self.batches[0].to("cpu").whole.cell_M.numpy()
         self.places = np.unique(cell_M % math.prod(geometry.cells[1:]))
-        self.shape = (k, model.frames, len(self.patch_M3), dataset.grid.voxels)
+        self.shape = (min(count, k), model.frames, len(self.patch_M3), dataset.grid.voxels)
 
     def tokens(self, group: int, alpha: float, anatomy: float, leaves: list[Tensor] | None = None) -> Tensor:
         """Tokens (s, L, C) of the slots of a group, for its fluctuation times alpha and its baseline times anatomy.

@@ -75,8 +75,10 @@ def settings_for(
     ConfigError
         If a setting is wrong, or is determined by the weights.
     """
+    ours.require_dropped("a fine-tuning")
     of_ours = ours.settings.model_dump(mode="json")
     given = {name: of_ours[name] for name in ("model", "model_name", "view", "windows", *_KEPT)}
+    given["windows"] |= {"minimum": 1}  # as in probes, sessions of any length
     given |= {"data": data, "optimizer": _DEFAULTS["optimizer"]}
     given["run"] = {name: of_ours["run"][name] for name in _OF_RUN} | _DEFAULTS["run"] | {"out": str(out)}
     tree = override(given, renamed_assignments(assignments))

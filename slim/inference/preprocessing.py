@@ -69,6 +69,8 @@ def read_recipe(data: DataRecord, where: str | Path, extractor: Path | None, ima
         labels = _image(tree["parcels"]["image"], where, image)
         tree = tree | {"parcels": tree["parcels"] | {"image": str(labels)}}
     settings = check(SessionSettings, tree, where)
+    # Training decides which scans are long enough to learn from; any scan with a window can be encoded.
+    settings = settings.model_copy(update={"windows": settings.windows.model_copy(update={"minimum": 1})})
     identity = data.ranker
     found = None if identity["extractor"] is None else _extractor(identity["extractor"], where, extractor)
     ranker = make_ranker(identity["name"], found, identity["seed"])

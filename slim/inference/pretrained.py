@@ -13,6 +13,7 @@ from shards.core.errors import ConfigError
 from shards.core.settings import digest
 from shards.format.manifest import Manifest
 from shards.format.reader import Dataset
+from slim.checkpoints.authors_checkpoint import Background
 from slim.checkpoints.seen import Person, Seen
 from slim.checkpoints.weights import Weights
 from slim.config import FinetuneSettings
@@ -29,6 +30,7 @@ class Pretrained:
         self._about, self.step = about, step
         self.settings, self.data, self.made = about.settings, about.data, about.made
         self.run_folder, self.results = about.folder, about.results
+        self.background: Background = about.made.get("background", "drop")
         grid, self.frames = self.data.grid.grid(), self.data.windows.frames
         patches = grid.patch_shape
         self.geometry = geometry_of(self.settings.model, (self.settings.windows.k * self.frames, *patches))
@@ -76,6 +78,18 @@ class Pretrained:
                 "For this task see the test scores of the fine-tuning; for another task use the pretrained weights",
             )
 
+    def require_dropped(self, what: str) -> None:
+        """Check that patches without brain are deleted.
+
+        Raises
+        ------
+        ConfigError
+            If they are encoded; `what` names the step that cannot do so.
+        """
+        if self.background == "keep":
+            hint = "Export the checkpoint again with --background drop"
+            raise ConfigError(self.run_folder, "background", "keep", f"drop, because {what} reads brain only", hint)
+
     @property
     def seen(self) -> Seen | None:
         """The subjects seen in pretraining; None if this was not recorded (version 0.1)."""
@@ -105,7 +119,8 @@ class Pretrained:
     def checksum(self) -> str:
         """SHA-256 (hex) of the weights and of everything that determines the result for a scan; exports keep it."""
         sizes = self.settings.model_dump(mode="json", include={"model", "view", "windows"})
-        found = hashlib.sha256(digest([sizes, self.data.tree()]).encode())
+        kept = [self.background] if self.background == "keep" else []  # as in versions without this choice
+        found = hashlib.sha256(digest([sizes, self.data.tree(), *kept]).encode())
         for name, value in self.encoder.state_dict().items():
             found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
@@ -116,6 +131,12 @@ class Pretrained:
     def _repr_html_(self) -> str:
         return as_html(*self._shown())
 
+    def _weights(self) -> str:
+        """Where the weights come from."""
+        if "format" in self.made:
+            return f"the authors' checkpoint ({self.made['format']}), volumes read as {self.made['axes']}"
+        return f"{self.made.get('weights', 'encoder')} after {self.step} steps" if self.step else "random"
+
     def _shown(self) -> tuple[str, dict[str, object]]:
         grid, tr = self.data.grid.grid(), self.data.tr
         count = sum(tensor.numel() for tensor in self.encoder.parameters())
@@ -124,7 +145,8 @@ class Pretrained:
         timing = "" if tr is None else f", TR {tr:g} s"
         return f"SlimBrain {self.made.get('run', self.run_folder.name)}", {
             "model": f"{self.settings.model_name}, {count / 1e6:.2f} M parameters",
-            "weights": f"{self.made.get('weights', 'encoder')} after {self.step} steps" if self.step else "random",
+            "weights": self._weights(),
+            "background": "kept: patches without brain are encoded, too" if self.background == "keep" else None,
             "predicts": task,
             "trained on": ", ".join(self.data.cohorts) or None,
             "scans": f"{' x '.join(map(str, grid.shape))} voxels of {grid.mm:g} mm{timing}",

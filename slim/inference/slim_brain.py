@@ -27,10 +27,11 @@ from threadpoolctl import threadpool_limits
 from shards.cohorts.niimg import Niimg, Scan, Table, as_run
 from shards.conversion.session import Converted, convert_run
 from shards.core.deprecation import warn_renamed
-from shards.core.errors import ArgumentError, ConfigError, DatasetError
+from shards.core.errors import ArgumentError, ConfigError
 from shards.format.reader import Dataset, Samples, ScanT
 from shards.format.session_record import SessionRecord
-from slim.checkpoints import hub
+from slim.checkpoints import authors_checkpoint, hub
+from slim.checkpoints.authors_checkpoint import Axes, Background
 from slim.checkpoints.hub import HubOptions
 from slim.checkpoints.weights import find
 from slim.config import AnswerSettings, FinetuneSettings
@@ -53,7 +54,8 @@ class SlimBrain(Pretrained):
     settings : PretrainSettings or FinetuneSettings of the run
     data : DataRecord of the training data
     made : dict, how the weights were made; see `slim.checkpoints.weights.Weights`
-    step : int, optimizer steps of training; 0 for random weights
+    step : int, optimizer steps of training; 0 for random weights and the authors' checkpoint
+    background : "drop" or "keep", whether patches without brain are deleted; see `slim.checkpoints.authors_checkpoint`
     run_folder : Path of the run or the exported folder
     results : Path, where tools write results by default; see `slim.checkpoints.weights.Weights`
     """
@@ -71,6 +73,9 @@ class SlimBrain(Pretrained):
         token: str | bool | None = None,
         local_files_only: bool = False,
         device: torch.device | str = "cpu",
+        format: str | None = None,
+        axes: Axes | None = None,
+        background: Background | None = None,
     ) -> SlimBrain:
         """Load a pretrained model.
 
@@ -91,6 +96,14 @@ class SlimBrain(Pretrained):
             downloaded files; the token for private models; whether to use downloaded files only.
         device : torch.device or str
             Where the encoder is put.
+        format : "slim-brain-2026", optional
+            For the checkpoint of the authors of arXiv 2512.21881: `source` is their file, or its name on the hub.
+        axes : "LAS" or "RAS", optional
+            With `format`: the orientation of the volumes that the authors trained with. The default, LAS, is that of
+            HCP and FSL; it is not verified.
+        background : "keep" or "drop", optional
+            With `format`: whether patches without brain are encoded, as in the authors' fine-tuning (default), or
+            deleted.
 
         Raises
         ------
@@ -104,7 +117,10 @@ class SlimBrain(Pretrained):
                 expected = "a path, or OWNER/NAME on the hub" if name == "source" else "a path"
                 raise ArgumentError("from_pretrained", name, f"a {type(path).__name__}", expected)
         options = HubOptions(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
-        about = find(source, weights, options)
+        if format is None and axes is None and background is None:
+            about = find(source, weights, options)
+        else:
+            about = authors_checkpoint.find_as(format, source, weights, axes, background, options)
         about = replace(
             about,
             extractor=about.extractor if extractor is None else Path(extractor),
@@ -245,13 +261,12 @@ class SlimBrain(Pretrained):
         ConfigError
             If an argument has a wrong value (a ValueError) or type (a TypeError), or the temporal extractor or label
             image is missing.
-        DatasetError
-            If the scan has fewer than `windows.k` windows (a ValueError).
 
         Warns
         -----
         UserWarning
-            If something was assumed about the scan, such as its space or orientation.
+            If something was assumed about the scan, such as its space or orientation; also if it has fewer windows than
+            a sample in pretraining, k. It is encoded from these alone: no window is repeated or padded.
         """
         check_fixed(per, pooling)
         self._check_stage(stage)
@@ -409,14 +424,14 @@ class SlimBrain(Pretrained):
         made = self.convert(
             image, mask=mask, confounds=confounds, space=space, tr=tr, dummy=dummy, orientation=orientation
         )
-        for words in assumed(made.meta):
+        for words in assumed(made.meta, self.settings.windows.k):
             warnings.warn(f"{made.meta.source}: {words}", stacklevel=3)  # the line that called the public method
         return made
 
     def encode_converted(self, made: Converted, stage: int | None = None) -> Features:
         """Encode a converted scan to all its tokens, as `encode_tokens` does."""
         self._check_stage(stage)
-        return self._encode(made, made.meta.model_copy(update={"key": made.meta.subject}), made.meta.source, stage)
+        return self._encode(made, made.meta.model_copy(update={"key": made.meta.subject}), stage)
 
     def predict(
         self,
@@ -507,7 +522,6 @@ class SlimBrain(Pretrained):
 
         labels, settings = self._labels(), self.settings
         assert self.head is not None and isinstance(settings, FinetuneSettings)
-        self._check_windows(made.meta.n_kept, made.meta.source)
         model, classes = Answerer(self.encoder, self.head, settings.precision == "bf16"), len(labels.classes)
         session = made.meta.model_copy(update={"key": made.meta.subject})
         with threads_inside(cores()):
@@ -520,8 +534,9 @@ class SlimBrain(Pretrained):
         """Features of all kept windows of a session, for the whole brain.
 
         Windows are encoded in time order in groups of k, as in training. If k does not divide their number, the last
-        group repeats windows of the group before; their slots are taken from the group before. A slot belongs to the
-        window that contains its middle.
+        group repeats windows of the group before; their slots are taken from the group before. Fewer than k windows are
+        encoded together: the slots that they do not fill have no tokens. A slot belongs to the window that contains the
+        middle of its frames.
 
         Parameters
         ----------
@@ -537,7 +552,7 @@ class SlimBrain(Pretrained):
         Raises
         ------
         ConfigError, DatasetError
-            See `check_data`; also if the session has fewer than k windows, or its bytes are damaged.
+            See `check_data`; also if the bytes of the session are damaged.
         """
         if not isinstance(dataset, Dataset):
             expected = "a shards.format.reader.Dataset, such as Dataset('shards/')"
@@ -548,7 +563,7 @@ class SlimBrain(Pretrained):
             raise ConfigError("encode_session", "batch", repr(batch), "a whole number of 1 or more")
         self.check_data(dataset)
         self._check_stage(stage)
-        return self._encode(dataset, session, f"{dataset.folder} ({session.key})", stage, batch)
+        return self._encode(dataset, session, stage, batch)
 
     def _check_stage(self, stage: int | None) -> None:
         stages = len(self.encoder.ends)
@@ -558,16 +573,10 @@ class SlimBrain(Pretrained):
         if stage is not None and not 1 <= stage <= stages:
             raise ConfigError("stage", "", stage, expected)
 
-    def _encode(
-        self, samples: Samples[ScanT], session: ScanT, where: str, stage: int | None, batch: int = 4
-    ) -> Features:
-        self._check_windows(session.n_kept, where)
-        encoder = SessionEncoder(self.encoder, self.geometry, self.settings, self.frames, self.device)
+    def _encode(self, samples: Samples[ScanT], session: ScanT, stage: int | None, batch: int = 4) -> Features:
+        keep = self.background == "keep"
+        encoder = SessionEncoder(self.encoder, self.geometry, self.settings, self.frames, self.device, keep)
         return encoder.features(samples, session, stage, batch)
-
-    def _check_windows(self, count: int, where: str) -> None:
-        if count < (k := self.settings.windows.k):
-            raise DatasetError(where, "windows", count, f"{k} or more, as windows.k")
 
 
 def _is_count(value: Any) -> bool:

@@ -80,9 +80,15 @@ class Geometry:
         """Cells along each axis."""
         return tuple(size // cell for size, cell in zip(self.tokens, self.cell, strict=True))
 
-    def window_of_slot(self, frames: int) -> np.ndarray:
-        """For each slot, the index of the window (of `frames` frames) that contains its middle, int (S,)."""
-        return ((np.arange(self.cells[0]) + 0.5) * self.cell[0] // frames).astype(int)
+    def slots(self, frames: int) -> int:
+        """Number of slots that the first `frames` frames occupy; they may fill the last one in part."""
+        return -(-frames // self.cell[0])
+
+    def window_of_slot(self, frames: int, windows: int) -> np.ndarray:
+        """For each slot of this many windows of `frames` frames, the window with the middle of its frames, int (S,)."""
+        first_S = np.arange(self.slots(windows * frames)) * self.cell[0]
+        stop_S = np.minimum(first_S + self.cell[0], windows * frames)
+        return ((first_S + stop_S) / 2 // frames).astype(int)
 
     def _parent(self, block: Ints) -> np.ndarray:
         """For each token, the flat index of its block; a block has `block` tokens along each axis. int64 (L,)."""

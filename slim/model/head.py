@@ -72,8 +72,8 @@ class Head(nn.Module):
     def pool(self, x_MC: Tensor, whole: Plan, samples: int) -> Tensor:
         """Pool the tokens at the cells of a plan to one vector for each sample, (B, P)."""
         if self.axis_CQ is not None:
-            shape = (samples, self.slots, self.places)
-            return pooling.ragged_cov(x_MC, self.axis_CQ, whole.sample_M, whole.cell_M, shape)
+            shape = (self.slots, self.places)
+            return pooling.ragged_cov(x_MC, self.axis_CQ, whole.sample_M, whole.cell_M, whole.slots_B, shape)
         if self.query is None:
             logit_MH = x_MC.new_zeros(len(x_MC), 1)
         else:
@@ -89,7 +89,8 @@ class Head(nn.Module):
         place_M = whole.sample_M.long() * self.places + whole.cell_M % self.places
         x_MC = x_MC.double()
         sum_NC = x_MC.new_zeros(int(place_M.max()) + 1, x_MC.shape[1]).index_add(0, place_M, x_MC)
-        x_MC = x_MC - sum_NC[place_M] / self.slots
+        slots_B = torch.tensor(whole.slots_B, dtype=x_MC.dtype, device=x_MC.device)
+        x_MC = x_MC - sum_NC[place_M] / slots_B[whole.sample_M.long()][:, None]
         return x_MC.T @ x_MC
 
     def set_axes(self, scatter_CC: Tensor) -> None:

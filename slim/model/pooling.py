@@ -11,6 +11,7 @@ of a member, of which there are M in `attentive`; H queries; Q principal axes; P
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,20 +97,25 @@ def ragged(x_MC: Tensor, logit_MH: Tensor, sample_M: Tensor, samples: int) -> Te
     return torch.cat(pooled, dim=1)
 
 
-def ragged_cov(x_MC: Tensor, axes_CQ: Tensor, sample_M: Tensor, cell_M: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def ragged_cov(
+    x_MC: Tensor, axes_CQ: Tensor, sample_M: Tensor, cell_M: Tensor, slots_B: Sequence[int], shape: tuple[int, int]
+) -> Tensor:
     """`cov` of each sample, (B, E), in the precision of the tokens. The correlations of places without tokens are 0.
 
     Parameters
     ----------
     cell_M : int tensor
         Flat index of the cell of each token, slot by slot.
+    slots_B : sequence of int
+        Number of slots of each sample; the others of the grid do not count.
     shape : tuple of int
-        Samples, slots, places.
+        Slots and places of the grid.
     """
-    index_M = sample_M.long() * shape[1] * shape[2] + cell_M
+    index_M = sample_M.long() * math.prod(shape) + cell_M
     queries = axes_CQ.shape[1]
-    series_NQ = x_MC.new_zeros(math.prod(shape), queries).index_copy(0, index_M, x_MC @ axes_CQ)
-    return torch.stack([correlations(x_SP) for x_SP in series_NQ.view(*shape, queries).flatten(2)])
+    series_NQ = x_MC.new_zeros(len(slots_B) * math.prod(shape), queries).index_copy(0, index_M, x_MC @ axes_CQ)
+    series_BSP = series_NQ.view(len(slots_B), *shape, queries).flatten(2)
+    return torch.stack([correlations(x_SP[:slots]) for x_SP, slots in zip(series_BSP, slots_B, strict=True)])
 
 
 def varies(mean_P: Any, sd_P: Any) -> Any:

@@ -15,6 +15,7 @@ of a later level.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -112,8 +113,9 @@ class Plan:
         Flat index of the cell, and sample, of every token of the last level.
     tokens_B : int tensor
         Number of tokens of each sample.
-    cells_B : sequence of int
-        Number of tokens of the last level of each sample; not a tensor, so that nobody waits for a device to read it.
+    cells_B, slots_B : sequence of int
+        Number of tokens of the last level of each sample, and of its slots; not tensors, so that nobody waits for a
+        device to read them.
     """
 
     row_N: Tensor
@@ -127,6 +129,7 @@ class Plan:
     sample_M: Tensor
     tokens_B: Tensor
     cells_B: list[int]
+    slots_B: list[int]
 
 
 def integers(values: np.ndarray | list[int]) -> Tensor:
@@ -207,10 +210,12 @@ def plan(
     place_BP: list[np.ndarray],
     kept_BC: np.ndarray | None = None,
     chunk_tokens: int | None = None,
+    frames_B: Sequence[int] | None = None,
 ) -> Plan:
     """Compute the layout of the tokens of a batch.
 
-    Row t * P + p of a sample's values is frame t of its patch p; the tables of the samples are concatenated.
+    Row t * P + p of a sample's values is frame t of its patch p; the tables of the samples are concatenated. A sample
+    may have fewer frames than the geometry: its later frames have no tokens.
 
     Parameters
     ----------
@@ -221,11 +226,16 @@ def plan(
         The cells to keep; by default all.
     chunk_tokens : int, optional
         Largest number of tokens in a chunk of mask units; a single unit may exceed it. None for one chunk.
+    frames_B : sequence of int, optional
+        Number of frames of each sample; by default all of the geometry.
     """
     frames, places = geometry.tokens[0], prod(geometry.tokens[1:])
     samples, cell = len(place_BP), prod(geometry.cell)
     patch_BS = patch_table(place_BP, places)
     kept_BR = np.take(patch_BS >= 0, geometry.space_in_order, axis=1)
+    length_B = np.full(samples, frames, np.int32) if frames_B is None else np.array(frames_B, np.int32)
+    for row in np.flatnonzero(length_B < frames):
+        kept_BR[row] &= geometry.frame_in_order < length_B[row]
     if kept_BC is not None:
         kept_BR &= np.repeat(np.take(kept_BC, geometry.cell_in_order, axis=1), cell, axis=1)
 
@@ -253,11 +263,11 @@ def plan(
     frame_N, space_N = geometry.frame_in_order[at_N], geometry.space_in_order[at_N]
     patch_N = patch_BS.ravel()[sample_N * np.int32(places) + space_N]
     patches_B = np.array([len(place) for place in place_BP], np.int32)
-    first_B = _starts(patches_B)[:-1].astype(np.int32)
+    first_B, first_row_B = first_rows(patches_B, length_B)
     cell_M = np.flatnonzero(exists[-1])
     sample_M, at_M = np.divmod(cell_M, exists[-1].shape[1])
     return Plan(
-        integers((first_B * frames)[sample_N] + frame_N * patches_B[sample_N] + patch_N),
+        integers(first_row_B[sample_N] + frame_N * patches_B[sample_N] + patch_N),
         integers(first_B[sample_N] + patch_N),
         integers(sample_N * np.int32(frames) + frame_N),
         integers(space_N),
@@ -268,7 +278,13 @@ def plan(
         integers(sample_M),
         integers(tokens_B),
         np.bincount(sample_M, minlength=samples).tolist(),
+        [geometry.slots(int(length)) for length in length_B],
     )
+
+
+def first_rows(patches_B: np.ndarray, frames_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First row of each sample in the batch's tables of patches and of voxel values, int32 (B,)."""
+    return (_starts(patches_B)[:-1].astype(np.int32), _starts(patches_B * frames_B)[:-1].astype(np.int32))
 
 
 def patch_table(place_BP: list[np.ndarray], places: int) -> np.ndarray:

@@ -37,7 +37,7 @@ MEDIAN = 5  # frames of the median filter
 
 def _joint(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
     joint_W, space_W, time_W = np.zeros((3, z_VRT.shape[2] // frames))
-    for z_RT in z_VRT:
+    for z_RT in z_VRT if len(joint_W) > 1 else ():  # a window is compared with the others
         if ranker.extractor is not None:
             rebuilt_RT = ranker.extractor.rebuild(z_RT, centre_R3)
         else:
@@ -141,12 +141,13 @@ class Ranker:
         -------
         dict of float32 arrays (W,), W = T // frames, in time order
             ``scores``: higher is more salient. ``mutual`` and ``ridge`` also give ``scores_space`` and ``scores_time``:
-            the score with only S_w, or only T_w, instead of the smaller of both. The score exceeds neither.
+            the score with only S_w, or only T_w, instead of the smaller of both. The score exceeds neither. Of the only
+            window of a scan these three are 0.
 
         Raises
         ------
         RunRefused
-            If the scan has fewer than two windows, NaN or infinity, or fewer than two parcels that vary.
+            If the scan has no window, NaN or infinity, or fewer than two parcels that vary.
         ConfigError
             If the extractor was trained for another window length, or the number of centres and parcels differ.
         """
@@ -156,9 +157,9 @@ class Ranker:
             got = f"windows of {frames} frames"
             hint = "Train an extractor for this window length"
             raise ConfigError(where, "windows.frames", got, self.extractor.config.frames, hint)
-        if roi_RT.ndim != 2 or roi_RT.shape[1] < 2 * frames:
+        if roi_RT.ndim != 2 or roi_RT.shape[1] < frames:
             got = f"{roi_RT.shape} parcels x frames"
-            raise RunRefused(where, "frames", got, f"at least 2 windows of {frames} frames")
+            raise RunRefused(where, "frames", got, f"at least a window of {frames} frames")
         if centre_R3.shape != (len(roi_RT), 3):
             raise ConfigError(where, "centres", centre_R3.shape, (len(roi_RT), 3))
         z_VRT, kept_R = standardise(roi_RT[:, : roi_RT.shape[1] // frames * frames])

@@ -119,6 +119,8 @@ def rebuild_by_ridge(z_RT: np.ndarray, frames: int) -> np.ndarray:
     rebuilt_RT = np.zeros_like(z_RT)
     for first in range(0, length, frames):
         near = side[(first + side >= 0) & (first + side < length)]
+        if not len(near):
+            continue  # the only window has no frames from which it could be predicted
         gram = corr_L[np.abs(near[:, None] - near)] + PENALTY * np.eye(len(near))
         weights = linalg.solve(gram, corr_L[np.abs(near[:, None] - inside)], assume_a="pos")
         rebuilt_RT[:, first : first + frames] = z_RT[:, first + near] @ weights.astype(z_RT.dtype)

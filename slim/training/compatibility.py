@@ -46,6 +46,7 @@ RULES: dict[str, Rule] = {
     "view": Rule.FIXED,
     "windows.k": Rule.FIXED,
     "windows.best": Rule.NAMED,
+    "windows.minimum": Rule.FREE,  # the sessions that it chooses are compared in `slim.training.origin`
     "optimizer": Rule.NAMED,
     "precision": Rule.NAMED,
     "chunk_tokens": Rule.FREE,

@@ -136,7 +136,7 @@ class TrainingTask(ABC):
         self.settings, self.datasets = settings, list(datasets)
         self.geometry = geometry_for(settings, self.datasets)
         weights = [item.weight for item in settings.data]
-        self.stream = Stream(self.datasets, weights, "train", settings.run.seed, settings.windows.k)
+        self.stream = Stream(self.datasets, weights, "train", settings.run.seed, settings.windows.least)
 
     def origin(self, processes: int) -> Origin:
         """What the checkpoints of this task depend on, with this number of processes."""
@@ -147,11 +147,11 @@ class TrainingTask(ABC):
         return Seen.of(self.stream.sessions)
 
     def too_short(self) -> list[str]:
-        """A line for each dataset that has training sessions with fewer than `windows.k` windows."""
-        least = self.settings.windows.k
+        """A line for each dataset of which training sessions are left out, because they have too few windows."""
+        least = self.settings.windows.least
         return [
             f"{short} of {short + len(part)} training sessions of {dataset.folder} are left out: they have fewer than "
-            f"{least} windows (windows.k)"
+            f"{least} windows (windows.minimum, windows.k)"
             for dataset, part, short in zip(self.datasets, self.stream.sessions, self.stream.short, strict=True)
             if short
         ]

@@ -22,9 +22,10 @@ GLOBAL = SIZES.model_copy(update={"local_stages": 1})  # its second pooling happ
 GEOMETRY = geometry_of(SIZES, (8, 4, 4, 8))
 
 
-def make_sample(seed: int, brain: float = 0.35, geometry: Geometry = GEOMETRY) -> Sample:
+def make_sample(seed: int, brain: float = 0.35, geometry: Geometry = GEOMETRY, frames: int | None = None) -> Sample:
+    """A random sample; with fewer frames than the geometry, one of a short session."""
     rng = np.random.default_rng(seed)
-    frames, places = geometry.tokens[0], int(np.prod(geometry.tokens[1:]))
+    frames, places = frames or geometry.tokens[0], int(np.prod(geometry.tokens[1:]))
     place = np.sort(rng.choice(places, max(2, int(brain * places)), replace=False))
     n = len(place)
     return Sample(
@@ -43,8 +44,12 @@ def settings(**other: object) -> PretrainSettings:
     return PretrainSettings(data="x", model=SIZES, precision="fp32", run={"out": "x"}, **other)  # type: ignore[arg-type]
 
 
+def masked(sample: Sample, epoch: int = 0) -> Sample:
+    """The sample, with a mask."""
+    size_SL = cell_sizes(GEOMETRY, sample.place, len(sample.second))
+    sample.mask = draw(size_SL, TokenMaskSettings(), 0, epoch, sample.key)
+    return sample
+
+
 def make_batch(*seeds: int, epoch: int = 0) -> Batch:
-    samples = [make_sample(seed) for seed in seeds]
-    for sample in samples:
-        sample.mask = draw(cell_sizes(GEOMETRY, sample.place), TokenMaskSettings(), 0, epoch, sample.key)
-    return collate(samples, GEOMETRY, 100)
+    return collate([masked(make_sample(seed), epoch) for seed in seeds], GEOMETRY, 100)

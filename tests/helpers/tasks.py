@@ -44,7 +44,7 @@ def sessions(subjects: int, each: int = 2, **labels: Callable[[int], Any]) -> An
 
 
 def cases_of(chosen: Task, dataset: Any) -> Cases:
-    return find_cases(chosen, dataset, 8, "task.yaml")
+    return find_cases(chosen, dataset, "task.yaml")
 
 
 def groups(subjects: int = 24, each: int = 2) -> tuple[Task, Cases]:

@@ -231,7 +231,7 @@ def test_a_fine_tuning_keeps_who_was_seen_before_it(run: Path, datasets: dict[st
     ours, data = SlimBrain.from_pretrained(run), Dataset(datasets["grown"])
     tree = {"name": "s", "type": "regression", "label": "score", "split": {"kind": "holdout", "repeats": 1}}
     task = check(Task, tree | {"split": {**tree["split"], "shares": [0.5, 0.2, 0.3]}}, "task.yaml")
-    cases = find_cases(task, data, 8, "task.yaml")
+    cases = find_cases(task, data, "task.yaml")
     splits = make_splits(task, cases, "task.yaml")
     for name, expected in (("finetuned", ours.seen), ("scratch", Seen(frozenset()))):
         words = ("run.wandb=disabled", "run.device=cpu")
@@ -265,7 +265,7 @@ def test_one_person_of_two_cohorts_is_one_subject(datasets: dict[str, Path]) -> 
     first, second = (Dataset(datasets[name]) for name in ("first", "second"))
     first.sessions = first.sessions + second.sessions
     task = check(Task, {"name": "s", "type": "regression", "label": "score"}, "task.yaml")
-    found = find_cases(task, first, 8, "task.yaml")
+    found = find_cases(task, first, "task.yaml")
     assert len(found.subjects) == 6 + 4 and len(found.sessions) == 6 + 3 + 4
 
 

@@ -132,7 +132,7 @@ def written(folder: Path, subjects: int = 20) -> SimpleNamespace:
 
 def test_states_are_decoded_for_subjects_nobody_was_trained_on(tmp_path: Path):
     task = check(Task, STATE, "task.yaml")
-    cases = find_cases(task, written(tmp_path), 8, "task.yaml", tmp_path)
+    cases = find_cases(task, written(tmp_path), "task.yaml", tmp_path)
     assert len(cases.sessions) == 240 and cases.classes == ["go", "stop"] and len(cases.distinct()) == 20
     first = cases.window_N[:12]
     np.testing.assert_allclose(first, np.arange(12) * WINDOW)
@@ -156,7 +156,7 @@ def test_states_are_decoded_for_subjects_nobody_was_trained_on(tmp_path: Path):
 def test_windows_are_drawn_with_their_subject(tmp_path: Path):
     """With all windows of a subject right, or all wrong, the interval is that of so many subjects."""
     task = check(Task, STATE | {"split": {"kind": "folds", "folds": 2, "repeats": 1}}, "task.yaml")
-    cases = find_cases(task, written(tmp_path), 8, "task.yaml", tmp_path)
+    cases = find_cases(task, written(tmp_path), "task.yaml", tmp_path)
 
     class Known:
         def predict(self, fold):

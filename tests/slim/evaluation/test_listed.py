@@ -49,8 +49,8 @@ def test_a_file_gives_the_same_split_as_a_column(tmp_path: Path, ending: str) ->
     by_file = task(GROUP | {"split": {"kind": "listed", "file": path.name}})
     by_column = task(GROUP | {"split": {"kind": "listed", "column": "fold"}})
     where = tmp_path / "task.yaml"
-    one = find_cases(by_file, data(), 8, where)
-    other = find_cases(by_column, data(fold=lambda s: SIDES[s % 4]), 8, where)
+    one = find_cases(by_file, data(), where)
+    other = find_cases(by_column, data(fold=lambda s: SIDES[s % 4]), where)
     for mine, theirs in zip(make_splits(by_file, one, where)[0], make_splits(by_column, other, where)[0], strict=True):
         for side in ("train", "val", "test"):
             assert np.array_equal(getattr(mine, side), getattr(theirs, side)) and len(getattr(mine, side))
@@ -97,7 +97,7 @@ def test_what_is_wrong_in_lists_is_named(tmp_path: Path) -> None:
     def refusal(text: str) -> str:
         lists.write_text(text)
         with pytest.raises(ConfigError) as error:
-            make_splits(chosen, find_cases(chosen, data(), 8, where), where)
+            make_splits(chosen, find_cases(chosen, data(), where), where)
         assert "\n" not in error.value.line()
         return error.value.line()
 
@@ -108,13 +108,13 @@ def test_what_is_wrong_in_lists_is_named(tmp_path: Path) -> None:
     assert "training" in refusal("subject,split\n1,test\n2,test\n4,test\n5,test\n")
     lists.unlink()
     with pytest.raises(ConfigError, match=r"lists\.csv"):
-        find_cases(chosen, data(), 8, where)
+        find_cases(chosen, data(), where)
     broken = tmp_path / "lists.json"
     chosen = task(GROUP | {"split": {"kind": "listed", "file": "lists.json"}})
     for text in ("[1]", '{"train": 3}', "{"):
         broken.write_text(text)
         with pytest.raises(ConfigError, match="lists such as"):
-            find_cases(chosen, data(), 8, where)
+            find_cases(chosen, data(), where)
 
 
 def test_a_column_without_values_and_a_single_site_are_refused() -> None:

@@ -65,8 +65,8 @@ def test_sessions_without_the_label_are_left_out_and_counted():
     del dataset.sessions[8].labels["group"]
     dataset.sessions[10] = dataset.sessions[10].model_copy(update={"n_kept": 7})
     found = cases_of(task(GROUP), dataset)
-    assert found.left_out == {"without the label": 9, "fewer than 8 windows": 1}
-    assert len(found.sessions) == 22 and len(found.subjects) == 12 and found.classes == ["A", "B"]
+    assert found.left_out == {"without the label": 9}
+    assert len(found.sessions) == 23 and len(found.subjects) == 12 and found.classes == ["A", "B"]
     assert [found.subjects[s][1] for s in found.subject_N] == [line.subject for line in found.sessions]
 
 

@@ -94,7 +94,7 @@ def test_logits_of_states_are_those_of_the_probe(features, opened: Dataset, stat
     """Of single windows, and the mean of several."""
     path, folder = states
     task = load_task(path).model_copy(update={"pooling": pooling})
-    cases = find_cases(task, opened, 8, path, folder)
+    cases = find_cases(task, opened, path, folder)
     assert cases.classes == ["look", "move", "rest"] and len(cases.sessions) == 72
     fold = make_fold(task, cases, make_splits(task, cases, path)[0][0])[0]
     by_key = {item.key: item for item in features}
@@ -311,7 +311,7 @@ def test_test_sessions_alone_are_explained(opened: Dataset, tmp_path: Path):
     path = tmp_path / "score.yaml"
     path.write_text(TASK)
     task = load_task(path)
-    cases = find_cases(task, opened, 8, path)
+    cases = find_cases(task, opened, path)
     for asked in explain.choose(task, cases, path, 6):
         assert asked.row in asked.fold.test and cases.subject_N[asked.row] not in cases.subject_N[asked.fold.train]
     assert len(explain.choose(task, cases, path, 99)) == 6
@@ -334,7 +334,7 @@ def test_states_are_explained_by_their_own_windows(
         assert size[3:6].min() > size[[0, 1, 2, 6, 7, 8, 9, 10, 11]].max()  # others take part as what it is read with
 
     task = load_task(path)
-    cases = find_cases(task, opened, 8, path, folder)
+    cases = find_cases(task, opened, path, folder)
     for asked in explain.choose(task, cases, path, 6, 1):
         assert cases.subject_N[asked.row] not in cases.subject_N[asked.fold.train] and len(asked.start_w) == 3
     done = run_command("tools/explain.py", model.run_folder, *words[:6], "--class", "sleep")

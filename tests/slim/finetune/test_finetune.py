@@ -200,7 +200,7 @@ def test_nothing_of_a_test_subject_reaches_the_training(pretrained: Path, people
     """Neither sessions nor answers of it, nor any label; what it answers changes no byte of what training is given."""
     opened, ours = Dataset(people), SlimBrain.from_pretrained(pretrained)
     task = check(Task, SCORE, "task.yaml")
-    cases = find_cases(task, opened, 8, "task.yaml")
+    cases = find_cases(task, opened, "task.yaml")
     splits = make_splits(task, cases, "task.yaml")
     given: list[bytes] = []
 
@@ -233,7 +233,7 @@ def test_two_divisions_with_the_same_test_people_are_two_fine_tunings(
     """Of few people, two divisions often test the same ones and differ in who is validated on."""
     opened, ours = Dataset(people), SlimBrain.from_pretrained(pretrained)
     task = check(Task, SCORE, "task.yaml")
-    cases = find_cases(task, opened, 8, "task.yaml")
+    cases = find_cases(task, opened, "task.yaml")
     ((first,), _) = make_splits(task, cases, "task.yaml")
     swapped = first.fitted[::-1]
     second = Split(np.sort(swapped[: len(first.train)]), np.sort(swapped[len(first.train) :]), first.test)
@@ -286,7 +286,7 @@ def test_what_the_weights_decide_cannot_be_set(pretrained: Path, tmp_path: Path,
 
 def test_scores_stand_beside_those_of_the_same_question_alone(tmp_path: Path, people: Path) -> None:
     opened, task = Dataset(people), check(Task, SCORE, "task.yaml")
-    cases = find_cases(task, opened, 8, "task.yaml")
+    cases = find_cases(task, opened, "task.yaml")
     splits = make_splits(task, cases, "task.yaml")
     facts = probe.task_facts(task, cases, splits)
 
@@ -404,7 +404,7 @@ def test_what_was_fine_tuned_answers_for_a_run_as_for_a_test_subject(
     session = next(line for line in opened.sessions if line.subject == source.subject)
     guess = predict(model, 0, opened, [session], tuned.geometry, settings, torch.device("cpu"))[0]
     task = check(Task, SCORE, "task.yaml")
-    cases = find_cases(task, opened, 8, "task.yaml")
+    cases = find_cases(task, opened, "task.yaml")
     split = make_splits(task, cases, "task.yaml")[0][0]
     truth = cases.truth_S[np.unique(cases.subject_N[np.concatenate([split.train, split.val])])]
     expected = guess * truth.std() + truth.mean()
@@ -460,7 +460,7 @@ def _runs(whole: tuple[Path, dict]) -> list[dict]:
 def method_of(pretrained: Path, people: Path, folder: Path, words: tuple, scratch: bool, train: Any) -> tuple:
     """Fine-tuning as the command does it, and its first division of the subjects."""
     opened, task = Dataset(people), check(Task, SCORE, "task.yaml")
-    cases = find_cases(task, opened, 8, "task.yaml")
+    cases = find_cases(task, opened, "task.yaml")
     splits = make_splits(task, cases, "task.yaml")
     ours = SlimBrain.from_pretrained(pretrained)
     name, words = "scratch" if scratch else "finetuned", (*QUICK, "run.epochs=3", *words)

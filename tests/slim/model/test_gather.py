@@ -53,15 +53,18 @@ def dense_reference(model: Hiera, sample: Sample, stage: int | None = None) -> d
     geometry = model.geometry
     dtype = model.space.dtype
     frames, places = geometry.tokens[0], int(np.prod(geometry.tokens[1:]))
+    length = len(sample.second)  # a short session has fewer frames than the grid
     exists = torch.zeros(frames, places, dtype=torch.bool)
-    exists[:, sample.place] = True
+    exists[:length, sample.place] = True
     value = torch.zeros(frames, places, V, dtype=dtype)
-    value[:, sample.place] = torch.from_numpy(sample.value).to(dtype)
+    value[:length, sample.place] = torch.from_numpy(sample.value).to(dtype)
     baseline, spread = torch.zeros(places, V, dtype=dtype), torch.ones(places, V, dtype=dtype)
     baseline[sample.place] = torch.from_numpy(sample.baseline).to(dtype)
     spread[sample.place] = torch.from_numpy(sample.spread).to(dtype)
     x = model.embed.whole(value + baseline) + model.embed.own(value / spread) + model.embed.bias
-    x = x + model.space + model.time[:, None] + model.seconds(torch.from_numpy(sample.second).to(dtype))[:, None]
+    second = torch.zeros(frames, dtype=dtype)
+    second[:length] = torch.from_numpy(sample.second).to(dtype)
+    x = x + model.space + model.time[:, None] + model.seconds(second)[:, None]
     shape = geometry.tokens
     x, exists = x.reshape(*shape, -1), exists.reshape(shape)
     unit = geometry.unit
@@ -121,7 +124,7 @@ def pool(x: torch.Tensor, exists: torch.Tensor, stride: tuple[int, ...]) -> tupl
 @pytest.mark.parametrize("stage", [1, 2])
 @torch.no_grad()
 def test_a_stage_is_the_mean_over_each_cells_tokens(sizes: ModelSettings, stage: int):
-    model, samples = encoder(sizes=sizes), [make_sample(1), make_sample(2, brain=0.1)]
+    model, samples = encoder(sizes=sizes), [make_sample(1), make_sample(2, brain=0.1), make_sample(3, frames=5)]
     for chunk_tokens in (None, 100):
         batch = collate(samples, model.geometry, chunk_tokens)
         out = model.stage(as_dtype(batch.voxels, torch.float64), batch.whole, stage)
@@ -138,10 +141,11 @@ def test_a_stage_is_the_mean_over_each_cells_tokens(sizes: ModelSettings, stage:
 
 @pytest.mark.parametrize("sizes", [SIZES, GLOBAL], ids=["pooled in units", "pooled in a global stage"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("frames", [(8, 8), (8, 4), (3, 8), (1, 6)], ids=str)
 def test_gathered_equals_dense_with_missing_tokens_masked(
-    dtype: torch.dtype, tolerance: float, sizes: ModelSettings, device: str
+    dtype: torch.dtype, tolerance: float, sizes: ModelSettings, frames: tuple[int, int], device: str
 ) -> None:
-    samples = [make_sample(1), make_sample(2, 0.6)]
+    samples = [make_sample(1, frames=frames[0]), make_sample(2, 0.6, frames=frames[1])]
     dense_model = encoder(dtype, sizes=sizes)
     dense = [dense_reference(dense_model, sample) for sample in samples]
     model = encoder(dtype, sizes=sizes)

@@ -59,7 +59,9 @@ def test_cov_is_that_of_the_probe(brains: list[set[int]], components: int, seed:
     order_M = torch.randperm(len(cells), generator=rng)
     x_MC = torch.cat([token.flatten(0, 1) for token in tokens])[order_M]
     plan: Any = SimpleNamespace(
-        sample_M=torch.tensor(samples).int()[order_M], cell_M=torch.tensor(cells).int()[order_M]
+        sample_M=torch.tensor(samples).int()[order_M],
+        cell_M=torch.tensor(cells).int()[order_M],
+        slots_B=[slots] * len(brains),
     )
     head = Head(check(HeadSettings, {"components": components}, "test"), 5, 2, (slots, 1, 2, 3))
     head.set_axes(head.scatter(x_MC, plan))

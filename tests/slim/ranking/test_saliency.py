@@ -296,8 +296,8 @@ def test_runs_of_any_length_get_a_score_per_whole_window(rankers, name, length):
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_that_cannot_be_ranked_are_refused(rankers, name):
     roi_RT, centre_R3 = planted_run(11, windows=12, parcels=12)
-    with pytest.raises(RunRefused, match="at least 2 windows of 5 frames"):
-        rankers[name].scores(roi_RT[:, :9], centre_R3, FRAMES)
+    with pytest.raises(RunRefused, match="at least a window of 5 frames"):
+        rankers[name].scores(roi_RT[:, :4], centre_R3, FRAMES)
     for few in (roi_RT[:1], np.concatenate([roi_RT[:1], np.full((4, 60), np.float32(7))])):
         with pytest.raises(RunRefused, match="at least 2 that vary"):
             rankers[name].scores(few, centre_R3[: len(few)], FRAMES)
