@@ -14,7 +14,8 @@ from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import FINETUNE, REPORT
 from slim.checkpoints.source import require_weights
 from slim.config import FinetuneSettings, renamed_assignments
-from slim.evaluation.task import find_cases, load_task, make_splits, overrides_of_tasks
+from slim.evaluation.division import make_splits
+from slim.evaluation.task import find_cases, load_task, overrides_of_tasks
 
 if TYPE_CHECKING:
     from slim.finetune.method import Finetuned

@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from slim.finetune.method import SCRATCH
 
     task, name, step = method.task, method.name, method.ours.step
+    if len(task.split.share) > 1:
+        print("split.share: fine-tuning takes all training people; slim-brain probe scores the shares", file=sys.stderr)
     report = finetuning.report_of(method, args)
     seen = set[Person]() if name == SCRATCH else method.ours.seen_people(method.dataset)
     found = probe.run_task(task, method.cases, {name: method}, args.task)

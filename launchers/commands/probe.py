@@ -28,8 +28,8 @@ from slim.checkpoints.source import require_weights
 if TYPE_CHECKING:
     from shards.format.reader import Dataset
     from slim.checkpoints.seen import Person
+    from slim.evaluation.division import Splits
     from slim.evaluation.results import TaskResult
-    from slim.evaluation.splits import Split
     from slim.evaluation.task import Cases, Task
     from slim.inference.slim_brain import SlimBrain
 
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("command line", "--random-seeds", args.random_seeds, "1 or more")
 
     from shards.format.reader import Dataset
-    from slim.evaluation.task import find_cases, load_tasks, make_splits
+    from slim.evaluation.division import divide_shares, make_splits
+    from slim.evaluation.task import find_cases, load_tasks
 
     args.task = [find("task", given, "--task") for given in args.task]
     tasks, changes = zip(*load_tasks(args.task, args.settings), strict=True)
@@ -100,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.check_data(dataset)
         model.check_unseen(dataset)
         _check_recipe(model, ours, path, args.runs[0])
-    cases, splits = [], []
+    cases, shares = [], []
     for task, path, words in zip(tasks, args.task, changes, strict=True):  # all, before anything is encoded
         with typed(words, path):
             cases.append(find_cases(task, dataset, path, args.events))
-            splits.append(make_splits(task, cases[-1], path))
+            shares.append(divide_shares(task, cases[-1], make_splits(task, cases[-1], path), path))
 
     sessions = {session.key: session for case in cases for session in case.sessions}
     # With the seed of a run, the random weights are the initial weights of that run.
@@ -113,11 +114,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds.append(max(seeds) + 1)
     models = [("ours", model) for model in trained]
     models += [("random", SlimBrain.random(ours, seed)) for seed in seeds[: args.random_seeds]]
-    asked = list(zip(tasks, cases, splits, strict=True))
-    scored: dict[str, dict[str, list[probe.Scores]]] = {task.name: {} for task in tasks}
+    asked = list(zip(tasks, cases, shares, strict=True))
+    scored: dict[str, dict[float, dict[str, list[probe.Scores]]]] = {
+        task.name: {share: {} for share in split_of} for task, _, split_of in asked
+    }
 
-    def score(task: Task, case: Cases, split: list[list[Split]], name: str, method: probe.Method) -> None:
-        scored[task.name].setdefault(name, []).append(probe.score_and_permute(task, case, split, method))
+    def score(task: Task, case: Cases, split_of: dict[float, Splits], name: str, method: probe.Method) -> None:
+        for share, splits in split_of.items():
+            found = scored[task.name][share].setdefault(name, [])
+            found.append(probe.score_and_permute(task, case, splits, method))
 
     out = args.out or ours.results / REPORT
     require_room(out, "--out")
@@ -128,19 +133,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 features[key] = model.encode_session(dataset, session)
                 advance(1, key)
         with progress(f"probe, {name}", len(tasks), "fits") as advance:
-            for task, case, split in asked:
-                score(task, case, split, name, probe.encoder_method(task, case, features, device))
+            for task, case, split_of in asked:
+                score(task, case, split_of, name, probe.encoder_method(task, case, features, device))
                 advance(1, task.name)
     with progress("probe, baselines", len(asked), "tasks") as advance:
-        for task, case, split in asked:
+        for task, case, split_of in asked:
             for name, method in probe.baselines(task, case, dataset).items():
-                score(task, case, split, name, method)
+                score(task, case, split_of, name, method)
             advance(1, task.name)
 
     results: list[TaskResult] = []
     seen = _seen(trained, dataset)
-    for (task, case, split), words in zip(asked, changes, strict=True):
-        result = probe.summarise(task, case, split, scored[task.name])
+    for (task, case, split_of), words in zip(asked, changes, strict=True):
+        result = probe.summarise_shares(task, case, split_of, scored[task.name])
         facts = result.facts.with_facts(
             run=args.runs[0],
             runs=args.runs,
@@ -192,6 +197,8 @@ def _print(result: TaskResult) -> None:
     facts = result.facts
     about = f"{facts.sessions} sessions, {facts.test_subjects} test subjects, {facts.pooling} pooling"
     display.print_table(result, f"{result.name}: {about}")
+    for share in facts.shares:
+        print(f"  {display.percent(share.share)} of the training people: {share.people_by_class}")
     for reason, count in facts.left_out.items():
         print(f"  {count} sessions left out: {reason}")
     if facts.short_sessions:

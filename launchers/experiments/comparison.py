@@ -18,8 +18,9 @@ import torch
 from shards.core.files import atomically
 from shards.format.reader import Dataset
 from slim.evaluation import metrics, probe
+from slim.evaluation.division import make_splits
 from slim.evaluation.results import Draws, Estimate, averaged
-from slim.evaluation.task import Cases, Task, find_cases, make_splits
+from slim.evaluation.task import Cases, Task, find_cases
 from slim.inference.slim_brain import Features, SlimBrain
 
 

@@ -15,11 +15,17 @@ from slim.evaluation import metrics
 from slim.evaluation.results import OURS, Estimate, TaskResult
 
 _WIDTH = 130  # number of characters per line in log files
+_OTHERS = (html.ORANGE, html.GREEN, html.PURPLE, html.SKY, html.GREY, html.INK)  # colours of curves beside ours
 
 
 def words_of(method: str) -> str:
     """The name of a method for display."""
     return method.replace("_", " ")
+
+
+def percent(share: float) -> str:
+    """A few-shot share for display."""
+    return f"{100 * share:g} %"
 
 
 def print_table(result: TaskResult, title: str, compared: bool = True) -> None:
@@ -30,7 +36,7 @@ def print_table(result: TaskResult, title: str, compared: bool = True) -> None:
     result : TaskResult
     title : str
     compared : bool
-        Whether to print paired differences and chance levels, if they are known.
+        Whether to print few-shot shares, paired differences and chance levels, if they are known.
     """
     names, facts = result.metrics, result.facts
     table = Table(title=title, title_justify="left")
@@ -39,6 +45,11 @@ def print_table(result: TaskResult, title: str, compared: bool = True) -> None:
     for method, mine in result.estimates.items():
         table.add_row(words_of(method), *[_cell(mine.get(metric)) for metric in names])
     if compared:
+        for share in facts.shares:
+            table.add_section()
+            for method, mine in share.estimates.items():
+                name = f"{words_of(method)}, {percent(share.share)}"
+                table.add_row(name, *[_cell(mine.get(metric)) for metric in names])
         table.add_section()
         for method, mine in facts.differences.items():
             table.add_row(f"ours - {method}", *[_cell(mine.get(metric)) for metric in names])
@@ -99,6 +110,66 @@ def save_forest(result: TaskResult, path: Path) -> None:
         figure = forest(result)
         figure.suptitle(
             f"{result.name}: {result.facts.test_subjects} test subjects, {result.facts.pooling} pooling, "
+            f"95 % intervals over subjects{'; ' if chance else ''}{chance}",
+            fontsize=9,
+        )
+        figure.savefig(path, dpi=130)
+
+
+def share_curves(result: TaskResult, label: Callable[[str], str] = words_of) -> Figure:
+    """A figure with a panel for each metric, and a curve over the few-shot shares for each method, with intervals.
+
+    Parameters
+    ----------
+    result : TaskResult
+        With shares.
+    label : callable
+        Returns the name of a method for display.
+    """
+    shares, names = result.facts.shares, result.metrics
+    figure = Figure(figsize=(min(14, 2.2 + 3 * len(names)), 3.2))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", wspace=0.06)
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    rest = [method for method in result.estimates if method != OURS]
+    colours = {OURS: html.BLUE} | {method: _OTHERS[at % len(_OTHERS)] for at, method in enumerate(rest)}
+    for axes, metric in zip(panels, names, strict=True):
+        for place, method in enumerate(result.estimates):
+            found = [one.estimates.get(method, {}).get(metric) for one in shares[:-1]]
+            found.append(result.estimate(method, metric))
+            known = [
+                (one.share * 1.02**place, mine)  # intervals beside each other
+                for one, mine in zip(shares, found, strict=True)
+                if mine is not None and mine.value is not None
+            ]
+            look = {"color": colours[method], "lw": 2 if method == OURS else 1.2}
+            for at, mine in known:
+                if mine.interval is not None:
+                    axes.plot([at, at], mine.interval, alpha=0.5, **look)
+            axes.plot(
+                [at for at, _ in known], [mine.value for _, mine in known], "o-", ms=4, label=label(method), **look
+            )
+        if metric in result.levels:
+            axes.axhline(result.levels[metric], color=html.RED, lw=1, ls="--")
+        axes.set(title=metrics.words(metric), xscale="log")
+        axes.set_xticks([one.share for one in shares], [f"{percent(one.share)}\n{one.people}" for one in shares])
+        axes.minorticks_off()
+        axes.grid(axis="y")
+    panels[0].set_xlabel("training people")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def save_shares(result: TaskResult, path: Path) -> None:
+    """Save the curves of the few-shot shares as a PNG; without shares, remove an earlier one."""
+    if not result.facts.shares:
+        path.unlink(missing_ok=True)
+        return
+    chance = metrics.caption("dashed", result.metrics, result.levels)
+    with html.drawing():
+        figure = share_curves(result)
+        figure.suptitle(
+            f"{result.name}: shares of the training people, the same {result.facts.test_subjects} test subjects, "
             f"95 % intervals over subjects{'; ' if chance else ''}{chance}",
             fontsize=9,
         )

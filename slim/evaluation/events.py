@@ -1,4 +1,4 @@
-"""The states of the windows of a scan, from BIDS tables of events.
+"""The states of the windows of a scan, from its events: a BIDS table, or FSL's file of three columns for each state.
 
 Events are shifted by the delay of the haemodynamic response. A window belongs to the trial type with the largest
 overlap, if its events cover half of the window, or half of their length lies in the window. Otherwise, and if two types
@@ -14,24 +14,28 @@ from string import Formatter
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from shards.core import tables
 from shards.core.errors import ConfigError
-from shards.core.settings import PathText, Settings, Unit
+from shards.core.files import trouble
+from shards.core.settings import Contradiction, PathText, Settings, Unit
 from shards.format.session_record import SessionRecord
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FIELDS = ("subject", "session", "task", "run")
+STATE = "{state}"  # in the name of a file: each state has a file of its own
+_COLUMNS = "three numbers in each line: onset, duration, weight"
 
 
 class EventSettings(Settings):
     """Where the tables are and how they are read."""
 
     path: PathText = Field(
-        description="path of the table of a scan in the folder of events; {subject}, {session}, {task}, {run}"
+        description="path of the table of a scan in the folder of events; {subject}, {session}, {task}, {run}. With "
+        "{state} in the file's name: FSL's files of three columns, one for each state in `keep`"
     )
     root: PathText | None = Field(None, description="folder of events, relative to the task's file; or --events FOLDER")
     column: str = Field("trial_type", description="column with the states")
@@ -48,9 +52,23 @@ class EventSettings(Settings):
         except ValueError:  # braces that do not match
             fields = [("", "", "", "")]
         # a width, as in {subject:>9}, could make very long paths
-        if any(name not in FIELDS or width or conversion for _, name, width, conversion in fields):
-            raise ValueError(f"a path with {{{'}, {'.join(FIELDS)}}} and no other fields")
+        known = (*FIELDS, "state")
+        if any(name not in known or width or conversion for _, name, width, conversion in fields):
+            raise ValueError(f"a path with {{{'}, {'.join(known)}}} and no other fields")
+        if STATE in value.rpartition("/")[0]:
+            raise ValueError(f"{STATE} in the name of the file alone, not in the names of its folders")
         return value
+
+    @model_validator(mode="after")
+    def _names_its_files(self) -> EventSettings:
+        if self.has_files and not self.keep:
+            raise Contradiction("keep", "nothing", f"the states, one for each file of {self.path}", "Add this key")
+        return self
+
+    @property
+    def has_files(self) -> bool:
+        """Whether each state has a file of its own."""
+        return STATE in self.path
 
 
 def read(settings: EventSettings, root: Path, session: SessionRecord, where: str | Path) -> pd.DataFrame:
@@ -59,25 +77,72 @@ def read(settings: EventSettings, root: Path, session: SessionRecord, where: str
     Raises
     ------
     ConfigError
-        If the table or a column is missing, or an onset or duration is not a number.
+        If a table, its column, or the folder of the states' files is missing, or an onset or duration is not a number.
     """
-    path = root / settings.path.format(**{name: getattr(session, name) for name in FIELDS})
     import pandas as pd  # takes half a second to import
 
+    names = {name: getattr(session, name) for name in FIELDS}
+    if settings.has_files:
+        onset_E, length_E, state_E = _of_files(settings, root, names, session.key, where)
+    else:
+        onset_E, length_E, state_E = _of_table(settings, root / settings.path.format(**names), session.key, where)
+    onset_E = onset_E - (session.dropped_frames or 0) * session.source_tr
+    found = pd.DataFrame({"onset": onset_E, "end": onset_E + length_E, "state": pd.Series(state_E, dtype=object)})
+    found = found.dropna(subset=["onset", "state"])
+    return found[found["state"].isin(settings.keep)] if settings.keep else found
+
+
+def _of_table(
+    settings: EventSettings, path: Path, key: str, where: str | Path
+) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+    """Onsets, durations (s) and states in a BIDS table."""
     if not (path.is_file() or path.is_symlink()):
-        raise ConfigError(
-            where, "events.path", f"no file {path}", f"the events of {session.key}", "Give --events FOLDER"
-        )
+        raise ConfigError(where, "events.path", f"no file {path}", f"the events of {key}", "Give --events FOLDER")
     table = tables.read(path, "a BIDS table of events")
     for column in ("onset", "duration", settings.column):
         if column not in table:
             raise ConfigError(path, column, f"columns {', '.join(table.columns)}", f"a column {column}")
-    dropped_s = (session.dropped_frames or 0) * session.source_tr
-    onset_E = table.numbers("onset") - dropped_s
-    length_E = np.nan_to_num(table.numbers("duration"))
-    found = pd.DataFrame({"onset": onset_E, "end": onset_E + length_E, "state": table.texts(settings.column)})
-    found = found.dropna(subset=["onset", "state"])
-    return found[found["state"].isin(settings.keep)] if settings.keep else found
+    return table.numbers("onset"), np.nan_to_num(table.numbers("duration")), table.texts(settings.column)
+
+
+def _of_files(
+    settings: EventSettings, root: Path, names: dict[str, str], key: str, where: str | Path
+) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+    """Onsets, durations (s) and states in FSL's files. A state without a file did not occur in the scan."""
+    rows: list[tuple[float, float]] = []
+    state_E: list[str | None] = []
+    for state in settings.keep:
+        path = root / settings.path.format(**names, state=state)
+        if not path.parent.is_dir():
+            raise ConfigError(
+                where, "events.path", f"no folder {path.parent}", f"the events of {key}", "Give --events FOLDER"
+            )
+        if path.is_file() or path.is_symlink():
+            of_state = _three_columns(path)
+            rows += of_state
+            state_E += [state] * len(of_state)
+    onset_E, length_E = np.array(rows, float).reshape(-1, 2).T
+    return onset_E, length_E, state_E
+
+
+def _three_columns(path: Path) -> list[tuple[float, float]]:
+    """Onset and duration of each line; lines with weight 0 stand for no event."""
+    if path.is_file() and not path.stat().st_size:
+        return []
+    if found := trouble(path):
+        raise ConfigError(path, "", found.got, _COLUMNS, found.hint)
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            onset, duration, weight = map(float, words)
+        except ValueError:
+            raise ConfigError(path, f"line {number}", line.strip()[:80], _COLUMNS, "Correct the file") from None
+        if weight:
+            rows.append((onset, duration))
+    return rows
 
 
 def states(events: pd.DataFrame, start_W: np.ndarray, seconds: float, delay: float) -> list[str | None]:

@@ -215,9 +215,18 @@ def fingerprint(vector_NP: np.ndarray, subject_N: np.ndarray) -> dict[str, np.nd
     return found_again(ranking(vector_NP), subject_N)
 
 
+def similarity(vector_NP: np.ndarray) -> np.ndarray:
+    """Correlation of the vectors of sessions, after subtracting the mean vector of all sessions; (N, N).
+
+    NaN for a vector without variance.
+    """
+    with np.errstate(invalid="ignore"):
+        return np.corrcoef(vector_NP - vector_NP.mean(axis=0))
+
+
 def ranking(vector_NP: np.ndarray) -> np.ndarray:
     """The other sessions of each session, the most similar first; int (N, N - 1)."""
-    similar_NN = np.corrcoef(vector_NP - vector_NP.mean(axis=0))
+    similar_NN = similarity(vector_NP)
     np.fill_diagonal(similar_NN, -np.inf)
     return np.argsort(-similar_NN, axis=1, kind="stable")[:, :-1]
 

@@ -18,6 +18,7 @@ classes or 1; D the score and its draws.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -28,8 +29,10 @@ import torch
 from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import PROBE
 from slim.evaluation import baselines as baseline
-from slim.evaluation import display, metrics
+from slim.evaluation import display, gallery, metrics
 from slim.evaluation.attentive import Attentive
+from slim.evaluation.division import make_splits, people_of
+from slim.evaluation.gallery import Galleries
 from slim.evaluation.linear import Linear
 from slim.evaluation.results import (
     OURS,
@@ -37,13 +40,14 @@ from slim.evaluation.results import (
     Estimate,
     Estimates,
     Report,
+    ShareResult,
     SplitFacts,
     TaskFacts,
     TaskResult,
     averaged,
 )
 from slim.evaluation.splits import Fold, Split
-from slim.evaluation.task import Cases, Task, make_splits
+from slim.evaluation.task import Cases, Task
 from slim.inference.slim_brain import Features
 from slim.inference.vectors import common_places, pool, windows
 
@@ -147,21 +151,11 @@ def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], metho
     A metric is computed for each repeat over all test rows, then averaged over repeats. Predictions of repeats are not
     averaged, because that would score an ensemble.
     """
-    seed = task.split.seed
     if task.type == "fingerprint":
         ((split,),) = splits
         assert isinstance(method, Linear)  # `Task` refuses a pooling that is trained
-        ranked_NN = metrics.ranking(method.vectors(split.fitted)[split.test])
-        who_N = cases.subject_N[split.test]
-        of_subject = metrics.found_again(ranked_NN, who_N)
-        weight_DS = metrics.bootstrap_weights(len(of_subject["top1"]), task.bootstrap, seed)
-        found = {name: weight_DS @ value_S / weight_DS.sum(axis=1) for name, value_S in of_subject.items()}
-        orders = metrics.shuffles(np.zeros_like(who_N), task.permutations, seed)
-
-        def again(shuffled_N: np.ndarray) -> Draws:
-            return {name: value_S.mean()[None] for name, value_S in metrics.found_again(ranked_NN, shuffled_N).items()}
-
-        return found, metrics.permuted(again, who_N, orders)
+        return _fingerprint(task, method.vectors(split.fitted)[split.test], cases.subject_N[split.test])
+    seed = task.split.seed
     scores: list[Draws] = []
     shuffled: list[Draws] = []
     for repeat, parts in enumerate(splits):
@@ -174,6 +168,46 @@ def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], metho
         measure = _measure(task, guess_UK, np.ones((1, len(tested))), number_U)
         shuffled.append(metrics.permuted(measure, truth_U, orders))
     return averaged(scores), averaged(shuffled)
+
+
+def _fingerprint(task: Task, vector_NP: np.ndarray, who_N: np.ndarray) -> Scores:
+    """Scores of a fingerprint from the vectors of the test sessions: each among all, or among those of a gallery."""
+    seed = task.split.seed
+    weight_DS = metrics.bootstrap_weights(len(np.unique(who_N)), task.bootstrap, seed)
+    orders = metrics.shuffles(np.zeros_like(who_N), task.permutations, seed)
+    if task.gallery is not None:
+        # a vector without variance is similar to none
+        similar_NN = np.nan_to_num(metrics.similarity(vector_NP), nan=-np.inf)
+        return _reidentification(task.gallery, seed, similar_NN, who_N, weight_DS, orders)
+    ranked_NN = metrics.ranking(vector_NP)
+    of_subject = metrics.found_again(ranked_NN, who_N)
+    found = {name: weight_DS @ value_S / weight_DS.sum(axis=1) for name, value_S in of_subject.items()}
+
+    def again(shuffled_N: np.ndarray) -> Draws:
+        return {name: value_S.mean()[None] for name, value_S in metrics.found_again(ranked_NN, shuffled_N).items()}
+
+    return found, metrics.permuted(again, who_N, orders)
+
+
+def _reidentification(
+    size: int,
+    seed: int,
+    similar_NN: np.ndarray,
+    who_N: np.ndarray,
+    weight_DS: np.ndarray,
+    orders: Iterable[np.ndarray],
+) -> Scores:
+    """Scores in random galleries of `size` people."""
+    galleries = Galleries.draw(who_N, size, seed)
+    # another seed than that of the people, whose number may be the same
+    weight_DR = metrics.bootstrap_weights(len(galleries.person_Rn), len(weight_DS) - 1, seed + 1)
+    values = galleries.values(similar_NN)
+    found = {name: galleries.means(value_Rn, weight_DS, weight_DR) for name, value_Rn in values.items()}
+
+    def again(order_N: np.ndarray) -> Draws:
+        return {name: value_Rn.mean()[None] for name, value_Rn in galleries.values(similar_NN, order_N).items()}
+
+    return found, metrics.permuted(again, np.arange(len(who_N)), orders)
 
 
 def _measure(
@@ -264,6 +298,49 @@ def summarise(
         Several seeds are averaged draw by draw. The interval then describes the mean score of the recipe under another
         choice of test subjects.
     """
+    estimates, differences = _estimates(scored)
+    facts = task_facts(task, cases, splits).with_facts(differences=differences)
+    return TaskResult(name=task.name, estimates=estimates, facts=facts)
+
+
+def summarise_shares(
+    task: Task,
+    cases: Cases,
+    shares: Mapping[float, list[list[Split]]],
+    scored: Mapping[float, Mapping[str, Sequence[Scores]]],
+) -> TaskResult:
+    """The result of one task with few-shot shares of the training subjects.
+
+    Parameters
+    ----------
+    task, cases
+    shares : mapping of share to list of list of Split
+        Result of `slim.evaluation.division.divide_shares`.
+    scored : mapping of share to mapping of method to one Scores a training seed
+    """
+    whole = summarise(task, cases, shares[1.0], scored[1.0])
+    if len(shares) == 1:
+        return whole
+    found = []
+    for share, repeats in shares.items():
+        fitted = [split.fitted for splits in repeats for split in splits]
+        people = [len(np.unique(cases.subject_N[rows])) for rows in fitted]
+        of_class = [people_of(cases, rows) for rows in fitted]
+        spans = {name: _span([each[name] for each in of_class]) for name in cases.classes}
+        one = ShareResult(share=share, subjects=_span(people), **({"classes": spans} if spans else {}))
+        if share < 1:
+            estimates, differences = _estimates(scored[share])
+            one = one.model_copy(update={"estimates": estimates, "differences": differences})
+        found.append(one)
+    return replace(whole, facts=whole.facts.with_facts(shares=found))
+
+
+def _span(counts: Sequence[int]) -> tuple[int, int]:
+    return min(counts), max(counts)
+
+
+def _estimates(scored: Mapping[str, Sequence[Scores]]) -> tuple[Estimates, Estimates]:
+    """The estimates of all methods, and the paired differences of ours to those in `COMPARED`."""
     means: dict[str, Draws] = {}
     estimates: Estimates = {}
     for name, each in scored.items():
@@ -279,8 +356,7 @@ def summarise(
         for name in COMPARED
         if name in means and OURS in means
     }
-    facts = task_facts(task, cases, splits).with_facts(differences=differences)
-    return TaskResult(name=task.name, estimates=estimates, facts=facts)
+    return estimates, differences
 
 
 def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts:
@@ -300,6 +376,8 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts
         test_subjects=len(tested),
         left_out=cases.left_out,
     )
+    if task.gallery is not None:
+        return facts.with_facts(gallery=task.gallery, chance=gallery.chance(task.gallery))
     if task.type == "fingerprint":
         return facts.with_facts(chance=metrics.fingerprint_chance(cases.subject_N[splits[0][0].test]))
     if task.type == "regression":
@@ -312,7 +390,7 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts
 
 
 def write_report(folder: Path, results: Iterable[TaskResult]) -> Report:
-    """Add these tasks to `folder/report.json`, and draw `folder/NAME.png`.
+    """Add these tasks to `folder/report.json`, and draw `folder/NAME.png` and, of shares, `folder/NAME_shares.png`.
 
     Raises
     ------
@@ -324,5 +402,6 @@ def write_report(folder: Path, results: Iterable[TaskResult]) -> Report:
     for result in results:
         whole = report.add(result)
         display.save_forest(whole, folder / f"{whole.name}.png")
+        display.save_shares(whole, folder / f"{whole.name}_shares.png")
     report.write(folder)
     return report

@@ -33,7 +33,7 @@ Number = Annotated[float, Field(strict=True, ge=-1e20, le=1e20)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.()+-]{0,79}$")]
 Count = Annotated[StrictInt, Field(ge=0, le=10**12)]
 _MOST = 100  # methods of a task, metrics of a method
-_QUESTION = ("type", "label", "split", "subjects", "test_subjects")  # facts that say what was asked of whom
+_QUESTION = ("type", "label", "split", "gallery", "subjects", "test_subjects")  # facts that say what was asked of whom
 # What a task is judged by whose report does not tell its type, or lacks the metric of it: the first that it has.
 _ELSE = ("auroc", "r", "map", "balanced_accuracy", "accuracy")
 
@@ -128,6 +128,52 @@ class SplitFacts(BaseModel):
         return self
 
 
+class ShareResult(BaseModel):
+    """What a few-shot share of the training subjects had and scored.
+
+    Attributes
+    ----------
+    share : float
+    subjects : (int, int)
+        Fewest and most training subjects, with those of validation, of a split.
+    classes : dict of class to (int, int), optional
+        The same for each class.
+    estimates : dict of method to dict of metric to Estimate
+        Empty for share 1, whose scores are those of the task.
+    differences : dict of method to dict of metric to Estimate
+        Of this encoder minus a method, on the same draws of subjects.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    share: Annotated[float, Field(gt=0, le=1)]
+    subjects: tuple[Count, Count]
+    classes: dict[str, tuple[Count, Count]] | None = None
+    estimates: Annotated[Estimates, Field(max_length=_MOST)] = {}
+    differences: Annotated[Estimates, Field(max_length=_MOST)] = {}
+
+    @property
+    def people(self) -> str:
+        """The number of training subjects in words: `6`, or `5 to 6`."""
+        return _span(self.subjects)
+
+    @property
+    def people_by_class(self) -> str:
+        """The number of training subjects in words, with those of each class: `6 (A 3, B 3)`."""
+        of_class = ", ".join(f"{name} {_span(count)}" for name, count in (self.classes or {}).items())
+        return f"{self.people} ({of_class})" if of_class else self.people
+
+    def tree(self) -> dict[str, object]:
+        """For JSON: the fields that were given."""
+        found = self.model_dump(mode="json", exclude_unset=True)
+        of_methods = {"estimates": self.estimates, "differences": self.differences}
+        return found | {name: _trees(each) for name, each in of_methods.items() if name in found}
+
+
+def _span(count: tuple[int, int]) -> str:
+    return str(count[0]) if count[0] == count[1] else f"{count[0]} to {count[1]}"
+
+
 class TaskFacts(BaseModel):
     """Facts about a task: its labels, subjects and settings. It may hold more, such as facts about one method."""
 
@@ -149,15 +195,19 @@ class TaskFacts(BaseModel):
     short_sessions: Count | None = None
     seeds: list[StrictInt] | StrictInt | None = None
     windows: Count | None = None
+    gallery: Count | None = None
     classes: dict[str, Count] | list[StrictStr] | None = None
     chance: dict[str, Number | None] | None = None
     differences: Annotated[Estimates, Field(max_length=_MOST)] = {}
+    shares: Annotated[tuple[ShareResult, ...], Field(max_length=_MOST)] = ()
 
     def tree(self) -> dict[str, object]:
         """For JSON: the fields that were given."""
         found = self.model_dump(mode="json", exclude_unset=True)
         if "differences" in found:
             found["differences"] = _trees(self.differences)
+        if "shares" in found:
+            found["shares"] = [share.tree() for share in self.shares]
         return found
 
     def with_facts(self, **more: Any) -> TaskFacts:

@@ -43,13 +43,20 @@ class TaskSplitSettings(Settings):
         default=(0.7, 0.1, 0.2),
         description="shares of the subjects for training, validation and test, for kind: holdout",
     )
+    share: Annotated[tuple[float, ...], Unit("share")] = Field(
+        default=(1.0,),
+        max_length=10,
+        description="few-shot: shares of the training (and validation) subjects, ascending to 1. The task is scored "
+        "with each share, on the same test subjects",
+    )
     repeats: Annotated[int, Unit("times")] = Field(default=5, ge=1, description="how often the subjects are divided")
     family: str | None = Field(default=None, description="column of the participants table; families stay together")
     seed: int = Field(default=0, ge=0, description="of the divisions, the bootstrap and the permutations")
 
     def facts(self) -> dict[str, object]:
-        """The settings, for a report. `column` and `file` only if they are given."""
+        """The settings, for a report. `column`, `file` and `share` only if they are given."""
         unused = {name for name in ("column", "file") if getattr(self, name) is None}
+        unused |= {"share"} if self.share == (1.0,) else set()
         return self.model_dump(exclude=unused)
 
     @field_validator("shares")
@@ -57,6 +64,13 @@ class TaskSplitSettings(Settings):
     def _is_whole(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
         if min(value) <= 0 or abs(sum(value) - 1) > 1e-6:
             raise ValueError(f"shares above 0 that add up to 1, not to {sum(value):g}")
+        return value
+
+    @field_validator("share")
+    @classmethod
+    def _is_ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or list(value) != sorted(set(value)) or value[0] <= 0 or value[-1] != 1:
+            raise ValueError("shares above 0, ascending to 1, such as [0.1, 0.5, 1]")
         return value
 
     @field_validator("family")
@@ -73,6 +87,8 @@ class TaskSplitSettings(Settings):
             raise Contradiction("kind", "listed", "either split.column or split.file")
         if self.kind == "sites" and given != ["column"]:
             raise Contradiction("kind", "sites", "split.column, the column of the site")
+        if self.kind == "all" and self.share != (1.0,):
+            raise Contradiction("share", list(self.share), "nothing: split.kind all trains nobody", "Remove share")
         if self.kind not in ("listed", "sites") and given:
             raise Contradiction(given[0], "a value", f"nothing: split.kind {self.kind} draws the subjects")
         return self

@@ -1,4 +1,4 @@
-"""Tasks of probes: a task from YAML, its sessions or windows with labels, and its splits by subject.
+"""Tasks of probes: a task from YAML, and its sessions or windows with labels.
 
 Legend: N rows: sessions, or windows of tasks that decode states (n of training, m of test); S subjects.
 """
@@ -14,37 +14,25 @@ from typing import Annotated, Any, Literal, NoReturn
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from shards.conversion.splits import SPLITS
-from shards.core.errors import ConfigError, DatasetError
+from shards.core.errors import ConfigError
 from shards.core.settings import Contradiction, Settings, Unit, load, read_yaml
 from shards.format.reader import Dataset
 from shards.format.session_record import SessionRecord
 from slim.evaluation import events, listed
 from slim.evaluation.events import EventSettings
 from slim.evaluation.labels import is_missing, number, refuse_lookalikes, word
-from slim.evaluation.splits import Fold, Split, TaskSplitSettings, divide
+from slim.evaluation.splits import TaskSplitSettings
 
 __all__ = [
     "Cases",
-    "Fold",
-    "Split",
     "Task",
     "find_cases",
     "load_task",
     "load_tasks",
-    "make_splits",
     "overrides_of_tasks",
 ]
 
 Pooling = Literal["mean", "mean+sd", "location", "attentive", "cov"]
-
-# Smallest number of subjects of a class (in a regression, of all) in each set of a split. Without a validation set, the
-# training set is divided again to select the penalty.
-_LEAST = {
-    "training": {"classification": 2, "state": 2, "regression": 4},
-    "validation": {"classification": 1, "state": 1, "regression": 2},
-    "test": {"classification": 1, "state": 1, "regression": 3},
-}
 
 
 class Task(Settings):
@@ -64,6 +52,12 @@ class Task(Settings):
     missing: tuple[str, ...] = Field(default=(), description="codes of missing values, such as -9999")
     events: EventSettings | None = Field(default=None, description="for type: state, tables of the events")
     split: TaskSplitSettings = TaskSplitSettings()
+    gallery: Annotated[int | None, Unit("subjects")] = Field(
+        default=None,
+        ge=2,
+        description="for type: fingerprint, number of people among whom a person is found by another session; by "
+        "default, each session is looked for among all sessions",
+    )
     pooling: Pooling = Field("cov", description="how the tokens of a sample become one vector")
     components: Annotated[int, Unit("components")] = Field(
         default=3, ge=1, description="principal components of the tokens, for `cov`"
@@ -106,6 +100,8 @@ class Task(Settings):
                     if taken.setdefault(value, name) != name:
                         got = f"{value} in {taken[value]} and in {name}"
                         raise Contradiction("classes", got, "each value in one class")
+        if self.gallery is not None and self.type != "fingerprint":
+            raise Contradiction("gallery", self.gallery, f"nothing: a {self.type} has none", "Remove gallery")
         if list(self.edges) != sorted(set(self.edges)):
             raise Contradiction("edges", list(self.edges), "ascending numbers")
         if self.type == "fingerprint":
@@ -117,6 +113,9 @@ class Task(Settings):
             if self.confounds:
                 expected = "nothing: a fingerprint identifies subjects"
                 raise Contradiction("confounds", list(self.confounds), expected, "Remove confounds")
+            if self.split.share != (1.0,):
+                expected = "nothing: a fingerprint trains nothing"
+                raise Contradiction("split.share", list(self.split.share), expected, "Remove split.share")
         elif self.type == "state":
             if self.label is not None:
                 raise Contradiction("label", self.label, "nothing: states come from events", "Remove label")
@@ -336,9 +335,11 @@ def _windows(
 ) -> tuple[list[SessionRecord], list[tuple[float, str]]]:
     """The kept windows with a state: their sessions, starts (s) and states, in time order."""
     rows, found = [], []
+    occurring: set[str] = set()
     for session in sessions:
         start_W = np.sort(dataset.read(session, ("start",))["start"]) * float(session.tr)
         table = events.read(settings, root, session, where)
+        occurring.update(table["state"])
         names = events.states(table, start_W, dataset.frames * session.tr, settings.delay)
         for start, name in zip(start_W.tolist(), names, strict=True):
             if name is None:
@@ -346,6 +347,10 @@ def _windows(
             else:
                 rows.append(session)
                 found.append((start, name))
+    absent = [state for state in settings.keep if state not in occurring]
+    if sessions and absent:
+        hint = "Correct the names, or leave these states out of `keep`"
+        raise ConfigError(where, "events.keep", f"{', '.join(absent)} in no scan", "states that occur", hint)
     return rows, found
 
 
@@ -405,124 +410,3 @@ def _number(value: Any, task: Task, where: str | Path) -> float:
         hint = "Use type: classification, list the value under `missing`, or take another column"
         raise ConfigError(where, "label", f"{value!r} in column {task.label}", "a number", hint)
     return found
-
-
-def make_splits(task: Task, cases: Cases, where: str | Path) -> list[list[Split]]:
-    """Rows for training, validation and test: a list of repeats, each a list of splits.
-
-    Splits depend only on the seed and the subjects, so all methods get the same splits. No subject and no family is on
-    two sides, except with `all`, for which nothing is trained.
-
-    Raises
-    ------
-    ConfigError
-        If a class has one subject, all have the same value, or a side of a split has too few subjects of a class.
-    DatasetError
-        If the dataset itself has a subject in two splits.
-    """
-    rows = np.arange(len(cases.sessions))
-    if task.type == "fingerprint" and len(cases.subjects) < 2:
-        raise ConfigError(where, "", f"{len(cases.subjects)} subjects with two sessions", "at least 2")
-    if task.split.kind == "all":
-        return [[Split(rows, rows[:0], rows)]]
-    if task.split.kind == "dataset":
-        side_N = np.array([session.split for session in cases.sessions])
-        repeats = [[Split(rows[side_N != "test"], rows[:0], rows[side_N == "test"])]]
-    elif task.split.kind == "listed":
-        side_N = cases.group_S[cases.subject_N]
-        repeats = [[Split(*(rows[side_N == side] for side in SPLITS))]]
-    elif task.split.kind == "sites":
-        site_N, sites = cases.group_S[cases.subject_N], np.unique(cases.group_S)
-        if len(sites) < 2:
-            raise ConfigError(where, "split.column", f"one value, {sites[0]}", "two or more sites")
-        repeats = [[Split(rows[site_N != site], rows[:0], rows[site_N == site]) for site in sites]]
-    else:
-        families = len(np.unique(cases.family_S))
-        if task.split.kind == "folds" and task.split.folds > families:
-            most = f"at most {families}, the number of {'families' if task.split.family else 'subjects'}"
-            raise ConfigError(where, "split.folds", task.split.folds, most)
-        repeats = divide(task.split, task.type, cases.truth_S, cases.family_S, cases.subject_N)
-    _check_answers(task, cases, where)
-    for splits in repeats:
-        for split in splits:
-            _apart(cases, split, where)
-            if task.type != "fingerprint":
-                _enough(task, cases, split.train, "training", where)
-                _check_spread(task, cases, split.fitted, "training ", where)
-                if len(split.val):
-                    _enough(task, cases, split.val, "validation", where)
-        scored = np.concatenate([split.test for split in splits])
-        if task.type == "fingerprint":
-            if len(np.unique(cases.subject_N[scored])) < 2:
-                raise ConfigError(where, "split", "fewer than 2 test subjects", "2", "Use split.kind: all")
-        else:
-            _enough(task, cases, scored, "test", where)
-    return repeats
-
-
-def _check_answers(task: Task, cases: Cases, where: str | Path) -> None:
-    """Refuse labels that no split of the subjects can test.
-
-    Raises
-    ------
-    ConfigError
-        If there is only one class, a class has one subject, or all subjects have the same value.
-    """
-    field = (task.label and "label") or "events"
-    if task.type in ("classification", "state"):
-        if len(cases.classes) < 2:
-            got = f"only {cases.classes[0]} in {task.label or 'the events'}"
-            raise ConfigError(where, field, got, "two or more classes")
-        people = _people(cases, np.arange(len(cases.sessions)))
-        alone = [name for name, count in people.items() if count == 1]
-        if alone:
-            others = ", ".join(f"{name} {count}" for name, count in people.items())
-            got = f"1 person of class {alone[0]} (people of each class: {others})"
-            hint = "Leave that class out, or join classes, by `classes` in the task"
-            raise ConfigError(where, field, got, "several people of every class", hint if task.label else "")
-    _check_spread(task, cases, np.arange(len(cases.sessions)), "", where)
-
-
-def _check_spread(task: Task, cases: Cases, rows: np.ndarray, side: str, where: str | Path) -> None:
-    """Refuse a regression if all subjects of these rows have the same value."""
-    if task.type != "regression":
-        return
-    value_S = cases.truth_S[np.unique(cases.subject_N[rows])]
-    if len(value_S) and value_S.min() == value_S.max():
-        got = f"the same value {value_S[0]:g} of {task.label} for all {len(value_S)} {side}people"
-        hint = "Take another column" if not side else "Use other folds or shares, or more subjects"
-        raise ConfigError(where, "label", got, "values that differ", hint)
-
-
-def _people(cases: Cases, rows: np.ndarray) -> dict[str, int]:
-    """Number of subjects of each class in these rows."""
-    answer, subject = cases.answer_N[rows], cases.subject_N[rows]
-    return {name: len(np.unique(subject[answer == index])) for index, name in enumerate(cases.classes)}
-
-
-def _apart(cases: Cases, split: Split, where: str | Path) -> None:
-    """Raise DatasetError if a subject or a family is on two sides."""
-    sides = [np.unique(cases.family_S[cases.subject_N[rows]]) for rows in (split.train, split.val, split.test)]
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        shared = np.intersect1d(sides[one], sides[other])
-        if len(shared):
-            name = cases.subjects[int(np.flatnonzero(cases.family_S == shared[0])[0])][1]
-            raise DatasetError(where, "split", f"subject {name} on both sides", "each subject on one")
-
-
-def _enough(task: Task, cases: Cases, rows: np.ndarray, side: str, where: str | Path) -> None:
-    """Refuse a side of a split that has too few subjects."""
-    least = _LEAST[side][task.type]
-    counts = {"": len(np.unique(cases.subject_N[rows]))}
-    if cases.classes:
-        whole = _people(cases, np.arange(len(cases.sessions)))
-        counts = {f" of class {name} ({whole[name]} in all)": n for name, n in _people(cases, rows).items()}
-    for what, count in counts.items():
-        if count < least:
-            raise ConfigError(
-                where,
-                "split",
-                f"{count} {side} subjects{what}",
-                f"at least {least}",
-                "Use other folds or shares, or more subjects",
-            )

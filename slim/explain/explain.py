@@ -29,9 +29,10 @@ from shards.format.patches import scatter
 from shards.format.reader import Dataset
 from shards.format.session_record import SessionRecord
 from shards.reporting import html, quality_figures
+from slim.evaluation.division import make_splits
 from slim.evaluation.probe import make_fold, scale_of
 from slim.evaluation.splits import Fold
-from slim.evaluation.task import Cases, Task, make_splits
+from slim.evaluation.task import Cases, Task
 from slim.explain.differentiable_probe import Score, fit_score, fit_state_score
 from slim.explain.explanation import Explanation, SessionShares, Start, WindowShares
 from slim.explain.integrated_gradients import TOLERANCE, Attribution, integrated_gradients

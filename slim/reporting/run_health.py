@@ -163,6 +163,10 @@ def _probe(task: TaskResult) -> list[html.Part]:
     rows = [
         [_name(method), *[_words(cells.get(metric)) for metric in names]] for method, cells in task.estimates.items()
     ]
+    for share in task.facts.shares:
+        for method, cells in share.estimates.items():
+            name = f"{_name(method)}, {display.percent(share.share)}"
+            rows.append([name, *[_words(cells.get(metric)) for metric in names]])
     for method, cells in task.facts.differences.items():
         rows.append([f"this run minus {_name(method)}", *[_words(cells.get(metric)) for metric in names]])
     about = _about(task)
@@ -171,7 +175,18 @@ def _probe(task: TaskResult) -> list[html.Part]:
         *([html.Text(about)] if about else []),
         html.Table(["Features", *[metrics.words(metric) for metric in names]], rows, numbers=True),
         _drawn(task),
+        *_shares(task),
     ]
+
+
+def _shares(task: TaskResult) -> list[html.Part]:
+    """The curves of the few-shot shares, and what each share had; empty without shares."""
+    shares = task.facts.shares
+    if not shares:
+        return []
+    had = "; ".join(f"{display.percent(one.share)}: {one.people_by_class}" for one in shares)
+    figure = display.share_curves(task, _name)
+    return [html.Picture.of(figure, f"Probe results of {task.name} by share of the training people", f"People: {had}.")]
 
 
 def _drawn(task: TaskResult) -> html.Picture:

@@ -130,6 +130,48 @@ TREES = {
             "211720": {"Age": "31-35", "PMAT24_A_CR": None},
         },
     ),
+    "hcp_task": Tree(
+        scans="".join(
+            f"0.72 sub={sub} task={task} run={run}\n"
+            for sub in (100307, 211720)
+            for task in ("MOTOR", "WM")
+            for run in ("LR", "RL")
+        ),
+        key="hcp-task_sub-{sub}_task-{task}_run-{run}",
+        stem="{sub}/MNINonLinear/Results/tfMRI_{task}_{run}",
+        bold="{_}/tfMRI_{task}_{run}.nii.gz",
+        mask="{_}/brainmask_fs.2.nii.gz",
+        neighbours="""
+            {_}/tfMRI_{task}_{run}_SBRef.nii.gz {_}/tfMRI_{task}_{run}_Atlas_MSMAll.dtseries.nii
+            {_}/EVs/lh.txt {_}/EVs/Sync.txt {_}/Movement_Regressors.txt
+            {sub}/MNINonLinear/Results/rfMRI_REST1_{run}/rfMRI_REST1_{run}.nii.gz
+            {sub}/MNINonLinear/Results/tfMRI_MOVIE1_7T_AP/tfMRI_MOVIE1_7T_AP.nii.gz
+            {sub}/MNINonLinear/Results/tfMRI_{task}/tfMRI_{task}_hp200_s4_level2.fsf""",
+        table="unrestricted.csv",
+        rows="Subject,Release,Gender,Age,Family_ID\n100307,Q1,F,26-30,F1\n211720,Q2,M,31-35,F2\n",
+        labels={"100307": {"Gender": "F", "Family_ID": "F1"}, "211720": {"Age": "31-35"}},
+    ),
+    "aabc": Tree(
+        scans="""
+            0.72 sub=HCA6000030 ses=V1
+            0.72 sub=HCA6000030 ses=V2
+            0.72 sub=HCA8887776 ses=V1""",
+        key="aabc_sub-{sub}_ses-{ses}",
+        stem="{sub}_{ses}_MR/MNINonLinear/Results",
+        bold="{_}/rfMRI_REST/rfMRI_REST_hp0_clean_rclean_tclean.nii.gz",
+        neighbours="""
+            {_}/rfMRI_REST/rfMRI_REST_Atlas_MSMAll_hp0_clean_rclean_tclean.dtseries.nii
+            {_}/rfMRI_REST1_AP/rfMRI_REST1_AP_hp0_clean_rclean_tclean.nii.gz
+            {_}/tfMRI_CARIT_PA/tfMRI_CARIT_PA_hp0_clean_rclean_tclean.nii.gz""",
+        table="participants.csv",
+        rows="id_event,sex,age_open,pedid,subject,session\nHCA6000030_V1,F,51.5,P1,HCA6000030,V1\n"
+        "HCA6000030_V2,F,54.0,P1,HCA6000030,V2\nHCA8887776_V1,M,,P2,HCA8887776,V1\n",
+        labels={
+            "HCA6000030/V1": {"sex": "F", "age_open": 51.5},
+            "HCA6000030/V2": {"age_open": 54.0, "pedid": "P1"},
+            "HCA8887776/V1": {"sex": "M", "age_open": None},
+        },
+    ),
     "chcp": Tree(
         scans="".join(
             f"0.71 sub={sub} ses={ses} run={run}\n" for sub in (3001, 3002) for ses in (1, 2) for run in ("AP", "PA")
@@ -377,7 +419,7 @@ def test_the_runs_of_a_cohort_and_nothing_else_are_found(name: str, tmp_path: Pa
     runs = find_runs(path)
     assert [seen(run, root) for run in runs] == sorted(expected, key=lambda each: each["key"])
     settings = load(CohortSettings, path)
-    assert all(run.problem is None and run.people == settings.name for run in runs)
+    assert all(run.problem is None and run.people == (settings.people or settings.name) for run in runs)
     if tree.table:
         assert settings.subject_column in re.split(r"[*,]", tree.rows.splitlines()[0])
         assert all(settings.subject_column not in run.labels for run in runs)
@@ -395,10 +437,26 @@ def test_cohorts_with_the_same_subject_names_are_different_people(tmp_path: Path
     assert not {run.person for run in first} & {run.person for run in second}
 
 
+def test_the_table_of_aabc_is_made_as_its_cohort_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (COHORTS / "aabc.yaml").read_text()
+    lines = re.findall(r"^#               (\S.*)$", text, re.M)
+    assert len(lines) == 4 and lines[0].startswith("import pandas")
+    rows = [line.split(",") for line in TREES["aabc"].rows.splitlines()]
+    (tmp_path / "AABC_subjects.csv").write_text("".join(f"{','.join(row[:4])}\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(lines), {})
+    assert [line.split(",") for line in (tmp_path / "participants.csv").read_text().splitlines()] == rows
+
+
+def test_the_task_runs_of_hcp_are_of_the_people_of_its_resting_runs(tmp_path: Path) -> None:
+    rest, tasks = (find_runs(build(name, tmp_path)) for name in ("hcp", "hcp_task"))
+    assert {run.person for run in rest} == {run.person for run in tasks}
+
+
 GROUPS = (
-    ("hcp", "chcp", "abcd"),
+    ("hcp", "hcp_task", "chcp", "abcd"),
     ("aomic_piop1", "aomic_piop2", "adni", "ppmi"),
-    ("abide", "adhd200", "development_fmri"),
+    ("abide", "adhd200", "aabc", "development_fmri"),
 )
 
 

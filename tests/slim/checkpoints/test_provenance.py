@@ -28,7 +28,8 @@ from slim.checkpoints.run_folder import PROVENANCE, SEEN
 from slim.checkpoints.seen import Seen
 from slim.config import PretrainSettings, load_run
 from slim.data.samples import geometry_for
-from slim.evaluation.task import Task, find_cases, make_splits
+from slim.evaluation.division import make_splits
+from slim.evaluation.task import Task, find_cases
 from slim.finetune.method import Finetuned
 from slim.inference import export
 from slim.inference.slim_brain import SlimBrain

@@ -15,9 +15,10 @@ from torch import nn
 from shards.core.settings import check
 from slim.evaluation import attentive, probe
 from slim.evaluation.attentive import Attentive
+from slim.evaluation.division import make_splits
 from slim.evaluation.linear import Linear
 from slim.evaluation.splits import Fold
-from slim.evaluation.task import Cases, Task, make_splits
+from slim.evaluation.task import Cases, Task
 from slim.inference import vectors
 from slim.inference.slim_brain import Features
 from slim.model import pooling

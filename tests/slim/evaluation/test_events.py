@@ -15,9 +15,10 @@ from helpers.records import session_record
 from shards.core.errors import ConfigError
 from shards.core.settings import check
 from slim.evaluation import events, metrics, probe
+from slim.evaluation.division import make_splits
 from slim.evaluation.events import EventSettings
 from slim.evaluation.linear import Linear
-from slim.evaluation.task import Task, find_cases, make_splits
+from slim.evaluation.task import Task, find_cases
 
 pytestmark = pytest.mark.fast
 
@@ -87,6 +88,61 @@ def test_events_that_cannot_be_read_are_told(tmp_path: Path):
         events.read(SETTINGS, tmp_path, SESSION, "task.yaml")
     with pytest.raises(ConfigError, match="and no other fields"):
         check(EventSettings, {"path": "{subjet}.tsv"}, "task.yaml")
+
+
+FILES = EventSettings(path="{task}/EVs/{state}.txt", keep=("lh", "0bk_body", "t"), delay=5)
+
+
+def test_a_file_for_each_state_gives_the_events_of_a_table(tmp_path: Path):
+    """FSL's files: no header, blanks or tabs, weight 0 for no event, empty or absent without events."""
+    folder = tmp_path / "rest" / "EVs"
+    folder.mkdir(parents=True)
+    (folder / "lh.txt").write_text("10.5\t2\t1.0\n40\t12\t1\n\n60 3 0\n")
+    (folder / "0bk_body.txt").write_text("  26.0  27.5  1\n")
+    (folder / "rh.txt").write_text("1\t2\t1\n")  # not asked for
+    rows = [(10.5, 12.5, "lh"), (40, 52, "lh"), (26, 53.5, "0bk_body")]
+    expected = [[onset - 6, end - 6, state] for onset, end, state in rows]
+    assert events.read(FILES, tmp_path, SESSION, "task.yaml").values.tolist() == expected
+    (folder / "t.txt").write_text("")
+    found = events.read(FILES, tmp_path, SESSION, "task.yaml")
+    assert found.values.tolist() == expected
+    (tmp_path / "sub-1_ses-2_events.tsv").write_text(
+        "onset\tduration\ttrial_type\n10.5\t2\tlh\n40\t12\tlh\n26\t27.5\t0bk_body\n"
+    )
+    table_W, files_W = (
+        events.states(events.read(each, tmp_path, SESSION, "task.yaml"), np.arange(0, 60, WINDOW), WINDOW, 5.0)
+        for each in (SETTINGS, FILES)
+    )
+    assert table_W == files_W and {"lh", "0bk_body", None} == set(files_W)
+    for name in ("lh", "0bk_body", "t"):
+        (folder / f"{name}.txt").unlink()
+    assert not len(events.read(FILES, tmp_path, SESSION, "task.yaml"))
+    assert events.states(events.read(FILES, tmp_path, SESSION, ""), np.array([5.0]), WINDOW, 5.0) == [None]
+
+
+def test_files_of_states_that_cannot_be_read_are_told(tmp_path: Path):
+    def refusal() -> str:
+        with pytest.raises(ConfigError) as error:
+            events.read(FILES, tmp_path, SESSION, "task.yaml")
+        assert "\n" not in error.value.line()
+        return error.value.line()
+
+    assert f"events.path: got no folder {tmp_path}/rest/EVs, expected the events of k" in refusal()
+    folder = tmp_path / "rest" / "EVs"
+    folder.mkdir(parents=True)
+    for text in ("1\t2\n", "1\t2\t3\t4\n", "onset\tduration\tweight\n"):
+        (folder / "lh.txt").write_text("3\t1\t1\n" + text)
+        assert "lh.txt: line 2: got" in (told := refusal()) and "three numbers in each line" in told
+    with pytest.raises(ConfigError, match="keep: got nothing, expected the states, one for each file"):
+        check(EventSettings, {"path": "{state}.txt"}, "task.yaml")
+    with pytest.raises(ConfigError, match="in the name of the file alone"):
+        check(EventSettings, {"path": "{state}/events.txt", "keep": ["a"]}, "task.yaml")
+
+
+def test_a_state_that_occurs_in_no_scan_is_refused(tmp_path: Path):
+    kept = STATE["events"] | {"keep": ["go", "stop", "wait"]}
+    with pytest.raises(ConfigError, match=r"events.keep: got wait in no scan, expected states that occur"):
+        find_cases(check(Task, STATE | {"events": kept}, "task.yaml"), written(tmp_path), "task.yaml", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from helpers.tasks import GROUP, SCORE, cases_of, sessions, task
 from shards.core.errors import ConfigError
 from slim.evaluation import baselines
+from slim.evaluation.division import make_splits
 from slim.evaluation.labels import is_missing, number, word
-from slim.evaluation.task import make_splits
 
 pytestmark = pytest.mark.fast
 

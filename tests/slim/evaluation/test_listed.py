@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+import runpy
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from helpers.commands import ROOT
 from helpers.tasks import GROUP, SCORE, WHO, cases_of, sessions, task
 from shards.core.errors import ConfigError
-from slim.evaluation.task import Cases, find_cases, make_splits
+from slim.evaluation.division import make_splits
+from slim.evaluation.task import Cases, find_cases
 
 pytestmark = pytest.mark.fast
 
@@ -73,6 +79,64 @@ def test_a_fingerprint_of_the_listed_test_subjects() -> None:
     chosen = task(WHO | {"split": {"kind": "listed", "column": "fold"}})
     ((split,),) = make_splits(chosen, cases_of(chosen, data(fold=lambda s: SIDES[s % 4])), "")
     assert len(split.test) == 20
+
+
+def lists_of_brainmarks(folder: Path) -> Mapping[str, Path]:
+    """Lists in the forms of Brainmarks, of made-up subjects 0 to 39: two thirds train, the rest validation and test."""
+    side_of = {s: ("train", "train", "train", "train", "validation", "test")[s % 6] for s in range(40)}
+    found = {}
+    for name, column in (("ABIDE_curated", "sub"), ("PPMI_curated", "Subject")):
+        rows = [f"{number},{s:07d},{side},1\n" for number, (s, side) in enumerate(side_of.items())]
+        found[name] = folder / f"{name}.csv"
+        found[name].write_text(f",{column},split,dx\n" + "".join(rows))
+    sides = {"train": "Train", "validation": "Val", "test": "Test"}
+    scans = [{"PTID": f"002_S_{s:04d}", "SCANDATE": "2020-01-01", "Partition": sides[it]} for s, it in side_of.items()]
+    scans += [scans[0], scans[1] | {"Partition": "Test"}]  # a second scan of two people, one of them on another side
+    found["ADNI_curation"] = folder / "ADNI_curation.json"
+    found["ADNI_curation"].write_text(json.dumps(scans))
+    batches = {f"batch-{batch:02d}": [str(2 * batch), str(2 * batch + 1)] for batch in range(20)}
+    found["hcpya_subject_batch_splits"] = folder / "hcpya_subject_batch_splits.json"
+    found["hcpya_subject_batch_splits"].write_text(json.dumps(batches))
+    found["aabc.mni.arrow"] = folder / "aabc.mni.arrow"
+    for side in sides:
+        (found["aabc.mni.arrow"] / side).mkdir(parents=True)
+        (found["aabc.mni.arrow"] / side / "subjects").write_text(
+            " ".join(str(s) for s in side_of if side_of[s] == side)
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "subject", "counts", "torn"),
+    [
+        ("ABIDE_curated", "{:07d}", (28, 6, 6), 0),
+        ("PPMI_curated", "{:07d}", (28, 6, 6), 0),
+        ("ADNI_curation", "ADNI002S{:04d}", (27, 6, 6), 1),
+        ("hcpya_subject_batch_splits", "{}", (16, 4, 4), 0),
+        ("aabc.mni.arrow", "{}", (28, 6, 6), 0),
+    ],
+)
+def test_the_script_of_the_documentation_turns_lists_of_brainmarks_into_a_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, name: str, subject: str, counts: tuple, torn: int
+) -> None:
+    page = (ROOT / "docs/how_to/published_splits.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    (tmp_path / "brainmarks_splits.py").write_text(code)
+    read = SimpleNamespace(load_from_disk=lambda path: {"sub": (Path(path) / "subjects").read_text().split()})
+    monkeypatch.setitem(sys.modules, "datasets", read)
+    monkeypatch.setattr(sys, "argv", ["x", str(lists_of_brainmarks(tmp_path)[name]), str(tmp_path / "lists.csv")])
+    runpy.run_path(str(tmp_path / "brainmarks_splits.py"), run_name="__main__")
+    assert f"{torn} people on two sides left out" in capsys.readouterr().out
+
+    scanned = sessions(40, 2, group=lambda s: "AB"[(s + s // 6) % 2])
+    for number, session in enumerate(scanned.sessions):
+        scanned.sessions[number] = session.model_copy(update={"subject": subject.format(int(session.subject))})
+    chosen = task(GROUP | {"split": {"kind": "listed", "file": "lists.csv"}})
+    found = find_cases(chosen, scanned, tmp_path / "task.yaml")
+    ((split,),) = make_splits(chosen, found, tmp_path / "task.yaml")
+    people = [len(subjects_of(found, rows)) for rows in (split.train, split.val, split.test)]
+    assert tuple(people) == counts
+    assert found.left_out == ({"on no side of the split": 2 * (40 - sum(counts))} if sum(counts) < 40 else {})
 
 
 @pytest.mark.parametrize(

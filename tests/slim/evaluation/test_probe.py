@@ -24,16 +24,17 @@ from shards.core.errors import ConfigError
 from shards.format.reader import Dataset
 from shards.reporting import dataset_page
 from slim.evaluation import baselines, linear, probe
+from slim.evaluation.division import make_splits
 from slim.evaluation.linear import Linear
 from slim.evaluation.splits import Fold, deal
-from slim.evaluation.task import Task, load_task, make_splits
+from slim.evaluation.task import Task, load_task
 
 # tasks and splits
 
 
 def test_shipped_tasks_load():
     found = sorted((ROOT / "configs/downstream").glob("*.yaml"))
-    assert len([path for path in found if path.name.startswith("synthetic_")]) == 4 and len(found) == 4 + 7 + 2 + 2
+    assert len([path for path in found if path.name.startswith("synthetic_")]) == 4 and len(found) == 4 + 7 + 6 + 2
     for path in found:
         shipped = load_task(path)
         assert shipped.name == path.stem and shipped.source and shipped.description

@@ -13,9 +13,9 @@ from scipy import stats
 from helpers.tasks import GROUP, SCORE, WHO, cases_of, sessions, task
 from shards.core.errors import ConfigError
 from slim.evaluation import baselines, linear, metrics, probe
+from slim.evaluation.division import make_splits
 from slim.evaluation.linear import PENALTIES, Linear
 from slim.evaluation.splits import TaskSplitSettings, divide
-from slim.evaluation.task import make_splits
 
 pytestmark = pytest.mark.fast
 

@@ -23,7 +23,7 @@ from helpers.pretrained import ALIGNED, write_run
 from shards.cohorts.cohort_file import find_runs
 from shards.core.errors import ConfigError, DatasetError, RunRefused
 from slim.evaluation.attentive import Attentive
-from slim.evaluation.task import Fold
+from slim.evaluation.splits import Fold
 from slim.evaluation.transformer import POOLINGS, SlimBrainTransformer
 from slim.inference import vectors
 from slim.inference.slim_brain import SlimBrain

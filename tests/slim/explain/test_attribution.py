@@ -22,10 +22,11 @@ from shards.core.errors import ConfigError
 from shards.format.patches import scatter
 from shards.format.reader import Dataset
 from slim.evaluation.attentive import Attentive
+from slim.evaluation.division import make_splits
 from slim.evaluation.linear import Linear
 from slim.evaluation.probe import encoder_method, make_fold
 from slim.evaluation.splits import Fold
-from slim.evaluation.task import find_cases, load_task, make_splits
+from slim.evaluation.task import find_cases, load_task
 from slim.explain import explain
 from slim.explain.differentiable_probe import Score, _weights, fit_score, fit_state_score
 from slim.explain.explanation import Explanation

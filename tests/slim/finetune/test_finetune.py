@@ -39,10 +39,11 @@ from slim.config import FinetuneSettings, load_run
 from slim.data.collate import collate
 from slim.data.samples import read_windows, window_groups
 from slim.evaluation import probe
+from slim.evaluation.division import make_splits
 from slim.evaluation.probe import make_fold
 from slim.evaluation.results import Estimate, TaskFacts, TaskResult
 from slim.evaluation.splits import Split
-from slim.evaluation.task import Task, find_cases, make_splits
+from slim.evaluation.task import Task, find_cases
 from slim.finetune.labels import Answers
 from slim.finetune.method import Finetuned, check_report, refuse, settings_for
 from slim.finetune.task import FinetuneTask, depth_of, make_model, validation_loss
