@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.core.errors import ConfigError
+from shards.core.extras import require
 from shards.core.presets import find
 from shards.core.settings import check_keys, override, typed
 from shards.format.reader import Dataset
@@ -74,6 +75,7 @@ def open_call(args: argparse.Namespace, train: Train) -> Finetuned:
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     for number in range(len(splits)):
-        method.settings(number)
+        if method.settings(number).lora is not None:
+            require("peft")
     check_report(report_of(method, args), task, cases, splits)
     return method

@@ -14,12 +14,11 @@ from shards.core.errors import ConfigError
 from shards.core.passwords import keep
 from shards.core.presets import find, presets
 from shards.core.settings import Contradiction, PathText, Settings, Unit, check, override, read_yaml, typed
+from slim.model_settings import MOST_CHANNELS, PRESETS, ModelSettings
 
 View = Literal["global", "voxel", "both"]
 Kind = Literal["cross_time", "cross_location", "double_cross"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-MOST_CHANNELS, MOST_BLOCKS = 16384, 1024  # far above any model; guards against files from others with huge sizes
-
 
 AUTO = "auto"
 UNCHOSEN = 65_536  # tokens of a chunk where `auto` was not replaced by a choice: no step of a run
@@ -39,95 +38,6 @@ def _whole_number(words: str, least: int, most: float = math.inf) -> Callable[[A
         return value
 
     return checked
-
-
-class PredictorSettings(Settings):
-    """The predictor of the JEPA objective."""
-
-    width: Annotated[int, Unit("channels")] = Field(192, ge=8, le=MOST_CHANNELS, description="channels of a token")
-    depth: Annotated[int, Unit("blocks")] = Field(4, ge=1, le=MOST_BLOCKS, description="transformer blocks")
-    heads: Annotated[int, Unit("heads")] = Field(
-        6, ge=1, le=MOST_CHANNELS, description="attention heads; must divide width"
-    )
-
-    @model_validator(mode="after")
-    def _divides(self) -> PredictorSettings:
-        if self.width % self.heads:
-            raise Contradiction("heads", self.heads, f"a divisor of width, {self.width}")
-        return self
-
-
-class ModelSettings(Settings):
-    """Sizes of the encoder and the predictor. Axes are (time, x, y, z) in tokens; a token is a patch in a frame."""
-
-    embed: Annotated[int, Unit("channels")] = Field(
-        ge=8, le=MOST_CHANNELS, description="channels of the first stage; doubled at each stage"
-    )
-    heads: Annotated[int, Unit("heads")] = Field(
-        ge=1, le=MOST_CHANNELS, description="heads of the first stage; doubled at each stage"
-    )
-    depths: Annotated[tuple[int, ...], Unit("blocks")] = Field(
-        min_length=1, max_length=8, description="blocks of each stage"
-    )
-    unit: Annotated[tuple[int, int, int, int], Unit("tokens")] = Field(
-        description="size of a mask unit along time, x, y and z"
-    )
-    strides: Annotated[tuple[tuple[int, int, int, int], ...], Unit("tokens")] = Field(
-        description="pooling along time, x, y and z at the start of stages 2, 3, ..."
-    )
-    local_stages: Annotated[int, Unit("stages")] = Field(
-        2, ge=1, description="stages whose attention stays inside mask units"
-    )
-    mlp_ratio: Annotated[float, Unit("ratio")] = Field(
-        4.0, gt=0, le=64, description="hidden channels of an MLP, relative to its input"
-    )
-    predictor: PredictorSettings = PredictorSettings()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelSettings:
-        if min(self.depths) < 1:
-            raise Contradiction("depths", list(self.depths), "1 or more blocks in each stage")
-        if sum(self.depths) > MOST_BLOCKS:
-            raise Contradiction("depths", list(self.depths), f"at most {MOST_BLOCKS} blocks in all")
-        if self.embed % self.heads:
-            raise Contradiction("heads", self.heads, f"a divisor of embed, {self.embed}")
-        if self.local_stages > len(self.depths):
-            expected = f"at most {len(self.depths)}, the number of stages in depths"
-            raise Contradiction("local_stages", self.local_stages, expected)
-        if len(self.strides) > len(self.depths) - 1:
-            expected = f"at most {len(self.depths) - 1}, one for every stage except the first"
-            raise Contradiction("strides", f"{len(self.strides)} strides", expected)
-        return self
-
-
-PRESETS: dict[str, ModelSettings] = {
-    # the sizes of arXiv 2512.21881
-    "published": ModelSettings(
-        embed=64, heads=1, depths=(2, 3, 16, 3), unit=(8, 8, 8, 8), strides=((2, 2, 2, 2), (2, 2, 2, 2))
-    ),
-    # mask units are aligned with windows of 5 frames, which halves the FLOPs of a step
-    "lean": ModelSettings(
-        embed=64, heads=1, depths=(2, 3, 16, 3), unit=(5, 4, 4, 4), strides=((5, 2, 2, 2), (1, 2, 2, 2))
-    ),
-    "large": ModelSettings(
-        embed=192,
-        heads=3,
-        depths=(2, 3, 16, 3),
-        unit=(8, 8, 8, 8),
-        strides=((2, 2, 2, 2), (2, 2, 2, 2)),
-        predictor=PredictorSettings(width=384, depth=6, heads=12),
-    ),
-    # for coarse grids (8 mm, 6 x 6 x 6 patches), tests and first trials
-    "tiny": ModelSettings(
-        embed=32,
-        heads=2,
-        depths=(1, 2, 1),
-        unit=(5, 2, 2, 2),
-        strides=((5, 1, 1, 1),),
-        local_stages=1,
-        predictor=PredictorSettings(width=64, depth=2, heads=4),
-    ),
-}
 
 
 class DataItem(Settings):
@@ -476,6 +386,32 @@ class HeadSettings(Settings):
     )
 
 
+Layer = Literal["qkv", "proj", "fc1", "fc2"]
+LAYERS: tuple[Layer, ...] = get_args(Layer)
+
+
+class LoraSettings(Settings):
+    """LoRA (Hu et al., ICLR 2022): the weights of linear layers stay, and low-rank updates of them are trained."""
+
+    rank: Annotated[int, Unit("channels")] = Field(8, ge=1, le=MOST_CHANNELS, description="rank of an update")
+    alpha: Annotated[float, Unit("ratio")] = Field(16.0, gt=0, description="an update is multiplied by alpha / rank")
+    targets: tuple[Layer, ...] = Field(
+        LAYERS, min_length=1, description="layers with an update: qkv and proj of the attention, fc1 and fc2 of the MLP"
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("targets")
+    @classmethod
+    def _once(cls, value: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("each layer once")
+        return value
+
+
 class AnswerSettings(Settings):
     """The labels of a task. The command sets these from the task and the training subjects of a fold."""
 
@@ -492,9 +428,33 @@ class FinetuneSettings(TrainSettings):
     """Settings of a fine-tuning run, which trains an encoder and a head to predict the labels of a task."""
 
     head: HeadSettings = HeadSettings()
+    freeze: Annotated[int, Unit("stages")] = Field(
+        0, ge=0, description="first stages of the encoder that are not trained, with embedding and positions"
+    )
+    lora: LoraSettings | None = Field(
+        None, description="train low-rank updates of the encoder's weights; null: train the weights"
+    )
     start: str | None = Field(None, description="hash of the encoder's initial weights; null: random weights")
     answer: AnswerSettings = AnswerSettings()
     before: dict[str, Any] | None = Field(None, description="how the initial weights were made, as recorded in exports")
+
+    @model_validator(mode="after")
+    def _trains(self) -> FinetuneSettings:
+        stages, lora = len(self.model.depths), self.lora
+        if self.freeze > stages:
+            raise Contradiction("freeze", self.freeze, f"at most {stages}, the number of stages of the encoder")
+        if self.freeze == stages and self.head.layer_decay is not None:
+            expected = f"null, because freeze={stages} leaves only the head to be trained"
+            raise Contradiction("head.layer_decay", self.head.layer_decay, expected)
+        if lora is None:
+            return self
+        if self.freeze == stages:
+            expected = f"at most {stages - 1} with lora, because no updates of frozen stages are trained"
+            raise Contradiction("freeze", self.freeze, expected, "Leave out lora, to train the head alone")
+        narrowest = min(self.model.embed, int(self.model.embed * self.model.mlp_ratio))
+        if lora.rank > narrowest:
+            raise Contradiction("lora.rank", lora.rank, f"at most {narrowest}, the channels of the narrowest layer")
+        return self
 
 
 def renamed_assignments(assignments: Sequence[str]) -> list[str]:

@@ -27,8 +27,8 @@ OURS = set(MAY_IMPORT)
 ORDER = {
     "shards": ("core", "format", "cohorts", "preprocessing", "conversion", "reporting", "synthetic"),
     "slim": (
-        *("config", "ranking", "model", "data", "checkpoints", "training", "pretrain", "planning", "inference"),
-        *("evaluation", "finetune", "explain", "reporting"),
+        *("model_settings", "config", "ranking", "model", "data", "checkpoints", "training", "pretrain", "planning"),
+        *("inference", "evaluation", "finetune", "explain", "reporting"),
     ),
     "launchers": (
         *("environment", "arguments", "outcome", "job", "run_setup", "local", "conversion", "finetuning", "cluster"),
@@ -178,7 +178,7 @@ def test_the_oldest_versions_that_are_tested_are_the_lower_bounds() -> None:
     tested = {name: Version(version) for name, version in (line.split("==") for line in lines)}
     bounds = {}
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["train"], *extras["slurm"], *extras["report"]]:
+    for text in [*project["dependencies"], *extras["train"], *extras["lora"], *extras["slurm"], *extras["report"]]:
         requirement = Requirement(text)
         bounds[requirement.name] = min(Version(part.version) for part in requirement.specifier if part.operator == ">=")
     torch = bounds.pop("torch")  # other builds of it are large: the tested one stands for all

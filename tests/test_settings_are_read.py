@@ -62,8 +62,8 @@ def read(cohort: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -
         call("tools/pretrain.py", "configs/pretrain/tiny.yaml", f"data={people}", f"run.out={run}", *few, *more)
     begun = ("windows.k=3", "windows.best=4", "run.steps=1", *QUICK, f"init={run}", "init.positions=resample")
     call("tools/pretrain.py", "configs/pretrain/tiny.yaml", f"data={people}", f"run.out={folder / 'second'}", *begun)
-    for pooling in ("cov", "attentive"):
-        words = ("--data", people, "--task", task, "--out", folder / pooling, f"head.pooling={pooling}")
+    for pooling, more in (("cov", ()), ("attentive", ("freeze=1", "lora.rank=2"))):
+        words = ("--data", people, "--task", task, "--out", folder / pooling, f"head.pooling={pooling}", *more)
         call("tools/finetune.py", run, *words, "run.epochs=1", *QUICK)
     tuned = folder / "cov" / "finetune" / "s-finetuned" / "seed-0"
     call("tools/export.py", tuned, "--out", folder / "export")

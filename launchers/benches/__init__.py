@@ -13,5 +13,6 @@ BENCHES = {
     "gpu": "the bare training step on a GPU: samples/s, idle time, peak memory beside the forecast, MFU",
     "data": "loading of training samples beside what training takes, and beside webdataset and zarr alone",
     "starts": "CPU time until each command shows its help, and until it refuses a wrong call",
+    "adaptation": "fine-tuning of all weights, by LoRA, above frozen stages, of the head alone: scores and cost",
     "train": "samples/s with 1 and 2 processes, the trainer beside the bare model step, checkpoints",
 }

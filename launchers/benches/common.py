@@ -124,9 +124,9 @@ def interleave(
                     continue
                 if turn == 0:
                     begun(f"{name}, round {number + 1} of {rounds}")
-                begun_wall, begun_cpu = time.perf_counter(), _cpu_seconds()
+                begun_wall, begun_cpu = time.perf_counter(), cpu_seconds()
                 call()
-                cpu[name].append((_cpu_seconds() - begun_cpu) * PER_SECOND[unit])
+                cpu[name].append((cpu_seconds() - begun_cpu) * PER_SECOND[unit])
                 wall[name].append((time.perf_counter() - begun_wall) * PER_SECOND[unit])
     return {
         f"{name}, {clock}": Figure(unit, tuple(values[name]))
@@ -135,7 +135,8 @@ def interleave(
     }
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of those that it started and waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 

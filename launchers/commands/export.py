@@ -1,11 +1,14 @@
 """Write the weights of a run as a folder that any machine can load.
 
-    slim-brain export RUN --out DIR [--weights encoder|target]
+    slim-brain export RUN --out DIR [--weights encoder|target] [--adapter]
 
 RUN is a run folder (its newest complete checkpoint is taken) or one of its checkpoints. The folder holds the encoder
 (safetensors), every setting, the temporal extractor, checksums and a model card; `SlimBrain.from_pretrained(DIR)` and
 `slim-brain embed DIR` need nothing else, and it can be uploaded to a hub as it is. Somebody else may have written the
 configuration of a run, so its URLs are opened only with --data.
+
+Of a fine-tuning by LoRA the whole encoder is written, as of any other. --adapter writes the low-rank updates and the
+head alone, with the name and the SHA-256 of the weights that they belong to; --base puts them together again.
 """
 
 from __future__ import annotations
@@ -42,10 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--background", choices=("keep", "drop"), help="encode its patches without brain (default), or delete them"
     )
+    parser.add_argument("--adapter", action="store_true", help="of a fine-tuning by LoRA: its updates and head alone")
+    parser.add_argument("--base", metavar="WEIGHTS", help="the weights that were fine-tuned, if RUN is such an export")
     args = parser.parse_args(argv)
-    if args.format is None:
-        require_weights(args.run)
+    for source in (None if args.format else args.run, args.base):
+        if source is not None:
+            require_weights(source)
 
+    from slim.checkpoints.weights import Base
     from slim.inference import export
     from slim.inference.slim_brain import SlimBrain
 
@@ -57,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         format=args.format,
         axes=args.axes,
         background=args.background,
+        base=args.base,
     )
-    about = export.write(model, args.out, remote=args.data)
+    about = export.write(model, args.out, remote=args.data, adapter=args.adapter)
     files = sorted(path for path in args.out.rglob("*") if path.is_file())
     facts = {
         "export": str(args.out),
@@ -66,12 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "step": about["made"]["step"],
         "weights": about["made"]["weights"],
         "parameters": about["made"]["parameters"],
+        **({"base": str(Base.model_validate(about["made"]["base"]))} if args.adapter else {}),
         "bytes": sum(path.stat().st_size for path in files),
         "files": [path.relative_to(args.out).as_posix() for path in files],
     }
-    following = (
-        f"read {args.out / 'README.md'} and complete it, "
-        f"then {call_of('embed', args.out, 'RUN.nii.gz', '--out', 'z.npz')}"
-    )
+    then = call_of("embed", args.out, "RUN.nii.gz", "--out", "z.npz")
+    if args.adapter:
+        then = call_of("export", args.out, "--base", "WEIGHTS", "--out", "FOLDER") + " puts both together"
+    following = f"read {args.out / 'README.md'} and complete it, then {then}"
     summary(facts, following, args.json)
     return DONE

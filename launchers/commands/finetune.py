@@ -5,7 +5,8 @@
 The task needs `split.kind: holdout`. Each of its divisions of the subjects is fine-tuned once, and the best epoch is
 chosen on validation subjects. The scores are added to the report of `slim-brain probe`. Repeat a stopped call to
 continue it. `run.processes=2` trains in two processes. `head.pooling=attentive`, `optimizer.lr=3e-4`, `run.epochs=50`
-and every other setting that a pretraining has in data, optimizer, precision, zero and run can be given.
+and every other setting that a pretraining has in data, optimizer, precision, zero and run can be given. `lora.rank=8`
+trains low-rank updates of the weights, `freeze=2` leaves the first two stages as they are.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "data": args.data,
         "step": 0 if name == SCRATCH else step,
         "subjects_seen_in_pretraining": None if seen is None else len(seen.intersection(method.cases.subjects)),
+        "trained_parameters": method.trained(),
         "runs": [asdict(one) for one in method.runs],
         "settings": method.settings(0).model_dump(
-            mode="json", include={"head", "optimizer", "run", "zero", "precision"}
+            mode="json", include={"head", "freeze", "lora", "optimizer", "run", "zero", "precision"}
         ),
     }
     about = probe.task_facts(task, method.cases, method.splits).with_facts(**{name: facts})

@@ -12,6 +12,7 @@ EXTRAS = {
     "deepspeed": "train",
     "webdataset": "train",
     "wandb": "train",
+    "peft": "lora",
     "submitit": "slurm",
     "matplotlib": "report",
     "PIL": "report",

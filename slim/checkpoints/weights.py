@@ -4,6 +4,8 @@ An exported folder, written by `slim.inference.export`, has these files::
 
     model.safetensors   the encoder, fp32
     head.safetensors    the head, only for a fine-tuned encoder
+    adapter_model.safetensors, adapter_config.json
+                        in place of model.safetensors: the low-rank updates of a fine-tuning, as `peft` names them
     config.json         settings of the run, manifest of its data, what was exported, subjects seen (as hashes)
     extractor/          the temporal extractor, if one ranked the windows
     parcels/            the label image of the parcels, if there is one
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -41,7 +44,9 @@ from slim.checkpoints.source import ACCEPTED, HUB_NAME, is_on_hub
 from slim.config import FinetuneSettings, TrainSettings, check_run, load_run
 
 FORMAT = 1
-MODEL, HEAD, CONFIG, SUMS, CARD = "model.safetensors", "head.safetensors", "config.json", "SHA256SUMS", "README.md"
+MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_PREFIX = "adapter_config.json", "base_model.model."  # as `peft` has them
+HEAD, CONFIG, SUMS, CARD = "head.safetensors", "config.json", "SHA256SUMS", "README.md"
 EXTRACTOR, PARCELS = "extractor", "parcels"
 KINDS = ("encoder", "target")
 _AGAIN = "Copy or download the folder again"
@@ -61,6 +66,28 @@ class _Tuned(_ReadFields):
     from_scratch: StrictBool
 
 
+class Base(_ReadFields):
+    """The weights to which the low-rank updates of a fine-tuning are added.
+
+    Attributes
+    ----------
+    run : str
+        Name of the run that made them.
+    step : int
+    weights : "encoder" or "target"
+    checksum : str
+        `SlimBrain.checksum`, a SHA-256, which a run and its exports have in common.
+    """
+
+    run: StrictStr
+    step: StrictInt = Field(ge=0)
+    weights: Literal["encoder", "target"]
+    checksum: StrictStr
+
+    def __str__(self) -> str:
+        return f"{self.run} ({self.weights} after {self.step} steps, SHA-256 {self.checksum[:12]})"
+
+
 class _Made(_ReadFields):
     run: StrictStr
     step: StrictInt = Field(ge=0)
@@ -71,6 +98,7 @@ class _Made(_ReadFields):
     background: Literal["drop", "keep"] = "drop"
     finetuned: _Tuned | None = None
     init: Ancestor | None = None
+    base: Base | None = None
 
 
 class _Configuration(_ReadFields):
@@ -105,8 +133,8 @@ class Weights:
         How the weights were made: `run`, `step`, `weights` ("encoder" or "target"), `commit`, `versions`; in an export
         also `training`, the datasets of the pretraining; `init`, the weights that the run began with, if they were not
         random; for a fine-tuned encoder also `finetuned`, with `task`, `cohorts` that gave the labels, `head` and
-        `from_scratch`; for the authors' checkpoint also `format`, `axes`, `background`, `sha256` and `left_out`, see
-        `slim.checkpoints.authors_checkpoint`.
+        `from_scratch`, and with low-rank updates `base`, see `Base`; for the authors' checkpoint also `format`, `axes`,
+        `background`, `sha256` and `left_out`, see `slim.checkpoints.authors_checkpoint`.
     path : Path
         The safetensors file.
     prefix : str
@@ -121,6 +149,8 @@ class Weights:
         The subjects seen in pretraining; None if this is not known.
     extractor, parcels : Path or None
         Paths at which the temporal extractor and the label image of the parcels are expected.
+    adapter : (Path, str) or None
+        File and prefix of the low-rank updates of a fine-tuning.
     """
 
     settings: TrainSettings
@@ -134,6 +164,12 @@ class Weights:
     extractor: Path | None
     parcels: Path | None
     seen: Seen | None = None
+    adapter: tuple[Path, str] | None = None
+
+    @property
+    def base(self) -> Base | None:
+        """The weights that are needed besides; None if all are here."""
+        return Base.model_validate(self.made["base"]) if self.path.name == ADAPTER else None
 
     def load_into(self, encoder: nn.Module) -> None:
         """Load the tensors into an encoder. Names and shapes must match exactly.
@@ -151,6 +187,14 @@ class Weights:
         path, prefix = self.head
         fit(head, checkpoint.read_weights(path, prefix), path, prefix)
 
+    def updates(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The low-rank updates of a fine-tuning, which must have these names and shapes, as in `load_into`."""
+        assert self.adapter is not None
+        path, prefix = self.adapter
+        given = checkpoint.read_weights(path, prefix)
+        check_tensors(shapes, given, path, prefix)
+        return given
+
 
 def fit(module: nn.Module, given: dict[str, Tensor], path: Path, prefix: str) -> None:
     """Load tensors into a module. Names and shapes must match exactly, and all numbers must be finite.
@@ -160,17 +204,21 @@ def fit(module: nn.Module, given: dict[str, Tensor], path: Path, prefix: str) ->
     CheckpointError
         If they do not. The error names the file, and the first tensor that differs with `prefix` before its name.
     """
-    wanted = module.state_dict()
+    check_tensors({name: tuple(value.shape) for name, value in module.state_dict().items()}, given, path, prefix)
+    module.load_state_dict(given, strict=True)
+
+
+def check_tensors(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], path: Path, prefix: str) -> None:
+    """Check names, shapes and numbers of tensors, as `fit` does."""
     for name in sorted(wanted.keys() | given.keys()):
         got = tuple(given[name].shape) if name in given else "no such tensor"
-        expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
+        expected = wanted.get(name, "no such tensor")
         if got != expected:
             hint = "The weights belong to another configuration: use the config they were trained with"
             raise CheckpointError(path, f"{prefix}{name}", got, expected, hint)
         if not bool(torch.isfinite(given[name]).all()):
             hint = "Do not use these weights: train again with a lower optimizer.lr, or take an earlier checkpoint"
             raise CheckpointError(path, f"{prefix}{name}", "numbers that are not finite", "finite numbers", hint)
-    module.load_state_dict(given, strict=True)
 
 
 def find(source: str | Path, kind: str | None = None, options: HubOptions | None = None) -> Weights:
@@ -202,7 +250,7 @@ def find(source: str | Path, kind: str | None = None, options: HubOptions | None
         if None not in (on_hub[3], options.revision) and on_hub[3] != options.revision:
             raise ConfigError(str(source), "revision", options.revision, f"{on_hub[3]}, as in the name, or none")
         options = replace(options, revision=on_hub[3] or options.revision)
-        wanted = [MODEL, HEAD, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"]
+        wanted = [MODEL, ADAPTER, ADAPTER_CONFIG, HEAD, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"]
         return _of_export(hub.fetch(str(source), on_hub[1], options, wanted, ACCEPTED), kind, on_hub[2])
     if options.revision is not None:
         raise ConfigError(folder, "revision", options.revision, "none, as this is no name on the hub")
@@ -241,16 +289,17 @@ def _of_run(folder: Path, kind: str) -> Weights:
     }
     if provenance.init is not None:
         made["init"] = provenance.init.model_dump(mode="json", exclude_none=True)
-    path, prefix, head = found / checkpoint.WEIGHTS, f"{kind}.", None
+    path, prefix, head, adapter = found / checkpoint.WEIGHTS, f"{kind}.", None, None
     data = _data(_tree(found / RUN_DATA), found / RUN_DATA)
     _check_size(settings, data, path)
     if isinstance(settings, FinetuneSettings):
         made |= _finetuned(path, kind, settings, data)
         prefix, head = f"{checkpoint.BEST}{prefix}", (path, f"{checkpoint.BEST}head.")
+        adapter = (path, f"{checkpoint.BEST}lora.") if settings.lora is not None else None
     dataset, extractor = settings.data[0].path, run / layout.EXTRACTOR
     if not extractor.is_dir() and "://" not in dataset:  # a run may come from anybody, so URLs in it are not opened
         extractor = Path(dataset) / layout.EXTRACTOR
-    return Weights(settings, data, made, path, prefix, head, run, run, extractor, None, seen)
+    return Weights(settings, data, made, path, prefix, head, run, run, extractor, None, seen, adapter)
 
 
 def _name(run: Path, settings: TrainSettings) -> str:
@@ -279,7 +328,10 @@ def _finetuned(path: Path, kind: str, settings: FinetuneSettings, data: DataReco
         "head": settings.head.pooling,
         "from_scratch": settings.start is None,
     }
-    return {"step": int(step), "finetuned": tuned} | {name: before[name] for name in ("training",) if name in before}
+    found = {"step": int(step), "finetuned": tuned} | {name: before[name] for name in ("training",) if name in before}
+    if settings.lora is not None:
+        found["base"] = {name: before.get(name) for name in Base.model_fields}
+    return found
 
 
 def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
@@ -305,8 +357,19 @@ def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
     paths = (head, folder, Path(f"{name}-results"), folder / EXTRACTOR, image)
     seen = Seen.from_tree(about["seen"], folder / CONFIG) if "seen" in about else None
     data = _data(about["data"], folder / CONFIG)
+    if ADAPTER in listed:
+        return Weights(settings, data, made, folder / ADAPTER, "", *paths, seen, _adapter(folder, settings, made))
     _check_size(settings, data, folder / MODEL)
     return Weights(settings, data, made, folder / MODEL, "", *paths, seen)
+
+
+def _adapter(folder: Path, settings: TrainSettings, made: Mapping[str, object]) -> tuple[Path, str]:
+    """File and prefix of the low-rank updates in an export of them."""
+    if not isinstance(settings, FinetuneSettings) or settings.lora is None:
+        raise CheckpointError(folder / CONFIG, "settings.lora", "none", f"those of {ADAPTER}", _AGAIN)
+    if "base" not in made:
+        raise CheckpointError(folder / CONFIG, "made.base", "no such field", f"the weights below {ADAPTER}", _AGAIN)
+    return folder / ADAPTER, ADAPTER_PREFIX
 
 
 def _tree(path: Path) -> dict[str, Any]:
@@ -378,7 +441,7 @@ def _compared(folder: Path) -> list[str]:
         raise CheckpointError(folder / SUMS, "", "no such file", "the checksums of an export", _AGAIN)
     lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in (MODEL, CONFIG, *listed):
+    for name in (ADAPTER if ADAPTER in listed else MODEL, CONFIG, *listed):
         path = folder / name
         if "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(folder / SUMS, "", printable(name)[:100], "names inside the folder", _AGAIN)

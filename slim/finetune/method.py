@@ -26,10 +26,11 @@ from slim.evaluation.results import Report
 from slim.evaluation.splits import Fold, Split
 from slim.evaluation.task import Cases, Task
 from slim.finetune.labels import Answers
-from slim.finetune.task import make_model
+from slim.finetune.task import count_trained, make_model
 from slim.inference import export
 from slim.inference.predict import predict
 from slim.inference.slim_brain import SlimBrain
+from slim.model import lora
 
 FINETUNED, SCRATCH = "finetuned", "scratch"
 _DEFAULTS: dict[str, dict[str, object]] = {
@@ -157,7 +158,13 @@ class Finetuned:
         (split,) = self.splits[number]
         out = self.folder / f"seed-{number}"
         data, sessions = str(self.dataset.folder), len(split.train)
-        return settings_for(self.ours, data, out, sessions, self.assignments, number)
+        settings = settings_for(self.ours, data, out, sessions, self.assignments, number)
+        if self.name == SCRATCH:
+            for key, given in (("freeze", settings.freeze), ("lora", settings.lora)):
+                if given:
+                    hint = "Leave it out, or --from-scratch"
+                    raise ConfigError("command line", key, "a value", "none with --from-scratch: all is trained", hint)
+        return settings
 
     def prepare(self, number: int) -> FinetuneSettings:
         """Make the run folder of a fine-tuning with its input files; returns its complete settings."""
@@ -176,7 +183,15 @@ class Finetuned:
             if self.name == SCRATCH:
                 return settings
             begun_with = start.write(out, self.ours.encoder.state_dict())
-        return settings.model_copy(update={"start": begun_with, "before": export.history(self.ours)})
+        before = export.history(self.ours)
+        if settings.lora is not None:  # for exports of the updates, which fit no other weights
+            before = {**before, "checksum": self.ours.checksum}
+        return settings.model_copy(update={"start": begun_with, "before": before})
+
+    def trained(self) -> int:
+        """Number of parameters that each fine-tuning trains."""
+        outputs = max(1, len(self.cases.classes))
+        return count_trained(self.settings(0), self.ours.geometry, self.dataset.grid.voxels, outputs)
 
     def predict(self, fold: Fold) -> np.ndarray:
         """Predict probabilities (m, K) or values (m, 1) of the test sessions; trains first, if it is not finished."""
@@ -215,6 +230,7 @@ class Finetuned:
         if not tensors:
             hint = "Lower optimizer.lr, and give another --out"
             raise CheckpointError(found, "val_loss", "no finite loss in any epoch", "a finite validation loss", hint)
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(lora.PREFIX)}
         model = make_model(settings, self.ours.geometry, self.dataset.grid.voxels, answers.outputs)
         model.load_state_dict(tensors)
         return model.eval().requires_grad_(False), int(step), loss

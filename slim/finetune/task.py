@@ -6,6 +6,8 @@ The run folder is like that of a pretraining run, with further files that `slim-
     RUN/start.safetensors    the initial encoder; if missing, random weights from the seed
     RUN/seen.json            subjects seen in pretraining; missing if this is not known
 
+Of the encoder, all weights are trained, or a part of them; `freeze` and `lora` of the settings say which.
+
 The validation subjects are predicted once per epoch. The weights with the best validation loss are kept in every
 checkpoint as `best.encoder...` and `best.head...`. Test subjects are not used here.
 
@@ -29,6 +31,7 @@ from slim.checkpoints.seen import Seen
 from slim.config import FinetuneSettings
 from slim.finetune.labels import Answers
 from slim.inference.predict import predict, sum_over_processes, world_size
+from slim.model import lora
 from slim.model.geometry import Geometry
 from slim.model.head import Answerer, Head
 from slim.model.hiera import Hiera
@@ -59,7 +62,10 @@ class FinetuneTask(TrainingTask):
 
     @property
     def learned(self) -> Any:
-        return [self.settings.head.model_dump(), self.settings.start, self.answers.digest()]
+        settings = self.settings
+        adapted = [settings.freeze, settings.lora and settings.lora.model_dump()]
+        # as in earlier versions, if all weights are trained
+        return [settings.head.model_dump(), settings.start, self.answers.digest(), *(adapted if any(adapted) else [])]
 
     def learner(self, device: torch.device) -> FinetuneLearner:
         torch.manual_seed(self.settings.run.seed)
@@ -67,6 +73,9 @@ class FinetuneTask(TrainingTask):
         if self.settings.start is not None:
             tensors = start.read(self.folder, self.settings.start, "slim-brain finetune")
             model.encoder.load_state_dict(tensors)
+        model.encoder.freeze(self.settings.freeze)
+        if self.settings.lora is not None:
+            lora.inject(model.encoder, self.settings.lora, self.settings.freeze)
         return FinetuneLearner(self, model.to(device))
 
 
@@ -97,13 +106,18 @@ class FinetuneLearner:
         return mean
 
     def groups(self) -> list[Group]:
-        """One or two groups for each depth: embedding, blocks, norm, head. The learning rate decreases to the input."""
+        """One or two groups for each depth: embedding, blocks, norm, head. The learning rate decreases to the input.
+
+        Only parameters that are trained are in them, so the others have no gradients and no moments.
+        """
         decay = self.settings.head.layer_decay
         if decay is None:
             decay = 1.0 if self.settings.start is None else LAYER_DECAY
         found: dict[tuple[int, bool], Group] = {}
         top = self.model.encoder.n + 1
         for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             depth, decayed = depth_of(name, self.model.encoder.n), decays(name, parameter)
             scale = decay ** (top - depth) if depth <= top else self.settings.head.lr_scale
             group = found.setdefault((depth, decayed), Group([], decayed, scale))
@@ -167,8 +181,10 @@ class FinetuneLearner:
         return validation_loss(guess_NK, subject_N, answer_N, classes)
 
     def _now(self, full: Full | None) -> dict[str, Tensor]:
-        """The present encoder and head as whole tensors, by name."""
+        """The present encoder and head as whole tensors, by name; with LoRA, as `slim.model.lora.merged` says."""
         tensors = {name: value if full is None else full(value) for name, value in self.model.named_parameters()}
+        if self.settings.lora is not None:
+            tensors = lora.merged(tensors, self.settings.lora)
         return tensors | dict(self.model.head.named_buffers(prefix="head"))
 
     def state(self, full: Full | None) -> dict[str, Tensor]:
@@ -186,7 +202,7 @@ class FinetuneLearner:
         self.best = {
             name.removeprefix(BEST): value
             for name, value in tensors.items()
-            if name.startswith((f"{BEST}encoder.", f"{BEST}head."))
+            if name.startswith((f"{BEST}encoder.", f"{BEST}head.", f"{BEST}{lora.PREFIX}"))
         }
 
 
@@ -194,6 +210,18 @@ def make_model(settings: FinetuneSettings, geometry: Geometry, voxels: int, outp
     """Make a model with random weights, drawn with the caller's generator."""
     encoder = Hiera(settings.model, geometry, voxels, settings.view)
     return Answerer(encoder, Head(settings.head, encoder.dim, outputs, geometry.cells), settings.precision == "bf16")
+
+
+def count_trained(settings: FinetuneSettings, geometry: Geometry, voxels: int, outputs: int) -> int:
+    """Number of parameters that a fine-tuning trains."""
+    with torch.device("meta"):
+        model = make_model(settings, geometry, voxels, outputs)
+    model.encoder.freeze(settings.freeze)
+    if settings.lora is None:
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    updates = lora.shapes(model.encoder, settings.lora, settings.freeze)
+    head = sum(parameter.numel() for parameter in model.head.parameters())
+    return head + sum(math.prod(shape) for shape in updates.values())
 
 
 def depth_of(name: str, blocks: int) -> int:

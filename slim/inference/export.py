@@ -11,26 +11,41 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from shards.core.errors import ConfigError, DatasetError, Stopped, is_full
-from shards.core.files import sha256, sync_folder
+from shards.core.files import dump, sha256, sync_folder
 from shards.core.room import has_room
 from shards.format.manifest import DataRecord, Manifest
 from slim import __version__
-from slim.checkpoints.weights import CARD, CONFIG, EXTRACTOR, FORMAT, HEAD, MODEL, PARCELS, SUMS
-from slim.config import PretrainSettings, TrainSettings
+from slim.checkpoints.weights import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_PREFIX,
+    CARD,
+    CONFIG,
+    EXTRACTOR,
+    FORMAT,
+    HEAD,
+    MODEL,
+    PARCELS,
+    SUMS,
+)
+from slim.config import FinetuneSettings, PretrainSettings, TrainSettings
 from slim.inference import model_card
+from slim.model import lora
 
 if TYPE_CHECKING:
     from slim.inference.slim_brain import SlimBrain
 
 
-def write(model: SlimBrain, out: Path, remote: bool = False) -> dict[str, Any]:
+def write(model: SlimBrain, out: Path, remote: bool = False, adapter: bool = False) -> dict[str, Any]:
     """Export a model to a folder.
 
     Parameters
@@ -41,6 +56,8 @@ def write(model: SlimBrain, out: Path, remote: bool = False) -> dict[str, Any]:
         A new or empty folder.
     remote : bool
         Whether to open the training datasets with a URL, for facts about them; see `history`.
+    adapter : bool
+        Whether to write the low-rank updates of a fine-tuning and the head, without the weights that were fine-tuned.
 
     Returns
     -------
@@ -50,13 +67,14 @@ def write(model: SlimBrain, out: Path, remote: bool = False) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        If `out` is not empty or cannot be written, or the temporal extractor of the training data cannot be read.
+        If `out` is not empty or cannot be written, the temporal extractor of the training data cannot be read, or
+        there are no low-rank updates.
     Stopped
         If the file system is full.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(out, "--out", "a folder with files, or a file", "a new or empty folder", "Name another one")
-    recipe = model.recipe
+    recipe, updates = model.recipe, model.updates() if adapter else None
     about = {
         "format": FORMAT,
         "made": {
@@ -67,17 +85,20 @@ def write(model: SlimBrain, out: Path, remote: bool = False) -> dict[str, Any]:
         "settings": _anywhere(model.settings),
         "data": model.data.tree(),
     }
+    if adapter:
+        about["adapter"] = True  # for the model card
     if model.seen is not None:
         about["seen"] = model.seen.hashed(model.checksum[:16]).tree()
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in model.encoder.state_dict().items()}
-        # `save_file` would make a file that other users cannot read
-        (temporary / MODEL).write_bytes(save_tensors(tensors, {"format": "pt"}))
+        if updates is None:
+            _save(temporary / MODEL, model.encoder.state_dict())
+        else:
+            _save(temporary / ADAPTER, {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in updates.items()})
+            (temporary / ADAPTER_CONFIG).write_text(dump(_peft_config(model)) + "\n", encoding="utf-8")
         if model.head is not None:
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in model.head.state_dict().items()}
-            (temporary / HEAD).write_bytes(save_tensors(tensors, {"format": "pt"}))
+            _save(temporary / HEAD, model.head.state_dict())
         (temporary / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if recipe.ranker.extractor is not None:
             recipe.ranker.extractor.save(temporary / EXTRACTOR)
@@ -105,6 +126,26 @@ def write(model: SlimBrain, out: Path, remote: bool = False) -> dict[str, Any]:
             raise ConfigError(out, "--out", error.strerror, "a writable folder") from None
         raise
     return about
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    path.write_bytes(save_tensors(contiguous, {"format": "pt"}))  # other users could not read a file of `save_file`
+
+
+def _peft_config(model: SlimBrain) -> dict[str, object]:
+    """The settings of low-rank updates as `peft` reads them."""
+    settings = model.settings
+    assert isinstance(settings, FinetuneSettings) and settings.lora is not None
+    names = [name for name, _ in lora.layers(model.encoder, settings.lora, settings.freeze)]
+    return {
+        "peft_type": "LORA",
+        "r": settings.lora.rank,
+        "lora_alpha": settings.lora.alpha,
+        "target_modules": names,
+        "bias": "none",
+        "inference_mode": True,
+    }
 
 
 def history(model: SlimBrain, remote: bool = False) -> dict[str, object]:

@@ -8,7 +8,7 @@ from shards.core import templates
 from shards.preprocessing.confounds import CleanSettings
 from slim.checkpoints.provenance import Ancestor
 from slim.checkpoints.seen import Seen
-from slim.checkpoints.weights import CONFIG, SUMS
+from slim.checkpoints.weights import CONFIG, SUMS, Base
 from slim.config import check_run
 
 
@@ -22,6 +22,7 @@ def write(about: dict[str, Any]) -> str:
         made=made,
         ancestors=Ancestor.model_validate(made["init"]).line() if "init" in made else [],
         finetuned=made.get("finetuned"),
+        base=Base.model_validate(made["base"]) if about.get("adapter") else None,
         seen=Seen.from_tree(about["seen"], CONFIG).count if "seen" in about else None,
         settings=check_run(about["settings"], CONFIG),
         data=data,

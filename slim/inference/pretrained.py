@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
+from pathlib import Path
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from shards.core.display import as_html, as_text
 from shards.core.errors import ConfigError
@@ -14,10 +16,12 @@ from shards.core.settings import digest
 from shards.format.manifest import Manifest
 from shards.format.reader import Dataset
 from slim.checkpoints.authors_checkpoint import Background
+from slim.checkpoints.checkpoint import CheckpointError
 from slim.checkpoints.seen import Person, Seen
 from slim.checkpoints.weights import Weights
 from slim.config import FinetuneSettings
 from slim.data.samples import unlike
+from slim.model import lora
 from slim.model.geometry import geometry_of
 from slim.model.head import Head
 from slim.model.hiera import Hiera
@@ -38,6 +42,42 @@ class Pretrained:
         self.encoder = encoder.eval().requires_grad_(False)
         self.head: Head | None = None
         self.device = torch.device("cpu")
+
+    def updates(self) -> dict[str, Tensor]:
+        """The low-rank updates of a fine-tuning, by name: LAYER.lora_A.weight and LAYER.lora_B.weight.
+
+        Raises
+        ------
+        ConfigError
+            If the model was not fine-tuned by LoRA, or its updates are not here, as in an ordinary export.
+        """
+        settings, about = self.settings, self._about
+        if not isinstance(settings, FinetuneSettings) or settings.lora is None or about.adapter is None:
+            got = "none of its own" if self.made.get("base") else "none"
+            hint = "Name the run of a fine-tuning with lora.rank, or export the whole encoder"
+            raise ConfigError(self.run_folder, "low-rank updates", got, "those of a fine-tuning by LoRA", hint)
+        return about.updates(lora.shapes(self.encoder, settings.lora, settings.freeze))
+
+    def _base_of_updates(self, base: str | Path | None) -> tuple[str | Path, str]:
+        """The weights that the updates of this export are added to, and their kind, if `base` names any."""
+        needed = self._about.base
+        if needed is None:
+            raise ConfigError(self.run_folder, "base", base, "none, as the whole encoder is here", "Leave out base")
+        if base is None:
+            call = f"slim-brain export {self.run_folder} --base WEIGHTS --out FOLDER"
+            hint = f"Name them by {call}, or by from_pretrained(..., base=WEIGHTS)"
+            raise ConfigError(self.run_folder, "base", "none", f"the weights that were fine-tuned, {needed}", hint)
+        return base, needed.weights
+
+    def _add_updates(self, base: Pretrained) -> None:
+        """Take the encoder of `base`, and add the updates of this export to its weights."""
+        needed, settings = self._about.base, self.settings
+        assert needed is not None and isinstance(settings, FinetuneSettings) and settings.lora is not None
+        if base.checksum != needed.checksum:
+            got, expected = (f"weights with SHA-256 {found[:12]}" for found in (base.checksum, needed.checksum))
+            hint = f"{self.run_folder} was trained with {needed}"
+            raise CheckpointError(base.run_folder, "base", got, expected, hint)
+        self.encoder.load_state_dict(lora.added(base.encoder.state_dict(), self.updates(), settings.lora))
 
     def to(self, device: torch.device | str) -> Self:
         """Move the encoder; returns self."""

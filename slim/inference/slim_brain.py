@@ -68,6 +68,7 @@ class SlimBrain(Pretrained):
         extractor: str | Path | None = None,
         parcels: str | Path | None = None,
         *,
+        base: str | Path | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
@@ -91,6 +92,8 @@ class SlimBrain(Pretrained):
             The temporal extractor (a folder) and the label image of the parcels with which the training data were made.
             They are only needed to encode NIfTI scans. By default, they are read from an export, and the extractor of a
             run from the run or its dataset.
+        base : str or Path, optional
+            For low-rank updates (`slim-brain export --adapter`): the weights that were fine-tuned, named as `source`.
         revision, cache_dir, token, local_files_only
             For a name on the hub, as in `huggingface_hub.snapshot_download`: a tag, branch or commit; the folder of
             downloaded files; the token for private models; whether to use downloaded files only.
@@ -108,11 +111,12 @@ class SlimBrain(Pretrained):
         Raises
         ------
         CheckpointError
-            If there are no weights, tensors do not match the settings, or a file is damaged or missing.
+            If there are no weights, tensors do not match the settings, a file is damaged or missing, or `base` holds
+            other weights than the updates were trained with.
         ConfigError
             If the configuration of the run cannot be read.
         """
-        for name, path in (("source", source), ("extractor", extractor), ("parcels", parcels)):
+        for name, path in (("source", source), ("extractor", extractor), ("parcels", parcels), ("base", base)):
             if not isinstance(path, str | os.PathLike) and not (path is None and name != "source"):
                 expected = "a path, or OWNER/NAME on the hub" if name == "source" else "a path"
                 raise ArgumentError("from_pretrained", name, f"a {type(path).__name__}", expected)
@@ -128,7 +132,15 @@ class SlimBrain(Pretrained):
         )
         with threads_inside(1):  # copying small tensors is faster with one thread
             model = cls(about, about.made["step"])
-            about.load_into(model.encoder)
+            if about.base is None and base is None:
+                about.load_into(model.encoder)
+            else:
+                where, kind = model._base_of_updates(base)
+                model._add_updates(
+                    cls.from_pretrained(
+                        where, kind, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+                    )
+                )
         if isinstance(settings := model.settings, FinetuneSettings):
             outputs = max(1, len(settings.answer.classes))
             model.head = Head(settings.head, model.encoder.dim, outputs, model.geometry.cells).requires_grad_(False)

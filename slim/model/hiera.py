@@ -14,6 +14,7 @@ channels of a head; T frames of a sample.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -111,27 +112,58 @@ class Hiera(nn.Module):
         self.pooled = set(ends[: len(geometry.strides)])
         self.ends = ends  # number of blocks up to the end of each stage
         self.n, self.n_local = len(blocks), sum(local)
+        self.n_frozen = 0  # the first blocks, which are computed without gradients; see `freeze`
         self.dim = dim
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_linear)
         init_positions(self.space, self.time, self.seconds, geometry.tokens)
 
+    def freeze(self, stages: int) -> None:
+        """Fix the first stages, with embedding and positions; the norm, too, if these are all stages.
+
+        No gradient is computed below the last of these stages, and no activation of them is kept.
+        """
+        self.n_frozen = self.ends[stages - 1] if stages else 0
+        if not stages:
+            return
+        fixed = [self.embed, self.seconds, *self.blocks[: self.n_frozen]]
+        for part in (*fixed, self.norm) if stages == len(self.ends) else fixed:
+            part.requires_grad_(False)
+        for table in (self.space, self.time):
+            table.requires_grad_(False)
+
     def forward(self, voxels: Voxels, plan: Plan) -> Tensor:
         """Features of every cell with at least one kept token, (M, C), in the order of `plan.cell_M`.
 
         The local stages run chunk by chunk. With more than one chunk, their activations are computed again in the
-        backward pass, so they need the memory of one chunk only.
+        backward pass, so they need the memory of one chunk only. Of frozen stages only the result is kept.
         """
-        base_QC = self.embed.baseline(voxels)
+        with self._gradients(0):
+            base_QC = self.embed.baseline(voxels)
+        x_LC = torch.cat([self._chunk(voxels, base_QC, plan, chunk) for chunk in plan.chunks])[plan.by_sample_L]
+        frozen = max(self.n_local, self.n_frozen)
+        with self._gradients(self.n_local):
+            x_LC = self._climb(x_LC, range(self.n_local, frozen), plan.samples)
+        return self.norm(self._climb(x_LC, range(frozen, self.n), plan.samples))
+
+    def _gradients(self, block: int) -> AbstractContextManager[object]:
+        """A context without gradients if this block is frozen."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and block >= self.n_frozen)
+
+    def _chunk(self, voxels: Voxels, base_QC: Tensor | None, plan: Plan, chunk: Chunk) -> Tensor:
+        """Apply the embedding and the local stages to one of the chunks."""
         stream = len(plan.chunks) > 1 and torch.is_grad_enabled()
-        parts = []
-        for chunk in plan.chunks:
+        if not self.n_frozen:
             if stream:
-                part = checkpoint(self._local, voxels, base_QC, plan, chunk, self.n_local, use_reentrant=False)
-            else:
-                part = self._local(voxels, base_QC, plan, chunk, self.n_local)
-            parts.append(part)
-        return self.norm(self._climb(torch.cat(parts)[plan.by_sample_L], range(self.n_local, self.n), plan.samples))
+                return checkpoint(self._local, voxels, base_QC, plan, chunk, self.n_local, use_reentrant=False)
+            return self._local(voxels, base_QC, plan, chunk, self.n_local)
+        frozen = min(self.n_local, self.n_frozen)
+        with torch.no_grad():
+            x_NC = self._local(voxels, base_QC, plan, chunk, frozen)
+        trained = range(frozen, self.n_local)
+        if stream and trained:
+            return checkpoint(self._climb, x_NC, trained, chunk, use_reentrant=False)
+        return self._climb(x_NC, trained, chunk)
 
     def stage(self, voxels: Voxels, plan: Plan, number: int) -> Tensor:
         """Features of every cell at the end of stage `number`, (M, C of that stage), in the order of `plan.cell_M`.
@@ -168,8 +200,9 @@ class Hiera(nn.Module):
         return self._climb(x_NC, range(stop), chunk)
 
     def _climb(self, x_NC: Tensor, indices: range, chunk: Chunk) -> Tensor:
-        """Apply blocks to one chunk of segments, with pooling where a stage starts."""
-        level = 0
+        """Apply local or global blocks to one chunk of segments, with pooling where a stage starts."""
+        first = 0 if indices.start < self.n_local else self.n_local
+        level = sum(first <= block < indices.start for block in self.pooled)
         for index in indices:
             if index in self.pooled:
                 x_NC = self.blocks[index](x_NC, chunk.pools[level], chunk.children[level])

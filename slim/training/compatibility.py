@@ -87,6 +87,8 @@ RULES: dict[str, Rule] = {
     "head": Rule.FIXED,
     "head.layer_decay": Rule.NAMED,
     "head.lr_scale": Rule.NAMED,
+    "freeze": Rule.FIXED,
+    "lora": Rule.FIXED,
     "start": Rule.FIXED,
     "answer": Rule.FIXED,
     "before": Rule.FREE,  # describes the initial weights; `start` is their hash

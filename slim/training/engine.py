@@ -64,8 +64,12 @@ def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: Tr
 
 def whole_parameter(parameter: Tensor) -> Tensor:
     """The whole fp32 value of a parameter that ZeRO stage 3 divides among the processes."""
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
+    if not parameter.requires_grad:  # the optimizer has no copy of it
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
     whole = safe_get_full_fp32_param(parameter)
     assert whole is not None
     return whole

@@ -17,7 +17,8 @@ _CONVERTED = "Use the dataset that the run was started with, or another run.out"
 _HINT = "Use the settings in the run's config.yaml, or another run.out"
 # field: the settings that it depends on
 _SET_BY = {
-    "tensors": "model, view, windows.k, loss or the grid of the data; in fine-tuning the weights, head or labels",
+    "tensors": "model, view, windows.k, loss or the grid of the data; "
+    "in fine-tuning the weights, head, freeze, lora or labels",
     "stream": "data, their weights, their training sessions or run.seed",
     "zero_stage": "zero.stage",
     "global_batch": "run.batch x run.accumulate x processes",

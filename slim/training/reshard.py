@@ -15,12 +15,13 @@ end.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from slim.checkpoints import checkpoint, zero_states
 from slim.checkpoints.checkpoint import CheckpointError
@@ -191,6 +192,11 @@ def _part(numbers: int, world: int) -> int:
     return -(-numbers // world)
 
 
+def _trained(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The parameters that the optimizer has. The others stay as the run has begun with them."""
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
 def _begin_adam(optimizer: torch.optim.Optimizer, flats: list[Tensor], step: Tensor) -> None:
     """Create zero moments for these tensors; the padding stays zero. Each tensor has its own step count."""
     for flat in flats:
@@ -206,7 +212,7 @@ def _load_ranges(engine: Any, shards: States) -> None:
     _begin_adam(zero.optimizer, zero.single_partition_of_fp32_groups, shards.step)
     for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
         lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine.module):
         parameter.copy_(shards.whole(name, "fp32").view_as(parameter))
         if parameter._hp_mapping is not None:
             parameter._hp_mapping.update_hp()
@@ -227,7 +233,7 @@ def _load_parts(engine: Any, shards: States) -> None:
         part = _part(whole.numel(), world)
         return torch.nn.functional.pad(whole, (0, part * world - whole.numel())).narrow(0, rank * part, part)
 
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine.module):
         whole = shards.whole(name, "fp32")
         with GatheredParameters([parameter], modifier_rank=0):
             if rank == 0:

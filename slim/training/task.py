@@ -57,7 +57,7 @@ class Learner(Protocol):
         ...
 
     def groups(self) -> list[Group]:
-        """All parameters, in groups for the optimizer."""
+        """All parameters that are trained, in groups for the optimizer."""
         ...
 
     def begin(self, steps: Steps, forward: Forward) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from slim.config import PRESETS, ModelSettings, PredictorSettings, PretrainSettings
+from slim.config import PRESETS, ModelSettings, PretrainSettings
 from slim.model.geometry import Geometry
 from slim.model.inputs import Batch
+from slim.model_settings import PredictorSettings
 from slim.planning.step_cost import make_batch
 from slim.pretrain.learner import PretrainLearner
 from slim.pretrain.objective import Objective
