@@ -49,7 +49,7 @@ class Bench(Settings):
 
 
 SMALL: dict[str, object] = {
-    **{"subjects": 12, "frames": 60, "voxel_mm": 16, "mm": 16, "shape": [16, 16, 16]},
+    **{"subjects": 20, "frames": 60, "voxel_mm": 16, "mm": 16, "shape": [16, 16, 16]},
     **{"steps": 2, "epochs": 1, "batch": 2},
 }
 
