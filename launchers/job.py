@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -87,6 +88,7 @@ def work(config: Path) -> TrainingResult:
     prepare(on_gpu)
     import deepspeed
 
+    from launchers.run_probe import RunProbe
     from slim.training import callbacks
     from slim.training.trainer import Trainer
 
@@ -108,10 +110,14 @@ def work(config: Path) -> TrainingResult:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     rank = dist.get_rank()
     choose_chunk(task, device, config.parent)
-    chosen = (*own_callbacks(), *callbacks.usual(task.name, settings, device, rank, flops_counter(task)))
-    result = Trainer(task, device, chosen).run()
+    probing = [RunProbe(settings, device)] if settings.run.probe is not None and rank == 0 else []
+    usual = callbacks.usual(task.name, settings, device, rank, flops_counter(task))
+    result = Trainer(task, device, (*own_callbacks(), *usual, *probing)).run()
     dist.barrier()
     dist.destroy_process_group()  # not after a failure: other processes may be inside a collective operation
+    for one in probing:  # the others need not wait for the last probe
+        one.complete()
+        result = replace(result, warnings=[*result.warnings, *one.failed])
     return result
 
 

@@ -14,6 +14,7 @@ import yaml
 from launchers import job
 from shards.core.errors import ConfigError
 from shards.core.files import dump, write_atomically
+from shards.core.presets import find
 from shards.format.layout import EXTRACTOR
 from shards.format.reader import Dataset
 from slim import __version__
@@ -69,6 +70,7 @@ def _prepare(folder: Path, settings: TrainSettings) -> Path:
     settings = compatibility.begin(settings) if begun is None else _adopt(begun, settings)
     changes = [] if begun is None else [str(change) for change in compatibility.changes(begun, settings)]
     task = job.open_task(settings)
+    settings = _with_probe(settings)
     if begun is not None:
         origin = task.origin(settings.run.processes)
         origin.check(begun)
@@ -106,6 +108,19 @@ def _prepare(folder: Path, settings: TrainSettings) -> Path:
     compatibility.keep(folder, text, begun, changes)
     write_atomically(folder / CONFIG, text)
     return folder / CONFIG
+
+
+def _with_probe(settings: S) -> S:
+    """Check `run.probe`, and name its task by an absolute path. Its scores say how well a checkpoint does."""
+    probe = settings.run.probe
+    if probe is None:
+        return settings
+    from slim.evaluation.validation import Validation
+
+    path = find("task", probe.task, "run.probe.task").resolve()
+    Validation.open(path, settings.data[0].path, probe.subjects)
+    probe = probe.model_copy(update={"task": str(path)})
+    return settings.model_copy(update={"run": settings.run.model_copy(update={"probe": probe})})
 
 
 def _keep_extractor(dataset: Dataset, folder: Path) -> None:

@@ -188,6 +188,18 @@ class ZeroSettings(Settings):
         return 2 if processes > 1 or self.offload_optimizer else 0
 
 
+class RunProbeSettings(Settings):
+    """A task that is probed while a run trains: fitted on training subjects, scored on validation subjects."""
+
+    task: str = Field(description="a task, by its name or its YAML file")
+    every: Annotated[int, Unit("steps")] = Field(
+        ge=1, description="optimizer steps between probes, a multiple of run.checkpoint_every"
+    )
+    subjects: Annotated[int | None, Unit("subjects")] = Field(
+        100, ge=4, description="most training and most validation subjects that are encoded; null: all"
+    )
+
+
 class RunSettings(Settings):
     """Folder, length, processes, checkpoints and log of the run."""
 
@@ -230,6 +242,9 @@ class RunSettings(Settings):
         "offline", description="where Weights & Biases keeps the log: offline in the run folder, online, or nowhere"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    probe: RunProbeSettings | None = Field(
+        None, description="a task that is probed on validation subjects during pretraining; null: none"
+    )
 
     def steps_in_all(self, per_epoch: int, processes: int) -> int:
         """Total optimizer steps of the run, given the samples per epoch and the number of processes."""
@@ -247,6 +262,14 @@ class RunSettings(Settings):
         every = others.data.get("checkpoint_every", 1)
         if value is not None and value % every:
             raise ValueError(f"a multiple of run.checkpoint_every, {every}")
+        return value
+
+    @field_validator("probe")
+    @classmethod
+    def _has_checkpoints(cls, value: RunProbeSettings | None, others: ValidationInfo) -> RunProbeSettings | None:
+        every = others.data.get("checkpoint_every", 1)
+        if value is not None and value.every % every:
+            raise Contradiction("every", value.every, f"a multiple of run.checkpoint_every, {every}")
         return value
 
     @field_validator("mirror")
@@ -454,6 +477,12 @@ class FinetuneSettings(TrainSettings):
         narrowest = min(self.model.embed, int(self.model.embed * self.model.mlp_ratio))
         if lora.rank > narrowest:
             raise Contradiction("lora.rank", lora.rank, f"at most {narrowest}, the channels of the narrowest layer")
+        return self
+
+    @model_validator(mode="after")
+    def _validates_itself(self) -> FinetuneSettings:
+        if self.run.probe is not None:
+            raise Contradiction("run.probe", self.run.probe.task, "nothing: a fine-tuning validates after each epoch")
         return self
 
 

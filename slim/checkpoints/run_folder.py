@@ -7,8 +7,9 @@ RUN/config.yaml       the merged configuration
     seen.json         subjects seen in training (`slim.checkpoints.seen`)
     answers.json      labels of the subjects of a fine-tuning (`slim.finetune.labels`)
     configs/          all configurations that the run was trained with (`slim.training.compatibility`)
-    checkpoints/      step-00000100/ ..., and `latest` (`slim.checkpoints.checkpoint`)
+    checkpoints/      step-00000100/ ..., and `latest` (`slim.checkpoints.checkpoint`); `best` with `run.probe`
     metrics.jsonl     one line for each logged step
+    probe.jsonl       one line for each probe during training (`slim.evaluation.validation`)
     skipped.jsonl     samples that could not be read
     wandb/id          ID of the run in wandb, used to resume it
     slurm/            scripts, logs and notes of SLURM jobs
@@ -31,10 +32,10 @@ ALSO_ABOUT_RUN = (PROVENANCE, SEEN)  # likewise; runs of version 0.1 have none
 CONFIGS = "configs"
 
 CHECKPOINTS = "checkpoints"
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 COMPLETE, WEIGHTS = "COMPLETE", "weights.safetensors"  # in each checkpoint
 
-METRICS = "metrics.jsonl"
+METRICS, PROBES = "metrics.jsonl", "probe.jsonl"
 SKIPPED = "skipped.jsonl"
 WANDB_ID = "wandb/id"
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from shards.core.errors import ConfigError
+from slim.checkpoints.run_folder import BEST, CHECKPOINTS, LATEST
 
 HUB_NAME = re.compile(r"([\w.-]+/([\w.-]+))(?:@([\w./-]+))?")  # OWNER/NAME, or OWNER/NAME@REVISION
 ACCEPTED = "a run, one of its checkpoints, an exported folder, or OWNER/NAME[@REVISION] on the Hugging Face hub"
@@ -16,7 +17,12 @@ def is_on_hub(source: str | Path) -> bool:
     return isinstance(source, str) and HUB_NAME.fullmatch(source) is not None and not Path(source).parent.exists()
 
 
+def names_checkpoint(path: Path) -> bool:
+    """Whether a file names a checkpoint beside it: RUN/checkpoints/latest, or best."""
+    return path.name in (LATEST, BEST) and path.parent.name == CHECKPOINTS and path.is_file()
+
+
 def require_weights(source: str | Path) -> None:
     """Raise ConfigError if weights are neither a folder nor a name on the hub."""
-    if not Path(source).is_dir() and not is_on_hub(source):
+    if not Path(source).is_dir() and not names_checkpoint(Path(source)) and not is_on_hub(source):
         raise ConfigError(source, "", "no such folder", ACCEPTED)

@@ -40,7 +40,7 @@ from slim.checkpoints.run_folder import ABOUT_RUN, ALSO_ABOUT_RUN, CHECKPOINTS, 
 from slim.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from slim.checkpoints.run_folder import DATASET as RUN_DATA
 from slim.checkpoints.seen import Seen
-from slim.checkpoints.source import ACCEPTED, HUB_NAME, is_on_hub
+from slim.checkpoints.source import ACCEPTED, HUB_NAME, is_on_hub, names_checkpoint
 from slim.config import FinetuneSettings, TrainSettings, check_run, load_run
 
 FORMAT = 1
@@ -260,6 +260,8 @@ def find(source: str | Path, kind: str | None = None, options: HubOptions | None
 
 
 def _of_run(folder: Path, kind: str) -> Weights:
+    if names_checkpoint(folder):
+        folder = folder.parent / folder.read_text(encoding="utf-8", errors="replace").strip()
     if (folder / checkpoint.COMPLETE).is_file():
         found, run = folder, folder.parent.parent
     elif (folder / RUN_CONFIG).is_file():

@@ -16,6 +16,8 @@ from matplotlib.ticker import LogLocator
 
 from shards.reporting import html
 from slim.config import FinetuneSettings, PretrainSettings
+from slim.evaluation import metrics
+from slim.evaluation.validation import ValidationScore, best_of
 from slim.training.metrics import MetricsLine
 
 _POINTS = 600  # largest number of points of a drawn curve
@@ -171,6 +173,36 @@ def sections(
         if shown:
             found.append(html.Section(title, [*([] if found else [html.Text(how)]), html.Pairs(shown)]))
     return found
+
+
+def validation(scores: Sequence[ValidationScore]) -> list[html.Section]:
+    """The scores of the probe during training, with their intervals."""
+    shown = [score for score in scores if score.value is not None]
+    if not shown:
+        return []
+    best = best_of(shown)
+    assert best is not None
+    figure = Figure(figsize=(5.4, 3.1), layout="constrained")
+    axes = figure.subplots()
+    step = [score.step for score in shown]
+    ends = np.array([(score.low, score.high) for score in shown], float)
+    axes.fill_between(step, ends[:, 0], ends[:, 1], color=html.BLUE, alpha=0.2, lw=0)
+    value = np.array([score.value for score in shown], float)
+    axes.plot(step, value, color=html.BLUE, lw=1.8, marker="o", ms=4)
+    axes.plot(best.step, value[shown.index(best)], color=html.ORANGE, marker="o", ms=8, ls="")
+    _say(axes, axes.get_ylim()[0], f"best: {best.line()}")
+    metric = metrics.words(best.metric)
+    axes.set_ylabel(metric)
+    axes.set_xlabel("optimizer step")
+    axes.grid(axis="y")
+    caption = (
+        f"{metric} of the task {best.task}, fitted on training subjects and scored on {best.subjects} validation "
+        "subjects. Band: 95 % interval over subjects. The checkpoint of the best score is kept as checkpoints/best. "
+        "With few subjects the best of many scores is too good: compare methods on test subjects, with slim-brain probe."
+    )
+    title = f"Probe of {best.task} during training"
+    picture = html.Picture.of(figure, f"{title}, by optimizer step", caption)
+    return [html.Section("Validation", [html.Heading(title), picture])]
 
 
 def _answering(lines: Sequence[MetricsLine], guess: float | None) -> list[list[html.Part]]:

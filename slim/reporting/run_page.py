@@ -25,9 +25,10 @@ from shards.format.manifest import Manifest
 from shards.reporting import html
 from slim.checkpoints.checkpoint import facts, folders, is_complete
 from slim.checkpoints.provenance import Provenance
-from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, DATASET, EXPLAIN, METRICS, PAGE, PROBE, REPORT
+from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, DATASET, EXPLAIN, METRICS, PAGE, PROBE, PROBES, REPORT
 from slim.checkpoints.seen import Seen
 from slim.config import AUTO, FinetuneSettings, PretrainSettings, load_run
+from slim.evaluation.validation import read_scores
 from slim.finetune.labels import Answers
 from slim.reporting import curves, run_health
 from slim.training.metrics import RECENT, MetricsLine, number, read_metrics, warnings_of
@@ -81,7 +82,7 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
             facts=html.Facts(_numbers(settings, lines, Provenance.read(folder))),
             probes=run_health.probes(tasks),
             explanations=run_health.explanations(folder / REPORT / EXPLAIN),
-            curves=curves.sections(settings, lines, guess),
+            curves=[*curves.validation(read_scores(folder / PROBES)), *curves.sections(settings, lines, guess)],
             checkpoints=_checkpoints(folder / CHECKPOINTS),
             configuration_file=CONFIG,
             configuration=merged,

@@ -74,6 +74,7 @@ RULES: dict[str, Rule] = {
     "run.log_every": Rule.FREE,
     "run.wandb": Rule.FREE,
     "run.device": Rule.FREE,
+    "run.probe": Rule.FREE,
     # pretraining only
     "mask": Rule.NAMED,
     "init": Rule.FIXED,

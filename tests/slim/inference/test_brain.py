@@ -253,7 +253,7 @@ def test_what_cannot_be_encoded_is_told(run: Path, cohort: Path, tmp_path: Path)
     cut = nib.load(bold).slicer[..., :42]  # 8 windows, of which the last is never whole
     assert model.encode(cut, mask=None, dummy=0, space="MNI").shape[0] == 8
     with pytest.raises(UserError, match="windows"):
-        model.encode(cut.slicer[..., :38], dummy=0)
+        model.encode(cut.slicer[..., :4], dummy=0)
 
 
 def test_no_sort_of_weights_is_mistaken_for_another(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
