@@ -31,8 +31,8 @@ ORDER = {
         *("inference", "evaluation", "finetune", "explain", "reporting"),
     ),
     "launchers": (
-        *("environment", "arguments", "outcome", "job", "run_setup", "local", "conversion", "finetuning", "cluster"),
-        *("experiments", "benches", "commands"),
+        *("environment", "arguments", "outcome", "run_probe", "job", "run_setup", "local", "conversion", "finetuning"),
+        *("cluster", "experiments", "benches", "commands"),
     ),
 }
 

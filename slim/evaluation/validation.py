@@ -19,9 +19,10 @@ from shards.format.record import Number
 from shards.format.session_record import SessionRecord
 from shards.format.stream import generator
 from slim.evaluation import metrics, probe
+from slim.evaluation.division import Splits, make_splits
 from slim.evaluation.results import Estimate
-from slim.evaluation.splits import Split, TaskSplitSettings
-from slim.evaluation.task import Cases, Task, find_cases, load_task, make_splits
+from slim.evaluation.splits import TaskSplitSettings
+from slim.evaluation.task import Cases, Task, find_cases, load_task
 from slim.inference.slim_brain import SlimBrain
 
 
@@ -92,13 +93,13 @@ class Validation:
     dataset : Dataset
         Without the sessions of test subjects.
     cases : Cases
-    splits : list of list of Split
+    splits : Splits
     """
 
     task: Task
     dataset: Dataset
     cases: Cases
-    splits: list[list[Split]]
+    splits: Splits
 
     @classmethod
     def open(cls, path: str | Path, data: str, subjects: int | None) -> Validation:

@@ -198,7 +198,7 @@ def validation(scores: Sequence[ValidationScore]) -> list[html.Section]:
     caption = (
         f"{metric} of the task {best.task}, fitted on training subjects and scored on {best.subjects} validation "
         "subjects. Band: 95 % interval over subjects. The checkpoint of the best score is kept as checkpoints/best. "
-        "With few subjects the best of many scores is too good: compare methods on test subjects, with slim-brain probe."
+        "With few subjects the best of many scores is too good: compare methods on test subjects (slim-brain probe)."
     )
     title = f"Probe of {best.task} during training"
     picture = html.Picture.of(figure, f"{title}, by optimizer step", caption)
