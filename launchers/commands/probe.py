@@ -197,6 +197,9 @@ def _print(result: TaskResult) -> None:
     facts = result.facts
     about = f"{facts.sessions} sessions, {facts.test_subjects} test subjects, {facts.pooling} pooling"
     display.print_table(result, f"{result.name}: {about}")
+    if facts.sites:
+        of_site = ", ".join(f"{site}: {count}" for site, count in facts.sites.items())
+        print(f"  people tested at each of {len(facts.sites)} sites: {of_site}")
     for share in facts.shares:
         print(f"  {display.percent(share.share)} of the training people: {share.people_by_class}")
     for reason, count in facts.left_out.items():

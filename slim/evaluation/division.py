@@ -151,8 +151,11 @@ def _check_training(task: Task, cases: Cases, split: Split, where: str | Path, s
     share : float
         Share of the training subjects that the split was reduced to.
     """
+    remark = ""
+    if task.split.kind == "sites":
+        remark = f" without the site {cases.group_S[cases.subject_N[split.test[0]]]}"
     # without validation subjects, families are divided again, to select the penalty
-    _enough(task, cases, split.train, "training", where, share, families=not len(split.val))
+    _enough(task, cases, split.train, "training", where, share, families=not len(split.val), remark=remark)
     _check_spread(task, cases, split.fitted, "training ", where)
     if len(split.val):
         _enough(task, cases, split.val, "validation", where, share)
@@ -227,6 +230,7 @@ def _enough(
     where: str | Path,
     share: float = 1.0,
     families: bool = False,
+    remark: str = "",
 ) -> None:
     """Refuse a side of a split that has too few subjects, or families."""
     least = _LEAST[side][task.type]
@@ -238,8 +242,11 @@ def _enough(
         counts = {f" of class {name} ({whole[name]} in all)": n for name, n in people_of(cases, rows, unit_S).items()}
     for what, count in counts.items():
         if count < least:
-            got = f"{count} {side} {'families' if families else 'subjects'}{what}"
+            got = f"{count} {side} {'families' if families else 'subjects'}{what}{remark}"
             if share < 1:
                 got, hint = f"{share:g}, which leaves {got}", "Use a larger share, or more subjects"
                 raise ConfigError(where, "split.share", got, f"at least {least}", hint)
-            raise ConfigError(where, "split", got, f"at least {least}", "Use other folds or shares, or more subjects")
+            hint = "Use other folds or shares, or more subjects"
+            if task.split.kind == "sites":
+                hint = "Join sites in the column, or use another split.kind"
+            raise ConfigError(where, "split", got, f"at least {least}", hint)

@@ -24,7 +24,7 @@ from shards.conversion.splits import SPLITS
 from shards.core import tables
 from shards.core.errors import ConfigError, did_you_mean
 from shards.format.session_record import SessionRecord
-from slim.evaluation.labels import is_missing, word
+from slim.evaluation.labels import is_missing, refuse_lookalikes, word
 from slim.evaluation.splits import TaskSplitSettings
 
 Person = tuple[str, str]  # people, subject
@@ -46,7 +46,8 @@ def groups(
     Raises
     ------
     ConfigError
-        If the file or column cannot be read, a side has another name, or a subject has two sides or values.
+        If the file or column cannot be read, a side has another name, a subject has two sides or values, or two sites
+        differ in their writing alone (NYU and nyu).
     """
     if settings.file is not None:
         sides = _of_file(Path(where).parent / settings.file)
@@ -66,6 +67,8 @@ def groups(
     if not found:
         got, expected = f"{column}, which no session has", "a column of the participants table"
         raise ConfigError(where, "split.column", got, expected)
+    if settings.kind == "sites":
+        refuse_lookalikes(found.values(), column, where, "split.column")
     return found
 
 

@@ -9,7 +9,8 @@ sessions), or each window.
 
 Intervals resample subjects, not sessions or windows. They are paired: all methods are scored on the same draws. They
 describe the choice of the test subjects, not that of the training subjects. p values come from permutations: the labels
-of the test subjects are shuffled (labels of windows within their subject), and the predictions are kept.
+of the test subjects are shuffled (of windows within their subject, of subjects within their site if sites are left
+out), and the predictions are kept.
 
 Legend: N rows, sessions or windows (m of test); S subjects; U what is scored, subjects or windows; P features; K
 classes or 1; D the score and its draws.
@@ -162,12 +163,25 @@ def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], metho
         subject_U, truth_U, guess_UK = predict(task, cases, parts, method, repeat)
         tested, number_U = np.unique(subject_U, return_inverse=True)
         weight_DS = metrics.bootstrap_weights(len(tested), task.bootstrap, seed)
-        group_U = np.zeros_like(number_U) if cases.window_N is None else number_U
+        group_U = _exchangeable(task, cases, subject_U, number_U)
         scores.append(_measure(task, guess_UK, weight_DS, number_U)(truth_U))
         orders = metrics.shuffles(group_U, task.permutations, seed)
         measure = _measure(task, guess_UK, np.ones((1, len(tested))), number_U)
         shuffled.append(metrics.permuted(measure, truth_U, orders))
     return averaged(scores), averaged(shuffled)
+
+
+def _exchangeable(task: Task, cases: Cases, subject_U: np.ndarray, number_U: np.ndarray) -> np.ndarray:
+    """The group of each scored unit whose labels are exchanged in a permutation test, int (U,).
+
+    All subjects; those of a site, because sites differ in their shares of classes and have models of their own; the
+    windows of a subject.
+    """
+    if cases.window_N is not None:
+        return number_U
+    if task.split.kind == "sites":
+        return np.unique(cases.group_S[subject_U], return_inverse=True)[1]
+    return np.zeros_like(number_U)
 
 
 def _fingerprint(task: Task, vector_NP: np.ndarray, who_N: np.ndarray) -> Scores:
@@ -376,6 +390,9 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts
         test_subjects=len(tested),
         left_out=cases.left_out,
     )
+    if task.split.kind == "sites":
+        sites, people = np.unique(cases.group_S[tested], return_counts=True)
+        facts = facts.with_facts(sites=dict(zip(sites.tolist(), people.tolist(), strict=True)))
     if task.gallery is not None:
         return facts.with_facts(gallery=task.gallery, chance=gallery.chance(task.gallery))
     if task.type == "fingerprint":

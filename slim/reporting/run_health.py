@@ -144,7 +144,8 @@ def _about(task: TaskResult) -> str:
     if facts.split is not None and facts.split.kind == "folds":
         found.append(f"{facts.split.folds} folds by subject, repeated {facts.split.repeats} times")
     elif facts.split is not None and facts.split.kind == "sites":
-        found.append("each site is tested once, by the others")
+        sites = html.count(len(facts.sites), "site") + ", " if facts.sites else ""
+        found.append(f"{sites}each site is tested once, by the others")
     elif facts.split is not None and facts.split.kind:
         found.append(f"split: {facts.split.kind}")
     if isinstance(facts.seeds, list):

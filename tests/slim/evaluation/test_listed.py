@@ -17,6 +17,7 @@ import pytest
 from helpers.commands import ROOT
 from helpers.tasks import GROUP, SCORE, WHO, cases_of, sessions, task
 from shards.core.errors import ConfigError
+from slim.evaluation import probe
 from slim.evaluation.division import make_splits
 from slim.evaluation.task import Cases, find_cases
 
@@ -73,6 +74,37 @@ def test_each_site_is_tested_once_and_never_trained_on() -> None:
         tested += split.test.tolist()
     assert len(splits) == 3 and sorted(tested) == list(range(78))
     assert found.left_out == {"without a site": 2}
+
+
+def test_differences_between_sites_alone_are_no_finding() -> None:
+    """Sites differ in their share of patients, and models of sites in their level: p is of shuffles within a site."""
+    chosen = task(GROUP | {"split": {"kind": "sites", "column": "site"}})
+    found = cases_of(
+        chosen,
+        sessions(
+            90, 1, site=lambda s: ("NYU", "Pitt", "UCLA")[s % 3], group=lambda s: "AB"[s // 3 % 10 < 2 + 3 * (s % 3)]
+        ),
+    )
+
+    class OfSites:
+        """Predicts the share of the tested site."""
+
+        def __init__(self, noise: float) -> None:
+            self.noise = noise
+
+        def predict(self, fold: Any) -> np.ndarray:
+            (site,) = np.unique(found.group_S[found.subject_N[fold.test]])
+            rng = np.random.default_rng(len(fold.test))
+            level = {"NYU": 0.2, "Pitt": 0.5, "UCLA": 0.8}[site]
+            own = self.noise * (found.truth_S[found.subject_N[fold.test]] - 0.5)
+            guess_m = level + 0.001 * rng.normal(size=len(fold.test)) + own
+            return np.stack([1 - guess_m, guess_m], axis=1)
+
+    result = probe.run_task(chosen, found, {"ours": OfSites(0.0), "random": OfSites(0.002)}, "")
+    blind, able = (result.estimates[name]["auroc"] for name in ("ours", "random"))
+    assert blind.value > 0.65 and blind.p > 0.05
+    assert able.value > blind.value and able.p == 0.01
+    assert result.facts.sites == {"NYU": 30, "Pitt": 30, "UCLA": 30}
 
 
 def test_a_fingerprint_of_the_listed_test_subjects() -> None:
@@ -188,6 +220,15 @@ def test_a_column_without_values_and_a_single_site_are_refused() -> None:
     chosen = task(GROUP | {"split": {"kind": "sites", "column": "site"}})
     with pytest.raises(ConfigError, match="one value, NYU, expected two or more sites"):
         make_splits(chosen, cases_of(chosen, data(site=lambda s: "NYU")), "")
+    chosen = task(GROUP | {"split": {"kind": "sites", "column": "site"}})
+    with pytest.raises(ConfigError, match=r"split\.column: got both 'NYU' and 'nyu' in column site"):
+        cases_of(chosen, data(site=lambda s: ("NYU", "nyu", "Pitt")[s % 3]))
+    alone = data(site=lambda s: "NYU" if s // 4 % 2 else "Pitt")
+    with pytest.raises(
+        ConfigError, match=r"got 0 training subjects of class B \(20 in all\) without the site NYU"
+    ) as error:
+        make_splits(chosen, cases_of(chosen, alone), "task.yaml")
+    assert "\n" not in error.value.line()
     torn = data(site=lambda s: "NYU")
     torn.sessions[0] = torn.sessions[0].model_copy(update={"labels": {**torn.sessions[0].labels, "site": "Pitt"}})
     with pytest.raises(ConfigError, match="Pitt and NYU for subject 0"):

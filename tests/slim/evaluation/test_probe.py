@@ -410,6 +410,36 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     assert "ours - random" in done.stdout and (run / "report/s.png").exists()
 
 
+def test_the_command_scores_shares_of_the_people_and_galleries(
+    command: Callable, trained: tuple[Path, Path], tmp_path: Path
+):
+    run, data = trained
+    group, who = quick(tmp_path, GROUP, pooling="mean"), quick(tmp_path, WHO, pooling="location")
+    words = ("--data", data, "--task", group, "--task", who, "--random-seeds", 1, "--out", tmp_path / "out")
+    done = command("tools/probe.py", run, *words, "g.split.share=[0.6,1]", "f.gallery=5", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    few, whole = report["facts"]["g"]["shares"]
+    assert (few["share"], whole["share"]) == (0.6, 1.0) and few["subjects"][1] < whole["subjects"][0]
+    assert few["estimates"].keys() == report["tasks"]["g"].keys() and few["classes"].keys() == {"A", "B"}
+    assert report["facts"]["g"]["split"]["share"] == [0.6, 1.0]
+    assert "ours, 60 %" in done.stdout and "60 % of the training people: " in done.stdout
+    assert (tmp_path / "out" / "g_shares.png").exists() and not (tmp_path / "out" / "f_shares.png").exists()
+    assert report["facts"]["f"]["gallery"] == 5 and report["facts"]["f"]["chance"]["top1"] == 0.2
+    assert report["tasks"]["f"]["mean_image"]["top1"]["value"] > 0.9  # anatomy was planted
+
+    plain = command("tools/probe.py", run, "--data", data, "--task", group, "--random-seeds", 1, "--json", *words[-2:])
+    again = json.loads(plain.stdout.splitlines()[-1])
+    assert again["tasks"]["g"] == report["tasks"]["g"] and "shares" not in again["facts"]["g"]
+    for told, changes in (
+        ("split.share: got 0.1, which leaves", ["g.split.share=[0.1,1]"]),
+        ("gallery: got 11 with 10 test people", ["f.gallery=11"]),
+    ):
+        done = command("tools/probe.py", run, *words[:-2], *changes, "--out", tmp_path / "no")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert done.returncode == 2 and len(errors) == 1 and told in errors[0] and not (tmp_path / "no").exists()
+
+
 def test_runs_with_several_seeds_are_averaged_and_nothing_else_is(
     command: Callable, trained: tuple[Path, Path], tmp_path: Path
 ):
