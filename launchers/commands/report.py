@@ -1,14 +1,16 @@
-"""Write the HTML page of a dataset or of a run.
+"""Write the HTML page of a dataset or of a run, or of several runs side by side.
 
     slim-brain report DATASET_OR_RUN
+    slim-brain report RUN RUN ... --out FILE
 
 The page is one self-contained file. A folder with a manifest.json is a dataset, one with a config.yaml is a run. The
-command can be called while the run is still training. Somebody else may have written the configuration of a run, so its
+command can be called while a run is still training. Somebody else may have written the configuration of a run, so its
 URLs are opened only with --data.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +22,16 @@ from slim.checkpoints.run_folder import CONFIG, REPORT
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("report", __doc__.splitlines()[0], "runs/quickstart/pretrain")
-    parser.add_argument("folder", type=Path, metavar="DATASET_OR_RUN", help="the folder of a dataset or of a run")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="DATASET_OR_RUN",
+        help="the folder of a dataset or of a run; several runs are compared",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page of several runs (default: report/ in the folder)"
+    )
     parser.add_argument("--paths", action="store_true", help="keep absolute paths whole on the page of a run")
     parser.add_argument(
         "--data",
@@ -29,9 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
+    if len(args.folders) > 1:
+        return _compare(args)
+    if args.out is not None:
+        expected = "no --out: the page of one dataset or run is in its folder"
+        raise ConfigError("command line", "--out", args.out, expected, "Name two runs or more, or leave it out")
+
     from shards.format import layout
 
-    folder = args.folder
+    (folder,) = args.folders
     if folder.is_dir():
         require_room(folder / REPORT, "report")
     if (folder / layout.MANIFEST).is_file():
@@ -51,4 +68,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         got = "neither manifest.json nor config.yaml in it" if folder.is_dir() else "no such folder"
         raise ConfigError(folder, "", got, "the folder of a dataset or of a run")
     summary({"kind": kind, "report": str(path), "bytes": path.stat().st_size}, following, args.json)
+    return DONE
+
+
+def _compare(args: argparse.Namespace) -> int:
+    """Write the page of several runs."""
+    if args.out is None or args.out.suffix != ".html":
+        raise ConfigError("command line", "--out", args.out or "nothing", "the page of several runs, FILE.html")
+    for folder in args.folders:
+        if not (folder / CONFIG).is_file():
+            got = "no config.yaml in it" if folder.is_dir() else "no such folder"
+            raise ConfigError(folder, "", got, "the folder of a run", "Only runs are compared")
+    require_room(args.out.parent, "--out")
+
+    from slim.reporting import runs_page
+
+    path = runs_page.write(args.folders, args.out, args.paths, remote=args.data)
+    summary({"kind": "runs", "report": str(path), "bytes": path.stat().st_size}, f"open {path}", args.json)
     return DONE

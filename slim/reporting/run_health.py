@@ -97,7 +97,7 @@ def _listed(names: Sequence[str], form: str) -> str:
     return form.format(", ".join(names)) if names else ""
 
 
-def _words(found: Estimate | None, digits: int = 3) -> str:
+def in_words(found: Estimate | None, digits: int = 3) -> str:
     """A value with its interval and p value: `0.71 [0.62, 0.80], p = 0.002`."""
     if found is None or found.value is None:
         return "–"
@@ -106,7 +106,7 @@ def _words(found: Estimate | None, digits: int = 3) -> str:
     return f"{found.value:.{digits}f}{ends}{chance}"
 
 
-def _name(method: str) -> str:
+def name_of(method: str) -> str:
     return _METHODS.get(method, method.replace("_", " "))
 
 
@@ -116,7 +116,7 @@ def probes(tasks: Sequence[TaskResult]) -> list[html.Part]:
         return []
     judged = [(task, metric) for task in tasks if (metric := task.judged_by) is not None]
     rows = [
-        [_name(method), *[_words(task.estimate(method, metric), 2) for task, metric in judged]]
+        [name_of(method), *[in_words(task.estimate(method, metric), 2) for task, metric in judged]]
         for method in _METHODS
         if any(task.estimate(method, metric) for task, metric in judged)
     ]
@@ -162,14 +162,15 @@ def _about(task: TaskResult) -> str:
 def _probe(task: TaskResult) -> list[html.Part]:
     names = task.metrics
     rows = [
-        [_name(method), *[_words(cells.get(metric)) for metric in names]] for method, cells in task.estimates.items()
+        [name_of(method), *[in_words(cells.get(metric)) for metric in names]]
+        for method, cells in task.estimates.items()
     ]
     for share in task.facts.shares:
         for method, cells in share.estimates.items():
-            name = f"{_name(method)}, {display.percent(share.share)}"
-            rows.append([name, *[_words(cells.get(metric)) for metric in names]])
+            name = f"{name_of(method)}, {display.percent(share.share)}"
+            rows.append([name, *[in_words(cells.get(metric)) for metric in names]])
     for method, cells in task.facts.differences.items():
-        rows.append([f"this run minus {_name(method)}", *[_words(cells.get(metric)) for metric in names]])
+        rows.append([f"this run minus {name_of(method)}", *[in_words(cells.get(metric)) for metric in names]])
     about = _about(task)
     return [
         html.Heading(task.name),
@@ -186,13 +187,13 @@ def _shares(task: TaskResult) -> list[html.Part]:
     if not shares:
         return []
     had = "; ".join(f"{display.percent(one.share)}: {one.people_by_class}" for one in shares)
-    figure = display.share_curves(task, _name)
+    figure = display.share_curves(task, name_of)
     return [html.Picture.of(figure, f"Probe results of {task.name} by share of the training people", f"People: {had}.")]
 
 
 def _drawn(task: TaskResult) -> html.Picture:
     """A figure with one panel per metric, and one point with its interval per method."""
-    figure = display.forest(task, _name, (OURS, "finetuned"))
+    figure = display.forest(task, name_of, (OURS, "finetuned"))
     caption = metrics.caption("Dashed", task.metrics, task.levels)
     return html.Picture.of(
         figure, f"Probe results of {task.name} with 95 % intervals", f"{caption}." if caption else ""

@@ -79,7 +79,7 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
             title=f"Run {name}",
             lead=_lead(lines, steps),
             findings=[*verdict(lines, steps, judged, unreadable), *run_health.verdict(tasks)],
-            facts=html.Facts(_numbers(settings, lines, Provenance.read(folder))),
+            facts=html.Facts(_numbers(settings, lines, Provenance.read(folder), paths)),
             probes=run_health.probes(tasks),
             explanations=run_health.explanations(folder / REPORT / EXPLAIN),
             curves=[*curves.validation(read_scores(folder / PROBES)), *curves.sections(settings, lines, guess)],
@@ -134,7 +134,7 @@ def _steps(settings: PretrainSettings, sessions: Sequence[int], per_step: int) -
     return max(1, math.ceil(settings.run.epochs * max(1, round(per_epoch)) / per_step))
 
 
-def _recent(lines: Sequence[MetricsLine], name: str) -> float | None:
+def recent(lines: Sequence[MetricsLine], name: str) -> float | None:
     """Mean of a field over the last logged steps."""
     values = curves.values(lines[-RECENT:], name)
     values = values[np.isfinite(values)]
@@ -146,7 +146,7 @@ def _lead(lines: Sequence[MetricsLine], steps: int | None) -> str:
         return "No step was logged yet."
     last = lines[-1]
     loss = "none" if last.get("loss") is None else f"{last['loss']:.4g}"
-    gain = _recent(lines, "gain")
+    gain = recent(lines, "gain")
     over = min(len(lines), RECENT)
     of = f" of {steps}" if steps else ""
     learned = "" if gain is None else f"; gain {gain:+.4f} (mean of the last {over} logged steps)"
@@ -243,7 +243,7 @@ def learned(lines: Sequence[MetricsLine], finished: bool) -> list[Finding]:
     """Findings about a pretraining: whether it learns, or has collapsed."""
     if not lines:
         return []
-    last, found, gain = lines[-1], [], _recent(lines, "gain")
+    last, found, gain = lines[-1], [], recent(lines, "gain")
     if last.get("gain") is None:
         found.append(
             look(
@@ -304,10 +304,11 @@ def _chunks(settings: PretrainSettings | FinetuneSettings, chosen: Mapping[str, 
 
 
 def _numbers(
-    settings: PretrainSettings | FinetuneSettings, lines: Sequence[MetricsLine], provenance: Provenance
+    settings: PretrainSettings | FinetuneSettings, lines: Sequence[MetricsLine], provenance: Provenance, paths: bool
 ) -> dict[str, object]:
+    data = [item.path if paths else without_folders(item.path) for item in settings.data]
     named: dict[str, object] = {
-        "Data": ", ".join(str(item.path) for item in settings.data),
+        "Data": ", ".join(data),
         "Model": settings.model_name,
         "View, windows": f"{settings.view}, {settings.windows.k}",
         **_aim(settings, provenance),
@@ -323,7 +324,7 @@ def _numbers(
             ("Waiting for data", "data_wait", "{:.0%}"),
             ("Effective rank of the targets", "target_rank", "{:.1f}"),
         ):
-            value = _recent(lines, field)
+            value = recent(lines, field)
             if value is not None:
                 named[name] = form.format(value)
         if last.get("peak_memory_bytes") is not None:

@@ -127,6 +127,12 @@ def test_healthy_run(healthy):
     assert len(alts) == 11 and len(set(alts)) == 11
 
 
+def test_folders_are_shown_only_if_asked_for(tmp_path):
+    folder = make_run(tmp_path / "run", [line(step) for step in range(1, 9)], data="/home/jane/hcp")
+    for paths in (False, True):
+        assert ("/home/jane" in run_page.write(folder, paths).read_text()) == paths
+
+
 def test_writes_nothing_but_the_page_and_equal_bytes_again(healthy):
     before = {path: path.read_bytes() for path in healthy.rglob("*") if path.is_file()}
     page = run_page.write(healthy).read_bytes()
