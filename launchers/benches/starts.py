@@ -24,9 +24,10 @@ HELP, REFUSAL = 0.5, 1.0  # goals, CPU seconds
 HELPS = tuple(
     (*name.split(), "--help")
     for name in (
-        *("make-cohort", "make-shards", "train-extractor", "pretrain", "probe", "finetune", "embed", "explain", "plan"),
-        *("report", "export", "bench", "experiments", "slurm", "slurm shards", "slurm pretrain", "slurm finetune"),
-        *("slurm status", "slurm cancel", "config", "config show", "config explain"),
+        *("make-cohort", "make-shards", "train-extractor", "pretrain", "probe", "finetune", "embed", "explain"),
+        *("reconstruct", "plan", "report", "export", "bench", "experiments", "slurm", "slurm shards"),
+        *("slurm pretrain", "slurm finetune", "slurm status", "slurm cancel", "config", "config show"),
+        "config explain",
     )
 )
 
@@ -61,6 +62,8 @@ WRONG_CALLS: tuple[tuple[str, ...], ...] = (
     ("explain", "{folder}", "--data", "{missing}", "--task", "synthetic_group"),
     ("explain", "{missing}", "--data", "{folder}", "--task", "synthetic_group"),
     ("explain", "{folder}", "--data", "{missing}", "--task", "synthetic_grop"),
+    ("reconstruct", "{missing}", "scan.nii.gz", "--out", "{folder}"),
+    ("reconstruct", "{folder}", "scan.nii.gz", "--out", "{folder}", "--pass", "3"),
     ("plan", "tiny", "--gpu", "3"),
     ("plan", "tiny", "run.step=3"),
     ("plan", "tiny", "data={missing}"),

@@ -19,7 +19,7 @@ from shards.core.extras import require
 GROUPS = {
     "Prepare data": ("make-cohort", "make-shards", "train-extractor"),
     "Train": ("pretrain",),
-    "Use an encoder": ("probe", "finetune", "embed", "explain"),
+    "Use an encoder": ("probe", "finetune", "embed", "explain", "reconstruct"),
     "Plan, look and share": ("plan", "report", "export", "bench", "experiments"),
     "Run on a cluster": ("slurm",),
     "Configure": ("config",),
@@ -32,6 +32,7 @@ NEEDS = {
     "probe": ("matplotlib",),
     "finetune": ("deepspeed", "matplotlib"),
     "explain": ("matplotlib",),
+    "reconstruct": ("deepspeed", "matplotlib"),
     "report": ("matplotlib",),
     "experiments": ("deepspeed", "webdataset", "matplotlib"),
 }

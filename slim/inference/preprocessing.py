@@ -80,6 +80,22 @@ def read_recipe(data: DataRecord, where: str | Path, extractor: Path | None, ima
     return Recipe(settings, make_parcels(settings.grid.grid(), settings.parcels), ranker)
 
 
+def scan_settings(data: DataRecord, where: str | Path) -> SessionSettings:
+    """The settings of a dataset that its scans were harmonised with; without the parcels, which only rank windows.
+
+    Raises
+    ------
+    ConfigError
+        If they are not those of a conversion.
+    """
+    try:
+        tree = {name: data.configuration["settings"][name] for name in SessionSettings.model_fields}
+    except (KeyError, TypeError) as error:
+        got = f"invalid settings ({type(error).__name__}: {error})"
+        raise ConfigError(where, "data", got, "the settings of a conversion") from None
+    return check(SessionSettings, tree | {"parcels": {}}, where)
+
+
 def _extractor(checksum: str, where: str | Path, folder: Path | None) -> Extractor:
     if folder is None or not folder.is_dir():
         raise ConfigError(

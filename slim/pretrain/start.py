@@ -64,7 +64,7 @@ def begin(
     found = weights.find(init.source)
     _check_data(found, dataset, init)
     states = _states(found, init)
-    given = _given(found, states)
+    given = tensors_of(found, states)
     with torch.device("meta"):
         wanted = Objective(settings, geometry, dataset.grid.voxels).state_dict()
     sorted_ = _sort(given, wanted, init, _Tables.of(found, settings, dataset, geometry))
@@ -129,8 +129,8 @@ def _states(found: Weights, init: InitSettings) -> States | None:
     return None
 
 
-def _given(found: Weights, states: States | None) -> dict[str, Tensor]:
-    """All tensors of the weights, under the names of the model in training."""
+def tensors_of(found: Weights, states: States | None) -> dict[str, Tensor]:
+    """All tensors of weights, under the names of `Objective`; without `states`, those of the encoder."""
     given = {f"encoder.{name}": value for name, value in checkpoint.read_weights(found.path, found.prefix).items()}
     if states is None or not isinstance(found.settings, PretrainSettings):
         return given
