@@ -4,6 +4,7 @@
 # make test-slurm   those on a real SLURM of two nodes, which needs its packages
 # make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills, 10 000 damaged inputs
 # make test-oldest  the tests with the oldest dependencies that pyproject.toml admits; make test-newest: with the newest
+# make test-brainmarks  the model of Brainmarks in the suite itself, in an environment of its own
 # make slurm        as root: the SLURM packages of Debian
 # make experiments  does pretraining learn? many hours of two cores: runs/experiments/tables.md
 # make lint         ruff, mypy and shellcheck
@@ -18,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test test-fast test-slurm test-slow test-oldest test-newest slurm lint docs experiments clean
+.PHONY: quickstart test test-fast test-slurm test-slow test-oldest test-newest test-brainmarks slurm lint docs experiments clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -58,6 +59,15 @@ test-oldest test-newest:
 	$(VENV)-$@/bin/python -m pip install --quiet --no-deps hiera-transformer==0.1.4
 	OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' --ignore=tests/slurm $(TESTS)
 
+# The suite requires setuptools<67 and torch 2.13 requires setuptools>=77: it is installed after the packages that it imports
+# and without those that it names.
+test-brainmarks:
+	$(PYTHON) -m venv $(VENV)-brainmarks
+	$(VENV)-brainmarks/bin/python -m pip install --quiet -c constraints.txt -e '.[train]' pytest hypothesis \
+		'cloudpathlib[s3]' datasets omegaconf peft pycortex tabulate templateflow
+	$(VENV)-brainmarks/bin/python -m pip install --quiet --no-deps brainmarks==0.1.1
+	OMP_NUM_THREADS=1 $(VENV)-brainmarks/bin/python -m pytest tests/slim/brainmarks
+
 slurm:
 	sh tests/slurm/install.sh
 
@@ -78,4 +88,4 @@ docs: $(DOCS_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) $(VENV)-test-* runs build dist docs/_build *.egg-info
+	rm -rf $(VENV) $(VENV)-test-* $(VENV)-brainmarks runs build dist docs/_build *.egg-info

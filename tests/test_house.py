@@ -28,7 +28,7 @@ ORDER = {
     "shards": ("core", "format", "cohorts", "preprocessing", "conversion", "reporting", "synthetic"),
     "slim": (
         *("model_settings", "config", "ranking", "model", "data", "checkpoints", "training", "pretrain", "planning"),
-        *("inference", "evaluation", "finetune", "explain", "reporting"),
+        *("inference", "evaluation", "brainmarks", "finetune", "explain", "reporting"),
     ),
     "launchers": (
         *("environment", "arguments", "outcome", "run_probe", "job", "run_setup", "local", "conversion", "finetuning"),

@@ -136,9 +136,18 @@ def principal_axes(features: Sequence[Features], place_L: np.ndarray, count: int
         raise ConfigError("task", "components", count, f"at most {dim}, the number of channels of the encoder")
     scatter_CC = np.zeros((dim, dim))
     for item in features:
-        x_SLC = at_places(item, place_L)
-        x_MC = (x_SLC - x_SLC.mean(axis=0)).reshape(-1, dim).astype(np.float64)
-        scatter_CC += x_MC.T @ x_MC
+        scatter_CC += scatter(at_places(item, place_L))
+    return leading_axes(scatter_CC, count)
+
+
+def scatter(token_SLC: np.ndarray) -> np.ndarray:
+    """Scatter matrix of tokens around the mean of their place over slots, float64 (C, C)."""
+    x_MC = (token_SLC - token_SLC.mean(axis=0)).reshape(-1, token_SLC.shape[2]).astype(np.float64)
+    return x_MC.T @ x_MC
+
+
+def leading_axes(scatter_CC: np.ndarray, count: int) -> np.ndarray:
+    """The eigenvectors of the largest eigenvalues of a scatter matrix, largest first, (C, Q)."""
     return np.linalg.eigh(scatter_CC)[1][:, ::-1][:, :count]
 
 

@@ -1,0 +1,1 @@
+"""The model `slim_brain` of Brainmarks, a public evaluation suite of fMRI models."""
