@@ -197,6 +197,8 @@ def _print(result: TaskResult) -> None:
     facts = result.facts
     about = f"{facts.sessions} sessions, {facts.test_subjects} test subjects, {facts.pooling} pooling"
     display.print_table(result, f"{result.name}: {about}")
+    if facts.listed_without_scan:
+        print(f"  {facts.listed_without_scan} listed people have no scan in the dataset")
     if facts.sites:
         of_site = ", ".join(f"{site}: {count}" for site, count in facts.sites.items())
         print(f"  people tested at each of {len(facts.sites)} sites: {of_site}")

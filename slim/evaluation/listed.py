@@ -16,7 +16,8 @@ whose first column has the subjects and whose column `split` has the sides, or J
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,26 @@ _COLUMN = "split"
 _LISTS = 'lists such as {"train": [...], "test": [...]}'
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The groups of the subjects of a dataset.
+
+    Attributes
+    ----------
+    of_person : dict of person to str
+        The side of each subject, for `listed`, or its value in the column, for `sites`. Others are left out.
+    unscanned : int or None
+        Number of subjects in the file of lists of which the dataset has no session; None without a file.
+    """
+
+    of_person: dict[Person, str]
+    unscanned: int | None = None
+
+
 def groups(
-    settings: TaskSplitSettings, sessions: Iterable[SessionRecord], missing: Sequence[str], where: str | Path
-) -> dict[Person, str]:
-    """The side of each subject, for `listed`, or its value in the column, for `sites`. Others are left out.
+    settings: TaskSplitSettings, sessions: Sequence[SessionRecord], missing: Sequence[str], where: str | Path
+) -> Groups:
+    """Find the groups of the subjects of these sessions.
 
     Raises
     ------
@@ -51,7 +68,8 @@ def groups(
     """
     if settings.file is not None:
         sides = _of_file(Path(where).parent / settings.file)
-        return {s.person: sides[_bare(s.subject)] for s in sessions if _bare(s.subject) in sides}
+        of_person = {s.person: sides[_bare(s.subject)] for s in sessions if _bare(s.subject) in sides}
+        return Groups(of_person, len(sides.keys() - {_bare(s.subject) for s in sessions}))
     column = str(settings.column)
     found: dict[Person, str] = {}
     for session in sessions:
@@ -69,7 +87,7 @@ def groups(
         raise ConfigError(where, "split.column", got, expected)
     if settings.kind == "sites":
         refuse_lookalikes(found.values(), column, where, "split.column")
-    return found
+    return Groups(found)
 
 
 def _of_file(path: Path) -> dict[str, str]:

@@ -390,6 +390,8 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts
         test_subjects=len(tested),
         left_out=cases.left_out,
     )
+    if cases.unscanned is not None:
+        facts = facts.with_facts(listed_without_scan=cases.unscanned)
     if task.split.kind == "sites":
         sites, people = np.unique(cases.group_S[tested], return_counts=True)
         facts = facts.with_facts(sites=dict(zip(sites.tolist(), people.tolist(), strict=True)))

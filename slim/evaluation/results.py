@@ -197,6 +197,7 @@ class TaskFacts(BaseModel):
     windows: Count | None = None
     gallery: Count | None = None
     sites: dict[str, Count] | None = None
+    listed_without_scan: Count | None = None
     classes: dict[str, Count] | list[StrictStr] | None = None
     chance: dict[str, Number | None] | None = None
     differences: Annotated[Estimates, Field(max_length=_MOST)] = {}

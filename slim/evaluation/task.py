@@ -207,6 +207,7 @@ class Cases:
     left_out : how many sessions (windows) were left out, by reason
     family_S : family of each subject, int; a subject without one is its own
     group_S : side or site of each subject, for the splits `listed` and `sites`
+    unscanned : how many subjects in a file of lists have no session in the dataset; None without a file
     window_N : start (s) of each row's window; None for tasks on sessions
     state_N : class number of each row's window; None for tasks on sessions
     """
@@ -219,6 +220,7 @@ class Cases:
     left_out: dict[str, int] = field(default_factory=dict)
     family_S: np.ndarray = field(default_factory=lambda: np.arange(0))
     group_S: np.ndarray = field(default_factory=lambda: np.array([], str))
+    unscanned: int | None = None
     window_N: np.ndarray | None = None
     state_N: np.ndarray | None = None
 
@@ -257,7 +259,8 @@ def find_cases(task: Task, dataset: Dataset, where: str | Path, event_root: Path
     left_out: Counter[str] = Counter()
     kept = []
     is_given = task.split.kind in ("listed", "sites")
-    group_of = listed.groups(task.split, dataset.sessions, task.missing, where) if is_given else {}
+    groups = listed.groups(task.split, dataset.sessions, task.missing, where) if is_given else listed.Groups({})
+    group_of = groups.of_person
     for session in dataset.sessions:
         missing = [name for name in task.confounds if is_missing(session.fact(name), task.missing)]
         value = None if task.label is None else session.labels.get(task.label)
@@ -290,6 +293,7 @@ def find_cases(task: Task, dataset: Dataset, where: str | Path, event_root: Path
     cases.family_S = _families(task, cases, where)
     if is_given:
         cases.group_S = np.array([group_of[subject] for subject in subjects])
+        cases.unscanned = groups.unscanned
     if task.type == "state":
         cases.classes = sorted({state for _, state in windows})
         cases.window_N = np.array([start for start, _ in windows])

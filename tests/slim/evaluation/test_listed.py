@@ -57,7 +57,14 @@ def test_a_file_gives_the_same_split_as_a_column(tmp_path: Path, ending: str) ->
     by_column = task(GROUP | {"split": {"kind": "listed", "column": "fold"}})
     where = tmp_path / "task.yaml"
     one = find_cases(by_file, data(), where)
+    fewer = data()
+    fewer.sessions = [session for session in fewer.sessions if int(session.subject) >= 7]
+    less = find_cases(by_file, fewer, where)
+    assert (one.unscanned, less.unscanned) == (0, 7)
+    facts = probe.task_facts(by_file, less, make_splits(by_file, less, where))
+    assert facts.listed_without_scan == 7
     other = find_cases(by_column, data(fold=lambda s: SIDES[s % 4]), where)
+    assert other.unscanned is None
     for mine, theirs in zip(make_splits(by_file, one, where)[0], make_splits(by_column, other, where)[0], strict=True):
         for side in ("train", "val", "test"):
             assert np.array_equal(getattr(mine, side), getattr(theirs, side)) and len(getattr(mine, side))
@@ -169,6 +176,7 @@ def test_the_script_of_the_documentation_turns_lists_of_brainmarks_into_a_split(
     people = [len(subjects_of(found, rows)) for rows in (split.train, split.val, split.test)]
     assert tuple(people) == counts
     assert found.left_out == ({"on no side of the split": 2 * (40 - sum(counts))} if sum(counts) < 40 else {})
+    assert found.unscanned == 0
 
 
 @pytest.mark.parametrize(
