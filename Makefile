@@ -1,6 +1,7 @@
 # make quickstart   set-up from nothing, then the whole pipeline on a small synthetic cohort: runs/quickstart/
 # make test         set-up from nothing, then the tests
 # make test-fast    those that start no process: the inner loop
+# make test-processes  those that kill, starve and move whole runs: lost launchers, full disks, other numbers of processes
 # make test-slurm   those on a real SLURM of two nodes, which needs its packages
 # make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills, 10 000 damaged inputs
 # make test-oldest  the tests with the oldest dependencies that pyproject.toml admits; make test-newest: with the newest
@@ -19,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test test-fast test-slurm test-slow test-oldest test-newest test-brainmarks slurm lint docs experiments clean
+.PHONY: quickstart test test-fast test-processes test-slurm test-slow test-oldest test-newest test-brainmarks slurm lint docs experiments clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -40,7 +41,10 @@ quickstart: $(READY)
 	@echo "look at $(SHARDS)/report/index.html and $(OUT)/pretrain/report/index.html"
 
 test: $(READY)
-	$(PYTEST) -m 'not slow' --ignore=tests/slurm
+	$(PYTEST) -m 'not slow and not processes' --ignore=tests/slurm
+
+test-processes: $(READY)
+	$(PYTEST) -m 'processes and not slow' --ignore=tests/slurm
 
 # only the files with such tests are imported
 test-fast: $(READY)

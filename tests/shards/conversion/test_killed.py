@@ -22,6 +22,8 @@ from shards.conversion import writer
 from shards.core.cli import DONE, RESUME, WRONG
 from shards.format import layout
 
+pytestmark = pytest.mark.processes
+
 
 def test_a_second_conversion_in_the_same_folder_is_refused(command, make_shards, cohort, tmp_path):
     """The first is stopped (SIGSTOP) while it holds the folder; killed, it lets go at once."""

@@ -25,6 +25,8 @@ from shards.core import flock
 from shards.core.errors import ConfigError, Stopped
 from slim.checkpoints import lock
 
+pytestmark = pytest.mark.processes
+
 HOLD = """
 import sys, time
 from slim.checkpoints import lock

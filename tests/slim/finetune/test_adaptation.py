@@ -23,8 +23,9 @@ from shards.format.reader import Dataset
 from slim.checkpoints import checkpoint, start
 from slim.checkpoints.weights import ADAPTER, MODEL
 from slim.config import FinetuneSettings
+from slim.evaluation.division import make_splits
 from slim.evaluation.probe import make_fold
-from slim.evaluation.task import Task, find_cases, make_splits
+from slim.evaluation.task import Task, find_cases
 from slim.finetune.labels import Answers
 from slim.finetune.method import Finetuned, settings_for
 from slim.finetune.task import FinetuneLearner, FinetuneTask, count_trained
@@ -233,7 +234,7 @@ def test_random_weights_are_not_kept(deep: Path, people: Path, tmp_path: Path, w
 
 def method_of(deep: Path, people: Path, folder: Path, words: tuple, train: Any, name: str = "finetuned") -> tuple:
     opened, task = Dataset(people), check(Task, SCORE, "task.yaml")
-    cases = find_cases(task, opened, 8, "task.yaml")
+    cases = find_cases(task, opened, "task.yaml")
     splits = make_splits(task, cases, "task.yaml")
     ours = SlimBrain.from_pretrained(deep)
     words = (*QUICK, "run.epochs=3", *words)

@@ -20,6 +20,7 @@ from slim.model.geometry import geometry_of
 from slim.planning import chunks
 from slim.planning.available_memory import available_bytes
 from slim.planning.forecast import forecast
+from slim.planning.step_cost import Cost
 from slim.planning.steps import Brain, Steps
 
 GIB = 2**30
@@ -63,6 +64,15 @@ def test_what_is_certain_to_fit_needs_less(model: str, objective: str, precision
 
 def test_the_fastest_chunk_that_fits_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHOICES", (None, 4000, 1000))
+    counted: dict[int | str | None, Cost] = {}
+    count = Steps.cost
+
+    def once(self: Steps, batch: int) -> Cost:  # a count takes seconds, and the choices ask for each of them again
+        key = self.settings.chunk_tokens
+        counted[key] = counted.get(key) or count(self, batch)
+        return counted[key]
+
+    monkeypatch.setattr(Steps, "cost", once)
     chosen = settings(model=MIDDLE, objective="jepa", chunk_tokens="auto")
     brain, told = brain_of(chosen, 16), []
 
@@ -100,11 +110,12 @@ def test_the_plan_of_auto_is_that_of_its_choice(dataset: Path) -> None:
         given = {"data": str(dataset), "model": PRESETS["tiny"], "windows": {"k": 2}, "run": {"out": "x"}}
         return forecast(PretrainSettings(**given, chunk_tokens=chunk_tokens), datasets, memory)
 
-    assert planned(GIB).chunk_tokens is None and planned(GIB).chunk_chosen
-    assert planned(None).chunk_tokens is None and planned(None).chunk_chosen
+    plenty, unknown, given = planned(GIB), planned(None), planned(None, 100)
+    assert plenty.chunk_tokens is None and plenty.chunk_chosen
+    assert unknown.chunk_tokens is None and unknown.chunk_chosen
     assert planned(1).chunk_tokens == 4096
-    assert planned(None, 100).chunk_tokens == 100 and not planned(None, 100).chunk_chosen
-    assert planned(GIB).peak_memory_bytes == planned(GIB, None).peak_memory_bytes
+    assert given.chunk_tokens == 100 and not given.chunk_chosen
+    assert plenty.peak_memory_bytes == planned(GIB, None).peak_memory_bytes
 
 
 def control_groups(root: Path, machine_kib: int, lines: str, **files: int | str) -> int:

@@ -18,6 +18,8 @@ from slim.checkpoints import checkpoint
 from slim.checkpoints.provenance import Provenance
 from slim.training import reshard
 
+pytestmark = pytest.mark.processes
+
 STEPS = 5
 
 

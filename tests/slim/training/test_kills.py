@@ -24,6 +24,8 @@ from helpers.training import QUICK, TINY, losses, metrics, pretrain, ranks_of, w
 from shards.format.reader import Dataset
 from shards.format.stream import Stream
 
+pytestmark = pytest.mark.processes
+
 # Writes down which samples a process has trained on, and in which step.
 RECORDER = """
 with open(f"{os.environ['RECORD']}/{os.getpid()}.jsonl", "a") as file:

@@ -28,6 +28,8 @@ from shards.format.stream import MicroBatches
 from slim.data import loader
 from slim.training.tracking import Tracking
 
+pytestmark = pytest.mark.processes
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 mounts = pytest.mark.skipif(
     shutil.which("unshare") is None
