@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     task, name, step = method.task, method.name, method.ours.step
     if len(task.split.share) > 1:
         print("split.share: fine-tuning takes all training people; slim-brain probe scores the shares", file=sys.stderr)
-    report = finetuning.report_of(method, args)
+    report, trained = finetuning.report_of(method, args), method.trained()
     seen = set[Person]() if name == SCRATCH else method.ours.seen_people(method.dataset)
     found = probe.run_task(task, method.cases, {name: method}, args.task)
     facts = {
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "data": args.data,
         "step": 0 if name == SCRATCH else step,
         "subjects_seen_in_pretraining": None if seen is None else len(seen.intersection(method.cases.subjects)),
-        "trained_parameters": method.trained(),
+        "trained_parameters": trained,
         "runs": [asdict(one) for one in method.runs],
         "settings": method.settings(0).model_dump(
             mode="json", include={"head", "freeze", "lora", "optimizer", "run", "zero", "precision"}
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         {
             "report": str(report / PROBE),
             "runs": str(method.folder),
+            "trained": f"{trained} parameters, for which AdamW keeps {trained * 8 / 2**20:.2f} MiB of moments",
             "best_steps": ", ".join(str(one.best_step) for one in method.runs),
             "tasks": {task.name: tree["tasks"][task.name]},
             "facts": {task.name: tree["facts"][task.name]},

@@ -69,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = reconstruct.reconstruct(ours, run, args.passes, args.seed)
         args.out.mkdir(parents=True, exist_ok=True)
         space, mean_N = found.space, found.scan.moments[0]
-        words = "SLIM-Brain: predicted from hidden places"
-        space.save(args.out / PREDICTED, space.volumes(found.predicted_TN, mean_N), space.frames, words)
-        space.save(args.out / EXPLAINED, [space.map(found.explained_N)], None, "SLIM-Brain: explained variance")
+        predicted = space.volumes(found.predicted_TN, mean_N)
+        space.save(args.out / PREDICTED, predicted, "SLIM-Brain: predicted from hidden places")
+        explained = [space.map(found.explained_N)]
+        space.save(args.out / EXPLAINED, explained, "SLIM-Brain: explained variance", in_time=False)
     about = reconstruct.summarise(found, ours)
     facts = {"scan": Path(args.scan).name, "stated": stated, **asdict(about)}
     write_atomically(args.out / FACTS, dump(facts) + "\n")

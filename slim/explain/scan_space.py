@@ -23,6 +23,7 @@ import scipy
 
 from shards.core.files import atomically
 from shards.format.grid import Grid
+from shards.preprocessing.bold import Bold
 from shards.preprocessing.harmonise import Harmonised, Placed
 
 _CLOSE = 1e-3  # voxels; positions this close to a voxel are that voxel, as in `shards.preprocessing.harmonise`
@@ -38,10 +39,8 @@ class ScanSpace:
 
     Attributes
     ----------
-    image : Nifti1Pair
+    bold : Bold
         The scan, whose header the results get.
-    frames : int
-        J, its volumes.
     voxel_S : int array
         Its brain voxels, flat in C order of (x, y, z).
     weight_SN : sparse array
@@ -50,8 +49,7 @@ class ScanSpace:
         Volumes for which the grid has values.
     """
 
-    image: Any
-    frames: int
+    bold: Bold
     voxel_S: np.ndarray
     weight_SN: scipy.sparse.csr_array
     weight_JT: scipy.sparse.csr_array
@@ -76,17 +74,17 @@ class ScanSpace:
         dropped = scan.facts["dropped_frames"]
         assert isinstance(dropped, int)
         weight_JT, exists_J = _in_time(bold.frames, dropped, bold.tr, scan.tr, exists_T)
-        return cls(bold.image, bold.frames, voxel_S, weight_SN, weight_JT, exists_J)
+        return cls(bold, voxel_S, weight_SN, weight_JT, exists_J)
 
     def map(self, value_N: np.ndarray) -> np.ndarray:
         """A map of the brain on the scan's voxels, float32 (x, y, z); 0 outside the brain."""
-        volume = np.zeros(math.prod(self.image.shape[:3]), np.float32)
+        volume = np.zeros(math.prod(self.bold.shape), np.float32)
         volume[self.voxel_S] = self.weight_SN @ value_N
-        return volume.reshape(self.image.shape[:3])
+        return volume.reshape(self.bold.shape)
 
     def volumes(self, value_TN: np.ndarray, mean_N: np.ndarray) -> Iterable[np.ndarray]:
         """The volumes of the scan, float32 (x, y, z): from the frames of the grid, or the mean where there are none."""
-        for frame in range(self.frames):
+        for frame in range(self.bold.frames):
             if not self.exists_J[frame]:
                 yield self.map(mean_N)
                 continue
@@ -95,10 +93,9 @@ class ScanSpace:
             fluctuation_N = row.data @ (value_TN[row.indices] - mean_N)
             yield self.map(fluctuation_N + mean_N)
 
-    def save(self, path: Path, volumes: Iterable[np.ndarray], count: int | None, words: str) -> None:
-        """Write `.nii.gz` with the scan's header and affine, volume by volume; `count` is None for a single map."""
-        shape = self.image.shape[:3] if count is None else (*self.image.shape[:3], count)
-        header = self._header(shape, words)
+    def save(self, path: Path, volumes: Iterable[np.ndarray], words: str, in_time: bool = True) -> None:
+        """Write `.nii.gz` with the scan's header and affine, volume by volume; a single map without `in_time`."""
+        header = self._header((*self.bold.shape, self.bold.frames) if in_time else self.bold.shape, words)
         with atomically(path) as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
             header.write_to(packed)
             packed.write(bytes(int(header["vox_offset"]) - packed.tell()))
@@ -106,16 +103,16 @@ class ScanSpace:
                 packed.write(np.asarray(volume, header.get_data_dtype()).tobytes(order="F"))
 
     def _header(self, shape: tuple[int, ...], words: str) -> Any:
-        """The header of a single file with the scan's units, orientation and codes."""
-        given = self.image.header
+        """The header of a single file with the scan's orientation, codes and unit of length, and its TR in s."""
+        given: Any = self.bold.image.header
         kind = nib.Nifti2Header if isinstance(given, nib.Nifti2Header) else nib.Nifti1Header
         header = kind()
         for name in _COPIED:
             header[name] = given[name]
-        zooms = given.get_zooms()
+        header.set_xyzt_units(given.get_xyzt_units()[0], "sec")
         header.set_data_dtype(np.float32)
         header.set_data_shape(shape)
-        header.set_zooms(zooms[: len(shape)])
+        header.set_zooms((*given.get_zooms()[:3], self.bold.tr)[: len(shape)])
         header["pixdim"][0] = given["pixdim"][0]
         header.set_slope_inter(1, 0)
         header["descrip"] = words.encode()[:79]

@@ -178,7 +178,7 @@ def test_a_model_that_knows_all_gives_the_scan_back(
     with as_run(bold, mask, space="MNI", dummy=1) as run:
         made = reconstruct(ours, run)
         volumes = made.space.volumes(made.predicted_TN, made.scan.moments[0])
-        made.space.save(tmp_path / "p.nii.gz", volumes, len(second_T), "")
+        made.space.save(tmp_path / "p.nii.gz", volumes, "")
     assert summarise(made, ours).interpolation_in_space == "none: the grids are aligned"
     assert made.explained_N.min() > 0.999
     again, inside = nib.load(tmp_path / "p.nii.gz"), np.asarray(mask.dataobj) > 0
@@ -317,6 +317,20 @@ def test_the_same_call_gives_the_same_bytes(trained: Path, scan: Path, tmp_path:
     names = ("predicted.nii.gz", "explained_variance.nii.gz", "reconstruction.json")
     first, second, other = ([(tmp_path / run / name).read_bytes() for name in names] for run in "abc")
     assert first == second and all(one != two for one, two in zip(first, other, strict=True))
+
+
+def test_a_tr_that_was_stated_is_in_the_result(trained: Path, scan: Path, tmp_path: Path) -> None:
+    """The header says 2.5 s in ms, which is wrong."""
+    image = nib.load(scan)
+    image.header.set_xyzt_units("mm", "msec")
+    image.header.set_zooms((*image.header.get_zooms()[:3], 2500))
+    image.to_filename(tmp_path / "bold.nii")
+    mask = next(scan.parent.glob("*_mask.nii.gz"))
+    words = (tmp_path / "bold.nii", "--mask", mask, "--space", "MNI", "--tr", 0.72, "--out", tmp_path / "out")
+    done = tool("reconstruct.py", trained, *words)
+    assert done.returncode == 0, done.stderr
+    made = nib.load(tmp_path / "out" / "predicted.nii.gz")
+    assert made.header.get_xyzt_units() == ("mm", "sec") and made.header.get_zooms()[3] == pytest.approx(0.72)
 
 
 # weights without an MAE head
