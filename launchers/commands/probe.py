@@ -199,9 +199,6 @@ def _print(result: TaskResult) -> None:
     display.print_table(result, f"{result.name}: {about}")
     if facts.listed_without_scan:
         print(f"  {facts.listed_without_scan} listed people have no scan in the dataset")
-    if facts.sites:
-        of_site = ", ".join(f"{site}: {count}" for site, count in facts.sites.items())
-        print(f"  people tested at each of {len(facts.sites)} sites: {of_site}")
     for share in facts.shares:
         print(f"  {display.percent(share.share)} of the training people: {share.people_by_class}")
     for reason, count in facts.left_out.items():

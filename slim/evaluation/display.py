@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from shards.reporting import html
@@ -36,7 +37,7 @@ def print_table(result: TaskResult, title: str, compared: bool = True) -> None:
     result : TaskResult
     title : str
     compared : bool
-        Whether to print few-shot shares, paired differences and chance levels, if they are known.
+        Whether to print few-shot shares, our scores at each site, paired differences and chance levels, if known.
     """
     names, facts = result.metrics, result.facts
     table = Table(title=title, title_justify="left")
@@ -45,6 +46,11 @@ def print_table(result: TaskResult, title: str, compared: bool = True) -> None:
     for method, mine in result.estimates.items():
         table.add_row(words_of(method), *[_cell(mine.get(metric)) for metric in names])
     if compared:
+        if facts.sites:
+            table.add_section()
+        for site, of_site in facts.sites.items():
+            mine = of_site.estimates.get(OURS, {})
+            table.add_row(escape(f"ours, {site} ({of_site.people})"), *[_cell(mine.get(metric)) for metric in names])
         for share in facts.shares:
             table.add_section()
             for method, mine in share.estimates.items():

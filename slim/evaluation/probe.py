@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from slim.evaluation.results import (
     Estimates,
     Report,
     ShareResult,
+    SiteResult,
     SplitFacts,
     TaskFacts,
     TaskResult,
@@ -138,12 +139,27 @@ def scale_of(cases: Cases, rows: np.ndarray) -> tuple[float, float]:
     return float(truth_S.mean()), float(max(truth_S.std(), 1e-12))
 
 
-Scores = tuple[Draws, Draws]
+class Scores(NamedTuple):
+    """Scores of one method.
+
+    Attributes
+    ----------
+    draws : Draws
+        Of each metric the score, then its bootstrap draws.
+    shuffled : Draws
+        Of each metric the scores under shuffled answers.
+    of_sites : dict of site to Draws
+        Scores of the people of each site alone, for the split `sites`.
+    """
+
+    draws: Draws
+    shuffled: Draws
+    of_sites: dict[str, Draws]
 
 
 def score(task: Task, cases: Cases, splits: list[list[Split]], method: Method) -> Draws:
     """Each metric of one method, (D,): the score, then its bootstrap draws. See `score_and_permute`."""
-    return score_and_permute(task.model_copy(update={"permutations": 0}), cases, splits, method)[0]
+    return score_and_permute(task.model_copy(update={"permutations": 0}), cases, splits, method).draws
 
 
 def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], method: Method) -> Scores:
@@ -159,6 +175,7 @@ def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], metho
     seed = task.split.seed
     scores: list[Draws] = []
     shuffled: list[Draws] = []
+    of_sites: dict[str, Draws] = {}
     for repeat, parts in enumerate(splits):
         subject_U, truth_U, guess_UK = predict(task, cases, parts, method, repeat)
         tested, number_U = np.unique(subject_U, return_inverse=True)
@@ -168,7 +185,22 @@ def score_and_permute(task: Task, cases: Cases, splits: list[list[Split]], metho
         orders = metrics.shuffles(group_U, task.permutations, seed)
         measure = _measure(task, guess_UK, np.ones((1, len(tested))), number_U)
         shuffled.append(metrics.permuted(measure, truth_U, orders))
-    return averaged(scores), averaged(shuffled)
+        if task.split.kind == "sites":  # one repeat
+            of_sites = _by_site(task, cases, subject_U, truth_U, guess_UK)
+    return Scores(averaged(scores), averaged(shuffled), of_sites)
+
+
+def _by_site(
+    task: Task, cases: Cases, subject_U: np.ndarray, truth_U: np.ndarray, guess_UK: np.ndarray
+) -> dict[str, Draws]:
+    """Scores of the people of each site alone."""
+    site_U, found = cases.group_S[subject_U], {}
+    for site in np.unique(site_U):
+        here_U = site_U == site
+        tested, number_U = np.unique(subject_U[here_U], return_inverse=True)
+        weight_DS = metrics.bootstrap_weights(len(tested), task.bootstrap, task.split.seed)
+        found[str(site)] = _measure(task, guess_UK[here_U], weight_DS, number_U)(truth_U[here_U])
+    return found
 
 
 def _exchangeable(task: Task, cases: Cases, subject_U: np.ndarray, number_U: np.ndarray) -> np.ndarray:
@@ -200,7 +232,7 @@ def _fingerprint(task: Task, vector_NP: np.ndarray, who_N: np.ndarray) -> Scores
     def again(shuffled_N: np.ndarray) -> Draws:
         return {name: value_S.mean()[None] for name, value_S in metrics.found_again(ranked_NN, shuffled_N).items()}
 
-    return found, metrics.permuted(again, who_N, orders)
+    return Scores(found, metrics.permuted(again, who_N, orders), {})
 
 
 def _reidentification(
@@ -221,7 +253,7 @@ def _reidentification(
     def again(order_N: np.ndarray) -> Draws:
         return {name: value_Rn.mean()[None] for name, value_Rn in galleries.values(similar_NN, order_N).items()}
 
-    return found, metrics.permuted(again, np.arange(len(who_N)), orders)
+    return Scores(found, metrics.permuted(again, np.arange(len(who_N)), orders), {})
 
 
 def _measure(
@@ -314,6 +346,8 @@ def summarise(
     """
     estimates, differences = _estimates(scored)
     facts = task_facts(task, cases, splits).with_facts(differences=differences)
+    if task.split.kind == "sites":
+        facts = facts.with_facts(sites=_sites(cases, scored))
     return TaskResult(name=task.name, estimates=estimates, facts=facts)
 
 
@@ -349,6 +383,18 @@ def summarise_shares(
     return replace(whole, facts=whole.facts.with_facts(shares=found))
 
 
+def _sites(cases: Cases, scored: Mapping[str, Sequence[Scores]]) -> dict[str, SiteResult]:
+    """The people and the estimates of each site."""
+    found = {}
+    for site, people in zip(*np.unique(cases.group_S, return_counts=True), strict=True):
+        estimates: Estimates = {}
+        for name, each in scored.items():
+            of_site = [one.of_sites[str(site)] for one in each]
+            estimates[name] = {metric: Estimate.of_draws(*[one[metric] for one in of_site]) for metric in of_site[0]}
+        found[str(site)] = SiteResult(people=int(people), estimates=estimates)
+    return found
+
+
 def _span(counts: Sequence[int]) -> tuple[int, int]:
     return min(counts), max(counts)
 
@@ -358,10 +404,10 @@ def _estimates(scored: Mapping[str, Sequence[Scores]]) -> tuple[Estimates, Estim
     means: dict[str, Draws] = {}
     estimates: Estimates = {}
     for name, each in scored.items():
-        means[name], shuffled = (averaged([found[part] for found in each]) for part in (0, 1))
+        means[name], shuffled = averaged([one.draws for one in each]), averaged([one.shuffled for one in each])
         estimates[name] = {
             metric: Estimate.of_draws(
-                *[found[metric] for found, _ in each], p=metrics.p_value(metric, mean_D[0], shuffled[metric])
+                *[one.draws[metric] for one in each], p=metrics.p_value(metric, mean_D[0], shuffled[metric])
             )
             for metric, mean_D in means[name].items()
         }
@@ -392,9 +438,6 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts
     )
     if cases.unscanned is not None:
         facts = facts.with_facts(listed_without_scan=cases.unscanned)
-    if task.split.kind == "sites":
-        sites, people = np.unique(cases.group_S[tested], return_counts=True)
-        facts = facts.with_facts(sites=dict(zip(sites.tolist(), people.tolist(), strict=True)))
     if task.gallery is not None:
         return facts.with_facts(gallery=task.gallery, chance=gallery.chance(task.gallery))
     if task.type == "fingerprint":

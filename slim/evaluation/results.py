@@ -170,6 +170,26 @@ class ShareResult(BaseModel):
         return found | {name: _trees(each) for name, each in of_methods.items() if name in found}
 
 
+class SiteResult(BaseModel):
+    """The scores of a site, whose people were predicted by models of the other sites.
+
+    Attributes
+    ----------
+    people : int
+    estimates : dict of method to dict of metric to Estimate
+        Of the people of the site alone.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    people: Count
+    estimates: Annotated[Estimates, Field(max_length=_MOST)] = {}
+
+    def tree(self) -> dict[str, object]:
+        """For JSON."""
+        return {"people": self.people, "estimates": _trees(self.estimates)}
+
+
 def _span(count: tuple[int, int]) -> str:
     return str(count[0]) if count[0] == count[1] else f"{count[0]} to {count[1]}"
 
@@ -196,7 +216,7 @@ class TaskFacts(BaseModel):
     seeds: list[StrictInt] | StrictInt | None = None
     windows: Count | None = None
     gallery: Count | None = None
-    sites: dict[str, Count] | None = None
+    sites: dict[str, SiteResult] = {}
     listed_without_scan: Count | None = None
     classes: dict[str, Count] | list[StrictStr] | None = None
     chance: dict[str, Number | None] | None = None
@@ -208,6 +228,8 @@ class TaskFacts(BaseModel):
         found = self.model_dump(mode="json", exclude_unset=True)
         if "differences" in found:
             found["differences"] = _trees(self.differences)
+        if "sites" in found:
+            found["sites"] = {name: site.tree() for name, site in self.sites.items()}
         if "shares" in found:
             found["shares"] = [share.tree() for share in self.shares]
         return found

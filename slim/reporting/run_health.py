@@ -165,6 +165,9 @@ def _probe(task: TaskResult) -> list[html.Part]:
         [name_of(method), *[in_words(cells.get(metric)) for metric in names]]
         for method, cells in task.estimates.items()
     ]
+    for site, of_site in task.facts.sites.items():
+        mine = of_site.estimates.get(OURS, {})
+        rows.append([f"{name_of(OURS)}, {site} ({of_site.people})", *[in_words(mine.get(metric)) for metric in names]])
     for share in task.facts.shares:
         for method, cells in share.estimates.items():
             name = f"{name_of(method)}, {display.percent(share.share)}"

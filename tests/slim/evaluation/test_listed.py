@@ -17,9 +17,12 @@ import pytest
 from helpers.commands import ROOT
 from helpers.tasks import GROUP, SCORE, WHO, cases_of, sessions, task
 from shards.core.errors import ConfigError
-from slim.evaluation import probe
+from slim.checkpoints.run_folder import PROBE
+from slim.evaluation import display, probe
 from slim.evaluation.division import make_splits
+from slim.evaluation.linear import Linear
 from slim.evaluation.task import Cases, find_cases
+from slim.reporting import run_health
 
 pytestmark = pytest.mark.fast
 
@@ -83,7 +86,7 @@ def test_each_site_is_tested_once_and_never_trained_on() -> None:
     assert found.left_out == {"without a site": 2}
 
 
-def test_differences_between_sites_alone_are_no_finding() -> None:
+def test_differences_between_sites_alone_are_no_finding(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Sites differ in their share of patients, and models of sites in their level: p is of shuffles within a site."""
     chosen = task(GROUP | {"split": {"kind": "sites", "column": "site"}})
     found = cases_of(
@@ -111,7 +114,35 @@ def test_differences_between_sites_alone_are_no_finding() -> None:
     blind, able = (result.estimates[name]["auroc"] for name in ("ours", "random"))
     assert blind.value > 0.65 and blind.p > 0.05
     assert able.value > blind.value and able.p == 0.01
-    assert result.facts.sites == {"NYU": 30, "Pitt": 30, "UCLA": 30}
+    of_sites = result.facts.sites
+    assert {site: one.people for site, one in of_sites.items()} == {"NYU": 30, "Pitt": 30, "UCLA": 30}
+    for one in of_sites.values():  # what the sites differ in is no help inside of one
+        inside = one.estimates["ours"]["auroc"]
+        assert inside.low < 0.5 < inside.high and one.estimates["random"]["auroc"].value > blind.value
+
+    report = probe.write_report(tmp_path, [result])
+    tree = json.loads((tmp_path / PROBE).read_text())["facts"]["g"]["sites"]
+    assert tree["Pitt"]["people"] == 30 and tree["Pitt"]["estimates"]["ours"].keys() == result.estimates["ours"].keys()
+    assert report.results["g"].facts.sites["Pitt"].estimates["ours"]["auroc"].value == pytest.approx(
+        of_sites["Pitt"].estimates["ours"]["auroc"].value
+    )
+    display.print_table(result, "title")
+    assert "ours, UCLA (30)" in capsys.readouterr().out
+    (page,) = [part for part in run_health.probes(run_health.read_tasks(tmp_path / PROBE)) if "UCLA" in str(part)]
+    assert "this run, UCLA (30)" in str(page)
+
+
+def test_a_site_where_all_have_one_class_has_no_auroc(capsys: pytest.CaptureFixture) -> None:
+    chosen = task(GROUP | {"split": {"kind": "sites", "column": "site"}})
+    names = ["[b]NYU"] * 6 + ["Pitt"] * 18 + ["UCLA"] * 16
+    places = sessions(40, 1, site=names.__getitem__, group=lambda s: "A" if s < 6 else "AB"[s % 2])
+    found = cases_of(chosen, places)
+    noise_NP = np.random.default_rng(0).normal(size=(40, 3))
+    result = probe.run_task(chosen, found, {"ours": Linear(lambda train: noise_NP)}, "")
+    alone = result.facts.sites["[b]NYU"].estimates["ours"]
+    assert alone["auroc"].value is None and alone["accuracy"].value is not None
+    display.print_table(result, "title")
+    assert "ours, [b]NYU (6)" in (told := capsys.readouterr().out) and "n/a" in told
 
 
 def test_a_fingerprint_of_the_listed_test_subjects() -> None:
