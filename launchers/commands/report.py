@@ -1,6 +1,7 @@
 """Write the HTML page of a dataset or of a run, or of several runs side by side.
 
     slim-brain report DATASET_OR_RUN
+    slim-brain report RUN --watch
     slim-brain report RUN RUN ... --out FILE
 
 The page is one self-contained file. A folder with a manifest.json is a dataset, one with a config.yaml is a run. The
@@ -11,13 +12,14 @@ URLs are opened only with --data.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from shards.core.cli import DONE, Parser, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.room import require_room
-from slim.checkpoints.run_folder import CONFIG, REPORT
+from slim.checkpoints.run_folder import CONFIG, PAGE, REPORT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="open the URLs in the configuration of a run, to count its steps",
     )
+    parser.add_argument(
+        "--watch",
+        type=int,
+        nargs="?",
+        const=30,
+        metavar="SECONDS",
+        help="write the page of a run again every so many seconds (default 30) until the run ends; a browser follows",
+    )
     args = parser.parse_args(argv)
+    if args.watch is not None and args.watch < 1:
+        raise ConfigError("command line", "--watch", args.watch, "1 or more seconds")
 
     if len(args.folders) > 1:
+        if args.watch is not None:
+            raise ConfigError("command line", "--watch", "several runs", "one run")
         return _compare(args)
     if args.out is not None:
         expected = "no --out: the page of one dataset or run is in its folder"
@@ -49,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from shards.format import layout
 
     (folder,) = args.folders
+    if args.watch is not None and not (folder / CONFIG).is_file():
+        raise ConfigError(folder, "--watch", "no config.yaml in it", "the folder of a run, which can be watched")
     if folder.is_dir():
         require_room(folder / REPORT, "report")
     if (folder / layout.MANIFEST).is_file():
@@ -60,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from slim.config import FinetuneSettings, load_run
         from slim.reporting import run_page
 
+        if args.watch is not None:
+            _watch(folder, args)
         kind, path = "run", run_page.write(folder, args.paths, remote=args.data)
         following = f"open {path}, then {call_of('probe', folder, '--data', 'DATASET', '--task', 'TASK.yaml')}"
         if isinstance(load_run(folder / CONFIG), FinetuneSettings):
@@ -69,6 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(folder, "", got, "the folder of a dataset or of a run")
     summary({"kind": kind, "report": str(path), "bytes": path.stat().st_size}, following, args.json)
     return DONE
+
+
+def _watch(folder: Path, args: argparse.Namespace) -> None:
+    """Write the page again and again, until the run has ended or somebody stops it (Ctrl-C)."""
+    from slim.reporting import run_page
+
+    print(f"{folder / REPORT / PAGE} is written again every {args.watch} s; stop with Ctrl-C", flush=True)
+    try:
+        while not run_page.has_ended(folder, args.data):
+            run_page.write(folder, args.paths, args.data, refresh=args.watch)
+            time.sleep(args.watch)
+    except KeyboardInterrupt:
+        print("stopped watching", flush=True)
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -155,9 +155,9 @@ def render(template: str, *packages: str, title: str, lead: str, findings: Seque
     findings : sequence of Finding
         Findings at the top of the page.
     values : object
-        Variables of the template, mostly lists of parts.
+        Variables of the template, mostly lists of parts; `refresh`: seconds after which a browser loads the page again.
     """
-    given = {"title": title, "lead": lead, "findings": findings, **values}
+    given = {"refresh": None, "title": title, "lead": lead, "findings": findings, **values}
     return templates.render(template, *packages, "shards.reporting", **given)
 
 

@@ -21,6 +21,7 @@ from shards.core import files
 from shards.core.errors import ConfigError, UserError
 from shards.core.files import without_folders
 from shards.core.findings import Finding, bad, good, look
+from shards.core.progress import duration
 from shards.format.manifest import Manifest
 from shards.reporting import html
 from slim.checkpoints.checkpoint import facts, folders, is_complete
@@ -28,7 +29,7 @@ from slim.checkpoints.provenance import Provenance
 from slim.checkpoints.run_folder import CHECKPOINTS, CONFIG, DATASET, EXPLAIN, METRICS, PAGE, PROBE, PROBES, REPORT
 from slim.checkpoints.seen import Seen
 from slim.config import AUTO, FinetuneSettings, PretrainSettings, load_run
-from slim.evaluation.validation import read_scores
+from slim.evaluation.validation import ValidationScore, read_scores
 from slim.finetune.labels import Answers
 from slim.reporting import curves, run_health
 from slim.training.metrics import RECENT, MetricsLine, number, read_metrics, warnings_of
@@ -36,7 +37,7 @@ from slim.training.metrics import RECENT, MetricsLine, number, read_metrics, war
 _CLEAR = 0.01  # smallest gain that counts as clear
 
 
-def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> Path:
+def write(run_folder: str | Path, paths: bool = False, remote: bool = False, refresh: int | None = None) -> Path:
     """Write `RUN/report/index.html`.
 
     Parameters
@@ -47,6 +48,8 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
     remote : bool
         Whether to open datasets with a URL, if the number of steps depends on them. The URLs of a run received from
         others may be unsafe.
+    refresh : int, optional
+        Seconds after which a browser loads the page again.
 
     Returns
     -------
@@ -67,7 +70,7 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
     merged = merged if paths else without_folders(merged)
     lines, unreadable = read_metrics(folder / METRICS)
     steps = total_steps(settings, folder, lines, remote)
-    tasks = run_health.read_tasks(folder / REPORT / PROBE)
+    tasks, scores = run_health.read_tasks(folder / REPORT / PROBE), read_scores(folder / PROBES)
     name, guess, judged = folder.resolve().name, None, learned(lines, is_over(lines, steps))
     if isinstance(settings, FinetuneSettings):
         name, guess = f"{folder.resolve().parent.name}, {name}", Answers.read(folder).guess
@@ -79,10 +82,11 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
             title=f"Run {name}",
             lead=_lead(lines, steps),
             findings=[*verdict(lines, steps, judged, unreadable), *run_health.verdict(tasks)],
-            facts=html.Facts(_numbers(settings, lines, Provenance.read(folder), paths)),
+            refresh=refresh,
+            facts=html.Facts(_numbers(settings, lines, Provenance.read(folder), paths) | _ahead(lines, steps, scores)),
             probes=run_health.probes(tasks),
             explanations=run_health.explanations(folder / REPORT / EXPLAIN),
-            curves=[*curves.validation(read_scores(folder / PROBES)), *curves.sections(settings, lines, guess)],
+            curves=[*curves.validation(scores), *curves.sections(settings, lines, guess)],
             checkpoints=_checkpoints(folder / CHECKPOINTS),
             configuration_file=CONFIG,
             configuration=merged,
@@ -90,6 +94,13 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False) -> 
     path = folder / REPORT / PAGE
     files.write_atomically(path, content)
     return path
+
+
+def has_ended(run_folder: str | Path, remote: bool = False) -> bool:
+    """Whether the last step of a run was logged."""
+    folder = Path(run_folder)
+    lines, _ = read_metrics(folder / METRICS)
+    return is_over(lines, total_steps(load_run(folder / CONFIG), folder, lines, remote))
 
 
 def total_steps(
@@ -329,6 +340,18 @@ def _numbers(
                 named[name] = form.format(value)
         if last.get("peak_memory_bytes") is not None:
             named["Peak memory per process"] = f"{number(last, 'peak_memory_bytes') / 2**30:.2f} GiB"
+    return named
+
+
+def _ahead(lines: Sequence[MetricsLine], steps: int | None, scores: Sequence[ValidationScore]) -> dict[str, object]:
+    """The time left, and the last probe during training."""
+    named: dict[str, object] = {}
+    if lines and steps is not None and not is_over(lines, steps):
+        logged, seconds = lines[-RECENT:], recent(lines, "seconds")
+        if seconds is not None:
+            named["Time left"] = f"{duration((steps - number(logged[-1], 'step')) * seconds)}, if it is running"
+    if scores:
+        named[f"Last probe of {scores[-1].task}"] = scores[-1].line()
     return named
 
 

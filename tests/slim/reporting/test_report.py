@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from helpers.commands import ROOT
 from helpers.explained import ABOUT
 from helpers.pages import NASTY, Reader, check_self_contained, command
 from launchers.experiments.comparison import Question
@@ -131,6 +135,27 @@ def test_folders_are_shown_only_if_asked_for(tmp_path):
     folder = make_run(tmp_path / "run", [line(step) for step in range(1, 9)], data="/home/jane/hcp")
     for paths in (False, True):
         assert ("/home/jane" in run_page.write(folder, paths).read_text()) == paths
+
+
+def test_a_watched_page_is_written_until_the_run_ends(tmp_path):
+    lines = [line(step) for step in range(1, 120)]
+    folder = make_run(tmp_path / "run", lines)
+    page, metrics_file = folder / "report" / "index.html", folder / "metrics.jsonl"
+    words = [sys.executable, "tools/report.py", str(folder), "--watch", "1", "--json"]
+    child = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not page.exists() and child.poll() is None:
+            time.sleep(0.05)
+        first = page.read_text()
+        assert '<meta http-equiv="refresh" content="1">' in first and "Time left" in check_self_contained(first).text
+        with open(metrics_file, "a") as file:
+            file.write(json.dumps(line(120)) + "\n")
+        out, error = child.communicate(timeout=300)
+    finally:
+        child.kill()
+    assert child.returncode == 0 and json.loads(out.splitlines()[-1])["kind"] == "run", error
+    last = page.read_text()
+    assert 'http-equiv="refresh"' not in last and "Time left" not in last and "120 of 120 steps" in last
 
 
 def test_writes_nothing_but_the_page_and_equal_bytes_again(healthy):
