@@ -55,6 +55,7 @@ def make(**arguments: Any) -> tuple[ScanTransform, TokenModel]:
         hint = f"Give --overrides {_WHERE}.source=EXPORT, or set {SOURCE}"
         raise ConfigError(_WHERE, "source", "nothing", "a run, an export or OWNER/NAME on the hub", hint)
     model = SlimBrain.from_pretrained(source, settings.weights, settings.extractor, settings.parcels)
+    model.require_dropped("the model of Brainmarks")
     recipe, template = model.recipe, Template.fetch()
     windows = recipe.settings.windows.model_copy(update={"keep": settings.windows})
     recipe = replace(recipe, settings=recipe.settings.model_copy(update={"windows": windows}))
