@@ -201,7 +201,7 @@ def _voxels(image: Any) -> np.ndarray:
     values = np.asanyarray(image.dataobj)
     if values.dtype.kind in "biuf":
         with np.errstate(over="ignore"):
-            values = values.astype(np.float32)
+            values = values.astype(np.float32, copy=False)
     return values
 
 

@@ -76,7 +76,10 @@ class Converter:
         if bold_TV.ndim != 2 or bold_TV.shape[1] != columns:
             got = f"bold of shape {bold_TV.shape}"
             raise DatasetError("sample", "bold", got, f"(frames, {columns}), the voxels of the template in space mni")
-        return (bold_TV * np.abs(sd_1V) + mean_1V)[:, self.template.number_N]
+        value_TN = bold_TV[:, self.template.number_N]  # a copy, which is changed in place: scans are large
+        value_TN *= np.abs(sd_1V)[:, self.template.number_N]
+        value_TN += mean_1V[:, self.template.number_N]
+        return value_TN
 
 
 def _convert(
@@ -88,7 +91,8 @@ def _convert(
     signal_N = (value_TN != value_TN[:1]).any(axis=0)
     mask_XYZ = converter.template.mask_XYZ.copy()
     mask_XYZ[mask_XYZ] = signal_N
-    image, mask = images_of(value_TN[:, signal_N], mask_XYZ, AFFINE, tr)
+    value_TN = value_TN if signal_N.all() else value_TN[:, signal_N]
+    image, mask = images_of(value_TN, mask_XYZ, AFFINE, tr)
     recipe = converter.recipe
     # One thread, as in the processes of a conversion: sums are equal.
     with as_run(image, mask, space="MNI", tr=tr, dummy=0) as run, threadpool_limits(1):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from helpers.pretrained import ALIGNED, write_run
 from shards.cohorts.cohort_file import find_runs
 from slim.inference.slim_brain import SlimBrain
 
-FRAMES = 30
+FRAMES = 20
 SPLITS = {"train": 10, "validation": 6, "test": 8}  # people
 PEOPLE = sum(SPLITS.values())
 
@@ -98,24 +99,23 @@ def call(module: str, *words: object, cwd: Path, **variables: object) -> subproc
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1200)
 
 
-def evaluate(module: str, *words: object, export: Path, data: Path, home: Path, cwd: Path) -> tuple[str, pd.DataFrame]:
-    """What an evaluation prints, and its table."""
-    common = (f"model_kwargs.source={export}", "device=cpu", "amp=false", "num_workers=2", "batch_size=4")
-    done = call(
-        module,
-        *(words[: words.index("--")]),
-        "--overrides",
-        *common,
-        *(words[words.index("--") + 1 :]),
-        cwd=cwd,
-        PYTHONPATH=data / "plugin",
-        SYNTHETIC_ROOT=data,
-        TEMPLATEFLOW_HOME=home,
-        HF_DATASETS_CACHE=cwd / "cache",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (table,) = cwd.rglob("eval_table.csv")
-    return done.stdout, pd.read_csv(table)
+@pytest.fixture
+def evaluate(export: Path, data: Path, home: Path, tmp_path: Path) -> Callable[..., tuple[str, pd.DataFrame]]:
+    """Evaluate a representation of the synthetic cohort: what the suite prints, and its table."""
+
+    def evaluated(module: str, *words: str, **overrides: object) -> tuple[str, pd.DataFrame]:
+        kwargs = {"source": export, "memory": data / "memory"}
+        overrides |= {"device": "cpu", "amp": "false", "num_workers": 2, "batch_size": 4}
+        given = [f"{name}={value}" for name, value in overrides.items()]
+        given += [f"model_kwargs.{name}={value}" for name, value in kwargs.items()]
+        places = {"PYTHONPATH": data / "plugin", "SYNTHETIC_ROOT": data, "TEMPLATEFLOW_HOME": home}
+        words = ("slim_brain", *words, "synthetic_group", "--overrides", *given)
+        done = call(module, *words, cwd=tmp_path, HF_DATASETS_CACHE=tmp_path / "cache", **places)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (table,) = tmp_path.rglob("eval_table.csv")
+        return done.stdout, pd.read_csv(table)
+
+    return evaluated
 
 
 def test_the_smoke_test_of_the_suite_passes(export: Path, tmp_path: Path) -> None:
@@ -133,11 +133,8 @@ def test_without_a_source_one_line_says_what_to_do(tmp_path: Path, home: Path, d
 
 
 @pytest.mark.parametrize("representation", ["patch", "cls"])
-def test_logistic_regression_gives_its_table(
-    representation: str, export: Path, data: Path, home: Path, tmp_path: Path
-) -> None:
-    words = ("slim_brain", representation, "synthetic_group", "--", "n_trials=2", "cv_folds=2", "Cs=3")
-    text, table = evaluate("main_logistic", *words, export=export, data=data, home=home, cwd=tmp_path)
+def test_logistic_regression_gives_its_table(representation: str, evaluate, export: Path) -> None:
+    text, table = evaluate("main_logistic", representation, n_trials=2, cv_folds=2, Cs=3)
     assert table["split"].tolist() == ["train", "test"] * 3 and set(table["repr"]) == {representation}
     assert table[["acc", "f1", "bacc"]].stack().between(0, 1).all() and np.isfinite(table["C"]).all()
     channels = SlimBrain.from_pretrained(export).encoder.dim
@@ -146,19 +143,14 @@ def test_logistic_regression_gives_its_table(
     assert (int(shape[2]) == channels) == (representation == "patch")
 
 
-def test_the_attention_probe_gives_its_table(export: Path, data: Path, home: Path, tmp_path: Path) -> None:
-    short = ("epochs=1", "warmup_epochs=0", "steps_per_epoch=3", "accum_iter=1", "lr_scale_grid=[0.1,1.0]")
-    width = "classifier_kwargs.embed_dim=64"  # its heads have 64 channels, the encoder of this test 32
-    words = ("slim_brain", "patch", "attn", "synthetic_group", "--", *short, width)
-    memory = f"model_kwargs.memory={tmp_path / 'memory'}"
-    _, table = evaluate("main_probe", *words, memory, export=export, data=data, home=home, cwd=tmp_path)
+def test_the_attention_probe_gives_its_table(evaluate, data: Path) -> None:
+    short = {"epochs": 1, "warmup_epochs": 0, "steps_per_epoch": 3, "accum_iter": 1, "lr_scale_grid": "[0.1,1.0]"}
+    heads = {"classifier_kwargs.embed_dim": 64}  # one head of the probe; the encoder of this test has 32 channels
+    _, table = evaluate("main_probe", "patch", "attn", **short, **heads)
     assert {"train", "validation", "test"} <= set(table["split"]) and table["acc"].between(0, 1).all()
-    assert len([*(tmp_path / "memory").rglob("output.pkl")]) == PEOPLE  # each scan was converted once
+    assert len([*(data / "memory").rglob("output.pkl")]) == PEOPLE  # each scan was converted once, by whichever test
 
 
-def test_fine_tuning_with_lora_gives_its_table(export: Path, data: Path, home: Path, tmp_path: Path) -> None:
-    short = ("epochs=1", "warmup_epochs=0", "steps_per_epoch=2", "accum_iter=1")
-    words = ("slim_brain", "patch", "linear", "synthetic_group", "--", *short)
-    memory = f"model_kwargs.memory={tmp_path / 'memory'}"
-    _, table = evaluate("main_finetune", *words, memory, export=export, data=data, home=home, cwd=tmp_path)
+def test_fine_tuning_with_lora_gives_its_table(evaluate) -> None:
+    _, table = evaluate("main_finetune", "patch", "linear", epochs=1, warmup_epochs=0, steps_per_epoch=2, accum_iter=1)
     assert {"train", "validation", "test"} <= set(table["split"]) and table["acc"].between(0, 1).all()
