@@ -79,10 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     reconstruction_figure.draw(found, args.out / FIGURE)
     for line in about.assumed:
         print(f"assumed: {args.scan}: {line}")
+    rest = "; the others hold the mean of each voxel" if about.volumes_not_predicted else ""
     shown = {
         "explained variance, median": f"{about.median:.3f}",
         "voxels above 0": f"{about.share_above_0:.1%}",
-        "predicted": f"{about.volumes_predicted} of {about.volumes} volumes; the others hold the mean of each voxel",
+        "predicted": f"{about.volumes_predicted} of {about.volumes} volumes{rest}",
         "interpolation in space": about.interpolation_in_space,
         "interpolation in time": about.interpolation_in_time,
         "out": str(args.out),
