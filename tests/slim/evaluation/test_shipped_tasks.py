@@ -21,6 +21,7 @@ from helpers.commands import GRID, ROOT
 from helpers.conversions import write_page
 from helpers.scans import save
 from helpers.tasks import sessions
+from shards.core.errors import ConfigError
 from shards.core.presets import find
 from shards.reporting import dataset_page
 from slim.evaluation import baselines, probe
@@ -98,6 +99,25 @@ def test_a_task_of_reviewers_runs_on_people_with_the_columns_of_its_cohort(name:
     result = probe.summarise_shares(task, cases, shares, scored)
     assert result.estimate("ours", result.judged_by).value > 0.9
     assert result.facts.shares[0].estimates["ours"][result.judged_by].value > 0.85
+
+
+@pytest.mark.fast
+def test_people_are_found_among_a_hundred() -> None:
+    where = find("task", "hcp_reidentification", "--task")
+    task = load_task(where, ["bootstrap=100", "permutations=99"])
+    cases = find_cases(task, sessions(400, 2), where)  # every fourth is a test subject of the dataset
+    traits_SP = np.random.default_rng(0).normal(size=(400, 50))
+    noisy_NP = traits_SP[cases.subject_N] + 0.9 * np.random.default_rng(1).normal(size=(800, 50))
+    result = probe.run_task(task, cases, {"ours": Linear(lambda train: noisy_NP)}, where)
+    found, chance = result.estimates["ours"]["top1"], result.facts.chance
+    assert result.facts.test_subjects == 100 and result.facts.gallery == 100
+    assert 0.5 < found.low < found.value < found.high and found.p == 0.01
+    for name in ("top1", "map"):
+        assert f"(chance {chance[name]:.3f})".replace("0.", ".") in where.read_text()
+        True
+    ] * 2
+    with pytest.raises(ConfigError, match="gallery: got 100 with 99 test people"):
+        make_splits(task, find_cases(task, sessions(399, 2), where), where)
 
 
 TASK_RUNS = {
