@@ -114,8 +114,6 @@ def test_people_are_found_among_a_hundred() -> None:
     assert 0.5 < found.low < found.value < found.high and found.p == 0.01
     for name in ("top1", "map"):
         assert f"(chance {chance[name]:.3f})".replace("0.", ".") in where.read_text()
-        True
-    ] * 2
     with pytest.raises(ConfigError, match="gallery: got 100 with 99 test people"):
         make_splits(task, find_cases(task, sessions(399, 2), where), where)
 
