@@ -175,6 +175,10 @@ def test_an_encoder_can_be_fine_tuned(run: Path, stub: Template) -> None:
     model.requires_grad_(True)
     batch = default_collate([converted(sample(scan(9, 20, stub.mask_XYZ), TR, target=0))])
     assert batch["target"].tolist() == [0]
+    with torch.autocast("cpu", torch.bfloat16):  # as the suite on a GPU
+        half = model(batch)[2]
+    assert half.dtype == torch.float32 and not torch.equal(half, model(batch)[2])
+    torch.testing.assert_close(half, model(batch)[2], atol=0.1, rtol=0.1)
     model(batch)[2].square().mean().backward()
     assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in model.encoder.parameters())
 
