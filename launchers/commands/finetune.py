@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = probe.task_facts(task, method.cases, method.splits).with_facts(**{name: facts})
     whole = probe.write_report(report, [replace(found, facts=about)])
     result, tree = whole.results[task.name], whole.tree()
+    then = "the same command with --from-scratch shows what pretraining adds"
+    if method.settings(0).lora is not None or method.settings(0).freeze:
+        then = "the same command without lora and freeze, and with another --out, trains all weights"
     title = f"{task.name}: {result.facts.test_subjects} test subjects in each division"
     display.print_table(result, title, compared=False)
     summary(
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "tasks": {task.name: tree["tasks"][task.name]},
             "facts": {task.name: tree["facts"][task.name]},
         },
-        "" if args.from_scratch else "the same command with --from-scratch shows what pretraining adds",
+        "" if args.from_scratch else then,
         args.json,
     )
     return DONE

@@ -97,7 +97,7 @@ class Reconstructor:
             hint = "Use a run with objective=default or objective=mae"
             raise ConfigError(source, "objective", got, "a run that was trained with the MAE term", hint)
         if about.path.name != checkpoint.WEIGHTS:
-            got, hint = "an export, which holds the encoder only", f"Use the folder of the run {run}"
+            got, hint = "an export, which holds the encoder only", f"Use the run that was exported, {run}"
             raise ConfigError(source, "predictor", got, "a pretraining run or one of its checkpoints", hint)
         grid, frames = about.data.grid.grid(), about.data.windows.frames
         geometry = geometry_of(settings.model, (settings.windows.k * frames, *grid.patch_shape))

@@ -361,6 +361,10 @@ def test_the_updates_travel_alone_or_with_the_weights(
         assert all(torch.equal(a, b) for a, b in zip(model.head.parameters(), tuned.head.parameters(), strict=True))
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert 'from_pretrained("THIS FOLDER", base="THE WEIGHTS")' in card and "LoRA, rank 2" in card
+    assert "\n\nThis folder holds low-rank updates (LoRA)" in card and "\n\n    pip install slim-brain\n\n" in card
+    assert (
+        "subjects.\n- Trained of the encoder: low-rank updates" in card and "above stage 1.\n- `model.predict" in card
+    )
     read = PeftModel.from_pretrained(SlimBrain.from_pretrained(deep).encoder, tmp_path / "adapter").merge_and_unload()
     for name, value in read.state_dict().items():
         assert torch.equal(value, tuned.encoder.state_dict()[name]), name
