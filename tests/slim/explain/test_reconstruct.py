@@ -17,7 +17,7 @@ from helpers.commands import Command
 from helpers.pretrained import tool
 from shards.cohorts.cohort_file import find_runs
 from shards.cohorts.niimg import as_run
-from shards.core.errors import ConfigError
+from shards.core.errors import ConfigError, RunRefused
 from shards.format.reader import Dataset
 from slim.checkpoints import checkpoint
 from slim.config import KINDS
@@ -331,6 +331,21 @@ def test_a_tr_that_was_stated_is_in_the_result(trained: Path, scan: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     made = nib.load(tmp_path / "out" / "predicted.nii.gz")
     assert made.header.get_xyzt_units() == ("mm", "sec") and made.header.get_zooms()[3] == pytest.approx(0.72)
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(13, 10), (5, 5)])
+def test_a_scan_shorter_than_a_sample_is_predicted(ours: Reconstructor, scan: Path, frames: int, expected: int) -> None:
+    """Of one window or two, where training reads eight together."""
+    image, mask = nib.load(scan), nib.load(next(scan.parent.glob("*_mask.nii.gz")))
+    with as_run(image.slicer[..., :frames], mask, space="MNI", tr=0.72, dummy=0) as run:
+        made = reconstruct(ours, run)
+    assert made.exists_T.sum() == made.space.exists_J.sum() == expected and len(made.exists_T) == frames
+    assert np.abs(made.predicted_TN[:expected] - made.scan.raw_TN.mean(axis=0)).max() > 0
+    with (
+        pytest.raises(RunRefused, match="frames: got no window of 5 frames"),
+        as_run(image.slicer[..., :4], mask, space="MNI", tr=0.72, dummy=0) as run,
+    ):
+        reconstruct(ours, run)
 
 
 # weights without an MAE head

@@ -164,6 +164,32 @@ def test_updates_begin_as_nothing_and_alone_are_trained(
 
 
 @needs_peft
+@pytest.mark.parametrize("more", ["", "freeze=1"])
+def test_chunks_do_not_change_the_gradients_of_updates(deep: Path, people: Path, tmp_path: Path, more: str) -> None:
+    """The layers of a chunk are computed again in the backward pass, with their updates."""
+    gradients = []
+    for chunk in ("null", "64"):
+        words = ("lora.rank=2", f"chunk_tokens={chunk}", *more.split())
+        task, learner = learner_of(deep, people, tmp_path / chunk, *words)
+        steps(task, learner, lambda group: 1e-3)  # before it, the gradients of A are 0
+        batch = task.load()([task.stream.at(n) for n in range(3)]).to("cpu")
+        learner.losses(batch, 3, learner.model).total.backward()
+        gradients.append({name: value.grad for name, value in learner.model.named_parameters() if value.requires_grad})
+    assert any(bool(value.any()) for name, value in gradients[0].items() if "lora_A" in name)
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, atol=1e-4, rtol=1e-2, msg=name)
+
+
+@needs_peft
+def test_updates_are_trained_in_bf16_too(deep: Path, people: Path, tmp_path: Path) -> None:
+    task, learner = learner_of(deep, people, tmp_path, "lora.rank=2", "precision=bf16")
+    found = steps(task, learner, lambda group: 1e-4 * group.scale)
+    assert float(found[-1].logs["loss"]) < float(found[0].logs["loss"])
+    assert {value.dtype for value in learner.state(None).values()} <= {torch.float32, torch.float64}
+    assert {value.dtype for value in learner.model.parameters()} == {torch.float32}
+
+
+@needs_peft
 def test_merged_weights_are_those_of_peft(deep: Path, people: Path, tmp_path: Path) -> None:
     from peft import LoraModel, PeftModel
 
