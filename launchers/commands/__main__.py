@@ -32,7 +32,7 @@ NEEDS = {
     "probe": ("matplotlib",),
     "finetune": ("deepspeed", "matplotlib"),
     "explain": ("matplotlib",),
-    "reconstruct": ("deepspeed", "matplotlib"),
+    "reconstruct": ("matplotlib",),
     "report": ("matplotlib",),
     "experiments": ("deepspeed", "webdataset", "matplotlib"),
 }

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shards.core.cli import DONE, Parser, call_of, summary
+from shards.core.errors import ConfigError
 from slim.checkpoints.source import require_weights
 
 
@@ -47,7 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--adapter", action="store_true", help="of a fine-tuning by LoRA: its updates and head alone")
     parser.add_argument("--base", metavar="WEIGHTS", help="the weights that were fine-tuned, if RUN is such an export")
+    parser.add_argument(
+        "--predictor", action="store_true", help="also the predictor with the MAE head, for slim-brain reconstruct"
+    )
     args = parser.parse_args(argv)
+    if args.predictor and args.weights == "target":
+        expected = "encoder, with which the predictor was trained"
+        raise ConfigError("command line", "--weights", "target with --predictor", expected)
     for source in (None if args.format else args.run, args.base):
         if source is not None:
             require_weights(source)
@@ -66,7 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         background=args.background,
         base=args.base,
     )
-    about = export.write(model, args.out, remote=args.data, adapter=args.adapter)
+    predictor = None
+    if args.predictor:
+        from slim.explain.reconstruct import Reconstructor
+
+        predictor = Reconstructor.from_pretrained(args.run).model.predictor.state_dict()
+    about = export.write(model, args.out, remote=args.data, adapter=args.adapter, predictor=predictor)
     files = sorted(path for path in args.out.rglob("*") if path.is_file())
     facts = {
         "export": str(args.out),

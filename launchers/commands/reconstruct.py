@@ -1,9 +1,10 @@
 """Predict a scan from itself with the MAE head, and map the explained variance.
 
-    slim-brain reconstruct RUN scan.nii.gz --out FOLDER [--passes N] [--seed N]
+    slim-brain reconstruct WEIGHTS scan.nii.gz --out FOLDER [--passes N] [--seed N]
 
-Every place of the brain is hidden once, in all frames, and predicted from the other places. RUN is a pretraining run
-with the MAE term, or one of its checkpoints; exports hold no MAE head. FOLDER gets
+Every place of the brain is hidden once, in all frames, and predicted from the other places. WEIGHTS are a pretraining
+run with the MAE term, one of its checkpoints, or an export with the predictor (`slim-brain export --predictor`): a
+folder, or its name on the hub. FOLDER gets
 
     predicted.nii.gz            the predicted scan, on the grid and at the TR of the scan and in its units
     explained_variance.nii.gz   1 - squared error / squares around the mean, of each voxel
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from shards.core.cli import DONE, Parser, summary
@@ -31,7 +33,7 @@ FACTS, FIGURE = "reconstruction.json", "reconstruction.png"
 def _parser() -> Parser:
     parser = Parser("reconstruct", __doc__.splitlines()[0], "runs/lean sub-01_bold.nii.gz --out reconstructed/sub-01")
     add = parser.add_argument
-    add("run", metavar="RUN", help="a pretraining run with the MAE term, or one of its checkpoints")
+    add("weights", metavar="WEIGHTS", help="a pretraining run with the MAE term, or an export with the predictor")
     add("scan", metavar="scan.nii.gz", help="preprocessed 4-D BOLD")
     add("--out", required=True, type=Path, metavar="FOLDER", help="folder of the results")
     add("--passes", type=int, default=4, metavar="N", help="groups of places; each is hidden once (default: 4)")
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("command line", "--passes", args.passes, "2 or more")
     dummy = int(args.dummy) if args.dummy.isdigit() else args.dummy
     require_room(args.out, "--out")
-    require_weights(args.run)
+    require_weights(args.weights)
 
     import torch
 
@@ -62,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from slim.reporting import reconstruction_figure
 
     on_gpu = torch.cuda.is_available()
-    prepare(on_gpu)
-    ours = reconstruct.Reconstructor.from_run(args.run, "cuda" if on_gpu else "cpu")
+    if find_spec("deepspeed") is not None:  # it reads the predictor of a run
+        prepare(on_gpu)
+    ours = reconstruct.Reconstructor.from_pretrained(args.weights, "cuda" if on_gpu else "cpu")
     stated = {"space": args.space, "tr": args.tr, "dummy": dummy, "orientation": args.orientation}
     with as_run(args.scan, args.mask, args.confounds, **stated) as run:
         found = reconstruct.reconstruct(ours, run, args.passes, args.seed)

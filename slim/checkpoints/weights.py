@@ -6,6 +6,8 @@ An exported folder, written by `slim.inference.export`, has these files::
     head.safetensors    the head, only for a fine-tuned encoder
     adapter_model.safetensors, adapter_config.json
                         in place of model.safetensors: the low-rank updates of a fine-tuning, as `peft` names them
+    predictor.safetensors
+                        the predictor with the MAE head, if it was asked for
     config.json         settings of the run, manifest of its data, what was exported, subjects seen (as hashes)
     extractor/          the temporal extractor, if one ranked the windows
     parcels/            the label image of the parcels, if there is one
@@ -46,6 +48,7 @@ from slim.config import FinetuneSettings, TrainSettings, check_run, load_run
 FORMAT = 1
 MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 ADAPTER_CONFIG, ADAPTER_PREFIX = "adapter_config.json", "base_model.model."  # as `peft` has them
+PREDICTOR = "predictor.safetensors"
 HEAD, CONFIG, SUMS, CARD = "head.safetensors", "config.json", "SHA256SUMS", "README.md"
 EXTRACTOR, PARCELS = "extractor", "parcels"
 KINDS = ("encoder", "target")
@@ -151,6 +154,8 @@ class Weights:
         Paths at which the temporal extractor and the label image of the parcels are expected.
     adapter : (Path, str) or None
         File and prefix of the low-rank updates of a fine-tuning.
+    predictor : Path or None
+        The predictor in an export.
     """
 
     settings: TrainSettings
@@ -165,6 +170,7 @@ class Weights:
     parcels: Path | None
     seen: Seen | None = None
     adapter: tuple[Path, str] | None = None
+    predictor: Path | None = None
 
     @property
     def base(self) -> Base | None:
@@ -250,7 +256,7 @@ def find(source: str | Path, kind: str | None = None, options: HubOptions | None
         if None not in (on_hub[3], options.revision) and on_hub[3] != options.revision:
             raise ConfigError(str(source), "revision", options.revision, f"{on_hub[3]}, as in the name, or none")
         options = replace(options, revision=on_hub[3] or options.revision)
-        wanted = [MODEL, ADAPTER, ADAPTER_CONFIG, HEAD, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"]
+        wanted = [MODEL, ADAPTER, ADAPTER_CONFIG, HEAD, PREDICTOR, CONFIG, SUMS, CARD, f"{EXTRACTOR}/*", f"{PARCELS}/*"]
         return _of_export(hub.fetch(str(source), on_hub[1], options, wanted, ACCEPTED), kind, on_hub[2])
     if options.revision is not None:
         raise ConfigError(folder, "revision", options.revision, "none, as this is no name on the hub")
@@ -362,7 +368,8 @@ def _of_export(folder: Path, kind: str | None, name: str) -> Weights:
     if ADAPTER in listed:
         return Weights(settings, data, made, folder / ADAPTER, "", *paths, seen, _adapter(folder, settings, made))
     _check_size(settings, data, folder / MODEL)
-    return Weights(settings, data, made, folder / MODEL, "", *paths, seen)
+    predictor = folder / PREDICTOR if PREDICTOR in listed else None
+    return Weights(settings, data, made, folder / MODEL, "", *paths, seen, predictor=predictor)
 
 
 def _adapter(folder: Path, settings: TrainSettings, made: Mapping[str, object]) -> tuple[Path, str]:

@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 from shards.cohorts.scan import RunSource
 from shards.conversion.session import assumptions
 from shards.core.errors import ConfigError, RunRefused
+from shards.core.extras import require
 from shards.core.progress import progress
 from shards.format.manifest import DataRecord
 from shards.format.patches import gather, voxel_slots
@@ -29,7 +31,6 @@ from shards.format.session_record import ScanFacts
 from shards.format.stream import generator
 from shards.preprocessing.harmonise import Harmonised, harmonise, place
 from slim.checkpoints import checkpoint, weights
-from slim.checkpoints.checkpoint import CheckpointError
 from slim.checkpoints.weights import Weights
 from slim.config import KINDS, PretrainSettings
 from slim.data.collate import collate
@@ -72,23 +73,24 @@ class Reconstructor:
     device: torch.device
 
     @classmethod
-    def from_run(cls, source: str | Path, device: torch.device | str = "cpu") -> Reconstructor:
-        """Load the encoder, the predictor and the MAE head of a run.
+    def from_pretrained(cls, source: str | Path, device: torch.device | str = "cpu") -> Reconstructor:
+        """Load an encoder with its predictor and MAE head.
 
         Parameters
         ----------
         source : str or Path
-            A pretraining run (its newest complete checkpoint is used) or one of its checkpoints.
+            A pretraining run (its newest complete checkpoint is used), one of its checkpoints, or an export with the
+            predictor: a folder, or its name on the hub.
         device : torch.device or str
 
         Raises
         ------
         CheckpointError, ConfigError
-            If the weights are damaged, or have no MAE head: those of a fine-tuning, of an export, or of a run that was
-            trained without the MAE term.
+            If the weights are damaged, or have no MAE head: those of a fine-tuning, of an export without the
+            predictor, or of a run that was trained without the MAE term.
         """
         about = weights.find(source)
-        settings, run = about.settings, about.made["run"]
+        settings = about.settings
         if not isinstance(settings, PretrainSettings):
             got = "a fine-tuned model, which has no MAE head"
             raise ConfigError(source, "", got, "a pretraining run", "Use the run that was fine-tuned")
@@ -96,19 +98,13 @@ class Reconstructor:
             got = f"{settings.objective} without the MAE term, so there is no MAE head"
             hint = "Use a run with objective=default or objective=mae"
             raise ConfigError(source, "objective", got, "a run that was trained with the MAE term", hint)
-        if about.path.name != checkpoint.WEIGHTS:
-            got, hint = "an export, which holds the encoder only", f"Use the run that was exported, {run}"
-            raise ConfigError(source, "predictor", got, "a pretraining run or one of its checkpoints", hint)
         grid, frames = about.data.grid.grid(), about.data.windows.frames
         geometry = geometry_of(settings.model, (settings.windows.k * frames, *grid.patch_shape))
         with torch.random.fork_rng(devices=[]):
             model = Objective(settings, geometry, grid.voxels)
-        tensors = tensors_of(about, states_of(about.path.parent))
-        for name, value in tensors.items():
-            if not bool(torch.isfinite(value).all()):
-                hint = "Do not use these weights: take an earlier checkpoint"
-                raise CheckpointError(about.path.parent, name, "numbers that are not finite", "finite numbers", hint)
-        model.load_state_dict(tensors)
+        about.load_into(model.encoder)
+        tensors, where = _predictor(about, source)
+        weights.fit(model.predictor, tensors, where, "")
         model = model.eval().requires_grad_(False).to(device)
         return cls(model, settings, about.data, about, geometry, torch.device(device))
 
@@ -138,6 +134,21 @@ class Reconstructor:
         z_GEV = torch.cat(parts).view(len(out_GW), -1, voxels)
         known_GE = batch.targets.value_GE >= 0
         return batch.targets.value_GE[known_GE].cpu().numpy(), z_GEV[known_GE].cpu().numpy()
+
+
+def _predictor(about: Weights, source: str | Path) -> tuple[dict[str, Tensor], Path]:
+    """The tensors of a predictor, and where they are from."""
+    if about.predictor is not None:
+        return checkpoint.read_weights(about.predictor), about.predictor
+    if about.path.name != checkpoint.WEIGHTS:
+        got, run = "an export without the predictor", about.made["run"]
+        hint = f"Use the run that was exported, {run}, or export it again with --predictor"
+        raise ConfigError(source, weights.PREDICTOR, got, "a pretraining run, or an export with the predictor", hint)
+    require("deepspeed")
+    found = tensors_of(about, states_of(about.path.parent))
+    prefix = "predictor."
+    tensors = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    return tensors, about.path.parent
 
 
 def deal(size_SL: np.ndarray, passes: int, seed: int) -> np.ndarray:

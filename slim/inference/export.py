@@ -35,6 +35,7 @@ from slim.checkpoints.weights import (
     HEAD,
     MODEL,
     PARCELS,
+    PREDICTOR,
     SUMS,
 )
 from slim.config import FinetuneSettings, PretrainSettings, TrainSettings
@@ -45,7 +46,13 @@ if TYPE_CHECKING:
     from slim.inference.slim_brain import SlimBrain
 
 
-def write(model: SlimBrain, out: Path, remote: bool = False, adapter: bool = False) -> dict[str, Any]:
+def write(
+    model: SlimBrain,
+    out: Path,
+    remote: bool = False,
+    adapter: bool = False,
+    predictor: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
     """Export a model to a folder.
 
     Parameters
@@ -58,6 +65,8 @@ def write(model: SlimBrain, out: Path, remote: bool = False, adapter: bool = Fal
         Whether to open the training datasets with a URL, for facts about them; see `history`.
     adapter : bool
         Whether to write the low-rank updates of a fine-tuning and the head, without the weights that were fine-tuned.
+    predictor : mapping, optional
+        Tensors of the predictor with the MAE head, by name, which `slim-brain reconstruct` needs.
 
     Returns
     -------
@@ -97,6 +106,8 @@ def write(model: SlimBrain, out: Path, remote: bool = False, adapter: bool = Fal
         else:
             _save(temporary / ADAPTER, {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in updates.items()})
             (temporary / ADAPTER_CONFIG).write_text(dump(_peft_config(model)) + "\n", encoding="utf-8")
+        if predictor is not None:
+            _save(temporary / PREDICTOR, predictor)
         if model.head is not None:
             _save(temporary / HEAD, model.head.state_dict())
         (temporary / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -49,7 +49,7 @@ def trained(command: Command, dataset: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def ours(trained: Path) -> Reconstructor:
-    return Reconstructor.from_run(trained)
+    return Reconstructor.from_pretrained(trained)
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +360,7 @@ def test_weights_without_an_mae_head_are_refused(
     done = command("tools/pretrain.py", "configs/pretrain/tiny.yaml", f"data={dataset}", f"run.out={run}", *words)
     assert done.returncode == 0, done.stderr
     for source, told in (
-        (tmp_path / "export", "predictor: got an export, which holds the encoder only, expected a pretraining run"),
+        (tmp_path / "export", "predictor.safetensors: got an export without the predictor, expected a pretraining run"),
         (
             run,
             "objective: got jepa without the MAE term, so there is no MAE head, expected a run that was trained with",
@@ -372,9 +372,29 @@ def test_weights_without_an_mae_head_are_refused(
         assert not (tmp_path / "out").exists()
 
 
+def test_an_export_with_the_predictor_is_as_its_run(
+    trained: Path, ours: Reconstructor, scan: Path, tmp_path: Path
+) -> None:
+    for name, more in (("with", ("--predictor",)), ("again", ())):
+        done = tool("export.py", trained, "--out", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+    files = [sorted(path.name for path in (tmp_path / name).glob("*.safetensors")) for name in ("with", "again")]
+    assert files == [["model.safetensors", "predictor.safetensors"], ["model.safetensors"]]
+    moved = Reconstructor.from_pretrained(tmp_path / "with")
+    theirs = ours.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in moved.model.state_dict().items())
+    assert SlimBrain.from_pretrained(tmp_path / "with").checksum == SlimBrain.from_pretrained(trained).checksum
+    written = tmp_path / "with" / "predictor.safetensors"
+    written.write_bytes(written.read_bytes()[:-1] + b"x")
+    done = tool("reconstruct.py", tmp_path / "with", scan, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "predictor.safetensors: SHA-256" in done.stderr
+    done = tool("export.py", trained, "--out", tmp_path / "none", "--predictor", "--weights", "target")
+    assert done.returncode == 2 and "--weights: got target with --predictor, expected encoder" in done.stderr
+
+
 def test_a_checkpoint_is_as_its_run(trained: Path, ours: Reconstructor) -> None:
     saved = checkpoint.newest(trained / "checkpoints")
-    again = Reconstructor.from_run(saved)
+    again = Reconstructor.from_pretrained(saved)
     assert all(torch.equal(value, again.model.state_dict()[name]) for name, value in ours.model.state_dict().items())
     encoder = SlimBrain.from_pretrained(trained).encoder.state_dict()
     assert all(torch.equal(value, encoder[name]) for name, value in ours.model.encoder.state_dict().items())
