@@ -298,8 +298,8 @@ def once(deep: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     ("stage", "processes", "then"),
     [
         (0, 1, 1),
-        (2, 2, 1),
-        (3, 2, 1),
+        pytest.param(2, 2, 1, marks=pytest.mark.processes),
+        pytest.param(3, 2, 1, marks=pytest.mark.processes),
         pytest.param(0, 2, 1, marks=pytest.mark.slow),
         pytest.param(1, 1, 1, marks=pytest.mark.slow),
         pytest.param(1, 1, 2, marks=pytest.mark.slow),
