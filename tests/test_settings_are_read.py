@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from helpers.commands import GRID, ROOT, run_command
+from helpers.conversions import edited
 from helpers.finetuning import QUICK, SCORE, people, write_task
 from launchers.cluster.scheduler import SlurmSettings
 from shards.cohorts.cohort_file import CohortSettings
@@ -60,8 +61,21 @@ def read(cohort: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -
     call("tools/plan.py", "configs/pretrain/tiny.yaml", f"data={people}", *few)
     for more in ((), ("run.epochs=3", "run.extend=constant")):
         call("tools/pretrain.py", "configs/pretrain/tiny.yaml", f"data={people}", f"run.out={run}", *few, *more)
-    begun = ("windows.k=3", "windows.best=4", "run.steps=1", *QUICK, f"init={run}", "init.positions=resample")
-    call("tools/pretrain.py", "configs/pretrain/tiny.yaml", f"data={people}", f"run.out={folder / 'second'}", *begun)
+
+    def divide(session: dict[str, Any]) -> list[dict[str, Any]]:
+        return [session | {"split": "val" if session["subject"][-1] in "123" else "train"}]
+
+    divided = edited(people, folder / "divided", divide)
+    probed = (f"run.probe.task={task}", "run.probe.every=1", "run.checkpoint_every=1", "run.probe.subjects=5")
+    begun = ("windows.k=3", "windows.best=4", "run.steps=1", *QUICK, f"init={run}", "init.positions=resample", *probed)
+    call(
+        "tools/pretrain.py",
+        "configs/pretrain/tiny.yaml",
+        f"data={divided}",
+        f"run.out={folder / 'second'}",
+        *begun,
+        *probed,
+    )
     for pooling, more in (("cov", ()), ("attentive", ("freeze=1", "lora.rank=2"))):
         words = ("--data", people, "--task", task, "--out", folder / pooling, f"head.pooling={pooling}", *more)
         call("tools/finetune.py", run, *words, "run.epochs=1", *QUICK)
