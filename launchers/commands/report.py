@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the page of several runs (default: report/ in the folder)"
     )
+    parser.add_argument(
+        "--private", action="store_true", help="replace the names of people on the page of a dataset by numbers"
+    )
     parser.add_argument("--paths", action="store_true", help="keep absolute paths whole on the page of a run")
     parser.add_argument(
         "--data",
@@ -65,12 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     (folder,) = args.folders
     if args.watch is not None and not (folder / CONFIG).is_file():
         raise ConfigError(folder, "--watch", "no config.yaml in it", "the folder of a run, which can be watched")
+    if args.private and not (folder / layout.MANIFEST).is_file():
+        hint = "The page of a run names people only where an explanation is incomplete"
+        raise ConfigError(folder, "--private", "no manifest.json in it", "the folder of a dataset", hint)
     if folder.is_dir():
         require_room(folder / REPORT, "report")
     if (folder / layout.MANIFEST).is_file():
         from shards.reporting import dataset_page
 
-        kind, path = "dataset", dataset_page.write(folder)
+        kind, path = "dataset", dataset_page.write(folder, args.private)
         following = f"open {path}, then {call_of('pretrain', 'CONFIG.yaml', f'data={folder}')}"
     elif (folder / CONFIG).is_file():
         from slim.config import FinetuneSettings, load_run

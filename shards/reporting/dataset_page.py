@@ -27,6 +27,7 @@ from shards.format.refusal import Refusal, read_refusals
 from shards.format.session_record import SessionRecord
 from shards.preprocessing import space
 from shards.reporting import html, quality_figures
+from shards.reporting.anonymous import without_files, without_names
 from shards.reporting.distribution import MEASURES, Outlying, describe, find_outlying
 
 _ROWS = 100  # largest number of refused or moved sessions listed one by one
@@ -34,13 +35,15 @@ _TRS = 4  # more TRs in a cohort are shown as a range
 _EXAMPLES, _MOST_EXAMPLES = 6, 12  # number of sessions drawn; more than six only with more than five cohorts
 
 
-def write(folder: str | Path) -> Path:
+def write(folder: str | Path, private: bool = False) -> Path:
     """Write `DATASET/report/index.html`.
 
     Parameters
     ----------
     folder : str or Path
         A dataset.
+    private : bool
+        Whether the names of people are replaced by numbers; see `shards.reporting.anonymous`.
 
     Returns
     -------
@@ -54,6 +57,8 @@ def write(folder: str | Path) -> Path:
     """
     dataset = Dataset(folder)
     failed = read_refusals(dataset.folder / layout.FAILED)
+    if private:
+        dataset.sessions, failed = without_names(dataset.sessions), without_files(failed)
     outlying = find_outlying(dataset.sessions)
     with html.drawing():
         content = html.render(

@@ -14,7 +14,7 @@ from slim.evaluation.task import load_tasks, overrides_of_tasks
 
 pytestmark = pytest.mark.fast
 
-WITHOUT = ("make-cohort", "train-extractor", "embed", "report", "export", "slurm status", "config show")
+WITHOUT = ("make-cohort", "train-extractor", "embed", "reconstruct", "report", "export", "slurm status", "config show")
 
 
 def helped(command: str, capsys: pytest.CaptureFixture) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +22,11 @@ from shards.format import layout, sample
 from shards.format.grid import Grid
 from shards.format.manifest import GridRecord
 from shards.format.patches import gather, patch_places
-from shards.format.refusal import Refusal
+from shards.format.reader import Dataset
+from shards.format.refusal import Refusal, read_refusals
 from shards.format.session_record import ScanRecord
 from shards.reporting import dataset_page, distribution, html, quality_figures
+from shards.reporting.anonymous import without_names
 
 GRID = Grid(mm=12.0, shape=(16, 16, 16))
 FRAMES, WINDOWS, KEEP = 5, 12, 8
@@ -356,3 +359,21 @@ def test_command(tmp_path, monkeypatch, capsys):
     status, _, err = command(monkeypatch, capsys, str(folder / "absent"))
     assert status == 2 and "no such folder" in err and err.count("\n") == 1
     assert command(monkeypatch, capsys)[0] == 2
+
+
+def test_a_private_page_has_numbers_in_place_of_names(dataset: Path, tmp_path: Path) -> None:
+    """Nothing that comes from a key, a subject or a file is left, and a subject has one number."""
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    opened = Dataset(copy)
+    names = {name for line in opened.sessions for name in (line.key, line.source)}
+    names |= {part for line in read_refusals(copy / layout.FAILED) for part in (line.key, line.source)}
+    assert all(name in dataset_page.write(copy).read_text() for name in ("one_sub-04", "one_sub-05"))
+    content = dataset_page.write(copy, private=True).read_text()
+    reader = check_self_contained(content)
+    assert not [name for name in names if name and (name in content or name in reader.text)]
+    assert "session 05" in reader.text and "subject 05" in reader.text and "hidden on this page" in reader.text
+    made = without_names(opened.sessions)
+    pairs = {((one.cohort, one.subject), other.subject) for one, other in zip(opened.sessions, made, strict=True)}
+    assert len(pairs) == len({one for one, _ in pairs}) == len({(one[0], other) for one, other in pairs})
+    assert not any(one.labels or one.source for one in made)
