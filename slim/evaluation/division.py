@@ -31,6 +31,11 @@ _LEAST = {
 }
 
 
+def least_scored(task: Task) -> int:
+    """Smallest number of subjects that a task can be scored on; of each class, if it has classes."""
+    return 2 if task.type == "fingerprint" else _LEAST["test"][task.type]
+
+
 def make_splits(task: Task, cases: Cases, where: str | Path) -> Splits:
     """Rows for training, validation and test: a list of repeats, each a list of splits.
 

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr, ValidationError
 
 from shards.core.errors import ConfigError
@@ -19,7 +20,7 @@ from shards.format.record import Number
 from shards.format.session_record import SessionRecord
 from shards.format.stream import generator
 from slim.evaluation import metrics, probe
-from slim.evaluation.division import Splits, make_splits
+from slim.evaluation.division import Splits, least_scored, make_splits, people_of
 from slim.evaluation.results import Estimate
 from slim.evaluation.splits import TaskSplitSettings
 from slim.evaluation.task import Cases, Task, find_cases, load_task
@@ -130,6 +131,7 @@ class Validation:
         # A split of the kind `dataset` scores the side called test; here it is the validation side.
         dataset.sessions = [*fitted, *(one.model_copy(update={"split": "test"}) for one in scored)]
         cases = find_cases(task, dataset, path)
+        _check_scored(task, cases, data)
         return cls(task, dataset, cases, make_splits(task, cases, path))
 
     def score(self, model: SlimBrain) -> ValidationScore:
@@ -150,6 +152,20 @@ class Validation:
             subjects=len(tested),
             seconds=round(time.monotonic() - begun, 2),
         )
+
+
+def _check_scored(task: Task, cases: Cases, data: str) -> None:
+    """Refuse a dataset with too few validation subjects for the task."""
+    rows = np.array([row for row, session in enumerate(cases.sessions) if session.split == "test"], int)
+    counts = {"": len(np.unique(cases.subject_N[rows]))}
+    if cases.classes:
+        people = people_of(cases, rows, np.arange(len(cases.subjects)))
+        counts = {f" of class {name}": count for name, count in people.items()}
+    for what, count in counts.items():
+        if count < (least := least_scored(task)):
+            expected = f"at least {least} for run.probe with {task.name}"
+            hint = "Convert with a larger share of validation subjects (split.shares), or choose another task"
+            raise ConfigError(data, "val", f"{count} validation subjects{what}", expected, hint)
 
 
 def _drawn(sessions: list[SessionRecord], subjects: int | None, seed: int) -> list[SessionRecord]:

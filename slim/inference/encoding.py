@@ -101,5 +101,6 @@ def assumed(scan: ScanRecord, k: int) -> list[str]:
     """
     found = assumptions(scan.model_copy(update={"dead_share": 0}))
     if scan.n_kept < k:
-        found.append(f"{scan.n_kept} windows, fewer than the {k} of a sample in pretraining")
+        windows = "1 window" if scan.n_kept == 1 else f"{scan.n_kept} windows"
+        found.append(f"{windows}, fewer than the {k} of a sample in pretraining")
     return found

@@ -201,6 +201,16 @@ def test_wrong_settings_are_refused_before_the_first_step(
     every = told(divided, f"run.probe.task={task}", "run.probe.every=3")
     assert "run.probe.every: got 3, expected a multiple of run.checkpoint_every, 2" in every
     assert "run.probe.task" in told(divided, "run.probe.task=nothing", "run.probe.every=2")
+    few = edited(
+        divided,
+        tmp_path / "few",
+        lambda one: [
+            one | {"split": {"val": "test"}.get(one["split"], one["split"])} if one["subject"] == "05" else one
+        ],
+    )
+    assert "val: got 2 validation subjects, expected at least 3 for run.probe with s. Convert with" in told(
+        few, f"run.probe.task={task}", "run.probe.every=2"
+    )
     alone = edited(dataset, tmp_path / "alone", lambda session: [session | {"split": "train"}])
     assert "val: got no session" in told(alone, f"run.probe.task={task}", "run.probe.every=2")
     tree = {"data": "x", "model": PRESETS["tiny"], "run": {"out": "x", "probe": {"task": "t", "every": 500}}}

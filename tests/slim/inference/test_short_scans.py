@@ -57,7 +57,7 @@ def test_conversion_keeps_all_windows_of_a_short_scan(short: Path) -> None:
 
 
 @pytest.mark.parametrize("sizes", [ALIGNED, STRADDLING], ids=["slots are windows", "slots straddle windows"])
-@pytest.mark.filterwarnings("ignore:.*windows, fewer than")
+@pytest.mark.filterwarnings("ignore:.*, fewer than")
 def test_a_short_scan_is_encoded_from_its_windows_alone(
     sizes: dict, dataset: Path, short: Path, short_cohort: Path, tmp_path: Path
 ) -> None:
@@ -83,7 +83,8 @@ def test_a_short_scan_is_encoded_from_its_windows_alone(
         np.testing.assert_allclose(found.tokens, expected.numpy(), rtol=1e-5, atol=1e-6)
         straight = model.encode_tokens(run.bold, mask=run.mask, confounds=run.confounds, space="MNI")
         np.testing.assert_array_equal(straight.tokens, found.tokens)
-        assert f"{count} windows, fewer than the 8 of a sample in pretraining" in straight.assumed
+        windows = "1 window" if count == 1 else f"{count} windows"
+        assert f"{windows}, fewer than the 8 of a sample in pretraining" in straight.assumed
 
 
 def test_fewer_windows_than_a_sample_are_said_and_none_is_refused(
@@ -91,7 +92,7 @@ def test_fewer_windows_than_a_sample_are_said_and_none_is_refused(
 ) -> None:
     model = SlimBrain.from_pretrained(write_run(tmp_path / "run", dataset, ALIGNED))
     run = next(run for run in find_runs(short_cohort) if run.subject == "02")
-    with pytest.warns(UserWarning, match="1 windows, fewer than the 8 of a sample in pretraining"):
+    with pytest.warns(UserWarning, match="1 window, fewer than the 8 of a sample in pretraining"):
         vectors = model.encode(run.bold, mask=run.mask, confounds=run.confounds, space="MNI")
     assert vectors.shape == (1, model.encoder.dim)
     image = nib.load(run.bold).slicer[..., :4]
