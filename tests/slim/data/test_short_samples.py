@@ -14,7 +14,7 @@ from helpers import batches
 from helpers.batches import GEOMETRY, V, make_sample, masked
 from shards.core.errors import ConfigError, SampleCorrupt
 from shards.core.settings import check
-from slim.config import KINDS, DrawSettings, HeadSettings, PretrainSettings, TokenMaskSettings
+from slim.config import KINDS, PRESETS, DrawSettings, HeadSettings, PretrainSettings, TokenMaskSettings
 from slim.data.collate import collate
 from slim.data.masking import draw
 from slim.data.samples import cell_sizes, read_windows, window_groups
@@ -160,7 +160,8 @@ def test_the_only_window_of_a_scan_has_a_finite_score(name: str):
 def test_minimum_is_at_most_k():
     assert DrawSettings(k=8).least == 8 and DrawSettings(k=8, minimum=1).least == 1
     with pytest.raises(ConfigError, match=r"windows\.minimum: got 9, expected at most windows\.k, 8"):
-        check(PretrainSettings, {"data": "x", "run": {"out": "x"}, "windows": {"minimum": 9}}, "test")
+        tree = {"data": "x", "model": PRESETS["tiny"], "run": {"out": "x"}, "windows": {"minimum": 9}}
+        check(PretrainSettings, tree, "test")
 
 
 def test_a_session_without_windows_is_refused():
