@@ -19,7 +19,7 @@ from slim.brainmarks.transform import ScanTransform
 
 @register_model
 def slim_brain(**arguments: Any) -> tuple[ScanTransform, TokenModel]:
-    """A pretrained encoder; the arguments are those of `slim.brainmarks.constructor.ModelSettings`."""
+    """A pretrained encoder; the arguments are those of `slim.brainmarks.constructor.PluginSettings`."""
     try:
         return make(**arguments)
     except UserError as error:  # the suite would print it below a traceback
