@@ -53,7 +53,8 @@ PLAIN = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_
 NASTY = st.sampled_from(
     ["$(touch X)", "`touch X`", "a'; touch X; '", 'a"; touch X; "', "a && b", "{0}", "%j", "#SBATCH"]
 )
-ANY = st.one_of(st.text(min_size=1, max_size=30), PLAIN, NASTY)
+# A value of spaces alone means the default.
+ANY = st.one_of(st.text(min_size=1, max_size=30), PLAIN, NASTY).filter(str.strip)
 
 
 @pytest.fixture(scope="module")
