@@ -7,7 +7,7 @@ sample = dataset.read(dataset.sessions[0], names=("windows", "start"), windows=r
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -17,6 +17,7 @@ from upath import UPath
 
 from shards.core.display import as_html, as_text
 from shards.core.errors import DatasetError, SampleCorrupt, Stopped, UnknownSession, did_you_mean
+from shards.core.settings import check
 from shards.format import layout, remote, sample
 from shards.format.byte_range import LocalSpan
 from shards.format.grid import Grid
@@ -158,17 +159,31 @@ class Dataset:
         return [session for session in self.sessions if split in ("all", session.split)]
 
     def read(
-        self, session: SessionRecord, names: Iterable[str] | None = None, windows: Iterable[int] | None = None
+        self,
+        session: SessionRecord | Mapping[str, object],
+        names: Iterable[str] | None = None,
+        windows: Iterable[int] | None = None,
     ) -> dict[str, np.ndarray]:
         """Read arrays of one session; see `shards.format.sample.unpack`.
 
+        Parameters
+        ----------
+        session : SessionRecord or mapping
+            One of `sessions`, or a line of sessions.jsonl.
+        names, windows
+            See `shards.format.sample.unpack`.
+
         Raises
         ------
+        DatasetError
+            If a mapping is not a line of sessions.jsonl.
         SampleCorrupt
             If its bytes cannot be read. The message names the shard and the key.
         Stopped
             If the dataset cannot be reached any more.
         """
+        if isinstance(session, Mapping):
+            session = check(SessionRecord, session, self.folder / layout.SESSIONS, DatasetError)
         try:
             return self._read(session, names, windows)
         except SampleCorrupt:

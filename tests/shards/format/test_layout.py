@@ -22,6 +22,7 @@ from helpers.samples import sample_arrays
 from shards.conversion.splits import SPLITS
 from shards.core.display import as_html
 from shards.core.errors import DatasetError, SampleCorrupt
+from shards.format import layout
 from shards.format.patches import gather, parcel_means, patch_places, scatter, voxel_slots
 from shards.format.reader import Dataset
 from shards.format.sample import encode_windows, pack, unpack
@@ -403,6 +404,17 @@ def test_a_dataset_is_a_collection_of_sessions(dataset: Path):
     assert str(error.value).endswith(f"Did you mean {first.key}?") and isinstance(error.value, DatasetError)
     with pytest.raises(IndexError):
         opened[6]
+
+
+def test_a_line_of_the_sessions_is_read_like_its_record(dataset: Path):
+    """Version 0.1 gave sessions as dictionaries."""
+    opened = Dataset(dataset)
+    line = layout.read_lines(dataset / layout.SESSIONS)[0]
+    record = next(one for one in opened.sessions if one.key == line["key"])
+    found, expected = (opened.read(one, ("roi", "start")) for one in (line, record))
+    assert found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(DatasetError, match=r"sessions\.jsonl: zarr_offset: got nothing"):
+        opened.read({name: value for name, value in line.items() if name != "zarr_offset"})
 
 
 def test_a_dataset_is_a_table(dataset: Path, tmp_path: Path):
