@@ -135,7 +135,7 @@ def _adopt(begun: Path, settings: S) -> S:
     """Call `compatibility.adopt`, and print a line if the number of micro-batches per step changes."""
     adopted = compatibility.adopt(begun, settings)
     if adopted.run.accumulate != settings.run.accumulate:
-        total = checkpoint.facts(begun)["global_batch"]
+        total = checkpoint.fact(begun, "global_batch")
         print(
             f"run.accumulate={adopted.run.accumulate} instead of {settings.run.accumulate}: "
             f"the run keeps its {total} samples per step",

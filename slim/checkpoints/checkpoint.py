@@ -183,6 +183,20 @@ def facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
 
 
+def fact(folder: Path, name: str) -> int:
+    """A number in COMPLETE, such as its `step`.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing.
+    """
+    found = facts(folder).get(name)
+    if type(found) is not int:
+        raise CheckpointError(folder / COMPLETE, name, "no such number", "one, as training writes it", _FOREIGN)
+    return found
+
+
 def save(
     engine: Any,
     checkpoints: Path,

@@ -290,10 +290,10 @@ def _of_run(folder: Path, kind: str) -> Weights:
     provenance = Provenance.read(found)
     made = {
         "run": _name(run.resolve(), settings),
-        "step": facts["step"],
+        "step": checkpoint.fact(found, "step"),
         "weights": kind,
         "commit": provenance.commit,
-        "versions": provenance.named() | facts["versions"],
+        "versions": provenance.named() | facts.get("versions", {}),
     }
     if provenance.init is not None:
         made["init"] = provenance.init.model_dump(mode="json", exclude_none=True)

@@ -99,10 +99,10 @@ class Origin:
         self._check_data(folder, about.get("data"))
         for field, set_by in _SET_BY.items():
             mine = getattr(self, field)
-            if about[field] != mine:
+            if about.get(field) != mine:
                 hashed = isinstance(mine, str)
                 hashes = ("a value that differs from the checkpoint's", "the same settings and data")
-                got, expected = hashes if hashed else (mine, about[field])
+                got, expected = hashes if hashed else (mine, about.get(field))
                 raise CheckpointError(folder, set_by, got, expected, _HINT)
 
     def unknown(self, folder: Path) -> list[str]:

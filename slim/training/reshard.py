@@ -46,7 +46,7 @@ def accumulate_for(folder: Path, batch: int, processes: int) -> int:
     CheckpointError
         If no number of micro-batches gives the same global batch.
     """
-    total = checkpoint.facts(folder)["global_batch"]
+    total = checkpoint.fact(folder, "global_batch")
     accumulate, left = divmod(total, batch * processes)
     if left:
         divisors = [number for number in range(1, total + 1) if total % number == 0]
@@ -71,7 +71,7 @@ def load(engine: Any, folder: Path) -> tuple[checkpoint.TrainingState, dict[str,
     tuple
         As returned by `checkpoint.load`.
     """
-    stage, former = engine.zero_optimization_stage(), checkpoint.facts(folder)["world_size"]
+    stage, former = engine.zero_optimization_stage(), checkpoint.fact(folder, "world_size")
     if stage == 0 or former == dist.get_world_size():
         return checkpoint.load(engine, folder)
     try:
@@ -106,9 +106,8 @@ class States(Protocol):
 
 def states_of(folder: Path) -> States:
     """The states in a checkpoint of any ZeRO stage."""
-    about = checkpoint.facts(folder)
-    stage = about["zero_stage"]
-    return Shards(folder, stage, about["world_size"]) if stage else Undivided(folder)
+    stage = checkpoint.fact(folder, "zero_stage")
+    return Shards(folder, stage, checkpoint.fact(folder, "world_size")) if stage else Undivided(folder)
 
 
 def place(engine: Any, states: States) -> None:

@@ -238,3 +238,17 @@ def test_tensors_of_another_shape_are_refused(copy: Path) -> None:
     sum_again(copy)
     with pytest.raises(CheckpointError, match="belong to another configuration"):
         SlimBrain.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("field", ["step", "versions"])
+def test_complete_may_lack_fields_that_training_writes(run: Path, tmp_path: Path, field: str) -> None:
+    """Its hash uses no key, so it may be sealed without them."""
+    run = shutil.copytree(run, tmp_path / "copy")
+    saved = run / "checkpoints" / checkpoint.tag(7)
+    about = {key: value for key, value in checkpoint.facts(saved).items() if key not in ("seal", field)}
+    (saved / checkpoint.COMPLETE).write_text(json.dumps({**about, "seal": checkpoint._seal(about)}))
+    if field == "versions":
+        assert SlimBrain.from_pretrained(run).step == 7
+        return
+    with pytest.raises(checkpoint.CheckpointError, match="COMPLETE: step: got no such number"):
+        SlimBrain.from_pretrained(run)
