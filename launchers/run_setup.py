@@ -69,8 +69,8 @@ def _prepare(folder: Path, settings: TrainSettings) -> Path:
     asked = settings
     settings = compatibility.begin(settings) if begun is None else _adopt(begun, settings)
     changes = [] if begun is None else [str(change) for change in compatibility.changes(begun, settings)]
-    task = job.open_task(settings)
     settings = _with_probe(settings)
+    task = job.open_task(settings)
     if begun is not None:
         origin = task.origin(settings.run.processes)
         origin.check(begun)

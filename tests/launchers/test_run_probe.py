@@ -15,9 +15,10 @@ import torch
 from helpers.commands import Command
 from helpers.conversions import edited
 from helpers.finetuning import write_task
-from helpers.training import losses, pretrain
+from helpers.training import losses, pretrain, settings_of
 from launchers import run_probe
 from launchers.run_probe import RunProbe
+from launchers.run_setup import prepare_run
 from shards.core.errors import ConfigError
 from shards.core.settings import check
 from shards.format.reader import Dataset
@@ -170,6 +171,18 @@ def test_a_stopped_run_does_not_wait_for_its_probe(run: Path, monkeypatch: pytes
     callback.on_end()
     callback.complete()
     assert child.poll() is not None and not callback.failed
+
+
+def test_the_task_is_named_by_an_absolute_path(
+    divided: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe may start in another folder, and a preset is no path."""
+    words = (f"run.probe.task={task.name}", "run.probe.every=2", "run.checkpoint_every=2", "run.steps=2")
+    settings = settings_of(divided, tmp_path / "run", *words)
+    monkeypatch.chdir(task.parent)
+    prepare_run(settings)
+    probe = load_run(tmp_path / "run" / "config.yaml").run.probe
+    assert probe is not None and probe.task == str(task.resolve())
 
 
 def test_unreadable_lines_and_undefined_scores_are_left_out(tmp_path: Path) -> None:
