@@ -64,7 +64,9 @@ class RunProbe(Callback):
         self._steps, self._last, self._warn = start.steps, start.step, start.warn
         done = {score.step for score in read_scores(self.folder / PROBES)}
         found = [one for one in checkpoint.folders(self.folder / CHECKPOINTS) if checkpoint.is_complete(one)]
-        self._queue = [one for one in reversed(found) if self._is_due(step := _step(one)) and step not in done]
+        self._queue = [
+            one for one in reversed(found) if self._is_due(step := checkpoint.step_of(one)) and step not in done
+        ]
         self._name_best()
         self._go_on()
 
@@ -73,7 +75,7 @@ class RunProbe(Callback):
         self._go_on()
 
     def on_save(self, folder: Path) -> None:
-        if self._is_due(_step(folder)):
+        if self._is_due(checkpoint.step_of(folder)):
             self._queue.append(folder)
         self._go_on()
 
@@ -151,17 +153,9 @@ class RunProbe(Callback):
         from slim.evaluation.validation import best_of, read_scores
 
         checkpoints = self.folder / CHECKPOINTS
-        scores = [one for one in read_scores(self.folder / PROBES) if _folder(checkpoints, one.step).is_dir()]
+        scores = [one for one in read_scores(self.folder / PROBES) if (checkpoints / checkpoint.tag(one.step)).is_dir()]
         if (best := best_of(scores)) is not None:
-            write_atomically(checkpoints / BEST, f"{_folder(checkpoints, best.step).name}\n")
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
-def _folder(checkpoints: Path, step: int) -> Path:
-    return checkpoints / checkpoint.tag(step)
+            write_atomically(checkpoints / BEST, f"{checkpoint.tag(best.step)}\n")
 
 
 def main(folder: Path) -> int:

@@ -111,14 +111,17 @@ def forest(result: TaskResult, label: Callable[[str], str] = words_of, ours: Col
 
 def save_forest(result: TaskResult, path: Path) -> None:
     """Save the figure as a PNG, with a title."""
+    about = f"{result.facts.test_subjects} test subjects, {result.facts.pooling} pooling"
+    _save(forest, result, about, path)
+
+
+def _save(draw: Callable[[TaskResult], Figure], result: TaskResult, about: str, path: Path) -> None:
+    """Save a figure of a result as a PNG, with a title that says what it is about."""
     chance = metrics.caption("dashed", result.metrics, result.levels)
     with html.drawing():
-        figure = forest(result)
-        figure.suptitle(
-            f"{result.name}: {result.facts.test_subjects} test subjects, {result.facts.pooling} pooling, "
-            f"95 % intervals over subjects{'; ' if chance else ''}{chance}",
-            fontsize=9,
-        )
+        figure = draw(result)
+        title = f"{result.name}: {about}, 95 % intervals over subjects{'; ' if chance else ''}{chance}"
+        figure.suptitle(title, fontsize=9)
         figure.savefig(path, dpi=130)
 
 
@@ -171,12 +174,5 @@ def save_shares(result: TaskResult, path: Path) -> None:
     if not result.facts.shares:
         path.unlink(missing_ok=True)
         return
-    chance = metrics.caption("dashed", result.metrics, result.levels)
-    with html.drawing():
-        figure = share_curves(result)
-        figure.suptitle(
-            f"{result.name}: shares of the training people, the same {result.facts.test_subjects} test subjects, "
-            f"95 % intervals over subjects{'; ' if chance else ''}{chance}",
-            fontsize=9,
-        )
-        figure.savefig(path, dpi=130)
+    about = f"shares of the training people, the same {result.facts.test_subjects} test subjects"
+    _save(share_curves, result, about, path)
