@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("tr", "repetition time, s"),
         ("snr", "network activity over noise in a voxel"),
         ("seed", "the same seed gives the same bytes"),
+        ("recipe", "3 adds traits that are finer than parcels"),
     ):
         value = getattr(usual, name)
         parser.add_argument(

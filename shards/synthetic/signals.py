@@ -19,7 +19,7 @@ from shards.synthetic.anatomy import (
     anatomy,
     smooth_field,
 )
-from shards.synthetic.truth import NETWORKS, SyntheticCohort, connectivity, planted, rng_of
+from shards.synthetic.truth import NETWORKS, SyntheticCohort, connectivity, fine_connectivity, planted, rng_of
 
 STEP_S = 0.1  # time step of neural activity, independent of the TR
 HRF_S = 32.0  # length of the haemodynamic response, and of the lead-in before frame 0
@@ -31,14 +31,9 @@ HEAD_RADIUS_MM = 50.0  # Power et al. 2012: rotations as arc length on a sphere
 def network_activity(cohort: SyntheticCohort, subject: int, session: int) -> np.ndarray:
     """BOLD activity of the networks, (T, N) float32: ongoing activity (SD 1) plus the simulated events."""
     hrf = glover_hrf(STEP_S, 1, HRF_S)
-    lead = len(hrf)
-    steps = int(np.ceil(cohort.frames * cohort.tr / STEP_S)) + 1
-    # Neural activity is white noise; the haemodynamic response makes the BOLD signal slow.
-    rng = rng_of(cohort.seed, "ongoing", subject, session)
-    white_DN = rng.standard_normal((lead + steps, len(NETWORKS)))
-    neural_DN = white_DN @ np.linalg.cholesky(connectivity(cohort.seed, subject)).T
-    ongoing_DN = fftconvolve(neural_DN, hrf[:, None], axes=0)[lead : lead + steps] / np.sqrt((hrf**2).sum())
-
+    corr_NN = connectivity(cohort.seed, subject, session if cohort.recipe == 3 else None)
+    ongoing_DN = _ongoing(cohort, rng_of(cohort.seed, "ongoing", subject, session), corr_NN)
+    steps = len(ongoing_DN)
     for event in planted(cohort, subject, session)["events"]:
         onset, length = round(event["onset_s"] / STEP_S), round(event["length_s"] / STEP_S)
         response = np.convolve(np.ones(length), hrf)
@@ -46,8 +41,28 @@ def network_activity(cohort: SyntheticCohort, subject: int, session: int) -> np.
         columns = [list(NETWORKS).index(name) for name in event["networks"]]
         end = min(onset + len(response), steps)
         ongoing_DN[onset:end, columns] += response[: end - onset, None]
-    seconds_T, seconds_D = np.arange(cohort.frames) * cohort.tr, np.arange(steps) * STEP_S
-    return np.stack([np.interp(seconds_T, seconds_D, x_D) for x_D in ongoing_DN.T], axis=1).astype(np.float32)
+    return _at_frames(cohort, ongoing_DN)
+
+
+def fine_activity(cohort: SyntheticCohort, subject: int, session: int) -> np.ndarray:
+    """BOLD activity of the networks' fine patterns (recipe 3), (T, N) float32, SD 1; it has no events."""
+    corr_NN = fine_connectivity(cohort.seed, subject)
+    return _at_frames(cohort, _ongoing(cohort, rng_of(cohort.seed, "fine_ongoing", subject, session), corr_NN))
+
+
+def _ongoing(cohort: SyntheticCohort, rng: np.random.Generator, corr_NN: np.ndarray) -> np.ndarray:
+    """Ongoing BOLD activity with these correlations, (D, N), SD 1."""
+    # Neural activity is white noise; the haemodynamic response makes the BOLD signal slow.
+    hrf = glover_hrf(STEP_S, 1, HRF_S)
+    lead = len(hrf)
+    steps = int(np.ceil(cohort.frames * cohort.tr / STEP_S)) + 1
+    neural_DN = rng.standard_normal((lead + steps, len(corr_NN))) @ np.linalg.cholesky(corr_NN).T
+    return fftconvolve(neural_DN, hrf[:, None], axes=0)[lead : lead + steps] / np.sqrt((hrf**2).sum())
+
+
+def _at_frames(cohort: SyntheticCohort, activity_DN: np.ndarray) -> np.ndarray:
+    seconds_T, seconds_D = np.arange(cohort.frames) * cohort.tr, np.arange(len(activity_DN)) * STEP_S
+    return np.stack([np.interp(seconds_T, seconds_D, x_D) for x_D in activity_DN.T], axis=1).astype(np.float32)
 
 
 def motion(cohort: SyntheticCohort, subject: int, session: int) -> np.ndarray:
@@ -73,7 +88,7 @@ def framewise_displacement(motion_T6: np.ndarray) -> np.ndarray:
 
 def baseline(cohort: SyntheticCohort, subject: int, session: int) -> np.ndarray:
     """Mean image (V,) of a subject in a session, in scanner units. It identifies the subject, but no trait."""
-    brain = anatomy(cohort.voxel_mm)
+    brain = anatomy(cohort.voxel_mm, cohort.recipe)
     person_V = ANATOMY_SD * smooth_field(rng_of(cohort.seed, "anatomy", subject), brain.mm_V3)
     day_V = SESSION_SD * smooth_field(rng_of(cohort.seed, "session", subject, session), brain.mm_V3)
     return brain.template_V * np.exp(person_V + day_V)
@@ -96,7 +111,7 @@ def _courses(
     cohort: SyntheticCohort, subject: int, session: int, baseline_V: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The signal without noise: time courses (T, K), and their spatial patterns (K, V) in percent."""
-    brain = anatomy(cohort.voxel_mm)
+    brain = anatomy(cohort.voxel_mm, cohort.recipe)
     rng = rng_of(cohort.seed, "nuisance", subject, session)
     global_T = gaussian_filter1d(rng.standard_normal(cohort.frames + 100), 4 / cohort.tr)[50:-50]
     global_T *= GLOBAL_PERCENT / global_T.std()
@@ -122,7 +137,7 @@ def _courses(
 
 def run_frames(cohort: SyntheticCohort, subject: int, session: int) -> Iterator[np.ndarray]:
     """Iterate over the frames of a scan, each (V,) float32 in scanner units, without holding a whole scan in memory."""
-    brain, baseline_V = anatomy(cohort.voxel_mm), baseline(cohort, subject, session)
+    brain, baseline_V = anatomy(cohort.voxel_mm, cohort.recipe), baseline(cohort, subject, session)
     course_TK, pattern_KV = _courses(cohort, subject, session, baseline_V)
     rng = rng_of(cohort.seed, "noise", subject, session)
     sigma = NOISE_FWHM_MM / 2.355 / cohort.voxel_mm
@@ -130,9 +145,13 @@ def run_frames(cohort: SyntheticCohort, subject: int, session: int) -> Iterator[
     unit = (impulse**2).sum() ** 1.5  # SD of white noise after the three-dimensional filter
     lag = np.exp(-cohort.tr / NOISE_TIME_S)
     noise_V: np.ndarray | None = None
-    for course_K in course_TK:
+    fine_TN = fine_activity(cohort, subject, session) if brain.fine_NV is not None else None
+    for t, course_K in enumerate(course_TK):
         white_XYZ = rng.standard_normal(brain.mask_XYZ.shape, np.float32)
         fresh_V = gaussian_filter(white_XYZ, sigma, mode="wrap")[brain.mask_XYZ] / np.float32(unit)
         noise_V = fresh_V if noise_V is None else lag * noise_V + np.sqrt(1 - lag**2) * fresh_V
         percent_V = course_K @ pattern_KV + noise_V * (NETWORK_PERCENT / cohort.snr)
-        yield (baseline_V * (1 + percent_V / 100)).astype(np.float32)
+        frame_V = baseline_V * (1 + percent_V / 100)
+        if fine_TN is not None:
+            frame_V = frame_V + fine_TN[t] @ brain.fine_NV
+        yield frame_V.astype(np.float32)

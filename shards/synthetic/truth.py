@@ -16,7 +16,7 @@ SPACE = "MNI152NLin2009cAsym"
 
 GENERATOR = "SLIM-Brain synthetic cohort"
 
-RECIPE = 2  # increase it if the same parameters give other bytes
+RECIPES = (2, 3)  # a new one wherever the same parameters give other bytes; 3 adds what is finer than parcels
 
 
 def both_sides(x: int, y: int, z: int) -> list[tuple[int, int, int]]:
@@ -91,6 +91,26 @@ TRAIT_PAIRS: dict[str, list[tuple[str, str, int]]] = {
     ],
 }
 
+# The same for the traits of recipe 3, in the coupling of the fine patterns of these networks.
+FINE_PAIRS: dict[str, list[tuple[str, str, int]]] = {
+    "fine_group": [
+        ("visual", "default", 1),
+        ("somatomotor-hand", "frontoparietal-left", -1),
+        ("somatomotor-face", "subcortical", 1),
+        ("auditory", "frontoparietal-right", -1),
+        ("dorsal-attention", "limbic", 1),
+        ("salience", "cerebellar", -1),
+    ],
+    "fine_score": [
+        ("visual", "frontoparietal-left", 1),
+        ("somatomotor-hand", "limbic", -1),
+        ("somatomotor-face", "frontoparietal-right", 1),
+        ("auditory", "cerebellar", -1),
+        ("dorsal-attention", "subcortical", 1),
+        ("salience", "default", -1),
+    ],
+}
+
 GROUP_EFFECT = 0.25  # effect on the correlation of a pair: + in one group, - in the other
 
 SCORE_EFFECT = 0.38  # effect per unit of the score
@@ -116,6 +136,8 @@ class SyntheticCohort:
         RMS of network activity over the brain, divided by the SD of the noise of a voxel.
     seed : int
         At least 0.
+    recipe : int
+        2, or 3 with traits that are finer than parcels.
 
     Raises
     ------
@@ -130,6 +152,7 @@ class SyntheticCohort:
     tr: float = 0.72
     snr: float = 0.9
     seed: int = 0
+    recipe: int = 2
 
     def __post_init__(self) -> None:
         for name, good, expected in (
@@ -140,6 +163,7 @@ class SyntheticCohort:
             ("tr", 0 < self.tr <= 10, "more than 0 and at most 10 s"),
             ("snr", 0 < self.snr < float("inf"), "a number above 0"),
             ("seed", self.seed >= 0, "at least 0"),
+            ("recipe", self.recipe in RECIPES, f"one of {', '.join(map(str, RECIPES))}"),
         ):
             if not good:
                 got = getattr(self, name.replace("-", "_"))
@@ -157,24 +181,54 @@ def rng_of(seed: int, purpose: str, *indices: int) -> np.random.Generator:
 
 def traits(seed: int, subject: int) -> tuple[str, float]:
     """The `group` and `score` of a subject. Subjects 1 and 2, 3 and 4 ... are in different groups."""
-    flip = int(rng_of(seed, "group", (subject - 1) // 2).integers(2))
-    score = float(np.clip(rng_of(seed, "score", subject).standard_normal(), -2, 2))
-    return GROUPS[(subject + flip) % 2], round(score, 4)
+    return _drawn_traits(seed, subject, "group", "score")
 
 
-def connectivity(seed: int, subject: int) -> np.ndarray:
-    """Correlations of a subject's networks, (N, N): the sum of population mean, fingerprint and traits."""
+def fine_traits(seed: int, subject: int) -> tuple[str, float]:
+    """The `fine_group` and `fine_score` of a subject (recipe 3), independent of `traits`."""
+    return _drawn_traits(seed, subject, "fine_group", "fine_score")
+
+
+def _drawn_traits(seed: int, subject: int, group: str, score: str) -> tuple[str, float]:
+    flip = int(rng_of(seed, group, (subject - 1) // 2).integers(2))
+    value = float(np.clip(rng_of(seed, score, subject).standard_normal(), -2, 2))
+    return GROUPS[(subject + flip) % 2], round(value, 4)
+
+
+def connectivity(seed: int, subject: int, session: int | None = None) -> np.ndarray:
+    """Correlations of a subject's networks, (N, N): the sum of population mean, fingerprint and traits.
+
+    With `session`, as in recipe 3, the fingerprint is that of the session: it tells nobody apart.
+    """
+    base_NN = np.full((len(NETWORKS), len(NETWORKS)), USUAL_CORRELATION)
     index = {name: i for i, name in enumerate(NETWORKS)}
-    count = len(index)
-    corr_NN = np.full((count, count), USUAL_CORRELATION)
     for (a, b), value in CORRELATIONS.items():
-        corr_NN[index[a], index[b]] = corr_NN[index[b], index[a]] = value
-    upper = np.triu(rng_of(seed, "fingerprint", subject).normal(0, FINGERPRINT_SD, (count, count)), 1)
+        base_NN[index[a], index[b]] = base_NN[index[b], index[a]] = value
+    owner = (subject,) if session is None else (subject, session)
+    return _with_traits(base_NN, rng_of(seed, "fingerprint", *owner), TRAIT_PAIRS, traits(seed, subject))
+
+
+def fine_connectivity(seed: int, subject: int) -> np.ndarray:
+    """Correlations of the activity of a subject's fine patterns, (N, N): fingerprint and traits; 0 on average."""
+    zero_NN = np.zeros((len(NETWORKS), len(NETWORKS)))
+    return _with_traits(zero_NN, rng_of(seed, "fine_fingerprint", subject), FINE_PAIRS, fine_traits(seed, subject))
+
+
+def _with_traits(
+    corr_NN: np.ndarray,
+    fingerprint: np.random.Generator,
+    pairs: dict[str, list[tuple[str, str, int]]],
+    of_subject: tuple[str, float],
+) -> np.ndarray:
+    """Add a fingerprint and the effects of a group and a score; the result is positive definite with diagonal 1."""
+    corr_NN = corr_NN.copy()
+    upper = np.triu(fingerprint.normal(0, FINGERPRINT_SD, corr_NN.shape), 1)
     corr_NN += upper + upper.T
-    group, score = traits(seed, subject)
-    effects = {"group": GROUP_EFFECT if group == GROUPS[0] else -GROUP_EFFECT, "score": SCORE_EFFECT * score}
-    for trait, effect in effects.items():
-        for a, b, sign in TRAIT_PAIRS[trait]:
+    group, score = of_subject
+    effects = (GROUP_EFFECT if group == GROUPS[0] else -GROUP_EFFECT, SCORE_EFFECT * score)
+    index = {name: i for i, name in enumerate(NETWORKS)}
+    for trait, effect in zip(pairs, effects, strict=True):
+        for a, b, sign in pairs[trait]:
             corr_NN[index[a], index[b]] += sign * effect
             corr_NN[index[b], index[a]] += sign * effect
     np.fill_diagonal(corr_NN, 1.0)
@@ -230,14 +284,24 @@ def truth(cohort: SyntheticCohort) -> dict[str, object]:
     """The ground truth of a cohort, as in `truth.json`."""
     subjects: dict[str, object] = {}
     for subject in range(1, cohort.subjects + 1):
-        group, score = traits(cohort.seed, subject)
         sessions = {f"ses-{j}": planted(cohort, subject, j) for j in range(1, cohort.sessions + 1)}
-        subjects[f"sub-{subject:02d}"] = {"group": group, "score": score, "sessions": sessions}
-    return {
+        subjects[f"sub-{subject:02d}"] = all_traits(cohort, subject) | {"sessions": sessions}
+    parameters = asdict(cohort)
+    facts = {
         "generator": GENERATOR,
-        "recipe": RECIPE,
-        "parameters": asdict(cohort),
+        "recipe": parameters.pop("recipe"),
+        "parameters": parameters,
         "networks": [{"name": name, "centres_mm": foci} for name, foci in NETWORKS.items()],
         "trait_pairs": TRAIT_PAIRS,
-        "subjects": subjects,
     }
+    if cohort.recipe == 3:
+        facts |= {"fine_trait_pairs": FINE_PAIRS}
+    return facts | {"subjects": subjects}
+
+
+def all_traits(cohort: SyntheticCohort, subject: int) -> dict[str, object]:
+    """The traits of a subject by name, the columns of participants.tsv."""
+    found = dict(zip(TRAIT_PAIRS, traits(cohort.seed, subject), strict=True))
+    if cohort.recipe == 3:
+        found |= dict(zip(FINE_PAIRS, fine_traits(cohort.seed, subject), strict=True))
+    return found

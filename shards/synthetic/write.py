@@ -7,6 +7,10 @@ The ground truth, against which methods can be tested:
 - the *mean image* identifies the subject (smooth anatomical variation), but contains no information about the traits;
 - the *connectivity* of twelve overlapping networks identifies the subject (it is shared by the subject's sessions) and
   depends on both traits, `group` and `score`; the variance of each network is equal in all subjects;
+- with recipe 3, each network has a *fine pattern* too, which has mean 0 in every 24 mm cube and in every parcel of the
+  label image at the root. The coupling of fine patterns identifies the subject and depends on two more traits,
+  `fine_group` and `fine_score`. The fingerprint of the networks themselves is then drawn for each session, so what
+  identifies a subject beyond the traits `group` and `score` is fine;
 - *events* (two networks are active for a few seconds, convolved with a haemodynamic response) and *artefacts* (motion
   in one or two frames) are listed with their times in `truth.json`, and events also in BIDS `events.tsv` files.
 
@@ -14,6 +18,7 @@ All random numbers depend only on (seed, purpose, subject, session), so the file
 of subjects. `cohort.yaml` is written last: if it exists, the cohort is complete.
 
     DIR/README  dataset_description.json  participants.tsv (and .json)  truth.json  cohort.yaml  .bidsignore
+    DIR/space-MNI152NLin2009cAsym_desc-parcels_dseg.nii.gz  (recipe 3)
     DIR/sub-01/ses-1/func/
         sub-01_ses-1_task-rest_space-MNI152NLin2009cAsym_desc-preproc_bold.nii.gz (and .json)
         sub-01_ses-1_task-rest_space-MNI152NLin2009cAsym_desc-brain_mask.nii.gz
@@ -47,7 +52,6 @@ from shards.synthetic.anatomy import Anatomy, anatomy
 from shards.synthetic.signals import framewise_displacement, motion, run_frames
 from shards.synthetic.truth import (
     GENERATOR,
-    RECIPE,
     SPACE,
     SyntheticCohort,
     planted,
@@ -58,9 +62,15 @@ _README = "A synthetic cohort of SLIM-Brain (slim-brain make-cohort): nobody was
 _COLUMNS = {
     "group": {"Description": "trait of the subject, in its connectivity", "Levels": {"A": "group A", "B": "group B"}},
     "score": {"Description": "trait of the subject, in its connectivity", "Units": "arbitrary"},
+    "fine_group": {
+        "Description": "trait of the subject, in the coupling of fine patterns",
+        "Levels": {"A": "group A", "B": "group B"},
+    },
+    "fine_score": {"Description": "trait of the subject, in the coupling of fine patterns", "Units": "arbitrary"},
 }
 # Files that are not part of BIDS; fMRIPrep's .bidsignore also lists its confounds.
 _NOT_BIDS = ("cohort.yaml", "truth.json", "*_timeseries.tsv")
+PARCELS = f"space-{SPACE}_desc-parcels_dseg.nii.gz"
 
 
 SLOPE, INTERCEPT = 0.5, 12_000.0  # exact in binary, so that the background is read as exactly 0
@@ -98,7 +108,7 @@ def _header(brain: Anatomy, dtype: type, tr: float | None = None, count: int = 1
 
 def write_run(root: Path, cohort: SyntheticCohort, subject: int, session: int) -> None:
     """Write one scan with its sidecar, mask and confounds below `root`, with the file names of fMRIPrep."""
-    brain = anatomy(cohort.voxel_mm)
+    brain = anatomy(cohort.voxel_mm, cohort.recipe)
     folder = root / f"sub-{subject:02d}" / f"ses-{session}" / "func"
     stem = f"sub-{subject:02d}_ses-{session}_task-rest"
 
@@ -130,6 +140,15 @@ def write_run(root: Path, cohort: SyntheticCohort, subject: int, session: int) -
     _write_table(folder / f"{stem}_events.tsv", pd.DataFrame(events))
 
 
+def _write_parcels(root: Path, brain: Anatomy) -> None:
+    """Write the label image of the parcels, for `parcels.image`."""
+    assert brain.parcel_V is not None
+    label_XYZ = np.zeros(brain.mask_XYZ.shape, np.int16)
+    label_XYZ[brain.mask_XYZ] = brain.parcel_V
+    with _gzip(root / PARCELS) as file:
+        file.write(_header(brain, np.int16) + label_XYZ.tobytes(order="F"))
+
+
 def _pretty(tree: Any) -> str:
     return json.dumps(tree, indent=1) + "\n"
 
@@ -148,7 +167,7 @@ def _check_folder(root: Path, cohort: SyntheticCohort) -> None:
         got = f"{root}, which contains other files"
         raise ConfigError("command line", "--out", got, "a new or empty folder", hint)
     # More subjects or sessions extend a cohort; with fewer, scans would remain that are not in its tables.
-    for key, value in (asdict(cohort) | {"recipe": RECIPE}).items():
+    for key, value in asdict(cohort).items():
         grows = key in ("subjects", "sessions") and key in was and value >= was[key]
         if not grows and value != was.get(key):
             got = f"{root}, a cohort of {key} {was.get(key)}"
@@ -187,14 +206,16 @@ def write_cohort(
         "Name": "synthetic",
         "BIDSVersion": "1.9.0",
         "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": GENERATOR, "Version": str(RECIPE)}],
+        "GeneratedBy": [{"Name": GENERATOR, "Version": str(cohort.recipe)}],
     }
     files.write_atomically(root / "dataset_description.json", _pretty(description))
     files.write_atomically(root / "README", _README)
     files.write_atomically(root / ".bidsignore", "".join(f"{name}\n" for name in _NOT_BIDS))
-    files.write_atomically(root / "participants.json", _pretty(_COLUMNS))
-    people = pd.DataFrame.from_dict(facts["subjects"], orient="index")[["group", "score"]]
+    people = pd.DataFrame.from_dict(facts["subjects"], orient="index").drop(columns="sessions")
+    files.write_atomically(root / "participants.json", _pretty({name: _COLUMNS[name] for name in people}))
     _write_table(root / "participants.tsv", people.rename_axis("participant_id").reset_index())
+    if cohort.recipe == 3:
+        _write_parcels(root, anatomy(cohort.voxel_mm, cohort.recipe))
     for subject, session in cohort.runs():
         write_run(root, cohort, subject, session)
         advance(1, f"sub-{subject:02d} ses-{session}")
