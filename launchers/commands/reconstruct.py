@@ -10,6 +10,7 @@ folder, or its name on the hub. FOLDER gets
     explained_variance.nii.gz   1 - squared error / squares around the mean, of each voxel
     reconstruction.json         median, share of voxels above 0, which volumes were predicted, what was assumed
     reconstruction.png          slices, distribution, and three voxels over time
+    explained_variance.html     an interactive view of the map; in MNI space also explained_variance_surface.html
 
 Voxels outside the brain are 0. Volumes that were not predicted hold the mean of each voxel over the scan.
 """
@@ -27,7 +28,7 @@ from shards.core.room import require_room
 from slim.checkpoints.source import require_weights
 
 PREDICTED, EXPLAINED = "predicted.nii.gz", "explained_variance.nii.gz"
-FACTS, FIGURE = "reconstruction.json", "reconstruction.png"
+FACTS, FIGURE, VIEW = "reconstruction.json", "reconstruction.png", "explained_variance.html"
 
 
 def _parser() -> Parser:
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = {"scan": Path(args.scan).name, "stated": stated, **asdict(about)}
     write_atomically(args.out / FACTS, dump(facts) + "\n")
     reconstruction_figure.draw(found, args.out / FIGURE)
+    reconstruction_figure.write_view(found, args.out / VIEW)
     for line in about.assumed:
         print(f"assumed: {args.scan}: {line}")
     rest = "; the others hold the mean of each voxel" if about.volumes_not_predicted else ""
@@ -91,5 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "interpolation in time": about.interpolation_in_time,
         "out": str(args.out),
     }
-    summary({**shown, "facts": facts}, f"look at {args.out / FIGURE}", args.json)
+    summary(
+        {**shown, "facts": facts},
+        f"look at {args.out / FIGURE}, and open {args.out / VIEW} to explore the map",
+        args.json,
+    )
     return DONE

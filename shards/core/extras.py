@@ -16,6 +16,7 @@ EXTRAS = {
     "submitit": "slurm",
     "matplotlib": "report",
     "PIL": "report",
+    "plotly": "report",
     "huggingface_hub": "hub",
     "aiohttp": "http",
     "s3fs": "s3",

@@ -26,7 +26,7 @@ from shards.format.reader import Dataset
 from shards.format.refusal import Refusal, read_refusals
 from shards.format.session_record import SessionRecord
 from shards.preprocessing import space
-from shards.reporting import html, quality_figures
+from shards.reporting import html, quality_figures, session_views
 from shards.reporting.anonymous import without_files, without_names
 from shards.reporting.distribution import MEASURES, Outlying, describe, find_outlying
 
@@ -36,7 +36,7 @@ _EXAMPLES, _MOST_EXAMPLES = 6, 12  # number of sessions drawn; more than six onl
 
 
 def write(folder: str | Path, private: bool = False) -> Path:
-    """Write `DATASET/report/index.html`.
+    """Write `DATASET/report/index.html`, and in `DATASET/report/views/` the interactive views that it links.
 
     Parameters
     ----------
@@ -60,6 +60,7 @@ def write(folder: str | Path, private: bool = False) -> Path:
     if private:
         dataset.sessions, failed = without_names(dataset.sessions), without_files(failed)
     outlying = find_outlying(dataset.sessions)
+    views = session_views.start(dataset.folder / layout.REPORT)
     with html.drawing():
         content = html.render(
             "dataset.html",
@@ -72,7 +73,7 @@ def write(folder: str | Path, private: bool = False) -> Path:
             to_check=_to_check(dataset.sessions),
             quality=describe(dataset.sessions, outlying),
             native=_native(dataset.sessions),
-            examples=_examples(dataset, outlying),
+            examples=_examples(dataset, outlying, views),
         )
     path = dataset.folder / layout.REPORT / layout.PAGE
     files.write_atomically(path, content)
@@ -318,7 +319,7 @@ def choose_examples(sessions: Sequence[SessionRecord], outlying: Outlying) -> li
     return [of_key[key] for key in chosen[:total]]
 
 
-def _examples(dataset: Dataset, outlying: Outlying) -> list[html.Part]:
+def _examples(dataset: Dataset, outlying: Outlying, views: Path) -> list[html.Part]:
     parts: list[html.Part] = [
         html.Text(
             "Top: the mean image in three planes of the grid. Thin blue lines are the edges of the kept patches. The "
@@ -355,6 +356,7 @@ def _examples(dataset: Dataset, outlying: Outlying) -> list[html.Part]:
             html.Heading(session.key),
             html.Facts(_session_facts(session, dataset.grid), small=True),
             html.Picture.of(shown.draw(outline), alt, caption),
+            session_views.write(views, dataset, session),
         ]
     return parts
 

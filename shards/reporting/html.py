@@ -1,5 +1,7 @@
 """Self-contained HTML pages, with inline style and pictures as data URIs. They load nothing and run no scripts.
 
+Only a click loads something: an interactive view, a file beside the page, into a frame (`Views`).
+
 A page is a template in `templates/`, filled with typed parts; `templates/parts.html` has a macro for each class of
 part. All text is escaped. Equal content gives equal bytes.
 """
@@ -122,6 +124,30 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Views:
+    """Interactive views, which are files beside the page. A click on one loads it into a frame below the links.
+
+    Attributes
+    ----------
+    title : str
+    links : mapping of str to str
+        Address of each view, relative to the page, by its name.
+    note : str
+        A sentence below the title.
+    """
+
+    title: str
+    links: Mapping[str, str]
+    note: str = ""
+    macro: ClassVar = "views"
+
+    @property
+    def frame(self) -> str:
+        """Name of the frame, unique on the page."""
+        return f"frame {next(iter(self.links.values()))}"
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Groups of parts, side by side if the window is wide enough."""
 
@@ -138,11 +164,11 @@ class Section:
     macro: ClassVar = "section"
 
 
-Part = Text | Heading | Facts | Table | Picture | Pairs | Section
+Part = Text | Heading | Facts | Table | Picture | Views | Pairs | Section
 
 
 def render(template: str, *packages: str, title: str, lead: str, findings: Sequence[Finding], **values: object) -> str:
-    """Render a page. Its content security policy does not allow the browser to load or run anything.
+    """Render a page. Its content security policy lets the browser load views in frames, and nothing else.
 
     Parameters
     ----------

@@ -6,6 +6,7 @@
         TASK_anatomy.nii.gz    with `start: empty`: signed share of the mean of each voxel over the scan
         TASK/KEY.nii.gz ...    the same for each session
         TASK.png               both maps on the mean image;  TASK_windows.png  ranking and shares over time
+        TASK_view.html ...     an interactive view of each map; in MNI space also TASK_view_surface.html ...
         TASK.json              facts: scores, gaps, windows, strongest places
 
 Maps are on the grid of the dataset. A session is explained with the probe of a fold that did not train on its subject.
@@ -34,9 +35,9 @@ from slim.evaluation.probe import make_fold, scale_of
 from slim.evaluation.splits import Fold
 from slim.evaluation.task import Cases, Task
 from slim.explain.differentiable_probe import Score, fit_score, fit_state_score
-from slim.explain.explanation import Explanation, SessionShares, Start, WindowShares
+from slim.explain.explanation import ABSOLUTE, Explanation, SessionShares, Start, WindowShares
 from slim.explain.integrated_gradients import TOLERANCE, Attribution, integrated_gradients
-from slim.explain.maps import ABSOLUTE, Maps, Mean, draw_maps, image, places, save
+from slim.explain.maps import Maps, Mean, draw_maps, image, places, save, write_views
 from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import Features
 
@@ -240,8 +241,10 @@ def write(
     images = {ending: image(volume, grid, registered) for ending, volume in mean.named().items()}
     for ending, made in images.items():
         save(folder / f"{about.task}{ending}.nii.gz", made)
+    behind = image(under.named()[""], grid, registered)
+    write_views(images, behind, registered, folder, about.task)
     with html.drawing():
-        draw_maps(images, image(under.named()[""], grid, registered), folder / f"{about.task}.png")
+        draw_maps(images, behind, folder / f"{about.task}.png")
         draw_windows(dataset, done, events, folder / f"{about.task}_windows.png")
     shares = tuple(one for _, one in done)
     whole = about.model_copy(update={"places": places(images[ABSOLUTE]), "sessions": shares})

@@ -12,8 +12,10 @@ from shards.core.errors import ConfigError
 from shards.core.files import dump, write_atomically
 from shards.core.findings import Finding, good, look
 from shards.core.settings import check
-from shards.reporting import html
+from shards.reporting import html, viewer
 
+ABSOLUTE, ANATOMY = "_absolute", "_anatomy"  # endings of the files of maps; that of the signed map is empty
+_VIEWS = {ABSOLUTE: "size of the shares", "": "signed shares", ANATOMY: "anatomy"}
 Start = Literal["still", "empty"]  # start of the path, see `slim.explain.integrated_gradients`
 
 
@@ -155,3 +157,17 @@ def unreadable(path: Path, error: Exception) -> ConfigError:
     """The error for an unreadable file of an explanation."""
     got = f"an unreadable file ({type(error).__name__}: {error})"
     return ConfigError(path, "", got, "a file written by slim-brain explain, with its pictures", "Run it again")
+
+
+def view_path(folder: Path, task: str, ending: str) -> Path:
+    """The interactive view of a map; `ending` is that of the map."""
+    return folder / f"{task}{ending}_view.html"
+
+
+def find_views(folder: Path, task: str) -> dict[str, Path]:
+    """The interactive views of a task's maps, by what they show; none for an explanation of an earlier version."""
+    return {
+        name if kind == "volume" else f"{name}, {kind}": path
+        for ending, name in _VIEWS.items()
+        for kind, path in viewer.find(view_path(folder, task, ending)).items()
+    }

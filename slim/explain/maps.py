@@ -19,15 +19,19 @@ from scipy.ndimage import gaussian_filter
 from shards.core.files import write_atomically
 from shards.format.grid import Grid
 from shards.format.patches import scatter
-from shards.reporting import html
-from slim.explain.explanation import Place, Start
+from shards.reporting import html, viewer
+from slim.explain.explanation import ABSOLUTE, ANATOMY, Place, Start, view_path
 from slim.explain.integrated_gradients import Attribution
 
-ABSOLUTE, ANATOMY = "_absolute", "_anatomy"  # endings of files
 _PLACES, _APART_MM = 5, 20.0  # number of strongest places, and their smallest distance
 _FWHM_MM = 8.0  # smoothing of figures and places; the maps are not smoothed
 _SLICES = 7
 _SHOWN = 90  # percentile of the map above which a picture colours it
+TITLES = {
+    ABSOLUTE: "Size of the shares, mean over frames",
+    "": "Shares of the fluctuation, sum over frames",
+    ANATOMY: "Shares of the anatomy",
+}
 
 
 @dataclass
@@ -124,12 +128,7 @@ def draw_maps(images: dict[str, nib.Nifti1Image], under: nib.Nifti1Image, path: 
     from matplotlib import pyplot as plt
     from nilearn.plotting import plot_stat_map
 
-    titles = {
-        ABSOLUTE: "Size of the shares, mean over frames",
-        "": "Shares of the fluctuation, sum over frames",
-        ANATOMY: "Shares of the anatomy",
-    }
-    shown = [ending for ending in titles if ending in images]
+    shown = [ending for ending in TITLES if ending in images]
     height_N = np.argwhere(np.asarray(under.dataobj) != 0)[:, 2]  # of the voxels of the brain
     low, high = np.percentile(height_N, [8, 92])
     cuts = under.affine[2, 3] + under.affine[2, 2] * np.linspace(low, high, _SLICES).round()
@@ -137,9 +136,9 @@ def draw_maps(images: dict[str, nib.Nifti1Image], under: nib.Nifti1Image, path: 
     try:
         for number, ending in enumerate(shown):
             volume_XYZ = smooth(images[ending])
-            size = np.abs(volume_XYZ[volume_XYZ != 0])
+            threshold, largest = _range_of(volume_XYZ)
             top = 1 - number / len(shown)
-            figure.text(0.01, top - 0.01, titles[ending], va="top", weight="bold")
+            figure.text(0.01, top - 0.01, TITLES[ending], va="top", weight="bold")
             plot_stat_map(
                 nib.Nifti1Image(volume_XYZ.astype(np.float32), images[ending].affine),
                 under,
@@ -147,8 +146,8 @@ def draw_maps(images: dict[str, nib.Nifti1Image], under: nib.Nifti1Image, path: 
                 cut_coords=cuts,
                 figure=figure,
                 axes=(0, top - 1 / len(shown), 1, 0.88 / len(shown)),
-                threshold=float(np.percentile(size, _SHOWN)) if len(size) else 0.0,
-                vmax=float(size.max()) if len(size) else 1.0,
+                threshold=threshold,
+                vmax=largest,
                 cmap="inferno" if ending == ABSOLUTE else "RdBu_r",
                 symmetric_cbar=ending != ABSOLUTE,
                 black_bg=False,
@@ -159,3 +158,34 @@ def draw_maps(images: dict[str, nib.Nifti1Image], under: nib.Nifti1Image, path: 
         write_atomically(path, html.png(figure))
     finally:
         plt.close(figure)
+
+
+def _range_of(volume_XYZ: np.ndarray) -> tuple[float, float]:
+    """Threshold of the colours, and the largest value; 0 and 1 for an empty map."""
+    size = np.abs(volume_XYZ[volume_XYZ != 0])
+    return (float(np.percentile(size, _SHOWN)), float(size.max())) if len(size) else (0.0, 1.0)
+
+
+def write_views(
+    images: dict[str, nib.Nifti1Image], under: nib.Nifti1Image, registered: bool, folder: Path, task: str
+) -> None:
+    """Write interactive views of the maps as they are drawn, `TASK_view.html` and so on.
+
+    The MNI152 template is behind maps in MNI space, the mean image of the sessions behind others.
+    """
+    for ending in TITLES:
+        path = view_path(folder, task, ending)
+        if ending not in images:
+            viewer.remove(path)  # of an earlier explanation
+            continue
+        volume_XYZ = smooth(images[ending])
+        threshold, largest = _range_of(volume_XYZ)
+        shown = viewer.Map(
+            nib.Nifti1Image(volume_XYZ.astype(np.float32), images[ending].affine),
+            f"{task}: {TITLES[ending][0].lower()}{TITLES[ending][1:]}",
+            None if registered else under,
+            signed=ending != ABSOLUTE,
+            threshold=threshold,
+            limit=largest,
+        )
+        viewer.write(path, shown, registered)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from shards.core.files import write_atomically
-from shards.reporting import html
+from shards.reporting import html, viewer
 from slim.explain.reconstruct import Reconstruction
 
 _SLICES = 6
@@ -37,6 +38,16 @@ def draw(found: Reconstruction, path: Path) -> None:
     others[0].legend(loc="upper right", fontsize=8)
     others[-1].set_xlabel("s from the first volume that was kept")
     write_atomically(path, html.png(figure))
+
+
+def write_view(found: Reconstruction, path: Path) -> None:
+    """Write an interactive view of the map, on the grid of the scan; in MNI space also one on the surface."""
+    space = found.space
+    affine, in_mni = space.bold.affine, found.scan.facts["space"] != "native"
+    under = None if in_mni else nib.Nifti1Image(space.map(found.scan.moments[0]), affine)
+    explained = nib.Nifti1Image(space.map(found.explained_N), affine)
+    limit = max(0.05, float(np.percentile(np.abs(found.explained_N), 95)))
+    viewer.write(path, viewer.Map(explained, "Explained variance", under, signed=True, limit=limit), in_mni)
 
 
 def _slices(figure: SubFigure, found: Reconstruction, limit: float) -> None:

@@ -12,7 +12,7 @@ from shards.core.findings import Finding, bad, good, look
 from shards.reporting import html
 from slim.evaluation import display, metrics
 from slim.evaluation.results import OURS, Estimate, Report, TaskResult
-from slim.explain.explanation import Explanation, unreadable
+from slim.explain.explanation import Explanation, find_views, unreadable
 
 _METHODS = {
     OURS: "this run",
@@ -25,6 +25,10 @@ _METHODS = {
     "mean_image": "mean image",
     "confounds": "confounds only",
 }
+_EXPLORE = (
+    "A click loads a map into the frame; move through it with the mouse. Maps are smoothed for display, and the "
+    "largest tenth is coloured."
+)
 
 
 def read_tasks(path: Path) -> list[TaskResult]:
@@ -219,6 +223,9 @@ def explanations(folder: Path) -> list[html.Part]:
         except OSError as error:
             raise unreadable(path, error) from None
         parts += _explanation(path.stem, found, *drawn)
+        if views := find_views(folder, path.stem):
+            links = {name: f"{folder.name}/{file.name}" for name, file in views.items()}
+            parts.append(html.Views(f"Explore the maps of {path.stem}", links, _EXPLORE))
     if not parts:
         return []
     intro = (

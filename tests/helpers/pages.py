@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ NASTY = '<script>alert("1")</script> & co'
 class Reader(HTMLParser):
     """Collects what a page holds, and checks that its tags are balanced."""
 
-    VOID = frozenset({"meta", "img", "br"})
+    VOID = frozenset({"meta", "img", "br", "input"})
 
     def __init__(self, content: str):
         super().__init__()
@@ -37,11 +38,14 @@ class Reader(HTMLParser):
         if tag not in self.VOID:
             self.open.append(tag)
 
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if not {"style", "script"} & {*self.open}:
             self.words.append(data)
 
     @property
@@ -67,13 +71,23 @@ def page_of(parts: Sequence[html.Part]) -> str:
 
 
 def check_self_contained(content: str) -> Reader:
-    """Nothing on the page is fetched or run; every picture has words for those who cannot see it."""
+    """Nothing on the page is fetched or run until a link is followed; every picture has words, every frame a title.
+
+    A frame has no address; a link names a file beside the page and a frame of the page.
+    """
     reader = Reader(content)
-    assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object", "embed", "base"}
+    assert not {tag for tag, _ in reader.tags} & {"script", "link", "object", "embed", "base"}
     assert "url(" not in content and "@import" not in content
-    for _, attrs in reader.tags:
+    frames = [attrs for tag, attrs in reader.tags if tag == "iframe"]
+    assert all(attrs["sandbox"] == "allow-scripts" and attrs["title"] and "src" not in attrs for attrs in frames)
+    names = {attrs["name"] for attrs in frames}
+    assert len(names) == len(frames)
+    for tag, attrs in reader.tags:
         assert not any(name.startswith("on") for name in attrs)
-        assert all(attrs[name].startswith("data:") for name in ("src", "href", "srcset") if name in attrs)
+        if tag == "a":
+            assert attrs["target"] in names and not re.match(r"[a-z]+:|/", attrs["href"])
+        else:
+            assert all(attrs[name].startswith("data:") for name in ("src", "href", "srcset") if name in attrs)
     assert all(alt for alt, _ in reader.pictures())
     return reader
 

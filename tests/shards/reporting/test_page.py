@@ -87,6 +87,7 @@ def make_dataset(folder: Path, sessions: list[ScanRecord], failed: list[Refusal]
             "patch": patch,
             "brain": gather(mask, patch, GRID.patch),
             "start": order * FRAMES,
+            "windows": rng.standard_normal((KEEP, FRAMES, *baseline.shape)).astype(np.float16),
             "saliency": scores[order],
             "scores": scores,
             "roi": 1000 + rng.standard_normal((30, 62)),

@@ -21,6 +21,7 @@ from helpers.pretrained import ALIGNED, STRADDLING, write_run
 from shards.core.errors import ConfigError
 from shards.format.patches import scatter
 from shards.format.reader import Dataset
+from shards.reporting import viewer
 from slim.evaluation.attentive import Attentive
 from slim.evaluation.division import make_splits
 from slim.evaluation.linear import Linear
@@ -29,7 +30,7 @@ from slim.evaluation.splits import Fold
 from slim.evaluation.task import find_cases, load_task
 from slim.explain import explain
 from slim.explain.differentiable_probe import Score, _weights, fit_score, fit_state_score
-from slim.explain.explanation import Explanation
+from slim.explain.explanation import Explanation, find_views
 from slim.explain.integrated_gradients import _Groups, check_start, integrated_gradients
 from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import at_places, common_places, pool, principal_axes
@@ -306,6 +307,11 @@ def test_maps_lie_where_the_brain_lies(written, opened: Dataset):
     assert (nib.load(folder / "score_absolute.nii.gz").get_fdata() >= 0).all()
     for name in ("score.png", "score_windows.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    views = find_views(folder, "score")
+    kinds = ("", ", surface") if viewer.can_draw_surfaces() else ("",)
+    assert [*views] == [name + kind for name in ("size of the shares", "signed shares") for kind in kinds]
+    for path in views.values():
+        assert path.is_relative_to(folder) and "Content-Security-Policy" in path.read_text()
 
 
 def test_test_sessions_alone_are_explained(opened: Dataset, tmp_path: Path):

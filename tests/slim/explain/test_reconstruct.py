@@ -19,6 +19,7 @@ from shards.cohorts.cohort_file import find_runs
 from shards.cohorts.niimg import as_run
 from shards.core.errors import ConfigError, RunRefused
 from shards.format.reader import Dataset
+from shards.reporting import viewer
 from slim.checkpoints import checkpoint
 from slim.config import KINDS
 from slim.data.collate import collate
@@ -291,6 +292,8 @@ def test_results_have_the_header_of_the_scan(
     facts = json.loads((out / "reconstruction.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1])["facts"] == facts and math.isfinite(facts["median"])
     assert facts["volumes_predicted"] == 60 and (out / "reconstruction.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Explained variance" in (out / "explained_variance.html").read_text()
+    assert (out / "explained_variance_surface.html").exists() == viewer.can_draw_surfaces()
     inside = explained.get_fdata() != 0
     assert 0.5 < inside.sum() / (images[1].get_fdata() > 0).sum() < 1.5
     mean = given.get_fdata().mean(axis=3)[inside]

@@ -447,6 +447,13 @@ def test_explanations_are_shown(healthy):
     assert "-24 +8 +31 0.012" in text and "In 1 of them the shares do not add up to the score" in text
     content = (healthy / "report" / "index.html").read_text()
     assert "<script" not in content and len(Reader(content).pictures()) == 13
+    assert "<iframe" not in content  # an explanation of an earlier version has no views
+    for name in ("sex_view.html", "sex_absolute_view.html", "sex_absolute_view_surface.html"):
+        (folder / name).write_text("a view")
+    content = run_page.write(healthy).read_text()
+    links = [attrs["href"] for tag, attrs in check_self_contained(content).tags if tag == "a"]
+    expected = ["sex_absolute_view.html", "sex_absolute_view_surface.html", "sex_view.html"]
+    assert links == [f"explain/{name}" for name in expected]
 
 
 def test_thinning_keeps_spikes_and_means():
