@@ -21,6 +21,17 @@ from shards.core.errors import ConfigError
 from shards.core.room import require_room
 from slim.checkpoints.run_folder import CONFIG, PAGE, REPORT
 
+ALL = "all"
+
+
+def _number_or_all(text: str) -> int | str:
+    """A number of sessions, or all of them."""
+    if text == ALL:
+        return ALL
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of sessions or {ALL}")
+    return int(text)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("report", __doc__.splitlines()[0], "runs/quickstart/pretrain")
@@ -34,8 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the page of several runs (default: report/ in the folder)"
     )
+    parser.add_argument("--private", action="store_true", help="replace the names of people on a page by numbers")
     parser.add_argument(
-        "--private", action="store_true", help="replace the names of people on the page of a dataset by numbers"
+        "--embed",
+        type=int,
+        metavar="N",
+        help="sessions of a dataset with a picture in the page itself (default: 6, to 12 with more than five cohorts)",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=_number_or_all,
+        metavar="N|all",
+        help="sessions of a dataset with a picture; those that are not embedded are files beside the page (default 24)",
     )
     parser.add_argument("--paths", action="store_true", help="keep absolute paths whole on the page of a run")
     parser.add_argument(
@@ -55,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.watch is not None and args.watch < 1:
         raise ConfigError("command line", "--watch", args.watch, "1 or more seconds")
 
+    if args.embed is not None and args.embed < 0:
+        raise ConfigError("command line", "--embed", args.embed, "0 or more sessions")
+
     if len(args.folders) > 1:
         if args.watch is not None:
             raise ConfigError("command line", "--watch", "several runs", "one run")
@@ -68,15 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     (folder,) = args.folders
     if args.watch is not None and not (folder / CONFIG).is_file():
         raise ConfigError(folder, "--watch", "no config.yaml in it", "the folder of a run, which can be watched")
-    if args.private and not (folder / layout.MANIFEST).is_file():
-        hint = "The page of a run names people only where an explanation is incomplete"
-        raise ConfigError(folder, "--private", "no manifest.json in it", "the folder of a dataset", hint)
+    for flag in ("embed", "pictures"):
+        if getattr(args, flag) is not None and not (folder / layout.MANIFEST).is_file():
+            raise ConfigError(folder, f"--{flag}", "no manifest.json in it", "the folder of a dataset")
     if folder.is_dir():
         require_room(folder / REPORT, "report")
     if (folder / layout.MANIFEST).is_file():
         from shards.reporting import dataset_page
+        from shards.reporting.pictures import DRAWN
 
-        kind, path = "dataset", dataset_page.write(folder, args.private)
+        drawn = {None: DRAWN, ALL: None}.get(args.pictures, args.pictures)
+        kind, path = "dataset", dataset_page.write(folder, args.private, args.embed, drawn)
         following = f"open {path}, then {call_of('pretrain', 'CONFIG.yaml', f'data={folder}')}"
     elif (folder / CONFIG).is_file():
         from slim.config import FinetuneSettings, load_run
@@ -84,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if args.watch is not None:
             _watch(folder, args)
-        kind, path = "run", run_page.write(folder, args.paths, remote=args.data)
+        kind, path = "run", run_page.write(folder, args.paths, remote=args.data, private=args.private)
         following = f"open {path}, then {call_of('probe', folder, '--data', 'DATASET', '--task', 'TASK.yaml')}"
         if isinstance(load_run(folder / CONFIG), FinetuneSettings):
             following = f"open {path}; its scores stand in the report of finetune"
@@ -102,7 +128,7 @@ def _watch(folder: Path, args: argparse.Namespace) -> None:
     print(f"{folder / REPORT / PAGE} is written again every {args.watch} s; stop with Ctrl-C", flush=True)
     try:
         while not run_page.has_ended(folder, args.data):
-            run_page.write(folder, args.paths, args.data, refresh=args.watch)
+            run_page.write(folder, args.paths, args.data, args.watch, args.private)
             time.sleep(args.watch)
     except KeyboardInterrupt:
         print("stopped watching", flush=True)

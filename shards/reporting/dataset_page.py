@@ -2,41 +2,38 @@
 
     slim-brain report DATASET        # also written at the end of slim-brain make-shards
 
-Quality measures of all sessions are summarised. A few sessions, chosen by quality and by key, are drawn, so the page of
-thousands of sessions is not longer than that of fifty.
+Quality measures of all sessions are summarised, and listed in a table that a browser sorts and filters. Some sessions,
+chosen by quality and by key, are drawn (`shards.reporting.pictures`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from shards.conversion.session import assumptions, by_assumption
+from shards.conversion.session import by_assumption
 from shards.conversion.splits import SPLITS
 from shards.core import files
 from shards.core.findings import Finding, bad, good, look
 from shards.format import layout
-from shards.format.grid import Grid
 from shards.format.reader import Dataset
 from shards.format.refusal import Refusal, read_refusals
 from shards.format.session_record import SessionRecord
-from shards.preprocessing import space
-from shards.reporting import html, quality_figures, session_views
+from shards.reporting import html, pictures, session_table
 from shards.reporting.anonymous import without_files, without_names
-from shards.reporting.distribution import MEASURES, Outlying, describe, find_outlying
+from shards.reporting.distribution import Outlying, describe, find_outlying
 
 _ROWS = 100  # largest number of refused or moved sessions listed one by one
 _TRS = 4  # more TRs in a cohort are shown as a range
-_EXAMPLES, _MOST_EXAMPLES = 6, 12  # number of sessions drawn; more than six only with more than five cohorts
 
 
-def write(folder: str | Path, private: bool = False) -> Path:
-    """Write `DATASET/report/index.html`, and in `DATASET/report/views/` the interactive views that it links.
+def write(
+    folder: str | Path, private: bool = False, embed: int | None = None, drawn: int | None = pictures.DRAWN
+) -> Path:
+    """Write `DATASET/report/index.html`, and the pictures and interactive views beside it.
 
     Parameters
     ----------
@@ -44,6 +41,10 @@ def write(folder: str | Path, private: bool = False) -> Path:
         A dataset.
     private : bool
         Whether the names of people are replaced by numbers; see `shards.reporting.anonymous`.
+    embed : int, optional
+        Number of sessions with a picture in the page itself; see `shards.reporting.pictures.number_embedded`.
+    drawn : int or None
+        Number of sessions with a picture, in the page or beside it; None: all.
 
     Returns
     -------
@@ -60,10 +61,15 @@ def write(folder: str | Path, private: bool = False) -> Path:
     if private:
         dataset.sessions, failed = without_names(dataset.sessions), without_files(failed)
     outlying = find_outlying(dataset.sessions)
-    views = session_views.start(dataset.folder / layout.REPORT)
+    chosen = pictures.choose(dataset.sessions, outlying, embed, drawn)
+    embedded = pictures.number_embedded(dataset.sessions, embed)
+    path = dataset.folder / layout.REPORT / layout.PAGE
     with html.drawing():
+        examples, shown = pictures.draw(dataset, outlying, chosen, embedded, path.parent)
         content = html.render(
             "dataset.html",
+            scripts=[session_table.SCRIPT],
+            pictures_beside=len(chosen) > embedded,
             title=f"Dataset {dataset.folder.resolve().name}",
             lead=_lead(dataset, failed),
             findings=_first_look(dataset, failed, outlying),
@@ -73,9 +79,9 @@ def write(folder: str | Path, private: bool = False) -> Path:
             to_check=_to_check(dataset.sessions),
             quality=describe(dataset.sessions, outlying),
             native=_native(dataset.sessions),
-            examples=_examples(dataset, outlying, views),
+            table=session_table.make(dataset.sessions, dataset.grid, outlying, shown),
+            examples=examples,
         )
-    path = dataset.folder / layout.REPORT / layout.PAGE
     files.write_atomically(path, content)
     return path
 
@@ -298,92 +304,3 @@ def _native(sessions: Sequence[SessionRecord]) -> list[html.Part]:
         ),
         html.Table(["Session", "right, mm", "front, mm", "up, mm", "distance, mm"], rows, numbers=True),
     ]
-
-
-def choose_examples(sessions: Sequence[SessionRecord], outlying: Outlying) -> list[SessionRecord]:
-    """The sessions to draw: the two of worst quality, then one of each cohort in turn.
-
-    Within a cohort, sessions are sorted by a hash of the key, which is arbitrary but reproducible.
-    """
-    of_key = {session.key: session for session in sessions}
-    chosen = list(outlying)[:2]
-    queues: dict[str, list[str]] = defaultdict(list)
-    for key in sorted(of_key, key=lambda key: hashlib.sha256(key.encode()).digest()):
-        if key not in chosen:
-            queues[of_key[key].cohort].append(key)
-    total = min(max(_EXAMPLES, len(queues) + len(chosen)), _MOST_EXAMPLES)
-    turn = 0
-    while len(chosen) < total and any(len(queue) > turn for queue in queues.values()):
-        chosen += [queues[cohort][turn] for cohort in sorted(queues) if len(queues[cohort]) > turn]
-        turn += 1
-    return [of_key[key] for key in chosen[:total]]
-
-
-def _examples(dataset: Dataset, outlying: Outlying, views: Path) -> list[html.Part]:
-    parts: list[html.Part] = [
-        html.Text(
-            "Top: the mean image in three planes of the grid. Thin blue lines are the edges of the kept patches. The "
-            "brain mask is outlined in orange, the MNI152 brain with white dashes (only for scans in MNI space; the "
-            "outlines should agree). The left of the picture is the left of the brain."
-        ),
-        html.Text(
-            "Below, on one time axis: the z-scored signal of each parcel; the saliency of every window; a carpet plot "
-            "of z-scored voxels, from the edge to the centre of the brain; DVARS and the global signal of the parcel "
-            "means. The strip above the carpet shows the kept windows, the pale bands below it the most salient ones. "
-            "In the carpet, a stripe over the whole height is a global change; a stripe only at the edge is mostly "
-            "motion. A good ranking avoids spikes of DVARS and does not simply follow the global signal."
-        ),
-        html.Text(
-            "For rankers that use both, thin lines show the two parts of a score: how well a window is predicted from "
-            "other parcels (space), and from the windows before and after it (time). The score is at most the smaller "
-            "of the two. Noise is low in both; a spike can be high in space, but not in time, because it cannot be "
-            "predicted from other windows."
-        ),
-    ]
-    outline = space.template()
-    names = ("baseline", "brain", "carpet", "patch", "roi", "scores", "scores_space", "scores_time", "start")
-    for session in choose_examples(dataset.sessions, outlying):
-        arrays = dataset.read(session, names)
-        shown = quality_figures.Shown(dataset.grid, dataset.frames, session, arrays)
-        caption = shown.words()
-        if session.key in outlying:
-            caption += f" Outlying: {'; '.join(outlying[session.key].values())}."
-        alt = (
-            "Three planes of the mean image with mask and patch grid; parcels, saliency, carpet, DVARS and global "
-            f"signal over time; {session.key}"
-        )
-        parts += [
-            html.Heading(session.key),
-            html.Facts(_session_facts(session, dataset.grid), small=True),
-            html.Picture.of(shown.draw(outline), alt, caption),
-            session_views.write(views, dataset, session),
-        ]
-    return parts
-
-
-def _session_facts(session: SessionRecord, grid: Grid) -> dict[str, object]:
-    """The facts about a session that are known."""
-    facts: dict[str, object] = {
-        "Cohort, subject, split": f"{session.cohort}, {session.subject}, {session.split}",
-        "Frames": f"{session.frames} of {session.tr:g} s, scanned at {session.source_tr:.4g} s",
-        "Kept": f"{session.n_kept} of {html.count(session.n_windows, 'window')}, "
-        f"{session.n_patches} of {math.prod(grid.patch_shape)} patches",
-    }
-    for measure in MEASURES:
-        value = measure.of(session)
-        if np.isfinite(value) and measure.field != "source_tr":
-            facts[measure.title] = measure.words(value)
-    if session.mask_source is not None:
-        facts["Brain mask"] = "computed from the scan" if session.mask_source == "computed" else session.mask_source
-    if session.centred_by_mm is not None:
-        moved = ", ".join(f"{mm:+g}" for mm in session.centred_by_mm)
-        facts["Native space"] = f"moved by ({moved}) mm to the centre of the grid; not registered"
-    if session.orientation_assumed:
-        facts["Orientation"] = f"{session.orientation_assumed} assumed; left and right cannot be verified"
-    if words := assumptions(session):
-        facts["To check"] = "; ".join(words)
-    if session.dropped_frames is not None:
-        facts["Leading frames dropped"] = session.dropped_frames
-    if session.cleaned:
-        facts["Cleaned"] = session.cleaned
-    return facts

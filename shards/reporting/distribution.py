@@ -1,13 +1,23 @@
 """Distributions of the quality measures of sessions, and outlying sessions.
 
+A value is outlying if it is more than three robust standard deviations from the median of its cohort, on the bad side.
+The robust standard deviation is 1.4826 times the median absolute deviation (MAD), which is the standard deviation of a
+normal distribution [1]_. A value that was not recorded is neither outlying nor good.
+
 Legend: S sessions.
+
+References
+----------
+.. [1] Leys et al. (2013), "Detecting outliers: do not use standard deviation around the mean, use absolute deviation
+   around the median", Journal of Experimental Social Psychology 49(4).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,24 +26,36 @@ from matplotlib.ticker import MaxNLocator
 from shards.format.session_record import SessionRecord
 from shards.reporting import html
 
-Outlying = dict[str, dict[str, str]]  # key: field: words
-
 _OUTLYING = 30  # largest number of outlying sessions listed
 _DOTS = 150  # largest number of sessions drawn as dots per cohort
 _LANES = 12  # largest number of cohorts drawn separately
-_FEW = 8  # a cohort with fewer sessions is judged by the quartiles of the whole dataset
+_FEW = 8  # a cohort with fewer sessions is judged by the median and spread of the whole dataset
+_FAR = 3.0  # robust standard deviations from the median
+_NORMAL = 1.4826  # standard deviation of a normal distribution, in units of its MAD
+
+
+@dataclass(frozen=True)
+class Far:
+    """An outlying value: whether it is too low or too high, and a description with the median of the others."""
+
+    side: Literal["low", "high"]
+    words: str
+
+
+Outlying = dict[str, dict[str, Far]]  # key: field: value
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A quality measure: field of the session, title, unit, bad side, and the smallest spread that is not rounding.
+    """A quality measure: field of the session, titles, unit, bad side, and the smallest spread that is not rounding.
 
-    With `own`, cohorts may differ in it: also a small cohort is judged by its own quartiles, and a session that differs
-    is listed, but not counted as bad.
+    `short` is the title of a column. With `own`, cohorts may differ in it: also a small cohort is judged by its own
+    values, and a session that differs is listed, but not counted as bad.
     """
 
     field: str
     title: str
+    short: str
     unit: str
     bad: str
     least: float
@@ -54,55 +76,64 @@ class Measure:
 
 
 MEASURES = (
-    Measure("source_tr", "TR of the scan", "s", "both", 0.005, own=True),
-    Measure("tsnr", "Temporal signal-to-noise ratio", "", "low", 2),
-    Measure("dvars_outliers", "Frames with an outlying DVARS", "%", "high", 2),
-    Measure("mean_fd_mm", "Mean framewise displacement", "mm", "high", 0.05),
-    Measure("brain_ml", "Brain volume", "ml", "both", 50),
-    Measure("mask_outside_grid", "Brain mask outside the grid", "%", "high", 0.5),
-    Measure("mni_dice", "Dice with the MNI152 brain", "", "low", 0.03),
+    Measure("source_tr", "TR of the scan", "TR", "s", "both", 0.0025, own=True),
+    Measure("tsnr", "Temporal signal-to-noise ratio", "tSNR", "", "low", 1),
+    Measure("dvars_outliers", "Frames with an outlying DVARS", "DVARS", "%", "high", 1),
+    Measure("mean_fd_mm", "Mean framewise displacement", "FD", "mm", "high", 0.025),
+    Measure("brain_ml", "Brain volume", "Volume", "ml", "both", 25),
+    Measure("mask_outside_grid", "Brain mask outside the grid", "Outside grid", "%", "high", 0.25),
+    Measure("mni_dice", "Dice with the MNI152 brain", "MNI Dice", "", "low", 0.015),
+)
+
+
+RULE = (
+    f"A value is outlying if it is more than {_FAR:g} robust standard deviations ({_NORMAL} times the median absolute "
+    "deviation) from the median of its cohort, on the bad side. If a cohort has fewer than "
+    f"{_FEW} such values, those of all sessions are taken, except for the TR. Smaller differences never count: "
+    + ", ".join(f"{measure.short} {measure.words(_FAR * measure.least)}" for measure in MEASURES)
+    + ". What was not recorded is missing: it was not checked."
 )
 
 
 def find_outlying(sessions: Sequence[SessionRecord]) -> Outlying:
     """Find sessions of outlying quality, worst first; sessions with only an outlying TR come last.
 
-    A value is outlying if it is more than 1.5 interquartile ranges outside the quartiles (the box-plot rule), on the
-    bad side. Quartiles are those of the cohort; for a cohort with fewer than eight sessions those of all sessions,
-    except for the TR.
+    The rule is `RULE`.
 
     Returns
     -------
-    dict of str to dict of str to str
-        For the key of each session, the outlying fields with a description.
+    dict of str to dict of str to Far
+        For the key of each session, its outlying fields.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for number, session in enumerate(sessions):
         members[session.cohort].append(number)
     worst = np.zeros(len(sessions))
-    words: dict[int, dict[str, str]] = defaultdict(dict)
+    found: dict[int, dict[str, Far]] = defaultdict(dict)
     for measure in MEASURES:
         value_S = np.array([measure.of(session) for session in sessions])
         for part in members.values():
-            judged_by = value_S[part] if measure.own or len(part) >= _FEW else value_S
-            judged_by = judged_by[np.isfinite(judged_by)]
+            judged_by = value_S[part][np.isfinite(value_S[part])]
+            if len(judged_by) < _FEW and not measure.own:
+                judged_by = value_S[np.isfinite(value_S)]
             if not len(judged_by):
                 continue
-            low, high = np.percentile(judged_by, [25, 75])
-            spread = max(high - low, measure.least)
+            middle = float(np.median(judged_by))
+            spread = max(_NORMAL * float(np.median(np.abs(judged_by - middle))), measure.least)
             for number in part:
-                value = value_S[number]
-                below = (low - value) / spread if measure.bad != "high" else 0.0
-                above = (value - high) / spread if measure.bad != "low" else 0.0
-                beyond = max(below, above)
-                if beyond > 1.5:
+                away = (value_S[number] - middle) / spread
+                beyond = {"low": -away, "high": away, "both": abs(away)}[measure.bad]
+                if beyond > _FAR:
                     worst[number] = max(worst[number], 0.0 if measure.own else beyond)
-                    words[number][measure.field] = (
-                        f"{measure.title} {measure.words(value)} (middle half "
-                        f"{measure.words(low)} to {measure.words(high)})"
-                    )
-    order = sorted(words, key=lambda number: (-worst[number], sessions[number].key))
-    return {sessions[number].key: words[number] for number in order}
+                    words = f"{measure.title} {measure.words(value_S[number])} (median {measure.words(middle)})"
+                    found[number][measure.field] = Far("low" if away < 0 else "high", words)
+    order = sorted(found, key=lambda number: (-worst[number], sessions[number].key))
+    return {sessions[number].key: found[number] for number in order}
+
+
+def in_words(found: Mapping[str, Far]) -> str:
+    """The outlying values of a session."""
+    return "; ".join(one.words for one in found.values())
 
 
 def describe(sessions: Sequence[SessionRecord], outlying: Outlying) -> list[html.Part]:
@@ -127,15 +158,14 @@ def describe(sessions: Sequence[SessionRecord], outlying: Outlying) -> list[html
         ),
     ]
     if not outlying:
-        return [*parts, html.Text("No session is outlying by the box-plot rule.")]
+        return [*parts, html.Text("No session is outlying, by the rule below.")]
     where = {session.key: session.split for session in sessions}
-    named = [[key, where[key], "; ".join(outlying[key].values())] for key in list(outlying)[:_OUTLYING]]
+    named = [[key, where[key], in_words(outlying[key])] for key in list(outlying)[:_OUTLYING]]
     parts.append(
         html.Text(
-            f"{html.count(len(outlying), 'session')} more than 1.5 interquartile ranges outside the quartiles of the "
-            "cohort, worst first"
+            f"{html.count(len(outlying), 'outlying session')}, worst first"
             + (f" (the first {_OUTLYING})." if len(outlying) > _OUTLYING else ".")
-            + " They are in the dataset; decide whether to leave them out of the cohort."
+            + " They are in the dataset; decide whether to leave them out of the cohort. The rule is below."
         )
     )
     return [*parts, html.Table(["Session", "Split", "What is outlying"], named)]

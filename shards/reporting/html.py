@@ -1,6 +1,7 @@
-"""Self-contained HTML pages, with inline style and pictures as data URIs. They load nothing and run no scripts.
+"""Self-contained HTML pages, with inline style and pictures as data URIs.
 
-Only a click loads something: an interactive view, a file beside the page, into a frame (`Views`).
+A browser runs no scripts but those of this package. Only a click loads something: a picture beside the page, where the
+page allows it, or an interactive view into a frame (`Views`).
 
 A page is a template in `templates/`, filled with typed parts; `templates/parts.html` has a macro for each class of
 part. All text is escaped. Equal content gives equal bytes.
@@ -9,6 +10,7 @@ part. All text is escaped. Equal content gives equal bytes.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import matplotlib.style
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -99,17 +102,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG image. `alt` describes what it shows; the caption explains how to read it."""
+    """A PNG image. `alt` describes what it shows; the caption explains how to read it; scripts find it by its name."""
 
     png: bytes
     alt: str
     caption: str = ""
+    name: str = ""
     macro: ClassVar = "picture"
 
     @classmethod
-    def of(cls, figure: Figure, alt: str, caption: str = "") -> Picture:
+    def of(cls, figure: Figure, alt: str, caption: str = "", name: str = "") -> Picture:
         """Make a picture from a figure."""
-        return cls(png(figure), alt, caption)
+        return cls(png(figure), alt, caption, name)
 
     @property
     def source(self) -> str:
@@ -167,8 +171,18 @@ class Section:
 Part = Text | Heading | Facts | Table | Picture | Views | Pairs | Section
 
 
-def render(template: str, *packages: str, title: str, lead: str, findings: Sequence[Finding], **values: object) -> str:
-    """Render a page. Its content security policy lets the browser load views in frames, and nothing else.
+def render(
+    template: str,
+    *packages: str,
+    title: str,
+    lead: str,
+    findings: Sequence[Finding],
+    scripts: Sequence[str] = (),
+    pictures_beside: bool = False,
+    **values: object,
+) -> str:
+    """Render a page. Its content security policy lets the browser run the given scripts only, and load views
+    in frames.
 
     Parameters
     ----------
@@ -180,10 +194,34 @@ def render(template: str, *packages: str, title: str, lead: str, findings: Seque
         Heading of the page, and the sentence below it.
     findings : sequence of Finding
         Findings at the top of the page.
+    scripts : sequence of str
+        Names of templates with JavaScript, which are put into the page.
+    pictures_beside : bool
+        Whether the page may load pictures from its folder.
     values : object
         Variables of the template, mostly lists of parts; `refresh`: seconds after which a browser loads the page again.
     """
-    given = {"refresh": None, "title": title, "lead": lead, "findings": findings, **values}
+    codes = [Markup(templates.render(name, *packages, "shards.reporting")) for name in scripts]
+    hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'" for code in codes]
+    policy = {
+        "default-src": "'none'",
+        # Browsers differ in whether 'self' includes the folder of a page that was opened as a file.
+        "img-src": "data: 'self' file:" if pictures_beside else "data:",
+        "style-src": "'unsafe-inline'",
+        "script-src": " ".join(hashes) or "'none'",
+        "frame-src": "'self'",
+        "form-action": "'none'",
+        "base-uri": "'none'",
+    }
+    given = {
+        "policy": Markup("; ".join(f"{kind} {allowed}" for kind, allowed in policy.items())),
+        "scripts": codes,
+        "refresh": None,
+        "title": title,
+        "lead": lead,
+        "findings": findings,
+        **values,
+    }
     return templates.render(template, *packages, "shards.reporting", **given)
 
 

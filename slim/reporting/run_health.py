@@ -207,8 +207,15 @@ def _drawn(task: TaskResult) -> html.Picture:
     )
 
 
-def explanations(folder: Path) -> list[html.Part]:
+def explanations(folder: Path, private: bool = False) -> list[html.Part]:
     """Where and when predictions come from, for every explained task.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of `slim-brain explain`.
+    private : bool
+        Whether sessions are numbered, and the picture that names them is left out.
 
     Raises
     ------
@@ -219,10 +226,10 @@ def explanations(folder: Path) -> list[html.Part]:
     for path in sorted(folder.glob("*.json")):
         found = Explanation.read(path)
         try:
-            drawn = [path.with_name(f"{path.stem}{ending}.png").read_bytes() for ending in ("", "_windows")]
+            maps, windows = (path.with_name(f"{path.stem}{ending}.png").read_bytes() for ending in ("", "_windows"))
         except OSError as error:
             raise unreadable(path, error) from None
-        parts += _explanation(path.stem, found, *drawn)
+        parts += _explanation(path.stem, found, maps, windows, private)
         if views := find_views(folder, path.stem):
             links = {name: f"{folder.name}/{file.name}" for name, file in views.items()}
             parts.append(html.Views(f"Explore the maps of {path.stem}", links, _EXPLORE))
@@ -237,7 +244,7 @@ def explanations(folder: Path) -> list[html.Part]:
     return [html.Text(intro), *parts]
 
 
-def _explanation(name: str, found: Explanation, maps: bytes, windows: bytes) -> list[html.Part]:
+def _explanation(name: str, found: Explanation, maps: bytes, windows: bytes, private: bool) -> list[html.Part]:
     start = {
         "still": "every voxel at its mean over the scan, with anatomy",
         "empty": "every voxel at its mean over the scan, without anatomy",
@@ -249,8 +256,21 @@ def _explanation(name: str, found: Explanation, maps: bytes, windows: bytes) -> 
         f"{html.count(len({one.subject for one in found.sessions}), 'subject')} not used to train the probe. "
         f"Start of the path: {start}."
     )
-    off = found.incomplete
+    off = [
+        f"session {number}" if private else session.key
+        for number, session in enumerate(found.sessions, 1)
+        if not session.complete
+    ]
     told = f" In {len(off)} of them the shares do not add up to the score, the first is {off[0]}." if off else ""
+    in_time: html.Part = html.Text("The picture of the windows over time names sessions, and is left out of this page.")
+    if not private:
+        in_time = html.Picture(
+            windows,
+            f"Saliency of the windows, and their shares in {name}, over time",
+            "Above, for some of the sessions: the saliency of the windows. Below: the mean absolute share of voxels in "
+            "each kept window. The ranking does not use labels; if both rise together, the prediction depends on the "
+            "windows that the ranking prefers. Orange: events, if they were given.",
+        )
     return [
         html.Heading(name),
         html.Text(about + told),
@@ -262,11 +282,5 @@ def _explanation(name: str, found: Explanation, maps: bytes, windows: bytes) -> 
             "brain, as at its edge, each of the few voxels has a larger share.",
         ),
         html.Table([f"Strongest places: x y z, mm ({where})", "mean |share|"], rows),
-        html.Picture(
-            windows,
-            f"Saliency of the windows, and their shares in {name}, over time",
-            "Above, for some of the sessions: the saliency of the windows. Below: the mean absolute share of voxels in "
-            "each kept window. The ranking does not use labels; if both rise together, the prediction depends on the "
-            "windows that the ranking prefers. Orange: events, if they were given.",
-        ),
+        in_time,
     ]

@@ -37,7 +37,13 @@ from slim.training.metrics import RECENT, MetricsLine, number, read_metrics, war
 _CLEAR = 0.01  # smallest gain that counts as clear
 
 
-def write(run_folder: str | Path, paths: bool = False, remote: bool = False, refresh: int | None = None) -> Path:
+def write(
+    run_folder: str | Path,
+    paths: bool = False,
+    remote: bool = False,
+    refresh: int | None = None,
+    private: bool = False,
+) -> Path:
     """Write `RUN/report/index.html`.
 
     Parameters
@@ -50,6 +56,8 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False, ref
         others may be unsafe.
     refresh : int, optional
         Seconds after which a browser loads the page again.
+    private : bool
+        Whether sessions are numbered, and pictures that name them are left out.
 
     Returns
     -------
@@ -85,7 +93,7 @@ def write(run_folder: str | Path, paths: bool = False, remote: bool = False, ref
             refresh=refresh,
             facts=html.Facts(_numbers(settings, lines, Provenance.read(folder), paths) | _ahead(lines, steps, scores)),
             probes=run_health.probes(tasks),
-            explanations=run_health.explanations(folder / REPORT / EXPLAIN),
+            explanations=run_health.explanations(folder / REPORT / EXPLAIN, private),
             curves=[*curves.validation(scores), *curves.sections(settings, lines, guess)],
             checkpoints=_checkpoints(folder / CHECKPOINTS),
             configuration_file=CONFIG,

@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from collections.abc import Sequence
+from hashlib import sha256
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -29,6 +30,7 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict]] = []
         self.words: list[str] = []
+        self.scripts: list[str] = []  # those that a browser runs
         self.feed(content)
         self.close()
         assert self.open == []
@@ -45,7 +47,10 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if not {"style", "script"} & {*self.open}:
+        if "script" in self.open:
+            if "type" not in self.tags[-1][1]:
+                self.scripts.append(data)
+        elif "style" not in self.open:
             self.words.append(data)
 
     @property
@@ -70,13 +75,14 @@ def page_of(parts: Sequence[html.Part]) -> str:
     return html.render("page.html", title="title", lead="lead", findings=[], content=parts)
 
 
-def check_self_contained(content: str) -> Reader:
-    """Nothing on the page is fetched or run until a link is followed; every picture has words, every frame a title.
+def check_self_contained(content: str, scripts: int = 0) -> Reader:
+    """Nothing on the page is fetched until a link is followed, and only `scripts` that its policy names are run.
 
-    A frame has no address; a link names a file beside the page and a frame of the page.
+    Every picture has words, every frame a title. A frame has no address; a link names a file beside the page and a
+    frame of the page.
     """
     reader = Reader(content)
-    assert not {tag for tag, _ in reader.tags} & {"script", "link", "object", "embed", "base"}
+    assert not {tag for tag, _ in reader.tags} & {"link", "object", "embed", "base"}
     assert "url(" not in content and "@import" not in content
     frames = [attrs for tag, attrs in reader.tags if tag == "iframe"]
     assert all(attrs["sandbox"] == "allow-scripts" and attrs["title"] and "src" not in attrs for attrs in frames)
@@ -89,6 +95,10 @@ def check_self_contained(content: str) -> Reader:
         else:
             assert all(attrs[name].startswith("data:") for name in ("src", "href", "srcset") if name in attrs)
     assert all(alt for alt, _ in reader.pictures())
+    (policy,) = (attrs["content"] for _, attrs in reader.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "'unsafe-inline'" not in policy.split("script-src")[1]
+    hashes = [base64.b64encode(sha256(code.encode()).digest()).decode() for code in reader.scripts]
+    assert re.findall("'sha256-(.*?)'", policy) == hashes and len(hashes) == scripts
     return reader
 
 

@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 
 from helpers.commands import ROOT
 from helpers.explained import ABOUT
+from helpers.page_run import line, make_run
 from helpers.pages import NASTY, Reader, check_self_contained, command
 from launchers.experiments.comparison import Question
 from shards.core.errors import ConfigError
 from slim.checkpoints.checkpoint import seal, tag
-from slim.config import PRESETS, check_run, load_run
+from slim.config import load_run
 from slim.evaluation import metrics
 from slim.evaluation.display import save_forest
 from slim.evaluation.results import Estimate, TaskFacts, TaskResult
@@ -28,52 +29,6 @@ from slim.evaluation.task import Task
 from slim.finetune.labels import Answers
 from slim.finetune.task import validation_loss
 from slim.reporting import curves, run_health, run_page
-
-
-def line(step: int, **changes) -> dict:
-    gain = 0.3 * (1 - math.exp(-step / 40)) - 0.02
-    return {
-        "step": step,
-        "epoch": step // 10,
-        "samples": 8 * step,
-        "loss": 1.5 - 0.001 * step,
-        "loss_jepa": 0.4,
-        "loss_sig": 0.02,
-        "loss_mae": 1.0,
-        "loss_cross_time": 0.4,
-        "loss_cross_location": 0.4,
-        "loss_double_cross": 0.4,
-        "gain": gain,
-        "gain_cross_time": gain,
-        "gain_cross_location": gain,
-        "gain_double_cross": gain,
-        "lr": 1e-3,
-        "wd": 0.04,
-        "ema": 0.99,
-        "grad_norm": 0.2,
-        "target_std": 0.9,
-        "target_rank": 20.0,
-        "context_std": 0.8,
-        "context_rank": 30.0,
-        "sample_cosine": 0.7,
-        "seconds": 0.5,
-        "data_wait": 0.1,
-        "samples_per_s": 16.0,
-        "tokens_kept": 100.0,
-        "peak_memory_bytes": 2**30,
-        **changes,
-    }
-
-
-def make_run(folder: Path, lines: list[dict], steps: int | None = 120, **config) -> Path:
-    folder.mkdir(parents=True)
-    run = {"out": str(folder), "steps": steps, "epochs": 10}
-    settings = {"data": "somewhere", "run": run, **config}
-    written = folder / "config.yaml"
-    tree = settings | {"model": PRESETS["tiny"].model_dump(), "model_name": "tiny"}
-    written.write_text(f"# {NASTY}\n" + check_run(tree, written).model_dump_json())  # merged, as a run does it
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
-    return folder
 
 
 def make_finetuning(folder: Path, losses: list[float | None], classes: int = 3) -> Path:
@@ -446,7 +401,7 @@ def test_explanations_are_shown(healthy):
     assert "Explained: logit of B, cov pooling, in 1 session of 1 subject not used to train" in text
     assert "-24 +8 +31 0.012" in text and "In 1 of them the shares do not add up to the score" in text
     content = (healthy / "report" / "index.html").read_text()
-    assert "<script" not in content and len(Reader(content).pictures()) == 13
+    assert "<script" not in content and len(Reader(content).pictures()) == 13 and NASTY in text
     assert "<iframe" not in content  # an explanation of an earlier version has no views
     for name in ("sex_view.html", "sex_absolute_view.html", "sex_absolute_view_surface.html"):
         (folder / name).write_text("a view")
@@ -454,6 +409,9 @@ def test_explanations_are_shown(healthy):
     links = [attrs["href"] for tag, attrs in check_self_contained(content).tags if tag == "a"]
     expected = ["sex_absolute_view.html", "sex_absolute_view_surface.html", "sex_view.html"]
     assert links == [f"explain/{name}" for name in expected]
+    private = Reader(run_page.write(healthy, private=True).read_text())
+    assert "the first is session 1." in private.text and private.text.count(NASTY) == text.count(NASTY) - 1
+    assert "names sessions, and is left out" in private.text and len(private.pictures()) == 12
 
 
 def test_thinning_keeps_spikes_and_means():

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from matplotlib.axes import Axes
 
+from helpers.page_run import add_probe
 from helpers.pages import NASTY, check_self_contained, command
 from shards.core.errors import ConfigError
 from slim.config import PRESETS, check_run
-from slim.evaluation.results import Estimate, Report, TaskFacts, TaskResult
 from slim.evaluation.validation import ValidationScore
 from slim.reporting import runs_page
 
@@ -41,19 +41,6 @@ def make_run(folder: Path, slope: float = 0.3, steps: int = STEPS, more: dict | 
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
-
-
-def add_probe(run: Path, value: float, subjects: int = 40, task: str = "sex") -> None:
-    report = Report()
-    ours = Estimate(value=value, low=value - 0.1, high=value + 0.1)
-    facts = TaskFacts(type="classification", test_subjects=subjects)
-    report.add(
-        TaskResult(
-            name=task, estimates={"ours": {"auroc": ours}, "random": {"auroc": Estimate(value=0.6)}}, facts=facts
-        )
-    )
-    (run / "report").mkdir(exist_ok=True)
-    report.write(run / "report")
 
 
 @pytest.fixture
