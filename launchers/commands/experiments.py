@@ -2,10 +2,11 @@
 
     slim-brain experiments --out runs/experiments [--only PARTS] [--seeds N] [key=value ...]
 
-Compares objectives, views, rankers, targets and poolings. Makes two cohorts a signal-to-noise ratio (people to pretrain
-on, and others to probe), converts them, pretrains every variant with every seed, probes all of them on the people
-nobody was trained on, and writes `tables.md` and `results.json`. What is there is not made again. key=value goes to the
-pretraining of all variants.
+Compares objectives, views, rankers, targets and poolings, asks for traits that are finer than parcels, and tells how
+scores depend on the number of people in pretraining and of windows encoded. Makes two cohorts of each kind (people to
+pretrain on, and others to probe), converts them, pretrains every variant with every seed, probes all of them on the
+people nobody was trained on, and writes `tables.md` and `results.json`. What is there is not made again. key=value goes
+to the pretraining of all variants.
 """
 
 from __future__ import annotations
@@ -13,8 +14,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from launchers.experiments.kinds import FINE, Kind
 from launchers.experiments.tables import Tables
-from launchers.experiments.trials import LENGTHS, PARTS, RANKERS, TARGETS, VIEWS, Experiments, answer_all
+from launchers.experiments.trials import (
+    LENGTHS,
+    OBJECTIVES,
+    PARTS,
+    RANKERS,
+    TARGETS,
+    VIEWS,
+    Experiments,
+    Trial,
+    answer_all,
+)
 from shards.core.cli import DONE, Parser, summary
 from shards.core.errors import ConfigError
 from shards.core.files import dump, write_atomically
@@ -43,22 +55,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("command line", "--seeds, --jobs", min(args.seeds, args.jobs), "1 or more")
     check_keys(PretrainSettings, override({}, renamed_assignments(args.settings)))
     work = Experiments(args.out.resolve(), args.seeds, args.jobs, args.settings)
-    trials = work.trials(parts, snrs)
+    kinds = [Kind.of_snr(snr) for snr in snrs]
+    trials = work.trials(parts, kinds)
+    shown = kinds + ([FINE] if {"fine", "people"} & set(parts) else [])
     if not args.tables:
-        work.prepare(trials, snrs)
+        work.prepare(trials, parts, kinds)
         answer_all(work, trials)
-        for snr in snrs:
-            work.baselines(snr)
+        for kind in shown:
+            if kind in {trial.kind for trial in trials}:
+                work.baselines(kind)
+        if "windows" in parts:
+            work.evaluate_windows(Trial(OBJECTIVES[0], 0, kinds[0]))
+    from launchers.experiments.figure import save_people
+
     tables = Tables(work, trials)
-    text = [tables.main(snr) + "\n" + tables.verdict(snr) for snr in snrs]
+    text = [tables.main(kind) + "\n" + tables.verdict(kind) for kind in shown]
     small = {
         "steps": ("steps", LENGTHS, "all steps (default)"),
         "view": ("view", VIEWS, "view: voxel (default)"),
         "ranker": ("windows", RANKERS, "ranked (default)"),
         "targets": ("targets", TARGETS, "all three kinds (default)"),
     }
-    text += [tables.small(*small[part], snrs[0]) for part in parts if part in small]
-    text += [tables.poolings(snrs[0])] if "pooling" in parts else []
+    text += [tables.small(*small[part], kinds[0]) for part in parts if part in small]
+    text += [tables.poolings(kinds[0])] if "pooling" in parts else []
+    text += [tables.poolings(FINE)] if "fine" in parts else []
+    text += [tables.windows_table(kinds[0])] if "windows" in parts else []
+    if "people" in parts:
+        text += [tables.people_table()]
+        save_people(work.out / "people.png", tables.people(), tables.baseline("connectome_kept", FINE))
     write_atomically(work.out / "tables.md", "\n".join(text))
     write_atomically(work.out / "results.json", dump(tables.results) + "\n")
     print("\n".join(text))

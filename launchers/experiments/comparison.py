@@ -65,30 +65,35 @@ def shrink_positions(model: SlimBrain, seed: int) -> None:
 
 
 def encoder_draws(
-    features: Mapping[str, Features], questions: Sequence[Question], poolings: Sequence[str] = ()
+    features: Mapping[str, Features],
+    questions: Sequence[Question],
+    poolings: Mapping[str, Mapping[str, object]] | None = None,
 ) -> Draws:
-    """Draws of an encoder by task, and by `task/pooling` for other poolings than the task's own.
+    """Draws of an encoder by task, and by `task/NAME` for other poolings, given as changes of the task.
 
     Attentive pooling is trained on labels, so fingerprints are not scored with it.
     """
     found = {}
     for question in questions:
         task = question.task
-        barred = {task.pooling, *(["attentive"] if task.type == "fingerprint" else [])}
-        others = [] if task.type == "state" else [name for name in poolings if name not in barred]
-        for pooling in (task.pooling, *others):
-            changed = task.model_copy(update={"pooling": pooling})
+        found[task.name] = question.draws(probe.encoder_method(task, question.cases, features))
+        for name, changes in (poolings or {}).items():
+            changed = task.model_copy(update=dict(changes))
+            trained = task.type == "fingerprint" and changed.pooling == "attentive"
+            if task.type == "state" or changed == task or trained:
+                continue
             asked = Question(changed, question.cases, question.where)
-            name = task.name if pooling == task.pooling else f"{task.name}/{pooling}"
-            found[name] = asked.draws(probe.encoder_method(changed, question.cases, features))
+            found[f"{task.name}/{name}"] = asked.draws(probe.encoder_method(changed, question.cases, features))
     return found
 
 
-def baseline_draws(dataset: Dataset, questions: Sequence[Question]) -> dict[str, Draws]:
-    """Draws of the baselines without an encoder, by method and task."""
+def baseline_draws(dataset: Dataset, questions: Sequence[Question], wanted: Sequence[str] = ()) -> dict[str, Draws]:
+    """Draws of the baselines without an encoder, by method and task; of all, or of those wanted."""
     found: dict[str, Draws] = {}
     for question in questions:
         for name, method in probe.baselines(question.task, question.cases, dataset).items():
+            if wanted and name not in wanted:
+                continue
             found.setdefault(name, {})[question.task.name] = question.draws(method)
     return found
 

@@ -6,12 +6,37 @@ from typing import Any
 
 import numpy as np
 
-from launchers.experiments.trials import BASELINES, OBJECTIVES, POOLINGS, RANDOM, TASKS, Experiments, Trial, Variant
+from launchers.experiments.kinds import FINE, Kind
+from launchers.experiments.trials import (
+    BASELINES,
+    OBJECTIVES,
+    PEOPLE,
+    PEOPLE_SEEDS,
+    POOLINGS,
+    PRETRAINED,
+    RANDOM,
+    WINDOWS,
+    Experiments,
+    Trial,
+    Variant,
+)
 from slim.evaluation import metrics
 from slim.evaluation.results import Draws, Estimate
 
-_TYPES = ("classification", "regression", "fingerprint", "state")
-HEAD = [*(f"{task}, {metrics.words(metrics.HEADLINE[kind])}" for task, kind in zip(TASKS, _TYPES, strict=True)), "rank"]
+_TYPES = {
+    "group": "classification",
+    "score": "regression",
+    "fingerprint": "fingerprint",
+    "state": "state",
+    "fine_group": "classification",
+    "fine_score": "regression",
+}
+
+
+def _head(kind: Kind, without: str = "") -> list[str]:
+    """The tasks of a kind of cohort, each with its metric."""
+    found = (f"{task}, {metrics.words(metrics.HEADLINE[_TYPES[task]])}" for task in kind.tasks if task != without)
+    return [words.replace("_", " ") for words in found]
 
 
 def cell(score: Estimate) -> str:
@@ -47,112 +72,144 @@ class Tables:
         self.results: dict[str, Any] = {}
 
     def draws(
-        self, variant: str, snr: float, random: str = "", seeds: int | None = None
+        self, variant: str, kind: Kind, random: str = "", seeds: int | None = None
     ) -> list[dict[str, np.ndarray]]:
         """Draws of each finished seed of a variant, or of random weights (see `Experiments.evaluate`)."""
         from launchers.experiments import comparison
 
-        paths = [self.work.draws_path(t) for t in self.trials if (t.variant.name, t.snr) == (variant, snr)][:seeds]
+        paths = [self.work.draws_path(t) for t in self.trials if (t.variant.name, t.kind) == (variant, kind)][:seeds]
         if random:
             paths = [path.with_name(f"{random}-{path.name}") for path in paths]
         return [comparison.load(path) for path in paths if path.exists()]
 
     def scores(
-        self, variant: str, snr: float, random: str = "", seeds: int | None = None
+        self, variant: str, kind: Kind, random: str = "", seeds: int | None = None
     ) -> dict[str, Estimate] | None:
         """Mean scores of a variant over its seeds, by task."""
         from launchers.experiments import comparison
 
-        found = self.draws(variant, snr, random, seeds)
+        found = self.draws(variant, kind, random, seeds)
         return comparison.summarise(found) if found else None
 
-    def baseline_draws(self, name: str, snr: float) -> list[Draws]:
+    def baseline_draws(self, name: str, kind: Kind) -> list[Draws]:
         """Mean scores of a baseline, if it has been scored."""
         from launchers.experiments import comparison
 
-        path = self.work.baseline_path(snr, name)
+        path = self.work.baseline_path(kind, name)
         return [comparison.load(path)] if path.exists() else []
 
-    def baseline(self, name: str, snr: float) -> dict[str, Estimate] | None:
+    def baseline(self, name: str, kind: Kind) -> dict[str, Estimate] | None:
         from launchers.experiments import comparison
 
-        found = self.baseline_draws(name, snr)
+        found = self.baseline_draws(name, kind)
         return comparison.summarise(found) if found else None
 
-    def ranks(self, variant: str, snr: float) -> str:
-        found = [self.work.rank(t) for t in self.trials if (t.variant.name, t.snr) == (variant, snr)]
+    def ranks(self, variant: str, kind: Kind) -> str:
+        found = [self.work.rank(t) for t in self.trials if (t.variant.name, t.kind) == (variant, kind)]
         return f"{np.mean(found):.0f}" if found else ""
 
-    def row(self, words: str, scores: dict[str, Estimate] | None, rank: str, snr: float) -> list[list[str]]:
+    def row(self, words: str, scores: dict[str, Estimate] | None, rank: str, kind: Kind) -> list[list[str]]:
         """A row of a table; no row without scores."""
         if scores is None:
             return []
-        self.results.setdefault(f"snr {snr:g}", {})[words] = {
+        self.results.setdefault(kind.words, {})[words] = {
             name: one.tree() | {"seeds": list(one.seeds or ())} for name, one in scores.items()
         }
-        names = [f"synthetic_{task}" for task in TASKS]
+        names = [f"synthetic_{task}" for task in kind.tasks]
         return [[words, *[cell(scores[name]) if name in scores else "" for name in names], rank]]
 
-    def seeded(self, words: str, variant: str, random: str, snr: float) -> list[list[str]]:
+    def seeded(self, words: str, variant: str, random: str, kind: Kind) -> list[list[str]]:
         """A row of a variant; it gives the number of seeds if some are missing."""
-        scores, wanted = self.scores(variant, snr, random), self.work.seeds
+        scores, wanted = self.scores(variant, kind, random), self.work.seeds
         if scores is None:
             return []
-        (row,) = self.row(words, scores, "" if random else self.ranks(variant, snr), snr)
+        (row,) = self.row(words, scores, "" if random else self.ranks(variant, kind), kind)
         count = len(next(iter(scores.values())).seeds or ())
         return [row if count == wanted else [f"{words} ({count} of {wanted} seeds)", *row[1:]]]
 
-    def main(self, snr: float) -> str:
+    def main(self, kind: Kind) -> str:
         rows = []
         for variant in OBJECTIVES:
-            rows += self.seeded(variant.words, variant.name, "", snr)
+            rows += self.seeded(variant.words, variant.name, "", kind)
         for random, words in RANDOM.items():
-            rows += self.seeded(words, "default", random, snr)
+            rows += self.seeded(words, "default", random, kind)
         for name, words in BASELINES.items():
-            rows += self.row(words, self.baseline(name, snr), "", snr)
-        return table([f"voxel SNR {snr:g}", *HEAD], rows)
+            rows += self.row(words, self.baseline(name, kind), "", kind)
+        return table([kind.words, *_head(kind), "rank"], rows)
 
-    def small(self, title: str, variants: tuple[Variant, ...], default: str, snr: float) -> str:
-        rows = self.row(default, self.scores("default", snr, seeds=1), self.ranks("default", snr), snr)
+    def small(self, title: str, variants: tuple[Variant, ...], default: str, kind: Kind) -> str:
+        rows = self.row(default, self.scores("default", kind, seeds=1), self.ranks("default", kind), kind)
         for variant in variants:
-            rows += self.row(variant.words, self.scores(variant.name, snr), self.ranks(variant.name, snr), snr)
+            rows += self.row(variant.words, self.scores(variant.name, kind), self.ranks(variant.name, kind), kind)
         if title == "windows":
-            scores = self.scores("ranker-random", snr, "random")
-            rows += self.row("windows at random, random weights", scores, "", snr)
-        return table([f"{title} (first seed, SNR {snr:g})", *HEAD], rows)
+            scores = self.scores("ranker-random", kind, "random")
+            rows += self.row("windows at random, random weights", scores, "", kind)
+        return table([f"{title} (first seed, {kind.words})", *_head(kind), "rank"], rows)
 
-    def poolings(self, snr: float) -> str:
+    def poolings(self, kind: Kind) -> str:
         rows = []
         for words, random in (("default", ""), ("random weights", "random")):
-            scores = self.scores("default", snr, random, seeds=1)
+            scores = self.scores("default", kind, random, seeds=1)
             if scores is None:
                 continue
             for pooling in POOLINGS:
-                names = [f"synthetic_{task}" + ("" if pooling == "cov" else f"/{pooling}") for task in TASKS[:3]]
+                ending = "" if pooling == "cov" else f"/{pooling}"
+                names = [f"synthetic_{task}{ending}" for task in kind.tasks if task != "state"]
                 if any(name in scores for name in names):
                     cells = [cell(scores[name]) if name in scores else "" for name in names]
                     rows.append([f"{words}, `{pooling}`", *cells])
-        return table([f"pooling (first seed, SNR {snr:g})", *HEAD[:3]], rows)
+        return table([f"pooling (first seed, {kind.words})", *_head(kind, without="state")], rows)
 
-    def verdict(self, snr: float) -> str:
+    def verdict(self, kind: Kind) -> str:
         """On which tasks the default is better than other variants: by separate intervals, and by differences."""
         from launchers.experiments import comparison
 
-        ours = self.draws("default", snr)
-        rivals = {words: self.draws("default", snr, random) for random, words in RANDOM.items()}
-        rivals |= {variant.words: self.draws(variant.name, snr) for variant in OBJECTIVES[1:]}
-        rivals |= {words: self.baseline_draws(name, snr) for name, words in BASELINES.items()}
-        rows, scores = [], self.scores("default", snr)
+        ours = self.draws("default", kind)
+        rivals = {words: self.draws("default", kind, random) for random, words in RANDOM.items()}
+        rivals |= {variant.words: self.draws(variant.name, kind) for variant in OBJECTIVES[1:]}
+        rivals |= {words: self.baseline_draws(name, kind) for name, words in BASELINES.items()}
+        rows, scores = [], self.scores("default", kind)
         for words, theirs in rivals.items():
             if not ours or not theirs or scores is None:
                 continue
             other, less = comparison.summarise(theirs), comparison.differences(ours, theirs)
-            better = [t for t in TASKS if (n := f"synthetic_{t}") in other and scores[n].better_than(other[n])]
-            self.results[f"snr {snr:g}"][f"better than {words}, intervals apart"] = better
-            self.results[f"snr {snr:g}"][f"default less {words}"] = {name: one.tree() for name, one in less.items()}
-            names = [f"synthetic_{task}" for task in TASKS]
+            better = [t for t in kind.tasks if (n := f"synthetic_{t}") in other and scores[n].better_than(other[n])]
+            self.results[kind.words][f"better than {words}, intervals apart"] = better
+            self.results[kind.words][f"default less {words}"] = {name: one.tree() for name, one in less.items()}
+            names = [f"synthetic_{task}" for task in kind.tasks]
             rows.append([words, *[gap(less[name]) if name in less else "" for name in names], ", ".join(better)])
         if not rows:
             return ""
-        head = [f"the default less, SNR {snr:g}", *HEAD[:-1], "intervals apart"]
-        return f"{table(head, rows)}\nThe default's effective rank at SNR {snr:g} is {self.ranks('default', snr)}.\n"
+        head = [f"the default less, {kind.words}", *_head(kind), "intervals apart"]
+        return f"{table(head, rows)}\nThe default's effective rank at {kind.words} is {self.ranks('default', kind)}.\n"
+
+    def people(self) -> dict[int, dict[str, Estimate]]:
+        """Scores on the kind with fine traits by the number of people in pretraining."""
+        of = {variant.people: variant.name for variant in PEOPLE} | {PRETRAINED: "default"}
+        found = {count: self.scores(name, FINE, seeds=PEOPLE_SEEDS) for count, name in of.items()}
+        return {count: scores for count, scores in sorted(found.items()) if scores is not None}
+
+    def people_table(self) -> str:
+        rows = []
+        for count, scores in self.people().items():
+            rows += self.row(f"{count} people in pretraining", scores, "", FINE)
+        for name in ("connectome_kept", "voxels"):
+            rows += self.row(f"{BASELINES[name]} (no pretraining)", self.baseline(name, FINE), "", FINE)
+        return table([f"people ({PEOPLE_SEEDS} seeds, {FINE.words})", *_head(FINE), "rank"], rows)
+
+    def windows_table(self, kind: Kind) -> str:
+        """Scores with a part of the windows of each run encoded, beside functional connectivity of the same frames."""
+        from launchers.experiments import comparison
+
+        rows = []
+        for ranker, order in (("mutual", "ranked"), ("random", "in random order")):
+            for count in WINDOWS:
+                path = self.work.windows_path(kind, ranker, count)
+                if not path.exists() or (count is None and ranker == "random"):  # all windows are the same windows
+                    continue
+                scores = comparison.summarise([comparison.load(path)])
+                words = "all windows" if count is None else f"{count} windows, {order}"
+                rows += self.row(f"{words}: default", scores, "", kind)
+                theirs = {name.split("/")[1]: one for name, one in scores.items() if name.startswith("connectome/")}
+                rows += self.row(f"{words}: functional connectivity", theirs, "", kind)
+        return table([f"windows encoded (first seed, {kind.words})", *_head(kind), "rank"], rows)

@@ -1,8 +1,8 @@
 """The pretrainings that are compared: each is trained, resumed if it was stopped, and scored.
 
-OUT/cohorts/   pretrained-snrS, probed-snrS: synthetic people, two sessions each
+OUT/cohorts/   pretrained-KIND, probed-KIND: synthetic people, two sessions each
 OUT/shards/    the same, converted; a dataset for each ranker
-OUT/runs/      VARIANT-snrS-seedK: run folders of pretrain
+OUT/runs/      VARIANT-KIND-seedK: run folders of pretrain
 OUT/draws/     scores on the probed people, with their bootstrap draws
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,16 +21,17 @@ from typing import Any
 import numpy as np
 
 from launchers import environment
+from launchers.experiments.kinds import FINE, Kind
 from shards.core.errors import Stopped
 from shards.core.presets import find
 from shards.core.progress import progress
 from slim.checkpoints.run_folder import METRICS
 
 CONFIG = "experiments"
-TASKS = ("group", "score", "fingerprint", "state")
-GRID = ("grid.mm=8", "grid.shape=[24,24,24]", "windows.keep=24")
+KEPT, ALL = "windows.keep=24", "windows.keep=all"
+GRID = ("grid.mm=8", "grid.shape=[24,24,24]")
 FRAMES, PRETRAINED, PROBED = 240, 120, 200  # frames of a session; people, two sessions each
-PARTS = ("main", "steps", "view", "ranker", "targets", "pooling")
+PARTS = ("main", "fine", "people", "windows", "steps", "view", "ranker", "targets", "pooling")
 # Random weights: the initial ones, and a control with small position embeddings, see `comparison`.
 RANDOM = {"random": "random weights", "control": "random weights, small positions"}
 BASELINES = {
@@ -37,18 +39,26 @@ BASELINES = {
     "connectome_kept": "functional connectivity, kept windows",
     "parcel_means": "parcel means of the window",
     "mean_image": "mean image",
+    "parcels": "functional connectivity, 400 parcels",
+    "voxels": "voxel components, kept windows",
 }
-POOLINGS = ("mean", "mean+sd", "location", "attentive", "cov")
+# What is asked of the first seed: `cov` with its 3 components, and the others.
+POOLINGS: Mapping[str, Mapping[str, object]] = {
+    **{name: {"pooling": name} for name in ("mean", "mean+sd", "location", "attentive", "cov")},
+    "cov, 8 components": {"pooling": "cov", "components": 8},
+}
+WINDOWS = (8, 16, 32, None)  # most salient windows of a run that are encoded; None for all
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of a table: the settings that are changed, and the ranker of the windows."""
+    """A row of a table: the settings that are changed, the ranker of the windows, and the people of pretraining."""
 
     name: str
     words: str
     changes: tuple[str, ...] = ()
     ranker: str = "mutual"
+    people: int = PRETRAINED
 
 
 OBJECTIVES = (
@@ -63,6 +73,8 @@ VIEWS = (
     Variant("view-both", "view: both", ("view=both",)),
 )
 RANKERS = (Variant("ranker-random", "windows at random", ranker="random"),)
+PEOPLE = tuple(Variant(f"people-{count}", f"{count} people", people=count) for count in (15, 30, 60))
+PEOPLE_SEEDS = 2
 TARGETS = tuple(
     Variant(f"targets-{kind}", f"{kind.replace('_', '-')} alone", (f"mask.kinds=[{kind}]",))
     for kind in ("cross_location", "cross_time", "double_cross")
@@ -71,15 +83,15 @@ TARGETS = tuple(
 
 @dataclass(frozen=True)
 class Trial:
-    """One pretraining: a variant, a seed, a signal-to-noise ratio."""
+    """One pretraining: a variant, a seed, a kind of cohort."""
 
     variant: Variant
     seed: int
-    snr: float
+    kind: Kind
 
     @property
     def name(self) -> str:
-        return f"{self.variant.name}-snr{self.snr:g}-seed{self.seed}"
+        return f"{self.variant.name}-{self.kind.name}-seed{self.seed}"
 
 
 class Experiments:
@@ -99,47 +111,67 @@ class Experiments:
     def __init__(self, out: Path, seeds: int, jobs: int, changes: list[str]):
         self.out, self.seeds, self.jobs, self.changes = out, seeds, jobs, changes
 
-    def dataset(self, who: str, snr: float, ranker: str = "mutual") -> Path:
-        return self.out / "shards" / f"{who}-snr{snr:g}-{ranker}"
+    def dataset(self, who: str, kind: Kind, ranker: str = "mutual") -> Path:
+        return self.out / "shards" / f"{who}-{kind.name}-{ranker}"
 
-    def cohort(self, who: str, snr: float) -> Path:
-        return self.out / "cohorts" / f"{who}-snr{snr:g}"
+    def cohort(self, who: str, kind: Kind) -> Path:
+        return self.out / "cohorts" / f"{who}-{kind.name}"
 
-    def trials(self, parts: list[str], snrs: list[float]) -> list[Trial]:
-        """All pretrainings, those of the main table first."""
-        found = [Trial(v, seed, snr) for snr in snrs for seed in range(self.seeds) for v in OBJECTIVES]
-        small = {"steps": LENGTHS, "view": VIEWS, "ranker": RANKERS, "targets": TARGETS}
-        wanted = [variant for part in parts for variant in small.get(part, ())]
-        return ([] if "main" not in parts else found) + [Trial(v, 0, snrs[0]) for v in wanted]
+    def trials(self, parts: list[str], kinds: list[Kind]) -> list[Trial]:
+        """All pretrainings, those of the main table first; `kinds` are those of the main table."""
+        default = OBJECTIVES[0]
+        found = [Trial(v, seed, kind) for kind in kinds for seed in range(self.seeds) for v in OBJECTIVES]
+        found = found if "main" in parts else []
+        if "fine" in parts:
+            found += [Trial(default, seed, FINE) for seed in range(self.seeds)]
+        if "people" in parts:
+            seeds = range(min(self.seeds, PEOPLE_SEEDS))
+            found += [Trial(variant, seed, FINE) for variant in (default, *PEOPLE) for seed in seeds]
+        small = {"steps": LENGTHS, "view": VIEWS, "ranker": RANKERS, "targets": TARGETS, "windows": (default,)}
+        found += [Trial(variant, 0, kinds[0]) for part in parts for variant in small.get(part, ())]
+        return list(dict.fromkeys(found))
 
-    def prepare(self, trials: list[Trial], snrs: list[float]) -> None:
+    def prepare(self, trials: list[Trial], parts: list[str], kinds: list[Kind]) -> None:
         """Make cohorts and datasets. The temporal extractor is trained on the pretraining cohort."""
-        made = [(snr, *people) for snr in snrs for people in (("pretrained", PRETRAINED, 1), ("probed", PROBED, 2))]
+        everyone = {trial.kind for trial in trials}
+        made = {(kind, f"{kind.who(PRETRAINED, PRETRAINED)}", PRETRAINED, 1) for kind in everyone}
+        made |= {(t.kind, t.kind.who(t.variant.people, PRETRAINED), t.variant.people, 1) for t in trials}
+        made |= {(kind, "probed", PROBED, 2) for kind in everyone}
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(lambda facts: self.make_cohort(*facts), made))
-        for snr in snrs:
-            rankers = {"mutual"} | {trial.variant.ranker for trial in trials if trial.snr == snr}
-            for ranker in sorted(rankers):
-                self.convert("pretrained", snr, ranker, "split.shares=[1,0,0]")
-                words = ["--extractor", self.dataset("pretrained", snr) / "extractor"] if ranker == "mutual" else []
-                self.convert("probed", snr, ranker, "split.shares=[0,0,1]", *words)
+            list(pool.map(lambda facts: self.make_cohort(*facts), sorted(made, key=str)))
+        for kind in sorted(everyone, key=str):
+            self.convert("pretrained", kind, "mutual", KEPT, "split.shares=[1,0,0]")
+            extractor = ("--extractor", self.dataset("pretrained", kind) / "extractor")
+            for trial in trials:
+                who, ranker = kind.who(trial.variant.people, PRETRAINED), trial.variant.ranker
+                if trial.kind == kind:
+                    words = extractor if ranker == "mutual" else ()
+                    self.convert(who, kind, ranker, KEPT, "split.shares=[1,0,0]", *words)
+                    self.convert("probed", kind, ranker, KEPT, "split.shares=[0,0,1]", *words)
+            if kind.parcels is not None:
+                image = f"parcels.image={self.cohort('probed', kind) / kind.parcels}"
+                self.convert("parcels", kind, "variance", KEPT, "split.shares=[0,0,1]", image, cohort="probed")
+        if "windows" in parts:
+            extractor = ("--extractor", self.dataset("pretrained", kinds[0]) / "extractor")
+            for ranker, words in (("mutual", extractor), ("random", ())):
+                self.convert("whole", kinds[0], ranker, ALL, "split.shares=[0,0,1]", *words, cohort="probed")
 
-    def make_cohort(self, snr: float, who: str, people: int, seed: int) -> None:
-        folder = self.cohort(who, snr)
+    def make_cohort(self, kind: Kind, who: str, people: int, seed: int) -> None:
+        folder = self.cohort(who, kind)
         if not (folder / "cohort.yaml").exists():  # written last
-            size = ("--subjects", people, "--frames", FRAMES, "--seed", seed, "--snr", snr)
+            size = ("--subjects", people, "--frames", FRAMES, "--seed", seed, *kind.options)
             call("make-cohort", "--out", folder, *size)
 
-    def convert(self, who: str, snr: float, ranker: str, *words: Any) -> None:
-        shards = self.dataset(who, snr, ranker)
+    def convert(self, who: str, kind: Kind, ranker: str, *words: Any, cohort: str = "") -> None:
+        """Convert a cohort, by default that of the same name."""
+        shards = self.dataset(who, kind, ranker)
         if not (shards / "manifest.json").exists():  # written last
-            cohort = self.cohort(who, snr) / "cohort.yaml"
-            chosen = ("--ranker", ranker, "--workers", self.jobs, *words, *GRID)
-            call("make-shards", cohort, "--out", shards, *chosen)
+            source = self.cohort(cohort or who, kind) / "cohort.yaml"
+            call("make-shards", source, "--out", shards, "--ranker", ranker, "--workers", self.jobs, *words, *GRID)
 
     def pretrain(self, trial: Trial) -> None:
         """Train one run, or resume it. Only its last checkpoint and its log are kept."""
-        data = self.dataset("pretrained", trial.snr, trial.variant.ranker)
+        data = self.dataset(trial.kind.who(trial.variant.people, PRETRAINED), trial.kind, trial.variant.ranker)
         words = [f"data={data}", f"run.out={self.out / 'runs' / trial.name}", f"run.seed={trial.seed}"]
         call("pretrain", CONFIG, *words, *trial.variant.changes, *self.changes)
 
@@ -168,39 +200,77 @@ class Experiments:
             model = SlimBrain.random(model, trial.seed)
             if random == "control":
                 comparison.shrink_positions(model, trial.seed)
-        dataset = Dataset(self.dataset("probed", trial.snr, trial.variant.ranker))
-        questions = self.questions(dataset, trial.snr)
+        dataset = Dataset(self.dataset("probed", trial.kind, trial.variant.ranker))
+        questions = self.questions(dataset, trial.kind)
         features = comparison.encode(model, dataset)
-        poolings = POOLINGS if trial.variant.name == "default" and trial.seed == 0 else ()
+        poolings = POOLINGS if trial.variant.name == "default" and trial.seed == 0 else {}
         comparison.save(path, comparison.encoder_draws(features, questions, poolings))
 
-    def questions(self, dataset: Any, snr: float) -> list[Any]:
+    def windows_path(self, kind: Kind, ranker: str, count: int | None) -> Path:
+        return self.out / "draws" / f"windows-{kind.name}-{ranker}-{count or 'all'}.npz"
+
+    def evaluate_windows(self, trial: Trial) -> None:
+        """Score a run on the most salient windows of each session, on as many in random order, and on all of them.
+
+        Beside them, as `connectome/TASK`, functional connectivity of the same frames.
+        """
+        import torch
+
+        from launchers.experiments import comparison
+        from shards.format.reader import Dataset
+        from slim.inference.slim_brain import SlimBrain
+
+        torch.set_num_threads(1)
+        model = SlimBrain.from_pretrained(self.out / "runs" / trial.name)
+        for ranker in ("mutual", "random"):
+            whole = Dataset(self.dataset("whole", trial.kind, ranker))
+            for count in WINDOWS:
+                path = self.windows_path(trial.kind, ranker, count)
+                if path.exists():
+                    continue
+                dataset = whole if count is None else whole.most_salient(count)
+                questions = [q for q in self.questions(dataset, trial.kind) if q.task.type != "state"]
+                draws = comparison.encoder_draws(comparison.encode(model, dataset), questions)
+                theirs = comparison.baseline_draws(dataset, questions, ("connectome_kept",))
+                # connectivity of all windows is that of the whole run, but for a rest shorter than a window
+                theirs = theirs or comparison.baseline_draws(dataset, questions, ("connectome",))
+                for each in theirs.values():
+                    draws |= {f"connectome/{name}": draw_D for name, draw_D in each.items()}
+                comparison.save(path, draws)
+
+    def questions(self, dataset: Any, kind: Kind) -> list[Any]:
         from launchers.experiments import comparison
         from slim.evaluation.task import load_task
 
         tasks = {}
-        for name in TASKS:
+        for name in kind.tasks:
             where = find("task", f"synthetic_{name}", "TASKS")
             task = load_task(where)
             changes: dict[str, object] = {"repeats": 1}
             if name == "state":  # windows are many: fewer are enough to train on, and more are tested
                 changes |= {"kind": "holdout", "shares": (0.3, 0.05, 0.65)}
             tasks[str(where)] = task.model_copy(update={"split": task.split.model_copy(update=changes)})
-        return comparison.ask(tasks, dataset, self.cohort("probed", snr))
+        return comparison.ask(tasks, dataset, self.cohort("probed", kind))
 
-    def baselines(self, snr: float) -> None:
+    def baselines(self, kind: Kind) -> None:
         """Score the baselines without an encoder."""
-        from launchers.experiments import comparison
+        from launchers.experiments import comparison, voxels
         from shards.format.reader import Dataset
 
-        if all(self.baseline_path(snr, name).exists() for name in BASELINES):
-            return
-        dataset = Dataset(self.dataset("probed", snr))
-        for name, draws in comparison.baseline_draws(dataset, self.questions(dataset, snr)).items():
-            comparison.save(self.baseline_path(snr, name), draws)
+        dataset = Dataset(self.dataset("probed", kind))
+        usual = ("connectome", "connectome_kept", "parcel_means", "mean_image")
+        if not all(self.baseline_path(kind, name).exists() for name in usual):
+            for name, draws in comparison.baseline_draws(dataset, self.questions(dataset, kind)).items():
+                comparison.save(self.baseline_path(kind, name), draws)
+        if not (path := self.baseline_path(kind, "voxels")).exists():
+            comparison.save(path, voxels.draws(dataset, self.questions(dataset, kind)))
+        if kind.parcels is not None and not (path := self.baseline_path(kind, "parcels")).exists():
+            parcels = Dataset(self.dataset("parcels", kind, "variance"))
+            questions = [q for q in self.questions(parcels, kind) if q.task.type != "state"]
+            comparison.save(path, comparison.baseline_draws(parcels, questions, ("connectome",))["connectome"])
 
-    def baseline_path(self, snr: float, name: str) -> Path:
-        return self.out / "draws" / f"{name}-snr{snr:g}.npz"
+    def baseline_path(self, kind: Kind, name: str) -> Path:
+        return self.out / "draws" / f"{name}-{kind.name}.npz"
 
     def rank(self, trial: Trial) -> float:
         """Effective rank of the context's features over the last tenth of the logged steps."""

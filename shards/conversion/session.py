@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import Field, field_serializer, field_validator
@@ -56,8 +56,14 @@ class WindowSettings(Settings):
     """Windows of a scan, and how many are kept."""
 
     frames: Annotated[int, Unit("frames")] = Field(5, ge=1, le=100, description="number of frames of a window")
-    keep: Annotated[int, Unit("windows")] = Field(32, ge=1, description="number of most salient windows kept")
+    keep: Annotated[Annotated[int, Field(ge=1)] | Literal["all"], Unit("windows")] = Field(
+        32, description="number of most salient windows kept, or `all`, in the order of their saliency"
+    )
     minimum: Annotated[int, Unit("windows")] = Field(8, ge=1, description="scans with fewer windows are refused")
+
+    def kept_of(self, count: int) -> int:
+        """How many of `count` windows are kept."""
+        return count if self.keep == "all" else min(self.keep, count)
 
 
 class ParcelSettings(Settings):
@@ -359,7 +365,7 @@ def _ranked(
     """
     frames, result, n_windows = settings.windows.frames, session.result, session.meta.n_windows
     measured_W = ~result.repeated_T[: n_windows * frames].reshape(n_windows, frames).any(axis=1)
-    if (count := np.count_nonzero(measured_W)) < settings.windows.minimum:
+    if (count := int(np.count_nonzero(measured_W))) < settings.windows.minimum:
         got = f"{count} of {n_windows} windows without volumes that are copies of an earlier one"
         hint = "The scanner may have stopped, or censored volumes were replaced by copies: leave the scan out"
         raise RunRefused(run.source, "data", got, f"at least {settings.windows.minimum}", hint)
@@ -372,7 +378,7 @@ def _ranked(
             raise RunRefused(run.source, name, f"values that are not {n_windows} finite numbers", "one per window")
     parts = {name: np.where(measured_W, values_W, values_W[measured_W].min()) for name, values_W in parts.items()}
     scores_W = parts["scores"].astype(np.float32)
-    rank_K = np.lexsort((np.arange(n_windows), -scores_W, ~measured_W))[: min(settings.windows.keep, count)]
+    rank_K = np.lexsort((np.arange(n_windows), -scores_W, ~measured_W))[: settings.windows.kept_of(count)]
     start_K = rank_K * frames
     return {
         "baseline": result.baseline_PV,

@@ -6,7 +6,7 @@ A dataset of an earlier version may lack newer fields; they are then None or emp
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictInt, StrictStr, model_validator
 from upath import UPath
@@ -61,7 +61,7 @@ class WindowsRecord(Record):
     """How windows were cut and selected."""
 
     frames: Annotated[StrictInt, Field(ge=1, le=10_000)]
-    keep: Size | None = None
+    keep: Size | Literal["all"] | None = None
     minimum: Size | None = None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
@@ -16,7 +17,7 @@ import numpy as np
 from upath import UPath
 
 from shards.core.display import as_html, as_text
-from shards.core.errors import DatasetError, SampleCorrupt, Stopped, UnknownSession, did_you_mean
+from shards.core.errors import ConfigError, DatasetError, SampleCorrupt, Stopped, UnknownSession, did_you_mean
 from shards.core.settings import check
 from shards.format import layout, remote, sample
 from shards.format.byte_range import LocalSpan
@@ -133,6 +134,7 @@ class Dataset:
 
     def _shown(self) -> tuple[str, dict[str, object]]:
         manifest, grid = self.manifest, self.grid
+        kept = "all" if (most := manifest.windows.keep) == "all" else f"the {most} most salient"
         splits = ", ".join(f"{count} {split}" for split, count in manifest.sessions.items())
         tr = "" if manifest.tr is None else f", TR {manifest.tr:g} s"
         return f"Dataset {self.folder}", {
@@ -141,7 +143,7 @@ class Dataset:
             "cohorts": ", ".join(manifest.cohorts) or None,
             "refused scans": manifest.failed or None,
             "grid": f"{' x '.join(map(str, grid.shape))} voxels of {grid.mm:g} mm",
-            "windows": f"{self.frames} frames{tr}; the {manifest.windows.keep} most salient of each scan are kept",
+            "windows": f"{self.frames} frames{tr}; {kept} of each scan are kept",
         }
 
     @property
@@ -157,6 +159,23 @@ class Dataset:
     def of_split(self, split: str) -> list[SessionRecord]:
         """The sessions of `train`, `val` or `test`, or of all splits with `all`."""
         return [session for session in self.sessions if split in ("all", session.split)]
+
+    def most_salient(self, count: int) -> Dataset:
+        """This dataset with at most `count` windows of each session, the first of its ranking.
+
+        Raises
+        ------
+        ConfigError
+            If `count` is less than 1.
+        """
+        if count < 1:
+            raise ConfigError("most_salient", "count", count, "1 or more windows")
+        fewer = copy(self)
+        fewer.sessions = [
+            session.model_copy(update={"n_kept": min(count, session.n_kept)}) for session in self.sessions
+        ]
+        fewer.__dict__.pop("_by_key", None)
+        return fewer
 
     def read(
         self,
@@ -201,13 +220,21 @@ class Dataset:
             far = remote.RemoteSpan(path, session.zarr_offset, session.zarr_size, where)
             far.fetch_members(lambda members: sample.members_read(members, names, windows))
             with io.BufferedReader(far, 1 << 16) as file:
-                return sample.unpack(file, where, names, windows)
+                return _first_windows(session, sample.unpack(file, where, names, windows), windows)
         try:
             span = LocalSpan(path, session.zarr_offset, session.zarr_size)
         except OSError as error:
             raise SampleCorrupt(where, "", error.strerror or "unreadable", "a shard") from None
         with io.BufferedReader(span, 1 << 16) as file:
-            return sample.unpack(file, where, names, windows)
+            return _first_windows(session, sample.unpack(file, where, names, windows), windows)
+
+
+def _first_windows(
+    session: SessionRecord, arrays: dict[str, np.ndarray], chosen: Iterable[int] | None
+) -> dict[str, np.ndarray]:
+    """The arrays without the windows that `Dataset.most_salient` left out; `chosen` were asked for by their rank."""
+    ranked = ("start",) if chosen is not None else ("start", "windows")
+    return {name: array[: session.n_kept] if name in ranked else array for name, array in arrays.items()}
 
 
 def away(folder: str | Path | UPath) -> str | None:

@@ -159,9 +159,9 @@ def _first_look(dataset: Dataset, failed: list[Refusal], outlying: Outlying) -> 
         found.append(
             look(
                 "windows",
-                f"In {whole} of {html.count(len(sessions), 'session')} all windows were kept, because "
-                f"there are at most {dataset.manifest.windows.keep}: the ranking "
-                "sorts them, but does not drop any.",
+                f"In {whole} of {html.count(len(sessions), 'session')} all windows were kept"
+                + ("" if (most := dataset.manifest.windows.keep) == "all" else f", because there are at most {most}")
+                + ": the ranking sorts them, but does not drop any.",
             )
         )
     if not torn:
@@ -173,6 +173,7 @@ def _facts(dataset: Dataset) -> dict[str, object]:
     manifest, grid, windows = dataset.manifest, dataset.grid, dataset.manifest.windows
     source_trs = sorted({round(session.source_tr, 4) for session in dataset.sessions})
     trs = sorted({round(session.tr, 4) for session in dataset.sessions})
+    kept = "all kept" if windows.keep == "all" else f"the {windows.keep} most salient kept"
     ranker = manifest.ranker["name"]
     learned = manifest.ranker.get("extractor")
     size = sum(shard.bytes for shard in manifest.shards)
@@ -184,7 +185,7 @@ def _facts(dataset: Dataset) -> dict[str, object]:
         "Grid": f"{' × '.join(map(str, grid.shape))} voxels of {grid.mm:g} mm, RAS+",
         "Patch": f"{grid.patch} × {grid.patch} × {grid.patch} voxels",
         "TR": _range(trs, "s") + ("" if source_trs == trs else f", scanned at {_range(source_trs, 's')}"),
-        "Windows": f"{windows.frames} frames; the {windows.keep} most salient kept",
+        "Windows": f"{windows.frames} frames; {kept}",
         "Parcels": _parcels(dataset),
         "Ranker": f"{ranker}, extractor {learned[:12]}" if learned else ranker,
         "Normalisation": manifest.normalisation,

@@ -17,7 +17,7 @@ from shards.synthetic.truth import NETWORKS, both_sides, rng_of
 FOCUS_SD_MM = 13.0
 BASELINE = 10_000.0
 NETWORK_PERCENT, GLOBAL_PERCENT, DRIFT_PERCENT = 1.0, 0.3, 0.3  # SD of a voxel, percent of its baseline
-FINE_PERCENT, FINE_WAVES_MM = 0.7, (14.0, 20.0)  # of fine patterns: percent as above, and wavelengths
+FINE_PERCENT, FINE_WAVES_MM = 0.7, (16.0, 21.0)  # of fine patterns: percent as above, and wavelengths along an axis
 CUBE_MM = 24.0  # edge of the cubes in which fine patterns have mean 0, as that of the cubes of a dataset
 PARCELS, LEAST_GREY = 200, 0.3  # parcels of a hemisphere, and the share of grey matter from which a voxel is in one
 NOISE_FWHM_MM, NOISE_TIME_S = 6.0, 0.8
@@ -43,15 +43,13 @@ class Anatomy:
     parcel_V: np.ndarray | None = None
 
 
-def smooth_field(
-    rng: np.random.Generator, mm_V3: np.ndarray, wavelengths_mm: tuple[float, float] = (50, 120)
-) -> np.ndarray:
-    """A random field (V,) of unit SD with these wavelengths, independent of the voxel size."""
+def smooth_field(rng: np.random.Generator, mm_V3: np.ndarray) -> np.ndarray:
+    """A random field (V,) of unit SD with wavelengths of 50-120 mm, independent of the voxel size."""
     waves = 32
     field_V = np.zeros(len(mm_V3), np.float32)
     for _ in range(waves):
         direction = rng.standard_normal(3)
-        wave = direction / np.linalg.norm(direction) * (2 * np.pi / rng.uniform(*wavelengths_mm))
+        wave = direction / np.linalg.norm(direction) * (2 * np.pi / rng.uniform(50, 120))
         field_V += np.cos(mm_V3 @ wave + rng.uniform(0, 2 * np.pi))
     return field_V * np.float32(np.sqrt(2 / waves))
 
@@ -104,7 +102,8 @@ def blobs(foci: list[tuple[int, int, int]], mm_V3: np.ndarray) -> np.ndarray:
 def with_fine_patterns(brain: Anatomy) -> Anatomy:
     """Add parcels, and for each network a fine pattern that vanishes in the mean of every parcel and cube.
 
-    A fine pattern is a random field of short waves where the network is. From it, the mean of each 24 mm cube of the
+    A fine pattern is a random field of short waves where the network is, so short that neighbouring voxels of 8 mm
+    mostly differ in sign, and means over any compact parcel are small. From it, the mean of each 24 mm cube of the
     common grid and of each parcel is taken away at once: the least change of the pattern, by least squares. It is in
     scanner units and equal in all people, so that the mean over a parcel is 0 whatever their baseline is.
     """
@@ -119,12 +118,20 @@ def with_fine_patterns(brain: Anatomy) -> Anatomy:
 
     fine_NV = np.empty((len(NETWORKS), len(cube_V)))
     for number, map_V in enumerate(brain.map_NV):
-        short_V = smooth_field(rng_of(0, "fine_pattern", number), brain.mm_V3, FINE_WAVES_MM)
-        fine_V = short_V.astype(np.float64) * map_V * brain.template_V
+        fine_V = _short_waves(rng_of(0, "fine_pattern", number), brain.mm_V3) * map_V * brain.template_V
         fine_NV[number] = fine_V - belongs_GV.T @ (inverse_GG @ (belongs_GV @ fine_V))
     share_NV = fine_NV / brain.template_V
     fine_NV *= FINE_PERCENT / 100 / np.sqrt((share_NV**2).sum(0).mean())
     return replace(brain, fine_NV=fine_NV.astype(np.float32), parcel_V=parcel_V)
+
+
+def _short_waves(rng: np.random.Generator, mm_V3: np.ndarray) -> np.ndarray:
+    """A random field (V,) of waves that are short along each axis, independent of the voxel size."""
+    field_V = np.zeros(len(mm_V3))
+    for _ in range(32):
+        per_mm_3 = rng.choice([-1, 1], 3) / rng.uniform(*FINE_WAVES_MM, 3)
+        field_V += np.cos(mm_V3.astype(np.float64) @ (2 * np.pi * per_mm_3) + rng.uniform(0, 2 * np.pi))
+    return field_V
 
 
 def _parcels(brain: Anatomy) -> np.ndarray:

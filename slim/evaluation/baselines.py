@@ -8,7 +8,7 @@ brain in all sessions; F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 
 import numpy as np
@@ -43,7 +43,7 @@ def connectomes(
     common = reduce(np.intersect1d, labels)
     if len(common) < 2:
         raise DatasetError(dataset.folder, "roi", f"{len(common)} parcels that all sessions have", "at least 2")
-    whole = [roi_RT[_rows(label_R, common)].T for roi_RT, label_R in zip(series, labels, strict=True)]
+    whole = [roi_RT[rows_of(label_R, common)].T for roi_RT, label_R in zip(series, labels, strict=True)]
     return _correlations(whole), _correlations([x_TR[rows] for x_TR, rows in zip(whole, kept, strict=True)])
 
 
@@ -74,17 +74,40 @@ def mean_image(
     values, numbers = [], []
     for session in sessions:
         arrays = dataset.read(session, ("baseline", "brain", "patch"))
-        place_P = np.ravel_multi_index(tuple(arrays["patch"].T.astype(np.intp)), dataset.grid.patch_shape)
-        number_PV = place_P[:, None] * dataset.grid.voxels + np.arange(dataset.grid.voxels)
-        inside = arrays["brain"] > 0
-        values.append(arrays["baseline"][inside])
-        numbers.append(number_PV[inside])
+        values.append(arrays["baseline"][arrays["brain"] > 0])
+        numbers.append(voxel_numbers(dataset, arrays))
         if advance:
             advance(1)
+    common = common_voxels(dataset, numbers)
+    return np.stack([value[rows_of(number, common)] for value, number in zip(values, numbers, strict=True)])
+
+
+def voxel_numbers(dataset: Dataset, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The number on the grid of each voxel that is brain, in the order of `arrays["brain"] > 0`; int (W,).
+
+    Parameters
+    ----------
+    dataset : Dataset
+    arrays : mapping
+        `brain` and `patch` of a session.
+    """
+    place_P = np.ravel_multi_index(tuple(arrays["patch"].T.astype(np.intp)), dataset.grid.patch_shape)
+    number_PV = place_P[:, None] * dataset.grid.voxels + np.arange(dataset.grid.voxels)
+    return number_PV[arrays["brain"] > 0]
+
+
+def common_voxels(dataset: Dataset, numbers: Sequence[np.ndarray]) -> np.ndarray:
+    """The voxels that are brain in all sessions, int (W,).
+
+    Raises
+    ------
+    DatasetError
+        If there is none.
+    """
     common = reduce(np.intersect1d, numbers)
     if not len(common):
         raise DatasetError(dataset.folder, "brain", "no voxel that is brain in all sessions", "overlapping brain masks")
-    return np.stack([value[_rows(number, common)] for value, number in zip(values, numbers, strict=True)])
+    return common
 
 
 def parcel_means(
@@ -118,7 +141,7 @@ def parcel_means(
     rows = []
     for session, start in zip(sessions, window_N, strict=True):
         roi_RT, label_R = series[session.key]
-        x_RT = roi_RT[_rows(label_R, common)].astype(np.float64)
+        x_RT = roi_RT[rows_of(label_R, common)].astype(np.float64)
         first = round(start / session.tr)
         z_RT = (x_RT - x_RT.mean(axis=1, keepdims=True)) / np.maximum(x_RT.std(axis=1, keepdims=True), 1e-12)
         rows.append(z_RT[:, first : first + dataset.frames].mean(axis=1))
@@ -146,7 +169,7 @@ def confounds(sessions: list[SessionRecord], names: Sequence[str]) -> np.ndarray
     return np.concatenate(columns, axis=1)
 
 
-def _rows(label: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def rows_of(label: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Rows of `label` with the values `wanted`, in the order of `wanted`. All must exist."""
     order = np.argsort(label, kind="stable")
     return order[np.searchsorted(label[order], wanted)]

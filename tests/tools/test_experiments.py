@@ -71,7 +71,7 @@ def test_the_tables_say_what_is_there(command: Command, tmp_path: Path, ours: fl
     assert rows["JEPA (1 of 2 seeds)"].rstrip(" |").endswith("3") and "functional connectivity" in rows
     assert not any(name.startswith("MAE") for name in rows) and "mean image" not in rows  # nothing is there
     assert "random weights, `mean`" in text
-    results = json.loads((tmp_path / "results.json").read_text())["snr 0.9"]
+    results = json.loads((tmp_path / "results.json").read_text())["SNR 0.9"]
     assert len(results["better than random weights, intervals apart"]) == better
     assert "random weights, small positions" in rows
 
