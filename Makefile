@@ -7,6 +7,7 @@
 # make test-oldest  the tests with the oldest dependencies that pyproject.toml admits; make test-newest: with the newest
 # make test-brainmarks  the model of Brainmarks in the suite itself, in an environment of its own
 # make slurm        as root: the SLURM packages of Debian
+# make chromium     as root, unless it is there: the browser in which the pages are tested; without it those tests are skipped
 # make experiments  does pretraining learn? many hours of two cores: runs/experiments/tables.md
 # make lint         ruff, mypy and shellcheck
 # make docs         the documentation: docs/_build/html/index.html; warnings are errors
@@ -20,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test test-fast test-processes test-slurm test-slow test-oldest test-newest test-brainmarks slurm lint docs experiments clean
+.PHONY: quickstart test test-fast test-processes test-slurm test-slow test-oldest test-newest test-brainmarks slurm chromium lint docs experiments clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -75,6 +76,9 @@ test-brainmarks:
 slurm:
 	sh tests/slurm/install.sh
 
+chromium:
+	sh tests/install_chromium.sh
+
 experiments: $(READY)
 	$(BIN)/python tools/experiments.py --out runs/experiments
 
@@ -82,7 +86,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launchers/cluster/templates/*.sh tests/slurm/install.sh
+	$(BIN)/shellcheck launchers/cluster/templates/*.sh tests/slurm/install.sh tests/install_chromium.sh
 
 $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,27 @@ def mixed_dataset(folder: Path) -> Path:
         )
     ]
     return make_dataset(folder, sessions, failed)
+
+
+def repeated(folder: Path, number: int) -> Path:
+    """A dataset of `number` sessions of five cohorts, with made-up measures; all have the bytes of one sample."""
+    make_dataset(folder, [session("c0_sub-0", "c0", "0", "train")], [])
+    (first,) = layout.read_lines(folder / layout.SESSIONS)
+    rng = np.random.default_rng(0)
+    lines = []
+    for place in range(number):
+        cohort, subject = f"c{place % 5}", f"{place // 2:05}"
+        measured = {
+            "tsnr": round(float(rng.normal(60, 6)), 3),
+            "dvars_outliers": int(rng.poisson(2)),
+            "mean_fd_mm": None if place % 7 == 0 else round(float(rng.lognormal(-2, 0.4)), 4),
+            "brain_ml": round(float(rng.normal(1500, 100)), 1),
+            "mni_dice": round(float(rng.normal(0.9, 0.01)), 4),
+        }
+        names = {"key": f"{cohort}_sub-{subject}_ses-{place % 2}_task-rest", "cohort": cohort, "subject": subject}
+        lines.append({**first, **names, **measured})
+    files.write_atomically(folder / layout.SESSIONS, "".join(files.dump(line) + "\n" for line in lines))
+    manifest = json.loads((folder / layout.MANIFEST).read_text())
+    manifest["sessions"]["train"], manifest["cohorts"] = number, sorted({line["cohort"] for line in lines})
+    files.write_atomically(folder / layout.MANIFEST, files.dump(manifest))
+    return folder

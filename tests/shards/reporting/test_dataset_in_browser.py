@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers.browser import REASON, Browser, browser, find
-from helpers.page_dataset import GRID, changed, mixed_dataset, session
+from helpers.page_dataset import GRID, changed, mixed_dataset, repeated, session
 from shards.core.findings import look
-from shards.reporting import dataset_page, distribution, html, session_table
+from shards.reporting import dataset_page, distribution, html, pictures, session_table
 from shards.reporting.pictures import Drawn
 
 pytestmark = pytest.mark.skipif(find() is None, reason=REASON)
@@ -221,10 +223,46 @@ def test_a_private_page_opens_pictures_and_names_nobody(tmp_path: Path) -> None:
             opened.click("#session-close")
 
 
+@pytest.mark.slow
+def test_five_thousand_sessions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints the figures of docs/results/cost.md; see there."""
+    number = 5000
+    folder = repeated(tmp_path / "many", number)
+    spent = {"memory of this process before, MB": _peak_mb()}
+    for name, embed, drawn in (("without pictures", 0, 0), ("as by default", None, pictures.DRAWN)):
+        before = time.process_time()
+        page = dataset_page.write(folder, embed=embed, drawn=drawn)
+        spent[f"write the page {name}, CPU s"] = time.process_time() - before
+        spent[f"memory after it {name}, MB"] = _peak_mb()
+    assert len([*(page.parent / "sessions").iterdir()]) == pictures.DRAWN - 7
+    size = page.stat().st_size
+    assert size < 5e6
+    with browser() as opened:
+        opened.open(page)
+        assert opened.text(".range") == f"Sessions: 1–50 of {number}"
+        times = opened.run("performance.getEntriesByType('navigation')[0].toJSON()")
+        painted = opened.run("performance.getEntriesByName('first-contentful-paint')[0]?.startTime")
+        steps = {"sort": "document.querySelector('#columns th:last-child button').click()"}
+        steps["filter"] = "document.getElementById('state').value = 'outlying',"
+        steps["filter"] += "document.getElementById('state').dispatchEvent(new Event('input'))"
+        for name, code in steps.items():
+            measured = f"(() => {{ const begin = performance.now(); {code}; document.body.offsetHeight;"
+            spent[f"{name}, ms"] = opened.run(measured + " return performance.now() - begin; })()")
+        assert 0 < len(opened.texts(LISTED)) <= 50
+    spent |= {"page, MB": size / 1e6, "first paint, ms": painted, "loaded, ms": times["loadEventEnd"]}
+    with capsys.disabled():
+        print("", *(f"{name}: {value:.4g}" for name, value in spent.items()), sep="\n")
+
+
 def test_text_in_the_rows_cannot_end_the_script_element() -> None:
     sessions = [session("one_a", "</script><b>", "<!--", "train")]
     made = session_table.make(sessions, GRID, {}, {"one_a": Drawn("sessions/0001.png", "</script>", 100)})
     assert "<" not in made.rows and json.loads(made.rows)["cohorts"] == ["</script><b>"]
+
+
+def _peak_mb() -> float:
+    """The largest memory of this process until now."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def data(page: Path) -> dict:
