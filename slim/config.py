@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -13,7 +13,17 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from shards.core.errors import ConfigError
 from shards.core.passwords import keep
 from shards.core.presets import find, presets
-from shards.core.settings import Contradiction, PathText, Settings, Unit, check, override, read_yaml, typed
+from shards.core.settings import (
+    Contradiction,
+    PathText,
+    Settings,
+    Unit,
+    check,
+    override,
+    read_yaml,
+    typed,
+    whole_number,
+)
 from slim.model_settings import MOST_CHANNELS, PRESETS, ModelSettings
 
 View = Literal["global", "voxel", "both"]
@@ -22,22 +32,6 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 AUTO = "auto"
 UNCHOSEN = 65_536  # tokens of a chunk where `auto` was not replaced by a choice: no step of a run
-
-
-def _whole_number(words: str, least: int, most: float = math.inf) -> Callable[[Any], Any]:
-    """A check of `auto`, `null` or a whole number, whose error names all of them; `words` are those accepted."""
-
-    def checked(value: Any) -> Any:
-        if value in (AUTO, None) and (value or "null") in words.split(", "):
-            return value
-        if isinstance(value, float) and value.is_integer():  # 1e4
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            numbers = f"of {least} or more" if math.isinf(most) else f"from {least} to {most:g}"
-            raise ValueError(f"{words} or a whole number {numbers}")
-        return value
-
-    return checked
 
 
 class DataItem(Settings):
@@ -157,7 +151,7 @@ class EmaSettings(Settings):
 class ZeroSettings(Settings):
     """What DeepSpeed divides among processes or keeps in CPU memory."""
 
-    stage: Annotated[int | Literal["auto"], Unit("stage"), BeforeValidator(_whole_number("auto", 0, 3))] = Field(
+    stage: Annotated[int | Literal["auto"], Unit("stage"), BeforeValidator(whole_number("auto", 0, 3))] = Field(
         "auto",
         description="what ZeRO divides among processes: 0 nothing, 1 moments, 2 gradients too, 3 parameters too; auto: "
         "0 in one process, 2 in several, more if states are offloaded",
@@ -301,7 +295,7 @@ class TrainSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of the arithmetic: bfloat16 or float32")
     chunk_tokens: Annotated[
-        int | Literal["auto"] | None, Unit("tokens"), BeforeValidator(_whole_number("auto, null", 1))
+        int | Literal["auto"] | None, Unit("tokens"), BeforeValidator(whole_number("auto, null", 1))
     ] = Field(
         "auto",
         description="tokens that the local stages compute together; null: all of them; auto: as many as the memory of "

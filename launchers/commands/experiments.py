@@ -11,10 +11,11 @@ to the pretraining of all variants.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers.experiments.kinds import FINE, Kind
+from launchers.experiments.kinds import FINE, Kind, real_noise
 from launchers.experiments.tables import Tables
 from launchers.experiments.trials import (
     LENGTHS,
@@ -58,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = [Kind.of_snr(snr) for snr in snrs]
     trials = work.trials(parts, kinds)
     shown = kinds + ([FINE] if {"fine", "people"} & set(parts) else [])
+    if "noise" in parts and (real := real_noise()) is not None:
+        shown.append(real)
+    elif "noise" in parts:
+        print("noise: left out, since SLIM_REAL_DATA does not name a folder of real scans", file=sys.stderr)
     if not args.tables:
         work.prepare(trials, parts, kinds)
         answer_all(work, trials)

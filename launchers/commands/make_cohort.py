@@ -45,6 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             metavar="N",
             help=f"{unit} (default {value})",
         )
+    parser.add_argument(
+        "--noise",
+        type=Path,
+        metavar="SCAN",
+        help="surrogates of this scan as noise (default: a random field)",
+    )
     arguments = parser.parse_args(argv)
     cohort = SyntheticCohort(**{name: getattr(arguments, name) for name in asdict(usual)})
 
@@ -55,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_cohort(arguments.out, cohort, advance)
     config = arguments.out / "cohort.yaml"
     facts = {"cohort": str(config), "runs": len(cohort.runs())} | asdict(cohort)
+    facts["noise"] = None if cohort.noise is None else str(cohort.noise)
     facts["time"] = duration(time.monotonic() - begun)
     next_step = call_of("make-shards", config, "--out", f"{arguments.out}-shards")
     summary(facts, next_step, arguments.json)

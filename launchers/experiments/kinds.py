@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from shards.synthetic.write import PARCELS
 
@@ -51,3 +53,14 @@ FINE = Kind(
     ("fine_group", "fine_score", "fingerprint", "group", "score", "state"),
     PARCELS,
 )
+
+_REAL = Path("rapidtide", "sub-RAPIDTIDETEST.nii.gz")  # below SLIM_REAL_DATA
+
+
+def real_noise() -> Kind | None:
+    """Coarse traits in noise that is real: surrogates of a scan; None without a folder of real scans."""
+    folder = os.environ.get("SLIM_REAL_DATA")
+    if not folder:
+        return None
+    options = ("--snr", "0.9", "--noise", str(Path(folder).resolve() / _REAL))
+    return Kind("real-snr0.9", "noise of a real scan, SNR 0.9", options)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from launchers import environment
-from launchers.experiments.kinds import FINE, Kind
+from launchers.experiments.kinds import FINE, Kind, real_noise
 from shards.core.errors import Stopped
 from shards.core.presets import find
 from shards.core.progress import progress
@@ -31,7 +31,7 @@ CONFIG = "experiments"
 KEPT, ALL = "windows.keep=24", "windows.keep=all"
 GRID = ("grid.mm=8", "grid.shape=[24,24,24]")
 FRAMES, PRETRAINED, PROBED = 240, 120, 200  # frames of a session; people, two sessions each
-PARTS = ("main", "fine", "people", "windows", "steps", "view", "ranker", "targets", "pooling")
+PARTS = ("main", "fine", "people", "windows", "noise", "steps", "view", "ranker", "targets", "pooling")
 # Random weights: the initial ones, and a control with small position embeddings, see `comparison`.
 RANDOM = {"random": "random weights", "control": "random weights, small positions"}
 BASELINES = {
@@ -127,6 +127,8 @@ class Experiments:
         if "people" in parts:
             seeds = range(min(self.seeds, PEOPLE_SEEDS))
             found += [Trial(variant, seed, FINE) for variant in (default, *PEOPLE) for seed in seeds]
+        if "noise" in parts and (real := real_noise()) is not None:
+            found += [Trial(variant, 0, real) for variant in OBJECTIVES]
         small = {"steps": LENGTHS, "view": VIEWS, "ranker": RANKERS, "targets": TARGETS, "windows": (default,)}
         found += [Trial(variant, 0, kinds[0]) for part in parts for variant in small.get(part, ())]
         return list(dict.fromkeys(found))

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
-from pydantic import Field, field_serializer, field_validator
+from pydantic import BeforeValidator, Field, field_serializer, field_validator
 
 from shards.cohorts.bids import sidecars
 from shards.cohorts.scan import RunSource
 from shards.conversion import writer
 from shards.core import files, nifti
 from shards.core.errors import RunRefused
-from shards.core.settings import Settings, Unit, check, digest
+from shards.core.settings import Settings, Unit, check, digest, whole_number
 from shards.format import layout, sample
 from shards.format.grid import Grid
 from shards.format.patches import gather, parcel_means
@@ -56,7 +56,7 @@ class WindowSettings(Settings):
     """Windows of a scan, and how many are kept."""
 
     frames: Annotated[int, Unit("frames")] = Field(5, ge=1, le=100, description="number of frames of a window")
-    keep: Annotated[Annotated[int, Field(ge=1)] | Literal["all"], Unit("windows")] = Field(
+    keep: Annotated[int | Literal["all"], Unit("windows"), BeforeValidator(whole_number("all", 1))] = Field(
         32, description="number of most salient windows kept, or `all`, in the order of their saliency"
     )
     minimum: Annotated[int, Unit("windows")] = Field(8, ge=1, description="scans with fewer windows are refused")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,29 @@ class Unit:
     """What a setting is measured in or counts, as metadata of its type: `Annotated[float, Unit("mm")]`."""
 
     name: str
+
+
+def whole_number(words: str, least: int, most: float = math.inf) -> Callable[[Any], Any]:
+    """A check of a word or a whole number, whose error names all that is accepted.
+
+    Parameters
+    ----------
+    words : str
+        Such as `all`, or `auto, null`; null is None.
+    least, most : number
+    """
+
+    def checked(value: Any) -> Any:
+        if (value is None or isinstance(value, str)) and (value or "null") in words.split(", "):
+            return value
+        if isinstance(value, float) and value.is_integer():  # 1e4
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            numbers = f"of {least} or more" if math.isinf(most) else f"from {least} to {most:g}"
+            raise ValueError(f"{words} or a whole number {numbers}")
+        return value
+
+    return checked
 
 
 def _is_path(text: str) -> str:

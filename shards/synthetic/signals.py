@@ -19,6 +19,7 @@ from shards.synthetic.anatomy import (
     anatomy,
     smooth_field,
 )
+from shards.synthetic.surrogates import surrogates
 from shards.synthetic.truth import NETWORKS, SyntheticCohort, connectivity, fine_connectivity, planted, rng_of
 
 STEP_S = 0.1  # time step of neural activity, independent of the TR
@@ -136,22 +137,40 @@ def _courses(
 
 
 def run_frames(cohort: SyntheticCohort, subject: int, session: int) -> Iterator[np.ndarray]:
-    """Iterate over the frames of a scan, each (V,) float32 in scanner units, without holding a whole scan in memory."""
+    """Iterate over the frames of a scan, each (V,) float32 in scanner units, without holding a whole scan in memory.
+
+    Raises
+    ------
+    ConfigError
+        If the scan whose surrogates are the noise cannot be used.
+    """
     brain, baseline_V = anatomy(cohort.voxel_mm, cohort.recipe), baseline(cohort, subject, session)
     course_TK, pattern_KV = _courses(cohort, subject, session, baseline_V)
+    fine_TN = fine_activity(cohort, subject, session) if brain.fine_NV is not None else None
+    noise = _noise(cohort, subject, session)
+    for t, (course_K, noise_V) in enumerate(zip(course_TK, noise, strict=True)):
+        percent_V = course_K @ pattern_KV + noise_V * (NETWORK_PERCENT / cohort.snr)
+        frame_V = baseline_V * (1 + percent_V / 100)
+        if fine_TN is not None:
+            frame_V = frame_V + fine_TN[t] @ brain.fine_NV
+        yield frame_V.astype(np.float32)
+
+
+def _noise(cohort: SyntheticCohort, subject: int, session: int) -> Iterator[np.ndarray]:
+    """Iterate over the frames of noise, each (V,) float32 with an RMS of 1 over voxels and frames."""
+    if cohort.noise is not None:
+        real = surrogates(cohort.noise, cohort.voxel_mm, cohort.recipe)
+        yield from real.course(rng_of(cohort.seed, "surrogate", subject, session), cohort.frames, cohort.tr)
+        return
+    mask_XYZ = anatomy(cohort.voxel_mm, cohort.recipe).mask_XYZ
     rng = rng_of(cohort.seed, "noise", subject, session)
     sigma = NOISE_FWHM_MM / 2.355 / cohort.voxel_mm
     impulse = gaussian_filter1d(np.eye(1, 129, 64)[0], sigma)
     unit = (impulse**2).sum() ** 1.5  # SD of white noise after the three-dimensional filter
     lag = np.exp(-cohort.tr / NOISE_TIME_S)
     noise_V: np.ndarray | None = None
-    fine_TN = fine_activity(cohort, subject, session) if brain.fine_NV is not None else None
-    for t, course_K in enumerate(course_TK):
-        white_XYZ = rng.standard_normal(brain.mask_XYZ.shape, np.float32)
-        fresh_V = gaussian_filter(white_XYZ, sigma, mode="wrap")[brain.mask_XYZ] / np.float32(unit)
+    for _ in range(cohort.frames):
+        white_XYZ = rng.standard_normal(mask_XYZ.shape, np.float32)
+        fresh_V = gaussian_filter(white_XYZ, sigma, mode="wrap")[mask_XYZ] / np.float32(unit)
         noise_V = fresh_V if noise_V is None else lag * noise_V + np.sqrt(1 - lag**2) * fresh_V
-        percent_V = course_K @ pattern_KV + noise_V * (NETWORK_PERCENT / cohort.snr)
-        frame_V = baseline_V * (1 + percent_V / 100)
-        if fine_TN is not None:
-            frame_V = frame_V + fine_TN[t] @ brain.fine_NV
-        yield frame_V.astype(np.float32)
+        yield noise_V

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shards.core.errors import ConfigError
+from shards.core.files import sha256
 
 SPACE = "MNI152NLin2009cAsym"
 
@@ -138,6 +140,8 @@ class SyntheticCohort:
         At least 0.
     recipe : int
         2, or 3 with traits that are finer than parcels.
+    noise : Path, optional
+        A scan, whose surrogates are the noise instead of a smooth random field.
 
     Raises
     ------
@@ -153,6 +157,7 @@ class SyntheticCohort:
     snr: float = 0.9
     seed: int = 0
     recipe: int = 2
+    noise: Path | None = None
 
     def __post_init__(self) -> None:
         for name, good, expected in (
@@ -164,10 +169,18 @@ class SyntheticCohort:
             ("snr", 0 < self.snr < float("inf"), "a number above 0"),
             ("seed", self.seed >= 0, "at least 0"),
             ("recipe", self.recipe in RECIPES, f"one of {', '.join(map(str, RECIPES))}"),
+            ("noise", self.noise is None or self.noise.is_file(), "a scan: a NIfTI file of four dimensions"),
         ):
             if not good:
                 got = getattr(self, name.replace("-", "_"))
                 raise ConfigError("command line", f"--{name}", got, expected)
+
+    def parameters(self) -> dict[str, object]:
+        """What the bytes of a cohort depend on, besides the recipe; a scan by its name and content."""
+        found = {name: value for name, value in asdict(self).items() if name not in ("recipe", "noise")}
+        if self.noise is not None:
+            found["noise"] = {"name": self.noise.name, "sha256": sha256(self.noise)}
+        return found
 
     def runs(self) -> list[tuple[int, int]]:
         """(subject, session) of every scan, both counted from 1."""
@@ -286,11 +299,10 @@ def truth(cohort: SyntheticCohort) -> dict[str, object]:
     for subject in range(1, cohort.subjects + 1):
         sessions = {f"ses-{j}": planted(cohort, subject, j) for j in range(1, cohort.sessions + 1)}
         subjects[f"sub-{subject:02d}"] = all_traits(cohort, subject) | {"sessions": sessions}
-    parameters = asdict(cohort)
     facts = {
         "generator": GENERATOR,
-        "recipe": parameters.pop("recipe"),
-        "parameters": parameters,
+        "recipe": cohort.recipe,
+        "parameters": cohort.parameters(),
         "networks": [{"name": name, "centres_mm": foci} for name, foci in NETWORKS.items()],
         "trait_pairs": TRAIT_PAIRS,
     }

@@ -37,7 +37,6 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ from shards.core import files
 from shards.core.errors import ConfigError
 from shards.synthetic.anatomy import Anatomy, anatomy
 from shards.synthetic.signals import framewise_displacement, motion, run_frames
+from shards.synthetic.surrogates import surrogates
 from shards.synthetic.truth import (
     GENERATOR,
     SPACE,
@@ -59,6 +59,11 @@ from shards.synthetic.truth import (
 )
 
 _README = "A synthetic cohort of SLIM-Brain (slim-brain make-cohort): nobody was scanned. See truth.json.\n"
+_README_NOISE = (
+    "A synthetic cohort of SLIM-Brain (slim-brain make-cohort). Its people and signals are made up; its noise are\n"
+    "surrogates of the scan that truth.json names, with its spatial correlations: what you may do with that scan, you\n"
+    "may do with this cohort.\n"
+)
 _COLUMNS = {
     "group": {"Description": "trait of the subject, in its connectivity", "Levels": {"A": "group A", "B": "group B"}},
     "score": {"Description": "trait of the subject, in its connectivity", "Units": "arbitrary"},
@@ -166,9 +171,11 @@ def _check_folder(root: Path, cohort: SyntheticCohort) -> None:
     if was is None:
         got = f"{root}, which contains other files"
         raise ConfigError("command line", "--out", got, "a new or empty folder", hint)
+    asked = cohort.parameters() | {"recipe": cohort.recipe}
     # More subjects or sessions extend a cohort; with fewer, scans would remain that are not in its tables.
-    for key, value in asdict(cohort).items():
-        grows = key in ("subjects", "sessions") and key in was and value >= was[key]
+    for key in sorted({*was, *asked}):
+        value = asked.get(key)
+        grows = key in ("subjects", "sessions") and key in was and asked[key] >= was[key]
         if not grows and value != was.get(key):
             got = f"{root}, a cohort of {key} {was.get(key)}"
             raise ConfigError("command line", "--out", got, f"{key} {value}", hint)
@@ -190,10 +197,12 @@ def write_cohort(
     Raises
     ------
     ConfigError
-        If `root` has other content or cannot be made.
+        If `root` has other content or cannot be made, or the scan of the noise cannot be used.
     """
     root = Path(root)
     facts = truth(cohort)
+    if cohort.noise is not None:  # whether it can be used, before anything is written
+        surrogates(cohort.noise, cohort.voxel_mm, cohort.recipe)
     try:
         root.mkdir(parents=True, exist_ok=True)
         _check_folder(root, cohort)
@@ -209,7 +218,7 @@ def write_cohort(
         "GeneratedBy": [{"Name": GENERATOR, "Version": str(cohort.recipe)}],
     }
     files.write_atomically(root / "dataset_description.json", _pretty(description))
-    files.write_atomically(root / "README", _README)
+    files.write_atomically(root / "README", _README if cohort.noise is None else _README_NOISE)
     files.write_atomically(root / ".bidsignore", "".join(f"{name}\n" for name in _NOT_BIDS))
     people = pd.DataFrame.from_dict(facts["subjects"], orient="index").drop(columns="sessions")
     files.write_atomically(root / "participants.json", _pretty({name: _COLUMNS[name] for name in people}))

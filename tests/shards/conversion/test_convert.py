@@ -17,11 +17,12 @@ from shards.cohorts.cohort_file import find_runs
 from shards.conversion.session import ParcelSettings, fingerprint, survey
 from shards.conversion.splits import read_table
 from shards.core.cli import DONE, REFUSED, WRONG
-from shards.core.errors import RunRefused
+from shards.core.errors import ConfigError, RunRefused
 from shards.format import layout
 from shards.format.patches import voxel_slots
 from shards.format.reader import Dataset
 from shards.preprocessing.harmonise import harmonise
+from slim.evaluation.baselines import connectomes
 from slim.ranking.rankers import make_ranker
 
 
@@ -139,6 +140,33 @@ def test_the_trained_ranker_end_to_end(cohort, make_shards, tmp_path, capsys):
     ]
     assert make_shards(source, "--out", given, "--ranker", "ridge", "--extractor", out / layout.EXTRACTOR) == WRONG
     assert "--extractor" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_all_windows_are_kept_in_the_order_of_their_saliency(cohort, make_shards, tmp_path, capsys):
+    """The first of them are what a dataset of fewer windows holds, and `most_salient` reads them alone."""
+    source, every, few = copy_cohort(cohort, tmp_path / "cohort", 3), tmp_path / "all", tmp_path / "few"
+    assert make_shards(source, "--out", every, "--ranker", "ridge", "windows.keep=all") == DONE
+    assert make_shards(source, "--out", few, "--ranker", "ridge", "windows.keep=5") == DONE
+    whole, small = Dataset(every), Dataset(few)
+    assert whole.manifest.windows.keep == "all" and "all of each scan are kept" in repr(whole)
+    assert all(session.n_kept == session.n_windows == 12 for session in whole.sessions)
+    five = whole.most_salient(5)
+    assert [session.n_kept for session in five.sessions] == [5] * len(whole) and five[five.sessions[0].key].n_kept == 5
+    assert whole.sessions[0].n_kept == 12
+    for session, other in zip(five.sessions, small.sessions, strict=True):
+        for read in ({}, {"windows": range(5)}):
+            arrays, expected = five.read(session, **read), small.read(other, **read)
+            for name in ("start", "windows"):
+                np.testing.assert_array_equal(arrays[name], expected[name])
+    for ours, theirs in zip(connectomes(five, five.sessions), connectomes(small, small.sessions), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not np.array_equal(connectomes(five, five.sessions)[1], connectomes(whole, whole.sessions)[1])
+    with pytest.raises(ConfigError, match="1 or more windows"):
+        whole.most_salient(0)
+    capsys.readouterr()
+    assert make_shards(source, "--out", tmp_path / "none", "--ranker", "ridge", "windows.keep=0") == WRONG
+    assert make_shards(source, "--out", tmp_path / "none", "--ranker", "ridge", "windows.keep=most") == WRONG
+    assert "windows.keep" in capsys.readouterr().err
 
 
 def atlas(path: Path, shift: int = 0) -> Path:
