@@ -149,8 +149,9 @@ def finish(conversion: Conversion) -> Ended:
     report = conversion.folder / layout.REPORT / layout.PAGE
     if conversion.state.dataset is None or manifest is not conversion.state.dataset.manifest or not report.is_file():
         from shards.reporting import dataset_page  # imports matplotlib
+        from shards.reporting.windows_view import Given
 
-        report = dataset_page.write(conversion.folder)
+        report = dataset_page.write(conversion.folder, given=Given(conversion.parcels))
     _tell_losses(conversion, refused, str(report))
     facts = {
         "dataset": str(conversion.folder),

@@ -31,7 +31,18 @@ ORDER = {
         *("inference", "evaluation", "brainmarks", "finetune", "explain", "reporting"),
     ),
     "launchers": (
-        *("environment", "arguments", "outcome", "run_probe", "job", "run_setup", "local", "conversion", "finetuning"),
+        *(
+            "environment",
+            "arguments",
+            "outcome",
+            "run_probe",
+            "job",
+            "run_setup",
+            "local",
+            "conversion",
+            "finetuning",
+            "given_data",
+        ),
         *("cluster", "experiments", "benches", "commands"),
     ),
 }

@@ -1,12 +1,13 @@
 """Write the HTML page of a dataset or of a run, or of several runs side by side.
 
     slim-brain report DATASET_OR_RUN
+    slim-brain report DATASET --states TASK
     slim-brain report RUN --watch
     slim-brain report RUN RUN ... --out FILE
 
-The page is one self-contained file. A folder with a manifest.json is a dataset, one with a config.yaml is a run. The
-command can be called while a run is still training. Somebody else may have written the configuration of a run, so its
-URLs are opened only with --data.
+The page is a file that works alone; interactive views, loaded when they are opened, lie beside it. A folder with a
+manifest.json is a dataset, one with a config.yaml is a run. The command can be called while a run is still training.
+Somebody else may have written the configuration of a run, so its URLs are opened only with --data.
 """
 
 from __future__ import annotations
@@ -58,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N|all",
         help="sessions of a dataset with a picture; those that are not embedded are files beside the page (default 24)",
     )
+    parser.add_argument(
+        "--states", metavar="TASK", help="a task of type state; its events are shown on the page of a dataset"
+    )
+    parser.add_argument("--events", type=Path, metavar="FOLDER", help="folder of the tables of events")
+    parser.add_argument(
+        "--parcels", type=Path, metavar="FILE", help="label image of the parcels, if the dataset was made with one"
+    )
     parser.add_argument("--paths", action="store_true", help="keep absolute paths whole on the page of a run")
     parser.add_argument(
         "--data",
@@ -79,6 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.embed is not None and args.embed < 0:
         raise ConfigError("command line", "--embed", args.embed, "0 or more sessions")
 
+    from shards.format.layout import MANIFEST
+
+    for flag, value in (("--states", args.states), ("--events", args.events), ("--parcels", args.parcels)):
+        for folder in args.folders if value is not None else ():
+            if not (folder / MANIFEST).is_file():
+                raise ConfigError(folder, flag, "no manifest.json in it", "the folder of a dataset")
     if len(args.folders) > 1:
         if args.watch is not None:
             raise ConfigError("command line", "--watch", "several runs", "one run")
@@ -87,22 +101,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = "no --out: the page of one dataset or run is in its folder"
         raise ConfigError("command line", "--out", args.out, expected, "Name two runs or more, or leave it out")
 
-    from shards.format import layout
-
     (folder,) = args.folders
     if args.watch is not None and not (folder / CONFIG).is_file():
         raise ConfigError(folder, "--watch", "no config.yaml in it", "the folder of a run, which can be watched")
     for flag in ("embed", "pictures"):
-        if getattr(args, flag) is not None and not (folder / layout.MANIFEST).is_file():
+        if getattr(args, flag) is not None and not (folder / MANIFEST).is_file():
             raise ConfigError(folder, f"--{flag}", "no manifest.json in it", "the folder of a dataset")
     if folder.is_dir():
         require_room(folder / REPORT, "report")
-    if (folder / layout.MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
+        from launchers.given_data import given_for
         from shards.reporting import dataset_page
         from shards.reporting.pictures import DRAWN
 
         drawn = {None: DRAWN, ALL: None}.get(args.pictures, args.pictures)
-        kind, path = "dataset", dataset_page.write(folder, args.private, args.embed, drawn)
+        given = given_for(folder, args.parcels, args.states, args.events)
+        kind, path = "dataset", dataset_page.write(folder, args.private, args.embed, drawn, given)
         following = f"open {path}, then {call_of('pretrain', 'CONFIG.yaml', f'data={folder}')}"
     elif (folder / CONFIG).is_file():
         from slim.config import FinetuneSettings, load_run

@@ -22,16 +22,21 @@ from shards.format import layout
 from shards.format.reader import Dataset
 from shards.format.refusal import Refusal, read_refusals
 from shards.format.session_record import SessionRecord
-from shards.reporting import html, pictures, session_table
+from shards.reporting import chosen_windows, html, pictures, session_table
 from shards.reporting.anonymous import without_files, without_names
 from shards.reporting.distribution import Outlying, describe, find_outlying
+from shards.reporting.windows_view import Given
 
 _ROWS = 100  # largest number of refused or moved sessions listed one by one
 _TRS = 4  # more TRs in a cohort are shown as a range
 
 
 def write(
-    folder: str | Path, private: bool = False, embed: int | None = None, drawn: int | None = pictures.DRAWN
+    folder: str | Path,
+    private: bool = False,
+    embed: int | None = None,
+    drawn: int | None = pictures.DRAWN,
+    given: Given | None = None,
 ) -> Path:
     """Write `DATASET/report/index.html`, and the pictures and interactive views beside it.
 
@@ -45,6 +50,8 @@ def write(
         Number of sessions with a picture in the page itself; see `shards.reporting.pictures.number_embedded`.
     drawn : int or None
         Number of sessions with a picture, in the page or beside it; None: all.
+    given : Given, optional
+        What is known beyond the dataset: parcels and events.
 
     Returns
     -------
@@ -58,14 +65,17 @@ def write(
     """
     dataset = Dataset(folder)
     failed = read_refusals(dataset.folder / layout.FAILED)
+    given = given or Given()
     if private:
-        dataset.sessions, failed = without_names(dataset.sessions), without_files(failed)
+        named = dataset.sessions
+        dataset.sessions, failed = without_names(named), without_files(failed)
+        given = given.of({hidden.key: one for hidden, one in zip(dataset.sessions, named, strict=True)})
     outlying = find_outlying(dataset.sessions)
     chosen = pictures.choose(dataset.sessions, outlying, embed, drawn)
     embedded = pictures.number_embedded(dataset.sessions, embed)
     path = dataset.folder / layout.REPORT / layout.PAGE
     with html.drawing():
-        examples, shown = pictures.draw(dataset, outlying, chosen, embedded, path.parent)
+        examples, shown = pictures.draw(dataset, outlying, chosen, embedded, path.parent, given)
         content = html.render(
             "dataset.html",
             scripts=[session_table.SCRIPT],
@@ -80,6 +90,7 @@ def write(
             quality=describe(dataset.sessions, outlying),
             native=_native(dataset.sessions),
             table=session_table.make(dataset.sessions, dataset.grid, outlying, shown),
+            chosen=chosen_windows.describe(dataset, given),
             examples=examples,
         )
     files.write_atomically(path, content)

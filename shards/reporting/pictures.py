@@ -23,6 +23,7 @@ from shards.preprocessing import space
 from shards.reporting import html, quality_figures, session_views
 from shards.reporting.distribution import Outlying, in_words
 from shards.reporting.session_facts import all_facts
+from shards.reporting.windows_view import Given
 
 FOLDER = "sessions"  # beside the page
 DRAWN = 24  # sessions with a picture, by default
@@ -93,7 +94,7 @@ def number_embedded(sessions: Sequence[SessionRecord], embed: int | None) -> int
 
 
 def draw(
-    dataset: Dataset, outlying: Outlying, chosen: Sequence[str], embedded: int, folder: Path
+    dataset: Dataset, outlying: Outlying, chosen: Sequence[str], embedded: int, folder: Path, given: Given
 ) -> tuple[list[html.Part], dict[str, Drawn]]:
     """Draw sessions, and write the files beside the page. Pictures of an earlier page are removed.
 
@@ -107,6 +108,8 @@ def draw(
         The number of the first of them that are embedded.
     folder : Path
         Folder of the page.
+    given : Given
+        For the interactive views.
 
     Returns
     -------
@@ -137,7 +140,7 @@ def draw(
             picture = html.Picture.of(shown.draw(outline), alt(key), words, f"picture-{name}")
             if place < embedded:
                 facts = html.Facts(all_facts(session, dataset.grid), small=True)
-                parts += [html.Heading(key), facts, picture, session_views.write(views, dataset, session)]
+                parts += [html.Heading(key), facts, picture, session_views.write(views, dataset, session, given)]
                 drawn[key] = Drawn(f"#{picture.name}", words, picture.width)
             else:
                 path = folder / FOLDER / f"{name}.png"

@@ -4,6 +4,7 @@
         KEY_mean.html       mean image in the brain mask
         KEY_tsnr.html       temporal signal-to-noise ratio
         KEY_kept.html       mean of the kept windows, weighted by saliency
+        KEY_windows.html    its windows, one at a time
 
 Legend: X, Y, Z voxels of the grid; K kept windows in rank order; W all windows; F frames of a window; P patches; V
 voxels of a patch.
@@ -22,8 +23,9 @@ from shards.core.files import write_atomically
 from shards.format.patches import scatter
 from shards.format.reader import Dataset
 from shards.format.session_record import SessionRecord
-from shards.reporting import html
+from shards.reporting import html, windows_view
 from shards.reporting.viewer import Map
+from shards.reporting.windows_view import Given
 
 FOLDER = "views"
 
@@ -35,7 +37,7 @@ def start(report: Path) -> Path:
     return folder
 
 
-def write(folder: Path, dataset: Dataset, session: SessionRecord) -> html.Views:
+def write(folder: Path, dataset: Dataset, session: SessionRecord, given: Given) -> html.Views:
     """Write the views of a session.
 
     Parameters
@@ -45,6 +47,7 @@ def write(folder: Path, dataset: Dataset, session: SessionRecord) -> html.Views:
     dataset : Dataset
     session : SessionRecord
         Its key is used in the names of files.
+    given : Given
 
     Returns
     -------
@@ -58,6 +61,9 @@ def write(folder: Path, dataset: Dataset, session: SessionRecord) -> html.Views:
             path = folder / f"{stem}_{ending}.html"
             write_atomically(path, made.volume())
             links[name] = f"{FOLDER}/{path.name}"
+    path = folder / f"{stem}_windows.html"
+    write_atomically(path, windows_view.render(dataset, session, given))
+    links["windows, one at a time"] = f"{FOLDER}/{path.name}"
     behind = "MNI152 template" if session.space != "native" else "mean image"
     note = (
         f"A click loads a view into the frame; move through it with the mouse. The {behind} is behind the maps: lower "
@@ -141,5 +147,5 @@ def _map(
 _MAPS: dict[str, tuple[str, Callable[[Dataset, SessionRecord], Map | None]]] = {
     "mean image": ("mean", mean_image),
     "tSNR": ("tsnr", tsnr),
-    "kept windows": ("kept", kept_mean),
+    "mean of the kept windows": ("kept", kept_mean),
 }

@@ -92,6 +92,12 @@ def read(settings: EventSettings, root: Path, session: SessionRecord, where: str
     return found[found["state"].isin(settings.keep)] if settings.keep else found
 
 
+def has_events(settings: EventSettings, root: Path, session: SessionRecord) -> bool:
+    """Whether there is a table of the events of a session, or the folder of its states' files."""
+    path = root / settings.path.format(**{name: getattr(session, name) for name in FIELDS}, state="")
+    return path.parent.is_dir() if settings.has_files else path.is_file() or path.is_symlink()
+
+
 def _of_table(
     settings: EventSettings, path: Path, key: str, where: str | Path
 ) -> tuple[np.ndarray, np.ndarray, list[str | None]]:

@@ -20,6 +20,7 @@ from shards.core import files
 from shards.core.settings import check, override
 from shards.format import layout
 from shards.format.session_record import ScanRecord
+from shards.reporting.windows_view import Given
 from slim.ranking.parcels import make_parcels
 
 SETTINGS = check(ConvertSettings, override({}, GRID), "test")
@@ -122,7 +123,7 @@ def edited(
     return to
 
 
-def write_page(out: Path) -> Path:
+def write_page(out: Path, private: bool = False, given: Given | None = None) -> Path:
     """In place of the page of a dataset."""
     path = out / layout.REPORT / "index.html"
     files.write_atomically(path, "page")

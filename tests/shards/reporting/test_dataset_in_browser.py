@@ -47,7 +47,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lead="",
         findings=[look("x", "one")],
         facts=html.Facts({}),
-        **{name: [] for name in ("cohorts", "refused", "to_check", "quality", "native", "examples")},
+        **{name: [] for name in ("cohorts", "refused", "to_check", "quality", "native", "chosen", "examples")},
         scripts=[session_table.SCRIPT],
         table=session_table.make(sessions, GRID, outlying, {}),
     )

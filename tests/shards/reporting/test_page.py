@@ -38,7 +38,7 @@ def content(dataset) -> str:
 
 def test_is_self_contained_and_has_a_picture_of_each_example(content):
     reader = check_self_contained(content, scripts=1)
-    assert len(reader.pictures()) == 1 + pictures._EXAMPLES
+    assert len(reader.pictures()) == 2 + pictures._EXAMPLES  # quality, chosen windows
     assert len(content) < 1e6
 
 
@@ -68,7 +68,7 @@ def test_names_refused_runs_and_escapes_them(content):
 def test_names_the_outlying_session_first_among_the_pictures(content):
     text = Reader(content).text
     assert "one_sub-04 train Temporal signal-to-noise ratio 11" in text
-    assert "one_sub-04" in Reader(content).pictures()[1][0]
+    assert "one_sub-04" in Reader(content).pictures()[2][0]
 
 
 def test_says_how_far_native_sessions_were_moved(content):
