@@ -172,7 +172,7 @@ def _surface(path: Path) -> Path:
 
 
 @lru_cache(maxsize=2)
-def _template(mm: float) -> nib.Nifti1Image:
+def _template(mm: int) -> nib.Nifti1Image:
     from nilearn.datasets import load_mni152_template
 
     return load_mni152_template(resolution=mm)
@@ -181,7 +181,7 @@ def _template(mm: float) -> nib.Nifti1Image:
 def _behind(image: nib.Nifti1Image) -> nib.Nifti1Image:
     """The MNI152 template at half the voxel size of a map, or at 2 mm: finer would cost more than it shows."""
     mm = float(np.abs(nib.affines.voxel_sizes(image.affine)).min())
-    return _template(max(LEAST_MM, round(mm / 2)))
+    return _template(max(round(LEAST_MM), round(mm / 2)))
 
 
 def _bounded(image: nib.Nifti1Image) -> nib.Nifti1Image:

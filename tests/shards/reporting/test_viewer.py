@@ -90,12 +90,23 @@ def test_small_values_are_left_out_and_the_sign_has_a_colour(image) -> None:
     assert parameters(signed)["colorMap"]["min"] == -parameters(signed)["colorMap"]["max"]
 
 
-def test_the_mni_template_is_behind_maps_without_an_image(image, unreachable) -> None:
-    page = Map(image, "a map").volume()
+@pytest.mark.parametrize(("mm", "behind"), [(8.0, 4), (5.0, 2), (4.0, 2), (3.3, 2), (2.0, 2), (1.0, 2)])
+def test_the_mni_template_is_behind_maps_without_an_image(mm: float, behind: int, unreachable) -> None:
+    """Half the voxels of the map, but not below 2 mm. The brightest place of the map stays where it is."""
+    volume_XYZ = np.random.default_rng(0).uniform(1, 2, (12, 12, 12)).astype(np.float32)
+    affine = np.diag([mm, mm, mm, 1])
+    affine[:3, 3] = -5 * mm
+    volume_XYZ[6:8, 4:6, 5:7] = 10
+    page = Map(nib.Nifti1Image(volume_XYZ, affine), "a map", limit=10).volume()
     check_loads_nothing(page)
-    affine = np.array(parameters(page)["affine"])
-    np.testing.assert_allclose(np.diag(affine)[:3], 4)  # half the voxels of the map
-    assert np.count_nonzero(overlay(page)[..., 3]) == 8 * 3 * 4 * 3
+    facts = parameters(page)
+    shown = np.array(facts["affine"])
+    np.testing.assert_allclose(np.diag(shown)[:3], behind)
+    pixels = overlay(page)
+    bright_N3 = np.argwhere(pixels[..., :3].sum(axis=3) == pixels[..., :3].sum(axis=3).max())
+    # the viewer counts voxels from 1
+    middle_3 = (bright_N3.mean(axis=0) + 1) * behind + shown[:3, 3]
+    np.testing.assert_allclose(middle_3, affine[:3, :3] @ [6.5, 4.5, 5.5] + affine[:3, 3], atol=behind / 2 + mm / 2)
 
 
 def test_fine_images_are_shown_at_2_mm() -> None:
