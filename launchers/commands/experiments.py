@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers.experiments.kinds import FINE, Kind, real_noise
-from launchers.experiments.tables import Tables
+from launchers.experiments.tables import Tables, head
 from launchers.experiments.trials import (
     LENGTHS,
     OBJECTIVES,
@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text += [tables.windows_table(kinds[0])] if "windows" in parts else []
     if "people" in parts:
         text += [tables.people_table()]
-        save_people(work.out / "people.png", tables.people(), tables.baseline("connectome_kept", FINE))
+        words = dict(zip([f"synthetic_{task}" for task in FINE.tasks], head(FINE), strict=True))
+        save_people(work.out / "people.png", tables.people(), tables.baseline("connectome_kept", FINE), words)
     write_atomically(work.out / "tables.md", "\n".join(text))
     write_atomically(work.out / "results.json", dump(tables.results) + "\n")
     print("\n".join(text))

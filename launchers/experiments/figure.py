@@ -17,7 +17,10 @@ _OURS, _THEIRS = "#0072B2", "#D55E00"  # Okabe-Ito
 
 
 def save_people(
-    path: Path, people: Mapping[int, Mapping[str, Estimate]], theirs: Mapping[str, Estimate] | None
+    path: Path,
+    people: Mapping[int, Mapping[str, Estimate]],
+    theirs: Mapping[str, Estimate] | None,
+    words: Mapping[str, str],
 ) -> None:
     """Draw the score of each task against the people in pretraining, with functional connectivity as a line.
 
@@ -28,6 +31,8 @@ def save_people(
     people : mapping of int to mapping of task to Estimate
     theirs : mapping of task to Estimate, optional
         Functional connectivity of the same windows.
+    words : mapping of task to str
+        The task and its metric.
     """
     if not people:
         return
@@ -52,7 +57,7 @@ def save_people(
         axis.set_xscale("log")
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()
-        axis.set_title(task.removeprefix("synthetic_").replace("_", " "))
+        axis.set_title(words[task])
         axis.set_xlabel("people in pretraining")
     axes[0, 0].legend(fontsize=8)
     with atomically(path) as file:

@@ -33,7 +33,7 @@ _TYPES = {
 }
 
 
-def _head(kind: Kind, without: str = "") -> list[str]:
+def head(kind: Kind, without: str = "") -> list[str]:
     """The tasks of a kind of cohort, each with its metric."""
     found = (f"{task}, {metrics.words(metrics.HEADLINE[_TYPES[task]])}" for task in kind.tasks if task != without)
     return [words.replace("_", " ") for words in found]
@@ -135,7 +135,7 @@ class Tables:
             rows += self.seeded(words, "default", random, kind)
         for name, words in BASELINES.items():
             rows += self.row(words, self.baseline(name, kind), "", kind)
-        return table([kind.words, *_head(kind), "rank"], rows)
+        return table([kind.words, *head(kind), "rank"], rows)
 
     def small(self, title: str, variants: tuple[Variant, ...], default: str, kind: Kind) -> str:
         rows = self.row(default, self.scores("default", kind, seeds=1), self.ranks("default", kind), kind)
@@ -144,7 +144,7 @@ class Tables:
         if title == "windows":
             scores = self.scores("ranker-random", kind, "random")
             rows += self.row("windows at random, random weights", scores, "", kind)
-        return table([f"{title} (first seed, {kind.words})", *_head(kind), "rank"], rows)
+        return table([f"{title} (first seed, {kind.words})", *head(kind), "rank"], rows)
 
     def poolings(self, kind: Kind) -> str:
         rows = []
@@ -158,7 +158,7 @@ class Tables:
                 if any(name in scores for name in names):
                     cells = [cell(scores[name]) if name in scores else "" for name in names]
                     rows.append([f"{words}, `{pooling}`", *cells])
-        return table([f"pooling (first seed, {kind.words})", *_head(kind, without="state")], rows)
+        return table([f"pooling (first seed, {kind.words})", *head(kind, without="state")], rows)
 
     def verdict(self, kind: Kind) -> str:
         """On which tasks the default is better than other variants: by separate intervals, and by differences."""
@@ -180,7 +180,7 @@ class Tables:
             rows.append([words, *[gap(less[name]) if name in less else "" for name in names], ", ".join(better)])
         if not rows:
             return ""
-        head = [f"the default less, {kind.words}", *_head(kind), "intervals apart"]
+        head = [f"the default less, {kind.words}", *head(kind), "intervals apart"]
         return f"{table(head, rows)}\nThe default's effective rank at {kind.words} is {self.ranks('default', kind)}.\n"
 
     def people(self) -> dict[int, dict[str, Estimate]]:
@@ -195,7 +195,7 @@ class Tables:
             rows += self.row(f"{count} people in pretraining", scores, "", FINE)
         for name in ("connectome_kept", "voxels"):
             rows += self.row(f"{BASELINES[name]} (no pretraining)", self.baseline(name, FINE), "", FINE)
-        return table([f"people ({PEOPLE_SEEDS} seeds, {FINE.words})", *_head(FINE), "rank"], rows)
+        return table([f"people ({PEOPLE_SEEDS} seeds, {FINE.words})", *head(FINE), "rank"], rows)
 
     def windows_table(self, kind: Kind) -> str:
         """Scores with a part of the windows of each run encoded, beside functional connectivity of the same frames."""
@@ -212,4 +212,4 @@ class Tables:
                 rows += self.row(f"{words}: default", scores, "", kind)
                 theirs = {name.split("/")[1]: one for name, one in scores.items() if name.startswith("connectome/")}
                 rows += self.row(f"{words}: functional connectivity", theirs, "", kind)
-        return table([f"windows encoded (first seed, {kind.words})", *_head(kind), "rank"], rows)
+        return table([f"windows encoded (first seed, {kind.words})", *head(kind), "rank"], rows)

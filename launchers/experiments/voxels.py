@@ -32,9 +32,11 @@ class VoxelComponents:
     dataset : Dataset
     sessions : list of SessionRecord
         The session of each row.
+    components : int
     """
 
-    def __init__(self, dataset: Dataset, sessions: Sequence[SessionRecord]):
+    def __init__(self, dataset: Dataset, sessions: Sequence[SessionRecord], components: int = COMPONENTS):
+        self.components = components
         values, numbers = [], []
         for session in sessions:
             arrays = dataset.read(session, ("windows", "spread", "brain", "patch"), range(session.n_kept))
@@ -53,7 +55,7 @@ class VoxelComponents:
         """The correlations of all rows, (N, E), with the components of the training rows, int (n,)."""
         if self._fitted is None or not np.array_equal(self._fitted[0], train):
             together_TV = np.concatenate([self._series[row] - self._mean(row) for row in train])
-            axes = PCA(COMPONENTS, svd_solver="randomized", random_state=0).fit(together_TV.astype(np.float32))
+            axes = PCA(self.components, svd_solver="randomized", random_state=0).fit(together_TV.astype(np.float32))
             vector_NE = np.stack([self._correlations(row, axes.components_) for row in range(len(self._series))])
             self._fitted = train, vector_NE
         return self._fitted[1]

@@ -5,22 +5,36 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from sklearn.decomposition import PCA
 
 from helpers.commands import Command
 from launchers.experiments import comparison
+from launchers.experiments.kinds import Kind
+from launchers.experiments.trials import Experiments
+from launchers.experiments.voxels import VoxelComponents
+from shards.format.reader import Dataset
 from slim.evaluation.results import Estimate
 
 TASKS = ("group", "score", "fingerprint", "state")
 
 
-def write(out: Path, name: str, value: float, spread: float = 0.01, rank: float | None = None) -> None:
+def write(
+    out: Path,
+    name: str,
+    value: float,
+    spread: float = 0.01,
+    rank: float | None = None,
+    tasks: tuple[str, ...] = TASKS,
+) -> None:
     """Draws of one encoder on all tasks, as probing leaves them; with a rank, the log of its run."""
     rng = np.random.default_rng(0)
-    draws = {f"synthetic_{task}": np.concatenate([[value], value + spread * rng.normal(size=200)]) for task in TASKS}
+    names = [task if "/" in task else f"synthetic_{task}" for task in tasks]
+    draws = {task: np.concatenate([[value], value + spread * rng.normal(size=200)]) for task in names}
     if name.endswith("seed0"):  # other poolings are asked of the first seed alone
-        draws |= {f"synthetic_{task}/mean": draws[f"synthetic_{task}"] for task in TASKS[:3]}
+        draws |= {f"synthetic_{task}/mean": draws[f"synthetic_{task}"] for task in tasks[:3] if "/" not in task}
     comparison.save(out / "draws" / f"{name}.npz", draws)
     if rank is not None:
         folder = out / "runs" / name
@@ -83,3 +97,69 @@ def test_the_tables_say_what_is_there(command: Command, tmp_path: Path, ours: fl
 def test_a_wrong_call_is_one_line(command: Command, tmp_path: Path, words: tuple, told: str):
     done = command("tools/experiments.py", "--out", tmp_path, "--tables", *words)
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_trials_are_made_once_however_many_parts_ask_for_them(tmp_path: Path):
+    work, kinds = Experiments(tmp_path, 3, 2, []), [Kind.of_snr(0.9), Kind.of_snr(0.3)]
+    main = [trial.name for trial in work.trials(["main"], kinds)]
+    assert len(main) == len(set(main)) == 2 * 3 * 4 and main[0] == "default-snr0.9-seed0"
+    fine = [trial.name for trial in work.trials(["fine"], kinds)]
+    assert fine == [f"default-fine-snr0.9-seed{seed}" for seed in range(3)]
+    people = work.trials(["fine", "people"], kinds)
+    assert len(people) == 3 + 3 * 2 and {trial.variant.people for trial in people} == {15, 30, 60, 120}
+    assert [trial.name for trial in work.trials(["windows"], kinds)] == ["default-snr0.9-seed0"]
+    assert work.dataset("probed", kinds[0]).name == "probed-snr0.9-mutual"  # as runs of earlier versions have it
+
+
+def test_people_and_windows_have_tables_and_a_figure(command: Command, tmp_path: Path):
+    tasks = ("group", "score", "fine_group", "fine_score", "fingerprint", "state")
+    for seed in (0, 1):
+        for name, value in (("people-15", 0.5), ("people-60", 0.7), ("default", 0.8)):
+            write(tmp_path, f"{name}-fine-snr0.9-seed{seed}", value + 0.02 * seed, rank=10.0, tasks=tasks)
+    for name, value in (("connectome_kept", 0.55), ("voxels", 0.75), ("parcels", 0.5)):
+        write(tmp_path, f"{name}-fine-snr0.9", value, tasks=tasks)
+    write(tmp_path, "default-snr0.9-seed0", 0.9, rank=12.0)
+    for ranker, count in (("mutual", 8), ("mutual", "all"), ("random", 8), ("random", "all")):
+        write(tmp_path, f"windows-snr0.9-{ranker}-{count}", 0.6, tasks=("group", "connectome/synthetic_group"))
+    words = ("--out", tmp_path, "--tables", "--seeds", 2, "--snr", "0.9", "--only", "fine,people,windows")
+    done = command("tools/experiments.py", *words)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "tables.md").read_text()
+    fine = text[text.index("| fine traits, SNR 0.9 |") :]
+    assert "fine group, AUROC | fine score, r" in fine and "functional connectivity, 400 parcels" in fine
+    people = [line for line in text.splitlines() if " people in pretraining | " in line]
+    assert [line.split(" ")[1] for line in people] == ["15", "60", "120"] and ".51" in people[0] and ".81" in people[2]
+    rows = [line.split(" | ")[0] for line in text.splitlines() if " windows" in line and ": " in line.split(" | ")[0]]
+    assert rows == [
+        f"| {words}: {method}"
+        for words in ("8 windows, ranked", "all windows", "8 windows, in random order")
+        for method in ("default", "functional connectivity")
+    ]
+    figure = plt.imread(tmp_path / "people.png")
+    assert figure.shape[0] > 300 and figure[..., :3].std() > 0.05
+
+
+def test_noise_that_is_real_is_left_out_with_a_word(command: Command, tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("SLIM_REAL_DATA", raising=False)
+    done = command("tools/experiments.py", "--out", tmp_path, "--tables", "--snr", "0.9", "--only", "noise")
+    assert done.returncode == 0 and "SLIM_REAL_DATA" in done.stderr
+
+
+def test_voxel_components_are_those_of_scikit_learn(dataset: Path):
+    """Correlations of the leading components of z-scored voxels, fitted on the training rows alone."""
+    opened = Dataset(dataset).most_salient(6)
+    sessions = opened.sessions
+    rival = VoxelComponents(opened, sessions, components=4)
+    train = np.arange(3)
+    series = []
+    for session in sessions:
+        arrays = opened.read(session)
+        z_KFW = arrays["windows"][:, :, arrays["brain"] > 0] / arrays["spread"][arrays["brain"] > 0]
+        series.append(z_KFW.reshape(30, -1).astype(np.float64))
+    centred = [x_TV - x_TV.mean(axis=0) for x_TV in series]
+    axes = PCA(4, svd_solver="full").fit(np.concatenate([centred[row] for row in train])).components_
+    for found_E, x_TV in zip(rival.vectors(train), series, strict=True):
+        expected_QQ = np.corrcoef((x_TV @ axes.T).T)
+        expected_E = expected_QQ[np.triu_indices(4, 1)]
+        np.testing.assert_allclose(np.abs(found_E), np.abs(expected_E), atol=0.02)  # a component has no sign
+    assert not np.allclose(rival.vectors(train), rival.vectors(np.arange(2, 5)), atol=1e-3)
