@@ -53,8 +53,8 @@ def gap(score: Estimate) -> str:
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -180,8 +180,10 @@ class Tables:
             rows.append([words, *[gap(less[name]) if name in less else "" for name in names], ", ".join(better)])
         if not rows:
             return ""
-        head = [f"the default less, {kind.words}", *head(kind), "intervals apart"]
-        return f"{table(head, rows)}\nThe default's effective rank at {kind.words} is {self.ranks('default', kind)}.\n"
+        columns = [f"the default less, {kind.words}", *head(kind), "intervals apart"]
+        return (
+            f"{table(columns, rows)}\nThe default's effective rank at {kind.words} is {self.ranks('default', kind)}.\n"
+        )
 
     def people(self) -> dict[int, dict[str, Estimate]]:
         """Scores on the kind with fine traits by the number of people in pretraining."""
