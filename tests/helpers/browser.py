@@ -51,6 +51,32 @@ _OUTSIDE = """
   return found;
 })()
 """
+# Texts with a contrast below 4.5 to 1, the least that WCAG 2.1 (AA) asks for. Whatever is switched off may be fainter.
+_FAINT = """
+(() => {
+  const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const luminance = (colour) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, at) => {
+    const part = colour[at] / 255;
+    return sum + weight * (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+  }, 0);
+  const behind = (one) => {
+    const colour = numbers(getComputedStyle(one).backgroundColor);
+    if (colour[3] !== 0) return colour;
+    return one.parentElement ? behind(one.parentElement) : [255, 255, 255];
+  };
+  const found = [];
+  for (const one of document.body.querySelectorAll("*")) {
+    const text = [...one.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.textContent.trim());
+    if (!text || one.closest("script, style, noscript, option, :disabled") || !one.getClientRects().length) continue;
+    const [low, high] = [luminance(numbers(getComputedStyle(one).color)), luminance(behind(one))].sort((a, b) => a - b);
+    const contrast = (high + 0.05) / (low + 0.05);
+    const words = one.textContent.slice(0, 40);
+    if (contrast < 4.5) found.push(`${one.tagName}.${one.className} ${contrast.toFixed(2)}: ${words}`);
+  }
+  return found;
+})()
+"""
+
 _MIDDLE = """(selector) => {
   const one = document.querySelector(selector);
   one.scrollIntoView({ block: "center" });
@@ -105,10 +131,8 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self(f"{domain}.enable")
         self.resize(width, height)
-        self(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
-        )
+        self._scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.show_for("screen")
 
     def __call__(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method of the protocol."""
@@ -148,6 +172,10 @@ class Browser:
 
     def resize(self, width: int, height: int = 900) -> None:
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def show_for(self, medium: str) -> None:
+        """Show pages as on a `screen`, or in `print`."""
+        self("Emulation.setEmulatedMedia", media=medium, features=[self._scheme])
 
     def open(self, path: Path) -> None:
         """Open a page as a file, and wait until it is loaded."""
@@ -207,6 +235,10 @@ class Browser:
     def outside(self, scrolls: bool = False) -> list[str]:
         """Elements whose content is wider than their box; with `scrolls`, boxes that scroll sideways are allowed."""
         return self.run(_OUTSIDE.replace("SCROLLS", json.dumps(scrolls)))
+
+    def faint(self) -> list[str]:
+        """Texts with too little contrast to what is behind them."""
+        return self.run(_FAINT)
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
         """Write a PNG of the window, or of the whole page."""

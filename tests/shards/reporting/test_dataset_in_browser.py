@@ -175,17 +175,28 @@ def test_no_text_is_outside_its_box(page: Path, width: int, dark: bool) -> None:
     """Nothing scrolls sideways at 400 px; at 1400 px a wide table may."""
     with browser(width=width, dark=dark) as opened:
         opened.open(page)
-        assert opened.outside(scrolls=width > 400) == []
+        assert opened.outside(scrolls=width > 400) == [] and opened.faint() == []
         for key in ("one_sub-04", "two_sub-x"):
             click_session(opened, key)
             opened.wait("document.querySelector('#session img')?.complete ?? true")
-            assert opened.outside(scrolls=width > 400) == []
+            assert opened.outside(scrolls=width > 400) == [] and opened.faint() == []
             opened.click("#session-close")
 
 
-def test_what_is_too_wide_is_found(page: Path) -> None:
+def test_a_print_is_light_and_not_wider_than_the_paper(page: Path) -> None:
+    with browser(width=680, dark=True) as opened:  # A4 with margins of 15 mm
+        opened.open(page)
+        opened.show_for("print")
+        assert opened.outside() == [] and opened.faint() == []
+        assert opened.run("matchMedia('print').matches && getComputedStyle(document.body).color") == "rgb(31, 41, 51)"
+        assert not opened.run("document.getElementById('find').getClientRects().length")
+
+
+def test_what_is_too_wide_or_faint_is_found(page: Path) -> None:
     with browser(width=400) as opened:
         opened.open(page)
+        opened.run("document.querySelector('.lead').style.color = '#ccc', 0")
+        assert len(opened.faint()) == 1 and opened.faint()[0].startswith("P.lead 1.6")
         opened.run("document.querySelector('h2').style.whiteSpace = 'nowrap', 0")
         opened.run("document.querySelector('h2').textContent = 'word '.repeat(40), 0")
         assert any("H2" in one for one in opened.outside())

@@ -54,7 +54,7 @@ def test_no_text_is_outside_its_box(pages: list[Path], width: int, dark: bool) -
             for place, summary in enumerate(opened.texts("summary")):
                 opened.click("summary" if place == 0 else f"details:nth-of-type({place + 1}) summary")
                 assert opened.run(f"document.querySelectorAll('details')[{place}].open"), summary
-            assert opened.outside(scrolls=width > 400) == []
+            assert opened.outside(scrolls=width > 400) == [] and opened.faint() == []
             assert opened.run("[...document.images].every((one) => one.complete && one.naturalWidth > 0 && one.alt)")
             assert opened.run("performance.getEntriesByType('resource').length") == 0
 
@@ -67,3 +67,12 @@ def test_the_background_follows_the_browser(pages: list[Path]) -> None:
             opened.open(pages[0])
             found.append(opened.run(colour))
     assert min(found[0]) > 240 and max(found[1]) < 50
+
+
+def test_a_print_is_light_and_not_wider_than_the_paper(pages: list[Path]) -> None:
+    with browser(width=680, dark=True) as opened:
+        for page in pages:
+            opened.open(page)
+            opened.show_for("print")
+            assert opened.outside() == [] and opened.faint() == []
+            assert opened.run("getComputedStyle(document.body).color") == "rgb(31, 41, 51)"
