@@ -28,6 +28,7 @@ _FLAGS = (
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--no-first-run",
+    "--disable-features=IsolateSandboxedIframes",  # errors in a frame are told as those of its page
     "--remote-debugging-pipe",
 )
 _WAIT = 120.0  # s; nothing is measured by it
@@ -192,10 +193,19 @@ class Browser:
             raise RuntimeError(details.get("exception", {}).get("description") or details["text"])
         return found["result"].get("value")
 
-    def wait(self, code: str) -> None:
-        """Wait until an expression is true."""
+    def run_in_frame(self, name: str, code: str) -> Any:
+        """The value of an expression in a frame that has loaded `name`; None before that. It sees elements alone."""
+        for child in self("Page.getFrameTree")["frameTree"].get("childFrames", ()):
+            if child["frame"]["url"].endswith(name):
+                world = self("Page.createIsolatedWorld", frameId=child["frame"]["id"])["executionContextId"]
+                found = self("Runtime.evaluate", expression=code, returnByValue=True, contextId=world)
+                return found["result"].get("value")
+        return None
+
+    def wait(self, code: str, frame: str | None = None) -> None:
+        """Wait until an expression is true, in the page or in a frame."""
         end = time.monotonic() + _WAIT
-        while not self.run(code):
+        while not (self.run(code) if frame is None else self.run_in_frame(frame, code)):
             assert time.monotonic() < end, f"never became true: {code}"
             time.sleep(0.02)
 

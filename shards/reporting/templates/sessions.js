@@ -118,8 +118,14 @@
     image.addEventListener("error", () => {
       image.replaceWith(make("p", {}, `The picture ${source} is not beside this page: copy its folder with the page.`));
     });
-    image.src = source.startsWith("#") ? at(source.slice(1)).src : source;
-    return make("figure", {}, image, make("figcaption", {}, caption));
+    const figure = make("figure", {}, image, make("figcaption", {}, caption));
+    if (source.startsWith("#")) {
+      image.src = at(source.slice(1)).src;
+      const link = make("a", { href: source }, "To its interactive views");
+      link.addEventListener("click", () => at("session").close());
+      figure.prepend(make("p", {}, link));
+    } else image.src = source;
+    return figure;
   }
 
   at("columns").append(...columns.map((column, number) => {

@@ -125,11 +125,29 @@ def test_a_click_opens_the_picture_embedded_or_beside_the_page(page: Path) -> No
                 opened.wait("document.querySelector('#session img').complete")
                 assert opened.run("document.querySelector('#session img').naturalWidth") > 1000
                 assert opened.run("document.querySelector('#session img').alt").endswith(key)
+                if row["picture"][0].startswith("#"):
+                    opened.click("#session a")
+                    assert not opened.run("document.getElementById('session').open")
+                    assert opened.run("location.hash") == row["picture"][0]
+                    click_session(opened, key)
             if key == "one_sub-04":
                 assert "Mean framewise displacement, mm missing" in opened.text("#session-facts")
                 assert "Temporal signal-to-noise ratio 11" in opened.text("#session-far")
             opened.click("#session-close")
             assert not opened.run("document.getElementById('session').open")
+
+
+def test_a_click_opens_every_view_of_a_session(page: Path) -> None:
+    with browser() as opened:
+        opened.open(page)
+        opened.click("details.views summary")
+        links = opened.run("[...document.querySelector('details.views').querySelectorAll('a')].map((one) => one.href)")
+        assert len(links) >= 3
+        for place, link in enumerate(links, 1):
+            opened.click(f"details.views a:nth-of-type({place})")
+            view = "document.readyState === 'complete' && document.querySelector('canvas, svg')?.clientWidth > 100"
+            opened.wait(view, frame=link.rsplit("/", 1)[1])
+            assert opened.outside() == []
 
 
 def test_the_keyboard_is_enough(page: Path) -> None:
