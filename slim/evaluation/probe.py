@@ -30,7 +30,7 @@ import torch
 from shards.format.reader import Dataset
 from slim.checkpoints.run_folder import PROBE
 from slim.evaluation import baselines as baseline
-from slim.evaluation import display, gallery, metrics
+from slim.evaluation import display, draws, gallery, metrics
 from slim.evaluation.attentive import Attentive
 from slim.evaluation.division import make_splits, people_of
 from slim.evaluation.gallery import Galleries
@@ -348,7 +348,8 @@ def summarise(
     facts = task_facts(task, cases, splits).with_facts(differences=differences)
     if task.split.kind == "sites":
         facts = facts.with_facts(sites=_sites(cases, scored))
-    return TaskResult(name=task.name, estimates=estimates, facts=facts)
+    ours = averaged([one.draws for one in scored[OURS]]) if OURS in scored else {}
+    return TaskResult(name=task.name, estimates=estimates, facts=facts, draws=ours)
 
 
 def summarise_shares(
@@ -434,6 +435,7 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts
         sessions=len(cases.distinct()),
         subjects=len(cases.subjects),
         test_subjects=len(tested),
+        tested=draws.tested(task, cases, splits),
         left_out=cases.left_out,
     )
     if cases.unscanned is not None:
@@ -452,7 +454,8 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts
 
 
 def write_report(folder: Path, results: Iterable[TaskResult]) -> Report:
-    """Add these tasks to `folder/report.json`, and draw `folder/NAME.png` and, of shares, `folder/NAME_shares.png`.
+    """Add these tasks to `folder/report.json` and `folder/draws.npz`, and draw `folder/NAME.png` and, of shares,
+    `folder/NAME_shares.png`.
 
     Raises
     ------
@@ -461,6 +464,8 @@ def write_report(folder: Path, results: Iterable[TaskResult]) -> Report:
     """
     report = Report.read(folder / PROBE)
     folder.mkdir(parents=True, exist_ok=True)
+    results = list(results)
+    draws.write(folder, results)
     for result in results:
         whole = report.add(result)
         display.save_forest(whole, folder / f"{whole.name}.png")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -210,6 +210,7 @@ class TaskFacts(BaseModel):
     sessions: Count | None = None
     subjects: Count | None = None
     test_subjects: Count | None = None
+    tested: StrictStr | None = None
     subjects_seen_in_pretraining: Count | None = None
     left_out: dict[str, Count] = {}
     short_sessions: Count | None = None
@@ -262,11 +263,15 @@ class TaskResult:
     estimates : dict of method to dict of metric to Estimate
     facts : TaskFacts
         With `differences`, of this encoder minus a method, on the same draws of subjects.
+    draws : Draws
+        Of each metric of this encoder, the mean over training seeds; see `slim.evaluation.draws`. Empty when read from
+        a report.
     """
 
     name: str
     estimates: Estimates
     facts: TaskFacts
+    draws: Draws = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:

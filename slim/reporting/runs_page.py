@@ -21,7 +21,7 @@ from shards.core.findings import Finding, bad, good, look
 from shards.reporting import html
 from slim.checkpoints.run_folder import CONFIG, METRICS, PROBE, PROBES, REPORT
 from slim.config import FinetuneSettings, PretrainSettings, load_run
-from slim.evaluation import metrics
+from slim.evaluation import draws, metrics
 from slim.evaluation.results import OURS, TaskResult
 from slim.evaluation.validation import ValidationScore, read_scores
 from slim.reporting import curves, run_health, run_page
@@ -55,6 +55,7 @@ _PLACES = ("run.out", "run.mirror")  # settings that always differ
 class _Run:
     """What is read of a run."""
 
+    folder: Path
     name: str
     settings: PretrainSettings | FinetuneSettings
     lines: list[MetricsLine]
@@ -130,7 +131,7 @@ def _read(folder: Path, number: int, name: str, remote: bool) -> _Run:
     colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS)]
     steps = run_page.total_steps(settings, folder, lines, remote)
     tasks = run_health.read_tasks(folder / REPORT / PROBE)
-    return _Run(name, settings, lines, steps, tasks, read_scores(folder / PROBES), colour, style)
+    return _Run(folder, name, settings, lines, steps, tasks, read_scores(folder / PROBES), colour, style)
 
 
 def _state(run: _Run) -> Finding:
@@ -205,6 +206,7 @@ def _probes(runs: Sequence[_Run]) -> list[html.Part]:
                 if any(task.estimate(method, one) for one in shown)
             ]
         parts += [html.Heading(name), html.Table(["", *map(metrics.words, shown)], rows, numbers=True)]
+        parts += _paired(found, shown)
         tested = {task.facts.test_subjects for _, task in found}
         if len(tested) > 1:
             parts.append(
@@ -214,9 +216,35 @@ def _probes(runs: Sequence[_Run]) -> list[html.Part]:
         return []
     about = (
         "Values with 95 % intervals over subjects. The intervals are those of each run alone. That two of them overlap "
-        "does not mean that the runs are alike: the difference on the same subjects has a smaller interval."
+        "does not mean that the runs are alike: look at the difference on the same draws of subjects, whose interval "
+        "is smaller."
     )
     return [html.Text(about), *parts]
+
+
+def _paired(found: Sequence[tuple[_Run, TaskResult]], shown: Sequence[str]) -> list[html.Part]:
+    """The differences of all runs to the first one, on the same draws of subjects."""
+    (first, first_task), *others = found
+    rows, missing = [], []
+    for run, task in others:
+        same = first_task.facts.tested is not None and task.facts.tested == first_task.facts.tested
+        pair = [draws.read(one.folder / REPORT, of) for one, of in ((run, task), (first, first_task))] if same else []
+        if not pair or pair[0] is None or pair[1] is None:
+            missing.append(run.name)
+            continue
+        less = draws.difference(pair[0], pair[1])
+        rows.append([f"{run.name} less {first.name}", *(run_health.in_words(less.get(metric)) for metric in shown)])
+    parts: list[html.Part] = []
+    if rows:
+        parts.append(html.Table(["on the same draws of subjects", *map(metrics.words, shown)], rows, numbers=True))
+    if missing:
+        parts.append(
+            html.Text(
+                f"No paired difference to {first.name}: {', '.join(missing)}. The subjects or their draws are not the "
+                "same, or a report is of an earlier version, without draws: probe both again with the same task."
+            )
+        )
+    return parts
 
 
 def _row(name: str, task: TaskResult, method: str, shown: Sequence[str]) -> list[str]:

@@ -23,9 +23,10 @@ from helpers.tasks import GROUP, SCORE, WHO, cases_of, groups, sessions, task
 from shards.core.errors import ConfigError
 from shards.format.reader import Dataset
 from shards.reporting import dataset_page
-from slim.evaluation import baselines, linear, probe
+from slim.evaluation import baselines, draws, linear, probe
 from slim.evaluation.division import make_splits
 from slim.evaluation.linear import Linear
+from slim.evaluation.results import Report
 from slim.evaluation.splits import Fold, deal
 from slim.evaluation.task import Task, load_task
 
@@ -408,6 +409,8 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     assert saved["facts"]["s"]["weights"] == "target" and saved["facts"]["s"]["pooling"] == "attentive"
     assert saved["tasks"]["s"].keys() == report["tasks"]["g"].keys()
     assert "ours - random" in done.stdout and (run / "report/s.png").exists()
+    stored = Report.read(run / "report/report.json").results
+    assert all(draws.read(run / "report", result) for result in stored.values())
 
 
 def test_the_command_scores_shares_of_the_people_and_galleries(
