@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from scipy.stats import median_abs_deviation
 
 from helpers.page_dataset import WINDOWS, changed, make_dataset, mixed_dataset, session
 from helpers.pages import NASTY, Reader, check_self_contained, command, page_of
@@ -139,6 +141,31 @@ def test_says_which_parcels_the_ranker_saw():
         assert dataset_page._parcels(SimpleNamespace(manifest=data, sessions=sessions)) == expected
 
 
+def test_outlying_is_beyond_three_robust_standard_deviations_on_the_bad_side():
+    rng = np.random.default_rng(0)
+    fd = np.round(rng.lognormal(-1, 0.6, 300), 4)
+    sessions = [session(f"one_{n:03}", "one", str(n), "train", mean_fd_mm=value) for n, value in enumerate(fd)]
+    sessions += [session(f"one_x{n}", "one", f"x{n}", "train", mean_fd_mm=None) for n in range(50)]
+    limit = np.median(fd) + 3 * median_abs_deviation(fd, scale="normal")
+    expected = [f"one_{n:03}" for n in np.argsort(-fd, kind="stable") if fd[n] > limit]
+    assert 3 < len(expected) < 40 and [*distribution.find_outlying(sessions)] == expected
+
+
+def test_rounding_is_not_outlying_and_few_values_are_judged_by_all_sessions():
+    sessions = [session(f"one_{n:02}", "one", str(n), "train", brain_ml=1500.0 + n % 3) for n in range(20)]
+    sessions[3] = changed(sessions[3], brain_ml=1574.0)  # the MAD is 1, but 75 ml is the least difference that counts
+    assert distribution.find_outlying(sessions) == {}
+    sessions[3] = changed(sessions[3], brain_ml=1577.0)
+    assert distribution.find_outlying(sessions)["one_03"]["brain_ml"].side == "high"
+    # 12 sessions of another cohort, of which 7 have a value
+    other = [session(f"two_{n:02}", "two", str(n), "train", tsnr=20.0 if n < 7 else None) for n in range(12)]
+    assert {key for key in distribution.find_outlying([*sessions, *other]) if key != "one_03"} == {
+        f"two_{n:02}" for n in range(7)
+    }
+    other[7] = changed(other[7], tsnr=20.0)  # eight values: judged by themselves
+    assert [*distribution.find_outlying([*sessions, *other])] == ["one_03"]
+
+
 def test_another_tr_inside_a_cohort_is_pointed_out():
     """Not that of a whole cohort, however small; and it ranks behind sessions of bad quality."""
     sessions = [session(f"one_{n}", "one", str(n), "train", source_tr=2.0) for n in range(20)]
@@ -240,6 +267,53 @@ def test_command(tmp_path, monkeypatch, capsys):
     status, _, err = command(monkeypatch, capsys, str(folder / "absent"))
     assert status == 2 and "no such folder" in err and err.count("\n") == 1
     assert command(monkeypatch, capsys)[0] == 2
+
+
+def test_pictures_are_embedded_and_beside_the_page_as_asked_for(tmp_path, monkeypatch, capsys):
+    sessions = [session(f"one_{n}", "one", str(n), "train") for n in range(3)]
+    folder = make_dataset(tmp_path / "d", sessions, [])
+    beside = folder / "report" / "sessions"
+    for words, embedded, files_beside in (
+        (["--embed", "1", "--pictures", "2"], 1, 1),
+        (["--embed", "0", "--pictures", "all"], 0, 3),
+        (["--pictures", "0"], 0, 0),
+        ([], 3, 0),
+    ):
+        assert command(monkeypatch, capsys, str(folder), *words)[0] == 0
+        reader = check_self_contained((folder / "report" / "index.html").read_text(), scripts=1)
+        assert len([alt for alt, _ in reader.pictures() if alt.startswith("Three planes")]) == embedded, words
+        assert len([*beside.glob("*.png")]) == files_beside and beside.exists() == bool(files_beside), words
+    for words, expected in (
+        (["--pictures", "many"], "expected a number of sessions or all"),
+        (["--embed", "-1"], "--embed: got -1, expected 0 or more sessions"),
+    ):
+        status, _, err = command(monkeypatch, capsys, str(folder), *words)
+        assert status == 2 and expected in err and err.count("\n") == 1
+    (tmp_path / "run").mkdir()
+    status, _, err = command(monkeypatch, capsys, str(tmp_path / "run"), "--pictures", "3")
+    assert status == 2 and "--pictures: got no manifest.json in it, expected the folder of a dataset" in err
+    status, out, _ = command(monkeypatch, capsys, "--help")
+    assert status == 0 and f"(default {pictures.DRAWN})" in " ".join(out.split())
+
+
+def test_the_colours_differ_for_colour_blind_readers():
+    """CIELAB distance of every pair, seen without one kind of cone (Machado et al. 2009, severity 1)."""
+    missing = {
+        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+        "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+    }
+    palette = [html.BLUE, html.ORANGE, html.GREEN, html.RED, html.PURPLE, html.SKY, html.INK]
+    srgb_C3 = np.array([to_rgb(colour) for colour in palette])
+    linear_C3 = np.where(srgb_C3 <= 0.04045, srgb_C3 / 12.92, ((srgb_C3 + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    for kind, seen in {"all cones": np.eye(3), **missing}.items():
+        xyz_C3 = np.clip(linear_C3 @ np.array(seen).T, 0, 1) @ to_xyz.T / to_xyz.sum(axis=1)
+        f_C3 = np.where(xyz_C3 > 0.008856, np.cbrt(xyz_C3), 7.787 * xyz_C3 + 16 / 116)
+        x, y, z = f_C3.T
+        lab_C3 = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+        distance_CC = np.linalg.norm(lab_C3[:, None] - lab_C3, axis=-1)
+        assert distance_CC[np.triu_indices(len(palette), 1)].min() > 10, kind
 
 
 def test_a_private_page_has_numbers_in_place_of_names(dataset: Path, tmp_path: Path) -> None:
