@@ -25,12 +25,13 @@ REASON = "no Chromium (chromium, chromium-browser, google-chrome) is installed: 
 _FLAGS = (
     "--headless",
     "--no-sandbox",
-    "--disable-gpu",
     "--disable-dev-shm-usage",
     "--no-first-run",
     "--disable-features=IsolateSandboxedIframes",  # errors in a frame are told as those of its page
     "--remote-debugging-pipe",
 )
+_NO_GPU = ("--disable-gpu",)
+_WEBGL = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")  # drawn by the processor
 _WAIT = 120.0  # s; nothing is measured by it
 
 # Elements with more content than their box has room for. `scroll` containers are allowed where the window is wide.
@@ -100,9 +101,11 @@ class Browser:
         Size of the window, in CSS pixels.
     dark : bool
         Whether the user prefers dark pages.
+    webgl : bool
+        Whether surfaces can be drawn.
     """
 
-    def __init__(self, width: int = 1400, height: int = 900, dark: bool = False):
+    def __init__(self, width: int = 1400, height: int = 900, dark: bool = False, webgl: bool = False):
         path = find()
         if path is None:
             pytest.skip(REASON)
@@ -115,7 +118,7 @@ class Browser:
         silence = os.open(os.devnull, os.O_RDWR)
         self._pid = os.posix_spawn(
             path,
-            [path, *_FLAGS, f"--user-data-dir={self._profile}", "about:blank"],
+            [path, *_FLAGS, *(_WEBGL if webgl else _NO_GPU), f"--user-data-dir={self._profile}", "about:blank"],
             os.environ,
             file_actions=[
                 *((os.POSIX_SPAWN_DUP2, silence, number) for number in (1, 2)),
