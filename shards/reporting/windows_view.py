@@ -124,6 +124,7 @@ def render(dataset: Dataset, session: SessionRecord, given: Given) -> str:
         "energy": _encoded(np.square(z_RWF).mean(axis=2)),
         "mean": _encoded(z_RWF.mean(axis=2)),
         "exact": exact,
+        "ranker": str(dataset.manifest.ranker.get("name", "")),
         "sure": shown.sure,
         **_map_of(shown, dataset.grid, label_XYZ[thin], thin, step),
         "colours": {"energy": _colours("inferno"), "mean": _colours("RdBu_r")},
