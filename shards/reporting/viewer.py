@@ -32,7 +32,7 @@ _ICON = re.compile(r'<link rel="icon".*?/>', re.DOTALL)
 _TITLE = re.compile(r"<title>.*?</title>", re.DOTALL)
 # What the scripts of nilearn use; nothing is loaded.
 _POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "default-src 'none'; script-src 'unsafe-inline'{more}; style-src 'unsafe-inline'; "
     "img-src data: blob:; worker-src blob:; form-action 'none'; base-uri 'none'"
 )
 _STYLE = """
@@ -109,7 +109,8 @@ class Map:
                 vmin=self._lowest,
                 vmax=self._highest(),
             )
-        return _document(view.get_standalone(), f"{self.title}, on the cortical surface")
+        # plotly makes functions from text
+        return _document(view.get_standalone(), f"{self.title}, on the cortical surface", " 'unsafe-eval'")
 
     def _finite(self) -> nib.Nifti1Image:
         volume_XYZ = np.nan_to_num(np.asarray(self.image.dataobj, np.float32))
@@ -193,13 +194,21 @@ def _bounded(image: nib.Nifti1Image) -> nib.Nifti1Image:
     return resample_img(image, target_affine=np.diag([LEAST_MM] * 3), interpolation="linear")
 
 
-def _document(page: str, title: str) -> str:
-    """A view of nilearn as a document of its own: with a title and a policy, without an icon and random names."""
+def _document(page: str, title: str, more: str = "") -> str:
+    """A view of nilearn as a document of its own: with a title and a policy, without an icon and random names.
+
+    Parameters
+    ----------
+    page, title : str
+    more : str
+        What the scripts of the view may do, beyond what the policy allows to all views.
+    """
     for unique in set(_UNIQUE.findall(page)):
         page = page.replace(unique, "view")
     shown = html.escape(title)
+    policy = _POLICY.format(more=more)
     head = (
-        f'<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f"<style>{_STYLE}</style>\n"
     )
     page = _TITLE.sub(lambda _: f"<title>{shown}</title>", _ICON.sub("", page), count=1)
