@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown.append(real)
     elif "noise" in parts:
         print("noise: left out, since SLIM_REAL_DATA does not name a folder of real scans", file=sys.stderr)
+    first = Trial(OBJECTIVES[0], 0, kinds[0])
+    checked = [trial for trial in (first, Trial(OBJECTIVES[0], 0, FINE)) if "checkpoint" in parts and trial in trials]
     if not args.tables:
         work.prepare(trials, parts, kinds)
         answer_all(work, trials)
@@ -70,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if kind in {trial.kind for trial in trials}:
                 work.baselines(kind)
         if "windows" in parts:
-            work.evaluate_windows(Trial(OBJECTIVES[0], 0, kinds[0]))
+            work.evaluate_windows(first)
+        for trial in checked:
+            work.evaluate_checkpoints(trial)
     from launchers.experiments.figure import save_people
 
     tables = Tables(work, trials)
@@ -85,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text += [tables.poolings(kinds[0])] if "pooling" in parts else []
     text += [tables.poolings(FINE)] if "fine" in parts else []
     text += [tables.windows_table(kinds[0])] if "windows" in parts else []
+    text += [tables.checkpoints_table(trial) for trial in checked]
     if "people" in parts:
         text += [tables.people_table()]
         words = dict(zip([f"synthetic_{task}" for task in FINE.tasks], head(FINE), strict=True))

@@ -215,3 +215,14 @@ class Tables:
                 theirs = {name.split("/")[1]: one for name, one in scores.items() if name.startswith("connectome/")}
                 rows += self.row(f"{words}: functional connectivity", theirs, "", kind)
         return table([f"windows encoded (first seed, {kind.words})", *head(kind), "rank"], rows)
+
+    def checkpoints_table(self, trial: Trial) -> str:
+        """Scores of the checkpoints of a run on the probed people."""
+        from launchers.experiments import comparison
+
+        rows = []
+        for checkpoint in self.work.checkpoints(trial):
+            if (path := self.work.checkpoint_path(trial, checkpoint)).exists():
+                step = int(checkpoint.name.removeprefix("step-"))
+                rows += self.row(f"after {step} steps", comparison.summarise([comparison.load(path)]), "", trial.kind)
+        return table([f"checkpoint (first seed, {trial.kind.words})", *head(trial.kind), "rank"], rows)

@@ -25,13 +25,13 @@ from launchers.experiments.kinds import FINE, Kind, real_noise
 from shards.core.errors import Stopped
 from shards.core.presets import find
 from shards.core.progress import progress
-from slim.checkpoints.run_folder import METRICS
+from slim.checkpoints.run_folder import CHECKPOINTS, METRICS
 
 CONFIG = "experiments"
 KEPT, ALL = "windows.keep=24", "windows.keep=all"
 GRID = ("grid.mm=8", "grid.shape=[24,24,24]")
 FRAMES, PRETRAINED, PROBED = 240, 120, 200  # frames of a session; people, two sessions each
-PARTS = ("main", "fine", "people", "windows", "noise", "steps", "view", "ranker", "targets", "pooling")
+PARTS = ("main", "fine", "people", "windows", "checkpoint", "noise", "steps", "view", "ranker", "targets", "pooling")
 # Random weights: the initial ones, and a control with small position embeddings, see `comparison`.
 RANDOM = {"random": "random weights", "control": "random weights, small positions"}
 BASELINES = {
@@ -75,6 +75,7 @@ VIEWS = (
 RANKERS = (Variant("ranker-random", "windows at random", ranker="random"),)
 PEOPLE = tuple(Variant(f"people-{count}", f"{count} people", people=count) for count in (15, 30, 60))
 PEOPLE_SEEDS = 2
+EVERY = 500  # optimizer steps between the checkpoints of the first run that are kept and scored
 TARGETS = tuple(
     Variant(f"targets-{kind}", f"{kind.replace('_', '-')} alone", (f"mask.kinds=[{kind}]",))
     for kind in ("cross_location", "cross_time", "double_cross")
@@ -129,7 +130,14 @@ class Experiments:
             found += [Trial(variant, seed, FINE) for variant in (default, *PEOPLE) for seed in seeds]
         if "noise" in parts and (real := real_noise()) is not None:
             found += [Trial(variant, 0, real) for variant in OBJECTIVES]
-        small = {"steps": LENGTHS, "view": VIEWS, "ranker": RANKERS, "targets": TARGETS, "windows": (default,)}
+        small = {
+            "steps": LENGTHS,
+            "view": VIEWS,
+            "ranker": RANKERS,
+            "targets": TARGETS,
+            "windows": (default,),
+            "checkpoint": (default,),
+        }
         found += [Trial(variant, 0, kinds[0]) for part in parts for variant in small.get(part, ())]
         return list(dict.fromkeys(found))
 
@@ -172,10 +180,25 @@ class Experiments:
             call("make-shards", source, "--out", shards, "--ranker", ranker, "--workers", self.jobs, *words, *GRID)
 
     def pretrain(self, trial: Trial) -> None:
-        """Train one run, or resume it. Only its last checkpoint and its log are kept."""
+        """Train one run, or resume it. Its log and its last checkpoint are kept; of the first default, one in 500 steps."""
         data = self.dataset(trial.kind.who(trial.variant.people, PRETRAINED), trial.kind, trial.variant.ranker)
         words = [f"data={data}", f"run.out={self.out / 'runs' / trial.name}", f"run.seed={trial.seed}"]
+        if trial.variant == OBJECTIVES[0] and trial.seed == 0:
+            words.append(f"run.keep_every={EVERY}")
         call("pretrain", CONFIG, *words, *trial.variant.changes, *self.changes)
+
+    def checkpoints(self, trial: Trial) -> list[Path]:
+        """The kept checkpoints of a run, the first one first."""
+        return sorted((self.out / "runs" / trial.name / CHECKPOINTS).glob("step-*"))
+
+    def checkpoint_path(self, trial: Trial, checkpoint: Path) -> Path:
+        return self.out / "draws" / f"{checkpoint.name}-{trial.name}.npz"
+
+    def evaluate_checkpoints(self, trial: Trial) -> None:
+        """Score the kept checkpoints of a run on the probed people."""
+        for checkpoint in self.checkpoints(trial):
+            if not (path := self.checkpoint_path(trial, checkpoint)).exists():
+                self._score(checkpoint, trial, path)
 
     def draws_path(self, trial: Trial) -> Path:
         return self.out / "draws" / f"{trial.name}.npz"
@@ -185,6 +208,21 @@ class Experiments:
 
         `random` is "random", its initial weights, or "control", these with small random position embeddings.
         """
+        path = self.draws_path(trial)
+        if random:
+            path = path.with_name(f"{random}-{path.name}")
+        if not path.exists():
+            poolings = POOLINGS if trial.variant.name == "default" and trial.seed == 0 else {}
+            self._score(self.out / "runs" / trial.name, trial, path, random, poolings)
+
+    def _score(
+        self,
+        weights: Path,
+        trial: Trial,
+        path: Path,
+        random: str = "",
+        poolings: Mapping[str, Mapping[str, object]] | None = None,
+    ) -> None:
         import torch
 
         from launchers.experiments import comparison
@@ -192,12 +230,7 @@ class Experiments:
         from slim.inference.slim_brain import SlimBrain
 
         torch.set_num_threads(1)
-        path = self.draws_path(trial)
-        if random:
-            path = path.with_name(f"{random}-{path.name}")
-        if path.exists():
-            return
-        model = SlimBrain.from_pretrained(self.out / "runs" / trial.name)
+        model = SlimBrain.from_pretrained(weights)
         if random:
             model = SlimBrain.random(model, trial.seed)
             if random == "control":
@@ -205,7 +238,6 @@ class Experiments:
         dataset = Dataset(self.dataset("probed", trial.kind, trial.variant.ranker))
         questions = self.questions(dataset, trial.kind)
         features = comparison.encode(model, dataset)
-        poolings = POOLINGS if trial.variant.name == "default" and trial.seed == 0 else {}
         comparison.save(path, comparison.encoder_draws(features, questions, poolings))
 
     def windows_path(self, kind: Kind, ranker: str, count: int | None) -> Path:

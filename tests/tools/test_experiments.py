@@ -119,9 +119,12 @@ def test_people_and_windows_have_tables_and_a_figure(command: Command, tmp_path:
     for name, value in (("connectome_kept", 0.55), ("voxels", 0.75), ("parcels", 0.5)):
         write(tmp_path, f"{name}-fine-snr0.9", value, tasks=tasks)
     write(tmp_path, "default-snr0.9-seed0", 0.9, rank=12.0)
+    for step, value in ((500, 0.6), (1000, 0.8)):
+        (tmp_path / "runs" / "default-snr0.9-seed0" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        write(tmp_path, f"step-{step:08d}-default-snr0.9-seed0", value)
     for ranker, count in (("mutual", 8), ("mutual", "all"), ("random", 8), ("random", "all")):
         write(tmp_path, f"windows-snr0.9-{ranker}-{count}", 0.6, tasks=("group", "connectome/synthetic_group"))
-    words = ("--out", tmp_path, "--tables", "--seeds", 2, "--snr", "0.9", "--only", "fine,people,windows")
+    words = ("--out", tmp_path, "--tables", "--seeds", 2, "--snr", "0.9", "--only", "fine,people,windows,checkpoint")
     done = command("tools/experiments.py", *words)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "tables.md").read_text()
@@ -135,6 +138,8 @@ def test_people_and_windows_have_tables_and_a_figure(command: Command, tmp_path:
         for words in ("8 windows, ranked", "all windows", "8 windows, in random order")
         for method in ("default", "functional connectivity")
     ]
+    steps = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| after ")]
+    assert [row[0] for row in steps] == ["| after 500 steps", "| after 1000 steps"] and ".80 [" in steps[1][1]
     figure = plt.imread(tmp_path / "people.png")
     assert figure.shape[0] > 300 and figure[..., :3].std() > 0.05
 
