@@ -180,7 +180,7 @@ class Experiments:
             call("make-shards", source, "--out", shards, "--ranker", ranker, "--workers", self.jobs, *words, *GRID)
 
     def pretrain(self, trial: Trial) -> None:
-        """Train one run, or resume it. Its log and its last checkpoint are kept; of the first default, one in 500 steps."""
+        """Train one run, or resume it. Its last checkpoint is kept; of the first default, also one in 500 steps."""
         data = self.dataset(trial.kind.who(trial.variant.people, PRETRAINED), trial.kind, trial.variant.ranker)
         words = [f"data={data}", f"run.out={self.out / 'runs' / trial.name}", f"run.seed={trial.seed}"]
         if trial.variant == OBJECTIVES[0] and trial.seed == 0:
