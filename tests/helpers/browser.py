@@ -130,8 +130,8 @@ class Browser:
             os.close(end)
         self._rest, self._number, self._session = b"", 0, None
         self._loaded = False
-        target = next(one for one in self("Target.getTargets")["targetInfos"] if one["type"] == "page")
-        self._session = self("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        page = self("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self(f"{domain}.enable")
         self.resize(width, height)

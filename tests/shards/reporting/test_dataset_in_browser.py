@@ -240,6 +240,7 @@ def test_a_private_page_opens_pictures_and_names_nobody(tmp_path: Path) -> None:
     dataset_page.write(folder, embed=1, drawn=3)
     page = dataset_page.write(folder, private=True, embed=1, drawn=2)
     assert len([*(page.parent / "sessions").iterdir()]) == 1  # those of the first page are gone
+    assert not [path for path in page.parent.rglob("*") if "one_" in path.name or "two_" in path.name]
     with browser() as opened:
         opened.open(page)
         opened.choose("#state", "picture")

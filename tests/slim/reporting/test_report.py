@@ -378,7 +378,7 @@ def test_who_was_seen_in_pretraining_is_told(facts, said):
     assert said in page and ("pretraining" in page) == bool(said)
 
 
-def test_explanations_are_shown(healthy):
+def test_explanations_are_shown(healthy, monkeypatch, capsys):
     from matplotlib.figure import Figure
 
     from shards.reporting import html
@@ -409,7 +409,8 @@ def test_explanations_are_shown(healthy):
     links = [attrs["href"] for tag, attrs in check_self_contained(content).tags if tag == "a"]
     expected = ["sex_absolute_view.html", "sex_absolute_view_surface.html", "sex_view.html"]
     assert links == [f"explain/{name}" for name in expected]
-    private = Reader(run_page.write(healthy, private=True).read_text())
+    assert command(monkeypatch, capsys, str(healthy), "--private")[0] == 0
+    private = Reader((healthy / "report" / "index.html").read_text())
     assert "the first is session 1." in private.text and private.text.count(NASTY) == text.count(NASTY) - 1
     assert "names sessions, and is left out" in private.text and len(private.pictures()) == 12
 
