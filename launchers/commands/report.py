@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--pictures",
         type=_number_or_all,
         metavar="N|all",
-        help="sessions of a dataset with a picture; those that are not embedded are files beside the page (default 24)",
+        help="sessions of a dataset with a picture; those that are not embedded are files beside the page (default 12)",
     )
     parser.add_argument(
         "--states", metavar="TASK", help="a task of type state; its events are shown on the page of a dataset"

@@ -26,7 +26,7 @@ from shards.reporting.session_facts import all_facts
 from shards.reporting.windows_view import Given
 
 FOLDER = "sessions"  # beside the page
-DRAWN = 24  # sessions with a picture, by default
+DRAWN = 12  # sessions with a picture, by default
 _EXAMPLES, _MOST_EXAMPLES = 6, 12  # sessions embedded by default; more than six only with more than five cohorts
 
 _ARRAYS = ("baseline", "brain", "carpet", "patch", "roi", "scores", "scores_space", "scores_time", "start")
