@@ -22,6 +22,8 @@ def add_conversion(parser: Parser) -> None:
     parser.add_settings("settings of the conversion, such as grid.mm=3")
     add("--out", required=True, type=Path, metavar="DATASET", help="folder of the dataset")
     add("--ranker", default="mutual", metavar="NAME", help="method that scores windows (default: mutual)")
+    about = "version of its scores (default: that of the dataset in --out, else the newest)"
+    add("--ranker-version", type=int, metavar="N", help=about)
     add("--extractor", type=Path, metavar="PATH", help="trained temporal extractor (default: train one)")
     add("--retry-refused", action="store_true", help="try scans again that were refused before")
 

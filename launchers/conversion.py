@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +18,14 @@ from shards.core.cli import DONE, REFUSED, call_of, summary
 from shards.core.errors import ConfigError
 from shards.core.files import printable
 from shards.core.progress import progress
+from shards.core.settings import digest
 from shards.format import layout
 from shards.format.reader import Dataset
 from shards.format.refusal import Refusal
 from slim.ranking.extractor import CONFIG_FILE, Extractor
 from slim.ranking.extractor_training import train_extractor
 from slim.ranking.parcels import make_parcels
-from slim.ranking.rankers import make_ranker
+from slim.ranking.rankers import make_ranker, versions
 
 Ended = tuple[int, dict[str, object], str]  # exit status, facts of the summary, what to do next
 
@@ -47,17 +49,46 @@ def conversion_of(
         If an argument is wrong.
     """
     one_thread()
-    ranking = {"name": args.ranker, "extractor": None}
+    ranking: dict[str, object] = {"name": args.ranker, "extractor": None}
     given = Extractor.load(args.extractor) if args.extractor else None
     if args.ranker == "mutual":
         ranking["extractor"] = given.checksum if given else "trained on this dataset"
     elif given:
         got, expected = f"an extractor with --ranker {args.ranker}", "--ranker mutual, the only one that uses it"
         raise ConfigError("command line", "--extractor", got, expected, "Remove --extractor or change --ranker")
-    else:
-        make_ranker(args.ranker)  # reports an unknown name before anything is read
+    version = args.ranker_version
+    if version is None:
+        version = _version_before(args.out, settings, ranking) or versions(args.ranker)[-1]
+    elif version not in (known := versions(args.ranker)):
+        expected = f"{' or '.join(map(str, known))}, the versions of {args.ranker}"
+        raise ConfigError("command line", "--ranker-version", version, expected)
+    ranking |= _named(version)
     parcels = parcels_of(settings)
     return Conversion(cohorts, args.out, settings, ranking, parcels, workers, args.retry_refused), given
+
+
+def _named(version: int) -> dict[str, object]:
+    """A version in the configuration of a conversion, without version 1: earlier conversions do not name it."""
+    return {"version": version} if version > 1 else {}
+
+
+def _version_before(folder: Path, settings: ConvertSettings, ranking: dict[str, object]) -> int | None:
+    """The version of the ranker in the earlier conversion in a folder; None if it had other settings, or none is there.
+
+    So that a dataset of an earlier version can be continued, and all of its sessions are ranked alike.
+    """
+    found = set()
+    for path in (folder / layout.WORK / "configuration", folder / layout.MANIFEST):
+        try:
+            text = path.read_text(encoding="utf-8")
+            found.add(text.strip() if path.parent != folder else json.loads(text)["configuration_hash"])
+        except (OSError, ValueError, KeyError, TypeError):  # reported where the conversion is opened
+            continue
+    for version in versions(str(ranking["name"])):
+        configuration = {"settings": settings.model_dump(mode="json"), "ranking": ranking | _named(version)}
+        if digest(configuration) in found:
+            return version
+    return None
 
 
 def parcels_of(settings: ConvertSettings) -> Parcels:
@@ -98,8 +129,9 @@ def lacks_extractor(conversion: Conversion) -> bool:
 
 def ranker_of(conversion: Conversion) -> WindowRanker:
     """The ranker of a conversion. Its extractor, if it needs one, must be in the dataset folder."""
-    name = conversion.configuration["ranking"]["name"]
-    return make_ranker(name, conversion.folder / layout.EXTRACTOR if name == "mutual" else None)
+    ranking = conversion.configuration["ranking"]
+    name, version = ranking["name"], ranking.get("version", 1)
+    return make_ranker(name, conversion.folder / layout.EXTRACTOR if name == "mutual" else None, version=version)
 
 
 def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train: bool) -> bool:

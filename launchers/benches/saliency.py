@@ -1,17 +1,23 @@
 """Which windows each ranker chooses in simulated runs with planted events and artefacts, and what ranking costs.
 
-The runs are those of `simulate.py`: two kinds, each with and without slow incoherent bursts, at three signal-to-noise
+The runs are those of `simulate.py`: three kinds, each with and without slow incoherent bursts, at three signal-to-noise
 ratios, on the parcels of the MNI152 brain mask. Every ranker scores the same runs, which are made from other seeds
 in each round. `mutual` has an extractor for each kind, trained here on other runs of that kind, all ratios mixed, slow
 bursts in half of them.
 
-A window *holds an event* if it is among the fifth of its run's windows with the most planted energy (mean square over
-parcels and frames). Of the `k` windows with the highest scores, and as means over the runs of a round,
+A window *holds an event* if it is among the fifth (``short``: the fourth) of its run's windows with the most planted
+energy (mean square over parcels and frames). Of the `k` windows with the highest scores, and as means over the runs of
+a round,
 
-- *precision at k* is the share that hold an event; chance is 0.2, and at 32 of the usual 70 windows 14/32 is the most;
+- *precision at k* is the share that hold an event; chance is 0.2 (``short``: 0.25), and at 32 of the usual 70 windows
+  14/32 (18/32) is the most;
 - *artefacts at 8* is the share of the best 8 that an artefact affects and that hold no event: a frame of a spike, or
   the middle half of a slow burst;
 - *Spearman* is the rank correlation of the scores with the planted energy, over all windows.
+
+In stationary noise no place in time differs from another. Every ranker but `uniform`, which chooses by place, takes the
+best 8 windows of 120 such runs of 120 and of 260 frames; a figure is the largest distance of a place from its fair
+share, in standard deviations. `mutual` has an extractor trained on other runs of this noise.
 
 The cost is that of `mutual` with a trained extractor, in CPU seconds, on runs of 300 to 2400 frames.
 """
@@ -34,20 +40,23 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from launchers.benches.common import Figure, Ratio, Result, interleave
-from launchers.benches.simulate import SNR, Run, simulate
+from launchers.benches.simulate import EVENT_SHARE, SNR, Run, simulate, stationary
 from shards.core.settings import Settings
 from shards.format.grid import Grid
 from shards.format.patches import parcel_means
+from slim.ranking.extractor import Extractor
 from slim.ranking.extractor_training import train_extractor
 from slim.ranking.parcels import parcels_from_mask
 from slim.ranking.rankers import Ranker, make_ranker
 
 FRAMES = 5  # of a window
 LENGTHS = (300, 600, 1200, 2400)  # frames of the runs that are timed
-RANKERS = ("mutual", "ridge", "median-variance", "variance", "leave-one-out", "uniform", "random")
+FORMER = "mutual 1"  # the first version of `mutual`
+RANKERS = ("mutual", FORMER, "ridge", "median-variance", "variance", "leave-one-out", "uniform", "random")
 SLOW = "slow bursts"
 ONE = "one, to compare a figure with a number"
 LEVELS = ("low", "middle", "high")
+PLACES = (120, 260)  # frames of the runs of stationary noise
 TRAINING_SEED = 1_000_000  # beyond those of the evaluation
 MEASURES = {
     "precision at 8": ".2f",
@@ -67,16 +76,17 @@ class Bench(Settings):
     windows: int = Field(70, ge=40, description="windows of a run")
     training_runs: int = Field(24, ge=1, description="runs an extractor is trained on")
     steps: int = Field(1200, ge=1, description="steps of its training")
+    noise_runs: int = Field(120, ge=1, description="runs of stationary noise of each length")
     first_seed: int = Field(0, ge=0, lt=TRAINING_SEED // 2, description="seed of the first run")
 
 
-SMALL = {"runs": 1, "windows": 40, "training_runs": 2, "steps": 5}
+SMALL = {"runs": 1, "windows": 40, "training_runs": 2, "steps": 5, "noise_runs": 2}
 
 
 def run(bench: Bench, repeat: int, folder: Path, begun: Callable[[str], None]) -> Result:
     """Measure all of it; see the head of this file."""
     centre_R3 = mni_parcels()
-    result = Result(notes={"settings": bench.model_dump(mode="json"), "parcels": len(centre_R3), "chance": 0.2})
+    result = Result(notes={"settings": bench.model_dump(mode="json"), "parcels": len(centre_R3), "chance": EVENT_SHARE})
     found: Found = {}
     mutual: dict[str, Ranker] = {}
     for kind, levels in SNR.items():
@@ -87,8 +97,8 @@ def run(bench: Bench, repeat: int, folder: Path, begun: Callable[[str], None]) -
             for number in range(bench.training_runs)
         ]
         extractor = train_extractor([(one.roi_RT, one.centre_R3) for one in training], FRAMES, bench.steps)
-        mutual[kind] = make_ranker("mutual", extractor)
-        rankers = {name: mutual[kind] if name == "mutual" else make_ranker(name) for name in RANKERS}
+        rankers = rankers_with(extractor)
+        mutual[kind] = rankers["mutual"]
         for slow, (level, snr) in itertools.product((False, True), zip(LEVELS, levels, strict=True)):
             words = (kind, SLOW if slow else "no slow bursts", level)
             begun(f"{', '.join(words)} SNR: {repeat} x {bench.runs} runs")
@@ -99,8 +109,16 @@ def run(bench: Bench, repeat: int, folder: Path, begun: Callable[[str], None]) -
             found |= {(*words, name): by_round[:, place] for place, name in enumerate(RANKERS)}
     tables(found)
     judge(found, result)
+    places(bench, begun, result)
     cost(mutual["fmri"], repeat, centre_R3, begun, result)
     return result
+
+
+def rankers_with(extractor: Extractor) -> dict[str, Ranker]:
+    """Every ranker by its name here."""
+    rankers = {name: make_ranker(name) for name in RANKERS if name not in ("mutual", FORMER)}
+    learned = {"mutual": make_ranker("mutual", extractor), FORMER: make_ranker("mutual", extractor, version=1)}
+    return {name: (learned | rankers)[name] for name in RANKERS}
 
 
 def mni_parcels() -> np.ndarray:
@@ -159,7 +177,8 @@ def judge(found: Found, result: Result) -> None:
         for (kind, slow, level, name), values in found.items()
         if slow == SLOW and name == "mutual"
     ]
-    best = max(RANKERS[1:], key=lambda name: result.figures[f"precision at 8, {name}"].median)
+    others = [name for name in RANKERS if name not in ("mutual", FORMER)]
+    best = max(others, key=lambda name: result.figures[f"precision at 8, {name}"].median)
     limits: dict[str, tuple[np.ndarray, dict[str, float]]] = {
         "precision at 8, mutual, fmri, middle SNR": (plain[:, 0], {"at_least": 0.6}),
         "artefacts at 8, mutual, fmri, middle SNR": (plain[:, 1], {"at_most": 0.1}),
@@ -171,6 +190,44 @@ def judge(found: Found, result: Result) -> None:
         result.ratios.append(Ratio(name, name, ONE, **limit))
     of, over = "precision at 8, mutual", f"precision at 8, {best}"
     result.ratios.append(Ratio(f"{of} over {best}, the next best", of, over, at_least=1))
+
+
+def places(bench: Bench, begun: Callable[[str], None], result: Result) -> None:
+    """Count how often each place in time is among the best 8 windows of stationary noise, and print it."""
+    begun(f"stationary noise: train an extractor on {bench.training_runs} runs, {bench.steps} steps")
+    training = [stationary(TRAINING_SEED + number, max(PLACES)) for number in range(bench.training_runs)]
+    rankers = rankers_with(train_extractor(training, FRAMES, bench.steps))
+    del rankers["uniform"]
+    table = Table("ranker", title=f"best 8 windows of {bench.noise_runs} runs of stationary noise", box=box.SIMPLE_HEAD)
+    for heading in ("frames", "fair share", "first", "last", "others", "largest distance in SD"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    found = {(name, length): np.zeros(length // FRAMES, dtype=int) for name in rankers for length in PLACES}
+    for length in PLACES:
+        begun(f"stationary noise: {bench.noise_runs} runs of {length} frames")
+        for seed in range(bench.first_seed, bench.first_seed + bench.noise_runs):
+            run = stationary(seed, length)
+            for name, ranker in rankers.items():
+                found[name, length][np.argsort(-ranker.scores(*run, FRAMES), kind="stable")[:8]] += 1
+    for (name, length), count_W in found.items():
+        far_W = from_fair_share(count_W)
+        share, inner = 8 * bench.noise_runs / len(count_W), f"{count_W[1:-1].min()} to {count_W[1:-1].max()}"
+        cells = (length, f"{share:.1f}", count_W[0], count_W[-1], inner, f"{np.abs(far_W).max():.1f}")
+        table.add_row(name, *map(str, cells))
+        figure = f"distance of places in {length} frames, {name}"
+        result.figures[figure] = Figure("SD", (float(np.abs(far_W).max()),))
+        if name in ("mutual", "ridge"):
+            result.ratios.append(Ratio(figure, figure, ONE, at_most=3))
+    result.notes["places"] = [
+        {"ranker": name, "frames": length, "counts": count_W.tolist()} for (name, length), count_W in found.items()
+    ]
+    Console(width=130, highlight=False).print(table)
+
+
+def from_fair_share(count_W: np.ndarray) -> np.ndarray:
+    """Distance of counts from the same chance for each window, in standard deviations of a binomial count."""
+    share = count_W.mean()
+    chance, runs = 8 / len(count_W), count_W.sum() / 8
+    return (count_W - share) / np.sqrt(runs * chance * (1 - chance))
 
 
 def cost(ranker: Ranker, repeat: int, centre_R3: np.ndarray, begun: Callable[[str], None], result: Result) -> None:

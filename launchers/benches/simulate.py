@@ -1,6 +1,6 @@
 """Parcel time series of simulated runs with planted events and artefacts, which a ranker must distinguish.
 
-Two unlike kinds, so that no ranker is tuned to one:
+Three unlike kinds, so that no ranker is tuned to one:
 
 - ``bursts``: white noise with a short memory and weak activity of disjoint networks all the time; the events are bursts
   of a single network, the artefacts spikes of one frame with any pattern.
@@ -9,6 +9,8 @@ Two unlike kinds, so that no ranker is tuned to one:
   networks at a time, the artefacts spikes of one to three frames along the rim, in a slice, or along a gradient.
 
 With ``slow``, both also hold bursts of 10 to 20 frames with an independent signal in every parcel.
+
+`stationary` makes runs without events: noise in which no place in time differs from another.
 
 Shape suffixes: R parcels; T frames; W windows; N networks; 3 axes; _RN weights of networks in parcels.
 """
@@ -22,8 +24,8 @@ import numpy as np
 from scipy import ndimage, signal, stats
 
 # By kind: low, middle and high. A burst is confined to an eighth of the parcels.
-SNR = {"bursts": (0.1, 0.2, 0.4), "fmri": (0.3, 0.6, 1.2)}
-EVENT_SHARE = 0.2  # of the windows
+SNR = {"bursts": (0.1, 0.2, 0.4), "fmri": (0.3, 0.6, 1.2), "short": (0.1, 0.2, 0.4)}
+EVENT_SHARE = {"bursts": 0.2, "fmri": 0.2, "short": 0.25}  # of the windows
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Run:
     """A simulated run and what was planted in it.
 
     `roi_RT` are raw parcel means, float32; `centre_R3` their centres in mm; `energy_W` the mean energy of the events in
-    each window. `event_W` marks the windows that hold an event: the fifth of them with the most planted energy (none
-    without any). `artefact_W` marks those that an artefact hits and that hold no event.
+    each window. `event_W` marks the windows that hold an event: the fifth of them (``short``: the fourth) with the most
+    planted energy (none without any). `artefact_W` marks those that an artefact hits and that hold no event.
     """
 
     roi_RT: np.ndarray
@@ -50,7 +52,7 @@ def simulate(
     Parameters
     ----------
     kind : str
-        ``bursts`` or ``fmri``.
+        ``bursts``, ``fmri`` or ``short``.
     snr : float
         Mean energy of the planted events in the windows that hold them, over that of all else but the artefacts.
     slow : bool
@@ -66,13 +68,12 @@ def simulate(
     """
     rng = np.random.default_rng([seed, list(SNR).index(kind), round(1000 * snr), slow])
     length = windows * frames
-    make = _bursts if kind == "bursts" else _fmri
-    events_RT, rest_RT, artefact_RT, hit_T = make(rng, centre_R3, length, tr)
+    events_RT, rest_RT, artefact_RT, hit_T = _KINDS[kind](rng, centre_R3, length, tr)
     if slow:
         _add_slow(rng, artefact_RT, hit_T)
     energy_W = _window_mean(np.mean(events_RT**2, axis=0), frames)
     event_W = np.zeros(windows, dtype=bool)
-    event_W[np.argsort(-energy_W, kind="stable")[: max(1, round(EVENT_SHARE * windows))]] = True
+    event_W[np.argsort(-energy_W, kind="stable")[: max(1, round(EVENT_SHARE[kind] * windows))]] = True
     event_W &= energy_W > 0
     amplitude = np.sqrt(snr * np.mean(rest_RT**2) / energy_W[event_W].mean())
     roi_RT = amplitude * events_RT + rest_RT + artefact_RT
@@ -190,6 +191,58 @@ def _fmri(rng: np.random.Generator, centre_R3: np.ndarray, length: int, tr: floa
         artefact_RT[:, spike : spike + long] += pattern_R[:, None]
         hit_T[spike : spike + long] = True
     return events_RT, rest_RT, artefact_RT, hit_T
+
+
+def _short(rng: np.random.Generator, centre_R3: np.ndarray, length: int, tr: float) -> tuple[np.ndarray, ...]:
+    parcels, networks = len(centre_R3), 8
+    map_RN = _smooth_maps(rng, centre_R3, networks, (18, 32))
+    events_RT = np.zeros((parcels, length))
+    for _ in range(max(1, length // 18)):
+        long = int(rng.integers(3, 8))
+        first = int(rng.integers(length - long + 1))
+        course_T = np.sin(np.pi * (np.arange(long) + 0.5) / long) * rng.choice([-1, 1]) * rng.uniform(0.7, 1.3)
+        events_RT[:, first : first + long] += np.outer(map_RN[:, rng.integers(networks)], course_T)
+
+    rest_RT = _memory(rng, parcels, length, 0.4) + 0.5 * map_RN @ _memory(rng, networks, length, 0.7) / np.sqrt(
+        networks
+    )
+    artefact_RT, hit_T = np.zeros((parcels, length)), np.zeros(length, dtype=bool)
+    for _ in range(max(1, length // 100)):
+        spike, long = int(rng.integers(length)), int(rng.choice([1, 2], p=[0.8, 0.2]))
+        of_networks_R = map_RN @ rng.standard_normal(networks) / np.sqrt(networks)
+        pattern_R = of_networks_R if rng.random() < 0.5 else rng.standard_normal(parcels)
+        artefact_RT[:, spike : spike + long] += pattern_R[:, None] * rng.uniform(1.5, 3)
+        hit_T[spike : spike + long] = True
+    return events_RT, rest_RT, artefact_RT, hit_T
+
+
+def _smooth_maps(
+    rng: np.random.Generator, centre_R3: np.ndarray, networks: int, width: tuple[float, float]
+) -> np.ndarray:
+    """Maps around random places, Gaussian in space with a width in mm of this range; (R, N)."""
+    peak_N3 = rng.uniform(centre_R3.min(axis=0), centre_R3.max(axis=0), (networks, 3))
+    square_RN = np.square(centre_R3[:, None] - peak_N3).sum(axis=2)
+    return _unit(np.exp(-square_RN / (2 * rng.uniform(*width, networks) ** 2)))
+
+
+_KINDS = {"bursts": _bursts, "fmri": _fmri, "short": _short}
+
+
+def stationary(seed: int, length: int, parcels: int = 160) -> tuple[np.ndarray, np.ndarray]:
+    """Stationary noise: eight smooth networks that fluctuate slowly, and white noise.
+
+    Returns
+    -------
+    roi_RT, centre_R3 : float32 arrays
+        Raw parcel means, and centres in mm.
+    """
+    rng, margin, width = np.random.default_rng(seed), 30, 2.5  # in frames
+    centre_R3 = rng.uniform([-70, -90, -60], [70, 90, 60], (parcels, 3))
+    map_RN = _smooth_maps(rng, centre_R3, 8, (30, 30))
+    course_NT = ndimage.gaussian_filter1d(rng.standard_normal((8, length + 2 * margin)), width, axis=1)
+    course_NT = course_NT[:, margin:-margin] * np.sqrt(2 * np.sqrt(np.pi) * width)  # of unit variance
+    noise_RT = 0.7 * map_RN @ course_NT + rng.standard_normal((parcels, length))
+    return (600 + 5 * noise_RT).astype(np.float32), centre_R3.astype(np.float32)
 
 
 def _add_slow(rng: np.random.Generator, artefact_RT: np.ndarray, hit_T: np.ndarray) -> None:

@@ -112,6 +112,7 @@ class _RankerFields(_ReadFields):
     name: StrictStr
     extractor: StrictStr | None = None
     seed: StrictInt = 0
+    version: StrictInt = 1
 
 
 class _Data(_ReadFields):

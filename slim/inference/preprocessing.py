@@ -73,7 +73,7 @@ def read_recipe(data: DataRecord, where: str | Path, extractor: Path | None, ima
     settings = settings.model_copy(update={"windows": settings.windows.model_copy(update={"minimum": 1})})
     identity = data.ranker
     found = None if identity["extractor"] is None else _extractor(identity["extractor"], where, extractor)
-    ranker = make_ranker(identity["name"], found, identity["seed"])
+    ranker = make_ranker(identity["name"], found, identity["seed"], identity.get("version", 1))
     if ranker.identity() != identity:
         got, hint = "other parameters in this version", "Use the version that converted the training data"
         raise ConfigError(where, f"ranker {identity['name']}", got, identity, hint)

@@ -17,12 +17,17 @@ from slim.ranking.extractor import Extractor, standardise
 from slim.ranking.saliency import (
     BLOCK,
     FOLDS,
+    FRAME_PENALTY,
+    GAP,
     MARGIN,
     PENALTY,
     REACH,
     RHO,
+    SLACK,
     SPLITS,
     calmness,
+    folds,
+    frame_standing,
     rebuild_by_ridge,
     space_energy,
     standing,
@@ -36,21 +41,38 @@ MEDIAN = 5  # frames of the median filter
 
 
 def _joint(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
-    joint_W, space_W, time_W = np.zeros((3, z_VRT.shape[2] // frames))
-    for z_RT in z_VRT if len(joint_W) > 1 else ():  # a window is compared with the others
+    space_VW, time_VW = np.zeros((2, len(z_VRT), z_VRT.shape[2] // frames))
+    for view, z_RT in enumerate(z_VRT if space_VW.shape[1] > 1 else ()):  # a window is compared with the others
+        calm_W = calmness(z_RT, frames)
+        space_VW[view] = standing(calm_W * space_energy(z_RT, frames, ranker.seed))
+        far_W = frame_standing(z_RT, frames, calm_W, GAP)
+        if ranker.extractor is not None:
+            rebuilt_RT = ranker.extractor.rebuild(z_RT, centre_R3)
+            far_W = (far_W + standing(calm_W * time_energy(z_RT, rebuilt_RT, frames))) / 2
+        time_VW[view] = np.minimum(frame_standing(z_RT, frames, calm_W), far_W + SLACK)
+    # At either end, the only neighbour counts twice: with the window itself in its place, as in version 1, the scores
+    # there would vary more than the others.
+    return _smoothed(space_VW, time_VW, "mirror")
+
+
+def _joint_1(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+    space_VW, time_VW = np.zeros((2, len(z_VRT), z_VRT.shape[2] // frames))
+    for view, z_RT in enumerate(z_VRT if space_VW.shape[1] > 1 else ()):
         if ranker.extractor is not None:
             rebuilt_RT = ranker.extractor.rebuild(z_RT, centre_R3)
         else:
             rebuilt_RT = rebuild_by_ridge(z_RT, frames)
         calm_W = calmness(z_RT, frames)
-        by_space_W = standing(calm_W * space_energy(z_RT, frames, ranker.seed))
-        by_time_W = standing(calm_W * time_energy(z_RT, rebuilt_RT, frames))
-        joint_W += np.minimum(by_space_W, by_time_W)
-        space_W += by_space_W
-        time_W += by_time_W
+        space_VW[view] = standing(calm_W * space_energy(z_RT, frames, ranker.seed, folds))
+        time_VW[view] = standing(calm_W * time_energy(z_RT, rebuilt_RT, frames))
+    return _smoothed(space_VW, time_VW, "nearest")
+
+
+def _smoothed(space_VW: np.ndarray, time_VW: np.ndarray, mode: str) -> dict[str, np.ndarray]:
+    """The smaller of both, and each of them, summed over the views and smoothed over neighbouring windows."""
     kernel = (NEIGHBOUR, 1 - 2 * NEIGHBOUR, NEIGHBOUR)
-    parts = {"scores": joint_W, "scores_space": space_W, "scores_time": time_W}
-    return {name: ndimage.correlate1d(value_W, kernel, mode="nearest") for name, value_W in parts.items()}
+    parts = {"scores": np.minimum(space_VW, time_VW), "scores_space": space_VW, "scores_time": time_VW}
+    return {name: ndimage.correlate1d(value_VW.sum(axis=0), kernel, mode=mode) for name, value_VW in parts.items()}
 
 
 def _variance(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
@@ -83,41 +105,56 @@ _SPACE = {"splits": SPLITS, "rho": RHO, "folds": FOLDS, "block": BLOCK, "margin"
 
 _TIME = {"reach": REACH, "penalty": PENALTY}
 
-_JOINT = {**_SPACE, "neighbour": NEIGHBOUR}
+_JOINT_1 = {**_SPACE, "neighbour": NEIGHBOUR}
+
+_JOINT = {**_JOINT_1, "reach": REACH, "penalty": FRAME_PENALTY, "gap": GAP, "slack": SLACK}
 
 _Score = Callable[["Ranker", np.ndarray, np.ndarray, int], dict[str, np.ndarray]]
 
-_RANKERS: dict[str, tuple[_Score, dict[str, float]]] = {
-    "mutual": (_joint, _JOINT),
-    "ridge": (_joint, {**_JOINT, **_TIME}),
-    "median-variance": (_median_variance, {"median": MEDIAN}),
-    "variance": (_variance, {}),
-    "leave-one-out": (_leave_one_out, _TIME),
-    "uniform": (_uniform, {}),
-    "random": (_random, {}),
+# Of each ranker, every version that artefacts in use were made with: its function and its parameters.
+_RANKERS: dict[str, dict[int, tuple[_Score, dict[str, float]]]] = {
+    "mutual": {1: (_joint_1, _JOINT_1), 2: (_joint, _JOINT)},
+    "ridge": {1: (_joint_1, {**_JOINT_1, **_TIME}), 2: (_joint, _JOINT)},
+    "median-variance": {1: (_median_variance, {"median": MEDIAN})},
+    "variance": {1: (_variance, {})},
+    "leave-one-out": {1: (_leave_one_out, _TIME)},
+    "uniform": {1: (_uniform, {})},
+    "random": {1: (_random, {})},
 }
+
+
+def versions(name: str) -> tuple[int, ...]:
+    """The versions of a ranker, the newest last. ConfigError if there is no ranker of that name."""
+    if name not in _RANKERS:
+        raise ConfigError("ranker", "name", name, f"one of {', '.join(_RANKERS)}")
+    return tuple(_RANKERS[name])
 
 
 class Ranker:
     """Scores the windows of a scan. It is picklable; use `make_ranker` to make one.
 
     ``mutual``: joint predictable energy, predicted in space by ridge regression and in time by the extractor.
-    ``ridge``: the same, with ridge regression for both. ``variance``: mean z^2 of the window. ``median-variance``: the
+    ``ridge``: the same, without the extractor. ``variance``: mean z^2 of the window. ``median-variance``: the
     same after a median filter over 5 frames. ``leave-one-out``: mean squared error of the window reconstructed by ridge
     regression from its neighbours. ``uniform``: evenly spaced windows first. ``random``: drawn with the seed, the
     numbers of parcels and frames, and the frames of the parcels' largest deviations, so that scans of equal length
-    differ.
+    differ. ``mutual`` and ``ridge`` have two versions; datasets and exports made before there was a second keep the
+    first.
     """
 
-    def __init__(self, name: str, extractor: Extractor | None, seed: int):
-        self.name, self.extractor, self.seed = name, extractor, seed
+    def __init__(self, name: str, extractor: Extractor | None, seed: int, version: int):
+        self.name, self.extractor, self.seed, self.version = name, extractor, seed, version
 
     def identity(self) -> dict[str, object]:
-        """What determines the scores, for a manifest: name, parameters, and checksum of the extractor or None."""
+        """What determines the scores, for a manifest: name, parameters, and checksum of the extractor or None.
+
+        Version 1 is not named, as in the artefacts made before there was a second.
+        """
         return {
             "name": self.name,
+            **({"version": self.version} if self.version > 1 else {}),
             "seed": self.seed,
-            **_RANKERS[self.name][1],
+            **_RANKERS[self.name][self.version][1],
             "extractor": self.extractor.checksum if self.extractor is not None else None,
         }
 
@@ -163,12 +200,17 @@ class Ranker:
         if centre_R3.shape != (len(roi_RT), 3):
             raise ConfigError(where, "centres", centre_R3.shape, (len(roi_RT), 3))
         z_VRT, kept_R = standardise(roi_RT[:, : roi_RT.shape[1] // frames * frames])
-        score, _ = _RANKERS[self.name]
+        score, _ = _RANKERS[self.name][self.version]
         found = score(self, z_VRT, centre_R3[kept_R], frames)
         return {name: value_W.astype(np.float32) for name, value_W in found.items()}
 
 
-def make_ranker(name: str = "mutual", extractor: Path | str | Extractor | None = None, seed: int = 0) -> Ranker:
+def make_ranker(
+    name: str = "mutual",
+    extractor: Path | str | Extractor | None = None,
+    seed: int = 0,
+    version: int | None = None,
+) -> Ranker:
     """Make a ranker by name.
 
     Parameters
@@ -179,14 +221,19 @@ def make_ranker(name: str = "mutual", extractor: Path | str | Extractor | None =
         The trained extractor or its folder. ``mutual`` needs it; the others do not accept it.
     seed : int
         Seed of the half-splits (``mutual``, ``ridge``) or of the draw (``random``).
+    version : int, optional
+        Version of the scores; the newest by default.
 
     Raises
     ------
     ConfigError
-        If the name is unknown, or the extractor is missing, not accepted or unreadable.
+        If the name or the version is unknown, or the extractor is missing, not accepted or unreadable.
     """
-    if name not in _RANKERS:
-        raise ConfigError("ranker", "name", name, f"one of {', '.join(_RANKERS)}")
+    known = versions(name)
+    version = known[-1] if version is None else version
+    if version not in known:
+        hint = "A newer SLIM-Brain may have it" if version > known[-1] else ""
+        raise ConfigError(f"ranker {name}", "version", version, " or ".join(map(str, known)), hint)
     if name == "mutual" and extractor is None:
         hint = "Train an extractor, or use the ranker ridge, which needs none"
         raise ConfigError("ranker mutual", "extractor", "none", "the folder of a trained extractor", hint)
@@ -195,4 +242,4 @@ def make_ranker(name: str = "mutual", extractor: Path | str | Extractor | None =
         raise ConfigError(f"ranker {name}", "extractor", "an extractor", "none", hint)
     if isinstance(extractor, (str, Path)):
         extractor = Extractor.load(extractor)
-    return Ranker(name, extractor, seed)
+    return Ranker(name, extractor, seed, version)

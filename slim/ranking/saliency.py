@@ -2,17 +2,30 @@
 
 The paper ranks windows by "mutual masked reconstruction" (SLIM-Brain, arXiv 2512.21881, stage 1) without a formula.
 Here saliency is defined as *joint predictable energy*: a window is salient if it exceeds the other windows of its scan
-in energy that can be predicted both from other parcels and from neighbouring windows. A spike cannot be predicted in
+in energy that can be predicted both from other parcels and from neighbouring frames. A spike cannot be predicted in
 time, an incoherent slow burst not in space, and noise in neither:
 
     joint_w = sum over the two views of  min(S_w, T_w)
     saliency_w = (joint_w-1 + 4 joint_w + joint_w+1) / 6
 
 The views are those of `slim.ranking.extractor.standardise`. S_w and T_w are the parts of the window's energy that can
-be predicted in space (`space_energy`) and in time (with the extractor, or with `rebuild_by_ridge`). Each is multiplied
-by the weight of the window's most outlying frame (`calmness`) and standardised over the windows of the scan
-(`standing`). Without a common scale, the predictor with the smaller values alone would determine the minimum. The
-neighbours are included because a haemodynamic response is longer than a window.
+be predicted in space (`space_energy`) and in time. Each is multiplied by the weight of the window's most outlying frame
+(`calmness`) and standardised over the windows of the scan (`standing`). Without a common scale, the predictor with the
+smaller values alone would determine the minimum. The neighbours are included because a haemodynamic response is longer
+than a window.
+
+In time, two predictions are compared (version 2 of the score):
+
+    T_w = min(near_w, far_w + 1/2)
+
+near_w is the standing of the energy that the three nearest frames on each side of a frame predict (`frame_standing`);
+it finds events shorter than a window. far_w leaves out the nearest frame on each side, which a spike of two frames
+would need; with an extractor, far_w is the mean with the standing of the window's reconstruction (`time_energy`).
+The windows at the ends of a scan have neighbours on one side only; `frame_standing` compares them with the other
+windows predicted from that side alone, so that every place in the scan has the same chance.
+
+Version 1, of datasets made before, has T_w from the window's reconstruction alone, by the extractor or by
+`rebuild_by_ridge`, other `folds`, and chooses the first and the last windows too rarely.
 
     ranker = make_ranker("mutual", Path("extractor/"))
     score_W = ranker.scores(roi_RT, centre_R3, frames=5)
@@ -23,13 +36,20 @@ V views; W windows; D fold; L lags.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy import linalg, ndimage
 
 SPLITS, RHO = 4, 0.3
 FOLDS, BLOCK, MARGIN = 6, 3, 3  # interleaved folds of blocks of windows; margin in frames
 REACH, PENALTY = 3, 0.03  # for `rebuild_by_ridge`: frames on each side, and ridge penalty
+FRAME_PENALTY = 0.3  # ridge penalty of `frame_standing`
+GAP, SLACK = 1, 0.5  # of version 2: frames left out on each side in far_w; how much lower far_w may stand
 LEAST_RANGE = 1e-3  # below this interquartile range, windows differ by rounding only
+
+
+Folds = Callable[[int, int], list[tuple[np.ndarray, np.ndarray]]]
 
 
 def window_mean(value_RT: np.ndarray, frames: int) -> np.ndarray:
@@ -48,9 +68,22 @@ def folds(windows: int, frames: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
     Blocks of 3 windows are assigned to 6 folds in turn. Frames within 3 frames of a fold are not used to train its
     prediction. Scans of fewer than 6 windows are divided into blocks of 2 windows or 1, so that every fold has training
-    frames.
+    frames. Used by version 1 of the scores.
     """
-    fold_T = np.repeat(np.arange(windows) // max(1, min(BLOCK, windows // 2)) % FOLDS, frames)
+    return _folds(np.arange(windows) // max(1, min(BLOCK, windows // 2)) % FOLDS, frames)
+
+
+def even_folds(windows: int, frames: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """As `folds`, but of equal size, so that no window is predicted from fewer training frames than another.
+
+    Every fold has the same number of blocks. They are of about 3 windows, and differ by one window at most.
+    """
+    blocks = min(windows, FOLDS * max(1, round(windows / (BLOCK * FOLDS))))
+    return _folds(np.arange(windows) * blocks // windows % FOLDS, frames)
+
+
+def _folds(fold_W: np.ndarray, frames: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    fold_T = np.repeat(fold_W, frames)
     pairs = []
     for fold in range(fold_T.max() + 1):
         tested_T = fold_T == fold
@@ -58,7 +91,7 @@ def folds(windows: int, frames: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return pairs
 
 
-def space_energy(z_RT: np.ndarray, frames: int, seed: int) -> np.ndarray:
+def space_energy(z_RT: np.ndarray, frames: int, seed: int, folds: Folds = even_folds) -> np.ndarray:
     """Energy of each window that can be predicted from other parcels (S_w).
 
     A random half B of the parcels is predicted from the other half A, zhat_B = C_BA (C_AA + rho I)^-1 z_A, with
@@ -71,6 +104,8 @@ def space_energy(z_RT: np.ndarray, frames: int, seed: int) -> np.ndarray:
         Standardised parcel series; T is a multiple of the window length.
     frames, seed : int
         Number of frames of a window; seed of the splits.
+    folds : callable
+        `even_folds`, or `folds` for version 1.
 
     Returns
     -------
@@ -95,6 +130,19 @@ def space_energy(z_RT: np.ndarray, frames: int, seed: int) -> np.ndarray:
     return energy_T.reshape(-1, frames).mean(axis=1)
 
 
+def _autocorrelation(z_RT: np.ndarray, lags: int) -> np.ndarray:
+    """Mean autocorrelation of the parcels, frames weighted as in `frame_weights`; 0 beyond the scan. (L,)"""
+    # Weighting both frames of each product, and dividing all lags by the same total, keeps the autocorrelation matrix
+    # positive definite.
+    length = z_RT.shape[1]
+    tapered_RT = z_RT * np.sqrt(frame_weights(z_RT)).astype(z_RT.dtype)
+    power = np.square(tapered_RT, dtype=np.float64).sum()
+    corr_L = np.zeros(lags)
+    for lag in range(min(lags, length)):
+        corr_L[lag] = np.vdot(tapered_RT[:, lag:], tapered_RT[:, : length - lag]) / max(power, 1e-12)
+    return corr_L
+
+
 def rebuild_by_ridge(z_RT: np.ndarray, frames: int) -> np.ndarray:
     """Reconstruct every window from 3 frames on each side, without a trained extractor.
 
@@ -107,13 +155,7 @@ def rebuild_by_ridge(z_RT: np.ndarray, frames: int) -> np.ndarray:
         In the units of `z_RT`.
     """
     length = z_RT.shape[1]
-    # Weighting both frames of each product, and dividing all lags by the same total, keeps the autocorrelation matrix
-    # positive definite.
-    tapered_RT = z_RT * np.sqrt(frame_weights(z_RT)).astype(z_RT.dtype)
-    power = np.square(tapered_RT, dtype=np.float64).sum()
-    corr_L = np.zeros(frames + 2 * REACH)
-    for lag in range(min(len(corr_L), length)):
-        corr_L[lag] = np.vdot(tapered_RT[:, lag:], tapered_RT[:, : length - lag]) / max(power, 1e-12)
+    corr_L = _autocorrelation(z_RT, frames + 2 * REACH)
     side = np.concatenate([np.arange(-REACH, 0), np.arange(frames, frames + REACH)])
     inside = np.arange(frames)
     rebuilt_RT = np.zeros_like(z_RT)
@@ -130,6 +172,68 @@ def rebuild_by_ridge(z_RT: np.ndarray, frames: int) -> np.ndarray:
 def time_energy(z_RT: np.ndarray, rebuilt_RT: np.ndarray, frames: int) -> np.ndarray:
     """Energy of each window that can be predicted from its neighbours (T_w): mean z^2 - (z - zhat)^2, float64 (W,)."""
     return window_mean(z_RT**2 - (z_RT - rebuilt_RT) ** 2, frames)
+
+
+def frame_standing(z_RT: np.ndarray, frames: int, calm_W: np.ndarray, gap: int = 0) -> np.ndarray:
+    """Standing of each window by the energy of its frames that frames near them predict.
+
+    Each frame is predicted from 3 frames on each side, after `gap` frames that are left out, by one linear
+    interpolation of all parcels as in `rebuild_by_ridge`, with the ridge penalty 0.3. The energy of a window is the
+    mean of z^2 - (z - zhat)^2 times its calmness.
+
+    Frames at the ends of the scan lack some of these neighbours, so less of their energy can be predicted. A window
+    there is compared with all windows that have the neighbours it has, each predicted from these alone.
+
+    Parameters
+    ----------
+    z_RT : float32 array
+        Standardised parcel series; T is a multiple of the window length.
+    frames : int
+        Number of frames of a window.
+    calm_W : float array
+        From `calmness`.
+    gap : int
+        Frames on each side that are left out.
+
+    Returns
+    -------
+    standing_W : float64 array
+        In interquartile ranges above the median of the windows a window is compared with.
+    """
+    windows, need = z_RT.shape[1] // frames, gap + REACH
+    corr_L = _autocorrelation(z_RT, 2 * need + 1)
+    before_W = np.minimum(frames * np.arange(windows), need)  # neighbours before each window, as far as they are needed
+    after_W = before_W[::-1]
+    standing_W = np.zeros(windows)
+    for before, after in sorted(set(zip(before_W.tolist(), after_W.tolist(), strict=True))):
+        compared = np.flatnonzero((before_W >= before) & (after_W >= after))
+        energy_W = calm_W[compared] * _frame_energy(z_RT, frames, compared, (before, after), gap, corr_L)
+        own = (before_W[compared] == before) & (after_W[compared] == after)
+        standing_W[compared[own]] = standing(energy_W)[own]
+    return standing_W
+
+
+def _frame_energy(
+    z_RT: np.ndarray, frames: int, windows: np.ndarray, around: tuple[int, int], gap: int, corr_L: np.ndarray
+) -> np.ndarray:
+    """Energy of consecutive windows, each frame predicted from the window and the frames around it that are counted."""
+    before, after = around
+    side = np.arange(gap + 1, gap + REACH + 1)
+    offset = np.concatenate([-side[::-1], side])
+    energy_W = np.zeros(len(windows))
+    for inside in range(frames):
+        near = offset[(inside + offset >= -before) & (inside + offset < frames + after)]
+        if not len(near):
+            continue
+        first, last = frames * windows[0] + inside, frames * windows[-1] + inside + 1
+        gram = corr_L[np.abs(near[:, None] - near)] + FRAME_PENALTY * np.eye(len(near))
+        weights = linalg.solve(gram, corr_L[np.abs(near)], assume_a="pos").astype(z_RT.dtype)
+        z_RW = z_RT[:, first:last:frames]
+        guess_RW = np.zeros_like(z_RW)
+        for weight, shift in zip(weights, near.tolist(), strict=True):
+            guess_RW += weight * z_RT[:, first + shift : last + shift : frames]
+        energy_W += np.mean(z_RW**2 - (z_RW - guess_RW) ** 2, axis=0, dtype=np.float64) / frames
+    return energy_W
 
 
 def calmness(z_RT: np.ndarray, frames: int) -> np.ndarray:
