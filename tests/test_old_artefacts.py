@@ -46,6 +46,17 @@ def test_weights_encode_as_they_did(name: str, old: Path) -> None:
     assert model.step == 3 and features.tokens[0, 0, :4] == pytest.approx(TOKENS[name], abs=1e-3)
 
 
+@pytest.mark.parametrize("name", TOKENS)
+def test_scans_are_ranked_as_they_were(name: str, old: Path) -> None:
+    ranker = SlimBrain.from_pretrained(old / name).recipe.ranker
+    dataset = Dataset(old / "dataset")
+    assert ranker.version == 1 and ranker.identity() == dataset.manifest.ranker
+    for session in dataset.sessions:
+        arrays = dataset.read(session, ("roi", "roi_centre", "scores"))
+        scores_W = ranker.scores(arrays["roi"], arrays["roi_centre"], 5)
+        assert scores_W == pytest.approx(arrays["scores"], abs=1e-3)
+
+
 def test_the_run_is_extended_from_its_checkpoint(old: Path, command: Command) -> None:
     words = (f"data={old / 'dataset'}", f"model={old / 'model.yaml'}", f"run.out={old / 'run'}")
     (old / "model.yaml").write_text(

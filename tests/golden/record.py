@@ -2,7 +2,8 @@
 
     python tests/golden/record.py FOLDER     works in FOLDER and writes numbers.json beside this file
 
-`numbers.json` holds the sha256 of every file of a small dataset, 20 losses of each objective (one process at ZeRO
+`numbers.json` holds the sha256 of every file of a small dataset (its windows ranked by version 1 of `mutual`, and once
+more by the version that is the default now), 20 losses of each objective (one process at ZeRO
 stage 0, two at stage 2), the vectors of one scan, and the scores of three probes. A change that is meant to alter them
 records them anew, and says so in the changelog.
 """
@@ -42,12 +43,17 @@ def call(*words: object) -> None:
 
 
 def make_dataset(folder: Path) -> Path:
-    """Eight subjects, two sessions each, ranked by a small extractor."""
-    cohort, dataset = folder / "cohort", folder / "dataset"
+    """Eight subjects, two sessions each, ranked by a small extractor as version 0.1 ranked."""
+    cohort = folder / "cohort"
     sizes = ("--subjects", 8, "--sessions", 2, "--frames", 48, "--voxel-mm", 16)
     call("tools/make_cohort.py", "--out", cohort, *sizes)
+    return convert(folder, "dataset", "--ranker-version", 1)
+
+
+def convert(folder: Path, name: str, *words: object) -> Path:
     grid = ("grid.mm=16", "grid.shape=[16,16,16]", "extractor.steps=10")
-    call("tools/make_shards.py", cohort / "cohort.yaml", "--out", dataset, "--workers", 1, *grid)
+    cohort, dataset = folder / "cohort" / "cohort.yaml", folder / name
+    call("tools/make_shards.py", cohort, "--out", dataset, "--workers", 1, *words, *grid)
     return dataset
 
 
@@ -118,6 +124,7 @@ def record(folder: Path) -> dict[str, Any]:
     return {
         "processor": processor(),
         "dataset": dataset_sums(dataset),
+        "dataset, newest ranker": dataset_sums(convert(folder, "ranked", "--extractor", dataset / "extractor")),
         "losses": losses,
         "vectors": scan_vectors(run, folder),
         "probe": probe_scores(run, dataset, folder),

@@ -169,6 +169,36 @@ def test_all_windows_are_kept_in_the_order_of_their_saliency(cohort, make_shards
     assert "windows.keep" in capsys.readouterr().err
 
 
+def test_a_dataset_of_an_earlier_version_of_the_ranker_is_continued_with_it(cohort, make_shards, tmp_path, capsys):
+    """Its configuration and its manifest do not name a version, as those of version 0.1."""
+    source, old, new = copy_cohort(cohort, tmp_path / "cohort", 4), tmp_path / "old", tmp_path / "new"
+    ridge = ("--ranker", "ridge")
+    assert make_shards(source, "--out", old, *ridge, "--ranker-version", 1) == DONE
+    before = Dataset(old).manifest
+    assert before.configuration["ranking"] == {"name": "ridge", "extractor": None} and "version" not in before.ranker
+    kept = times(old)
+    assert make_shards(source, "--out", old, *ridge) == DONE and times(old) == kept
+    shutil.rmtree(old / layout.WORK)  # a dataset that was copied without it
+    assert make_shards(source, "--out", old, *ridge) == DONE and Dataset(old).manifest == before
+
+    assert make_shards(source, "--out", new, *ridge) == DONE
+    after = Dataset(new).manifest
+    assert after.configuration["ranking"] == {"name": "ridge", "extractor": None, "version": 2}
+    assert after.ranker["version"] == 2
+    for name, version in ((old, 1), (new, 2)):
+        dataset = Dataset(name)
+        arrays = dataset.read(dataset.sessions[0], ("roi", "roi_centre", "scores"))
+        scores = make_ranker("ridge", version=version).scores(arrays["roi"], arrays["roi_centre"], 5)
+        np.testing.assert_allclose(arrays["scores"], scores, rtol=1e-5)
+
+    assert make_shards(source, "--out", old, *ridge, "--ranker-version", 2) == WRONG
+    assert "configuration.ranking.version: got 2" in capsys.readouterr().err.splitlines()[-1]
+    assert make_shards(source, "--out", new, *ridge, "--ranker-version", 1) == WRONG
+    assert "ranking.version: got None, expected 2" in capsys.readouterr().err.splitlines()[-1]
+    assert make_shards(source, "--out", new, *ridge, "--ranker-version", 3) == WRONG
+    assert "--ranker-version: got 3, expected 1 or 2, the versions of ridge" in capsys.readouterr().err.splitlines()[-1]
+
+
 def atlas(path: Path, shift: int = 0) -> Path:
     """A label image on a lattice of its own: slabs of 32 mm from left to right, numbered 10, 20, ..."""
     slab = 10 * (1 + (np.arange(48) + shift) // 8).astype(np.int16)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from scipy.stats import iqr
 from sklearn.linear_model import Ridge
 
@@ -20,9 +21,21 @@ from shards.core.errors import ConfigError, RunRefused
 from slim.ranking.extractor import Extractor, standardise
 from slim.ranking.extractor_training import train_extractor
 from slim.ranking.rankers import make_ranker
-from slim.ranking.saliency import calmness, folds, frame_weights, rebuild_by_ridge, space_energy, standing, time_energy
+from slim.ranking.saliency import (
+    calmness,
+    even_folds,
+    folds,
+    frame_standing,
+    frame_weights,
+    rebuild_by_ridge,
+    space_energy,
+    standing,
+    time_energy,
+)
 
 FRAMES = 5
+# Scores by version 0.1 of `planted_run(3, windows=12, parcels=20)`.
+RIDGE_0_1 = (-1.3561, -1.0306, -0.6925, -0.5382, -0.3491, 0.357, -0.1783, 1.3397, -0.1916, -0.965, -0.368, 0.73)
 NAMES = ["mutual", "ridge", "median-variance", "variance", "leave-one-out", "uniform", "random"]
 
 
@@ -63,14 +76,14 @@ def test_space_energy_is_the_ridge_regression_of_one_half_on_the_other():
             truth = z_RT[np.ix_(hidden, tested)].T
             error = truth - model.predict(z_RT[np.ix_(seen, tested)].T)
             slow_T[tested] += np.mean(truth**2 - error**2, axis=1) / 4
-    fast_W = space_energy(z_RT.astype(np.float32), FRAMES, seed=3)
+    fast_W = space_energy(z_RT.astype(np.float32), FRAMES, seed=3, folds=folds)
     np.testing.assert_allclose(fast_W, slow_T.reshape(windows, FRAMES).mean(axis=1), atol=2e-4)
 
 
 @settings(deadline=None, max_examples=60)
-@given(windows=st.integers(2, 60), frames=st.integers(1, 8))
-def test_every_frame_is_tested_once_and_never_near_what_teaches_it(windows, frames):
-    pairs = folds(windows, frames)
+@given(windows=st.integers(2, 60), frames=st.integers(1, 8), divide=st.sampled_from([folds, even_folds]))
+def test_every_frame_is_tested_once_and_never_near_what_teaches_it(windows, frames, divide):
+    pairs = divide(windows, frames)
     assert len(pairs) >= 2
     np.testing.assert_array_equal(np.sum([tested for tested, _ in pairs], axis=0), 1)
     for tested_T, known_T in pairs:
@@ -78,6 +91,14 @@ def test_every_frame_is_tested_once_and_never_near_what_teaches_it(windows, fram
             assert known_T.any()
         apart = np.abs(np.flatnonzero(tested_T)[:, None] - np.flatnonzero(known_T))
         assert apart.size == 0 or apart.min() > 3
+
+
+@pytest.mark.parametrize("windows", range(6, 130))
+def test_even_folds_teach_all_windows_from_as_many_frames(windows):
+    known = [np.count_nonzero(known_T) for _, known_T in even_folds(windows, FRAMES)]
+    blocks = max(1, round(windows / 18))
+    # Blocks differ by a window, and those at the ends of the scan have a margin on one side only.
+    assert max(known) - min(known) <= blocks * FRAMES + 3
 
 
 def test_spikes_weigh_little():
@@ -114,6 +135,45 @@ def test_a_window_is_not_part_of_its_own_reconstruction_by_ridge():
     assert difference[:, 50:55].max() < 0.02 < difference[:, 45:50].max()  # only through the autocorrelation
 
 
+@pytest.mark.parametrize("gap", [0, 1])
+def test_frames_are_predicted_as_by_ridge_regression_on_those_near_them(gap):
+    rng = np.random.default_rng(0)
+    kernel = [1, 2, 3, 3, 2, 1]
+    smooth_RT = np.stack([np.convolve(row, kernel, mode="valid") for row in rng.standard_normal((300, 205))])
+    z_RT = standardise(smooth_RT)[0][0]
+    # Least squares on all inner frames at once, from the same six frames of the same parcel.
+    near, inner = [s * (gap + i) for s in (-1, 1) for i in (1, 2, 3)], range(5, 195)
+    x = np.concatenate([z_RT[:, [t + i for i in near]] for t in inner])
+    guess = x @ np.linalg.lstsq(x, np.concatenate([z_RT[:, t] for t in inner]), rcond=None)[0]
+    energy = (np.square(z_RT[:, 5:195]) - np.square(z_RT[:, 5:195] - guess.reshape(190, -1).T)).mean(axis=0)
+    found_W = frame_standing(z_RT, FRAMES, np.ones(40), gap)
+    assert np.corrcoef(found_W[1:-1], energy.reshape(38, 5).mean(axis=1))[0, 1] > 0.98
+
+
+def test_an_end_is_compared_with_windows_that_have_the_neighbours_it_has():
+    z_RT = standardise(planted_run(2)[0])[0][0]
+    found_W = frame_standing(z_RT, FRAMES, np.ones(120))
+    backwards_W = frame_standing(z_RT[:, ::-1].copy(), FRAMES, np.ones(120))
+    np.testing.assert_allclose(backwards_W, found_W[::-1], atol=1e-4)
+    # Less of an end can be predicted. Its standing among windows with more neighbours shows it, this one does not.
+    rng, fair, naive = np.random.default_rng(1), [], []
+    for _ in range(40):
+        noise_RT = ndimage.gaussian_filter1d(rng.standard_normal((40, 140)), 2, axis=1)[:, 20:120]
+        z_RT = standardise(noise_RT)[0][0]
+        fair.append(frame_standing(z_RT, FRAMES, np.ones(20))[[0, -1]])
+        naive.append(standing(time_energy(z_RT, rebuild_by_ridge(z_RT, FRAMES), FRAMES))[[0, -1]])
+    assert abs(np.mean(fair)) < 0.25 and np.mean(naive) < -0.5
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize("windows", [2, 3, 9])
+def test_short_scans_stand_somewhere(windows, frames):
+    z_RT = np.random.default_rng(0).standard_normal((6, windows * frames)).astype(np.float32)
+    for gap in (0, 1):
+        found_W = frame_standing(z_RT, frames, np.ones(windows), gap)
+        assert found_W.shape == (windows,) and np.isfinite(found_W).all()
+
+
 def test_a_window_is_as_calm_as_its_most_outlying_frame():
     z_RT = np.random.default_rng(0).standard_normal((200, 50))
     z_RT[:, 12] *= 6
@@ -145,24 +205,33 @@ def test_windows_that_do_not_differ_all_stand_at_nothing():
     assert np.abs(standing(0.3 + 1e-7 * np.random.default_rng(0).standard_normal(9))).max() < 1e-3
 
 
-def test_mutual_and_ridge_follow_the_definition(rankers, extractor):
+@pytest.mark.parametrize("version", [1, 2])
+def test_mutual_and_ridge_follow_the_definition(extractor, version):
     roi_RT, centre_R3 = planted_run(3)
     for name in ("mutual", "ridge"):
         parts = np.zeros((3, 120))
         for z_RT in standardise(roi_RT)[0]:
             rebuilt = extractor.rebuild(z_RT, centre_R3) if name == "mutual" else rebuild_by_ridge(z_RT, FRAMES)
             rms_T = np.sqrt(np.mean(z_RT**2, axis=0))
-            energy = np.zeros((2, 120))
+            divide = folds if version == 1 else even_folds
+            by_space_W = space_energy(z_RT, FRAMES, 0, divide)
+            calm_W, energy = np.zeros(120), np.zeros((2, 120))
             for w in range(120):
                 inside = slice(FRAMES * w, FRAMES * (w + 1))
-                calm = min(1, 1.5 * np.median(rms_T) / rms_T[inside].max())
+                calm_W[w] = min(1, 1.5 * np.median(rms_T) / rms_T[inside].max())
                 z, zhat = z_RT[:, inside], rebuilt[:, inside]
-                energy[0, w] = calm * space_energy(z_RT, FRAMES, 0)[w]
-                energy[1, w] = calm * (np.mean(z**2) - np.mean((z - zhat) ** 2))
+                energy[0, w] = calm_W[w] * by_space_W[w]
+                energy[1, w] = calm_W[w] * (np.mean(z**2) - np.mean((z - zhat) ** 2))
             space, time = ((row - np.median(row)) / iqr(row) for row in energy)
+            if version == 2:
+                near, far = (frame_standing(z_RT, FRAMES, calm_W, gap) for gap in (0, 1))
+                far = far if name == "ridge" else (far + time) / 2
+                time = np.minimum(near, far + 0.5)
             parts += np.minimum(space, time), space, time
-        before, after = parts[:, [0, *range(119)]], parts[:, [*range(1, 120), 119]]
-        found = rankers[name].parts(roi_RT, centre_R3, FRAMES)
+        first, last = (0, 119) if version == 1 else (1, 118)
+        before, after = parts[:, [first, *range(119)]], parts[:, [*range(1, 120), last]]
+        ranker = make_ranker(name, extractor if name == "mutual" else None, version=version)
+        found = ranker.parts(roi_RT, centre_R3, FRAMES)
         assert list(found) == ["scores", "scores_space", "scores_time"]
         for value_W, expected_W in zip(found.values(), (before + 4 * parts + after) / 6, strict=True):
             np.testing.assert_allclose(value_W, expected_W, atol=1e-3)
@@ -332,6 +401,35 @@ def test_identity_names_all_that_decides_the_scores(rankers, extractor, tmp_path
 
 
 # ---- does it find events?
+
+
+def test_version_1_is_what_artefacts_without_a_version_had(extractor):
+    assert make_ranker("ridge", version=1).identity() == {
+        "name": "ridge",
+        "seed": 0,
+        "splits": 4,
+        "rho": 0.3,
+        "folds": 6,
+        "block": 3,
+        "margin": 3,
+        "neighbour": 1 / 6,
+        "reach": 3,
+        "penalty": 0.03,
+        "extractor": None,
+    }
+    assert "version" not in make_ranker("mutual", extractor, version=1).identity()
+    assert make_ranker("mutual", extractor).identity()["version"] == 2
+    # Scores of version 0.1, to the rounding of other processors.
+    scores_W = make_ranker("ridge", version=1).scores(*planted_run(3, windows=12, parcels=20), FRAMES)
+    np.testing.assert_allclose(scores_W, RIDGE_0_1, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "known"), [("ridge", 3, "1 or 2"), ("ridge", 0, "1 or 2"), ("variance", 2, "1")]
+)
+def test_unknown_versions_are_refused(name, version, known):
+    with pytest.raises(ConfigError, match=f"ranker {name}: version: got {version}, expected {known}"):
+        make_ranker(name, version=version)
 
 
 def at_eight(ranker, kind: str, runs: int = 12) -> np.ndarray:
