@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = Experiments(args.out.resolve(), args.seeds, args.jobs, args.settings)
     kinds = [Kind.of_snr(snr) for snr in snrs]
     trials = work.trials(parts, kinds)
-    shown = kinds + ([FINE] if {"fine", "people"} & set(parts) else [])
+    shown = kinds + ([FINE] if {"fine", "people", "windows"} & set(parts) else [])
     if "noise" in parts and (real := real_noise()) is not None:
         shown.append(real)
     elif "noise" in parts:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if kind in {trial.kind for trial in trials}:
                 work.baselines(kind)
         if "windows" in parts:
-            work.evaluate_windows(first)
+            work.evaluate_windows(Trial(OBJECTIVES[0], 0, FINE))
         for trial in checked:
             work.evaluate_checkpoints(trial)
     from launchers.experiments.figure import save_people
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text += [tables.small(*small[part], kinds[0]) for part in parts if part in small]
     text += [tables.poolings(kinds[0])] if "pooling" in parts else []
     text += [tables.poolings(FINE)] if "fine" in parts else []
-    text += [tables.windows_table(kinds[0])] if "windows" in parts else []
+    text += [tables.windows_table(FINE)] if "windows" in parts else []
     text += [tables.checkpoints_table(trial) for trial in checked]
     if "people" in parts:
         text += [tables.people_table()]

@@ -128,6 +128,8 @@ class Experiments:
         if "people" in parts:
             seeds = range(min(self.seeds, PEOPLE_SEEDS))
             found += [Trial(variant, seed, FINE) for variant in (default, *PEOPLE) for seed in seeds]
+        if "windows" in parts:
+            found.append(Trial(default, 0, FINE))
         if "noise" in parts and (real := real_noise()) is not None:
             found += [Trial(variant, 0, real) for variant in OBJECTIVES]
         small = {
@@ -135,7 +137,6 @@ class Experiments:
             "view": VIEWS,
             "ranker": RANKERS,
             "targets": TARGETS,
-            "windows": (default,),
             "checkpoint": (default,),
         }
         found += [Trial(variant, 0, kinds[0]) for part in parts for variant in small.get(part, ())]
@@ -162,9 +163,9 @@ class Experiments:
                 image = f"parcels.image={self.cohort('probed', kind) / kind.parcels}"
                 self.convert("parcels", kind, "variance", KEPT, "split.shares=[0,0,1]", image, cohort="probed")
         if "windows" in parts:
-            extractor = ("--extractor", self.dataset("pretrained", kinds[0]) / "extractor")
+            extractor = ("--extractor", self.dataset("pretrained", FINE) / "extractor")
             for ranker, words in (("mutual", extractor), ("random", ())):
-                self.convert("whole", kinds[0], ranker, ALL, "split.shares=[0,0,1]", *words, cohort="probed")
+                self.convert("whole", FINE, ranker, ALL, "split.shares=[0,0,1]", *words, cohort="probed")
 
     def make_cohort(self, kind: Kind, who: str, people: int, seed: int) -> None:
         folder = self.cohort(who, kind)

@@ -107,7 +107,7 @@ def test_trials_are_made_once_however_many_parts_ask_for_them(tmp_path: Path):
     assert fine == [f"default-fine-snr0.9-seed{seed}" for seed in range(3)]
     people = work.trials(["fine", "people"], kinds)
     assert len(people) == 3 + 3 * 2 and {trial.variant.people for trial in people} == {15, 30, 60, 120}
-    assert [trial.name for trial in work.trials(["windows"], kinds)] == ["default-snr0.9-seed0"]
+    assert [trial.name for trial in work.trials(["windows"], kinds)] == fine[:1]
     assert work.dataset("probed", kinds[0]).name == "probed-snr0.9-mutual"  # as runs of earlier versions have it
 
 
@@ -123,7 +123,7 @@ def test_people_and_windows_have_tables_and_a_figure(command: Command, tmp_path:
         (tmp_path / "runs" / "default-snr0.9-seed0" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
         write(tmp_path, f"step-{step:08d}-default-snr0.9-seed0", value)
     for ranker, count in (("mutual", 8), ("mutual", "all"), ("random", 8), ("random", "all")):
-        write(tmp_path, f"windows-snr0.9-{ranker}-{count}", 0.6, tasks=("group", "connectome/synthetic_group"))
+        write(tmp_path, f"windows-fine-snr0.9-{ranker}-{count}", 0.6, tasks=("group", "connectome/synthetic_group"))
     words = ("--out", tmp_path, "--tables", "--seeds", 2, "--snr", "0.9", "--only", "fine,people,windows,checkpoint")
     done = command("tools/experiments.py", *words)
     assert done.returncode == 0, done.stderr
