@@ -12,6 +12,7 @@ Legend: X, Y, Z voxels.
 from __future__ import annotations
 
 import html
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -39,7 +40,11 @@ _STYLE = """
 html { color-scheme: dark; } body { margin: 0; background: #000; color: #fff; font: 14px/1.4 system-ui, sans-serif; }
 h1 { font-size: 15px; margin: 6px 10px; } p { margin: 6px 10px; } canvas { display: block; cursor: crosshair; }
 img.hidden { display: none; } input.slider { min-width: 100px; accent-color: #56b4e9; }
-#surface-plot { width: 100%; height: calc(100vh - 120px); min-height: 240px; } select { margin: 4px; font: inherit; }
+/* the choices of a surface above it */
+body:has(#surface-plot) { display: grid; grid-template-columns: repeat(3, max-content) 1fr; }
+h1, #surface-plot { grid-column: 1 / -1; } #surface-plot { order: 1; min-height: 240px; }
+select { margin: 4px; font: inherit; }
+@media (max-width: 520px) { body:has(#surface-plot) { grid-template-columns: 1fr; } }
 """
 
 
@@ -78,43 +83,51 @@ class Map:
         from nilearn.plotting import view_img
 
         under = _behind(self.image) if self.under is None else _bounded(self.under)
+        shown, unit = self._scaled()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a map without voxels below its threshold
             view = view_img(
-                self._finite(),
+                shown,
                 bg_img=under,
                 resampling_interpolation="nearest",
                 black_bg=True,
-                threshold=max(self.threshold, _TINY),
+                threshold=max(self.threshold / unit, _TINY),
                 cmap=self._colour_map,
                 symmetric_cmap=self.signed,
                 vmin=self._lowest,
-                vmax=self._highest(),
+                vmax=float(f"{self._highest() / unit:.3g}"),
             )
-        return _document(view.get_standalone(), self.title)
+        return _document(view.get_standalone(), self._words(unit))
 
     def surface(self) -> str:
         """The view on the surface fsaverage5; `can_draw_surfaces` says whether this is possible."""
         from nilearn.plotting import view_img_on_surf
 
+        shown, unit = self._scaled()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             view = view_img_on_surf(
-                self._finite(),
+                shown,
                 surf_mesh="fsaverage5",
                 black_bg=True,
-                threshold=max(self.threshold, _TINY),
+                threshold=max(self.threshold / unit, _TINY),
                 cmap=self._colour_map,
                 symmetric_cmap=self.signed,
                 vmin=self._lowest,
-                vmax=self._highest(),
+                vmax=float(f"{self._highest() / unit:.3g}"),
             )
         # plotly makes functions from text
-        return _document(view.get_standalone(), f"{self.title}, on the cortical surface", " 'unsafe-eval'")
+        return _document(view.get_standalone(), f"{self._words(unit)}, on the cortical surface", " 'unsafe-eval'")
 
-    def _finite(self) -> nib.Nifti1Image:
-        volume_XYZ = np.nan_to_num(np.asarray(self.image.dataobj, np.float32))
-        return nib.Nifti1Image(volume_XYZ, self.image.affine)
+    def _scaled(self) -> tuple[nib.Nifti1Image, float]:
+        """The map without NaN in a unit in which its largest values are near 1: a view shows three decimals."""
+        highest = self._highest()
+        unit = 1.0 if highest >= 0.1 else 10.0 ** math.floor(math.log10(highest))
+        volume_XYZ = np.nan_to_num(np.asarray(self.image.dataobj, np.float64)) / unit
+        return nib.Nifti1Image(volume_XYZ.astype(np.float32), self.image.affine), unit
+
+    def _words(self, unit: float) -> str:
+        return self.title if unit == 1 else f"{self.title}, in units of {unit:.0e}"
 
     @property
     def _colour_map(self) -> str:
@@ -126,13 +139,12 @@ class Map:
         return None if self.signed else 0.0
 
     def _highest(self) -> float:
-        """Where the colours end. It has few digits, because a long number does not fit beside the colours."""
-        limit = self.limit
-        if limit is None:
-            size_XYZ = np.abs(np.nan_to_num(np.asarray(self.image.dataobj, np.float64)))
-            coloured = size_XYZ[size_XYZ > self.threshold]
-            limit = float(np.percentile(coloured, 99)) if len(coloured) else 1.0
-        return max(float(f"{limit:.3g}"), _TINY)
+        """Where the colours end."""
+        if self.limit is not None:
+            return max(self.limit, _TINY)
+        size_XYZ = np.abs(np.nan_to_num(np.asarray(self.image.dataobj, np.float64)))
+        coloured = size_XYZ[size_XYZ > self.threshold]
+        return max(float(np.percentile(coloured, 99)), _TINY) if len(coloured) else 1.0
 
 
 def can_draw_surfaces() -> bool:

@@ -115,6 +115,16 @@ def test_fine_images_are_shown_at_2_mm() -> None:
     assert parameters(Map(fine, "fine", fine).volume())["nbSlice"]["X"] in (20, 21)
 
 
+@pytest.mark.parametrize(("size", "end", "words"), [(3.0, 3.0, "a map"), (3.4e-5, 3.4, "a map, in units of 1e-05")])
+def test_small_numbers_have_a_unit(image, size: float, end: float, words: str) -> None:
+    """A view shows three decimals beside its colours."""
+    small = nib.Nifti1Image(image.get_fdata() * size / 3, AFFINE)
+    page = Map(small, "a map", image, threshold=size / 2, limit=size).volume()
+    assert parameters(page)["colorMap"]["max"] == pytest.approx(end) and words in Reader(page).text
+    whole = Map(image, "a map", image, threshold=1.5, limit=3.0).volume()
+    np.testing.assert_array_equal(overlay(page), overlay(whole))
+
+
 def test_equal_maps_give_equal_bytes_and_titles_are_text(image) -> None:
     first, second = (Map(image, NASTY, image).volume() for _ in range(2))
     assert first == second
