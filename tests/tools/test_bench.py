@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import product
 
 import numpy as np
 import pytest
@@ -102,11 +103,11 @@ def test_the_bench_of_saliency_on_few_runs(command):
     done = command("tools/bench.py", "saliency", "--small", "--repeat", 1, "--json", timeout=600)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
-    rankers = ("mutual", "ridge", "median-variance", "variance", "leave-one-out", "uniform", "random")
+    rankers = ("mutual", "mutual 1", "ridge", "median-variance", "variance", "leave-one-out", "uniform", "random")
     measures = ("precision at 8", "artefacts at 8", "precision at 32", "Spearman", "CPU ms")
     conditions = facts["notes"]["conditions"]
     assert len({tuple(one[key] for key in ("kind", "slow", "snr", "ranker")) for one in conditions}) == len(conditions)
-    assert len(conditions) == 2 * 2 * 3 * len(rankers) and facts["notes"]["parcels"] == 195
+    assert len(conditions) == 3 * 2 * 3 * len(rankers) and facts["notes"]["parcels"] == 195
     for ranker in rankers:
         own = [one for one in conditions if one["ranker"] == ranker]
         for measure in measures:
@@ -117,7 +118,7 @@ def test_the_bench_of_saliency_on_few_runs(command):
         )
         # a row of each table: the three ratios of the first measure
         first = " / ".join(f"{one['precision at 8']:.2f}" for one in own[:3])
-        assert any(line.split()[:1] == [ranker] and first in line for line in done.stdout.splitlines())
+        assert any(line.strip().startswith(f"{ranker}  ") and first in line for line in done.stdout.splitlines())
     figures, ratios = facts["figures"], {ratio["name"]: ratio for ratio in facts["ratios"]}
     mutual, plain = (
         [one["precision at 8"] for one in conditions if one["ranker"] == ranker and one["slow"] == "slow bursts"]
@@ -126,11 +127,19 @@ def test_the_bench_of_saliency_on_few_runs(command):
     gain = ratios["precision at 8, mutual less variance, slow bursts"]
     assert gain["value"] == pytest.approx(min(np.subtract(mutual, plain)), abs=1e-3)
     assert [ratio["required"] for ratio in facts["ratios"]] == [
-        "at least 0.6", "at most 0.1", "at least 0.2", "at least 1", "at most 1", "at most 2.5"
+        "at least 0.6", "at most 0.1", "at least 0.2", "at least 1", *["at most 3"] * 4, "at most 1", "at most 2.5"
     ]  # fmt: skip
     (best,) = [ratio["over"] for name, ratio in ratios.items() if name.endswith(", the next best")]
-    others = [figures[f"precision at 8, {ranker}"]["median"] for ranker in rankers if ranker != "mutual"]
+    others = [figures[f"precision at 8, {ranker}"]["median"] for ranker in rankers[2:]]
     assert figures[best]["median"] == max(others)
+    places = facts["notes"]["places"]
+    assert {(one["ranker"], one["frames"]) for one in places} == set(product({*rankers} - {"uniform"}, (120, 260)))
+    for one in places:
+        counts, chance = np.array(one["counts"]), 8 * 5 / one["frames"]  # of 2 runs
+        assert counts.sum() == 2 * 8 and len(counts) == one["frames"] // 5 and counts.max() <= 2
+        farthest = np.abs(counts - 2 * chance).max() / np.sqrt(2 * chance * (1 - chance))
+        figure = figures[f"distance of places in {one['frames']} frames, {one['ranker']}"]
+        assert figure["median"] == pytest.approx(farthest, rel=1e-4)
     assert all(figures[f"score {frames} frames, CPU"]["median"] > 0 for frames in (300, 600, 1200, 2400))
 
 
