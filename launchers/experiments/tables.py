@@ -147,11 +147,14 @@ class Tables:
         return table([f"{title} (first seed, {kind.words})", *head(kind), "rank"], rows)
 
     def poolings(self, kind: Kind) -> str:
+        from launchers.experiments import comparison
+
+        first = next((t for t in self.trials if (t.variant.name, t.seed, t.kind) == ("default", 0, kind)), None)
         rows = []
         for words, random in (("default", ""), ("random weights", "random")):
-            scores = self.scores("default", kind, random, seeds=1)
-            if scores is None:
+            if first is None or not (path := self.work.poolings_path(first, random)).exists():
                 continue
+            scores = comparison.summarise([comparison.load(path)])
             for pooling in POOLINGS:
                 ending = "" if pooling == "cov" else f"/{pooling}"
                 names = [f"synthetic_{task}{ending}" for task in kind.tasks if task != "state"]

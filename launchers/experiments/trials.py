@@ -213,8 +213,17 @@ class Experiments:
         if random:
             path = path.with_name(f"{random}-{path.name}")
         if not path.exists():
-            poolings = POOLINGS if trial.variant.name == "default" and trial.seed == 0 else {}
-            self._score(self.out / "runs" / trial.name, trial, path, random, poolings)
+            self._score(self.out / "runs" / trial.name, trial, path, random)
+
+    def poolings_path(self, trial: Trial, random: str = "") -> Path:
+        path = self.draws_path(trial)
+        return path.with_name(f"poolings-{random}{'-' * bool(random)}{path.name}")
+
+    def evaluate_poolings(self, trial: Trial, random: str = "") -> None:
+        """Score the encoder of a run, or random weights, under all poolings; see `evaluate`."""
+        path = self.poolings_path(trial, random)
+        if not path.exists():
+            self._score(self.out / "runs" / trial.name, trial, path, random, POOLINGS)
 
     def _score(
         self,
@@ -337,6 +346,9 @@ def answer(work: Experiments, trial: Trial) -> None:
         work.evaluate(trial, "random")
     if trial.variant.name == "default":
         work.evaluate(trial, "control")
+    if trial.variant.name == "default" and trial.seed == 0:
+        for random in ("", "random"):
+            work.evaluate_poolings(trial, random)
 
 
 def answer_all(work: Experiments, trials: list[Trial]) -> None:

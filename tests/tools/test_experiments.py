@@ -33,7 +33,7 @@ def write(
     rng = np.random.default_rng(0)
     names = [task if "/" in task else f"synthetic_{task}" for task in tasks]
     draws = {task: np.concatenate([[value], value + spread * rng.normal(size=200)]) for task in names}
-    if name.endswith("seed0"):  # other poolings are asked of the first seed alone
+    if name.startswith("poolings-"):
         draws |= {f"synthetic_{task}/mean": draws[f"synthetic_{task}"] for task in tasks[:3] if "/" not in task}
     comparison.save(out / "draws" / f"{name}.npz", draws)
     if rank is not None:
@@ -66,6 +66,8 @@ def test_the_tables_say_what_is_there(command: Command, tmp_path: Path, ours: fl
         write(tmp_path, f"default-snr0.9-seed{seed}", ours + 0.02 * seed, rank=24.0)
         write(tmp_path, f"random-default-snr0.9-seed{seed}", 0.5)
         write(tmp_path, f"control-default-snr0.9-seed{seed}", 0.7)
+    for name in ("poolings-default-snr0.9-seed0", "poolings-random-default-snr0.9-seed0"):
+        write(tmp_path, name, 0.5)
     write(tmp_path, "jepa-snr0.9-seed0", 0.6, rank=3.0)
     write(tmp_path, "connectome-snr0.9", 0.95)
     words = ("--out", tmp_path, "--tables", "--seeds", 2, "--snr", "0.9", "--only", "main,pooling", "--json")
