@@ -210,7 +210,7 @@ class Tables:
         for ranker, order in (("mutual", "ranked"), ("random", "in random order")):
             for count in WINDOWS:
                 path = self.work.windows_path(kind, ranker, count)
-                if not path.exists() or (count is None and ranker == "random"):  # all windows are the same windows
+                if not path.exists():
                     continue
                 scores = comparison.summarise([comparison.load(path)])
                 words = "all windows" if count is None else f"{count} windows, {order}"
