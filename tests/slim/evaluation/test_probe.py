@@ -35,7 +35,7 @@ from slim.evaluation.task import Task, load_task
 
 def test_shipped_tasks_load():
     found = sorted((ROOT / "configs/downstream").glob("*.yaml"))
-    assert len([path for path in found if path.name.startswith("synthetic_")]) == 4 and len(found) == 4 + 7 + 6 + 2
+    assert len([path for path in found if path.name.startswith("synthetic_")]) == 6 and len(found) == 6 + 7 + 6 + 2
     for path in found:
         shipped = load_task(path)
         assert shipped.name == path.stem and shipped.source and shipped.description
