@@ -7,8 +7,10 @@ Three unlike kinds, so that no ranker is tuned to one:
 - ``fmri``: twelve overlapping two-sided networks that fluctuate all the time, noise of unequal strength, drift, a
   global signal, breathing, and a heartbeat sampled too slowly; the events are haemodynamic responses of two or three
   networks at a time, the artefacts spikes of one to three frames along the rim, in a slice, or along a gradient.
+- ``short``: smooth networks and noise with a short memory; the events are 3 to 7 frames of a single network, the
+  artefacts spikes of one or two frames.
 
-With ``slow``, both also hold bursts of 10 to 20 frames with an independent signal in every parcel.
+With ``slow``, all also hold bursts of 10 to 20 frames with an independent signal in every parcel.
 
 `stationary` makes runs without events: noise in which no place in time differs from another.
 

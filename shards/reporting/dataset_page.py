@@ -128,7 +128,8 @@ def _first_look(dataset: Dataset, failed: list[Refusal], outlying: Outlying) -> 
         )
     empty = [split for split in SPLITS if not dataset.manifest.sessions.get(split)]
     if empty:
-        found.append(look("splits_empty", f"No session in {' and '.join(empty)}: no share of the subjects, or too few subjects."))
+        why = "no share of the subjects, or too few subjects"
+        found.append(look("splits_empty", f"No session in {' and '.join(empty)}: {why}."))
     if failed:
         found.append(
             look(
