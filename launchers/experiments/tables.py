@@ -135,7 +135,7 @@ class Tables:
             rows += self.seeded(words, "default", random, kind)
         for name, words in BASELINES.items():
             rows += self.row(words, self.baseline(name, kind), "", kind)
-        return table([kind.words, *head(kind), "rank"], rows)
+        return table([kind.words, *head(kind), "rank"], rows) if rows else ""
 
     def small(self, title: str, variants: tuple[Variant, ...], default: str, kind: Kind) -> str:
         rows = self.row(default, self.scores("default", kind, seeds=1), self.ranks("default", kind), kind)
@@ -161,7 +161,7 @@ class Tables:
                 if any(name in scores for name in names):
                     cells = [cell(scores[name]) if name in scores else "" for name in names]
                     rows.append([f"{words}, `{pooling}`", *cells])
-        return table([f"pooling (first seed, {kind.words})", *head(kind, without="state")], rows)
+        return table([f"pooling (first seed, {kind.words})", *head(kind, without="state")], rows) if rows else ""
 
     def verdict(self, kind: Kind) -> str:
         """On which tasks the default is better than other variants: by separate intervals, and by differences."""
@@ -197,10 +197,12 @@ class Tables:
     def people_table(self) -> str:
         rows = []
         for count, scores in self.people().items():
-            rows += self.row(f"{count} people in pretraining", scores, "", FINE)
+            seeds = len(next(iter(scores.values())).seeds or ())
+            words = f"{count} people ({seeds} of {PEOPLE_SEEDS} seeds)" if seeds < PEOPLE_SEEDS else f"{count} people"
+            rows += self.row(words, scores, "", FINE)
         for name in ("connectome_kept", "voxels"):
             rows += self.row(f"{BASELINES[name]} (no pretraining)", self.baseline(name, FINE), "", FINE)
-        return table([f"people ({PEOPLE_SEEDS} seeds, {FINE.words})", *head(FINE), "rank"], rows)
+        return table([f"people in pretraining ({FINE.words})", *head(FINE), "rank"], rows)
 
     def windows_table(self, kind: Kind) -> str:
         """Scores with a part of the windows of each run encoded, beside functional connectivity of the same frames."""

@@ -132,7 +132,7 @@ def test_people_and_windows_have_tables_and_a_figure(command: Command, tmp_path:
     text = (tmp_path / "tables.md").read_text()
     fine = text[text.index("| fine traits, SNR 0.9 |") :]
     assert "fine group, AUROC | fine score, r" in fine and "functional connectivity, 400 parcels" in fine
-    people = [line for line in text.splitlines() if " people in pretraining | " in line]
+    people = [line for line in text.splitlines() if line.split(" | ")[0].endswith(" people")]
     assert [line.split(" ")[1] for line in people] == ["15", "60", "120"] and ".51" in people[0] and ".81" in people[2]
     rows = [line.split(" | ")[0] for line in text.splitlines() if " windows" in line and ": " in line.split(" | ")[0]]
     assert rows == [
