@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.synthetic.write import PARCELS
+from shards.synthetic.truth import PARCEL_IMAGE
 
 COARSE = ("group", "score", "fingerprint", "state")
 
@@ -51,7 +51,7 @@ FINE = Kind(
     "fine traits, SNR 0.9",
     ("--snr", "0.9", "--recipe", "3"),
     ("fine_group", "fine_score", "fingerprint", "group", "score", "state"),
-    PARCELS,
+    PARCEL_IMAGE,
 )
 
 _REAL = Path("rapidtide", "sub-RAPIDTIDETEST.nii.gz")  # below SLIM_REAL_DATA

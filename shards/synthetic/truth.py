@@ -18,6 +18,8 @@ SPACE = "MNI152NLin2009cAsym"
 
 GENERATOR = "SLIM-Brain synthetic cohort"
 
+PARCEL_IMAGE = f"space-{SPACE}_desc-parcels_dseg.nii.gz"  # at the root of a cohort of recipe 3
+
 RECIPES = (2, 3)  # a new one wherever the same parameters give other bytes; 3 adds what is finer than parcels
 
 

@@ -52,6 +52,7 @@ from shards.synthetic.signals import framewise_displacement, motion, run_frames
 from shards.synthetic.surrogates import surrogates
 from shards.synthetic.truth import (
     GENERATOR,
+    PARCEL_IMAGE,
     SPACE,
     SyntheticCohort,
     planted,
@@ -75,7 +76,6 @@ _COLUMNS = {
 }
 # Files that are not part of BIDS; fMRIPrep's .bidsignore also lists its confounds.
 _NOT_BIDS = ("cohort.yaml", "truth.json", "*_timeseries.tsv")
-PARCELS = f"space-{SPACE}_desc-parcels_dseg.nii.gz"
 
 
 SLOPE, INTERCEPT = 0.5, 12_000.0  # exact in binary, so that the background is read as exactly 0
@@ -150,7 +150,7 @@ def _write_parcels(root: Path, brain: Anatomy) -> None:
     assert brain.parcel_V is not None
     label_XYZ = np.zeros(brain.mask_XYZ.shape, np.int16)
     label_XYZ[brain.mask_XYZ] = brain.parcel_V
-    with _gzip(root / PARCELS) as file:
+    with _gzip(root / PARCEL_IMAGE) as file:
         file.write(_header(brain, np.int16) + label_XYZ.tobytes(order="F"))
 
 

@@ -24,7 +24,7 @@ from shards.reporting.windows_view import Given
 from slim.ranking.parcels import make_parcels
 
 SETTINGS = check(ConvertSettings, override({}, GRID), "test")
-RIDGE = {"name": "ridge", "extractor": None}
+RIDGE = {"name": "ridge", "extractor": None, "version": 2}
 
 
 def contents(dataset: Path) -> dict[str, bytes]:

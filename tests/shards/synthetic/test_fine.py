@@ -26,8 +26,16 @@ from shards.format.grid import Grid
 from shards.synthetic import truth
 from shards.synthetic.anatomy import CUBE_MM, FINE_PERCENT, PARCELS, anatomy
 from shards.synthetic.signals import run_frames
-from shards.synthetic.truth import FINE_PAIRS, GROUPS, NETWORKS, TRAIT_PAIRS, SyntheticCohort, fine_traits, traits
-from shards.synthetic.write import PARCELS as PARCEL_IMAGE
+from shards.synthetic.truth import (
+    FINE_PAIRS,
+    GROUPS,
+    NETWORKS,
+    PARCEL_IMAGE,
+    TRAIT_PAIRS,
+    SyntheticCohort,
+    fine_traits,
+    traits,
+)
 from shards.synthetic.write import write_cohort
 from slim.ranking.parcels import parcels_from_mask, read_labels
 
