@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers.records import session_record
 from shards.core.settings import check
 from slim.evaluation import attentive, probe
 from slim.evaluation.attentive import Attentive
@@ -63,7 +64,7 @@ def in_an_event(item: Features, value: float) -> None:
 def question(kind: str, subject_N: np.ndarray, truth_S: np.ndarray) -> tuple[Task, Cases]:
     subjects = [("c", str(number)) for number in range(len(truth_S))]
     classes = [str(k) for k in np.unique(truth_S)] if kind == "classification" else []
-    sessions = [{"split": "train"} for _ in subject_N]
+    sessions = [session_record(key=str(row)) for row in range(len(subject_N))]
     return check(Task, TASK | {"type": kind}, "t"), Cases(sessions, subject_N, subjects, truth_S, classes)
 
 
