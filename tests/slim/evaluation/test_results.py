@@ -59,6 +59,7 @@ def test_a_new_report_has_the_fields_of_version_0_1(old: Path, tmp_path: Path) -
     of_method = before["facts"]["score"].pop("finetuned")
     assert of_method["settings"]["run"]["steps"] == 3
     assert new["facts"]["s"].pop("differences") == {}  # only a probe has them
+    assert len(new["facts"]["s"].pop("tested")) == 16  # new since
     assert fields(new["facts"]["s"]) == fields(before["facts"]["score"])
 
 
