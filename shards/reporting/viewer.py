@@ -15,10 +15,12 @@ import html
 import math
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -83,41 +85,32 @@ class Map:
         from nilearn.plotting import view_img
 
         under = _behind(self.image) if self.under is None else _bounded(self.under)
-        shown, unit = self._scaled()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a map without voxels below its threshold
-            view = view_img(
-                shown,
-                bg_img=under,
-                resampling_interpolation="nearest",
-                black_bg=True,
-                threshold=max(self.threshold / unit, _TINY),
-                cmap=self._colour_map,
-                symmetric_cmap=self.signed,
-                vmin=self._lowest,
-                vmax=float(f"{self._highest() / unit:.3g}"),
-            )
-        return _document(view.get_standalone(), self._words(unit))
+        return _document(*self._view(view_img, bg_img=under, resampling_interpolation="nearest"))
 
     def surface(self) -> str:
         """The view on the surface fsaverage5; `can_draw_surfaces` says whether this is possible."""
         from nilearn.plotting import view_img_on_surf
 
+        content, words = self._view(view_img_on_surf, surf_mesh="fsaverage5")
+        # plotly makes functions from text
+        return _document(content, f"{words}, on the cortical surface", " 'unsafe-eval'")
+
+    def _view(self, draw: Callable[..., Any], **more: object) -> tuple[str, str]:
+        """A view that `draw` makes, an HTML document, and what its colours are."""
         shown, unit = self._scaled()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            view = view_img_on_surf(
+            warnings.simplefilter("ignore", UserWarning)  # a map without voxels below its threshold
+            view = draw(
                 shown,
-                surf_mesh="fsaverage5",
                 black_bg=True,
                 threshold=max(self.threshold / unit, _TINY),
                 cmap=self._colour_map,
                 symmetric_cmap=self.signed,
                 vmin=self._lowest,
                 vmax=float(f"{self._highest() / unit:.3g}"),
+                **more,
             )
-        # plotly makes functions from text
-        return _document(view.get_standalone(), f"{self._words(unit)}, on the cortical surface", " 'unsafe-eval'")
+        return view.get_standalone(), self._words(unit)
 
     def _scaled(self) -> tuple[nib.Nifti1Image, float]:
         """The map without NaN in a unit in which its largest values are near 1: a view shows three decimals."""

@@ -17,11 +17,6 @@ from shards.reporting.session_views import kept_mean, mean_image, tsnr
 from shards.reporting.windows_view import Given
 
 
-@pytest.fixture(scope="module")
-def opened(dataset: Path) -> Dataset:
-    return Dataset(dataset)
-
-
 @pytest.fixture
 def session(opened: Dataset) -> SessionRecord:
     return opened.sessions[2]

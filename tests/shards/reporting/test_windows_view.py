@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -29,11 +28,6 @@ def content(page: str) -> dict:
 
 def unpacked(text: str, kind: str, *shape: int) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), kind).reshape(shape)
-
-
-@pytest.fixture(scope="module")
-def opened(dataset: Path) -> Dataset:
-    return Dataset(dataset)
 
 
 @pytest.fixture
