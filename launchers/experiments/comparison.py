@@ -19,6 +19,7 @@ from shards.core.files import atomically
 from shards.format.reader import Dataset
 from slim.evaluation import metrics, probe
 from slim.evaluation.division import make_splits
+from slim.evaluation.draws import difference
 from slim.evaluation.results import Draws, Estimate, averaged
 from slim.evaluation.task import Cases, Task, find_cases
 from slim.inference.slim_brain import Features, SlimBrain
@@ -129,4 +130,4 @@ def differences(ours: Sequence[Draws], theirs: Sequence[Draws]) -> dict[str, Est
     everyone = [*ours, *theirs]
     names = [name for name in everyone[0] if all(name in draws for draws in everyone)]
     mine, its = (averaged([{name: draws[name] for name in names} for draws in seeds]) for seeds in (ours, theirs))
-    return {name: Estimate.of_draws(mine[name] - its[name]) for name in names}
+    return difference(mine, its)

@@ -40,11 +40,6 @@ class Kind:
         """Traits in the coupling of networks, at a signal-to-noise ratio of voxels."""
         return cls(f"snr{snr:g}", f"SNR {snr:g}", ("--snr", f"{snr:g}"))
 
-    @staticmethod
-    def who(people: int, usual: int) -> str:
-        """The name of the pretraining cohort of so many people."""
-        return "pretrained" if people == usual else f"pretrained{people}"
-
 
 FINE = Kind(
     "fine-snr0.9",

@@ -12,6 +12,7 @@ from launchers.experiments.trials import (
     OBJECTIVES,
     PEOPLE,
     PEOPLE_SEEDS,
+    POOLED,
     POOLINGS,
     PRETRAINED,
     RANDOM,
@@ -77,9 +78,8 @@ class Tables:
         """Draws of each finished seed of a variant, or of random weights (see `Experiments.evaluate`)."""
         from launchers.experiments import comparison
 
-        paths = [self.work.draws_path(t) for t in self.trials if (t.variant.name, t.kind) == (variant, kind)][:seeds]
-        if random:
-            paths = [path.with_name(f"{random}-{path.name}") for path in paths]
+        mine = [t for t in self.trials if (t.variant.name, t.kind) == (variant, kind)][:seeds]
+        paths = [self.work.draws_path(trial, random) for trial in mine]
         return [comparison.load(path) for path in paths if path.exists()]
 
     def scores(
@@ -152,7 +152,7 @@ class Tables:
         first = next((t for t in self.trials if (t.variant.name, t.seed, t.kind) == ("default", 0, kind)), None)
         rows = []
         for words, random in (("default", ""), ("random weights", "random")):
-            if first is None or not (path := self.work.poolings_path(first, random)).exists():
+            if first is None or not (path := self.work.draws_path(first, random, POOLED)).exists():
                 continue
             scores = comparison.summarise([comparison.load(path)])
             for pooling in POOLINGS:
@@ -227,7 +227,7 @@ class Tables:
 
         rows = []
         for checkpoint in self.work.checkpoints(trial):
-            if (path := self.work.checkpoint_path(trial, checkpoint)).exists():
+            if (path := self.work.draws_path(trial, of=checkpoint.name)).exists():
                 step = int(checkpoint.name.removeprefix("step-"))
                 rows += self.row(f"after {step} steps", comparison.summarise([comparison.load(path)]), "", trial.kind)
         return table([f"checkpoint (first seed, {trial.kind.words})", *head(trial.kind), "rank"], rows)

@@ -47,6 +47,7 @@ POOLINGS: Mapping[str, Mapping[str, object]] = {
     **{name: {"pooling": name} for name in ("mean", "mean+sd", "location", "attentive", "cov")},
     "cov, 8 components": {"pooling": "cov", "components": 8},
 }
+POOLED = "poolings"  # in the names of the draws of all poolings
 WINDOWS = (8, 16, 32, None)  # most salient windows of a run that are encoded; None for all
 
 
@@ -59,6 +60,11 @@ class Variant:
     changes: tuple[str, ...] = ()
     ranker: str = "mutual"
     people: int = PRETRAINED
+
+    @property
+    def cohort(self) -> str:
+        """The name of the pretraining cohort."""
+        return "pretrained" if self.people == PRETRAINED else f"pretrained{self.people}"
 
 
 OBJECTIVES = (
@@ -145,8 +151,8 @@ class Experiments:
     def prepare(self, trials: list[Trial], parts: list[str], kinds: list[Kind]) -> None:
         """Make cohorts and datasets. The temporal extractor is trained on the pretraining cohort."""
         everyone = {trial.kind for trial in trials}
-        made = {(kind, f"{kind.who(PRETRAINED, PRETRAINED)}", PRETRAINED, 1) for kind in everyone}
-        made |= {(t.kind, t.kind.who(t.variant.people, PRETRAINED), t.variant.people, 1) for t in trials}
+        made = {(kind, "pretrained", PRETRAINED, 1) for kind in everyone}
+        made |= {(trial.kind, trial.variant.cohort, trial.variant.people, 1) for trial in trials}
         made |= {(kind, "probed", PROBED, 2) for kind in everyone}
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda facts: self.make_cohort(*facts), sorted(made, key=str)))
@@ -154,7 +160,7 @@ class Experiments:
             self.convert("pretrained", kind, "mutual", KEPT, "split.shares=[1,0,0]")
             extractor = ("--extractor", self.dataset("pretrained", kind) / "extractor")
             for trial in trials:
-                who, ranker = kind.who(trial.variant.people, PRETRAINED), trial.variant.ranker
+                who, ranker = trial.variant.cohort, trial.variant.ranker
                 if trial.kind == kind:
                     words = extractor if ranker == "mutual" else ()
                     self.convert(who, kind, ranker, KEPT, "split.shares=[1,0,0]", *words)
@@ -182,7 +188,7 @@ class Experiments:
 
     def pretrain(self, trial: Trial) -> None:
         """Train one run, or resume it. Its last checkpoint is kept; of the first default, also one in 500 steps."""
-        data = self.dataset(trial.kind.who(trial.variant.people, PRETRAINED), trial.kind, trial.variant.ranker)
+        data = self.dataset(trial.variant.cohort, trial.kind, trial.variant.ranker)
         words = [f"data={data}", f"run.out={self.out / 'runs' / trial.name}", f"run.seed={trial.seed}"]
         if trial.variant == OBJECTIVES[0] and trial.seed == 0:
             words.append(f"run.keep_every={EVERY}")
@@ -192,37 +198,27 @@ class Experiments:
         """The kept checkpoints of a run, the first one first."""
         return sorted((self.out / "runs" / trial.name / CHECKPOINTS).glob("step-*"))
 
-    def checkpoint_path(self, trial: Trial, checkpoint: Path) -> Path:
-        return self.out / "draws" / f"{checkpoint.name}-{trial.name}.npz"
-
     def evaluate_checkpoints(self, trial: Trial) -> None:
         """Score the kept checkpoints of a run on the probed people."""
         for checkpoint in self.checkpoints(trial):
-            if not (path := self.checkpoint_path(trial, checkpoint)).exists():
+            if not (path := self.draws_path(trial, of=checkpoint.name)).exists():
                 self._score(checkpoint, trial, path)
 
-    def draws_path(self, trial: Trial) -> Path:
-        return self.out / "draws" / f"{trial.name}.npz"
+    def draws_path(self, trial: Trial, random: str = "", of: str = "") -> Path:
+        """The draws of a run, or of random weights (see `evaluate`); `of` is a checkpoint or `POOLED`."""
+        return self.out / "draws" / f"{'-'.join(filter(None, (of, random, trial.name)))}.npz"
 
     def evaluate(self, trial: Trial, random: str = "") -> None:
         """Score the encoder of a run, or random weights, on the probed people.
 
         `random` is "random", its initial weights, or "control", these with small random position embeddings.
         """
-        path = self.draws_path(trial)
-        if random:
-            path = path.with_name(f"{random}-{path.name}")
-        if not path.exists():
+        if not (path := self.draws_path(trial, random)).exists():
             self._score(self.out / "runs" / trial.name, trial, path, random)
-
-    def poolings_path(self, trial: Trial, random: str = "") -> Path:
-        path = self.draws_path(trial)
-        return path.with_name(f"poolings-{random}{'-' * bool(random)}{path.name}")
 
     def evaluate_poolings(self, trial: Trial, random: str = "") -> None:
         """Score the encoder of a run, or random weights, under all poolings; see `evaluate`."""
-        path = self.poolings_path(trial, random)
-        if not path.exists():
+        if not (path := self.draws_path(trial, random, POOLED)).exists():
             self._score(self.out / "runs" / trial.name, trial, path, random, POOLINGS)
 
     def _score(
@@ -275,11 +271,10 @@ class Experiments:
                 dataset = whole if count is None else whole.most_salient(count)
                 questions = [q for q in self.questions(dataset, trial.kind) if q.task.type != "state"]
                 draws = comparison.encoder_draws(comparison.encode(model, dataset), questions)
-                theirs = comparison.baseline_draws(dataset, questions, ("connectome_kept",))
                 # connectivity of all windows is that of the whole run, but for a rest shorter than a window
-                theirs = theirs or comparison.baseline_draws(dataset, questions, ("connectome",))
-                for each in theirs.values():
-                    draws |= {f"connectome/{name}": draw_D for name, draw_D in each.items()}
+                name = "connectome" if count is None else "connectome_kept"
+                theirs = comparison.baseline_draws(dataset, questions, (name,))[name]
+                draws |= {f"connectome/{task}": draw_D for task, draw_D in theirs.items()}
                 comparison.save(path, draws)
 
     def questions(self, dataset: Any, kind: Kind) -> list[Any]:

@@ -413,9 +413,7 @@ def _estimates(scored: Mapping[str, Sequence[Scores]]) -> tuple[Estimates, Estim
             for metric, mean_D in means[name].items()
         }
     differences = {
-        name: {metric: Estimate.of_draws(means[OURS][metric] - mean_D) for metric, mean_D in means[name].items()}
-        for name in COMPARED
-        if name in means and OURS in means
+        name: draws.difference(means[OURS], means[name]) for name in COMPARED if name in means and OURS in means
     }
     return estimates, differences
 

@@ -225,14 +225,14 @@ def _probes(runs: Sequence[_Run]) -> list[html.Part]:
 def _paired(found: Sequence[tuple[_Run, TaskResult]], shown: Sequence[str]) -> list[html.Part]:
     """The differences of all runs to the first one, on the same draws of subjects."""
     (first, first_task), *others = found
+    theirs = draws.read(first.folder / REPORT, first_task)
     rows, missing = [], []
     for run, task in others:
-        same = first_task.facts.tested is not None and task.facts.tested == first_task.facts.tested
-        pair = [draws.read(one.folder / REPORT, of) for one, of in ((run, task), (first, first_task))] if same else []
-        if not pair or pair[0] is None or pair[1] is None:
+        ours = draws.read(run.folder / REPORT, task)
+        if ours is None or theirs is None or task.facts.tested != first_task.facts.tested:
             missing.append(run.name)
             continue
-        less = draws.difference(pair[0], pair[1])
+        less = draws.difference(ours, theirs)
         rows.append([f"{run.name} less {first.name}", *(run_health.in_words(less.get(metric)) for metric in shown)])
     parts: list[html.Part] = []
     if rows:
