@@ -79,7 +79,7 @@ VIEWS = (
     Variant("view-both", "view: both", ("view=both",)),
 )
 RANKERS = (Variant("ranker-random", "windows at random", ranker="random"),)
-PEOPLE = tuple(Variant(f"people-{count}", f"{count} people", people=count) for count in (15, 30, 60))
+PEOPLE = tuple(Variant(f"people-{count}", f"{count} people", people=count) for count in (15, 30, 60, 240))
 PEOPLE_SEEDS = 2
 EVERY = 500  # optimizer steps between the checkpoints of the first run that are kept and scored
 TARGETS = tuple(

@@ -108,7 +108,7 @@ def test_trials_are_made_once_however_many_parts_ask_for_them(tmp_path: Path):
     fine = [trial.name for trial in work.trials(["fine"], kinds)]
     assert fine == [f"default-fine-snr0.9-seed{seed}" for seed in range(3)]
     people = work.trials(["fine", "people"], kinds)
-    assert len(people) == 3 + 3 * 2 and {trial.variant.people for trial in people} == {15, 30, 60, 120}
+    assert len(people) == 3 + 4 * 2 and {trial.variant.people for trial in people} == {15, 30, 60, 120, 240}
     assert [trial.name for trial in work.trials(["windows"], kinds)] == fine[:1]
     assert work.dataset("probed", kinds[0]).name == "probed-snr0.9-mutual"  # as runs of earlier versions have it
 
