@@ -1,4 +1,4 @@
-"""What the page of a dataset shows beyond the dataset: its parcels, and the events of its scans."""
+"""What the page of a dataset shows beyond the dataset: its parcels, its ranker, and the events of its scans."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from shards.conversion.session import Parcels, ParcelSettings
 from shards.core import files, presets
 from shards.core.errors import ConfigError
+from shards.format.layout import EXTRACTOR
 from shards.format.manifest import Manifest
 from shards.format.session_record import SessionRecord
-from shards.reporting.windows_view import Given
+from shards.reporting.windows_view import Energies, Given
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,12 +39,13 @@ def given_for(folder: Path, image: Path | None, states: str | None, events: Path
     ConfigError
         If the label image is not that of the dataset, or the task has no events.
     """
-    parcels = _parcels(Manifest.read(folder), folder, image)
+    manifest = Manifest.read(folder)
+    parcels, energies = _parcels(manifest, folder, image), _energies(manifest, folder)
     if states is None:
         if events is not None:
             hint = "Name the task that describes the tables"
             raise ConfigError("command line", "--events", events, "a task of type state in --states", hint)
-        return Given(parcels)
+        return Given(parcels, energies=energies)
 
     from slim.evaluation.events import states as states_of
     from slim.evaluation.task import load_task
@@ -56,7 +58,7 @@ def given_for(folder: Path, image: Path | None, states: str | None, events: Path
     if not root.is_dir():
         hint = "Give --events FOLDER"
         raise ConfigError("command line", "--events", f"no folder {root}", "the folder of the tables of events", hint)
-    return Given(parcels, partial(_events, settings, root, path), partial(states_of, delay=settings.delay))
+    return Given(parcels, partial(_events, settings, root, path), partial(states_of, delay=settings.delay), energies)
 
 
 def _events(settings: EventSettings, root: Path, where: Path, session: SessionRecord) -> pd.DataFrame | None:
@@ -64,6 +66,16 @@ def _events(settings: EventSettings, root: Path, where: Path, session: SessionRe
     from slim.evaluation.events import has_events, read
 
     return read(settings, root, session, where) if has_events(settings, root, session) else None
+
+
+def _energies(manifest: Manifest, folder: Path) -> Energies | None:
+    """The predictable energy of parcels, from the ranker of the conversion; None if it cannot be made again."""
+    from slim.inference.preprocessing import ranker_of
+
+    try:
+        return ranker_of(manifest, folder, folder / EXTRACTOR).energies
+    except ConfigError:  # made by another version, or without its extractor: the page says that it has none
+        return None
 
 
 def _parcels(manifest: Manifest, folder: Path, image: Path | None) -> Parcels | None:

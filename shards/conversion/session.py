@@ -280,6 +280,8 @@ class _Session:
             "raw": self.result.raw_TN,
             "repeated": self.result.repeated_T,
         }
+        if self.result.displacement_T is not None:
+            arrays["displacement"] = self.result.displacement_T
         with files.atomically(path) as file:
             np.savez(file, **arrays)
 
@@ -289,7 +291,14 @@ def _load(path: Path) -> _Session:
         arrays = dict(stored)
     meta = check(ScanRecord, json.loads(str(arrays["meta"])), path)
     result = Harmonised(
-        arrays["raw"], arrays["brain"], int(arrays["edge"]), meta.tr, meta.source_tr, {}, arrays["repeated"]
+        arrays["raw"],
+        arrays["brain"],
+        int(arrays["edge"]),
+        meta.tr,
+        meta.source_tr,
+        {},
+        arrays["repeated"],
+        arrays.get("displacement"),
     )
     return _Session(result, arrays["roi"], arrays["roi_centre"], arrays["roi_number"], meta)
 
@@ -380,6 +389,7 @@ def _ranked(
     scores_W = parts["scores"].astype(np.float32)
     rank_K = np.lexsort((np.arange(n_windows), -scores_W, ~measured_W))[: settings.windows.kept_of(count)]
     start_K = rank_K * frames
+    moved = {} if result.displacement_T is None else {"displacement": result.displacement_T.astype(np.float32)}
     return {
         "baseline": result.baseline_PV,
         "spread": (spread_PV := result.spread_PV),
@@ -393,4 +403,5 @@ def _ranked(
         "start": start_K.astype(np.int32),
         "saliency": scores_W[rank_K],
         **parts,
+        **moved,
     }

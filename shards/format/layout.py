@@ -52,10 +52,11 @@ ARRAYS: dict[str, tuple[str, bool]] = {
         "int8",
         False,
     ),  # (M, T) brain voxels over the whole scan, z times CARPET_STEPS, from the edge to the centre of the brain
+    "displacement": ("float32", False),  # (T,) framewise displacement, mm; NaN where it is missing
     "scale": ("float32", False),  # (P, V) only with int16 windows: windows * scale is the fluctuation
     "windows": ("float16", True),  # (K, F, P, V) fluctuation around the mean over the scan, global-SD units
 }
-OPTIONAL = {"scale", "scores_space", "scores_time"}  # arrays that a sample may lack
+OPTIONAL = {"displacement", "scale", "scores_space", "scores_time"}  # arrays that a sample may lack
 # Axes, by letters of the legend. Axes with the same letter have the same size in all arrays; digits are sizes.
 AXES = {
     "baseline": "PV",
@@ -71,6 +72,7 @@ AXES = {
     "roi_number": "R",
     "roi_centre": "R3",
     "carpet": "MT",
+    "displacement": "T",
     "scale": "PV",
     "windows": "KFPV",
 }

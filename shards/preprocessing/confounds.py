@@ -63,13 +63,16 @@ def read(path: Path, frames: int) -> TableFile:
     return table
 
 
-def mean_framewise_displacement(table: TableFile) -> float | None:
-    """Mean of fMRIPrep's framewise displacement in mm; None if the table does not have it."""
+def framewise_displacement(table: TableFile) -> np.ndarray | None:
+    """fMRIPrep's framewise displacement of each frame in mm, float64 (T,); None if the table has no value of it.
+
+    NaN where it is missing, as for the first frame: it is the movement since the frame before.
+    """
     if "framewise_displacement" not in table:
         return None
-    values = table.numbers("framewise_displacement")
-    known = values[np.isfinite(values)]
-    return round(float(known.mean()), 4) if len(known) else None
+    value_T = table.numbers("framewise_displacement")
+    known_T = np.isfinite(value_T)
+    return np.where(known_T, value_T, np.nan) if known_T.any() else None
 
 
 def non_steady_state(table: TableFile) -> int:

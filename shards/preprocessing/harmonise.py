@@ -91,6 +91,9 @@ class Harmonised:
         Quality measures, and what was done.
     repeated_T : bool array
         Frames made from volumes that are copies of an earlier volume.
+    displacement_T : float64 array, optional
+        Framewise displacement in mm, NaN where it is missing; None if it is in no confounds table. After resampling in
+        time, the larger one of the two volumes that a frame lies between.
     """
 
     raw_TN: np.ndarray
@@ -100,6 +103,7 @@ class Harmonised:
     source_tr: float
     facts: dict[str, object]
     repeated_T: np.ndarray
+    displacement_T: np.ndarray | None = None
 
     @cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +230,8 @@ def place(run: RunSource, settings: GridSettings, mask_settings: BrainMaskSettin
     if bold.assumed:
         facts["orientation_assumed"] = bold.assumed
     if table is not None:
-        facts["mean_fd_mm"] = confounds.mean_framewise_displacement(table)
+        moved_T = confounds.framewise_displacement(table)
+        facts["mean_fd_mm"] = None if moved_T is None else round(float(np.nanmean(moved_T)), 4)
     return Placed(bold, affine, brain_XYZ, table, facts)
 
 
@@ -280,7 +285,10 @@ def harmonise(
     raw_TN, tr = _resample_time(scan_TN, bold.tr, settings, buffer_TN)
 
     of_frame_T = _frames_of(repeated_T, bold.tr, settings)
-    result = Harmonised(raw_TN, brain_XYZ, grid.patch, tr, bold.tr, dict(placed.facts), of_frame_T)
+    moved_T = None if placed.table is None else confounds.framewise_displacement(placed.table)
+    if moved_T is not None:
+        moved_T = _frames_of(moved_T[dropped:], bold.tr, settings)
+    result = Harmonised(raw_TN, brain_XYZ, grid.patch, tr, bold.tr, dict(placed.facts), of_frame_T, moved_T)
     mean_N, variance_N = result.moments
     if not float(np.sqrt(variance_N.mean())) > ROUNDING * np.abs(mean_N).max():
         got, expected = "the same volume in every frame", "a signal that varies in time"
@@ -417,12 +425,15 @@ def _resample_time(
     return buffer_TN[: len(wanted)], settings.tr
 
 
-def _frames_of(marked_T: np.ndarray, source_tr: float, settings: GridSettings) -> np.ndarray:
-    """Which frames after resampling are neighbours of a marked frame of the scan, bool."""
+def _frames_of(value_T: np.ndarray, source_tr: float, settings: GridSettings) -> np.ndarray:
+    """For each frame after resampling, the larger value of the frames of the scan on both sides of it; NaN is ignored.
+
+    With bool values: which frames are neighbours of a marked one.
+    """
     low, high = settings.tr_range
     if low <= source_tr <= high:
-        return marked_T
-    place_T = np.arange(frames_at(settings, source_tr, len(marked_T))) * settings.tr / source_tr
-    before_T = np.minimum(np.floor(place_T + 1e-9).astype(int), len(marked_T) - 1)
-    after_T = np.minimum(np.ceil(place_T - 1e-9).astype(int), len(marked_T) - 1)
-    return marked_T[before_T] | marked_T[after_T]
+        return value_T
+    place_T = np.arange(frames_at(settings, source_tr, len(value_T))) * settings.tr / source_tr
+    before_T = np.minimum(np.floor(place_T + 1e-9).astype(int), len(value_T) - 1)
+    after_T = np.minimum(np.ceil(place_T - 1e-9).astype(int), len(value_T) - 1)
+    return np.fmax(value_T[before_T], value_T[after_T])

@@ -29,16 +29,20 @@ FOLDER = "sessions"  # beside the page
 DRAWN = 12  # sessions with a picture, by default
 _EXAMPLES, _MOST_EXAMPLES = 6, 12  # sessions embedded by default; more than six only with more than five cohorts
 
-_ARRAYS = ("baseline", "brain", "carpet", "patch", "roi", "scores", "scores_space", "scores_time", "start")
+_ARRAYS = (
+    *("baseline", "brain", "carpet", "displacement", "patch", "roi"),
+    *("scores", "scores_space", "scores_time", "start"),
+)
 _GUIDE = (
     "Top: the mean image in three planes of the grid. Thin blue lines are the edges of the kept patches. The "
     "brain mask is outlined in orange, the MNI152 brain with white dashes (only for scans in MNI space; the "
     "outlines should agree). The left of the picture is the left of the brain.",
     "Below, on one time axis: the z-scored signal of each parcel; the saliency of every window; a carpet plot "
-    "of z-scored voxels, from the edge to the centre of the brain; DVARS and the global signal of the parcel "
-    "means. The strip above the carpet shows the kept windows, the pale bands below it the most salient ones. "
-    "In the carpet, a stripe over the whole height is a global change; a stripe only at the edge is mostly "
-    "motion. A good ranking avoids spikes of DVARS and does not simply follow the global signal.",
+    "of z-scored voxels, from the edge to the centre of the brain; DVARS of the parcel means; framewise "
+    "displacement, if the confounds table of the scan has it; and the global signal. The strip above the carpet "
+    "shows the kept windows, the pale bands below it the most salient ones. In the carpet, a stripe over the whole "
+    "height is a global change; a stripe only at the edge is mostly motion. A good ranking avoids spikes of DVARS "
+    "and does not simply follow the global signal.",
     "For rankers that use both, thin lines show the two parts of a score: how well a window is predicted from "
     "other parcels (space), and from the windows before and after it (time). The score is at most the smaller "
     "of the two. Noise is low in both; a spike can be high in space, but not in time, because it cannot be "

@@ -28,6 +28,7 @@ Extent = tuple[float, float, float, float]  # mm: left, right, bottom, top
 # title, picture, extent, letters of the left, right, lower and upper margin
 Plane = tuple[str, np.ndarray, Extent, str]
 
+MOVED_MM = 0.5  # a frame with more framewise displacement has moved, after Power et al. 2012
 _BEST = 8  # number of most salient windows marked, as in a training sample of the published model
 _PLANES = (("Sagittal, x", "PAIS"), ("Coronal, y", "LRIS"), ("Axial, z", "LRPA"))
 _KINDS = ((2, html.BLUE, "the {best} most salient"), (1, html.SKY, "kept"), (0, html.PALE, "dropped"))
@@ -97,7 +98,7 @@ class Shown:
     session : SessionRecord
     arrays : dict of ndarray
         `baseline`, `brain`, `carpet`, `patch`, `roi`, `scores`, `start`; also `scores_space` and `scores_time` if the
-        sample has them.
+        sample has them, and `displacement`.
     """
 
     def __init__(self, grid: Grid, frames: int, session: SessionRecord, arrays: dict[str, np.ndarray]):
@@ -116,6 +117,8 @@ class Shown:
         self.dvars_T = quality.dvars(percent_TR)
         low, high = np.percentile(self.dvars_T, [25, 75])
         self.limit = high + 1.5 * (high - low)
+        moved_T = arrays.get("displacement")
+        self.moved_T = moved_T if moved_T is not None and np.isfinite(moved_T).any() else None
         self.scores_W = arrays["scores"]
         self.parts = [(arrays[name], colour, title) for name, colour, title in _PARTS if name in arrays]
         kept_K = arrays["start"] // frames  # in rank order
@@ -126,12 +129,21 @@ class Shown:
     def words(self) -> str:
         """Describe how many of the most salient windows contain outlying frames."""
         # DVARS at index t is the change from frame t to t + 1, and is assigned to the later frame.
-        window_T = (np.flatnonzero(self.dvars_T > self.limit) + 1) // self.frames
+        found = self._struck("above the DVARS line", np.flatnonzero(self.dvars_T > self.limit) + 1)
+        if self.moved_T is not None:
+            found += " " + self._struck(
+                f"displaced by more than {MOVED_MM:g} mm", np.flatnonzero(self.moved_T > MOVED_MM)
+            )
+        return found
+
+    def _struck(self, how: str, frames: np.ndarray) -> str:
+        """How many of the most salient windows contain one of these frames."""
+        window_T = frames // self.frames
         struck = np.unique(window_T[window_T < len(self.scores_W)])
         among = int(np.isin(self.best_K, struck).sum())
         chance = len(self.best_K) * len(struck) / len(self.scores_W)
         return (
-            f"Windows with a frame above the DVARS line: {among} of the {len(self.best_K)} most salient "
+            f"Windows with a frame {how}: {among} of the {len(self.best_K)} most salient "
             f"({chance:.1f} expected for random windows)."
         )
 
@@ -155,11 +167,16 @@ class Shown:
             mm = self.grid.affine[axis, 3] + self.grid.mm * place[axis]
             if self.registered:
                 _draw_template(axes, template, axis, mm, views[axis][2])
-        parcels, saliency, carpet, dvars, whole = below.subplots(5, 1, sharex=True, height_ratios=(1.5, 1.6, 2.1, 1, 1))
+        heights = (1.5, 1.6, 2.1, 1, 1) if self.moved_T is None else (1.4, 1.5, 1.8, 0.9, 0.8, 0.9)
+        parcels, saliency, carpet, dvars, *moved, whole = below.subplots(
+            len(heights), 1, sharex=True, height_ratios=heights
+        )
         self._draw_parcels(below, parcels)
         self.draw_saliency(saliency)
         self._draw_carpet(below, carpet)
         self._draw_dvars(dvars)
+        for axes in moved:
+            self._draw_displacement(axes)
         self._draw_global(whole)
         return figure
 
@@ -236,6 +253,16 @@ class Shown:
         axes.axhline(self.limit, color=html.RED, lw=1, ls="--", label="outlying above (box-plot rule)")
         axes.set(title="DVARS of the parcels", ylabel="% of mean")
         _legend(axes)
+        self._draw_bands(axes)
+
+    def _draw_displacement(self, axes: Axes) -> None:
+        """Draw the framewise displacement at the middle of the later frame; gaps where it is missing."""
+        assert self.moved_T is not None
+        axes.plot((np.arange(len(self.moved_T)) + 0.5) * self.tr, self.moved_T, color=html.INK, lw=0.9)
+        if np.nanmax(self.moved_T) > MOVED_MM / 2:  # otherwise the line would flatten the curve
+            axes.axhline(MOVED_MM, color=html.RED, lw=1, ls="--", label=f"{MOVED_MM:g} mm")
+            _legend(axes)
+        axes.set(title="Framewise displacement", ylabel="mm")
         self._draw_bands(axes)
 
     def _draw_global(self, axes: Axes) -> None:

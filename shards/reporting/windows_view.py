@@ -1,4 +1,4 @@
-"""The windows of a session, one at a time: which parcels have the energy, DVARS, parts of the score, events.
+"""The windows of a session, one at a time: which parcels carry the score, DVARS, displacement, parts, events.
 
 The view is a file of its own beside the page, as those of `shards.reporting.viewer`. Its template holds the script.
 
@@ -25,11 +25,15 @@ from shards.reporting import quality_figures
 if TYPE_CHECKING:
     import pandas as pd
 
+_PREDICTED = {"scores_space": "predicted from other parcels", "scores_time": "predicted from frames nearby"}
 _MOST = 64  # largest number of voxels along an axis of the map
 ARRAYS = (
-    *("baseline", "brain", "carpet", "patch", "roi", "roi_centre", "roi_number"),
+    *("baseline", "brain", "carpet", "displacement", "patch", "roi", "roi_centre", "roi_number"),
     *("scores", "scores_space", "scores_time", "start"),
 )
+
+
+Energies = Callable[[np.ndarray, np.ndarray, int], Mapping[str, np.ndarray]]  # see `Given`
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Given:
     events : callable, optional
         The events of a session: a table with `onset` and `end` in s from the start of the harmonised scan, and `state`;
         None if it has none.
+    energies : callable, optional
+        The predictable energy of each parcel in every window, (R, W) by the name of the part of the score that rests on
+        it: from the series of the parcels, their centres in mm and the number of frames of a window, as
+        `slim.ranking.rankers.Ranker.energies`.
     states : callable, optional
         The state of each window, or None: from the events of a session, the starts of its windows and their length, in
         s.
@@ -61,6 +69,7 @@ class Given:
     parcels: Callable[[np.ndarray], np.ndarray] | None = None
     events: Callable[[SessionRecord], pd.DataFrame | None] | None = None
     states: Callable[[pd.DataFrame, np.ndarray, float], list[str | None]] | None = None
+    energies: Energies | None = None
 
     def events_of(self, session: SessionRecord) -> list[Event] | None:
         """The events of a session; None if no events were given."""
@@ -117,17 +126,18 @@ def render(dataset: Dataset, session: SessionRecord, given: Given) -> str:
         "best": len(shown.best_K),
         "dvars": _rounded(shown.dvars_T),
         "dvarsLimit": round(float(shown.limit), 4),
+        "displacement": None if shown.moved_T is None else _known(shown.moved_T),
+        "displacementLimit": quality_figures.MOVED_MM,
         "meanFd": session.mean_fd_mm,
         "events": None if events is None else [vars(event) for event in events],
         "parcels": arrays["roi_number"].tolist(),
         "centres": np.round(arrays["roi_centre"], 1).tolist(),
-        "energy": _encoded(np.square(z_RWF).mean(axis=2)),
-        "mean": _encoded(z_RWF.mean(axis=2)),
+        "layers": _layers(arrays, dataset.frames, z_RWF, given),
         "exact": exact,
         "ranker": str(dataset.manifest.ranker.get("name", "")),
         "sure": shown.sure,
         **_map_of(shown, dataset.grid, label_XYZ[thin], thin, step),
-        "colours": {"energy": _colours("inferno"), "mean": _colours("RdBu_r")},
+        "colours": {"energy": _colours("inferno"), "signed": _colours("RdBu_r")},
     }
     return templates.render("windows.html", "shards.reporting", data=data)
 
@@ -160,6 +170,23 @@ def _map_of(
         "labels": _packed(label_XYZ.astype("<u2")),
         "grey": _packed(np.where(inside_XYZ, grey_XYZ.clip(1, 255), 0).astype(np.uint8)),
     }
+
+
+def _layers(arrays: dict[str, np.ndarray], frames: int, z_RWF: np.ndarray, given: Given) -> list[dict[str, object]]:
+    """What the map can show: each with a title, its values (R, W), and whether they have a sign."""
+    found = [("energy", "energy (mean z²)", np.square(z_RWF).mean(axis=2), False)]
+    if given.energies is not None:
+        energies = given.energies(arrays["roi"], arrays["roi_centre"], frames)
+        found += [(name, _PREDICTED[name], energy_RW, False) for name, energy_RW in energies.items()]
+    found.append(("mean", "mean z", z_RWF.mean(axis=2), True))
+    return [
+        {"name": name, "title": title, "values": _encoded(value_RW), "signed": signed}
+        for name, title, value_RW, signed in found
+    ]
+
+
+def _known(values: np.ndarray) -> list[float | None]:
+    return [round(float(value), 4) if np.isfinite(value) else None for value in values]
 
 
 def _rounded(values: np.ndarray) -> list[float]:

@@ -58,12 +58,10 @@ def read_recipe(data: DataRecord, where: str | Path, extractor: Path | None, ima
     try:
         tree = {name: tree[name] for name in SessionSettings.model_fields}
         image_of = tree["parcels"]["image"]
-        stated = {name: data.ranker[name] for name in ("name", "extractor", "seed")}
         named = image_of is None or all(isinstance(image_of[name], str) for name in ("name", "sha256"))
     except (KeyError, TypeError) as error:
-        got = f"invalid settings ({type(error).__name__}: {error})"
-        raise ConfigError(where, "data", got, "the settings of a conversion") from None
-    if not named or not all(isinstance(stated[name], str | None) for name in ("name", "extractor")):
+        raise _no_settings(where, error) from None
+    if not named:
         raise ConfigError(where, "data", "names that are not text", "the settings of a conversion")
     if tree["parcels"]["image"] is not None:
         labels = _image(tree["parcels"]["image"], where, image)
@@ -71,13 +69,30 @@ def read_recipe(data: DataRecord, where: str | Path, extractor: Path | None, ima
     settings = check(SessionSettings, tree, where)
     # Training decides which scans are long enough to learn from; any scan with a window can be encoded.
     settings = settings.model_copy(update={"windows": settings.windows.model_copy(update={"minimum": 1})})
+    ranker = ranker_of(data, where, extractor)
+    return Recipe(settings, make_parcels(settings.grid.grid(), settings.parcels), ranker)
+
+
+def ranker_of(data: DataRecord, where: str | Path, extractor: Path | None) -> Ranker:
+    """The ranker of a dataset; parameters and errors are those of `recipe`."""
     identity = data.ranker
-    found = None if identity["extractor"] is None else _extractor(identity["extractor"], where, extractor)
-    ranker = make_ranker(identity["name"], found, identity["seed"], identity.get("version", 1))
+    try:
+        name, checksum, seed = (identity[field] for field in ("name", "extractor", "seed"))
+    except KeyError as error:
+        raise _no_settings(where, error) from None
+    if not all(isinstance(text, str | None) for text in (name, checksum)):
+        raise ConfigError(where, "data", "names that are not text", "the settings of a conversion")
+    found = None if checksum is None else _extractor(checksum, where, extractor)
+    ranker = make_ranker(name, found, seed, identity.get("version", 1))
     if ranker.identity() != identity:
         got, hint = "other parameters in this version", "Use the version that converted the training data"
-        raise ConfigError(where, f"ranker {identity['name']}", got, identity, hint)
-    return Recipe(settings, make_parcels(settings.grid.grid(), settings.parcels), ranker)
+        raise ConfigError(where, f"ranker {name}", got, identity, hint)
+    return ranker
+
+
+def _no_settings(where: str | Path, error: Exception) -> ConfigError:
+    got = f"invalid settings ({type(error).__name__}: {error})"
+    return ConfigError(where, "data", got, "the settings of a conversion")
 
 
 def scan_settings(data: DataRecord, where: str | Path) -> SessionSettings:
@@ -91,8 +106,7 @@ def scan_settings(data: DataRecord, where: str | Path) -> SessionSettings:
     try:
         tree = {name: data.configuration["settings"][name] for name in SessionSettings.model_fields}
     except (KeyError, TypeError) as error:
-        got = f"invalid settings ({type(error).__name__}: {error})"
-        raise ConfigError(where, "data", got, "the settings of a conversion") from None
+        raise _no_settings(where, error) from None
     return check(SessionSettings, tree | {"parcels": {}}, where)
 
 

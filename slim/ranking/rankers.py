@@ -1,6 +1,6 @@
 """Rankers: methods that score the windows of a scan, by name.
 
-Legend: R parcels; T frames; V views; W windows.
+Legend: R parcels; T frames; V views; W windows; 3 the axes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from slim.ranking.saliency import (
     calmness,
     folds,
     frame_standing,
+    mean_of_windows,
     rebuild_by_ridge,
     space_energy,
+    space_energy_of_parcels,
     standing,
     time_energy,
+    time_energy_of_parcels,
     window_mean,
 )
 
@@ -58,10 +61,7 @@ def _joint(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int
 def _joint_1(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
     space_VW, time_VW = np.zeros((2, len(z_VRT), z_VRT.shape[2] // frames))
     for view, z_RT in enumerate(z_VRT if space_VW.shape[1] > 1 else ()):
-        if ranker.extractor is not None:
-            rebuilt_RT = ranker.extractor.rebuild(z_RT, centre_R3)
-        else:
-            rebuilt_RT = rebuild_by_ridge(z_RT, frames)
+        rebuilt_RT = _rebuilt(ranker, z_RT, centre_R3, frames)
         calm_W = calmness(z_RT, frames)
         space_VW[view] = standing(calm_W * space_energy(z_RT, frames, ranker.seed, folds))
         time_VW[view] = standing(calm_W * time_energy(z_RT, rebuilt_RT, frames))
@@ -73,6 +73,28 @@ def _smoothed(space_VW: np.ndarray, time_VW: np.ndarray, mode: str) -> dict[str,
     kernel = (NEIGHBOUR, 1 - 2 * NEIGHBOUR, NEIGHBOUR)
     parts = {"scores": np.minimum(space_VW, time_VW), "scores_space": space_VW, "scores_time": time_VW}
     return {name: ndimage.correlate1d(value_VW.sum(axis=0), kernel, mode=mode) for name, value_VW in parts.items()}
+
+
+def _energies(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+    """The energies of `_joint` before its means over parcels: of near_w, since far_w only limits it. (V, R, W) each."""
+    space = [space_energy_of_parcels(z_RT, frames, ranker.seed) for z_RT in z_VRT]
+    time = [time_energy_of_parcels(z_RT, frames) for z_RT in z_VRT]
+    return {"scores_space": np.stack(space), "scores_time": np.stack(time)}
+
+
+def _energies_1(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+    """The energies of `_joint_1` before its means over parcels, (V, R, W) each."""
+    space, time = [], []
+    for z_RT in z_VRT:
+        space.append(space_energy_of_parcels(z_RT, frames, ranker.seed, folds))
+        time.append(mean_of_windows(z_RT**2 - (z_RT - _rebuilt(ranker, z_RT, centre_R3, frames)) ** 2, frames))
+    return {"scores_space": np.stack(space), "scores_time": np.stack(time)}
+
+
+def _rebuilt(ranker: Ranker, z_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> np.ndarray:
+    if ranker.extractor is not None:
+        return ranker.extractor.rebuild(z_RT, centre_R3)
+    return rebuild_by_ridge(z_RT, frames)
 
 
 def _variance(ranker: Ranker, z_VRT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
@@ -120,6 +142,11 @@ _RANKERS: dict[str, dict[int, tuple[_Score, dict[str, float]]]] = {
     "leave-one-out": {1: (_leave_one_out, _TIME)},
     "uniform": {1: (_uniform, {})},
     "random": {1: (_random, {})},
+}
+
+# The energies of single parcels, of the versions whose score has parts.
+_ENERGIES: dict[str, dict[int, _Score]] = {
+    name: {1: _energies_1, 2: _energies} for name in ("mutual", "ridge")
 }
 
 
@@ -188,6 +215,35 @@ class Ranker:
         ConfigError
             If the extractor was trained for another window length, or the number of centres and parcels differ.
         """
+        z_VRT, kept_R = self._checked(roi_RT, centre_R3, frames)
+        score, _ = _RANKERS[self.name][self.version]
+        found = score(self, z_VRT, np.asarray(centre_R3)[kept_R], frames)
+        return {name: value_W.astype(np.float32) for name, value_W in found.items()}
+
+    def energies(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> dict[str, np.ndarray]:
+        """Which parcels carry the parts of the score: their predictable energy in every window.
+
+        Parameters and errors are those of `parts`.
+
+        Returns
+        -------
+        dict of float32 arrays (R, W)
+            ``scores_space`` and ``scores_time``: z^2 - (z - zhat)^2 of the parcel, with zhat from other parcels or from
+            frames nearby, as a mean over the frames of the window and the views; negative if the prediction is worse
+            than 0, and 0 for constant parcels. Empty for a ranker whose score has no parts.
+        """
+        z_VRT, kept_R = self._checked(roi_RT, centre_R3, frames)
+        if self.name not in _ENERGIES or z_VRT.shape[2] == frames:  # the only window has nothing to be compared with
+            return {}
+        found = {}
+        energies = _ENERGIES[self.name][self.version]
+        for name, energy_VRW in energies(self, z_VRT, np.asarray(centre_R3)[kept_R], frames).items():
+            found[name] = np.zeros((len(kept_R), energy_VRW.shape[2]), np.float32)
+            found[name][kept_R] = energy_VRW.mean(axis=0)
+        return found
+
+    def _checked(self, roi_RT: np.ndarray, centre_R3: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
+        """The two views of the parcels that vary, (V, R, T), and which these are, bool (R,)."""
         roi_RT, centre_R3 = np.asarray(roi_RT), np.asarray(centre_R3)
         where = f"ranker {self.name}"
         if self.extractor is not None and self.extractor.config.frames != frames:
@@ -199,10 +255,7 @@ class Ranker:
             raise RunRefused(where, "frames", got, f"at least a window of {frames} frames")
         if centre_R3.shape != (len(roi_RT), 3):
             raise ConfigError(where, "centres", centre_R3.shape, (len(roi_RT), 3))
-        z_VRT, kept_R = standardise(roi_RT[:, : roi_RT.shape[1] // frames * frames])
-        score, _ = _RANKERS[self.name][self.version]
-        found = score(self, z_VRT, centre_R3[kept_R], frames)
-        return {name: value_W.astype(np.float32) for name, value_W in found.items()}
+        return standardise(roi_RT[:, : roi_RT.shape[1] // frames * frames])
 
 
 def make_ranker(

@@ -36,7 +36,7 @@ V views; W windows; D fold; L lags.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy import linalg, ndimage
@@ -55,6 +55,11 @@ Folds = Callable[[int, int], list[tuple[np.ndarray, np.ndarray]]]
 def window_mean(value_RT: np.ndarray, frames: int) -> np.ndarray:
     """Mean over parcels and the frames of each window: (R, T) to (W,)."""
     return value_RT.mean(axis=0, dtype=np.float64).reshape(-1, frames).mean(axis=1)
+
+
+def mean_of_windows(value_RT: np.ndarray, frames: int) -> np.ndarray:
+    """Mean over the frames of each window: (R, T) to (R, W)."""
+    return value_RT.reshape(len(value_RT), -1, frames).mean(axis=2)
 
 
 def frame_weights(z_RT: np.ndarray) -> np.ndarray:
@@ -112,11 +117,33 @@ def space_energy(z_RT: np.ndarray, frames: int, seed: int, folds: Folds = even_f
     energy_W : float64 array
         In units of z^2; negative if the prediction is worse than predicting 0.
     """
+    energy_T = np.zeros(z_RT.shape[1])
+    for tested_T, _, gained_BD in _gained_in_space(z_RT, frames, seed, folds):
+        energy_T[tested_T] += gained_BD.mean(axis=0, dtype=np.float64) / SPLITS
+    return energy_T.reshape(-1, frames).mean(axis=1)
+
+
+def space_energy_of_parcels(z_RT: np.ndarray, frames: int, seed: int, folds: Folds = even_folds) -> np.ndarray:
+    """The energy of each parcel in each window that can be predicted from other parcels, float64 (R, W).
+
+    As in `space_energy`, of the splits in which the parcel is predicted; 0 if it is in none.
+    """
+    energy_RT = np.zeros(z_RT.shape)
+    times_RT = np.zeros(z_RT.shape)
+    for tested_T, hidden, gained_BD in _gained_in_space(z_RT, frames, seed, folds):
+        energy_RT[np.ix_(hidden, np.flatnonzero(tested_T))] += gained_BD
+        times_RT[np.ix_(hidden, np.flatnonzero(tested_T))] += 1
+    return mean_of_windows(energy_RT / np.maximum(times_RT, 1), frames)
+
+
+def _gained_in_space(
+    z_RT: np.ndarray, frames: int, seed: int, folds: Folds
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each fold and split: its frames, bool (T,), the hidden parcels, (B,), and their z^2 - (z - zhat)^2, (B, D)."""
     parcels, length = z_RT.shape
     weight_T = frame_weights(z_RT).astype(z_RT.dtype)
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(parcels) for _ in range(SPLITS)]
-    energy_T = np.zeros(length)
     for tested_T, known_T in folds(length // frames, frames):
         z_RD = z_RT[:, tested_T]
         known_RD = z_RT[:, known_T] * np.sqrt(weight_T[known_T] / weight_T[known_T].sum())
@@ -125,9 +152,7 @@ def space_energy(z_RT: np.ndarray, frames: int, seed: int, folds: Folds = even_f
             hidden, seen = order[: parcels // 2], order[parcels // 2 :]
             inner_AA = cov_RR[np.ix_(seen, seen)] + RHO * np.eye(len(seen), dtype=cov_RR.dtype)
             guess_BD = cov_RR[np.ix_(hidden, seen)] @ linalg.solve(inner_AA, z_RD[seen], assume_a="pos")
-            gained_BD = z_RD[hidden] ** 2 - (z_RD[hidden] - guess_BD) ** 2
-            energy_T[tested_T] += gained_BD.mean(axis=0, dtype=np.float64) / SPLITS
-    return energy_T.reshape(-1, frames).mean(axis=1)
+            yield tested_T, hidden, z_RD[hidden] ** 2 - (z_RD[hidden] - guess_BD) ** 2
 
 
 def _autocorrelation(z_RT: np.ndarray, lags: int) -> np.ndarray:
@@ -200,27 +225,56 @@ def frame_standing(z_RT: np.ndarray, frames: int, calm_W: np.ndarray, gap: int =
     standing_W : float64 array
         In interquartile ranges above the median of the windows a window is compared with.
     """
-    windows, need = z_RT.shape[1] // frames, gap + REACH
+    need = gap + REACH
     corr_L = _autocorrelation(z_RT, 2 * need + 1)
-    before_W = np.minimum(frames * np.arange(windows), need)  # neighbours before each window, as far as they are needed
-    after_W = before_W[::-1]
-    standing_W = np.zeros(windows)
-    for before, after in sorted(set(zip(before_W.tolist(), after_W.tolist(), strict=True))):
+    before_W, after_W = _neighbours(z_RT.shape[1] // frames, frames, need)
+    standing_W = np.zeros(len(before_W))
+    for before, after in _ways(before_W, after_W):
         compared = np.flatnonzero((before_W >= before) & (after_W >= after))
-        energy_W = calm_W[compared] * _frame_energy(z_RT, frames, compared, (before, after), gap, corr_L)
+        energy_W = np.zeros(len(compared))
+        for gained_RW in _gained_in_time(z_RT, frames, compared, (before, after), gap, corr_L):
+            energy_W += np.mean(gained_RW, axis=0, dtype=np.float64) / frames
         own = (before_W[compared] == before) & (after_W[compared] == after)
-        standing_W[compared[own]] = standing(energy_W)[own]
+        standing_W[compared[own]] = standing(calm_W[compared] * energy_W)[own]
     return standing_W
 
 
-def _frame_energy(
+def time_energy_of_parcels(z_RT: np.ndarray, frames: int) -> np.ndarray:
+    """The energy of each parcel in each window that can be predicted from frames near them, float64 (R, W).
+
+    As in `frame_standing`; windows at the ends of the scan are predicted from the neighbours they have.
+    """
+    corr_L = _autocorrelation(z_RT, 2 * REACH + 1)
+    before_W, after_W = _neighbours(z_RT.shape[1] // frames, frames, REACH)
+    energy_RW = np.zeros((len(z_RT), len(before_W)))
+    for before, after in _ways(before_W, after_W):
+        own = np.flatnonzero((before_W == before) & (after_W == after))
+        for gained_RW in _gained_in_time(z_RT, frames, own, (before, after), 0, corr_L):
+            energy_RW[:, own] += gained_RW / frames
+    return energy_RW
+
+
+def _neighbours(windows: int, frames: int, need: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many frames lie before and after each window, at most as many as are needed, int (W,) each."""
+    before_W = np.minimum(frames * np.arange(windows), need)
+    return before_W, before_W[::-1]
+
+
+def _ways(before_W: np.ndarray, after_W: np.ndarray) -> list[tuple[int, int]]:
+    """The different numbers of frames before and after a window; the windows of each are consecutive."""
+    return sorted(set(zip(before_W.tolist(), after_W.tolist(), strict=True)))
+
+
+def _gained_in_time(
     z_RT: np.ndarray, frames: int, windows: np.ndarray, around: tuple[int, int], gap: int, corr_L: np.ndarray
-) -> np.ndarray:
-    """Energy of consecutive windows, each frame predicted from the window and the frames around it that are counted."""
+) -> Iterator[np.ndarray]:
+    """z^2 - (z - zhat)^2 of consecutive windows, (R, W), one frame of them after the other.
+
+    Each frame is predicted from the window and the frames around it that are counted; one without any is left out.
+    """
     before, after = around
     side = np.arange(gap + 1, gap + REACH + 1)
     offset = np.concatenate([-side[::-1], side])
-    energy_W = np.zeros(len(windows))
     for inside in range(frames):
         near = offset[(inside + offset >= -before) & (inside + offset < frames + after)]
         if not len(near):
@@ -232,8 +286,7 @@ def _frame_energy(
         guess_RW = np.zeros_like(z_RW)
         for weight, shift in zip(weights, near.tolist(), strict=True):
             guess_RW += weight * z_RT[:, first + shift : last + shift : frames]
-        energy_W += np.mean(z_RW**2 - (z_RW - guess_RW) ** 2, axis=0, dtype=np.float64) / frames
-    return energy_W
+        yield z_RW**2 - (z_RW - guess_RW) ** 2
 
 
 def calmness(z_RT: np.ndarray, frames: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from shards.core.files import sha256
 from shards.format import layout
 from shards.format.patches import scatter
 from shards.format.reader import Dataset
+from slim.ranking.rankers import make_ranker
 
 EVENTS = "sub-{subject}/ses-{session}/func/sub-{subject}_ses-{session}_task-rest_events.tsv"
 STATES = f"name: states\ntype: state\npooling: mean\nevents: {{path: '{EVENTS}'}}\n"
@@ -47,6 +48,23 @@ def test_events_and_states_are_those_of_the_task(dataset: Path, cohort: Path, st
     assert len(found) == session.n_windows and {*found} - {None} <= {*table["state"]}
     assert given.events(session.model_copy(update={"subject": "99"})) is None
     assert given.states_of(session.model_copy(update={"subject": "99"}), 5) is None
+
+
+def test_energies_are_those_of_the_ranker_of_the_conversion(dataset: Path, tmp_path: Path) -> None:
+    opened = Dataset(dataset)
+    arrays = opened.read(opened.sessions[0], ("roi", "roi_centre"))
+    call = arrays["roi"], arrays["roi_centre"], opened.frames
+    found = given_for(dataset, None, None, None).energies(*call)
+    identity = opened.manifest.ranker
+    assert identity["name"] == "ridge"
+    expected = make_ranker("ridge", seed=identity["seed"], version=identity["version"]).energies(*call)
+    assert list(found) == list(expected) == ["scores_space", "scores_time"]
+    np.testing.assert_array_equal(found["scores_space"], expected["scores_space"])
+    folder = labelled(dataset, tmp_path / "data", None)
+    manifest = json.loads((folder / layout.MANIFEST).read_text())
+    manifest["ranker"]["rho"] = 0.7  # as another version may have it
+    (folder / layout.MANIFEST).write_text(json.dumps(manifest))
+    assert given_for(folder, None, None, None).energies is None
 
 
 def labelled(dataset: Path, to: Path, content: object) -> Path:

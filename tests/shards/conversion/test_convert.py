@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 from helpers.conversions import SETTINGS, bold_files, copy_cohort, make_unreadable, pack_into, renamed, same, times
@@ -276,6 +277,17 @@ def test_windows_are_those_of_the_harmonised_run(cohort, dataset):
             squares += (stored - zscored_TN[start : start + 5][:, slots]) ** 2
         error = np.sqrt(squares.sum(axis=0) / (5 * len(arrays["start"])))
         assert (error <= 1.01e-3 * arrays["spread"][brain]).all()
+
+
+def test_framewise_displacement_travels_with_the_sample(cohort, dataset):
+    opened = Dataset(dataset)
+    for session in opened.sessions[:3]:
+        (table,) = cohort.rglob(Path(session.source).name.split("_space")[0] + "*confounds_timeseries.tsv")
+        moved_T = pd.read_csv(table, sep="\t")["framewise_displacement"].to_numpy(np.float32)
+        found_T = opened.read(session, ("displacement", "roi"))["displacement"]
+        assert np.isnan(found_T[0]) and len(found_T) == session.frames
+        np.testing.assert_array_equal(found_T, moved_T)
+        assert session.mean_fd_mm == pytest.approx(np.nanmean(moved_T), abs=1e-4)
 
 
 def test_a_run_that_is_no_longer_found_is_left_out_and_said(cohort, dataset, make_shards, tmp_path, capsys):

@@ -45,6 +45,26 @@ def test_mean_framewise_displacement_is_the_tables(tmp_path, plain):
     assert harmonise(run, SMALL).facts["mean_fd_mm"] == 0.25
 
 
+@settings(deadline=None, max_examples=25)
+@given(tr=st.sampled_from([0.72, 0.8, 0.3, 1.0, 2.2]), dropped=st.integers(0, 4), seed=st.integers(0, 1000))
+def test_framewise_displacement_belongs_to_the_frames_after_resampling(tmp_path_factory, plain, tr, dropped, seed):
+    """A frame has the larger value of the volumes at most one TR of the scan from it; dropped volumes are gone."""
+    bold_path, mask_path, _ = plain
+    moved = [None, *np.random.default_rng(seed).uniform(0, 1, FRAMES - 1).round(3)]
+    table = confounds_table(tmp_path_factory.mktemp("moved") / "c.tsv", framewise_displacement=moved)
+    run = source(bold_path, mask_path, confounds=table, tr=tr, dummy=dropped)
+    result = harmonise(run, SMALL)
+    assert len(result.displacement_T) == len(result.raw_TN)
+    left = np.array(moved[dropped:], float)
+    measured_T = np.arange(len(left)) * tr
+    for frame, value in enumerate(result.displacement_T):
+        apart_T = np.abs(measured_T - frame * result.tr)
+        near = left[apart_T < 1e-6] if (apart_T < 1e-6).any() else left[apart_T < tr - 1e-6]
+        expected = np.nan if np.isnan(near).all() else np.nanmax(near)
+        np.testing.assert_allclose(value, expected)
+    assert harmonise(replace(run, confounds=None), SMALL).displacement_T is None
+
+
 @pytest.mark.parametrize(
     "clean",
     [

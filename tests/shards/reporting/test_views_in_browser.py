@@ -13,6 +13,7 @@ from shards.format.reader import Dataset
 from shards.reporting import dataset_page, viewer
 from shards.reporting.session_views import mean_image
 from shards.reporting.windows_view import Given, render
+from slim.ranking.rankers import make_ranker
 
 pytestmark = pytest.mark.skipif(find() is None, reason=REASON)
 
@@ -34,7 +35,8 @@ def opened_data(dataset: Path) -> Dataset:
 def windows(opened_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("views") / "windows.html"
     events = pd.DataFrame({"onset": [0.5], "end": [5.0], "state": ["move"]})
-    path.write_text(render(opened_data, opened_data.sessions[0], Given(events=lambda _: events)))
+    given = Given(events=lambda _: events, energies=make_ranker("ridge").energies)
+    path.write_text(render(opened_data, opened_data.sessions[0], given))
     return path
 
 
@@ -112,6 +114,7 @@ def test_windows_are_chosen_by_mouse_and_keys(windows: Path, opened_data: Datase
         for _ in range(session.n_windows):
             opened.press("ArrowLeft")
         assert opened.run(MARKED).startswith("Window 1 of") and "none," in opened.text("#facts")
+        assert "none above 0.5 mm" in opened.text("#facts") and "framewise displacement" in opened.text("#key")
         assert "move" in opened.text("#facts") and "event move" in opened.text("#key")
         assert opened.run("document.getElementById('time').getAttribute('aria-valuenow')") == "1"
         opened.click("#scores")  # its middle
@@ -126,12 +129,14 @@ def test_the_map_shows_the_parcels_of_the_window(windows: Path) -> None:
         seen = {opened.run(PIXELS.format(CANVAS))}
         for step in (
             "document.querySelectorAll('#choice input')[1].click()",
+            "document.querySelectorAll('#choice input')[2].click()",
+            "document.querySelectorAll('#choice input')[3].click()",
             "choose((chosen + 3) % count)",
             "document.querySelectorAll('#parcels tr')[5].click()",
         ):
             opened.run(f"{step}, 0")
             seen.add(opened.run(PIXELS.format(CANVAS)))
-        assert len(seen) == 4
+        assert len(seen) == 6
         data = json.loads(opened.run("document.getElementById('data').textContent"))
         label = int(opened.text("#parcels tr:nth-child(6) td"))
         x, _, _ = data["centres"][data["parcels"].index(label)]

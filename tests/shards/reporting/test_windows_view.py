@@ -19,6 +19,7 @@ from shards.preprocessing.quality import dvars
 from shards.reporting import windows_view
 from shards.reporting.windows_view import Given, render
 from slim.ranking.parcels import make_parcels
+from slim.ranking.rankers import make_ranker
 
 
 def content(page: str) -> dict:
@@ -47,7 +48,8 @@ def test_numbers_are_those_of_the_sample(opened: Dataset, session: SessionRecord
     assert data["kept"].count(0) == windows - session.n_kept
     roi_RT = arrays["roi"].astype(float)
     z_RT = (roi_RT - roi_RT.mean(axis=1, keepdims=True)) / roi_RT.std(axis=1, keepdims=True)
-    energy_RW, mean_RW = (unpacked(data[name], "<f4", parcels, windows) for name in ("energy", "mean"))
+    assert [(one["name"], one["signed"]) for one in data["layers"]] == [("energy", False), ("mean", True)]
+    energy_RW, mean_RW = (unpacked(one["values"], "<f4", parcels, windows) for one in data["layers"])
     third = slice(2 * opened.frames, 3 * opened.frames)
     np.testing.assert_allclose(energy_RW[:, 2], (z_RT[:, third] ** 2).mean(axis=1), rtol=1e-4)
     np.testing.assert_allclose(mean_RW[:, 2], z_RT[:, third].mean(axis=1), atol=1e-5)
@@ -84,6 +86,27 @@ def test_without_parcels_a_voxel_gets_the_nearest_centre(opened: Dataset, sessio
     for index_3 in np.argwhere(brain_XYZ)[::50]:
         distance_R = np.linalg.norm(arrays["roi_centre"] - (index_3 * data["mm"] + data["origin"]), axis=1)
         assert distance_R[label_XYZ[tuple(index_3)] - 1] == pytest.approx(distance_R.min(), abs=1e-3)
+
+
+def test_energies_are_those_of_the_function_given(opened: Dataset, session: SessionRecord) -> None:
+    arrays = opened.read(session, ("roi", "roi_centre"))
+    energies = make_ranker("ridge").energies
+    data = content(render(opened, session, Given(energies=energies)))
+    named = {one["name"]: one for one in data["layers"]}
+    assert list(named) == ["energy", "scores_space", "scores_time", "mean"]
+    expected = energies(arrays["roi"], arrays["roi_centre"], opened.frames)
+    for name, expected_RW in expected.items():
+        np.testing.assert_array_equal(unpacked(named[name]["values"], "<f4", *expected_RW.shape), expected_RW)
+    assert named["scores_time"]["title"] == "predicted from frames nearby"
+
+
+def test_displacement_is_that_of_the_frames(opened: Dataset, session: SessionRecord) -> None:
+    data = content(render(opened, session, Given()))
+    moved_T = opened.read(session, ("displacement",))["displacement"]
+    assert data["displacement"][0] is None and len(data["displacement"]) == session.frames
+    assert (
+        data["displacement"][1:] == pytest.approx(moved_T[1:].tolist(), abs=1e-4) and data["displacementLimit"] == 0.5
+    )
 
 
 def test_events_are_shown_and_their_names_are_text(opened: Dataset, session: SessionRecord) -> None:

@@ -29,8 +29,10 @@ from slim.ranking.saliency import (
     frame_weights,
     rebuild_by_ridge,
     space_energy,
+    space_energy_of_parcels,
     standing,
     time_energy,
+    time_energy_of_parcels,
 )
 
 FRAMES = 5
@@ -253,6 +255,54 @@ def test_parts_say_what_limits_the_score(rankers, name):
     spiked = rankers[name].parts(spiked_RT, centre_R3, FRAMES)
     assert spiked["scores_time"][60] < spiked["scores_space"][60]
     assert spiked["scores"][60] < parts["scores"][60]
+
+
+@pytest.mark.parametrize("divide", [folds, even_folds])
+def test_energies_of_parcels_have_the_energy_of_the_window_as_their_mean(divide):
+    z_RT = standardise(planted_run(4, windows=60, parcels=21)[0])[0][0]
+    rng = np.random.default_rng(3)
+    times_R = np.bincount(np.concatenate([rng.permutation(21)[:10] for _ in range(4)]), minlength=21)
+    space_RW = space_energy_of_parcels(z_RT, FRAMES, 3, divide)
+    np.testing.assert_array_equal(space_RW.any(axis=1), times_R > 0)
+    expected_W = space_energy(z_RT, FRAMES, 3, divide)
+    np.testing.assert_allclose(times_R @ space_RW / 40, expected_W, atol=1e-5)  # 4 splits of 10 hidden parcels
+    # the first and the last window are compared with others in a way of their own
+    near_W = time_energy_of_parcels(z_RT, FRAMES).mean(axis=0)
+    expected_W = frame_standing(z_RT, FRAMES, np.ones(60))
+    np.testing.assert_allclose(standing(near_W[1:-1]), expected_W[1:-1], atol=1e-5)
+    short_RT = z_RT[:, : 2 * FRAMES]
+    assert time_energy_of_parcels(short_RT, FRAMES).shape == (21, 2)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", ["mutual", "ridge"])
+def test_energies_tell_which_parcels_carry_a_score(extractor, name, version):
+    """A parcel that shares nothing with the others is predicted from none; a constant one has no energy."""
+    roi_RT, centre_R3 = planted_run(4, windows=60)
+    roi_RT[5] = 3
+    roi_RT[6] = np.random.default_rng(0).standard_normal(300)
+    ranker = make_ranker(name, extractor if name == "mutual" else None, version=version)
+    found = ranker.energies(roi_RT, centre_R3, FRAMES)
+    assert list(found) == ["scores_space", "scores_time"]
+    assert all(value_RW.shape == (63, 60) and value_RW.dtype == np.float32 for value_RW in found.values())
+    for value_RW in found.values():
+        assert not value_RW[5].any()
+        assert value_RW[6].mean() < value_RW[7:].mean() / 2
+    z_VRT, kept_R = standardise(roi_RT)
+    if version == 1:
+        time_W = np.zeros(60)
+        for z_RT in z_VRT:
+            rebuilt_RT = rebuild_by_ridge(z_RT, FRAMES)
+            rebuilt_RT = rebuilt_RT if name == "ridge" else extractor.rebuild(z_RT, centre_R3[kept_R])
+            time_W += time_energy(z_RT, rebuilt_RT, FRAMES) / 2
+        np.testing.assert_allclose(found["scores_time"][kept_R].mean(axis=0), time_W, atol=1e-5)
+
+
+def test_rankers_without_parts_have_no_energies(rankers):
+    roi_RT, centre_R3 = planted_run(4, windows=40)
+    for name in sorted({*NAMES} - {"mutual", "ridge"}):
+        assert rankers[name].energies(roi_RT, centre_R3, FRAMES) == {}
+    assert rankers["ridge"].energies(roi_RT[:, :FRAMES], centre_R3, FRAMES) == {}  # one window is compared with none
 
 
 def test_uniform_spreads_any_number_of_windows(rankers):
