@@ -51,7 +51,8 @@ from slim.evaluation.results import (
 from slim.evaluation.splits import Fold, Split
 from slim.evaluation.task import Cases, Task
 from slim.inference.slim_brain import Features
-from slim.inference.vectors import common_places, pool, windows
+from slim.inference.vectors import COMPONENTS, common_places, pool, windows
+from slim.model.pooling import FITTED
 
 # Methods whose paired difference to ours is reported.
 COMPARED = ("random", "connectome", "connectome_kept", "parcel_means")
@@ -294,8 +295,8 @@ def encoder_method(
         return _fixed(window_vectors([features[s.key] for s in cases.distinct()], cases, task.pooling))
     if task.pooling == "attentive":
         return Attentive(mine, device)
-    if task.pooling == "cov":
-        return Linear(partial(pool, mine, "cov", task.components))
+    if task.pooling in FITTED:
+        return Linear(partial(pool, mine, task.pooling, task.components))
     return _fixed(pool(mine, task.pooling, task.components, np.arange(0)))  # nothing is fitted
 
 
@@ -426,7 +427,7 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts
         label=task.label,
         split=SplitFacts.model_validate(task.split.facts()),
         pooling=task.pooling,
-        components=task.components if task.pooling == "cov" else None,
+        components=task.components or COMPONENTS.get(task.pooling),
         bootstrap=task.bootstrap,
         permutations=task.permutations,
         confounds=task.confounds,

@@ -32,7 +32,7 @@ __all__ = [
     "overrides_of_tasks",
 ]
 
-Pooling = Literal["mean", "mean+sd", "location", "attentive", "cov"]
+Pooling = Literal["mean", "mean+sd", "location", "attentive", "cov", "patterns"]
 
 
 class Task(Settings):
@@ -59,8 +59,10 @@ class Task(Settings):
         "default, each session is looked for among all sessions",
     )
     pooling: Pooling = Field("cov", description="how the tokens of a sample become one vector")
-    components: Annotated[int, Unit("components")] = Field(
-        default=3, ge=1, description="principal components of the tokens, for `cov`"
+    components: Annotated[int | None, Unit("components")] = Field(
+        default=None,
+        ge=1,
+        description="principal components: of each token for `cov` (by default 3), of all places for `patterns` (64)",
     )
     confounds: tuple[str, ...] = Field(
         default=(), description="columns, or facts of a session such as mean_fd_mm, that are scored as a baseline"
@@ -79,7 +81,9 @@ class Task(Settings):
     @classmethod
     def _learns_nothing(cls, pooling: Pooling, info: ValidationInfo) -> Pooling:
         if pooling == "attentive" and info.data.get("type") == "fingerprint":
-            raise ValueError("mean, mean+sd, location or cov: a fingerprint trains nothing, attention is trained")
+            raise ValueError(
+                "mean, mean+sd, location, cov or patterns: a fingerprint trains nothing, attention is trained"
+            )
         return pooling
 
     @model_validator(mode="after")

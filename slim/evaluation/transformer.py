@@ -6,7 +6,8 @@
     cross_val_score(make_pipeline(vectors, StandardScaler(), LogisticRegression()), images, labels)
 
 It learns from the training images: the places that contain brain in all of them, with the mean token of each; the
-principal axes, for `cov`; the queries, for `attentive`, which needs labels. The encoder is not changed.
+principal components, for `cov` and `patterns`; the queries, for `attentive`, which needs labels. The encoder is not
+changed.
 
 Legend: N images; S time slots; L places; C channels; A queries; P features of a vector.
 """
@@ -43,9 +44,9 @@ from slim.inference import vectors
 from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import Features
 from slim.model import pooling
-from slim.model.pooling import FIXED
+from slim.model.pooling import FITTED, FIXED
 
-POOLINGS = (*FIXED, "cov", "attentive")
+POOLINGS = (*FIXED, *FITTED, "attentive")
 _LEAST_PEOPLE = {"classification": 2, "regression": 4}  # of each class; of all: they are divided to choose steps
 _LEAST_PLACES = 0.5  # of the training images' places, that an image must have
 _HERE = "SlimBrainTransformer"
@@ -60,10 +61,10 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     ----------
     model : str, Path or SlimBrain
         A model, or what `SlimBrain.from_pretrained` accepts.
-    pooling : "mean", "mean+sd", "location", "cov" or "attentive"
+    pooling : "mean", "mean+sd", "location", "cov", "patterns" or "attentive"
         See `slim.inference.vectors` and `slim.evaluation.attentive`.
-    components : int
-        Principal axes of `cov`.
+    components : int, optional
+        Number of principal components of `cov`, by default 3, or of `patterns`, by default 64.
     stage : int, optional
         Stage of the encoder, from 1; by default the last.
     target : "classification" or "regression"
@@ -85,7 +86,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     model_ : SlimBrain
     places_ : int64 (L,), places that hold brain in all training images
     mean_tokens_ : float32 (L, C), the mean token of each over training images and slots
-    components_ : float64 (C, Q), principal axes of `cov`
+    components_ : ndarray, principal axes of `cov`, (C, Q), or patterns of `patterns`, (L, C, Q)
     queries_ : float32 (A, C), of `attentive`
     """
 
@@ -102,7 +103,7 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self,
         model: str | Path | SlimBrain,
         pooling: str = "cov",
-        components: int = 3,
+        components: int | None = None,
         stage: int | None = None,
         target: str = "classification",
         random_state: int | np.random.RandomState | None = 0,
@@ -186,7 +187,8 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             if (got := getattr(self, name)) not in known:
                 raise ConfigError(_HERE, name, got, f"one of {', '.join(known)}")
         components = self.components
-        if not isinstance(components, Integral) or isinstance(components, bool) or components < 1:
+        whole = isinstance(components, Integral) and not isinstance(components, bool)
+        if components is not None and (not whole or components < 1):
             kind = ConfigError if isinstance(components, Integral) else ArgumentError
             raise kind(_HERE, "components", repr(components), "a whole number of 1 or more")
         try:
@@ -202,8 +204,8 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self.places_ = vectors.common_places(features)
         tokens = [vectors.at_places(item, self.places_) for item in features]
         self.mean_tokens_ = np.mean([token_SLC.mean(axis=0) for token_SLC in tokens], axis=0)
-        if self.pooling == "cov":
-            self.components_ = vectors.principal_axes(features, self.places_, self.components)
+        if self.pooling in FITTED:
+            self.components_ = vectors.fit_components(features, self.places_, self.pooling, self.components)
         if self.pooling == "attentive":
             query_1AC, *_ = Attentive(features, self.model_.device).choose(self._fold(y, groups))
             self.queries_ = query_1AC[0].cpu().numpy()
@@ -249,8 +251,8 @@ class SlimBrainTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         return found_NP
 
     def _vector(self, item: Features) -> np.ndarray:
-        if self.pooling == "cov":
-            return vectors.cov(item, self.places_, self.components_)
+        if self.pooling in FITTED:
+            return vectors.fitted(item, self.places_, self.pooling, self.components_)
         if self.pooling == "attentive":
             token_1TC = torch.from_numpy(vectors.at_places(item, self.places_)).flatten(0, 1)[None]
             valid_1T = torch.ones(token_1TC.shape[:2], dtype=torch.bool)

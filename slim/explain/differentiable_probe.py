@@ -25,7 +25,7 @@ from slim.evaluation.linear import choose_penalty, fit, scaling, standardised_ax
 from slim.evaluation.probe import window_vectors
 from slim.evaluation.splits import Fold
 from slim.evaluation.task import Cases
-from slim.inference.vectors import Features, at_places, common_places, principal_axes
+from slim.inference.vectors import Features, at_places, common_places, fit_components
 from slim.model import pooling as in_torch
 
 
@@ -57,7 +57,7 @@ class Score:
 
 
 def fit_score(
-    features: Sequence[Features], pooling: str, components: int, fold: Fold, output: int = 0, unit: float = 1.0
+    features: Sequence[Features], pooling: str, components: int | None, fold: Fold, output: int = 0, unit: float = 1.0
 ) -> Score:
     """The probe that `slim.evaluation.linear.Linear` (or `slim.evaluation.attentive.Attentive`) fits on the training
     set.
@@ -85,12 +85,12 @@ def fit_score(
             return in_torch.attentive(query_1AC.to(token_1TC), token_1TC, valid_1T).flatten()
 
     else:
-        if pooling == "cov":
+        if pooling in in_torch.FITTED:
             train = [features[row] for row in fold.train]
-            axes_CQ = torch.from_numpy(principal_axes(train, place_L, components).copy())
+            fitted = torch.from_numpy(fit_components(train, place_L, pooling, components).copy())
 
             def pool(token_SLC: Tensor) -> Tensor:
-                return in_torch.cov(token_SLC, axes_CQ)
+                return in_torch.FITTED[pooling](token_SLC, fitted)
 
         else:
             pool = in_torch.FIXED[pooling]

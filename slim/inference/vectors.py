@@ -15,12 +15,16 @@ from functools import reduce
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, svds
+from sklearn.utils.extmath import svd_flip
 from torch import Tensor
 
 from shards.core.deprecation import OldName, renamed_state
 from shards.core.display import as_html, as_text
 from shards.core.errors import ConfigError, DatasetError
 from slim.model import pooling as in_torch
+
+COMPONENTS = {"cov": 3, "patterns": 64}  # default numbers of principal components
 
 
 @dataclass
@@ -125,6 +129,41 @@ def _float32(x: Tensor) -> np.ndarray:
     return x.float().numpy()
 
 
+def fit_components(
+    features: Sequence[Features], place_L: np.ndarray, pooling: str, count: int | None = None
+) -> np.ndarray:
+    """The principal components of a pooling of `slim.model.pooling.FITTED`, fitted on these sessions.
+
+    Parameters
+    ----------
+    features : sequence of Features
+    place_L : int array
+    pooling : "cov" or "patterns"
+    count : int, optional
+        Number of components Q; by default that of `COMPONENTS`.
+
+    Returns
+    -------
+    ndarray
+        `principal_axes`, (C, Q), or `principal_patterns`, (L, C, Q).
+
+    Raises
+    ------
+    ConfigError
+        If there are not that many components.
+    """
+    count = COMPONENTS[pooling] if count is None else count
+    return (
+        principal_axes(features, place_L, count) if pooling == "cov" else principal_patterns(features, place_L, count)
+    )
+
+
+def fitted(features: Features, place_L: np.ndarray, pooling: str, components: np.ndarray) -> np.ndarray:
+    """Apply a pooling of `slim.model.pooling.FITTED` with the result of `fit_components`; float32 (P,)."""
+    token_SLC = _tensor(at_places(features, place_L))
+    return _float32(in_torch.FITTED[pooling](token_SLC, _tensor(components)))
+
+
 def principal_axes(features: Sequence[Features], place_L: np.ndarray, count: int) -> np.ndarray:
     """Axes of largest variance over time, pooled over places and sessions, (C, Q).
 
@@ -151,15 +190,46 @@ def leading_axes(scatter_CC: np.ndarray, count: int) -> np.ndarray:
     return np.linalg.eigh(scatter_CC)[1][:, ::-1][:, :count]
 
 
-def cov(features: Features, place_L: np.ndarray, axes_CQ: np.ndarray) -> np.ndarray:
-    """Correlations over slots between all pairs of (place, axis), a learned connectome, (L Q (L Q - 1) / 2,).
+def principal_patterns(features: Sequence[Features], place_L: np.ndarray, count: int) -> np.ndarray:
+    """Patterns over all places and channels with the largest variance over time, pooled over sessions, (L, C, Q).
 
-    They are the upper triangle, row by row. The correlations of a constant series are 0.
+    As `principal_axes`, of all tokens of a slot together. Each pattern has a length of 1, and is positive where it is
+    largest.
     """
-    return _float32(in_torch.cov(_tensor(at_places(features, place_L)), _tensor(axes_CQ)))
+    slots = sum(len(item.tokens) for item in features)
+    most = min(slots, len(place_L) * features[0].tokens.shape[2]) - 1
+    if count > most:
+        expected = f"at most {most}, because the training sessions have {slots} slots"
+        raise ConfigError("task", "components", f"{count} patterns", expected, "Set fewer components")
+    matrices = [_flat(item, place_L) for item in features]
+    means = [x_SM.mean(axis=0) for x_SM in matrices]
+    first_of = np.cumsum([0, *(len(x_SM) for x_SM in matrices)])
+    shape = int(first_of[-1]), matrices[0].shape[1]
+
+    def strengths(pattern_M: np.ndarray) -> np.ndarray:  # session by session, so that no second copy of them is made
+        return np.concatenate([x_SM @ pattern_M - m_M @ pattern_M for x_SM, m_M in zip(matrices, means, strict=True)])
+
+    def weighted(weight_S: np.ndarray) -> np.ndarray:
+        total_M = np.zeros((shape[1], *weight_S.shape[1:]), weight_S.dtype)
+        for x_SM, m_M, first in zip(matrices, means, first_of, strict=False):
+            part_S = weight_S[first : first + len(x_SM)]
+            total_M += x_SM.T @ part_S - np.multiply.outer(m_M, part_S.sum(axis=0))
+        return total_M
+
+    centred = LinearOperator(shape, strengths, weighted, strengths, np.float32, weighted)
+    start = np.random.default_rng(0).standard_normal(min(shape)).astype(np.float32)
+    _, _, pattern_QM = svds(centred, k=count, v0=start, return_singular_vectors="vh")
+    pattern_QM = svd_flip(None, pattern_QM[::-1], u_based_decision=False)[1]
+    return np.ascontiguousarray(pattern_QM.T).reshape(len(place_L), -1, count)
 
 
-def pool(features: Sequence[Features], pooling: str, components: int, train: np.ndarray) -> np.ndarray:
+def _flat(features: Features, place_L: np.ndarray) -> np.ndarray:
+    """Tokens at these places, a row for each slot, (S, L C); not copied if the session has no other places."""
+    same = np.array_equal(features.places, place_L)
+    return (features.tokens if same else at_places(features, place_L)).reshape(len(features.tokens), -1)
+
+
+def pool(features: Sequence[Features], pooling: str, components: int | None, train: np.ndarray) -> np.ndarray:
     """Pool each session to one vector, float32 (N, P), on the places that all sessions have.
 
     Attentive pooling needs labels and is in `slim.evaluation.attentive`.
@@ -167,16 +237,16 @@ def pool(features: Sequence[Features], pooling: str, components: int, train: np.
     Parameters
     ----------
     features : sequence of Features
-    pooling : "mean", "mean+sd", "location" or "cov"
-    components : int
-        Number of axes of `cov`.
+    pooling : "mean", "mean+sd", "location", "cov" or "patterns"
+    components : int or None
+        Number of components of `cov` or `patterns`, see `fit_components`.
     train : int array
-        Rows of the sessions on which the axes of `cov` are fitted.
+        Rows of the sessions on which they are fitted.
     """
     place_L = common_places(features)
-    if pooling == "cov":
-        axes_CQ = principal_axes([features[row] for row in train], place_L, components)
-        return np.stack([cov(item, place_L, axes_CQ) for item in features])
+    if pooling in in_torch.FITTED:
+        found = fit_components([features[row] for row in train], place_L, pooling, components)
+        return np.stack([fitted(item, place_L, pooling, found) for item in features])
     return np.stack([fixed(item, place_L, pooling) for item in features])
 
 
@@ -207,7 +277,7 @@ def vectors(features: Features, per: str, pooling: str, place_L: np.ndarray) -> 
     Raises
     ------
     ConfigError
-        If `per` or `pooling` is another value. `cov` and `attentive` must be fitted on a set of scans.
+        If `per` or `pooling` is another value. `cov`, `patterns` and `attentive` must be fitted on a set of scans.
     """
     check_fixed(per, pooling)
     if per != "window":

@@ -1,11 +1,11 @@
 """Poolings: they reduce the tokens of a session or sample to one vector, and are differentiable.
 
-`mean`, `mean_sd`, `location` and `cov` take all tokens of a session as an array. `attentive` takes sessions padded to
-one length. `ragged` and `ragged_cov` take a batch of samples with concatenated tokens. The first three sum in float64,
-so the float32 result does not depend on the order of summation.
+`mean`, `mean_sd`, `location`, `cov` and `patterns` take all tokens of a session as an array. `attentive` takes
+sessions padded to one length. `ragged` and `ragged_cov` take a batch of samples with concatenated tokens. The first
+three sum in float64, so the float32 result does not depend on the order of summation.
 
 Legend: B sessions or samples; S time slots; L places; C channels; T tokens of a session; M tokens of a batch; A queries
-of a member, of which there are M in `attentive`; H queries; Q principal axes; P series (or features); E pairs of them.
+of a member, of which there are M in `attentive`; H queries; Q principal components; P series or features; E pairs.
 """
 
 from __future__ import annotations
@@ -68,6 +68,15 @@ def correlations(x_SP: Tensor) -> Tensor:
 def cov(token_SLC: Tensor, axes_CQ: Tensor) -> Tensor:
     """Correlations over slots between all pairs of (place, axis), float64 (L Q (L Q - 1) / 2,)."""
     return correlations((token_SLC @ axes_CQ.to(token_SLC)).flatten(1).double())
+
+
+def patterns(token_SLC: Tensor, pattern_LCQ: Tensor) -> Tensor:
+    """Correlations over slots between the strengths of all pairs of patterns of the brain, float64 (Q (Q - 1) / 2,)."""
+    return correlations((token_SLC.flatten(1) @ pattern_LCQ.to(token_SLC).flatten(0, 1)).double())
+
+
+# Poolings with principal components, which are fitted on a set of sessions.
+FITTED = {"cov": cov, "patterns": patterns}
 
 
 def attentive(query_MAC: Tensor, token_BTC: Tensor, valid_BT: Tensor) -> Tensor:

@@ -145,9 +145,7 @@ _RANKERS: dict[str, dict[int, tuple[_Score, dict[str, float]]]] = {
 }
 
 # The energies of single parcels, of the versions whose score has parts.
-_ENERGIES: dict[str, dict[int, _Score]] = {
-    name: {1: _energies_1, 2: _energies} for name in ("mutual", "ridge")
-}
+_ENERGIES: dict[str, dict[int, _Score]] = {name: {1: _energies_1, 2: _energies} for name in ("mutual", "ridge")}
 
 
 def versions(name: str) -> tuple[int, ...]:

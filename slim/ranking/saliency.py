@@ -139,7 +139,7 @@ def space_energy_of_parcels(z_RT: np.ndarray, frames: int, seed: int, folds: Fol
 def _gained_in_space(
     z_RT: np.ndarray, frames: int, seed: int, folds: Folds
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each fold and split: its frames, bool (T,), the hidden parcels, (B,), and their z^2 - (z - zhat)^2, (B, D)."""
+    """For each fold and split: its frames, bool (T,), the hidden parcels, (B,), their z^2 - (z - zhat)^2, (B, D)."""
     parcels, length = z_RT.shape
     weight_T = frame_weights(z_RT).astype(z_RT.dtype)
     rng = np.random.default_rng(seed)

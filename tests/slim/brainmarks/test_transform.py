@@ -159,7 +159,7 @@ def test_axes_are_fitted_on_training_scans_alone(run: Path, stub: Template, tmp_
     np.testing.assert_allclose(model.axes_CQ, axes_CQ, atol=1e-6)
     other = sample(scan(8, 20, stub.mask_XYZ), TR)
     cls, *_ = model(default_collate([converted(other)]))
-    expected = vectors.cov(brain.encode_converted(converted.converter(other)), model.place_L, axes_CQ)
+    expected = vectors.fitted(brain.encode_converted(converted.converter(other)), model.place_L, "cov", axes_CQ)
     np.testing.assert_allclose(cls[0, 0].detach(), expected, atol=1e-5)
     np.testing.assert_allclose(model.axes_CQ, axes_CQ, atol=1e-6)
 

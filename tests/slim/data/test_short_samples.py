@@ -138,7 +138,7 @@ def test_cov_of_a_head_is_that_of_the_slots_of_each_sample(frames: tuple[int, in
         token_SLC = x_MC[mine][whole.cell_M[mine].argsort()].unflatten(0, (slots, -1))
         place_L = whole.cell_M[mine].sort().values[: token_SLC.shape[1]].numpy() % places
         item = Features("a", token_SLC.numpy(), place_L, np.arange(slots), np.arange(slots))
-        expected = vectors.cov(item, place_L, head.axis_CQ.numpy())
+        expected = vectors.fitted(item, place_L, "cov", head.axis_CQ.numpy())
         series_P = np.zeros((places, 2), bool)
         series_P[place_L] = True
         row, column = np.triu_indices(places * 2, 1)

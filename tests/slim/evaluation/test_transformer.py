@@ -140,9 +140,11 @@ def test_vectors_are_those_of_the_pooling_at_the_training_places(name, model, im
     place_L = vectors.common_places(features[:4])
     np.testing.assert_array_equal(made.places_, place_L)
     whole = [item for item in features if np.isin(place_L, item.places).all()]
-    if name == "cov":
-        axes = vectors.principal_axes(features[:4], place_L, 2)
-        expected = [vectors.cov(item, place_L, axes) for item in whole]
+    if name in ("cov", "patterns"):
+        fit = vectors.principal_axes if name == "cov" else vectors.principal_patterns
+        components = fit(features[:4], place_L, 2)
+        np.testing.assert_array_equal(made.components_, components)
+        expected = [vectors.fitted(item, place_L, name, components) for item in whole]
     elif name == "attentive":
         everyone = np.arange(4)
         fold = Fold("classification", 2, everyone, everyone[:0], np.array([0, 1, 0, 1]), everyone, 0)
@@ -295,6 +297,7 @@ def test_what_was_assumed_is_told_of_a_kept_image_too(model, images, tmp_path):
         ({"pooling": "attentive"}, 3, [0, 0, 1], "y: got 1 people of 1, expected at least 2"),
         ({"pooling": "attentive", "target": "regression"}, 3, [0.1, 0.2, 0.3], "y: got 3 people"),
         ({"pooling": "cov", "components": 99}, 4, None, "components: got 99"),
+        ({"pooling": "patterns", "components": 9999}, 4, None, "components: got 9999 patterns, expected at most"),
         ({"stage": 7}, 4, None, "stage: got 7"),
     ],
 )

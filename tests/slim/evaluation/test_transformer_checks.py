@@ -123,7 +123,7 @@ def test_most_checks_apply() -> None:
 def test_a_check_can_fail() -> None:
     class Forgets(Tables):
         def transform(self, X: Any) -> np.ndarray:
-            self.components += 1
+            self.random_state += 1
             return super().transform(X)
 
     with pytest.raises(AssertionError, match="changes __dict__ during transform"):

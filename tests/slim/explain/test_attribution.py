@@ -36,7 +36,7 @@ from slim.inference.slim_brain import SlimBrain
 from slim.inference.vectors import at_places, common_places, pool, principal_axes
 from slim.model.pooling import FIXED, cov, mean, mean_sd
 
-POOLINGS = ["mean", "mean+sd", "location", "cov", "attentive"]
+POOLINGS = ["mean", "mean+sd", "location", "cov", "patterns", "attentive"]
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,10 @@ def test_exact_for_a_linear_model(model: SlimBrain, opened: Dataset):
     np.testing.assert_allclose(found.anatomy_MV, expected_MV, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(("pooling", "start"), [("mean+sd", "still"), ("cov", "empty"), ("attentive", "still")])
+@pytest.mark.parametrize(
+    ("pooling", "start"),
+    [("mean+sd", "still"), ("cov", "empty"), ("patterns", "empty"), ("attentive", "still")],
+)
 def test_shares_sum_to_the_difference_of_the_scores(model, opened, features, pooling: str, start: str):
     score = fit_score(features, pooling, 3, fold_of("regression"))
     found = integrated_gradients(model, opened, opened.sessions[5], score, start, tolerance=0.01)

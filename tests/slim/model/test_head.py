@@ -74,7 +74,7 @@ def test_cov_is_that_of_the_probe(brains: list[set[int]], components: int, seed:
         whole_SLC = torch.zeros(slots, places, 5)
         whole_SLC[:, sorted(brain)] = token
         item = Features("a", whole_SLC.numpy(), np.arange(places), np.arange(slots), np.arange(slots))
-        expected = vectors.cov(item, np.arange(places), head.axis_CQ.double().numpy())
+        expected = vectors.fitted(item, np.arange(places), "cov", head.axis_CQ.double().numpy())
         np.testing.assert_allclose(found_P, expected, atol=2e-3)
 
 
