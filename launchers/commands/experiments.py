@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from launchers.experiments.figure import save_people
 
     tables = Tables(work, trials)
-    text = [tables.main(kind) + "\n" + tables.verdict(kind) for kind in shown]
+    text = [
+        tables.main(kind, name) + "\n" + tables.verdict(kind, name) for kind in shown for name in ("", *kind.poolings)
+    ]
     small = {
         "steps": ("steps", LENGTHS, "all steps (default)"),
         "view": ("view", VIEWS, "view: voxel (default)"),

@@ -27,6 +27,8 @@ class Kind:
         Presets of tasks, without `synthetic_`.
     parcels : str, optional
         The label image in the cohort, if functional connectivity of its parcels is a baseline.
+    poolings : tuple of str
+        Poolings that have a main table of their own, besides `cov`; of `launchers.experiments.trials.POOLINGS`.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Kind:
     options: tuple[str, ...]
     tasks: tuple[str, ...] = COARSE
     parcels: str | None = None
+    poolings: tuple[str, ...] = ()
 
     @classmethod
     def of_snr(cls, snr: float) -> Kind:
@@ -47,6 +50,7 @@ FINE = Kind(
     ("--snr", "0.9", "--recipe", "3"),
     ("fine_group", "fine_score", "fingerprint", "group", "score", "state"),
     PARCEL_IMAGE,
+    ("patterns",),
 )
 
 _REAL = Path("rapidtide", "sub-RAPIDTIDETEST.nii.gz")  # below SLIM_REAL_DATA

@@ -40,6 +40,11 @@ def head(kind: Kind, without: str = "") -> list[str]:
     return [words.replace("_", " ") for words in found]
 
 
+def title(kind: Kind, pooling: str = "") -> str:
+    """The kind of cohort, and the pooling unless it is `cov`."""
+    return f"{kind.words}, {pooling}" if pooling else kind.words
+
+
 def cell(score: Estimate) -> str:
     seeds = [seed for seed in score.seeds or () if seed is not None]
     spread = f" ±{np.std(seeds):.2f}".replace("0.", ".") if len(seeds) > 1 else ""
@@ -59,6 +64,14 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def under(draws: Draws, pooling: str) -> Draws:
+    """The draws of the tasks under a pooling, by task; those of the tasks themselves without one."""
+    if not pooling:
+        return {name: draw_D for name, draw_D in draws.items() if "/" not in name}
+    ending = f"/{pooling}"
+    return {name.removesuffix(ending): draw_D for name, draw_D in draws.items() if name.endswith(ending)}
+
+
 class Tables:
     """The results that exist so far.
 
@@ -73,22 +86,23 @@ class Tables:
         self.results: dict[str, Any] = {}
 
     def draws(
-        self, variant: str, kind: Kind, random: str = "", seeds: int | None = None
-    ) -> list[dict[str, np.ndarray]]:
+        self, variant: str, kind: Kind, random: str = "", seeds: int | None = None, pooling: str = ""
+    ) -> list[Draws]:
         """Draws of each finished seed of a variant, or of random weights (see `Experiments.evaluate`)."""
         from launchers.experiments import comparison
 
         mine = [t for t in self.trials if (t.variant.name, t.kind) == (variant, kind)][:seeds]
         paths = [self.work.draws_path(trial, random) for trial in mine]
-        return [comparison.load(path) for path in paths if path.exists()]
+        found = [under(comparison.load(path), pooling) for path in paths if path.exists()]
+        return [draws for draws in found if draws]
 
     def scores(
-        self, variant: str, kind: Kind, random: str = "", seeds: int | None = None
+        self, variant: str, kind: Kind, random: str = "", seeds: int | None = None, pooling: str = ""
     ) -> dict[str, Estimate] | None:
         """Mean scores of a variant over its seeds, by task."""
         from launchers.experiments import comparison
 
-        found = self.draws(variant, kind, random, seeds)
+        found = self.draws(variant, kind, random, seeds, pooling)
         return comparison.summarise(found) if found else None
 
     def baseline_draws(self, name: str, kind: Kind) -> list[Draws]:
@@ -108,50 +122,55 @@ class Tables:
         found = [self.work.rank(t) for t in self.trials if (t.variant.name, t.kind) == (variant, kind)]
         return f"{np.mean(found):.0f}" if found else ""
 
-    def row(self, words: str, scores: dict[str, Estimate] | None, rank: str, kind: Kind) -> list[list[str]]:
+    def row(
+        self, words: str, scores: dict[str, Estimate] | None, rank: str, kind: Kind, pooling: str = ""
+    ) -> list[list[str]]:
         """A row of a table; no row without scores."""
         if scores is None:
             return []
-        self.results.setdefault(kind.words, {})[words] = {
+        self.results.setdefault(title(kind, pooling), {})[words] = {
             name: one.tree() | {"seeds": list(one.seeds or ())} for name, one in scores.items()
         }
         names = [f"synthetic_{task}" for task in kind.tasks]
         return [[words, *[cell(scores[name]) if name in scores else "" for name in names], rank]]
 
-    def seeded(self, words: str, variant: str, random: str, kind: Kind) -> list[list[str]]:
+    def seeded(self, words: str, variant: str, random: str, kind: Kind, pooling: str = "") -> list[list[str]]:
         """A row of a variant; it gives the number of seeds if some are missing."""
-        scores, wanted = self.scores(variant, kind, random), self.work.seeds
+        scores, wanted = self.scores(variant, kind, random, pooling=pooling), self.work.seeds
         if scores is None:
             return []
-        (row,) = self.row(words, scores, "" if random else self.ranks(variant, kind), kind)
+        (row,) = self.row(words, scores, "" if random else self.ranks(variant, kind), kind, pooling)
         count = len(next(iter(scores.values())).seeds or ())
         return [row if count == wanted else [f"{words} ({count} of {wanted} seeds)", *row[1:]]]
 
-    def main(self, kind: Kind) -> str:
+    def main(self, kind: Kind, pooling: str = "") -> str:
+        """All variants beside random weights and baselines, under a pooling; by default under `cov`."""
         rows = []
         for variant in OBJECTIVES:
-            rows += self.seeded(variant.words, variant.name, "", kind)
+            rows += self.seeded(variant.words, variant.name, "", kind, pooling)
         for random, words in RANDOM.items():
-            rows += self.seeded(words, "default", random, kind)
+            rows += self.seeded(words, "default", random, kind, pooling)
+        if not rows:
+            return ""
         for name, words in BASELINES.items():
-            rows += self.row(words, self.baseline(name, kind), "", kind)
-        return table([kind.words, *head(kind), "rank"], rows) if rows else ""
+            rows += self.row(words, self.baseline(name, kind), "", kind, pooling)
+        return table([title(kind, pooling), *head(kind), "rank"], rows)
 
-    def small(self, title: str, variants: tuple[Variant, ...], default: str, kind: Kind) -> str:
+    def small(self, about: str, variants: tuple[Variant, ...], default: str, kind: Kind) -> str:
         rows = self.row(default, self.scores("default", kind, seeds=1), self.ranks("default", kind), kind)
         for variant in variants:
             rows += self.row(variant.words, self.scores(variant.name, kind), self.ranks(variant.name, kind), kind)
-        if title == "windows":
+        if about == "windows":
             scores = self.scores("ranker-random", kind, "random")
             rows += self.row("windows at random, random weights", scores, "", kind)
-        return table([f"{title} (first seed, {kind.words})", *head(kind), "rank"], rows)
+        return table([f"{about} (first seed, {kind.words})", *head(kind), "rank"], rows)
 
     def poolings(self, kind: Kind) -> str:
         from launchers.experiments import comparison
 
         first = next((t for t in self.trials if (t.variant.name, t.seed, t.kind) == ("default", 0, kind)), None)
         rows = []
-        for words, random in (("default", ""), ("random weights", "random")):
+        for random, words in {"": "default", **RANDOM}.items():
             if first is None or not (path := self.work.draws_path(first, random, POOLED)).exists():
                 continue
             scores = comparison.summarise([comparison.load(path)])
@@ -163,27 +182,37 @@ class Tables:
                     rows.append([f"{words}, `{pooling}`", *cells])
         return table([f"pooling (first seed, {kind.words})", *head(kind, without="state")], rows) if rows else ""
 
-    def verdict(self, kind: Kind) -> str:
+    def verdict(self, kind: Kind, pooling: str = "") -> str:
         """On which tasks the default is better than other variants: by separate intervals, and by differences."""
         from launchers.experiments import comparison
 
-        ours = self.draws("default", kind)
-        rivals = {words: self.draws("default", kind, random) for random, words in RANDOM.items()}
-        rivals |= {variant.words: self.draws(variant.name, kind) for variant in OBJECTIVES[1:]}
+        ours = self.draws("default", kind, pooling=pooling)
+        rivals = {words: self.draws("default", kind, random, pooling=pooling) for random, words in RANDOM.items()}
+        rivals |= {variant.words: self.draws(variant.name, kind, pooling=pooling) for variant in OBJECTIVES[1:]}
         rivals |= {words: self.baseline_draws(name, kind) for name, words in BASELINES.items()}
-        rows, scores = [], self.scores("default", kind)
+        rows, scores = [], self.scores("default", kind, pooling=pooling)
         for words, theirs in rivals.items():
             if not ours or not theirs or scores is None:
                 continue
             other, less = comparison.summarise(theirs), comparison.differences(ours, theirs)
-            better = [t for t in kind.tasks if (n := f"synthetic_{t}") in other and scores[n].better_than(other[n])]
-            self.results[kind.words][f"better than {words}, intervals apart"] = better
-            self.results[kind.words][f"default less {words}"] = {name: one.tree() for name, one in less.items()}
             names = [f"synthetic_{task}" for task in kind.tasks]
-            rows.append([words, *[gap(less[name]) if name in less else "" for name in names], ", ".join(better)])
+            both = {
+                name: task for name, task in zip(names, kind.tasks, strict=True) if name in scores and name in other
+            }
+            better = [task for name, task in both.items() if scores[name].better_than(other[name])]
+            results = self.results[title(kind, pooling)]
+            results[f"better than {words}, intervals apart"] = better
+            results[f"default less {words}"] = {name: one.tree() for name, one in less.items()}
+            rows.append(
+                [
+                    words,
+                    *[gap(less[name]) if name in less else "" for name in names],
+                    ", ".join(better).replace("_", " "),
+                ]
+            )
         if not rows:
             return ""
-        columns = [f"the default less, {kind.words}", *head(kind), "intervals apart"]
+        columns = [f"the default less, {title(kind, pooling)}", *head(kind), "intervals apart"]
         return (
             f"{table(columns, rows)}\nThe default's effective rank at {kind.words} is {self.ranks('default', kind)}.\n"
         )

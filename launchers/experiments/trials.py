@@ -44,7 +44,7 @@ BASELINES = {
 }
 # What is asked of the first seed: `cov` with its 3 components, and the others.
 POOLINGS: Mapping[str, Mapping[str, object]] = {
-    **{name: {"pooling": name} for name in ("mean", "mean+sd", "location", "attentive", "cov")},
+    **{name: {"pooling": name} for name in ("mean", "mean+sd", "location", "attentive", "cov", "patterns")},
     "cov, 8 components": {"pooling": "cov", "components": 8},
 }
 POOLED = "poolings"  # in the names of the draws of all poolings
@@ -209,12 +209,13 @@ class Experiments:
         return self.out / "draws" / f"{'-'.join(filter(None, (of, random, trial.name)))}.npz"
 
     def evaluate(self, trial: Trial, random: str = "") -> None:
-        """Score the encoder of a run, or random weights, on the probed people.
+        """Score the encoder of a run, or random weights, on the probed people, also with the poolings of the kind.
 
         `random` is "random", its initial weights, or "control", these with small random position embeddings.
         """
         if not (path := self.draws_path(trial, random)).exists():
-            self._score(self.out / "runs" / trial.name, trial, path, random)
+            poolings = {name: POOLINGS[name] for name in trial.kind.poolings}
+            self._score(self.out / "runs" / trial.name, trial, path, random, poolings)
 
     def evaluate_poolings(self, trial: Trial, random: str = "") -> None:
         """Score the encoder of a run, or random weights, under all poolings; see `evaluate`."""
@@ -342,7 +343,7 @@ def answer(work: Experiments, trial: Trial) -> None:
     if trial.variant.name == "default":
         work.evaluate(trial, "control")
     if trial.variant.name == "default" and trial.seed == 0:
-        for random in ("", "random"):
+        for random in ("", *RANDOM):
             work.evaluate_poolings(trial, random)
 
 

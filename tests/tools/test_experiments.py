@@ -146,6 +146,36 @@ def test_people_and_windows_have_tables_and_a_figure(command: Command, tmp_path:
     assert figure.shape[0] > 300 and figure[..., :3].std() > 0.05
 
 
+def test_poolings_of_a_kind_have_a_table_of_their_own(command: Command, tmp_path: Path):
+    """Fine traits: the encoder under `patterns`, beside random weights with the same pooling and the same baselines."""
+    tasks = ("fine_group", "fine_score", "fingerprint", "group", "score")
+    pooled = tuple(f"synthetic_{task}/patterns" for task in tasks)
+    for name, value in (("default", 0.9), ("random-default", 0.5), ("control-default", 0.7)):
+        write(
+            tmp_path,
+            f"{name}-fine-snr0.9-seed0",
+            0.6,
+            rank=10.0 if name == "default" else None,
+            tasks=(*tasks, "state"),
+        )
+        under_both = comparison.load(tmp_path / "draws" / f"{name}-fine-snr0.9-seed0.npz")
+        under_both |= {name: under_both[name.split("/")[0]] - 0.6 + value for name in pooled}
+        comparison.save(tmp_path / "draws" / f"{name}-fine-snr0.9-seed0.npz", under_both)
+    write(tmp_path, "voxels-fine-snr0.9", 0.8, tasks=tasks)
+    done = command("tools/experiments.py", "--out", tmp_path, "--tables", "--seeds", 1, "--only", "fine")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "tables.md").read_text()
+    usual, own = text.split("| fine traits, SNR 0.9, patterns |")
+    assert "| JEPA + SIG + MAE (default) | .60 [" in usual and "| JEPA + SIG + MAE (default) | .90 [" in own
+    assert "| random weights, small positions | .70 [" in own and "| voxel components, kept windows | .80 [" in own
+    less = own.split("| the default less, fine traits, SNR 0.9, patterns |")[1]
+    rows = {line.split(" | ")[0].strip("| "): line for line in less.splitlines() if line.startswith("|")}
+    assert "**+.100" in rows["voxel components, kept windows"]
+    assert rows["random weights"].endswith("| fine group, fine score, fingerprint, group, score |")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["fine traits, SNR 0.9, patterns"]["random weights"]["synthetic_group"]["value"] == pytest.approx(0.5)
+
+
 def test_noise_that_is_real_is_left_out_with_a_word(command: Command, tmp_path: Path, monkeypatch):
     monkeypatch.delenv("SLIM_REAL_DATA", raising=False)
     done = command("tools/experiments.py", "--out", tmp_path, "--tables", "--snr", "0.9", "--only", "noise")
