@@ -6,6 +6,7 @@
 # make test-slow    those that take minutes: every ZeRO stage and number of processes, twenty kills, 10 000 damaged inputs
 # make test-oldest  the tests with the oldest dependencies that pyproject.toml admits; make test-newest: with the newest
 # make test-brainmarks  the model of Brainmarks in the suite itself, in an environment of its own
+# make test-pages   the pages of the quickstart in a browser
 # make slurm        as root: the SLURM packages of Debian
 # make chromium     as root, unless it is there: the browser in which the pages are tested; without it those tests are skipped
 # make experiments  does pretraining learn? many hours of two cores: runs/experiments/tables.md
@@ -21,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 OUT := runs/quickstart
 SHARDS := $(OUT)/shards
 
-.PHONY: quickstart test test-fast test-processes test-slurm test-slow test-oldest test-newest test-brainmarks slurm chromium lint docs experiments clean
+.PHONY: quickstart test test-fast test-processes test-slurm test-pages test-slow test-oldest test-newest test-brainmarks slurm chromium lint docs experiments clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -53,6 +54,10 @@ test-fast: $(READY)
 
 test-slurm: $(READY)
 	$(PYTEST) -m 'not slow' tests/slurm
+
+test-pages: $(READY)
+	test -f $(SHARDS)/report/index.html -a -f $(OUT)/pretrain/report/index.html || { echo "make quickstart first"; exit 1; }
+	SLIM_QUICKSTART=$(abspath $(OUT)) $(PYTEST) tests/test_quickstart_pages.py
 
 test-slow: $(READY)
 	$(PYTEST) -m slow

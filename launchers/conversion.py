@@ -12,7 +12,7 @@ import torch
 
 from shards.conversion import dry_run as survey
 from shards.conversion.convert import Conversion
-from shards.conversion.session import Parcels, WindowRanker, by_assumption, is_harmonised
+from shards.conversion.session import Parcels, by_assumption, is_harmonised
 from shards.conversion.settings import ConvertSettings
 from shards.core.cli import DONE, REFUSED, call_of, summary
 from shards.core.errors import ConfigError
@@ -25,7 +25,7 @@ from shards.format.refusal import Refusal
 from slim.ranking.extractor import CONFIG_FILE, Extractor
 from slim.ranking.extractor_training import train_extractor
 from slim.ranking.parcels import make_parcels
-from slim.ranking.rankers import make_ranker, versions
+from slim.ranking.rankers import Ranker, make_ranker, versions
 
 Ended = tuple[int, dict[str, object], str]  # exit status, facts of the summary, what to do next
 
@@ -127,7 +127,7 @@ def lacks_extractor(conversion: Conversion) -> bool:
     return learns and not (conversion.folder / layout.EXTRACTOR / CONFIG_FILE).is_file()  # written last
 
 
-def ranker_of(conversion: Conversion) -> WindowRanker:
+def ranker_of(conversion: Conversion) -> Ranker:
     """The ranker of a conversion. Its extractor, if it needs one, must be in the dataset folder."""
     ranking = conversion.configuration["ranking"]
     name, version = ranking["name"], ranking.get("version", 1)
@@ -174,7 +174,8 @@ def prepare_extractor(conversion: Conversion, given: Extractor | None, may_train
 
 def finish(conversion: Conversion) -> Ended:
     """Pack the dataset, write its report page, and print what it holds and what was refused."""
-    manifest = conversion.pack(ranker_of(conversion).identity())
+    ranker = ranker_of(conversion)
+    manifest = conversion.pack(ranker.identity())
     if manifest is None:
         return all_refused(conversion)
     refused = conversion.refused()
@@ -183,7 +184,7 @@ def finish(conversion: Conversion) -> Ended:
         from shards.reporting import dataset_page  # imports matplotlib
         from shards.reporting.windows_view import Given
 
-        report = dataset_page.write(conversion.folder, given=Given(conversion.parcels))
+        report = dataset_page.write(conversion.folder, given=Given(conversion.parcels, energies=ranker.energies))
     _tell_losses(conversion, refused, str(report))
     facts = {
         "dataset": str(conversion.folder),
