@@ -16,7 +16,6 @@ from functools import reduce
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, svds
-from sklearn.utils.extmath import svd_flip
 from torch import Tensor
 
 from shards.core.deprecation import OldName, renamed_state
@@ -196,6 +195,8 @@ def principal_patterns(features: Sequence[Features], place_L: np.ndarray, count:
     As `principal_axes`, of all tokens of a slot together. Each pattern has a length of 1, and is positive where it is
     largest.
     """
+    from sklearn.utils.extmath import svd_flip  # takes seconds to import
+
     slots = sum(len(item.tokens) for item in features)
     most = min(slots, len(place_L) * features[0].tokens.shape[2]) - 1
     if count > most:
