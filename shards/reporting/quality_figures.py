@@ -149,13 +149,14 @@ class Shown:
 
     def draw(self, template: tuple[np.ndarray, np.ndarray]) -> Figure:
         """Draw three planes of the mean image above, and signals over time below."""
-        figure = Figure(figsize=(11, 11), layout="constrained")
+        figure = Figure(figsize=(11, 11))  # its margins are fixed: to find them takes as long as to draw
         above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(3.7, 7.3))[:, 0]
         place = [int(places.mean().round()) for places in np.nonzero(self.brain_XYZ)]
         limits = np.percentile(self.baseline_XYZ[self.brain_XYZ], [2, 98])
         views = slices(np.where(self.brain_XYZ, self.baseline_XYZ, np.nan), self.grid, place)
         masks = slices(self.brain_XYZ, self.grid, place)
-        for axis, axes in enumerate(above.subplots(1, 3)):
+        margins = {"left": 0.01, "right": 0.99, "bottom": 0.02, "top": 0.94, "wspace": 0.08}
+        for axis, axes in enumerate(above.subplots(1, 3, gridspec_kw=margins)):
             draw_slice(
                 axes,
                 views[axis],
@@ -168,9 +169,11 @@ class Shown:
             if self.registered:
                 _draw_template(axes, template, axis, mm, views[axis][2])
         heights = (1.5, 1.6, 2.1, 1, 1) if self.moved_T is None else (1.4, 1.5, 1.8, 0.9, 0.8, 0.9)
+        margins = {"left": 0.057, "right": 0.935, "bottom": 0.06, "top": 0.965, "hspace": 0.45}
         parcels, saliency, carpet, dvars, *moved, whole = below.subplots(
-            len(heights), 1, sharex=True, height_ratios=heights
+            len(heights), 1, sharex=True, height_ratios=heights, gridspec_kw=margins
         )
+        below.align_ylabels()
         self._draw_parcels(below, parcels)
         self.draw_saliency(saliency)
         self._draw_carpet(below, carpet)
@@ -196,7 +199,7 @@ class Shown:
             extent=(0, self._end, 0, len(self.z_RT)),
         )
         axes.set(title="Parcels over time", ylabel="parcel")
-        figure.colorbar(image, ax=axes, label="z", pad=0.01, fraction=0.025, aspect=9)
+        _draw_scale(figure, axes, image)
 
     def draw_saliency(self, axes: Axes) -> None:
         """Draw the score of every window and its parts. Scores far below the others are marked at the bottom."""
@@ -245,7 +248,7 @@ class Shown:
         axes.set_title("Carpet of brain voxels", pad=14)
         axes.set_ylabel("voxel")
         axes.set_yticks([0, len(self.carpet_MT)], ["rim", "depth"])
-        figure.colorbar(image, ax=axes, label="z", pad=0.01, fraction=0.025, aspect=13)
+        _draw_scale(figure, axes, image)
 
     def _draw_dvars(self, axes: Axes) -> None:
         """Draw DVARS at the middle of the later frame, as in `words`."""
@@ -277,6 +280,11 @@ class Shown:
         width = self.frames * self.tr
         for number in self.best_K:
             axes.axvspan(number * width, (number + 1) * width, color=html.BLUE, alpha=0.13, lw=0)
+
+
+def _draw_scale(figure: Any, axes: Axes, image: Any) -> None:
+    """Draw the colours of an image beside its axes, which keep their width."""
+    figure.colorbar(image, cax=axes.inset_axes((1.01, 0, 0.011, 1)), label="z")
 
 
 def _legend(axes: Axes) -> None:
