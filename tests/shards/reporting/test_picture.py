@@ -213,7 +213,8 @@ def test_the_saliency_curve_marks_kept_windows_and_scores_below_the_axis(windows
     for number in np.delete(np.arange(windows), 4):
         x, y = axes.transData.transform(((number + 0.5) * FRAMES * 0.72, (bottom + scores[number]) / 2)).astype(int)
         expected = html.BLUE if rank_W[number] < 8 else html.SKY if rank_W[number] < 10 else html.PALE
-        assert tuple(pixels[y, x]) == rgb(expected), number
+        # a bar of 240 is four pixels wide: the line of the axis is near the first
+        np.testing.assert_allclose(pixels[y, x], rgb(expected), atol=8, err_msg=str(number))
     curve = next(patch for patch in axes.patches if isinstance(patch, StepPatch)).get_data()
     np.testing.assert_allclose(curve.values, np.maximum(scores, bottom), atol=1e-6)
     np.testing.assert_allclose(curve.edges, np.arange(windows + 1) * FRAMES * 0.72)
