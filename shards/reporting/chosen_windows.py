@@ -24,10 +24,10 @@ from shards.core.progress import progress
 from shards.format.reader import Dataset
 from shards.format.session_record import SessionRecord
 from shards.reporting import html
+from shards.reporting.quality_figures import BEST
 from shards.reporting.windows_view import Given
 
 _PARTS = 20  # equal parts of the run
-_BEST = 8  # as in `shards.reporting.quality_figures`
 _SESSIONS = 2000  # largest number of sessions that are read
 _FAR = 3.0  # SDs from the expected number that are pointed out
 _NO_STATE = "no state"
@@ -136,19 +136,19 @@ def describe(dataset: Dataset, given: Given) -> list[html.Part]:
         If a session is damaged.
     """
     sessions = _spread(dataset.sessions)
-    best, kept = Chosen.empty(f"the {_BEST} most salient"), Chosen.empty("all kept")
+    best, kept = Chosen.empty(f"the {BEST} most salient"), Chosen.empty("all kept")
     with progress("read the choices", len(sessions), "sessions") as advance:
         for session in sessions:
             window_K = dataset.read(session, ("start",))["start"] // dataset.frames
             state_W = given.states_of(session, dataset.frames)
-            for choice, chosen_K in ((best, window_K[:_BEST]), (kept, window_K)):
+            for choice, chosen_K in ((best, window_K[:BEST]), (kept, window_K)):
                 chosen_W = np.zeros(session.n_windows, bool)
                 chosen_W[chosen_K] = True
                 choice.add(chosen_W, state_W)
             advance(1, "")
     shown = [choice for choice in (best, kept) if choice.sessions]
     if not shown:
-        return [html.Text(f"All windows were chosen: no session has more than {_BEST}.")]
+        return [html.Text(f"All windows were chosen: no session has more than {BEST}.")]
     return [*_over_the_run(shown, len(sessions), len(dataset.sessions)), *_over_events(shown)]
 
 

@@ -29,7 +29,7 @@ Extent = tuple[float, float, float, float]  # mm: left, right, bottom, top
 Plane = tuple[str, np.ndarray, Extent, str]
 
 MOVED_MM = 0.5  # a frame with more framewise displacement has moved, after Power et al. 2012
-_BEST = 8  # number of most salient windows marked, as in a training sample of the published model
+BEST = 8  # number of most salient windows marked, as in a training sample of the published model
 _PLANES = (("Sagittal, x", "PAIS"), ("Coronal, y", "LRIS"), ("Axial, z", "LRPA"))
 _KINDS = ((2, html.BLUE, "the {best} most salient"), (1, html.SKY, "kept"), (0, html.PALE, "dropped"))
 _PARTS = (("scores_space", html.ORANGE, "space part"), ("scores_time", html.PURPLE, "time part"))
@@ -122,7 +122,7 @@ class Shown:
         self.scores_W = arrays["scores"]
         self.parts = [(arrays[name], colour, title) for name, colour, title in _PARTS if name in arrays]
         kept_K = arrays["start"] // frames  # in rank order
-        self.best_K = kept_K[:_BEST]
+        self.best_K = kept_K[:BEST]
         self.kind_W = np.zeros(len(self.scores_W), int)  # as in _KINDS
         self.kind_W[kept_K], self.kind_W[self.best_K] = 1, 2
 

@@ -81,11 +81,10 @@ def read(settings: EventSettings, root: Path, session: SessionRecord, where: str
     """
     import pandas as pd  # takes half a second to import
 
-    names = {name: getattr(session, name) for name in FIELDS}
     if settings.has_files:
-        onset_E, length_E, state_E = _of_files(settings, root, names, session.key, where)
+        onset_E, length_E, state_E = _of_files(settings, root, session, where)
     else:
-        onset_E, length_E, state_E = _of_table(settings, root / settings.path.format(**names), session.key, where)
+        onset_E, length_E, state_E = _of_table(settings, _path(settings, root, session), session.key, where)
     onset_E = onset_E - (session.dropped_frames or 0) * session.source_tr
     found = pd.DataFrame({"onset": onset_E, "end": onset_E + length_E, "state": pd.Series(state_E, dtype=object)})
     found = found.dropna(subset=["onset", "state"])
@@ -94,8 +93,13 @@ def read(settings: EventSettings, root: Path, session: SessionRecord, where: str
 
 def has_events(settings: EventSettings, root: Path, session: SessionRecord) -> bool:
     """Whether there is a table of the events of a session, or the folder of its states' files."""
-    path = root / settings.path.format(**{name: getattr(session, name) for name in FIELDS}, state="")
+    path = _path(settings, root, session)
     return path.parent.is_dir() if settings.has_files else path.is_file() or path.is_symlink()
+
+
+def _path(settings: EventSettings, root: Path, session: SessionRecord, state: str = "") -> Path:
+    """The table of a session, or the file of a state."""
+    return root / settings.path.format(**{name: getattr(session, name) for name in FIELDS}, state=state)
 
 
 def _of_table(
@@ -112,17 +116,16 @@ def _of_table(
 
 
 def _of_files(
-    settings: EventSettings, root: Path, names: dict[str, str], key: str, where: str | Path
+    settings: EventSettings, root: Path, session: SessionRecord, where: str | Path
 ) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
     """Onsets, durations (s) and states in FSL's files. A state without a file did not occur in the scan."""
     rows: list[tuple[float, float]] = []
     state_E: list[str | None] = []
     for state in settings.keep:
-        path = root / settings.path.format(**names, state=state)
+        path = _path(settings, root, session, state)
         if not path.parent.is_dir():
-            raise ConfigError(
-                where, "events.path", f"no folder {path.parent}", f"the events of {key}", "Give --events FOLDER"
-            )
+            got, expected = f"no folder {path.parent}", f"the events of {session.key}"
+            raise ConfigError(where, "events.path", got, expected, "Give --events FOLDER")
         if path.is_file() or path.is_symlink():
             of_state = _three_columns(path)
             rows += of_state
