@@ -1,7 +1,7 @@
 """The pages of `make quickstart` in a browser: everything that opens is opened, at two widths, in light and dark.
 
-`make test-pages` runs it, with the folder of the quickstart in SLIM_QUICKSTART. Without it, the tests are skipped: pages
-of an earlier version may lie there.
+`make test-pages` runs it, with the folder of the quickstart in SLIM_QUICKSTART. Without that, the tests are skipped:
+pages of an earlier version may lie there.
 """
 
 from __future__ import annotations
