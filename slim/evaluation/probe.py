@@ -427,7 +427,7 @@ def task_facts(task: Task, cases: Cases, splits: list[list[Split]]) -> TaskFacts
         label=task.label,
         split=SplitFacts.model_validate(task.split.facts()),
         pooling=task.pooling,
-        components=task.components or COMPONENTS.get(task.pooling),
+        components=(task.components or COMPONENTS[task.pooling]) if task.pooling in COMPONENTS else None,
         bootstrap=task.bootstrap,
         permutations=task.permutations,
         confounds=task.confounds,

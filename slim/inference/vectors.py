@@ -3,8 +3,8 @@
     vector = location(features, features.places)
     vector_WP = vectors(features, "window", "mean", features.places)
 
-Legend: N sessions; S time slots of a session; W windows; L places (cells of the last stage that contain brain); C
-channels; M tokens of all places and slots; Q principal axes; P features of a session.
+Legend: N sessions; S time slots of a session, T of all sessions; W windows; L places (cells of the last stage that
+contain brain); C channels; M tokens of all places and slots; Q principal components; P features of a session or slot.
 """
 
 from __future__ import annotations
@@ -151,10 +151,8 @@ def fit_components(
     ConfigError
         If there are not that many components.
     """
-    count = COMPONENTS[pooling] if count is None else count
-    return (
-        principal_axes(features, place_L, count) if pooling == "cov" else principal_patterns(features, place_L, count)
-    )
+    fit = principal_axes if pooling == "cov" else principal_patterns
+    return fit(features, place_L, COMPONENTS[pooling] if count is None else count)
 
 
 def fitted(features: Features, place_L: np.ndarray, pooling: str, components: np.ndarray) -> np.ndarray:
@@ -203,25 +201,24 @@ def principal_patterns(features: Sequence[Features], place_L: np.ndarray, count:
         expected = f"at most {most}, because the training sessions have {slots} slots"
         raise ConfigError("task", "components", f"{count} patterns", expected, "Set fewer components")
     matrices = [_flat(item, place_L) for item in features]
-    means = [x_SM.mean(axis=0) for x_SM in matrices]
-    first_of = np.cumsum([0, *(len(x_SM) for x_SM in matrices)])
-    shape = int(first_of[-1]), matrices[0].shape[1]
+    means = [x_SP.mean(axis=0) for x_SP in matrices]
+    ends = np.cumsum([len(x_SP) for x_SP in matrices])[:-1]
+    shape = slots, matrices[0].shape[1]
 
-    def strengths(pattern_M: np.ndarray) -> np.ndarray:  # session by session, so that no second copy of them is made
-        return np.concatenate([x_SM @ pattern_M - m_M @ pattern_M for x_SM, m_M in zip(matrices, means, strict=True)])
+    def strengths(pattern_P: np.ndarray) -> np.ndarray:  # session by session, so that no second copy of them is made
+        return np.concatenate([x_SP @ pattern_P - m_P @ pattern_P for x_SP, m_P in zip(matrices, means, strict=True)])
 
-    def weighted(weight_S: np.ndarray) -> np.ndarray:
-        total_M = np.zeros((shape[1], *weight_S.shape[1:]), weight_S.dtype)
-        for x_SM, m_M, first in zip(matrices, means, first_of, strict=False):
-            part_S = weight_S[first : first + len(x_SM)]
-            total_M += x_SM.T @ part_S - np.multiply.outer(m_M, part_S.sum(axis=0))
-        return total_M
+    def weighted(weight_T: np.ndarray) -> np.ndarray:
+        total_P = np.zeros((shape[1], *weight_T.shape[1:]), weight_T.dtype)
+        for x_SP, m_P, part_S in zip(matrices, means, np.split(weight_T, ends), strict=True):
+            total_P += x_SP.T @ part_S - np.multiply.outer(m_P, part_S.sum(axis=0))
+        return total_P
 
     centred = LinearOperator(shape, strengths, weighted, strengths, np.float32, weighted)
     start = np.random.default_rng(0).standard_normal(min(shape)).astype(np.float32)
-    _, _, pattern_QM = svds(centred, k=count, v0=start, return_singular_vectors="vh")
-    pattern_QM = svd_flip(None, pattern_QM[::-1], u_based_decision=False)[1]
-    return np.ascontiguousarray(pattern_QM.T).reshape(len(place_L), -1, count)
+    _, _, pattern_QP = svds(centred, k=count, v0=start, return_singular_vectors="vh")
+    pattern_QP = svd_flip(None, pattern_QP[::-1], u_based_decision=False)[1]
+    return np.ascontiguousarray(pattern_QP.T).reshape(len(place_L), -1, count)
 
 
 def _flat(features: Features, place_L: np.ndarray) -> np.ndarray:

@@ -407,6 +407,7 @@ def test_the_command_from_run_to_report(command: Callable, trained: tuple[Path, 
     assert saved["tasks"].keys() == {"g", "f", "s"} and saved["tasks"]["g"] == report["tasks"]["g"]
     assert [saved["facts"][name]["changed"] for name in "gs"] == [[], ["pooling=attentive"]]
     assert saved["facts"]["s"]["weights"] == "target" and saved["facts"]["s"]["pooling"] == "attentive"
+    assert saved["facts"]["g"]["components"] == 2 and saved["facts"]["s"].get("components") is None  # the task says 2
     assert saved["tasks"]["s"].keys() == report["tasks"]["g"].keys()
     assert "ours - random" in done.stdout and (run / "report/s.png").exists()
     stored = Report.read(run / "report/report.json").results
