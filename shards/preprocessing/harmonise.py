@@ -168,6 +168,8 @@ class Placed:
         Brain mask on the grid.
     table : TableFile or None
         The confounds.
+    displacement_T : float64 array or None
+        Their framewise displacement, of every frame of the scan.
     facts : dict
         What was found.
     """
@@ -176,6 +178,7 @@ class Placed:
     affine: np.ndarray
     brain_XYZ: np.ndarray
     table: Any
+    displacement_T: np.ndarray | None
     facts: dict[str, object]
 
 
@@ -229,10 +232,10 @@ def place(run: RunSource, settings: GridSettings, mask_settings: BrainMaskSettin
         facts["centred_by_mm"] = [round(float(value), 2) for value in moved_mm]
     if bold.assumed:
         facts["orientation_assumed"] = bold.assumed
+    moved_T = None if table is None else confounds.framewise_displacement(table)
     if table is not None:
-        moved_T = confounds.framewise_displacement(table)
         facts["mean_fd_mm"] = None if moved_T is None else round(float(np.nanmean(moved_T)), 4)
-    return Placed(bold, affine, brain_XYZ, table, facts)
+    return Placed(bold, affine, brain_XYZ, table, moved_T, facts)
 
 
 def harmonise(
@@ -285,7 +288,7 @@ def harmonise(
     raw_TN, tr = _resample_time(scan_TN, bold.tr, settings, buffer_TN)
 
     of_frame_T = _frames_of(repeated_T, bold.tr, settings)
-    moved_T = None if placed.table is None else confounds.framewise_displacement(placed.table)
+    moved_T = placed.displacement_T
     if moved_T is not None:
         moved_T = _frames_of(moved_T[dropped:], bold.tr, settings)
     result = Harmonised(raw_TN, brain_XYZ, grid.patch, tr, bold.tr, dict(placed.facts), of_frame_T, moved_T)
